@@ -1,0 +1,205 @@
+"""What a released model's ``config.json`` says of its shape, by family."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.errors import CheckpointError
+
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base, and Llama 3's or linear frequency scaling.
+
+    Attributes:
+        theta: base of the frequencies.
+        kind: ``default``, ``linear`` or ``llama3``.
+        factor: how many times longer the context becomes.
+        low_freq_factor: Llama 3: wavelengths above ``original_positions / low_freq_factor`` are scaled fully.
+        high_freq_factor: Llama 3: wavelengths below ``original_positions / high_freq_factor`` stay.
+        original_positions: Llama 3: context before scaling.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a decoder-only model, in the field's names.
+
+    Attributes:
+        family: ``llama``, ``mistral``, ``qwen2`` or ``qwen3``.
+        windows: per layer, how many positions attention looks back (its own included); None is unlimited.
+        tied: the LM head is the input embedding.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope: Rope
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied: bool
+    windows: tuple[int | None, ...]
+
+
+def read_architecture(directory: str | Path) -> Architecture:
+    """Read ``directory/config.json``.
+
+    Raises:
+        CheckpointError: no such file, not JSON, a family or setting that is not supported, or a bad value.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not found; give a Hugging Face model directory with a config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return parse_architecture(config, str(path))
+
+
+def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Architecture:
+    """Architecture from the parsed ``config.json``; ``where`` names it in errors.
+
+    Raises:
+        CheckpointError: as ``read_architecture``.
+    """
+    family = _family(config, where)
+    if config.get("auto_map"):
+        raise CheckpointError(f"{where}: auto_map asks for code from the checkpoint; that is never run")
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{where}: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise CheckpointError(f"{where}: {key} is set; quantised checkpoints are not supported")
+
+    num_layers = _integer(config, "num_hidden_layers", where)
+    hidden_size = _integer(config, "hidden_size", where)
+    num_heads = _integer(config, "num_attention_heads", where)
+    # What transformers assumes where a released file leaves the key out.
+    kv_default = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(family, num_heads)
+    num_kv_heads = _integer(config, "num_key_value_heads", where, kv_default)
+    head_dim = _integer(config, "head_dim", where, 128 if family == "qwen3" else hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    bias = bool(config.get("attention_bias", False))
+    return Architecture(
+        family=family,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_size=_integer(config, "intermediate_size", where),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=_integer(config, "vocab_size", where),
+        max_positions=_integer(config, "max_position_embeddings", where, 2048),
+        norm_eps=_positive(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        rope=_rope(config, where),
+        qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and bias),
+        output_bias=family in ("llama", "qwen3") and bias,
+        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        tied=bool(config.get("tie_word_embeddings", False)),
+        windows=_windows(config, family, num_layers, where),
+    )
+
+
+def _family(config: dict[str, Any], where: str) -> str:
+    names = config.get("architectures") or []
+    known = ", ".join(sorted(FAMILIES))
+    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        if names[0] in FAMILIES:
+            return FAMILIES[names[0]]
+        raise CheckpointError(f"{where}: architecture {names[0]!r} is not supported; supported: {known}")
+    model_type = config.get("model_type")
+    if not names and isinstance(model_type, str) and model_type in FAMILIES.values():
+        return model_type
+    raise CheckpointError(
+        f"{where}: architectures {names!r} (model_type {model_type!r}) not supported; supported: {known}"
+    )
+
+
+def _integer(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise CheckpointError(f"{where}: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{where}: {key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def _positive(value: Any, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise CheckpointError(f"{where}: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _rope(config: dict[str, Any], where: str) -> Rope:
+    """Either spelling: ``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` of recent transformers."""
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise CheckpointError(f"{where}: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    if float(config.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise CheckpointError(f"{where}: partial_rotary_factor is not supported")
+    theta = settings.get("rope_theta", config.get("rope_theta", 10_000.0))
+    scaled = {}
+    if kind != "default":
+        scaled["factor"] = _positive(settings.get("factor"), "rope factor", where)
+    if kind == "llama3":
+        for key in ("low_freq_factor", "high_freq_factor"):
+            scaled[key] = _positive(settings.get(key), f"rope {key}", where)
+        original = settings.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+        scaled["original_positions"] = int(_positive(original, "rope original_max_position_embeddings", where))
+    return Rope(theta=_positive(theta, "rope_theta", where), kind=kind, **scaled)  # type: ignore[arg-type]
+
+
+def _windows(config: dict[str, Any], family: str, num_layers: int, where: str) -> tuple[int | None, ...]:
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)
+    if family == "llama" or (family.startswith("qwen") and not config.get("use_sliding_window", False)):
+        window = None
+    if window is None:
+        return (None,) * num_layers
+    window = _integer({"sliding_window": window}, "sliding_window", where)
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+            raise CheckpointError(
+                f"{where}: layer_types must list full_attention or sliding_attention for each of {num_layers} layers"
+            )
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = config.get("max_window_layers", 28) if family.startswith("qwen") else 0
+    return tuple(window if layer >= first else None for layer in range(num_layers))

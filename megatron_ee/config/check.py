@@ -1,0 +1,179 @@
+"""What a configuration must satisfy beyond its types: ranges, keys that contradict each other, and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.exits import ExitSpec, resolve_exits
+from megatron_ee.config.schema import (
+    CorpusConfig,
+    DataConfig,
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TuningConfig,
+)
+from megatron_ee.errors import ConfigError
+
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
+
+
+def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1) -> tuple[ExitSpec, ...]:
+    """Check ``config`` against itself, the model and the number of processes, before anything is loaded.
+
+    Returns:
+        The exits in the order of their layers, positions resolved to layer numbers.
+
+    Raises:
+        ConfigError: one line naming the key, its value and what is possible.
+    """
+    check_model_path(config.model.path)
+    exits = resolve_exits(config.exits, architecture.num_layers)
+    _check_data(config.data, architecture.max_positions)
+    _check_optimizer(config.optimizer, config.schedule)
+    _check_loss(config.loss)
+    _check_intervals(config)
+    _check_one_process(config.parallel, world_size)
+    _check_batch(config.tuning, data_parallel_size(config.parallel, world_size))
+    return exits
+
+
+def check_model_path(path: str) -> None:
+    """ConfigError unless ``path`` is a directory."""
+    if not path:
+        raise ConfigError("model.path: is empty; give the directory of a Hugging Face model")
+    if not Path(path).is_dir():
+        raise ConfigError(f"model.path: no such directory: {path}")
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Number of model replicas among ``world_size`` processes.
+
+    Raises:
+        ConfigError: tensor x pipeline does not divide ``world_size``.
+    """
+    model_size = parallel.tensor * parallel.pipeline
+    if world_size % model_size:
+        raise ConfigError(
+            f"parallel.tensor: {parallel.tensor} x parallel.pipeline {parallel.pipeline} = {model_size} processes hold "
+            f"one model, which does not divide the {world_size} that are running"
+        )
+    return world_size // model_size
+
+
+def _check_one_process(parallel: ParallelConfig, world_size: int) -> None:
+    _at_least(1, "parallel.tensor", parallel.tensor)
+    _at_least(1, "parallel.pipeline", parallel.pipeline)
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence: needs parallel.tensor above 1, which it runs on top of")
+    for key, size in (("parallel.tensor", parallel.tensor), ("parallel.pipeline", parallel.pipeline)):
+        if size > 1:
+            raise ConfigError(f"{key}: {size} is not possible: several processes are not supported by this version")
+    if world_size > 1:
+        raise ConfigError(
+            f"parallel: {world_size} processes are running, but several are not supported by this version; start one"
+        )
+
+
+def _check_data(data: DataConfig, max_positions: int) -> None:
+    if not data.train:
+        raise ConfigError("data.train: is empty; give at least one corpus, the --output of prepare-data")
+    _check_corpora("data.train", data.train)
+    _check_corpora("data.validation", data.validation)
+    _fraction("data.validation_fraction", data.validation_fraction)
+    if data.validation and data.validation_fraction:
+        raise ConfigError(
+            "data.validation_fraction: contradicts data.validation, which names corpora of its own; give one of the two"
+        )
+    _at_least(1, "data.sequence_length", data.sequence_length)
+    if data.sequence_length > max_positions:
+        raise ConfigError(
+            f"data.sequence_length: {data.sequence_length} is longer than the model's {max_positions} positions"
+        )
+    _seed("data.seed", data.seed)
+
+
+def _check_corpora(key: str, corpora: Sequence[str | CorpusConfig]) -> None:
+    for index, corpus in enumerate(corpora):
+        if isinstance(corpus, CorpusConfig):
+            _positive(f"{key}[{index}].weight", corpus.weight)
+        if not (corpus.path if isinstance(corpus, CorpusConfig) else corpus):
+            raise ConfigError(f"{key}[{index}]: the path is empty; give the prefix of a corpus")
+
+
+def _check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None:
+    _positive("optimizer.lr", optimizer.lr)
+    _not_negative("optimizer.min_lr", optimizer.min_lr)
+    # A constant schedule never reads min_lr, whose default may well be above a small lr.
+    if schedule.decay != "constant" and optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}, from which it decays"
+        )
+    _fraction("optimizer.beta1", optimizer.beta1)
+    _fraction("optimizer.beta2", optimizer.beta2)
+    _positive("optimizer.eps", optimizer.eps)
+    _not_negative("optimizer.weight_decay", optimizer.weight_decay)
+    _not_negative("optimizer.clip_grad", optimizer.clip_grad)
+    _fraction("schedule.warmup_fraction", schedule.warmup_fraction)
+
+
+def _check_loss(loss: LossConfig) -> None:
+    _fraction("loss.weight_warmup_fraction", loss.weight_warmup_fraction)
+    _at_least(1, "loss.chunk_tokens", loss.chunk_tokens)
+
+
+def _check_batch(tuning: TuningConfig, replicas: int) -> None:
+    _at_least(1, "tuning.steps", tuning.steps)
+    _at_least(1, "tuning.global_batch_size", tuning.global_batch_size)
+    _at_least(1, "tuning.micro_batch_size", tuning.micro_batch_size)
+    _seed("tuning.seed", tuning.seed)
+    if tuning.global_batch_size % (tuning.micro_batch_size * replicas):
+        share = f" x {replicas} data-parallel replicas" if replicas > 1 else ""
+        raise ConfigError(
+            f"tuning.global_batch_size: {tuning.global_batch_size} is not a multiple of "
+            f"tuning.micro_batch_size {tuning.micro_batch_size}{share}"
+        )
+
+
+def _check_intervals(config: RunConfig) -> None:
+    _at_least(0, "validation.interval", config.validation.interval)
+    _at_least(0, "validation.sequences", config.validation.sequences)
+    for index, threshold in enumerate(config.validation.thresholds):
+        if not 0 < threshold <= 1:
+            raise ConfigError(f"validation.thresholds[{index}]: must be above 0 and at most 1, not {threshold}")
+    _at_least(0, "checkpoint.interval", config.checkpoint.interval)
+    _at_least(2, "checkpoint.keep", config.checkpoint.keep)
+    _at_least(1, "logging.interval", config.logging.interval)
+
+
+# Comparisons are written so that NaN fails them.
+
+
+def _at_least(least: int, key: str, value: int) -> None:
+    if not value >= least:
+        raise ConfigError(f"{key}: must be at least {least}, not {value}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not 0 < value < inf:
+        raise ConfigError(f"{key}: must be a positive number, not {value}")
+
+
+def _not_negative(key: str, value: float) -> None:
+    if not 0 <= value < inf:
+        raise ConfigError(f"{key}: must be a number of at least 0, not {value}")
+
+
+def _fraction(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{key}: must be at least 0 and below 1, not {value}")
+
+
+def _seed(key: str, value: int) -> None:
+    if not 0 <= value <= MAX_SEED:
+        raise ConfigError(f"{key}: must lie between 0 and {MAX_SEED}, not {value}")

@@ -1,0 +1,65 @@
+"""Exits as the rest of the package sees them: positions resolved to layer numbers, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ee.config.schema import Body, ExitConfig, Head
+from megatron_ee.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """One exit after ``layer`` (from 1). Fields as in ``ExitConfig``, with the position resolved."""
+
+    layer: int
+    body: Body = "mlp"
+    head: Head = "own"
+    weight: float = 1.0
+    rank: int = 64
+    init: str = "copy"
+
+    @property
+    def trains(self) -> bool:
+        """Whether this exit has a parameter to train: only W h with the frozen head has none."""
+        return self.body != "embedding" or self.head != "shared"
+
+
+def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpec, ...]:
+    """Exits in the order of their layers.
+
+    Raises:
+        ConfigError: naming the key, for a position outside the model, two exits at one place, a bad weight or rank,
+            or a set of exits that trains nothing.
+    """
+    if not exits:
+        raise ConfigError("exits: at least one exit is needed")
+    specs: dict[int, ExitSpec] = {}
+    for index, exit_ in enumerate(exits):
+        key = f"exits[{index}]"
+        layer = _layer_number(exit_.layer, num_layers, key)
+        if layer in specs:
+            raise ConfigError(f"{key}.layer: there is already an exit after layer {layer}; give each its own place")
+        if not 0 < exit_.weight < float("inf"):
+            raise ConfigError(f"{key}.weight: must be a positive number, not {exit_.weight}")
+        if exit_.rank < 1:
+            raise ConfigError(f"{key}.rank: must be at least 1, not {exit_.rank}")
+        specs[layer] = ExitSpec(layer, exit_.body, exit_.head, exit_.weight, exit_.rank, exit_.init)
+    if not any(spec.trains for spec in specs.values()):
+        raise ConfigError(
+            "exits: nothing to train: body embedding with head shared has no parameter; choose another body or head"
+        )
+    return tuple(specs[layer] for layer in sorted(specs))
+
+
+def _layer_number(position: int | float, num_layers: int, key: str) -> int:
+    """A layer number, or a fraction of the depth rounded to the nearest layer."""
+    if isinstance(position, float) and not position.is_integer():
+        if not 0 < position < 1:
+            raise ConfigError(f"{key}.layer: a fraction must lie between 0 and 1, not {position}")
+        return max(1, round(position * num_layers))
+    layer = int(position)
+    if not 1 <= layer <= num_layers:
+        raise ConfigError(f"{key}.layer: {layer} is outside the model, which has layers 1 to {num_layers}")
+    return layer
