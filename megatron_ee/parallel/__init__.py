@@ -1,0 +1,1 @@
+"""Processes: their groups, and data parallelism over the exits' parameters."""

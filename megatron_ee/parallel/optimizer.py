@@ -1,0 +1,191 @@
+"""Data parallelism and AdamW over the exits' parameters, both megatron-core's.
+
+Each exit is wrapped on its own: one backward per microbatch then completes its gradients, so that their reduction
+overlaps with the other exits' work. The backbone is in no wrapper: it has no gradient, buffer or optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ee import platform
+from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
+from megatron_ee.parallel.groups import Groups
+
+with platform.quiet_imports():
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """Optimizer state of one trained parameter on this rank.
+
+    Attributes:
+        parameter: the model's own.
+        tensors: ``main`` (float32 weights, where the model's are not), ``exp_avg``, ``exp_avg_sq``: flat float32, the
+            elements ``start:stop`` of the flattened parameter that this data-parallel rank updates.
+    """
+
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    tensors: dict[str, Tensor]
+
+
+class ExitOptimizer:
+    """Gradient buffers, reduction, clipping, AdamW and learning-rate schedule of the exits on this stage."""
+
+    def __init__(
+        self,
+        exits: Sequence[nn.Module],
+        config: TransformerConfig,
+        groups: Groups,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        steps: int,
+    ) -> None:
+        """Wrap ``exits``; parameters without ``requires_grad`` and exits without any trained one are left alone."""
+        trained = [exit_ for exit_ in exits if any(p.requires_grad for p in exit_.parameters())]
+        self.groups = groups
+        data_parallel = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=groups.data.size() > 1,
+            use_distributed_optimizer=True,
+        )
+        with platform.translated():
+            self.wrappers = {
+                exit_: DistributedDataParallel(config, data_parallel, exit_, pg_collection=groups.collection)
+                for exit_ in trained
+            }
+            core = CoreOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                min_lr=optimizer.min_lr,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                clip_grad=optimizer.clip_grad,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+            )
+            self.optimizer = get_megatron_optimizer(
+                core,
+                list(self.wrappers.values()),
+                config_overrides=get_standard_config_overrides(core),
+                use_gloo_process_groups=False,
+            )
+        for adam in self._adams():
+            if isinstance(adam, torch.optim.AdamW):
+                # One pass over memory instead of ten: torch has it for CPU and CUDA, megatron-core does not ask for it.
+                for group in adam.param_groups:
+                    group["fused"] = True
+        self.scheduler = _scheduler(self.optimizer, optimizer, schedule, steps)
+
+    def _adams(self) -> Iterator[torch.optim.Optimizer]:
+        """The inner optimizers: none on a stage that trains nothing."""
+        return (part.optimizer for part in self.optimizer.chained_optimizers if part.optimizer is not None)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the coming step."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def zero_gradients(self) -> None:
+        """Before the first backward of a step."""
+        for wrapper in self.wrappers.values():
+            wrapper.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def reduce_gradients(self) -> None:
+        """After the last backward of a step: wait for the sums over data-parallel (and sequence-parallel) ranks."""
+        with platform.translated():
+            finalize_model_grads(list(self.wrappers.values()), pg_collection=self.groups.collection)
+
+    def gradient_norm(self, exit_: nn.Module) -> float:
+        """Norm of one exit's reduced gradients on this rank, before clipping; 0 where it trains nothing."""
+        wrapper = self.wrappers.get(exit_)
+        if wrapper is None:
+            return 0.0
+        return float(torch.stack([buffer.grad_data.norm() for buffer in wrapper.buffers]).norm())
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule; returns the gradient norm over all exits before clipping."""
+        with platform.translated():
+            _, norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        return float(norm or 0.0)
+
+    def parameter_states(self) -> Iterator[ParameterState]:
+        """This rank's optimizer state, in place: writing into the tensors restores it.
+
+        Before the first step Adam has no state yet. It is then made by a step without gradients, which moves the
+        weights (weight decay), so a caller that restores must write the weights after this.
+        """
+        for part in self.optimizer.chained_optimizers:
+            if part.optimizer is None:
+                continue
+            if not part.optimizer.state:
+                with platform.translated():
+                    part._init_optimizer_states_with_dummy_values()
+            for parameter in part.model_param_gbuf_map:
+                bounds = part._get_model_param_range_map(parameter)["param"]
+                state = part._get_main_param_and_optimizer_states(parameter)
+                tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+                if parameter.dtype != torch.float32:
+                    tensors["main"] = state["param"]
+                yield ParameterState(parameter, bounds.start, bounds.end, tensors)
+
+    def counters(self) -> dict[str, int]:
+        """What is no tensor of a parameter: Adam's step count and the schedule's."""
+        steps = [int(state["step"]) for adam in self._adams() for state in adam.state.values()]
+        return {"adam_step": max(steps, default=0), "scheduler": self.scheduler.num_steps}
+
+    def restore_counters(self, counters: dict[str, int]) -> None:
+        """Take back what ``counters`` gave, after the tensors."""
+        for adam in self._adams():
+            for state in adam.state.values():
+                state["step"].fill_(counters["adam_step"])
+        self.scheduler.step(counters["scheduler"] - self.scheduler.num_steps)
+
+
+def _scheduler(
+    optimizer: Any, settings: OptimizerConfig, schedule: ScheduleConfig, steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then the decay; weight decay stays as it is.
+
+    The rate of a step is read before it and counted from 0, so the first of ``n`` warm-up steps has rate ``lr / n``:
+    a step at rate 0 would be lost.
+    """
+    warmup = min(round(schedule.warmup_fraction * steps), steps - 1)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
+        lr_decay_style=schedule.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+    scheduler.step(1)
+    return scheduler
