@@ -1,0 +1,154 @@
+"""Attention: rotary positions, causal and sliding windows, padding, and the KV cache, for training and inference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ee.config.architecture import Rope
+
+if TYPE_CHECKING:
+    from megatron_ee.model.setup import ModelSetup
+
+
+class LayerCache(Protocol):
+    """Where one layer keeps keys and values between passes."""
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``[batch, kv_heads, new, head_dim]`` and return all that is kept, ``[batch, kv_heads, kept, head_dim]``."""
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """Inverse frequencies ``[head_dim / 2]``, float32, after linear or Llama 3 scaling (Llama 3.1 release notes)."""
+    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    if rope.kind == "linear":
+        return inverse / rope.factor
+    if rope.kind != "llama3":
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    # 0 where a wavelength is scaled fully, 1 where it stays, linear in between.
+    kept = (rope.original_positions / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    kept = kept.clamp(0, 1)
+    return kept * inverse + (1 - kept) * inverse / rope.factor
+
+
+@dataclass
+class Positions:
+    """What attention must know of the tokens in one pass; built once and read by every layer.
+
+    Attributes:
+        cos: ``[seq, batch or 1, 1, head_dim]`` in the model's dtype.
+        sin: as ``cos``.
+        queries: position of each token of this pass, ``[batch or 1, seq]``.
+        keys: positions that may be attended to, kept ones included: 0 .. ``keys - 1``.
+        key_valid: ``[batch, keys]``, False at padding; None where there is none.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    queries: Tensor
+    keys: int
+    key_valid: Tensor | None = None
+    causal: bool = True
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Which keys each query sees, ``[batch or 1, 1, seq, keys]`` bool; None where plain causal order will do."""
+        if window is not None and window >= self.keys:
+            window = None
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None) -> Tensor | None:
+        if self.key_valid is None and window is None and (self.causal or self.queries.shape[1] == 1):
+            return None
+        query = self.queries[:, :, None]
+        key = torch.arange(self.keys, device=query.device)
+        visible = key <= query
+        if window is not None:
+            visible &= key > query - window
+        if self.key_valid is not None:
+            # A padding query sees itself alone: an empty row would be NaN and spread.
+            visible = (visible & self.key_valid[:, None, :]) | (key == query)
+        return visible[:, None]
+
+
+def make_positions(
+    inverse_frequencies: Tensor, dtype: torch.dtype, start: int, stop: int, key_valid: Tensor | None = None
+) -> Positions:
+    """Positions of a pass over tokens ``start .. stop - 1`` of every row, after ``start`` kept ones.
+
+    Args:
+        inverse_frequencies: from ``rope_frequencies``, on the device of the model.
+        dtype: the model's.
+        start: tokens whose keys and values the cache holds already.
+        stop: end of this pass.
+        key_valid: ``[batch, stop]`` bool. Rows are padded on either side; a padded row's positions count its
+            valid tokens only, as transformers counts them.
+    """
+    steps = torch.arange(start, stop, device=inverse_frequencies.device)[None]
+    rotary = steps if key_valid is None else (key_valid.long().cumsum(1) - 1).clamp(min=0)[:, start:stop]
+    angles = rotary.t()[:, :, None].float() * inverse_frequencies
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+    return Positions(
+        angles.cos().to(dtype), angles.sin().to(dtype), steps, stop, key_valid, causal=start == 0 and stop > 1
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over tensor-parallel heads.
+
+    The fused projection's rows are grouped by key-value head: its query heads, its key, its value.
+    """
+
+    def __init__(self, setup: ModelSetup, window: int | None) -> None:
+        super().__init__()
+        arch, spec = setup.architecture, setup.spec
+        self.window, self.head_dim = window, arch.head_dim
+        self.queries_per_group = arch.num_heads // arch.num_kv_heads
+        rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+        self.qkv = spec.column(setup, arch.hidden_size, rows, bias=arch.qkv_bias)
+        self.output = spec.row(setup, arch.num_heads * arch.head_dim, arch.hidden_size, bias=arch.output_bias)
+        self.q_layernorm = self.k_layernorm = None
+        if arch.qk_norm:
+            # On heads, of which every rank has its own: megatron-core sums their gradients over ranks by these names.
+            self.q_layernorm = spec.norm(setup, arch.head_dim, sharded_sequence=False)
+            self.k_layernorm = spec.norm(setup, arch.head_dim, sharded_sequence=False)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """``[seq, batch, hidden]`` -> the same shape: the attention's output before the residual is added."""
+        qkv = self.qkv(x)
+        seq, batch, _ = qkv.shape
+        qkv = qkv.view(seq, batch, -1, self.queries_per_group + 2, self.head_dim)
+        query = qkv[..., : self.queries_per_group, :].reshape(seq, batch, -1, self.head_dim)
+        key, value = qkv[..., -2, :], qkv[..., -1, :]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query = rotate(query, positions).permute(1, 2, 0, 3)
+        key, value = rotate(key, positions).permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        mask = positions.mask(self.window)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and seq > 1,
+            enable_gqa=self.queries_per_group > 1,
+        )
+        return self.output(context.permute(2, 0, 1, 3).reshape(seq, batch, -1))
+
+
+def rotate(x: Tensor, positions: Positions) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of ``[seq, batch, heads, head_dim]``, halves rotated as in released Llama."""
+    first, second = x.chunk(2, dim=-1)
+    return x * positions.cos + torch.cat((-second, first), dim=-1) * positions.sin

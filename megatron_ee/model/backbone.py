@@ -1,0 +1,84 @@
+"""The frozen pre-trained model, or the part of it that one stage holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ee import platform
+from megatron_ee.model.attention import make_positions, rope_frequencies
+from megatron_ee.model.layer import DecoderLayer
+
+if TYPE_CHECKING:
+    from megatron_ee.model.attention import Positions
+    from megatron_ee.model.setup import ModelSetup
+
+with platform.quiet_imports():
+    from megatron.core.tensor_parallel import VocabParallelEmbedding
+
+
+class VocabHead(nn.Module):
+    """A matrix from hidden states to logits, its rows (the vocabulary) spread over the tensor-parallel ranks.
+
+    It only holds the weight: losses and decoding read it chunk by chunk.
+
+    Attributes:
+        weight: ``[padded_vocab / tp, hidden]``.
+        start: first token id of this rank's rows.
+        valid: how many of the rows are real tokens; the others are padding.
+    """
+
+    def __init__(self, setup: ModelSetup) -> None:
+        super().__init__()
+        rows = setup.padded_vocab // setup.groups.tensor.size()
+        self.start = setup.groups.tensor.rank() * rows
+        self.valid = max(0, min(rows, setup.architecture.vocab_size - self.start))
+        self.weight = nn.Parameter(torch.empty(rows, setup.architecture.hidden_size, dtype=setup.dtype))
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+class Backbone(nn.Module):
+    """Layers ``layers`` of the model, with the embedding before them and the final exit after them where asked for.
+
+    Attributes:
+        layers: the decoder layers by number, from 1, as strings.
+    """
+
+    def __init__(self, setup: ModelSetup, layers: Iterable[int], *, embedding: bool, final_exit: bool) -> None:
+        super().__init__()
+        arch = setup.architecture
+        self.setup = setup
+        self.embedding = None
+        if embedding:
+            self.embedding = VocabParallelEmbedding(
+                setup.padded_vocab,
+                arch.hidden_size,
+                init_method=lambda weight: weight,
+                reduce_scatter_embeddings=setup.config.sequence_parallel,
+                config=setup.config,
+                tp_group=setup.groups.tensor,
+            )
+        self.layers = nn.ModuleDict({str(number): DecoderLayer(setup, number) for number in layers})
+        self.final_norm = setup.spec.norm(setup, arch.hidden_size) if final_exit else None
+        self.head = VocabHead(setup) if final_exit else None
+        if final_exit and arch.tied and self.embedding is not None:
+            self.head.weight = self.embedding.weight  # type: ignore[union-attr]
+        self.requires_grad_(False)
+        self.inverse_frequencies = rope_frequencies(arch.rope, arch.head_dim).to(platform.device())
+
+    def positions(self, start: int, stop: int, key_valid: Tensor | None = None) -> Positions:
+        """See ``make_positions``."""
+        return make_positions(self.inverse_frequencies, self.setup.dtype, start, stop, key_valid)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
+        assert self.embedding is not None, "this stage has no embedding"
+        hidden = self.embedding(tokens)
+        return hidden if self.setup.config.sequence_parallel else hidden.transpose(0, 1).contiguous()
+
+    def numbered_layers(self) -> Iterable[tuple[int, DecoderLayer]]:
+        """The layers held here with their numbers, in order."""
+        return ((int(name), layer) for name, layer in self.layers.items())  # type: ignore[misc]

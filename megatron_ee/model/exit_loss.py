@@ -1,0 +1,227 @@
+"""Cross-entropy of one exit, in chunks of tokens over a vocabulary-parallel head (design: the tuning step).
+
+The logits of a whole microbatch never exist: each chunk's are computed, turned into the loss, its statistics and its
+gradient, and dropped. Gradients are taken in the forward pass, which saves computing the logits a second time, so the
+factor of the loss (exit weight over the global batch's token count) must be known before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ee.model.backbone import VocabHead
+from megatron_ee.model.metrics import TokenStats
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The trained part of a ``low_rank`` head: its logits are ``weight z + up (down z)``.
+
+    Attributes:
+        hidden: ``down z``, ``[tokens, rank]``.
+        up: ``[padded_vocab / tp, rank]``.
+    """
+
+    hidden: Tensor
+    up: Tensor
+
+
+def exit_loss(
+    z: Tensor,
+    head: VocabHead,
+    labels: Tensor,
+    coefficient: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    low_rank: LowRank | None = None,
+    dynamic: bool = False,
+    chunk_tokens: int = 512,
+) -> tuple[Tensor, TokenStats]:
+    """Weighted sum of cross-entropies, differentiable once with respect to ``z``, the head and ``low_rank``.
+
+    Args:
+        z: ``[tokens, hidden]``, after the exit's norm, equal on all tensor-parallel ranks.
+        head: this rank's rows of the head.
+        labels: ``[tokens]`` int64, global token ids.
+        coefficient: ``[tokens]`` float32, factor of each token's loss: exit weight / tokens of the global batch, 0
+            where the token is masked. Gradients carry it, so the result must be backpropagated as it is, with
+            gradient 1.
+        group: tensor-parallel ranks.
+        low_rank: the trained correction of a ``low_rank`` head.
+        dynamic: also weight each token by the exit's detached maximum probability (EE-LLM, arXiv 2312.04916).
+        chunk_tokens: tokens whose logits exist at one time.
+
+    Returns:
+        The loss, a float32 scalar equal on all tensor-parallel ranks, and the detached statistics of each token.
+    """
+    hidden, up = (None, None) if low_rank is None else (low_rank.hidden, low_rank.up)
+    loss, nll, confidence, top1 = _ExitLoss.apply(
+        z, head.weight, hidden, up, head, labels, coefficient, group, dynamic, chunk_tokens
+    )
+    return loss, TokenStats(nll, confidence, top1)
+
+
+def exit_statistics(
+    z: Tensor,
+    head: VocabHead,
+    labels: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    low_rank: LowRank | None = None,
+    chunk_tokens: int = 512,
+) -> TokenStats:
+    """Loss, confidence and top-1 token of each token, without gradients; arguments as for ``exit_loss``."""
+    with torch.no_grad():
+        coefficient = torch.ones(len(labels), device=z.device)
+        return exit_loss(z, head, labels, coefficient, group, low_rank=low_rank, chunk_tokens=chunk_tokens)[1]
+
+
+class _ExitLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        weight: Tensor,
+        hidden: Tensor | None,
+        up: Tensor | None,
+        head: VocabHead,
+        labels: Tensor,
+        coefficient: Tensor,
+        group: dist.ProcessGroup,
+        dynamic: bool,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        needs_z, needs_weight, needs_hidden, needs_up = ctx.needs_input_grad[:4]
+        grad_z = torch.empty_like(z) if needs_z else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden and hidden is not None else None
+        grad_weight = _gradient_sum(weight) if needs_weight else None
+        grad_up = _gradient_sum(up) if needs_up and up is not None else None
+        nll = torch.empty(len(labels), dtype=torch.float32, device=z.device)
+        confidence, top1 = torch.empty_like(nll), torch.empty_like(labels)
+        loss = torch.zeros((), dtype=torch.float32, device=z.device)
+        scratch = torch.empty(min(chunk_tokens, len(z)), len(weight), dtype=torch.float32, device=z.device)
+
+        for start in range(0, len(z), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = _logits(z[part], weight, None if hidden is None else hidden[part], up, scratch)
+            logits[:, head.valid :] = -torch.inf
+            scale = coefficient[part]
+            nll[part], confidence[part], top1[part] = _softmax_(logits, labels[part], head, group)
+            if dynamic:
+                scale = scale * confidence[part]
+            loss += torch.dot(nll[part], scale)
+            if not any(ctx.needs_input_grad[:4]):
+                continue
+            grad_logits = _logit_gradient_(logits, labels[part], scale, head).to(z.dtype)
+            if grad_z is not None:
+                torch.mm(grad_logits, weight, out=grad_z[part])
+            if grad_hidden is not None and up is not None:
+                torch.mm(grad_logits, up, out=grad_hidden[part])
+            if grad_weight is not None:
+                _accumulate_(grad_weight, grad_logits, z[part])
+            if grad_up is not None and hidden is not None:
+                _accumulate_(grad_up, grad_logits, hidden[part])
+
+        for partial in (grad_z, grad_hidden):
+            if partial is not None and group.size() > 1:
+                dist.all_reduce(partial, group=group)
+        ctx.gradients = (
+            grad_z,
+            _as_gradient(grad_weight, weight),
+            grad_hidden,
+            None if up is None else _as_gradient(grad_up, up),
+        )
+        ctx.mark_non_differentiable(nll, confidence, top1)
+        return loss, nll, confidence, top1
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # Checked on the device: reading it here would make the host wait for every exit.
+        torch._assert_async(grad_loss == 1, "an exit's loss is backpropagated as it is")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients, None, None, None, None, None, None)
+
+
+def _logits(z: Tensor, weight: Tensor, hidden: Tensor | None, up: Tensor | None, scratch: Tensor) -> Tensor:
+    """Float32 logits of a chunk, in ``scratch``."""
+    logits = scratch[: len(z)]
+    if z.dtype == torch.float32:
+        torch.mm(z, weight.t(), out=logits)
+    else:
+        logits.copy_(torch.mm(z, weight.t()))
+    if hidden is not None and up is not None:
+        logits += torch.mm(hidden, up.t())
+    return logits
+
+
+def _softmax_(
+    logits: Tensor, labels: Tensor, head: VocabHead, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn ``logits`` into probabilities over the whole vocabulary in place; loss, confidence, top-1 of each token."""
+    highest, top1 = logits.max(dim=1)
+    top1 = top1 + head.start
+    if group.size() > 1:
+        own = highest.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        # Equal maxima on two ranks: the lower token id, as one process takes it.
+        top1.masked_fill_(own < highest, torch.iinfo(top1.dtype).max)
+        dist.all_reduce(top1, dist.ReduceOp.MIN, group=group)
+    logits -= highest[:, None]
+    local, here = _local_labels(labels, head)
+    target = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
+    total = logits.exp_().sum(dim=1)
+    if group.size() > 1:
+        both = torch.stack((target, total))
+        dist.all_reduce(both, group=group)
+        target, total = both
+    confidence = 1 / total
+    logits *= confidence[:, None]
+    return total.log() - target, confidence, top1
+
+
+def _logit_gradient_(probabilities: Tensor, labels: Tensor, scale: Tensor, head: VocabHead) -> Tensor:
+    """Gradient of the weighted loss with respect to the logits, in place of the probabilities."""
+    local, here = _local_labels(labels, head)
+    probabilities.scatter_add_(1, local[:, None], -here[:, None].to(probabilities.dtype))
+    return probabilities.mul_(scale[:, None])
+
+
+def _local_labels(labels: Tensor, head: VocabHead) -> tuple[Tensor, Tensor]:
+    """Row of each label in this rank's head, 0 where it is another rank's, and whether it is here."""
+    here = (labels >= head.start) & (labels < head.start + head.valid)
+    return torch.where(here, labels - head.start, 0), here
+
+
+def _gradient_sum(parameter: Tensor) -> Tensor:
+    """Where a head's gradient is added up: the data-parallel wrapper's own buffer where there is one."""
+    buffer = getattr(parameter, "main_grad", None)
+    if buffer is not None:
+        return buffer
+    return torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor) -> None:
+    """``total += grad_logits^T inputs``, summed in ``total``'s dtype."""
+    if total.dtype == inputs.dtype:
+        total.addmm_(grad_logits.t(), inputs)
+    else:
+        total += torch.mm(grad_logits.t(), inputs)
+
+
+def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """What autograd hands to the parameter.
+
+    Where the sum went straight into the wrapper's buffer, the wrapper's hook must still run but add nothing: it skips
+    parameters marked so, as megatron-core's own fused weight gradients do, and needs only something of the right shape.
+    """
+    if total is None:
+        return None
+    if total is getattr(parameter, "main_grad", None):
+        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return parameter.new_empty(1).expand_as(parameter)
+    return total.to(parameter.dtype)

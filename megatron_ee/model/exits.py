@@ -1,0 +1,176 @@
+"""One exit: an optional body, a norm and a head on a tap of the frozen backbone (design: exits).
+
+======== ===================== =============================
+body     features z            tap
+======== ===================== =============================
+embedding ``h_k``              h_k, after layer k
+norm     ``N(h_k)``            h_k
+mlp      ``N(r_k + MLP(n(r_k)))`` r_k, layer k's residual after attention
+layer    ``N(Layer(h_k))``     h_k
+======== ===================== =============================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.model.backbone import VocabHead
+from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
+from megatron_ee.model.layer import MLP, DecoderLayer
+from megatron_ee.model.metrics import TokenStats
+
+if TYPE_CHECKING:
+    from megatron_ee.model.attention import LayerCache, Positions
+    from megatron_ee.model.setup import ModelSetup
+
+INIT_STD = 0.02
+
+
+class Exit(nn.Module):
+    """What is attached after layer ``spec.layer``. Its trained parameters are those that require a gradient.
+
+    Attributes:
+        input_norm: layer k's own pre-MLP norm, frozen: the one an ``mlp`` exit reads its tap through.
+        head: ``own``: trained; otherwise the backbone's frozen head, one object for all exits of a stage.
+    """
+
+    def __init__(self, setup: ModelSetup, spec: ExitSpec, shared_head: VocabHead | None) -> None:
+        super().__init__()
+        arch = setup.architecture
+        self.spec, self.setup = spec, setup
+        self.input_norm = self.mlp = self.layer = self.norm = self.down = self.up = None
+        if spec.body == "mlp":
+            self.input_norm = setup.spec.norm(setup, arch.hidden_size).requires_grad_(False)
+            self.mlp = MLP(setup)
+        if spec.body == "layer":
+            self.layer = DecoderLayer(setup, arch.num_layers)
+        if spec.body != "embedding":
+            self.norm = setup.spec.norm(setup, arch.hidden_size)
+        if spec.head == "own":
+            self.head = VocabHead(setup)
+        else:
+            assert shared_head is not None, "this stage holds no shared head"
+            self.head = shared_head
+        if spec.head == "low_rank":
+            self.down = nn.Parameter(torch.empty(spec.rank, arch.hidden_size, dtype=setup.dtype))
+            self.up = nn.Parameter(torch.empty(len(self.head.weight), spec.rank, dtype=setup.dtype))
+            self.up.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+    def features(self, tap: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """Tap ``[seq, batch, hidden]``, a share of seq with sequence parallelism -> z ``[seq, batch, hidden]``."""
+        if self.mlp is not None and self.input_norm is not None:
+            tap = tap + self.mlp(self.input_norm(tap))
+        elif self.layer is not None:
+            tap = self.layer(tap, positions, cache)
+        if self.norm is not None:
+            tap = self.norm(tap)
+        return self.setup.gather_sequence(tap)
+
+    def forward(
+        self,
+        tap: Tensor,
+        positions: Positions,
+        labels: Tensor,
+        coefficient: Tensor,
+        *,
+        dynamic: bool = False,
+        chunk_tokens: int = 512,
+    ) -> tuple[Tensor, TokenStats]:
+        """Loss of a microbatch and the statistics of its tokens, as ``exit_loss`` gives them.
+
+        Args:
+            tap: ``[seq, batch, hidden]``.
+            positions: of the microbatch.
+            labels: ``[seq * batch]``, sequence-major as the hidden states.
+            coefficient: ``[seq * batch]`` float32.
+            dynamic: dynamic token weights.
+            chunk_tokens: tokens whose logits exist at one time.
+        """
+        z = self.features(tap, positions).flatten(0, 1)
+        return exit_loss(
+            z,
+            self.head,
+            labels,
+            coefficient,
+            self.setup.groups.tensor,
+            low_rank=self._low_rank(z),
+            dynamic=dynamic,
+            chunk_tokens=chunk_tokens,
+        )
+
+    @torch.no_grad()
+    def statistics(self, tap: Tensor, positions: Positions, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
+        """Loss, confidence and top-1 token of each token; arguments as for ``forward``."""
+        z = self.features(tap, positions).flatten(0, 1)
+        group = self.setup.groups.tensor
+        return exit_statistics(z, self.head, labels, group, low_rank=self._low_rank(z), chunk_tokens=chunk_tokens)
+
+    def logits(self, z: Tensor) -> Tensor:
+        """``[..., hidden]`` -> this rank's float32 logits ``[..., vocab of this rank]`` without padding."""
+        logits = F.linear(z, self.head.weight)
+        low_rank = self._low_rank(z)
+        if low_rank is not None:
+            logits = logits + F.linear(low_rank.hidden, low_rank.up)
+        return logits[..., : self.head.valid].float()
+
+    def _low_rank(self, z: Tensor) -> LowRank | None:
+        if self.down is None or self.up is None:
+            return None
+        return LowRank(F.linear(z, self.down), self.up)
+
+
+@torch.no_grad()
+def initialise_random(exit_: Exit, seed: int) -> None:
+    """Normal(0, 0.02), output projections 0.02 / sqrt(2 k), norms 1, biases 0; B of a ``low_rank`` head 0.
+
+    Draws depend on seed, layer and parameter alone, and are taken for the whole tensor before it is cut, so any
+    tensor-parallel size starts from the same weights.
+    """
+    tensor = exit_.setup.groups.tensor
+    for name, parameter in exit_.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif name == "up":
+            parameter.zero_()
+        else:
+            std = INIT_STD / math.sqrt(2 * exit_.spec.layer) if name.endswith(_OUTPUT_PROJECTIONS) else INIT_STD
+            _draw_(parameter, f"{seed}/{exit_.spec.layer}/{name}", std, tensor.rank(), tensor.size())
+    _zero_padding(exit_.head)
+
+
+@torch.no_grad()
+def initialise_low_rank(exit_: Exit, seed: int) -> None:
+    """A normal(0, 0.02), B zero: the exit starts out with the backbone's head (as LoRA, arXiv 2106.09685)."""
+    if exit_.down is not None and exit_.up is not None:
+        _draw_(exit_.down, f"{seed}/{exit_.spec.layer}/down", INIT_STD, 0, 1)
+        exit_.up.zero_()
+
+
+_OUTPUT_PROJECTIONS = ("mlp.down.weight", "attention.output.weight")
+
+
+def _draw_(parameter: Tensor, key: str, std: float, rank: int, size: int) -> None:
+    """Fill this rank's part of a tensor drawn from a generator that ``key`` seeds."""
+    shape = list(parameter.shape)
+    sharded = size > 1 and getattr(parameter, "tensor_model_parallel", False)
+    dim = getattr(parameter, "partition_dim", 0) if sharded else 0
+    if sharded:
+        shape[dim] *= size
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.empty(shape, dtype=torch.float32).normal_(0, std, generator=generator)
+    parameter.copy_(whole.chunk(size, dim)[rank] if sharded else whole)
+
+
+def _zero_padding(head: VocabHead) -> None:
+    if head.weight.requires_grad:
+        head.weight[head.valid :] = 0

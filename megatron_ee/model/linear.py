@@ -1,0 +1,98 @@
+"""Norm, and megatron-core's tensor-parallel linears as the layers here use them; the spec that names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ee import platform
+
+with platform.quiet_imports():
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        gather_from_sequence_parallel_region,
+    )
+
+if TYPE_CHECKING:
+    from megatron_ee.model.setup import ModelSetup
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Linear whose output features are spread over the tensor-parallel ranks.
+
+    Differs from megatron-core's in one point: an input that needs no gradient, a tap or anything in the frozen
+    backbone, gets none computed, which spares a matrix product and a reduction.
+    """
+
+    def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=setup.config,
+            init_method=_left_empty,
+            bias=bias,
+            tp_group=setup.groups.tensor,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``[seq, batch, in]`` (``[seq / tp, ...]`` with sequence parallelism) -> ``[seq, batch, out / tp]``."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return super().forward(x)[0]
+        if self.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, group=self.tp_group)
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowLinear(RowParallelLinear):
+    """Linear whose input features are spread over the tensor-parallel ranks; the output is summed over them."""
+
+    def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=setup.config,
+            init_method=_left_empty,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=setup.groups.tensor,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``[seq, batch, in / tp]`` -> ``[seq, batch, out]`` (``[seq / tp, ...]`` with sequence parallelism)."""
+        if self.tp_group.size() == 1 and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return F.linear(x, self.weight, self.bias)
+        return super().forward(x)[0]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), marked for sequence parallelism as megatron-core expects."""
+
+    def __init__(self, setup: ModelSetup, size: int, *, sharded_sequence: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=setup.config.params_dtype))
+        self.weight.sequence_parallel = sharded_sequence and setup.config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = setup.architecture.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``; the last dimension is normalised in float32."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def _left_empty(weight: Tensor) -> Any:
+    """megatron-core asks for an initialiser; here every weight is loaded or set by its exit."""
+    return weight
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The classes a layer is made of, so that another library's fused ones can take their place."""
+
+    column: type[Any] = ColumnLinear
+    row: type[Any] = RowLinear
+    norm: type[Any] = RMSNorm

@@ -1,0 +1,355 @@
+"""What each exit is worth: loss, agreement with the final exit, calibration, and what a threshold would do.
+
+``QualityAccumulator`` takes per-token statistics microbatch by microbatch and keeps nothing but sums, so that the
+result does not depend on how the tokens were split, and the sums of data-parallel ranks can be added. Pure: torch on
+the CPU, no process groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ee.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """One exit's outcome per token.
+
+    Attributes:
+        loss: [tokens] float32, nats.
+        confidence: [tokens] float32, the maximum softmax probability.
+        top1: [tokens] int64, the most probable token id.
+    """
+
+    loss: Tensor
+    confidence: Tensor
+    top1: Tensor
+
+
+@dataclass(frozen=True)
+class FinalStats:
+    """The final exit's outcome per token; ``loss`` and ``top1`` as in ``TokenStats``."""
+
+    loss: Tensor
+    top1: Tensor
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Tokens whose confidence lies in (lower, upper]; the means over them are nan where there are none."""
+
+    lower: float
+    upper: float
+    tokens: int
+    confidence: float
+    accuracy: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class ExitQuality:
+    """One exit over all tokens, were it the only one.
+
+    Attributes:
+        layer: the layer it stands after.
+        loss: mean next-token loss in nats.
+        accuracy: share of tokens where its top-1 is the label.
+        agreement: share of tokens where its top-1 is the final exit's.
+        mean_confidence: mean maximum probability.
+        ece: expected calibration error: |confidence - accuracy| over the bins, weighted by their tokens
+            (Guo et al. 2017, arXiv 1706.04599).
+        ece_agreement: the same against agreement, which is what an early exit's confidence stands in for.
+        bins: the reliability diagram, in equal steps of confidence.
+    """
+
+    layer: int
+    loss: float
+    accuracy: float
+    agreement: float
+    mean_confidence: float
+    ece: float
+    ece_agreement: float
+    bins: tuple[ReliabilityBin, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss; inf where that is too large for a float."""
+        return perplexity(self.loss)
+
+
+@dataclass(frozen=True)
+class AboveThreshold:
+    """Tokens of which one exit is confident enough, earlier exits aside; means are nan where there are none."""
+
+    layer: int
+    share: float
+    agreement: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What happens at one threshold: each token leaves at the first exit that is at least so confident.
+
+    Attributes:
+        threshold: the confidence asked for.
+        shares: share of tokens leaving at each exit, and last at the final exit; they sum to 1.
+        mean_layers: layers run per token (see ``QualityAccumulator``), deferred work not counted.
+        agreement: share of tokens where what is emitted is the final exit's top-1.
+        accuracy: share of tokens where what is emitted is the label.
+        above: per exit, the tokens it would let leave on its own.
+    """
+
+    threshold: float
+    shares: tuple[float, ...]
+    mean_layers: float
+    agreement: float
+    accuracy: float
+    above: tuple[AboveThreshold, ...]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Quality of all exits on one set of tokens; ``num_layers`` is the backbone's depth."""
+
+    tokens: int
+    num_layers: int
+    final_loss: float
+    final_accuracy: float
+    exits: tuple[ExitQuality, ...]
+    sweep: tuple[SweepPoint, ...]
+
+    @property
+    def final_perplexity(self) -> float:
+        """exp of the final exit's loss."""
+        return perplexity(self.final_loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As strict JSON takes it: perplexities added, numbers that are not finite as None."""
+        data = asdict(self) | {"final_perplexity": self.final_perplexity}
+        for entry, exit_ in zip(data["exits"], self.exits, strict=True):
+            entry["perplexity"] = exit_.perplexity
+        return _json(data)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Quality:
+        """The inverse of ``to_dict``; further keys are passed over, None becomes nan.
+
+        Raises:
+            KeyError: a key is missing.
+        """
+        exits = tuple(
+            _read(ExitQuality, exit_, bins=tuple(_read(ReliabilityBin, bin_) for bin_ in exit_["bins"]))
+            for exit_ in data["exits"]
+        )
+        sweep = tuple(
+            _read(
+                SweepPoint,
+                point,
+                shares=tuple(point["shares"]),
+                above=tuple(_read(AboveThreshold, above) for above in point["above"]),
+            )
+            for point in data["sweep"]
+        )
+        return _read(cls, data, exits=exits, sweep=sweep)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or inf where that overflows."""
+    return math.exp(loss) if not loss > 709 else math.inf
+
+
+def _json(value: Any) -> Any:
+    """Tuples as lists, and None for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(kind: Any, data: dict[str, Any], **given: Any) -> Any:
+    """A dataclass of this kind from a dict: None as nan, further keys passed over."""
+    plain = {field.name: data[field.name] for field in fields(kind) if field.name not in given}
+    return kind(**given, **{name: math.nan if value is None else value for name, value in plain.items()})
+
+
+class QualityAccumulator:
+    """Sums over tokens from which ``Quality`` follows.
+
+    ``sums`` is one flat float64 tensor on the CPU, of the same layout wherever exits, thresholds and bins are the
+    same: add those of several ranks (all-reduce it in place) or use ``merge``. Counts in it are whole numbers below
+    2**53, hence exact.
+    """
+
+    def __init__(
+        self,
+        exit_layers: Sequence[int],
+        num_layers: int,
+        thresholds: Sequence[float],
+        bins: int = 15,
+        body_layers: Sequence[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            exit_layers: the layer after which each exit stands, rising, from 1 to ``num_layers``.
+            num_layers: depth of the backbone.
+            thresholds: confidences of the sweep; above 1 none leaves early.
+            bins: equal steps of confidence for calibration.
+            body_layers: decoder layers in each exit's own body (1 for ``layer``, else 0; default all 0). A token that
+                reaches an exit has run its body, whether it leaves there or not. Heads and MLPs are not counted.
+
+        Raises:
+            ValueError: these do not fit together.
+        """
+        layers = tuple(exit_layers)
+        own = tuple(body_layers) if body_layers is not None else (0,) * len(layers)
+        if list(layers) != sorted(set(layers)) or (layers and not 1 <= layers[0] <= layers[-1] <= num_layers):
+            raise ValueError(f"exit_layers must rise within 1 to {num_layers}, not {layers}")
+        if len(own) != len(layers):
+            raise ValueError(f"body_layers must have one entry for each of {len(layers)} exits, not {len(own)}")
+        if bins < 1:
+            raise ValueError(f"bins must be at least 1, not {bins}")
+        self.exit_layers, self.num_layers, self.bins = layers, num_layers, bins
+        self.thresholds = tuple(float(threshold) for threshold in thresholds)
+        run = [layer + sum(own[: index + 1]) for index, layer in enumerate(layers)]
+        self.layers_run = torch.tensor([*run, num_layers + sum(own)], dtype=torch.float64)
+        exits, points = len(layers), len(self.thresholds)
+        shapes = {
+            "final": (3,),  # tokens, loss, label hit
+            "loss": (exits,),
+            "bins": (exits, bins, 4),  # tokens, confidence, label hit, agreement
+            "left": (points, exits + 1, 3),  # tokens, label hit, agreement
+            "above": (points, exits, 3),
+        }
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        self.sums = torch.zeros(sum(sizes), dtype=torch.float64)
+        parts = self.sums.split(sizes)
+        self._sums = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    def update(self, exits: Sequence[TokenStats], final: TokenStats | FinalStats, labels: Tensor, mask: Tensor) -> None:
+        """Add one microbatch; a mask without a single token adds nothing.
+
+        Args:
+            exits: one per exit, in the order of ``exit_layers``.
+            final: the final exit's.
+            labels: [tokens] int64.
+            mask: [tokens] bool, which of them count.
+
+        Raises:
+            ValueError: another number of exits, or shapes that differ.
+        """
+        if len(exits) != len(self.exit_layers):
+            raise ValueError(f"expected {len(self.exit_layers)} exits, not {len(exits)}")
+        shape = labels.shape
+        given = [mask, final.loss, final.top1, *(t for e in exits for t in (e.loss, e.confidence, e.top1))]
+        if labels.dim() != 1 or any(tensor.shape != shape for tensor in given):
+            raise ValueError(f"all tensors must be [tokens] as labels are, not {[tuple(t.shape) for t in given]}")
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.detach()[mask.bool()].cpu()
+
+        labels, final_top1 = pick(labels), pick(final.top1)
+        one = torch.ones(len(labels), dtype=torch.float64)
+        hit = (final_top1 == labels).double()
+        self._sums["final"] += torch.stack([one.sum(), pick(final.loss).double().sum(), hit.sum()])
+
+        confidences, outcomes = [], []
+        for index, stats in enumerate(exits):
+            confidence, top1 = pick(stats.confidence), pick(stats.top1)
+            outcome = torch.stack([one, (top1 == labels).double(), (top1 == final_top1).double()], dim=1)
+            self._sums["loss"][index] += pick(stats.loss).double().sum()
+            self._add_bins(index, confidence.double(), outcome)
+            confidences.append(confidence)
+            outcomes.append(outcome)
+        outcomes.append(torch.stack([one, hit, one], dim=1))
+        for index, threshold in enumerate(self.thresholds):
+            staying = torch.ones(len(labels), dtype=torch.bool)
+            for which, confidence in enumerate(confidences):
+                # In the confidence's own dtype, so that a decoder that asks the same question gets the same answer.
+                above = confidence >= threshold
+                self._sums["above"][index, which] += outcomes[which][above].sum(0)
+                self._sums["left"][index, which] += outcomes[which][above & staying].sum(0)
+                staying &= ~above
+            self._sums["left"][index, -1] += outcomes[-1][staying].sum(0)
+
+    def _add_bins(self, index: int, confidence: Tensor, outcome: Tensor) -> None:
+        where = (confidence * self.bins).ceil().long().sub_(1).clamp_(0, self.bins - 1)
+        rows = torch.stack([outcome[:, 0], confidence, outcome[:, 1], outcome[:, 2]], dim=1)
+        self._sums["bins"][index].index_add_(0, where, rows)
+
+    def merge(self, other: QualityAccumulator) -> None:
+        """Add another accumulator's sums.
+
+        Raises:
+            ValueError: it was made for other exits, thresholds or bins.
+        """
+        mine, theirs = (
+            (a.exit_layers, a.num_layers, a.thresholds, a.bins, a.layers_run.tolist()) for a in (self, other)
+        )
+        if mine != theirs:
+            raise ValueError(f"cannot merge accumulators of {mine} and {theirs}")
+        self.sums += other.sums
+
+    def result(self) -> Quality:
+        """Quality over all tokens so far.
+
+        Raises:
+            DataError: there was no unmasked token.
+        """
+        tokens, loss, hit = self._sums["final"].tolist()
+        if not tokens:
+            raise DataError("validation data: no unmasked token; give data whose loss mask is not all zero")
+        return Quality(
+            tokens=int(tokens),
+            num_layers=self.num_layers,
+            final_loss=loss / tokens,
+            final_accuracy=hit / tokens,
+            exits=tuple(self._exit(index, tokens) for index in range(len(self.exit_layers))),
+            sweep=tuple(self._point(index, tokens) for index in range(len(self.thresholds))),
+        )
+
+    def _exit(self, index: int, tokens: float) -> ExitQuality:
+        rows = self._sums["bins"][index]
+        _, confidence, hit, agree = rows.unbind(1)
+        return ExitQuality(
+            layer=self.exit_layers[index],
+            loss=self._sums["loss"][index].item() / tokens,
+            accuracy=hit.sum().item() / tokens,
+            agreement=agree.sum().item() / tokens,
+            mean_confidence=confidence.sum().item() / tokens,
+            ece=(confidence - hit).abs().sum().item() / tokens,
+            ece_agreement=(confidence - agree).abs().sum().item() / tokens,
+            bins=tuple(
+                ReliabilityBin(step / self.bins, (step + 1) / self.bins, int(row[0]), *_means(row))
+                for step, row in enumerate(rows.tolist())
+            ),
+        )
+
+    def _point(self, index: int, tokens: float) -> SweepPoint:
+        left = self._sums["left"][index]
+        _, hit, agree = left.sum(0).tolist()
+        above = self._sums["above"][index].tolist()
+        return SweepPoint(
+            threshold=self.thresholds[index],
+            shares=tuple(count / tokens for count in left[:, 0].tolist()),
+            mean_layers=(left[:, 0] @ self.layers_run).item() / tokens,
+            agreement=agree / tokens,
+            accuracy=hit / tokens,
+            above=tuple(
+                AboveThreshold(layer, row[0] / tokens, agreement=_means(row)[1], accuracy=_means(row)[0])
+                for layer, row in zip(self.exit_layers, above, strict=True)
+            ),
+        )
+
+
+def _means(row: list[float]) -> list[float]:
+    """The sums of a row, divided by its first entry, their count."""
+    return [value / row[0] if row[0] else math.nan for value in row[1:]]

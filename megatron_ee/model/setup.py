@@ -1,0 +1,88 @@
+"""What every module needs to be built: architecture, megatron-core's configuration, process groups, spec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.model.linear import LayerSpec
+from megatron_ee.parallel.groups import Groups
+
+with platform.quiet_imports():
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.transformer import TransformerConfig
+
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """Passed to the constructor of every module.
+
+    Attributes:
+        architecture: the model's shape.
+        config: megatron-core's view of it.
+        groups: process groups.
+        spec: classes that layers are made of.
+    """
+
+    architecture: Architecture
+    config: TransformerConfig
+    groups: Groups
+    spec: LayerSpec = field(default_factory=LayerSpec)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of weights and hidden states."""
+        return self.config.params_dtype
+
+    @property
+    def padded_vocab(self) -> int:
+        """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
+        multiple = VOCAB_MULTIPLE * self.groups.tensor.size()
+        return -(-self.architecture.vocab_size // multiple) * multiple
+
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        """What a head reads: ``[seq, batch, hidden]`` on every rank, gathered where the sequence is sharded.
+
+        The loss returns the whole gradient on every rank, so each takes back its share and nothing is summed.
+        """
+        if not self.config.sequence_parallel:
+            return x
+        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.groups.tensor)
+
+
+def build_setup(
+    architecture: Architecture, dtype: torch.dtype, groups: Groups, *, sequence_parallel: bool = False
+) -> ModelSetup:
+    """Setup for building modules of ``architecture`` in ``dtype`` on this rank."""
+    config = TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        qk_layernorm=architecture.qk_norm,
+        layernorm_epsilon=architecture.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=groups.tensor.size(),
+        pipeline_model_parallel_size=groups.pipeline.size(),
+        pipeline_dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        # Weights are allocated under `with torch.device(...)` and filled from a checkpoint.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # The loss is divided by the global batch's token count, so gradients are summed over data-parallel ranks.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+    )
+    return ModelSetup(architecture, config, groups)

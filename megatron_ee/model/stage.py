@@ -1,0 +1,108 @@
+"""The part of the model that one process holds: a run of layers, and the exits hosted with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ee import platform
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.model.backbone import Backbone, VocabHead
+from megatron_ee.model.exit_loss import exit_statistics
+from megatron_ee.model.exits import Exit
+from megatron_ee.model.metrics import TokenStats
+
+if TYPE_CHECKING:
+    from megatron_ee.model.attention import Positions
+    from megatron_ee.model.setup import ModelSetup
+
+
+class Stage(nn.Module):
+    """Layers and exits of one pipeline rank.
+
+    Attributes:
+        backbone: frozen.
+        shared_head: the backbone's head, frozen, where an exit with a ``shared`` or ``low_rank`` head is hosted.
+        exits: by layer number, in order.
+    """
+
+    def __init__(
+        self,
+        setup: ModelSetup,
+        layers: Sequence[int],
+        exits: Sequence[ExitSpec],
+        *,
+        embedding: bool = True,
+        final_exit: bool = False,
+    ) -> None:
+        """Allocate the stage on this process's device, without values; ``checkpoint.loading`` fills it."""
+        super().__init__()
+        self.setup = setup
+        with torch.device(platform.device()):
+            self.backbone = Backbone(setup, layers, embedding=embedding, final_exit=final_exit)
+            self.shared_head = self._shared_head(exits)
+            self._exits = nn.ModuleDict({str(spec.layer): Exit(setup, spec, self.shared_head) for spec in exits})
+
+    def _shared_head(self, exits: Sequence[ExitSpec]) -> VocabHead | None:
+        if all(spec.head == "own" for spec in exits):
+            return None
+        if self.backbone.head is not None:
+            return self.backbone.head
+        head = VocabHead(self.setup).requires_grad_(False)
+        if self.setup.architecture.tied and self.backbone.embedding is not None:
+            head.weight = self.backbone.embedding.weight
+        return head
+
+    @property
+    def exits(self) -> list[Exit]:
+        """The exits hosted here, in the order of their layers."""
+        return list(self._exits.values())  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def run_layers(self, h: Tensor, positions: Positions, *, to_end: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the frozen layers, keeping only what exits read.
+
+        Args:
+            h: ``[seq, batch, hidden]``, of the embedding or the previous stage.
+            positions: of the microbatch.
+            to_end: the last layer's h is wanted too; otherwise its MLP is left out where only an ``mlp`` exit, which
+                has its own, follows.
+
+        Returns:
+            The last h computed, and the tap of each exit by its layer, all ``[seq, batch, hidden]``.
+        """
+        taps: dict[int, Tensor] = {}
+        bodies = {exit_.spec.layer: exit_.spec.body for exit_ in self.exits}
+        last = max((number for number, _ in self.backbone.numbered_layers()), default=0)
+        for number, layer in self.backbone.numbered_layers():
+            r = layer.attention_half(h, positions)
+            if bodies.get(number) == "mlp":
+                taps[number] = r
+                if number == last and not to_end:
+                    break
+            h = layer.mlp_half(r)
+            if number in bodies and number not in taps:
+                taps[number] = h
+        return h, taps
+
+    @torch.no_grad()
+    def final_statistics(self, h: Tensor, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
+        """Statistics of the final exit from h after the last layer; arguments as for ``Exit.statistics``."""
+        assert self.backbone.final_norm is not None and self.backbone.head is not None, "no final exit here"
+        z = self.final_features(h).flatten(0, 1)
+        group = self.setup.groups.tensor
+        return exit_statistics(z, self.backbone.head, labels, group, chunk_tokens=chunk_tokens)
+
+    def final_features(self, h: Tensor) -> Tensor:
+        """h after the last layer -> what the final exit's head reads, ``[seq, batch, hidden]``."""
+        assert self.backbone.final_norm is not None, "no final exit here"
+        return self.setup.gather_sequence(self.backbone.final_norm(h))
+
+    def final_logits(self, z: Tensor) -> Tensor:
+        """``[..., hidden]`` -> this rank's float32 logits of the final exit, without padding."""
+        head = self.backbone.head
+        assert head is not None, "no final exit here"
+        return torch.nn.functional.linear(z, head.weight)[..., : head.valid].float()
