@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, indexed corpora, chat data and the loader."""

@@ -1,0 +1,153 @@
+"""One piece of an input file to token ids; what the processes of ``prepare-data`` run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ee.data.chat import ChatRenderer
+from megatron_ee.data.read import Piece
+from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.errors import DataError
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How documents become tokens; see ``prepare_corpus``."""
+
+    tokenizer_path: Path
+    text_key: str
+    chat: bool
+    prepend_bos: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of a piece.
+
+    Attributes:
+        ids: int32 [tokens], of all documents one after the other.
+        mask: uint8 [tokens] for chat data, else None.
+        lengths: tokens of each document, or of the part of one.
+        ends: whether the last document ends here; otherwise the next piece continues it.
+        skipped: lines whose text was empty.
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8] | None
+    lengths: list[int]
+    ends: bool
+    skipped: int = 0
+
+
+class PieceEncoder:
+    """Turns pieces into tokens.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded or lacks an end-of-text token, the beginning-of-text token asked
+            for, or a chat template.
+    """
+
+    def __init__(self, options: EncodeOptions) -> None:
+        self.tokenizer = load_tokenizer(options.tokenizer_path)
+        self._options = options
+        self._chat = ChatRenderer(self.tokenizer) if options.chat else None
+        if self.tokenizer.eos_id is None:
+            raise DataError(f"{options.tokenizer_path}: the tokenizer has no end-of-text token; set eos_token")
+        self.eos_id: int = self.tokenizer.eos_id
+        self._start: list[int] = []
+        if options.prepend_bos and not options.chat:
+            if self.tokenizer.bos_id is None:
+                raise DataError(f"{options.tokenizer_path}: the tokenizer has no beginning-of-text token to prepend")
+            self._start = [self.tokenizer.bos_id]
+
+    def __call__(self, piece: Piece) -> Encoded:
+        """Tokens of one piece.
+
+        Raises:
+            DataError: invalid UTF-8 or JSON, a missing or ill-typed key, or an unusable conversation; with file and
+                line.
+        """
+        return self._lines(piece) if piece.lines else self._text(piece)
+
+    def _text(self, piece: Piece) -> Encoded:
+        text = _decode(piece.data, piece.path, piece.line, piece.offset)
+        if piece.first and piece.last and not text.strip():
+            raise DataError(f"{piece.path}: holds only white space; remove it from --input")
+        ids = [*self._start, *self.tokenizer.encode(text)] if piece.first else self.tokenizer.encode_continuation(text)
+        if piece.last:
+            ids.append(self.eos_id)
+        return Encoded(np.array(ids, dtype=np.int32), None, [len(ids)], piece.last)
+
+    def _lines(self, piece: Piece) -> Encoded:
+        ids: list[int] = []
+        mask: list[bool] = []
+        lengths: list[int] = []
+        skipped = 0
+        for where, record in _records(piece):
+            if self._chat is not None:
+                messages = _value(record, "messages", where)
+                document, document_mask = self._chat.encode(messages, where, record.get("tools"))
+                mask += document_mask
+            else:
+                text = _value(record, self._options.text_key, where)
+                if not isinstance(text, str):
+                    raise DataError(f"{where}: {self._options.text_key!r} must be text, not {type(text).__name__}")
+                if not text:
+                    skipped += 1
+                    continue
+                document = [*self._start, *self.tokenizer.encode(text), self.eos_id]
+            ids += document
+            lengths.append(len(document))
+        masks = np.array(mask, dtype=np.uint8) if self._chat is not None else None
+        return Encoded(np.array(ids, dtype=np.int32), masks, lengths, True, skipped)
+
+
+def _records(piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and object of each line that is not blank."""
+    offset = piece.offset
+    for number, line in enumerate(piece.data.split(b"\n"), start=piece.line):
+        where = f"{piece.path}, line {number}"
+        if line.strip():
+            text = _decode(line, piece.path, number, offset)
+            try:
+                record = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{where}: invalid JSON ({error}); each line must be one JSON object") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: each line must be one JSON object, not {type(record).__name__}")
+            if "\\u" in text:
+                _check_surrogates(record, where)
+            yield where, record
+        offset += len(line) + 1
+
+
+def _decode(data: bytes, path: Path, line: int, offset: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{path}, line {line}: invalid UTF-8 at byte {offset + error.start} ({error.reason}); convert it to UTF-8"
+        ) from None
+
+
+def _check_surrogates(record: dict[str, Any], where: str) -> None:
+    """JSON can spell half a surrogate pair, which is no text and which tokenizers choke on."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: holds half a surrogate pair (\\ud800 to \\udfff); remove it") from None
+
+
+def _value(record: dict[str, Any], key: str, where: str) -> Any:
+    if key not in record:
+        keys = ", ".join(sorted(record)[:8]) or "none"
+        raise DataError(f"{where}: no key {key!r}; the line has: {keys}")
+    return record[key]

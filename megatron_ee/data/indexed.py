@@ -1,0 +1,208 @@
+"""Corpora on disk: megatron-core's indexed datasets with an optional mask beside the tokens.
+
+``PREFIX.bin``/``.idx`` hold the tokens, one sequence per document, each ending with the end-of-text token;
+``PREFIX.mask.bin``/``.idx`` hold one uint8 per token where only some are labels to be trained on; ``PREFIX.json`` says
+where they came from. Datasets that Megatron-LM prepared have no ``.json`` and are read just as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ee.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusMetadata:
+    """What ``PREFIX.json`` holds.
+
+    Attributes:
+        tokenizer: path of the tokenizer, as it was given.
+        vocab_size: its vocabulary size.
+        eos_id: its end-of-text token.
+        documents: number of documents.
+        tokens: number of tokens, end-of-text tokens included.
+        trained_tokens: number of tokens that are labels to be trained on.
+        sha256: of ``PREFIX.bin``.
+        mask_sha256: of ``PREFIX.mask.bin``, or None without masks.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    eos_id: int
+    documents: int
+    tokens: int
+    trained_tokens: int
+    sha256: str
+    mask_sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """An open corpus.
+
+    Attributes:
+        prefix: what all its files' names begin with.
+        tokens: token ids by document.
+        masks: uint8 by document, 1 where the token is a label to be trained on, or None: all are.
+        metadata: None for datasets made by other tools.
+    """
+
+    prefix: Path
+    tokens: IndexedDataset
+    masks: IndexedDataset | None
+    metadata: CorpusMetadata | None
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, [documents]."""
+        return np.array(self.tokens.sequence_lengths, dtype=np.int32)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.lengths)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of tokens, masks and document boundaries; computed from the files where no metadata has it."""
+        tokens = self.metadata.sha256 if self.metadata else sha256(file_of(self.prefix, ".bin"))
+        masks = self.metadata.mask_sha256 if self.metadata else None
+        if self.masks is not None and masks is None:
+            masks = sha256(file_of(self.prefix, ".mask.bin"))
+        lengths = hashlib.sha256(self.lengths.tobytes()).hexdigest()
+        return hashlib.sha256(f"{tokens} {masks} {lengths}".encode()).hexdigest()
+
+    def check_vocabulary(self, model_vocab_size: int) -> None:
+        """Check that the model knows every token.
+
+        Raises:
+            DataError: the corpus's tokenizer, or without metadata one of its tokens, lies outside the vocabulary.
+        """
+        if self.metadata is not None:
+            size, what = self.metadata.vocab_size, f"its tokenizer {self.metadata.tokenizer} has"
+        else:
+            every = np.memmap(file_of(self.prefix, ".bin"), dtype=self.tokens.index.dtype, mode="r")
+            size, what = int(every.max()) + 1, "it holds ids for"
+        if size > model_vocab_size:
+            raise DataError(
+                f"{self.prefix}: {what} {size} tokens, but the model's vocabulary has only {model_vocab_size}; "
+                "prepare the data with the model's own tokenizer"
+            )
+
+
+def file_of(prefix: str | Path, suffix: str) -> Path:
+    """``PREFIX`` with ``suffix`` appended (a prefix may hold dots)."""
+    return Path(f"{prefix}{suffix}")
+
+
+def open_corpus(prefix: str | Path) -> Corpus:
+    """Open ``PREFIX.bin`` and what belongs to it, memory-mapped.
+
+    Raises:
+        DataError: a file is missing, damaged or empty, or mask and tokens do not have the same lengths.
+    """
+    prefix = Path(prefix)
+    tokens = _open_dataset(prefix, prefix)
+    mask_prefix = file_of(prefix, ".mask")
+    masks = None
+    if file_of(mask_prefix, ".bin").exists() or file_of(mask_prefix, ".idx").exists():
+        masks = _open_dataset(mask_prefix, prefix)
+        if masks.index.dtype != np.uint8 or not np.array_equal(masks.sequence_lengths, tokens.sequence_lengths):
+            raise DataError(f"{mask_prefix}.idx: does not have the documents of {prefix}.idx; prepare the corpus again")
+    metadata = _read_metadata(file_of(prefix, ".json"))
+    if metadata is not None and (metadata.documents, metadata.tokens) != (
+        len(tokens),
+        int(tokens.sequence_lengths.sum(dtype=np.int64)),
+    ):
+        raise DataError(f"{prefix}.json: its counts are not those of {prefix}.idx; prepare the corpus again")
+    if metadata is not None and metadata.mask_sha256 is not None and masks is None:
+        raise DataError(f"{mask_prefix}.bin: not found, but {prefix}.json names it; prepare the corpus again")
+    return Corpus(prefix, tokens, masks, metadata)
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_dataset(prefix: Path, corpus: Path) -> IndexedDataset:
+    """An indexed dataset whose index has been checked against the size of its data."""
+    for suffix in (".idx", ".bin"):
+        path = file_of(prefix, suffix)
+        if not path.is_file():
+            raise DataError(
+                f"{path}: not found; {corpus} is no corpus: give the prefix that prepare-data --output made"
+            )
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: empty; prepare the corpus again")
+    _check_index(file_of(prefix, ".idx"))
+    try:
+        dataset = indexed_dataset().IndexedDataset(str(prefix))
+    except (AssertionError, ValueError):
+        raise DataError(f"{prefix}.idx: damaged; prepare the corpus again") from None
+    length = int(dataset.sequence_lengths.sum(dtype=np.int64)) * np.dtype(dataset.index.dtype).itemsize
+    size = file_of(prefix, ".bin").stat().st_size
+    if size != length:
+        raise DataError(f"{prefix}.bin: {size} bytes, but {prefix}.idx says {length}; prepare the corpus again")
+    return dataset
+
+
+def _check_index(path: Path) -> None:
+    """Check header and size before megatron-core maps the file, which it does without looking."""
+    header = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(header.size)
+    if len(start) == header.size:
+        magic, version, dtype, sequences, boundaries = header.unpack(start)
+        # Per sequence an int32 length and an int64 place, per boundary an int64.
+        expected = header.size + 12 * sequences + 8 * boundaries
+        if magic == b"MMIDIDX\x00\x00" and version == 1 and 1 <= dtype <= 8 and sequences and size == expected:
+            return
+    raise DataError(f"{path}: damaged or no index of an indexed dataset; prepare the corpus again")
+
+
+def _read_metadata(path: Path) -> CorpusMetadata | None:
+    if not path.is_file():
+        return None
+    try:
+        return CorpusMetadata(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: damaged: {' '.join(str(error).split())}; prepare the corpus again") from None
+
+
+def indexed_dataset() -> Any:
+    """megatron-core's module of that name. Imported when needed: it takes seconds."""
+    from megatron_ee.platform import quiet_imports
+
+    with quiet_imports():
+        from megatron.core.datasets import indexed_dataset as module
+    return module
+
+
+def dataset_helpers() -> Any:
+    """megatron-core's compiled index builders."""
+    from megatron_ee.platform import quiet_imports
+
+    with quiet_imports():
+        from megatron.core.datasets import helpers
+    return helpers

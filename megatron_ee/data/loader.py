@@ -1,0 +1,267 @@
+"""Batches for tuning and validation: weighted blends of corpora, at a position that can be saved.
+
+The position of a run is one number, the sequences consumed so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_ee.config.schema import CorpusConfig, DataConfig
+from megatron_ee.data.indexed import Corpus, dataset_helpers, open_corpus
+from megatron_ee.data.packing import DocumentRange, PackedDocuments, split, whole
+from megatron_ee.errors import ConfigError, DataError
+
+Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one microbatch, on the CPU.
+
+    Attributes:
+        tokens: int64 [batch, seq].
+        labels: int64 [batch, seq], the next token of each.
+        mask: bool [batch, seq], whether the label counts in the loss.
+        num_tokens: number of labels that count.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor
+    num_tokens: int
+
+
+class PackedBlend:
+    """Sequences from several corpora in proportion to their weights, without end.
+
+    Sequence ``i`` is a function of (corpora, weights, seed, i) alone.
+
+    Raises:
+        ConfigError: a weight that is not positive, a negative seed, or a sequence length below 2.
+        DataError: a corpus is shorter than one sequence.
+    """
+
+    def __init__(
+        self, ranges: Sequence[DocumentRange], weights: Sequence[float], sequence_length: int, seed: int
+    ) -> None:
+        if not ranges or len(ranges) != len(weights):
+            raise ConfigError("data.train: name at least one corpus, each with one weight")
+        for documents, weight in zip(ranges, weights, strict=True):
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"data.train: the weight of {documents.corpus.prefix} must be positive, not {weight}")
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"data.seed: must lie between 0 and {2**32 - 1}, not {seed}")
+        self.sequence_length = sequence_length
+        self._parts = [PackedDocuments(r, sequence_length, (seed, place)) for place, r in enumerate(ranges)]
+        self._weights = np.array(weights, dtype=np.float64) / sum(weights)
+        self._corpus_of = np.empty(0, dtype=np.int16)
+        self._place_in = np.empty(0, dtype=np.int64)
+
+    @property
+    def samples_per_epoch(self) -> tuple[int, ...]:
+        """Sequences that one pass over each corpus gives."""
+        return tuple(part.samples_per_epoch for part in self._parts)
+
+    def source(self, index: int) -> tuple[int, int]:
+        """Corpus that sequence ``index`` comes from, and its number among that corpus's sequences."""
+        if len(self._parts) == 1:
+            return 0, index
+        if index >= len(self._corpus_of):
+            # Built greedily from the front, so a longer table begins with the shorter one.
+            size = max(1 << 14, 2 * len(self._corpus_of), index + 1)
+            self._corpus_of = np.zeros(size, dtype=np.int16)
+            self._place_in = np.zeros(size, dtype=np.int64)
+            dataset_helpers().build_blending_indices(
+                self._corpus_of, self._place_in, self._weights, len(self._parts), size, False
+            )
+        return int(self._corpus_of[index]), int(self._place_in[index])
+
+    def __getitem__(self, index: int) -> Sample:
+        """Tokens, labels and mask of one sequence, each [sequence_length]."""
+        corpus, place = self.source(index)
+        tokens, mask = self._parts[corpus][place]
+        return tokens[:-1], tokens[1:], mask[1:]
+
+
+class ValidationWindows:
+    """Corpora cut, in their order, into windows without overlap, so that each label is scored exactly once.
+
+    The last window of a corpus is filled up with token 0, masked. Under a limit every corpus gives its first windows,
+    all corpora the same number as far as they have them.
+
+    Args:
+        ranges: documents to validate on.
+        sequence_length: labels per window.
+        limit: largest number of windows; 0 for all.
+
+    Raises:
+        DataError: there is no label to be scored.
+    """
+
+    def __init__(self, ranges: Sequence[DocumentRange], sequence_length: int, limit: int = 0) -> None:
+        if sequence_length < 1 or limit < 0:
+            raise ConfigError(f"validation: sequence length {sequence_length} or number of sequences {limit} too small")
+        self.sequence_length = sequence_length
+        self._ranges = tuple(ranges)
+        available = [-(-(documents.num_tokens - 1) // sequence_length) for documents in ranges]
+        counts = _share(available, limit) if limit else available
+        self._windows = [(place, window) for place, count in enumerate(counts) for window in range(count)]
+        self._starts = [np.cumsum([0, *r.corpus.lengths[r.start : r.stop].tolist()], dtype=np.int64) for r in ranges]
+        if not self._windows:
+            names = ", ".join(str(documents.corpus.prefix) for documents in ranges) or "no corpus"
+            raise DataError(f"{names}: nothing to validate on; give a corpus of at least two tokens")
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Tokens, labels and mask of one window, each [sequence_length]."""
+        place, window = self._windows[index]
+        tokens, mask = self._read(place, window * self.sequence_length)
+        missing = self.sequence_length + 1 - len(tokens)
+        tokens, mask = np.pad(tokens, (0, missing)), np.pad(mask, (0, missing))
+        return tokens[:-1], tokens[1:], mask[1:]
+
+    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+        """Windows ``rank``, ``rank + size``, ... in batches; the last may be smaller."""
+        mine = range(rank, len(self), size)
+        for start in range(0, len(mine), batch_size):
+            yield _collate([self[index] for index in mine[start : start + batch_size]])
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the content of all windows, to key what was computed on them."""
+        parts = [(r.corpus.fingerprint, r.start, r.stop) for r in self._ranges]
+        text = repr((parts, self.sequence_length, self._windows))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _read(self, place: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Up to sequence_length + 1 tokens of a range, from its token ``begin``, and their mask."""
+        documents, starts = self._ranges[place], self._starts[place]
+        end = min(begin + self.sequence_length + 1, int(starts[-1]))
+        parts = []
+        number = int(np.searchsorted(starts, begin, side="right")) - 1
+        while begin < end:
+            stop = min(end, int(starts[number + 1]))
+            parts.append(documents.read(documents.start + number, begin - int(starts[number]), stop - begin))
+            begin, number = stop, number + 1
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+class MicrobatchStream:
+    """The microbatches of one data-parallel rank, step by step.
+
+    The global batch is sequences ``consumed`` to ``consumed + global_batch_size``, whatever ``data_size``. It is dealt
+    out in runs of ``micro_batch_size`` sequences, to rank 0, 1, ... in turn.
+
+    Args:
+        consumed: sequences taken by all ranks so far; the attribute of that name is what a checkpoint saves.
+
+    Raises:
+        ConfigError: the global batch cannot be divided so.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedBlend,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        consumed: int = 0,
+    ) -> None:
+        if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * data_size):
+            raise ConfigError(
+                f"tuning.global_batch_size: {global_batch_size} is not a multiple of tuning.micro_batch_size "
+                f"{micro_batch_size} times {data_size} data-parallel ranks"
+            )
+        self.consumed = consumed
+        self._dataset = dataset
+        self._micro, self._global = micro_batch_size, global_batch_size
+        self._rank, self._size = data_rank, data_size
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of this rank per step."""
+        return self._global // (self._micro * self._size)
+
+    def step(self) -> list[Batch]:
+        """This rank's microbatches of the next step; ``consumed`` moves on by the global batch."""
+        batches = []
+        for number in range(self.num_microbatches):
+            first = self.consumed + (number * self._size + self._rank) * self._micro
+            batches.append(_collate([self._dataset[index] for index in range(first, first + self._micro)]))
+        self.consumed += self._global
+        return batches
+
+
+def validation_windows(
+    corpora: Sequence[Corpus | DocumentRange], sequence_length: int, limit: int = 0
+) -> ValidationWindows:
+    """``ValidationWindows`` over corpora or parts of them."""
+    return ValidationWindows([whole(c) if isinstance(c, Corpus) else c for c in corpora], sequence_length, limit)
+
+
+def open_data(
+    config: DataConfig, model_vocab_size: int, validation_sequences: int = 0
+) -> tuple[PackedBlend, ValidationWindows | None]:
+    """The blend to tune on and the windows to validate on, or None where none are configured.
+
+    Args:
+        model_vocab_size: tokens that the model knows.
+        validation_sequences: largest number of windows; 0 for all.
+
+    Raises:
+        ConfigError: contradictory or impossible settings, naming the key.
+        DataError: a corpus that cannot be read or does not fit the model.
+    """
+    if config.validation and config.validation_fraction:
+        raise ConfigError("data.validation_fraction: data.validation names corpora already; give one of the two")
+    if not config.train:
+        raise ConfigError("data.train: name at least one corpus")
+    train, weights = _open_blend(config.train, model_vocab_size)
+    ranges, held_out = [whole(corpus) for corpus in train], []
+    if config.validation:
+        held_out = [whole(corpus) for corpus in _open_blend(config.validation, model_vocab_size)[0]]
+    elif config.validation_fraction:
+        pairs = [split(corpus, config.validation_fraction) for corpus in train]
+        ranges, held_out = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    blend = PackedBlend(ranges, weights, config.sequence_length, config.seed)
+    windows = ValidationWindows(held_out, config.sequence_length, validation_sequences) if held_out else None
+    return blend, windows
+
+
+def _open_blend(entries: Sequence[str | CorpusConfig], vocab_size: int) -> tuple[list[Corpus], list[float]]:
+    """Corpora and weights of a configured blend."""
+    settings = [entry if isinstance(entry, CorpusConfig) else CorpusConfig(entry) for entry in entries]
+    corpora = [open_corpus(Path(setting.path)) for setting in settings]
+    for corpus in corpora:
+        corpus.check_vocabulary(vocab_size)
+    return corpora, [setting.weight for setting in settings]
+
+
+def _share(available: Sequence[int], limit: int) -> list[int]:
+    """Split ``limit`` evenly; what a corpus does not have goes to the others."""
+    counts = [0] * len(available)
+    # From the smallest on, each takes at most an even share of what is left.
+    for done, place in enumerate(sorted(range(len(available)), key=lambda place: available[place])):
+        counts[place] = min(available[place], limit // (len(available) - done))
+        limit -= counts[place]
+    return counts
+
+
+def _collate(samples: Sequence[Sample]) -> Batch:
+    tokens, labels, masks = (np.stack(column) for column in zip(*samples, strict=True))
+    return Batch(
+        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(masks), int(np.count_nonzero(masks))
+    )

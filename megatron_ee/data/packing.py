@@ -1,0 +1,135 @@
+"""Documents of one corpus packed into full sequences, in an order that depends on seed and position alone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_ee.data.indexed import Corpus, dataset_helpers
+from megatron_ee.errors import ConfigError, DataError
+
+_KEPT_EPOCHS = 2  # a global batch may reach from one epoch into the next
+
+
+@dataclass(frozen=True)
+class DocumentRange:
+    """Documents ``start`` up to but without ``stop`` of a corpus; they lie side by side on disk."""
+
+    corpus: Corpus
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the range."""
+        return int(self.corpus.lengths[self.start : self.stop].sum(dtype=np.int64))
+
+    def read(self, document: int, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens of one document of the corpus, and which are labels to be trained on; both [length]."""
+        if length == 0:  # datasets made by other tools may hold empty documents
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+        tokens = self.corpus.tokens.get(document, offset, length)
+        if self.corpus.masks is None:
+            return tokens.astype(np.int64), np.ones(len(tokens), dtype=bool)
+        return tokens.astype(np.int64), self.corpus.masks.get(document, offset, length).astype(bool)
+
+
+def whole(corpus: Corpus) -> DocumentRange:
+    """All documents of a corpus."""
+    return DocumentRange(corpus, 0, corpus.num_documents)
+
+
+def split(corpus: Corpus, validation_fraction: float) -> tuple[DocumentRange, DocumentRange]:
+    """Documents to train on, and those at the end held out: ``validation_fraction`` of them, at least one.
+
+    Raises:
+        ConfigError: the fraction is not between 0 and 1.
+        DataError: too few documents for both.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction: must lie between 0 and 1, not {validation_fraction}")
+    held_out = max(1, round(validation_fraction * corpus.num_documents))
+    if held_out >= corpus.num_documents:
+        raise DataError(
+            f"{corpus.prefix}: data.validation_fraction {validation_fraction} of {corpus.num_documents} documents "
+            "leaves none to train on; prepare the text as more documents or give data.validation a corpus of its own"
+        )
+    cut = corpus.num_documents - held_out
+    return DocumentRange(corpus, 0, cut), DocumentRange(corpus, cut, corpus.num_documents)
+
+
+class PackedDocuments:
+    """Sequences of one range of documents, epoch after epoch without end.
+
+    Each epoch joins the documents in a new order into one stream and cuts that into ``samples_per_epoch`` sequences
+    of ``sequence_length`` labels, which are then shuffled. Neighbours share one token: the last label of one is the
+    first token of the next. What is left of an epoch's stream, less than a sequence, is dropped; it is other tokens
+    each time. Sequence ``i`` is a function of (documents, seed, i), so any position is reached at once.
+    """
+
+    def __init__(self, documents: DocumentRange, sequence_length: int, seed: tuple[int, ...]) -> None:
+        if sequence_length < 2:  # megatron-core's index builder asserts it
+            raise ConfigError(f"data.sequence_length: must be at least 2, not {sequence_length}")
+        self._documents = documents
+        self._sequence_length = sequence_length
+        self._seed = seed
+        self._tokens = documents.num_tokens
+        self.samples_per_epoch = (self._tokens - 1) // sequence_length
+        if self.samples_per_epoch < 1:
+            raise DataError(
+                f"{documents.corpus.prefix}: holds {self._tokens} tokens to train on, less than one sequence of "
+                f"{sequence_length + 1}; add text or lower data.sequence_length"
+            )
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens and label mask of sequence ``index``, both [sequence_length + 1]."""
+        epoch_number, place = divmod(index, self.samples_per_epoch)
+        epoch = self._epoch(epoch_number)
+        sample = epoch.order[place]
+        first, begin = (int(value) for value in epoch.samples[sample])
+        last, end = (int(value) for value in epoch.samples[sample + 1])
+        parts = []
+        for position in range(first, last + 1):
+            document = int(epoch.documents[position])
+            offset = begin if position == first else 0
+            # The index names the place of the next sample's first token; one token more is this one's last label.
+            stop = end + 1 if position == last else int(self._documents.corpus.lengths[document])
+            parts.append(self._documents.read(document, offset, stop - offset))
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number in self._epochs:
+            self._epochs.move_to_end(number)
+            return self._epochs[number]
+        # RandomState rather than default_rng: its stream is frozen across numpy versions, so old runs can be resumed.
+        random = np.random.RandomState(np.array([*self._seed, number], dtype=np.uint32))
+        documents = np.arange(self._documents.start, self._documents.stop, dtype=np.int32)
+        random.shuffle(documents)
+        samples = dataset_helpers().build_sample_idx(
+            self._documents.corpus.lengths, documents, self._sequence_length, 1, self._tokens, True, True
+        )
+        order = np.arange(self.samples_per_epoch, dtype=np.int64)
+        random.shuffle(order)
+        self._epochs[number] = _Epoch(documents, samples, order)
+        while len(self._epochs) > _KEPT_EPOCHS:
+            self._epochs.popitem(last=False)
+        return self._epochs[number]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """One epoch's order.
+
+    Attributes:
+        documents: int32 [documents], as they are joined.
+        samples: [samples + 1, 2], where each begins: place in ``documents``, offset in that document.
+        order: int64 [samples], as they are given out.
+    """
+
+    documents: NDArray[np.int32]
+    samples: NDArray[np.integer]
+    order: NDArray[np.int64]

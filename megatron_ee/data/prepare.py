@@ -1,0 +1,166 @@
+"""Text, JSON lines and chat JSON lines into an indexed corpus, over several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ee.data.encode import Encoded, EncodeOptions, PieceEncoder
+from megatron_ee.data.indexed import CorpusMetadata, file_of
+from megatron_ee.data.read import JSON_LINES, Piece, check_inputs, read_pieces
+from megatron_ee.data.write import SUFFIXES, CorpusWriter
+from megatron_ee.errors import ConfigError, DataError
+from megatron_ee.progress import Progress, track
+
+_PER_WORKER = 4  # pieces in flight per process: enough to keep it busy, few enough for little memory
+_ONE_PROCESS_BYTES = 4 << 20  # below this, starting processes takes longer than the work
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What was made.
+
+    Attributes:
+        metadata: contents of ``PREFIX.json``.
+        skipped: JSON lines whose text was empty.
+        files: the files written.
+    """
+
+    metadata: CorpusMetadata
+    skipped: int
+    files: tuple[Path, ...]
+
+
+def prepare_corpus(
+    inputs: Sequence[str | Path],
+    tokenizer_path: str | Path,
+    output_prefix: str | Path,
+    text_key: str = "text",
+    chat: bool = False,
+    workers: int | None = None,
+    prepend_bos: bool = False,
+    overwrite: bool = False,
+) -> PrepareResult:
+    """Tokenise files into ``OUTPUT_PREFIX.bin/.idx/.json`` (and ``.mask.bin/.idx`` for chat data).
+
+    Files named ``*.jsonl``, ``*.ndjson`` or ``*.json`` hold one JSON object per line, each a document; any other file
+    is one document of UTF-8 text. With ``chat`` every file holds one ``{"messages": [...]}`` per line. Documents keep
+    their order and each ends with the tokenizer's end-of-text token. Nothing appears under the output's names before
+    all is done.
+
+    Args:
+        text_key: key of the text in JSON lines; chat data has ``messages``.
+        workers: processes; default: as many as there are cores, one for little data. The result is the same.
+        prepend_bos: begin each document with the beginning-of-text token (chat templates write their own).
+        overwrite: replace an existing corpus.
+
+    Raises:
+        DataError: an input, the tokenizer or the output is unusable; names the file and, where there is one, the line.
+        ConfigError: ``workers`` is not positive.
+    """
+    paths = [Path(path) for path in inputs]
+    prefix = Path(output_prefix)
+    total = check_inputs(paths)
+    for path in paths:
+        if path.resolve() in {file_of(prefix, suffix).resolve() for suffix in SUFFIXES}:
+            raise DataError(f"{path}: is an input, and --output {prefix} would overwrite it; choose another --output")
+    options = EncodeOptions(Path(tokenizer_path), text_key, chat, prepend_bos)
+    encoder = PieceEncoder(options)  # a tokenizer that will not do is told before anything is read
+    if workers is None:
+        workers = _cores() if total >= _ONE_PROCESS_BYTES else 1
+    if workers < 1:
+        raise ConfigError(f"--workers: must be at least 1, not {workers}")
+    with CorpusWriter(prefix, encoder.tokenizer.vocab_size, chat, overwrite) as writer:
+        pieces = (piece for path in paths for piece in read_pieces(path, chat or path.suffix in JSON_LINES))
+        with track(total, "B", f"tokenising to {prefix}") as progress:
+            skipped = _add_all(writer, _encode_all(pieces, encoder, options, workers), progress)
+        metadata = CorpusMetadata(
+            tokenizer=str(tokenizer_path),
+            vocab_size=encoder.tokenizer.vocab_size,
+            eos_id=encoder.eos_id,
+            **writer.finish(),
+        )
+        files = writer.commit(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+    return PrepareResult(metadata, skipped, files)
+
+
+def _add_all(writer: CorpusWriter, results: Iterable[tuple[Piece, Encoded]], progress: Progress) -> int:
+    """Write the results in order; the number of lines skipped."""
+    skipped = 0
+    for path, group in itertools.groupby(results, key=lambda result: result[0].path):
+        before = writer.documents
+        for piece, encoded in group:
+            writer.add(encoded, str(path))
+            skipped += encoded.skipped
+            progress.advance(piece.size)
+        if writer.documents == before:
+            raise DataError(f"{path}: holds no document; remove it from --input")
+    return skipped
+
+
+def _encode_all(
+    pieces: Iterable[Piece], encoder: PieceEncoder, options: EncodeOptions, workers: int
+) -> Iterator[tuple[Piece, Encoded]]:
+    """Each piece with its tokens, in order. The pieces in flight are bounded, and so is memory."""
+    if workers == 1:
+        for piece in pieces:
+            yield piece, encoder(piece)
+        return
+    # Not forked from here: threads of the tokenizer library do not survive that. The server imports once for all.
+    context = multiprocessing.get_context("forkserver")
+    slow_import = ["transformers.models.auto.tokenization_auto"] if encoder.tokenizer.hf is not None else []
+    context.set_forkserver_preload([__name__, *slow_import])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(options,))
+    waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
+    try:
+        for piece in pieces:
+            waiting.append((piece, pool.submit(_encode, piece)))
+            if len(waiting) >= _PER_WORKER * workers:
+                oldest, future = waiting.popleft()
+                yield oldest, future.result()
+        for oldest, future in waiting:
+            yield oldest, future.result()
+    except BrokenProcessPool:
+        raise DataError("a tokenising process died, perhaps for lack of memory; try fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: PieceEncoder | None = None  # of this worker process
+
+
+def _start_worker(options: EncodeOptions) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _encoder = PieceEncoder(options)
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for work forever where the main process was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(piece: Piece) -> Encoded:
+    assert _encoder is not None
+    return _encoder(piece)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,116 @@
+"""Input files of ``prepare-data``, read in pieces that can be tokenised apart from each other.
+
+The cut depends on the files alone, so the corpus does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from megatron_ee.errors import DataError
+
+PIECE_BYTES = 1 << 20
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A text is cut where a line ends and the next begins without white space: no tokenizer joins tokens across that.
+_CUT = re.compile(rb"\n(?=[^\s])")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a file: whole lines.
+
+    Attributes:
+        path: the file.
+        lines: whether each line is a JSON object; otherwise the piece is part of one document.
+        data: the bytes, without a byte-order mark.
+        size: bytes of the file that the piece stands for.
+        offset: where ``data`` begins in the file, in bytes.
+        line: number of its first line, from 1.
+        first: it begins the file.
+        last: it ends the file.
+    """
+
+    path: Path
+    lines: bool
+    data: bytes
+    size: int
+    offset: int
+    line: int
+    first: bool
+    last: bool
+
+
+def check_inputs(inputs: list[Path]) -> int:
+    """Total size in bytes of the input files.
+
+    Raises:
+        DataError: there is none, or one is missing, no file, or empty.
+    """
+    if not inputs:
+        raise DataError("--input: give at least one file")
+    total = 0
+    for path in inputs:
+        if not path.exists():
+            raise DataError(f"{path}: no such input file")
+        if not path.is_file():
+            raise DataError(f"{path}: not a file; give the files themselves")
+        size = path.stat().st_size
+        if size == 0:
+            raise DataError(f"{path}: the file is empty; remove it from --input")
+        total += size
+    return total
+
+
+def read_pieces(path: Path, lines: bool, piece_bytes: int | None = None) -> Iterator[Piece]:
+    """The pieces of a file in order, each about ``piece_bytes`` (default: ``PIECE_BYTES``) long.
+
+    Raises:
+        DataError: the file cannot be read or holds only a byte-order mark.
+    """
+    empty = True
+    try:
+        with path.open("rb") as file:
+            for piece in _pieces(file, path, lines, piece_bytes or PIECE_BYTES):
+                empty = False
+                yield piece
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if empty:
+        raise DataError(f"{path}: holds no text; remove it from --input")
+
+
+def _pieces(file: IO[bytes], path: Path, lines: bool, piece_bytes: int) -> Iterator[Piece]:
+    mark = file.read(len(_BYTE_ORDER_MARK))
+    skipped = len(mark) if mark == _BYTE_ORDER_MARK else 0
+    buffer = b"" if skipped else mark
+    offset, line, first = skipped, 1, True
+    searched = 0  # the buffer holds no cut from piece_bytes up to here
+    while True:
+        block = file.read(max(piece_bytes, len(buffer)))  # doubling: a giant line is not copied over and over
+        buffer += block
+        cut = len(buffer) if not block else _cut(buffer, lines, max(piece_bytes, searched))
+        while cut:
+            data, buffer = buffer[:cut], buffer[cut:]
+            last = not block
+            yield Piece(path, lines, data, len(data) + (skipped if first else 0), offset, line, first, last)
+            offset, line, first = offset + len(data), line + data.count(b"\n"), False
+            cut = _cut(buffer, lines, piece_bytes)
+        if not block:
+            return
+        searched = max(len(buffer) - 1, 0)
+
+
+def _cut(buffer: bytes, lines: bool, start: int) -> int:
+    """Length of the first piece, which is at least ``start`` long, or 0 where the buffer holds no whole one."""
+    if len(buffer) <= start:
+        return 0
+    if lines:
+        return buffer.find(b"\n", start - 1) + 1
+    found = _CUT.search(buffer, start - 1)
+    return found.end() if found else 0

@@ -1,0 +1,84 @@
+"""What all tests share: one thread per process, no network, and no GPU tests where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from megatron_ee.model.stage import Stage
+    from megatron_ee.parallel.groups import Groups
+
+# Before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` without a CUDA device; torch is imported only if there are such tests."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[Groups]:
+    """The groups of a world of one, for all tests of this process; a second ``process_groups()`` needs its own."""
+    from megatron_ee.parallel.groups import process_groups
+
+    with process_groups() as groups:
+        yield groups
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """Gives a tiny model of a family as a directory and as the transformers model; arguments of ``save_tiny_model``.
+
+    The same arguments give the same ones: neither may be changed.
+    """
+    from megatron_ee.testing.models import save_tiny_model
+
+    made: dict[Any, tuple[Path, Any]] = {}
+
+    def make(family: str, **changes: Any) -> tuple[Path, Any]:
+        key = (family, *sorted((name, repr(value)) for name, value in changes.items()))
+        if key not in made:
+            directory = tmp_path_factory.mktemp(family)
+            made[key] = directory, save_tiny_model(family, directory, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_stage(groups: Groups) -> Callable[..., Stage]:
+    """Gives a stage filled from a released model: all layers and the final exit, and initialised exits, by default."""
+    import torch
+
+    from megatron_ee.checkpoint.loading import initialise_exit, load_backbone, open_released
+    from megatron_ee.model.setup import build_setup
+    from megatron_ee.model.stage import Stage
+
+    def load(
+        path: Path, exits: Any = (), *, layers: Any = None, dtype: Any = torch.float32, seed: int = 1, **kwargs: Any
+    ) -> Stage:
+        model = open_released(path)
+        setup = build_setup(model.architecture, dtype, groups)
+        layers = range(1, model.architecture.num_layers + 1) if layers is None else layers
+        stage = Stage(setup, layers, exits, **{"final_exit": True, **kwargs})
+        load_backbone(stage, model)
+        for exit_ in stage.exits:
+            initialise_exit(exit_, model, seed)
+        return stage
+
+    return load

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_ee.data.indexed import file_of, open_corpus
+from megatron_ee.data.prepare import prepare_corpus
+from megatron_ee.errors import DataError
+
+
+@pytest.fixture
+def prefix(tmp_path: Path, sp_model: Path, write_lines: Callable[..., Path], texts: list[str]) -> Path:
+    prepare_corpus([write_lines("a.jsonl", [{"text": text} for text in texts])], sp_model, tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+def test_missing_files(prefix: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.idx: not found; .*prepare-data --output"):
+        open_corpus(tmp_path / "none")
+    file_of(prefix, ".bin").unlink()
+    with pytest.raises(DataError, match=r"corpus.bin: not found"):
+        open_corpus(prefix)
+
+
+def test_truncated_data(prefix: Path) -> None:
+    data = file_of(prefix, ".bin").read_bytes()
+    file_of(prefix, ".bin").write_bytes(data[:-2])
+    with pytest.raises(DataError, match=rf"corpus.bin: {len(data) - 2} bytes, but .*corpus.idx says {len(data)}"):
+        open_corpus(prefix)
+    file_of(prefix, ".bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"corpus.bin: empty"):
+        open_corpus(prefix)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:-8], lambda d: d[:20], lambda d: b"x" + d[1:], lambda d: d[:-8] + bytes(8)]
+)
+def test_damaged_index(prefix: Path, damage: Callable[[bytes], bytes], capfd: pytest.CaptureFixture[str]) -> None:
+    path = file_of(prefix, ".idx")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"corpus.idx: damaged"):
+        open_corpus(prefix)
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_metadata_that_does_not_belong(prefix: Path) -> None:
+    path = file_of(prefix, ".json")
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "tokens": values["tokens"] + 1}))
+    with pytest.raises(DataError, match=r"corpus.json: its counts are not those"):
+        open_corpus(prefix)
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"corpus.json: damaged"):
+        open_corpus(prefix)
+    path.write_text(json.dumps({**values, "mask_sha256": "0"}))
+    with pytest.raises(DataError, match=r"corpus.mask.bin: not found"):
+        open_corpus(prefix)
+
+
+def test_masks_must_match_the_tokens(write_corpus: Callable[..., Path]) -> None:
+    good = open_corpus(write_corpus("good", [[1, 2, 3], [4]], [[0, 1, 1], [1]]))
+    assert good.masks is not None and good.masks[0].tolist() == [0, 1, 1]
+    with pytest.raises(DataError, match=r"bad.mask.idx: does not have the documents"):
+        open_corpus(write_corpus("bad", [[1, 2, 3], [4]], [[0, 1], [1, 1]]))
+
+
+def test_vocabulary(prefix: Path, sp_model: Path) -> None:
+    corpus = open_corpus(prefix)
+    corpus.check_vocabulary(360)
+    with pytest.raises(DataError, match=rf"its tokenizer {sp_model} has 360 tokens, .* only 359"):
+        corpus.check_vocabulary(359)
+
+
+def test_datasets_of_other_tools(write_corpus: Callable[..., Path]) -> None:
+    corpus = open_corpus(write_corpus("other", [[1, 2, 3], [70_000]]))
+    assert corpus.metadata is None and corpus.masks is None and corpus.num_tokens == 4
+    corpus.check_vocabulary(70_001)
+    with pytest.raises(DataError, match="70001 tokens"):
+        corpus.check_vocabulary(70_000)
+
+
+def test_fingerprint_tells_content_apart(write_corpus: Callable[..., Path]) -> None:
+    corpora = [
+        write_corpus("a", [[1, 2], [3]]),
+        write_corpus("b", [[1], [2, 3]]),
+        write_corpus("c", [[1, 2], [4]]),
+        write_corpus("d", [[1, 2], [3]], [[1, 1], [1]]),
+    ]
+    assert len({open_corpus(path).fingerprint for path in corpora}) == 4
+    assert open_corpus(write_corpus("e", [[1, 2], [3]])).fingerprint == open_corpus(corpora[0]).fingerprint
