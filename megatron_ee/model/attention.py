@@ -20,7 +20,7 @@ class LayerCache(Protocol):
     """Where one layer keeps keys and values between passes."""
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[batch, kv_heads, new, head_dim]`` and return all that is kept, ``[batch, kv_heads, kept, head_dim]``."""
+        """Append ``[batch, kv_heads, new, head_dim]``; returns all that is kept, new included."""
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
