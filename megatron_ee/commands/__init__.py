@@ -1,0 +1,38 @@
+"""The commands of ``megatron-ee``: each module has ``parser()`` and ``run(arguments)``, and imports late in ``run``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_ee.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage, and whose options are never abbreviated."""
+
+    def __init__(self, command: str = "", description: str = "", *, prog: str = "") -> None:
+        # ``prog`` is what add_subparsers gives to the parsers it makes of this class.
+        super().__init__(prog=prog or f"megatron-ee {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError: the command line could not be understood."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from ``least``."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number

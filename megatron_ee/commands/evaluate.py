@@ -1,0 +1,73 @@
+"""``megatron-ee evaluate``: what each exit is worth on a corpus."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_ee.commands import DTYPES, Parser, at_least
+from megatron_ee.errors import ConfigError
+
+PLOTS = (".png", ".pdf", ".svg")
+
+DESCRIPTION = """Loss, perplexity, agreement with the final exit, confidence and calibration per exit, and how many
+layers a threshold saves at which agreement."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = Parser("evaluate", DESCRIPTION)
+    result.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
+    result.add_argument("--adapter", type=Path, metavar="DIR", help="exits from tune; without it only the final exit")
+    result.add_argument("--data", type=Path, required=True, metavar="PREFIX", help="corpus from prepare-data")
+    result.add_argument(
+        "--sequence-length", type=at_least(1), metavar="N", help="tokens per sequence (default: 2048, or the model's)"
+    )
+    result.add_argument(
+        "--sequences", type=at_least(0), default=256, metavar="N", help="at most so many; 0 is all (default: 256)"
+    )
+    result.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="sequences at once (default: 1)")
+    result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default: bfloat16)")
+    result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    result.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write the plot of the sweep to this .png, .pdf or .svg"
+    )
+    result.add_argument("--output", type=Path, metavar="DIR", help="write evaluation.json and evaluation.png here")
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate; tables or JSON to stdout, files where asked for."""
+    if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
+        raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(PLOTS)}")
+    from megatron_ee.evaluation.evaluate import evaluate
+    from megatron_ee.evaluation.plots import plot_sweep
+    from megatron_ee.evaluation.report import print_quality
+
+    result = evaluate(
+        model=arguments.model,
+        adapter=arguments.adapter,
+        data=arguments.data,
+        sequence_length=arguments.sequence_length,
+        sequences=arguments.sequences,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+    )
+    text = json.dumps(result.to_dict(), indent=None if arguments.json else 2)
+    if arguments.json:
+        print(text)
+    else:
+        print_quality(result.quality, result.exits)
+    plots = [] if arguments.plot is None else [arguments.plot]
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        plots.append(arguments.output / "sweep.png")
+    for path in plots:
+        if result.exits:  # with the final exit alone there is nothing to sweep
+            plot_sweep(result.quality, path)
+        else:
+            print(f"megatron-ee evaluate: no exits, so no {path}", file=sys.stderr)
+    return 0

@@ -1,0 +1,80 @@
+"""The console script: finds the command, runs it, and turns errors that a user can act on into one line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_ee import __version__
+from megatron_ee.errors import ConfigError, UserError
+
+# command: (module of this package, what it does). Modules are imported when called for: --help stays quick.
+COMMANDS = {
+    "quickstart": ("quickstart", "the whole cycle on real text on a small machine"),
+    "prepare-data": ("prepare_data", "text or chat jsonl -> indexed corpus"),
+    "tune": ("tune", "train exits on a frozen model"),
+    "evaluate": ("evaluate", "loss, perplexity, agreement, confidence per exit; threshold sweep"),
+    "generate": ("generate", "text from a prompt, showing the layer that emitted each token"),
+    "benchmark": ("benchmark", "tuning step and loading against what one would otherwise run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in ``argv`` (default: the process's arguments) and return its exit status.
+
+    0 is success, 2 a command line or configuration that is refused, 1 any other error, 130 an interrupt. What is no
+    ``UserError`` is a bug, and keeps its traceback.
+    """
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    name = f"megatron-ee {command}" if command in COMMANDS else "megatron-ee"
+    try:
+        status = _run(command, rest)
+        sys.stdout.flush()  # a reader that has gone away is noticed here, and not at exit with a traceback
+        return status
+    except UserError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell reports of a process ended by SIGPIPE
+
+
+def _run(command: str, rest: list[str]) -> int:
+    if command in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if command == "--version":
+        print(f"megatron-ee {__version__}")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {command!r}; {hint}" if command else f"which command? {hint}")
+    module = importlib.import_module(f"megatron_ee.commands.{COMMANDS[command][0]}")
+    try:
+        arguments = module.parser().parse_args(rest)
+    except SystemExit as request:  # after --help
+        return int(request.code or 0)
+    return int(module.run(arguments))
+
+
+def _usage() -> str:
+    lines = [f"  {name:<14}{does}" for name, (_, does) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: megatron-ee COMMAND ...\n",
+            "Early-exit tuning: attach exits to a released language model, train them alone, leave early.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "Also: megatron-ee COMMAND --help, megatron-ee --version.",
+        ]
+    )

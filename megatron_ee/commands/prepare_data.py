@@ -1,0 +1,62 @@
+"""``megatron-ee prepare-data``: text or chat jsonl to an indexed corpus."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_ee.commands import Parser, at_least
+from megatron_ee.errors import ConfigError
+
+DESCRIPTION = """Tokenize text files (each a document) and jsonl files (each line a document) into an indexed corpus,
+PREFIX.bin, PREFIX.idx and PREFIX.json, that tune and evaluate read."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = Parser("prepare-data", DESCRIPTION)
+    result.add_argument("--input", type=Path, required=True, nargs="+", metavar="FILE", help="text or jsonl files")
+    result.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the model's Hugging Face directory, or a SentencePiece .model file",
+    )
+    result.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="corpus to write, without suffix")
+    result.add_argument("--text-key", metavar="KEY", help="key of the text in each line of jsonl (default: text)")
+    result.add_argument(
+        "--chat",
+        action="store_true",
+        help="lines of {\"messages\": [...]}: apply the model's chat template, train on the assistant's tokens only",
+    )
+    result.add_argument(
+        "--prepend-bos", action="store_true", help="begin each document with the beginning-of-text token"
+    )
+    result.add_argument(
+        "--workers", type=at_least(1), metavar="N", help="processes (default: one per core, one for little data)"
+    )
+    result.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the corpus and say what is in it."""
+    if arguments.chat and (arguments.text_key is not None or arguments.prepend_bos):
+        option = "--prepend-bos" if arguments.prepend_bos else "--text-key"
+        raise ConfigError(f"{option}: contradicts --chat, where the chat template decides; leave it out")
+    from megatron_ee.data.prepare import prepare_corpus
+
+    result = prepare_corpus(
+        inputs=arguments.input,
+        tokenizer_path=arguments.tokenizer,
+        output_prefix=arguments.output,
+        text_key=arguments.text_key or "text",
+        chat=arguments.chat,
+        workers=arguments.workers,
+        prepend_bos=arguments.prepend_bos,
+        overwrite=arguments.overwrite,
+    )
+    skipped = f", {result.skipped} empty lines skipped" if result.skipped else ""
+    print(f"{arguments.output}: {result.metadata.documents} documents, {result.metadata.tokens} tokens{skipped}")
+    return 0

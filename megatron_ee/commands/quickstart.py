@@ -1,0 +1,133 @@
+"""``megatron-ee quickstart``: the whole cycle, each step one of the commands that a user would give."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.commands import DTYPES, Parser, at_least
+
+DESCRIPTION = """Prepare data, tune exits, evaluate them and generate with them, showing each command. Without a model
+of your own, examples/quickstart/run.sh makes a small one first."""
+POSITIONS = (0.25, 0.5, 0.75)
+SEQUENCES = 120
+MADE = {
+    "tuning/adapter": "the tuned exits",
+    "tune.yaml": "the configuration they were tuned with",
+    "evaluation/evaluation.json": "quality per exit and threshold",
+    "evaluation/evaluation.png": "the same as a plot",
+    "training.png": "loss per exit while tuning",
+    "tuning/tensorboard": "the same for TensorBoard",
+    "report.json": "this report",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = Parser("quickstart", DESCRIPTION)
+    result.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face model to attach exits to")
+    result.add_argument("--data", type=Path, required=True, metavar="FILE", help="text or jsonl to tune on")
+    result.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="text or jsonl to evaluate on")
+    result.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
+    result.add_argument("--steps", type=at_least(1), default=160, metavar="N", help="tuning steps (default: 160)")
+    result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default: bfloat16)")
+    result.add_argument("--prompt", metavar="TEXT", help="text to continue (default: how the held-out text begins)")
+    result.add_argument("--started", type=float, metavar="TIME", help=argparse.SUPPRESS)
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The cycle; tables, plot, sample and the paths of all it made."""
+    from megatron_ee.checkpoint.loading import open_released
+
+    started = arguments.started or time.time()
+    out, base = arguments.out, arguments.base
+    model = open_released(base)
+    before = model.digest(fresh=True)
+    length = min(256, model.architecture.max_positions)
+    out.mkdir(parents=True, exist_ok=True)
+    tuning = out / "tuning"
+    if tuning.exists():
+        shutil.rmtree(tuning)  # an earlier quickstart's; tune itself never overwrites a run
+
+    for file, name in ((arguments.data, "train"), (arguments.held_out, "held_out")):
+        _command("prepare-data", "--input", file, "--tokenizer", base, "--output", out / "data" / name, "--overwrite")
+    _command("tune", "--config", _write_config(arguments, length), "--output", tuning)
+    exits = ("--model", base, "--adapter", tuning / "adapter", "--dtype", arguments.dtype)
+    held_out = ("--data", out / "data" / "held_out", "--sequence-length", length, "--sequences", SEQUENCES)
+    _command("evaluate", *exits, *held_out, "--output", out / "evaluation")
+    prompt = arguments.prompt or _beginning(out / "data" / "held_out", base)
+    for mode in (("--mode", "full"), ("--mode", "threshold", "--threshold", 0.8)):
+        _command("generate", *exits, "--prompt", prompt, "--max-tokens", 60, *mode)
+
+    digests = {"backbone_sha256_before": before, "backbone_sha256_after": model.digest(fresh=True)}
+    _report(out, digests, time.time() - started)
+    return 0
+
+
+def _command(*words: object) -> None:
+    """Show and run one command, in this process: imports take longer than some of the steps."""
+    from megatron_ee.commands.main import main
+
+    print(f"\n$ megatron-ee {shlex.join(map(str, words))}", flush=True)
+    status = main([str(word) for word in words])
+    if status:
+        raise SystemExit(status)
+
+
+def _write_config(arguments: argparse.Namespace, length: int) -> Path:
+    """The configuration of the tuning run, to be read and changed by whoever goes on from here."""
+    config: dict[str, Any] = {
+        "model": {"path": str(arguments.base), "dtype": arguments.dtype},
+        "exits": [{"layer": position, "body": "mlp"} for position in POSITIONS],
+        "data": {
+            "train": [str(arguments.out / "data" / "train")],
+            "validation": [str(arguments.out / "data" / "held_out")],
+            "sequence_length": length,
+        },
+        "optimizer": {"lr": 1.0e-3, "min_lr": 1.0e-5},
+        "tuning": {"steps": arguments.steps, "global_batch_size": 8, "micro_batch_size": 8},
+        "validation": {"interval": 0, "sequences": SEQUENCES},
+        "checkpoint": {"interval": 0},
+    }
+    path = arguments.out / "tune.yaml"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")  # JSON is YAML too
+    return path
+
+
+def _beginning(corpus: Path, base: Path) -> str:
+    """The first tokens of the held-out text, as a prompt."""
+    from megatron_ee.data.indexed import open_corpus
+    from megatron_ee.data.tokenizer import load_tokenizer
+
+    opened = open_corpus(corpus)  # kept: what it gives are views of its memory map
+    return load_tokenizer(base).decode([int(token) for token in opened.tokens[0][:24]])
+
+
+def _report(out: Path, digests: dict[str, str], seconds: float) -> None:
+    """What tuning changed, as a table, as ``report.json`` and as the loss curves; and where everything is."""
+    from megatron_ee.config.exits import ExitSpec
+    from megatron_ee.evaluation.plots import plot_training
+    from megatron_ee.evaluation.report import comparison_dict, print_comparison
+    from megatron_ee.model.metrics import Quality
+
+    tuning = out / "tuning"
+    described = json.loads((tuning / "adapter" / "exits.json").read_text(encoding="utf-8"))
+    exits = [ExitSpec(**fields) for fields in described["exits"]]
+    files = (tuning / "validation" / "step-0.json", out / "evaluation" / "evaluation.json")
+    initial, tuned = (Quality.from_dict(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+    report = {**comparison_dict(initial, tuned, exits), **digests, "seconds": round(seconds, 1)}
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot_training(tuning / "log.jsonl", out / "training.png")
+    print()
+    print_comparison(initial, tuned, exits)
+    same = digests["backbone_sha256_before"] == digests["backbone_sha256_after"]
+    print(f"\nbackbone {'unchanged' if same else 'CHANGED'}, sha256 {digests['backbone_sha256_after'][:16]}...")
+    print(f"{seconds:.0f} s in all. Made:")
+    for name, what in MADE.items():
+        print(f"  {out / name}  {what}")

@@ -1,0 +1,68 @@
+"""``megatron-ee tune``: train exits on a frozen model."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.commands import Parser
+
+DESCRIPTION = (
+    "Train exits on a frozen model. Any key of the configuration can be given on the command line too, after the "
+    "file's values: --tuning.steps 100 --exits.0.layer 4 --data.train '[corpus/wiki]'."
+)
+
+
+class _TuneParser(Parser):
+    """Takes what it does not know for overrides, and documents the configuration in its help."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Arguments, with everything unknown in ``overrides``; ``load_config`` checks that."""
+        arguments, overrides = self.parse_known_args(args, namespace)
+        arguments.overrides = overrides
+        return arguments
+
+    def format_help(self) -> str:
+        """Own options, then every key of the configuration."""
+        from megatron_ee.config.load import config_help
+
+        return f"{super().format_help()}\nconfiguration, in the YAML file or as options:\n\n{config_help()}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; ``overrides`` holds the dotted options."""
+    result = _TuneParser("tune", DESCRIPTION)
+    result.usage = "%(prog)s --config FILE [--dotted.key VALUE ...] --output DIR [--resume | --init-adapter DIR]"
+    result.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's configuration, YAML")
+    result.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of the run: adapter/, adapter-best/, checkpoints, logs and plots",
+    )
+    start = result.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    start.add_argument("--init-adapter", type=Path, metavar="DIR", help="start from the exits of this adapter")
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load and check the configuration, then tune."""
+    from megatron_ee.config.check import check_model_path
+    from megatron_ee.config.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    check_model_path(config.model.path)
+    from megatron_ee.evaluation.evaluate import make_validator
+    from megatron_ee.tuning.run import tune
+
+    return tune(
+        config,
+        output=arguments.output,
+        resume=arguments.resume,
+        init_adapter=arguments.init_adapter,
+        make_validator=partial(make_validator, arguments.output),
+    )

@@ -1,0 +1,54 @@
+"""Packaging of megatron_ee. Versions are bounded to what the tests have run with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_ee/__init__.py").read_text(encoding="utf-8"))[1]
+README = ROOT / "README.md"
+
+setup(
+    name="megatron-ee",
+    version=VERSION,
+    description="Early-exit tuning of released large language models, on top of megatron-core",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megatron_ee", "megatron_ee.*"]),
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core==0.16.1",
+        "transformers>=5.17,<6",
+        "tokenizers>=0.22,<0.24",
+        "safetensors>=0.6,<0.9",
+        "sentencepiece>=0.2,<0.3",
+        "jsonargparse[signatures]>=4.49,<5",
+        "pyyaml>=6,<7",
+        "numpy>=1.26,<3",
+        "psutil>=6,<8",
+        "rich>=13.9,<16",
+        "tensorboard>=2.18,<3",
+        "matplotlib>=3.9,<4",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8.3,<10",
+            "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.17.6,<0.18",  # a minor release may format differently
+            "mypy>=2.4,<2.5",
+            "import-linter>=2.9,<3",
+        ],
+    },
+    entry_points={"console_scripts": ["megatron-ee = megatron_ee.commands.main:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,164 @@
+"""The console script as a process: exit status, the one line of an error, and what --help costs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ee import __version__
+from megatron_ee.commands.main import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[3]
+HEAVY = ("torch", "transformers", "megatron.core", "numpy", "matplotlib", "tensorboard")
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "megatron_ee", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "megatron-ee: error: which command? possible: quickstart, prepare-data, tune"),
+        (["tuen"], 2, "megatron-ee: error: unknown command 'tuen'; did you mean 'tune'?"),
+        (["tune"], 2, "megatron-ee tune: error: the following arguments are required: --config, --output (see "),
+        (
+            ["tune", "--config", "no.yaml", "--output", "o"],
+            2,
+            "megatron-ee tune: error: no.yaml: no such configuration",
+        ),
+        (
+            ["tune", "--config", "no.yaml", "--output", "o", "--resume", "--init-adapter", "a"],
+            2,
+            "megatron-ee tune: error: argument --init-adapter: not allowed with argument --resume",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--mode", "speculative"],
+            2,
+            "megatron-ee generate: error: --mode: speculative is not yet available; choose full or threshold",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--mode", "threshold"],
+            2,
+            "megatron-ee generate: error: --mode: threshold needs exits; give their adapter with --adapter DIR",
+        ),
+        (
+            ["generate", "--model", "m", "--adapter", "a", "--prompt", "p", "--threshold", "0"],
+            2,
+            "megatron-ee generate: error: argument --threshold: must be above 0, not 0;",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--threshold", "nan"],
+            2,
+            "megatron-ee generate: error: argument --threshold: must be above 0, not nan;",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--max-tokens", "x"],
+            2,
+            "megatron-ee generate: error: argument --max-tokens: must be a whole number, not 'x'",
+        ),
+        (
+            ["prepare-data", "--input", "a", "--tokenizer", "t", "--output", "o", "--workers", "0"],
+            2,
+            "megatron-ee prepare-data: error: argument --workers: must be at least 1, not 0",
+        ),
+        (
+            ["prepare-data", "--input", "a", "--tokenizer", "t", "--output", "o", "--chat", "--text-key", "k"],
+            2,
+            "megatron-ee prepare-data: error: --text-key: contradicts --chat",
+        ),
+        (
+            ["evaluate", "--model", "m", "--dat", "d"],
+            2,
+            "megatron-ee evaluate: error: the following arguments are requi",
+        ),
+    ],
+)
+def test_refusals_are_one_line(
+    arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_a_configuration_mistake_ends_the_process_with_2(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {path: m}\nexits: [{layer: 1}]\ndata: {train: [c]}\n")
+    arguments = ["tune", "--config", "run.yaml", "--optimizer.lrr", "3", "--output", "out"]
+    result = command(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "megatron-ee tune: error: optimizer.lrr: unknown key; did you mean 'lr'?\n"
+    result = command("tune", "--config", "run.yaml", "--output=out", "--optimizer.lr", "-1e-4", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "megatron-ee tune: error: model.path: no such directory: m\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megatron-ee {__version__}\n"
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+    assert main(["tune", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--init-adapter DIR" in out
+    assert "--optimizer.lr LR     peak learning rate." in out
+
+
+def test_every_command_exists() -> None:
+    for module, _ in COMMANDS.values():
+        assert importlib.util.find_spec(f"megatron_ee.commands.{module}"), module
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys, json\nfrom megatron_ee.commands.main import main\nstatus = main(sys.argv[1:])\n"
+        "print(json.dumps([status, sorted(sys.modules)]), file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    status, modules = json.loads(result.stderr)
+    assert status == 0
+    assert not {name for name in modules if name in HEAVY}
+    assert result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["tune", "--help"]])
+def test_a_reader_that_goes_away_is_no_traceback(arguments: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_ee", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    # argparse itself ignores a failed write of more than one buffer.
+    assert process.wait(timeout=120) in ((0, 141) if arguments[0] == "tune" else (141,))
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("script", ["tune", "evaluate", "generate", "preprocess_data", "benchmark"])
+def test_tools_work_from_anywhere_without_installation(script: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    line = [sys.executable, str(ROOT / "tools" / f"{script}.py"), "--help"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    name = "prepare-data" if script == "preprocess_data" else script
+    assert result.stdout.startswith(f"usage: megatron-ee {name} ")

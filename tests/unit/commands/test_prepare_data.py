@@ -1,0 +1,39 @@
+"""prepare-data through the command line: a corpus, and what it says on stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ee.commands.main import main
+
+
+def tokenizer(directory: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(["<unk>", "</s>", "exits", "leave", "early"])}
+    model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="</s>")
+    fast.save_pretrained(directory)
+    return directory
+
+
+def test_prepare_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"body": "exits leave early"}) + "\n" + json.dumps({"body": "early exits"}) + "\n")
+    prefix = tmp_path / "corpus"
+    arguments = ["prepare-data", "--input", str(path), "--tokenizer", str(tokenizer(tmp_path / "tokenizer"))]
+    arguments += ["--output", str(prefix)]
+    assert main([*arguments, "--text-key", "body"]) == 0
+    assert capsys.readouterr().out == f"{prefix}: 2 documents, 7 tokens\n"
+    assert Path(f"{prefix}.idx").is_file()
+    assert main([*arguments, "--text-key", "body"]) == 1  # not over an existing one
+    err = capsys.readouterr().err
+    assert err.startswith(f"megatron-ee prepare-data: error: {prefix}")
+    assert main([*arguments, "--text-key", "body", "--overwrite", "--workers", "2"]) == 0
+    assert main([*arguments, "--overwrite"]) == 1
+    assert "text" in capsys.readouterr().err.splitlines()[-1]

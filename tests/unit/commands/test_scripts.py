@@ -1,0 +1,64 @@
+"""The shell scripts: what they refuse before anything is installed, and that they delete nothing that is not theirs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``script`` with the shared helper sourced, as the other scripts do."""
+    line = ["bash", "-c", f"set -euo pipefail; source '{ROOT}/tools/setup_env.sh'; {script}"]
+    return subprocess.run(line, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frob"], "run.sh: error: unknown argument --frob; possible: --out DIR, --base DIR, --data FILE\n"),
+        (["--out"], "run.sh: error: --out needs a value\n"),
+        (["--base", "/no/such"], "run.sh: error: --base: no such directory: /no/such\n"),
+        (["--data", "/no/such"], "run.sh: error: --data: no such file: /no/such\n"),
+    ],
+)
+def test_quickstart_arguments(arguments: list[str], message: str) -> None:
+    line = ["bash", str(ROOT / "examples/quickstart/run.sh"), *arguments]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+
+
+def test_a_directory_of_the_users_is_not_cleared(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    result = bash(f"make_environment '{tmp_path}'", PYTHON=sys.executable)
+    assert result.returncode == 1
+    assert result.stderr.endswith(
+        f"error: {tmp_path} exists and was not made by these scripts; remove it or choose another place\n"
+    )
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_incomplete_environment_is_cleared(tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    environment.mkdir()
+    (environment / ".megatron-ee").write_text("incomplete\n")
+    (environment / "half").write_text("")
+    assert bash(f"clear_environment '{environment}'").returncode == 0
+    assert not environment.exists()
+
+
+def test_python_is_chosen_or_asked_for(tmp_path: Path) -> None:
+    result = bash("choose_python cpu", PYTHON=sys.executable)
+    assert result.stdout == f"{sys.executable}\n"
+    old = tmp_path / "python2.7"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    result = bash("choose_python cpu; echo not reached", PYTHON=str(old))
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: none of {old} is Python 3.11 or 3.12 with venv and ensurepip;")

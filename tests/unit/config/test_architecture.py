@@ -1,0 +1,271 @@
+"""Shapes read from ``config.json``: what transformers writes and assumes, released files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ee.config.architecture import FAMILIES, Architecture, Rope, parse_architecture, read_architecture
+from megatron_ee.errors import CheckpointError
+
+LLAMA2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 32000,
+}
+LLAMA31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def refusal(config: dict[str, Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        parse_architecture(config, "here/config.json")
+    text = str(caught.value)
+    assert text.startswith("here/config.json: ") and "\n" not in text
+    return text
+
+
+def test_released_files() -> None:
+    llama2 = parse_architecture(LLAMA2_7B)
+    assert llama2 == Architecture(
+        family="llama",
+        num_layers=32,
+        hidden_size=4096,
+        ffn_size=11008,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        vocab_size=32000,
+        max_positions=4096,
+        norm_eps=1e-5,
+        rope=Rope(),
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tied=False,
+        windows=(None,) * 32,
+    )
+    llama31 = parse_architecture(LLAMA31_8B)
+    assert llama31.rope == Rope(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert (llama31.num_kv_heads, llama31.max_positions) == (8, 131072)
+    mistral = parse_architecture(MISTRAL_7B)
+    assert mistral.family == "mistral" and mistral.windows == (4096,) * 32
+    assert parse_architecture({**MISTRAL_7B, "sliding_window": None}).windows == (None,) * 32
+    qwen2 = parse_architecture(QWEN25_7B)
+    assert (qwen2.qkv_bias, qwen2.output_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, False, 128)
+    assert qwen2.windows == (None,) * 28 and qwen2.rope.theta == 1e6
+    qwen3 = parse_architecture(QWEN3_06B)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim, qwen3.tied) == (False, True, 128, True)
+
+
+def test_windows_of_qwen() -> None:
+    on = {**QWEN25_7B, "use_sliding_window": True, "sliding_window": 1024, "num_hidden_layers": 30}
+    assert parse_architecture(on).windows == (None,) * 28 + (1024,) * 2
+    assert parse_architecture({**on, "max_window_layers": 29}).windows == (None,) * 29 + (1024,)
+    kinds = ["sliding_attention", "full_attention"] * 15
+    assert parse_architecture({**on, "layer_types": kinds}).windows == (1024, None) * 15
+    assert parse_architecture({**on, "use_sliding_window": False, "layer_types": None}).windows == (None,) * 30
+
+
+def test_both_spellings_of_rope() -> None:
+    older = {"rope_theta": 5e5, "rope_scaling": LLAMA31_8B["rope_scaling"]}
+    newer = {"rope_parameters": {**LLAMA31_8B["rope_scaling"], "rope_theta": 5e5}}  # type: ignore[dict-item]
+    assert parse_architecture({**LLAMA2_7B, **older}).rope == parse_architecture({**LLAMA2_7B, **newer}).rope
+    plain = [{"rope_theta": 3e4}, {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}}]
+    assert [parse_architecture({**LLAMA2_7B, **spelling}).rope for spelling in plain] == [Rope(3e4)] * 2
+    linear = {"rope_scaling": {"type": "linear", "factor": 2}}
+    assert parse_architecture({**LLAMA2_7B, **linear}).rope == Rope(kind="linear", factor=2.0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    config = {"architectures": [name], "hidden_size": 512, "intermediate_size": 96, "vocab_size": 131}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": FAMILIES[name]}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    ours = read_architecture(tmp_path)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 512 // 32)
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tied == theirs.tie_word_embeddings
+    assert ours.rope == Rope(theirs.rope_parameters["rope_theta"])
+    assert ours.max_positions == theirs.max_position_embeddings
+    window = getattr(theirs, "sliding_window", None)
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 3
+    assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
+    assert parse_architecture({k: v for k, v in MISTRAL_7B.items() if k != "architectures"}).family == "mistral"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["'GPT2LMHeadModel'", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+        ({"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]}, ["not supported"]),
+        ({"architectures": None, "model_type": "gpt2"}, ["'gpt2'"]),
+        ({"architectures": "LlamaForCausalLM"}, ["architectures"]),
+        ({"architectures": [None]}, ["architectures"]),
+        ({"architectures": None, "model_type": ["llama"]}, ["not supported"]),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Llama"}}, ["auto_map"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
+        ({"compression_config": {"format": "x"}}, ["compression_config"]),
+        ({"num_key_value_heads": 5}, ["32", "num_key_value_heads 5"]),
+        ({"head_dim": 7}, ["head_dim 7", "even"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "llama3"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["'yarn'"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["rope factor"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["rope factor", "-1"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
+        ({"rope_scaling": "linear"}, ["rope_scaling"]),
+        ({"rope_scaling": [1, 2]}, ["rope_scaling"]),
+        ({"rope_parameters": {"rope_type": ["default"]}}, ["rope type"]),
+        ({"rope_theta": 0}, ["rope_theta"]),
+        ({"rope_theta": "10000"}, ["rope_theta", "'10000'"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"partial_rotary_factor": "half"}, ["partial_rotary_factor"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
+        ({"rms_norm_eps": True}, ["rms_norm_eps"]),
+        ({"num_hidden_layers": None}, ["num_hidden_layers", "missing"]),
+        ({"vocab_size": None}, ["vocab_size", "missing"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
+        ({"num_hidden_layers": 2.5}, ["num_hidden_layers", "2.5"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
+        ({"hidden_size": "4096"}, ["hidden_size", "'4096'"]),
+        ({"hidden_size": True}, ["hidden_size"]),
+        ({"hidden_size": 10**30}, ["hidden_size"]),
+        ({"num_attention_heads": 8192, "num_key_value_heads": 8192}, ["head_dim"]),
+    ],
+)
+def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
+    text = refusal({**LLAMA2_7B, **changes})
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"sliding_window": 0}, ["sliding_window"]),
+        ({"sliding_window": "4096"}, ["sliding_window"]),
+        ({"layer_types": ["full_attention"]}, ["layer_types", "28"]),
+        ({"layer_types": ["chunked_attention"] * 28}, ["layer_types"]),
+        ({"layer_types": 28}, ["layer_types"]),
+        ({"layer_types": [["full_attention"]] * 28}, ["layer_types"]),
+        ({"max_window_layers": "all"}, ["max_window_layers"]),
+    ],
+)
+def test_bad_windows(changes: dict[str, Any], words: list[str]) -> None:
+    text = refusal({**QWEN25_7B, "use_sliding_window": True, **changes})
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_files_that_are_no_configuration(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_architecture(tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="config.json: not found"):
+        read_architecture(tmp_path)

@@ -1,0 +1,130 @@
+"""Values that types cannot refuse: each refusal names its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.check import check_run, data_parallel_size
+from megatron_ee.config.load import config_from_dict
+from megatron_ee.config.schema import ParallelConfig, RunConfig
+from megatron_ee.errors import ConfigError
+
+
+@pytest.fixture
+def architecture() -> Architecture:
+    return parse_architecture(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "vocab_size": 100,
+            "max_position_embeddings": 128,
+        }
+    )
+
+
+def configuration(path: Path, **blocks: dict[str, Any] | list[Any]) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": {"path": str(path)},
+        "exits": [{"layer": 6, "body": "norm"}, {"layer": 0.25}],
+        "data": {"train": ["corpus"], "sequence_length": 128},
+    }
+    for name, block in blocks.items():
+        values[name] = values[name] | block if isinstance(block, dict) and name in values else block
+    return config_from_dict(values)
+
+
+def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None:
+    exits = check_run(configuration(tmp_path), architecture)
+    assert [(exit_.layer, exit_.body) for exit_ in exits] == [(2, "mlp"), (6, "norm")]
+    for blocks in (
+        {"data": {"validation_fraction": 0.1, "sequence_length": 1}},
+        {"data": {"validation": ["held_out"]}},
+        {"optimizer": {"lr": 1e-6}, "schedule": {"decay": "constant"}},
+        {"optimizer": {"lr": 1e-4, "min_lr": 1e-4, "clip_grad": 0, "weight_decay": 0}},
+        {"tuning": {"global_batch_size": 12, "micro_batch_size": 4}},
+        {"validation": {"interval": 0, "sequences": 0, "thresholds": [1.0]}},
+    ):
+        check_run(configuration(tmp_path, **blocks), architecture)
+
+
+@pytest.mark.parametrize(
+    ("block", "values", "message"),
+    [
+        ("exits", [], "exits: at least one exit is needed"),
+        ("exits", [{"layer": 9}], "exits[0].layer: 9 is outside the model, which has layers 1 to 8"),
+        ("exits", [{"layer": 4}, {"layer": 0.5}], "exits[1].layer: there is already an exit after layer 4"),
+        ("exits", [{"layer": 4, "weight": 0}], "exits[0].weight: must be a positive number, not 0.0"),
+        ("exits", [{"layer": 4, "body": "embedding", "head": "shared"}], "exits: nothing to train"),
+        ("model", {"path": ""}, "model.path: is empty"),
+        ("model", {"path": "/nowhere/at/all"}, "model.path: no such directory: /nowhere/at/all"),
+        ("data", {"train": []}, "data.train: is empty"),
+        ("data", {"train": ["a", ""]}, "data.train[1]: the path is empty"),
+        ("data", {"train": [{"path": "a", "weight": 0}]}, "data.train[0].weight: must be a positive number, not 0.0"),
+        ("data", {"validation": [{"path": ""}]}, "data.validation[0]: the path is empty"),
+        ("data", {"validation": ["v"], "validation_fraction": 0.1}, "data.validation_fraction: contradicts"),
+        ("data", {"validation_fraction": 1.0}, "data.validation_fraction: must be at least 0 and below 1, not 1.0"),
+        ("data", {"sequence_length": 129}, "data.sequence_length: 129 is longer than the model's 128 positions"),
+        ("data", {"sequence_length": 0}, "data.sequence_length: must be at least 1, not 0"),
+        ("data", {"seed": -1}, "data.seed: must lie between 0 and 4294967295, not -1"),
+        ("tuning", {"seed": 2**32}, "tuning.seed: must lie between 0 and 4294967295, not 4294967296"),
+        ("tuning", {"steps": 0}, "tuning.steps: must be at least 1, not 0"),
+        ("tuning", {"global_batch_size": 0}, "tuning.global_batch_size: must be at least 1, not 0"),
+        ("tuning", {"micro_batch_size": 0}, "tuning.micro_batch_size: must be at least 1, not 0"),
+        ("tuning", {"micro_batch_size": 3}, "tuning.global_batch_size: 16 is not a multiple of tuning.micro_batch_siz"),
+        ("tuning", {"micro_batch_size": 32}, "tuning.global_batch_size: 16 is not a multiple of tuning.micro_batch_s"),
+        ("optimizer", {"lr": 0}, "optimizer.lr: must be a positive number, not 0.0"),
+        ("optimizer", {"min_lr": -1e-5}, "optimizer.min_lr: must be a number of at least 0, not -1e-05"),
+        ("optimizer", {"lr": 1e-6}, "optimizer.min_lr: 1e-05 is above optimizer.lr 1e-06"),
+        ("optimizer", {"beta1": 1.0}, "optimizer.beta1: must be at least 0 and below 1, not 1.0"),
+        ("optimizer", {"beta2": -0.1}, "optimizer.beta2: must be at least 0 and below 1, not -0.1"),
+        ("optimizer", {"eps": 0}, "optimizer.eps: must be a positive number, not 0.0"),
+        ("optimizer", {"weight_decay": -1}, "optimizer.weight_decay: must be a number of at least 0, not -1.0"),
+        ("optimizer", {"clip_grad": -1}, "optimizer.clip_grad: must be a number of at least 0, not -1.0"),
+        ("schedule", {"warmup_fraction": 1}, "schedule.warmup_fraction: must be at least 0 and below 1, not 1.0"),
+        ("loss", {"weight_warmup_fraction": 1}, "loss.weight_warmup_fraction: must be at least 0 and below 1, not 1"),
+        ("loss", {"chunk_tokens": 0}, "loss.chunk_tokens: must be at least 1, not 0"),
+        ("validation", {"interval": -1}, "validation.interval: must be at least 0, not -1"),
+        ("validation", {"sequences": -1}, "validation.sequences: must be at least 0, not -1"),
+        ("validation", {"thresholds": [0.5, 0]}, "validation.thresholds[1]: must be above 0 and at most 1, not 0.0"),
+        ("validation", {"thresholds": [1.5]}, "validation.thresholds[0]: must be above 0 and at most 1, not 1.5"),
+        ("checkpoint", {"interval": -1}, "checkpoint.interval: must be at least 0, not -1"),
+        ("checkpoint", {"keep": 1}, "checkpoint.keep: must be at least 2, not 1"),
+        ("logging", {"interval": 0}, "logging.interval: must be at least 1, not 0"),
+        ("parallel", {"tensor": 0}, "parallel.tensor: must be at least 1, not 0"),
+        ("parallel", {"pipeline": -2}, "parallel.pipeline: must be at least 1, not -2"),
+        ("parallel", {"sequence": True}, "parallel.sequence: needs parallel.tensor above 1"),
+        ("parallel", {"tensor": 2}, "parallel.tensor: 2 is not possible: several processes are not supported by this"),
+        ("parallel", {"pipeline": 2}, "parallel.pipeline: 2 is not possible: several processes are not supported by"),
+    ],
+)
+def test_refusals(tmp_path: Path, architecture: Architecture, block: str, values: Any, message: str) -> None:
+    config = configuration(tmp_path, **{block: values})
+    with pytest.raises(ConfigError) as caught:
+        check_run(config, architecture)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_processes_are_refused(tmp_path: Path, architecture: Architecture) -> None:
+    with pytest.raises(ConfigError, match="^parallel: 4 processes are running, but several are not supported"):
+        check_run(configuration(tmp_path), architecture, world_size=4)
+
+
+def test_nan_in_a_configuration_made_in_code(tmp_path: Path, architecture: Architecture) -> None:
+    config = configuration(tmp_path)
+    config.optimizer.lr = float("nan")
+    with pytest.raises(ConfigError, match=r"^optimizer\.lr: must be a positive number"):
+        check_run(config, architecture)
+
+
+def test_data_parallel_size() -> None:
+    assert data_parallel_size(ParallelConfig(tensor=2, pipeline=2), 8) == 2
+    with pytest.raises(ConfigError, match=r"^parallel\.tensor: 4 x parallel\.pipeline 1 = 4 processes .* the 6 that"):
+        data_parallel_size(ParallelConfig(tensor=4), 6)
