@@ -1,0 +1,1 @@
+"""Quality per exit, sweeps, calibration, and how they are shown."""

@@ -1,0 +1,258 @@
+"""Pictures of quality per exit and of a tuning run; matplotlib is imported when one is drawn, and needs no display."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ee.errors import DataError, UserError
+from megatron_ee.model.metrics import Quality
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that are told apart by colour-blind readers too (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#666666"
+FORMATS = (".png", ".pdf", ".svg")
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "savefig.dpi": 150,
+}
+SMOOTHED_FROM = 60  # steps; with fewer the curve is drawn as it is
+
+
+def plot_sweep(quality: Quality, path: str | Path, title: str = "Early exit: what a threshold saves and costs") -> None:
+    """Agreement and accuracy of what is emitted against layers run per token, one point per threshold.
+
+    Hollow markers show each exit used for every token, for comparison: a threshold is worth its name where its line
+    lies above them.
+
+    Raises:
+        UserError: not a .png, .pdf or .svg, or it cannot be written.
+        ValueError: there are no exits or no thresholds.
+    """
+    if not quality.exits or not quality.sweep:
+        raise ValueError("there is no sweep to plot: no exits or no thresholds")
+    points = sorted(quality.sweep, key=lambda point: point.mean_layers)
+    layers = [point.mean_layers for point in points]
+    single = [exit_.layer for exit_ in quality.exits] + [quality.num_layers]
+    with _figure(path, (7.5, 4.8)) as figure:
+        axes = figure.subplots()
+        curves = (
+            ("agreement", "agreement with the final exit", COLOURS[0], "o", 1.0),
+            ("accuracy", "accuracy (next token of the text)", COLOURS[1], "s", quality.final_accuracy),
+        )
+        for name, label, colour, marker, final in curves:
+            alone = [getattr(exit_, name) for exit_ in quality.exits] + [final]
+            axes.plot(single, _percents(alone), marker, mfc="white", mec=colour, ms=6, zorder=3)
+            values = _percents([getattr(point, name) for point in points])
+            axes.plot(layers, values, marker + "-", color=colour, ms=5, label=label, zorder=4)
+        axes.plot([], [], "o", mfc="white", mec=GREY, ms=6, label="one exit for all tokens")
+        axes.axvline(quality.num_layers, color=GREY, lw=1, ls=":")
+        axes.set_xlim(0, quality.num_layers * 1.04)
+        axes.set_ylim(0, 107)
+        axes.set_xlabel(f"layers run per token (mean; the model has {quality.num_layers})")
+        axes.set_ylabel("tokens (%)")
+        axes.set_title(title, loc="left")
+        figure.legend(loc="outside lower center", ncols=3)
+        texts = [(point.mean_layers, point.agreement * 100, f"{point.threshold:g}") for point in points]
+        _annotate(figure, axes, texts, "threshold ")
+
+
+def plot_reliability(quality: Quality, path: str | Path, title: str = "Reliability of the exits' confidence") -> None:
+    """Per exit: accuracy and agreement against confidence, with the share of tokens at each confidence behind.
+
+    Raises:
+        UserError: not a .png, .pdf or .svg, or it cannot be written.
+        ValueError: there are no exits.
+    """
+    if not quality.exits:
+        raise ValueError("there is no exit to plot")
+    rows = math.ceil(len(quality.exits) / 4)
+    columns = math.ceil(len(quality.exits) / rows)
+    with _figure(path, (3.1 * columns + 0.5, 3.2 * rows + 0.7)) as figure:
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(quality.exits) :]:
+            axes.set_visible(False)
+        for axes, exit_ in zip(grid.flat, quality.exits, strict=False):
+            shares = [100 * bin_.tokens / quality.tokens for bin_ in exit_.bins]
+            lower, width = [100 * bin_.lower for bin_ in exit_.bins], 100 / len(exit_.bins)
+            axes.bar(lower, shares, width=width * 0.92, align="edge", color="#d9d9d9", label="share of tokens")
+            axes.plot([0, 100], [0, 100], color=GREY, lw=1, ls=":", label="perfectly calibrated")
+            filled = [bin_ for bin_ in exit_.bins if bin_.tokens]
+            confidence = _percents([bin_.confidence for bin_ in filled])
+            for name, colour, marker in (("agreement", COLOURS[0], "o"), ("accuracy", COLOURS[1], "s")):
+                values = _percents([getattr(bin_, name) for bin_ in filled])
+                axes.plot(confidence, values, marker + "-", color=colour, ms=4, lw=1.2, label=name)
+            axes.set_title(f"after layer {exit_.layer}: ECE {exit_.ece:.1%}", loc="left")
+            axes.set(xlim=(0, 100), ylim=(0, 103), xticks=range(0, 100, 20), yticks=range(0, 101, 20))
+        for axes in grid[:, 0]:
+            axes.set_ylabel("tokens (%)")
+        for axes in grid.flat[max(0, len(quality.exits) - columns) : len(quality.exits)]:  # nothing stands below these
+            axes.set_xlabel("confidence (%)")
+            axes.tick_params(labelbottom=True)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
+def plot_training(log: str | Path, path: str | Path, title: str = "Loss of each exit while tuning") -> None:
+    """One loss curve per exit from a run's JSONL log, with its validations as markers.
+
+    Raises:
+        DataError: the log cannot be read, or has neither steps nor validations.
+        UserError: not a .png, .pdf or .svg, or it cannot be written.
+    """
+    steps, validations = read_log(log)
+    layers = sorted({layer for losses in (*steps.values(), *validations.values()) for layer in losses})
+    finals = [losses[0] for losses in validations.values() if 0 in losses]
+    with _figure(path, (7.5, 4.8)) as figure:
+        axes = figure.subplots()
+        for index, layer in enumerate(layer for layer in layers if layer):
+            colour = COLOURS[index % len(COLOURS)]
+            at, losses = _curve(steps, layer)
+            if len(at) >= SMOOTHED_FROM:
+                axes.plot(at, losses, color=colour, lw=0.7, alpha=0.25)
+                losses = _smooth(losses)
+            axes.plot(at, losses, color=colour, lw=1.6, label=f"exit after layer {layer}")
+            at, losses = _curve(validations, layer)
+            axes.plot(
+                at, losses, "o--", color=colour, mfc="white", ms=5, lw=1, label=None if steps else f"exit {layer}"
+            )
+        if validations:
+            axes.plot([], [], "o--", color=GREY, mfc="white", ms=5, lw=1, label="on validation data")
+        if finals:
+            axes.axhline(finals[-1], color=GREY, lw=1, ls=":", label="final exit, on validation data")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.set_title(title, loc="left")
+        axes.margins(x=0.02)
+        axes.legend()
+
+
+Losses = dict[int, dict[int, float]]
+
+
+def read_log(log: str | Path) -> tuple[Losses, Losses]:
+    """Losses of a run's JSONL log by step, then by layer: those of steps, and those of validations.
+
+    A step that is there twice counts as it came last; a last line that was cut short is passed over. Layer 0 of a
+    validation stands for the final exit.
+
+    Raises:
+        DataError: the log cannot be read, has a line that is no such JSON, or has neither steps nor validations.
+    """
+    try:
+        lines = Path(log).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{log}: cannot be read: {error}") from None
+    steps: Losses = {}
+    validations: Losses = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if record.get("exits"):
+                steps[record["step"]] = _losses(record["exits"])
+            if record.get("validation"):
+                found = _losses(record["validation"]["exits"])
+                final = record["validation"].get("final_loss")
+                validations[record["step"]] = found if final is None else {0: final, **found}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{log}:{number}: not a line of a tuning log: {error!r}") from None
+    if not steps and not validations:
+        raise DataError(f"{log}: no step and no validation in it yet")
+    return steps, validations
+
+
+def _losses(exits: list[dict[str, Any]]) -> dict[int, float]:
+    return {entry["layer"]: math.nan if entry["loss"] is None else entry["loss"] for entry in exits}
+
+
+def _curve(losses: Losses, layer: int) -> tuple[list[int], list[float]]:
+    at = sorted(step for step in losses if layer in losses[step])
+    return at, [losses[step][layer] for step in at]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a thirtieth of the values, without the pull of a start at 0."""
+    keep = 1 - 30 / len(values) if len(values) > 60 else 0.5
+    mean = weight = 0.0
+    result = []
+    for value in values:
+        if math.isfinite(value):
+            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(mean / weight if weight else math.nan)
+    return result
+
+
+def _percents(shares: Sequence[float]) -> list[float]:
+    return [100 * share for share in shares]
+
+
+def _annotate(figure: Figure, axes: Axes, texts: list[tuple[float, float, str]], prefix: str) -> None:
+    """Write each text above its point, the first with ``prefix``; leave out those that would run into another."""
+    figure.canvas.draw()  # fixes the layout that positions in pixels depend on
+    taken: list[Any] = []
+    for index, (x, y, text) in enumerate(texts):
+        note = axes.annotate(
+            prefix + text if index == 0 else text,
+            (x, y),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="right" if index == 0 and prefix else "center",
+            fontsize=8.5,
+            color="#333333",
+            zorder=5,
+        )
+        box = note.get_window_extent()
+        if any(box.overlaps(other) for other in taken):
+            note.remove()
+        else:
+            taken.append(box)
+
+
+@contextmanager
+def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure that is saved to ``path``, under a temporary name first, when the block ends without an error."""
+    target = Path(path)
+    if target.suffix.lower() not in FORMATS:
+        raise UserError(f"{target}: a plot must be one of {', '.join(FORMATS)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)  # pyplot is left alone: it keeps state and may look for a display
+        yield figure
+        try:
+            figure.savefig(temporary, format=target.suffix[1:].lower())
+            os.replace(temporary, target)
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,226 @@
+"""Quality per exit as tables for people and as a dict for ``--json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.model.metrics import Quality
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
+
+
+def report_dict(quality: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
+    """What ``evaluate --json`` prints: ``Quality.to_dict`` with ``body`` and ``head`` in each of ``exits``.
+
+    ``Quality.from_dict`` reads it back.
+    """
+    _check(quality, exits)
+    data = quality.to_dict()
+    data["exits"] = [
+        {"layer": spec.layer, "body": spec.body, "head": spec.head, **entry}
+        for spec, entry in zip(exits, data["exits"], strict=True)
+    ]
+    return data
+
+
+def comparison_dict(initial: Quality, tuned: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
+    """``final_loss``, and per exit its loss, agreement and accuracy before and after tuning, in short keys."""
+    before, after = report_dict(initial, exits), report_dict(tuned, exits)
+    rows = []
+    for old, new in zip(before["exits"], after["exits"], strict=True):
+        row = {key: new[key] for key in ("layer", "body", "head")}
+        for key in ("loss", "agreement", "accuracy"):
+            row |= {f"{key}_initial": old[key], f"{key}_tuned": new[key]}
+        rows.append(row)
+    return {"final_loss": after["final_loss"], "exits": rows}
+
+
+def write_json(data: dict[str, Any], path: Path) -> None:
+    """Write strict, indented JSON to a temporary name beside ``path``, then rename it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_console(file: TextIO | None = None) -> Console:
+    """A console on ``file`` (default: stdout): as wide as the terminal, or ``PLAIN_WIDTH`` where there is none."""
+    from rich.console import Console
+
+    console = Console(file=file or sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+def print_quality(
+    quality: Quality,
+    exits: Sequence[ExitSpec],
+    title: str = "Quality per exit",
+    *,
+    to_stderr: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Print the table per exit and, where there are thresholds, the sweep.
+
+    Args:
+        quality: the figures.
+        exits: what the exits are, in the same order.
+        title: of the first table.
+        to_stderr: print there rather than to stdout.
+        console: print there instead.
+
+    Raises:
+        ValueError: ``exits`` are not those of ``quality``.
+    """
+    _check(quality, exits)
+    console = console or make_console(sys.stderr if to_stderr else sys.stdout)
+    tables = [_exit_table(quality, exits, title, console)]
+    if quality.sweep and quality.exits:
+        tables += [_sweep_table(quality, console), _above_table(quality, console)]
+    for index, table in enumerate(tables):
+        if index:
+            console.print()
+        console.print(table)
+
+
+def print_comparison(
+    initial: Quality, tuned: Quality, exits: Sequence[ExitSpec], console: Console | None = None
+) -> None:
+    """Print what tuning changed, exit by exit.
+
+    Raises:
+        ValueError: ``exits`` are not those of both.
+    """
+    _check(initial, exits)
+    _check(tuned, exits)
+    console = console or make_console()
+    table = _table(f"Exits before and after tuning ({tuned.tokens:,} held-out tokens)", console)
+    _columns(table, "after layer", "exit", words=True)
+    for name in ("loss", "agreement", "accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for spec, old, new in zip(exits, initial.exits, tuned.exits, strict=True):
+        table.add_row(
+            str(spec.layer),
+            _label(spec),
+            f"{_number(old.loss)} -> {_number(new.loss)}",
+            f"{_percent(old.agreement)} -> {_percent(new.agreement)}",
+            f"{_percent(old.accuracy)} -> {_percent(new.accuracy)}",
+        )
+    table.add_row(
+        str(tuned.num_layers),
+        "final",
+        _number(tuned.final_loss),
+        _percent(1.0),
+        _percent(tuned.final_accuracy),
+        style="dim",
+    )
+    console.print(table)
+
+
+def _exit_table(quality: Quality, exits: Sequence[ExitSpec], title: str, console: Console) -> Table:
+    table = _table(f"{title} ({quality.tokens:,} tokens)", console)
+    _columns(table, "after layer", "exit", words=True)
+    _columns(table, "loss", "perplexity", "accuracy", "agreement", "confidence", "ECE")
+    for spec, exit_ in zip(exits, quality.exits, strict=True):
+        shares = (exit_.accuracy, exit_.agreement, exit_.mean_confidence, exit_.ece)
+        table.add_row(
+            str(spec.layer),
+            _label(spec),
+            _number(exit_.loss),
+            _number(exit_.perplexity, 1),
+            *(_percent(share) for share in shares),
+        )
+    table.add_row(
+        str(quality.num_layers),
+        "final",
+        _number(quality.final_loss),
+        _number(quality.final_perplexity, 1),
+        _percent(quality.final_accuracy),
+        _percent(1.0),
+        *("",) * 2,
+        style="dim",
+    )
+    return table
+
+
+def _sweep_table(quality: Quality, console: Console) -> Table:
+    table = _table(f"Leaving at the first exit that is confident enough (of {quality.num_layers} layers)", console)
+    _columns(table, "threshold", "layers per token", "agreement", "accuracy")
+    _columns(table, *(f"leave at {exit_.layer}" for exit_ in quality.exits), "final")
+    for point in quality.sweep:
+        table.add_row(
+            f"{point.threshold:g}",
+            _number(point.mean_layers, 2),
+            _percent(point.agreement),
+            _percent(point.accuracy),
+            *(_percent(share) for share in point.shares),
+        )
+    return table
+
+
+def _above_table(quality: Quality, console: Console) -> Table:
+    table = _table("Each exit alone: tokens at or above the threshold, and agreement among them", console)
+    _columns(table, "threshold")
+    for exit_ in quality.exits:
+        _columns(table, f"exit {exit_.layer}: tokens", "agreement")
+    for point in quality.sweep:
+        cells = (text for above in point.above for text in (_percent(above.share), _percent(above.agreement)))
+        table.add_row(f"{point.threshold:g}", *cells)
+    return table
+
+
+def _table(title: str, console: Console) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    ruled = console.is_terminal
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD if ruled else None,
+        padding=(0, 1, 0, 0) if ruled else (0, 2, 0, 0),
+    )
+
+
+def _columns(table: Table, *names: str, words: bool = False) -> None:
+    # Where space is short, headings break between words, and neither a word nor a number is cut.
+    for name in names:
+        longest = max(len(word) for word in name.split())
+        table.add_column(name, justify="left" if words else "right", min_width=longest)
+
+
+def _label(spec: ExitSpec) -> str:
+    return spec.body if spec.head == "own" else f"{spec.body}, {spec.head}"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}" if math.isfinite(value) else "-"
+
+
+def _check(quality: Quality, exits: Sequence[ExitSpec]) -> None:
+    measured, given = [exit_.layer for exit_ in quality.exits], [spec.layer for spec in exits]
+    if measured != given:
+        raise ValueError(f"quality is of exits after layers {measured}, not {given}")

@@ -1,0 +1,1 @@
+"""Training exits: the step computes, the trainer decides when, callbacks validate."""

@@ -1,0 +1,97 @@
+"""What a run leaves to look at: ``log.jsonl`` and TensorBoard, with one loss, weight and gradient norm per exit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_ee.config.schema import LoggingConfig
+from megatron_ee.errors import UserError
+from megatron_ee.model.metrics import Quality
+from megatron_ee.tuning.step import StepResult
+
+LOG = "log.jsonl"
+
+
+class RunLog:
+    """Writes one JSON object per line, each flushed, and the same figures to TensorBoard.
+
+    A resumed run goes on in the same file: lines past the checkpoint's step are taken back first.
+    """
+
+    def __init__(self, output: Path, config: LoggingConfig, step: int, *, enabled: bool = True) -> None:
+        """``step`` steps are done; ``enabled`` is False on processes that do not write."""
+        self._file = None
+        self._board: Any = None
+        if not enabled:
+            return
+        path = output / LOG
+        try:
+            _take_back(path, step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        if config.tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
+        """One finished step, counted from 1."""
+        exits = [dataclasses.asdict(exit_) for exit_ in result.exits]
+        line = {"step": step, "tokens": result.tokens, "lr": result.lr, "grad_norm": result.grad_norm}
+        self._write({**line, "tokens_per_second": round(tokens_per_second, 1), "exits": exits})
+        points = {"lr": result.lr, "grad_norm": result.grad_norm, "tokens_per_second": tokens_per_second}
+        for exit_ in result.exits:
+            for name in ("loss", "weight", "grad_norm"):
+                points[f"exit_{exit_.layer}/{name}"] = getattr(exit_, name)
+        self._plot(points, step)
+
+    def validation(self, step: int, quality: Quality) -> None:
+        """One validation after ``step`` steps."""
+        self._write({"step": step, "validation": quality.to_dict()})
+        points = {"validation/final_loss": quality.final_loss}
+        for exit_ in quality.exits:
+            for name in ("loss", "agreement", "mean_confidence", "ece"):
+                points[f"validation/exit_{exit_.layer}/{name}"] = getattr(exit_, name)
+        self._plot(points, step)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def _plot(self, points: dict[str, float], step: int) -> None:
+        if self._board is not None:
+            for name, value in points.items():
+                self._board.add_scalar(name, value, step)
+
+
+def _take_back(path: Path, step: int) -> None:
+    """Keep the lines up to ``step``; a line cut short by a crash goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue
+        kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

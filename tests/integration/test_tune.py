@@ -1,0 +1,185 @@
+"""``megatron-ee tune`` as a process: what it leaves, what it keeps, and going on after a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ee.checkpoint.store import open_checkpoint
+
+ReadLog = Callable[[Path], list[Any]]
+
+
+def all_tensors(output: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything in a training checkpoint."""
+    checkpoint = open_checkpoint(output / "checkpoints" / f"step-{step}")
+    tensors = {}
+    for key in checkpoint.keys():  # noqa: SIM118 - not a mapping
+        tensors[key] = torch.empty(checkpoint.shape(key), dtype=checkpoint.dtype(key))
+        checkpoint.read(key, tensors[key])
+    return tensors
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+
+
+def test_run_leaves_what_it_should(project: Any, tuned: Path, read_log: ReadLog) -> None:
+    for name in ("adapter/exits.safetensors", "adapter-best/exits.json", "config.json", "validation/step-12.json"):
+        assert (tuned / name).is_file(), name
+    assert list((tuned / "tensorboard").glob("events.*"))
+    assert sorted(path.name for path in (tuned / "checkpoints").iterdir()) == ["step-12", "step-8"]
+    log = read_log(tuned)
+    steps = [line for line in log if "exits" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert all(
+        {"layer", "loss", "weight", "grad_norm"} == exit_.keys() and exit_["grad_norm"] > 0
+        for line in steps
+        for exit_ in line["exits"]
+    )
+    total = [line["grad_norm"] ** 2 for line in steps]
+    parts = [sum(exit_["grad_norm"] ** 2 for exit_ in line["exits"]) for line in steps]
+    assert total == pytest.approx(parts, rel=1e-4)
+    validations = [line for line in log if "validation" in line]
+    assert [line["step"] for line in validations] == [0, 5, 10, 12]
+    for before, after in zip(*(line["validation"]["exits"] for line in (validations[0], validations[-1])), strict=True):
+        assert after["loss"] < before["loss"]
+    assert all(line["validation"]["final_loss"] == validations[0]["validation"]["final_loss"] for line in validations)
+
+
+def test_adapter_holds_the_last_weights_and_only_the_exits(tuned: Path) -> None:
+    adapter = load_file(tuned / "adapter" / "exits.safetensors")
+    checkpoint = all_tensors(tuned, 12)
+    assert_same(adapter, {key: value for key, value in checkpoint.items() if not key.startswith("optimizer.")})
+    assert {key.split(".")[1] for key in adapter} == {"1", "2", "3"}
+    assert not any("lm_head" in key for key in adapter if key.startswith("exits.2."))
+    description = json.loads((tuned / "adapter" / "exits.json").read_text())
+    assert [exit_["body"] for exit_ in description["exits"]] == ["mlp", "layer", "norm"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    project: Any, tmp_path: Path, read_log: ReadLog, number: signal.Signals, dtype: str
+) -> None:
+    """Losses, weights, optimizer state and data order, bit for bit."""
+    config = project.config(tmp_path / "run.yaml", model={"dtype": dtype}, tuning={"steps": 60})
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    project.run("tune", "--config", config, "--output", straight)
+
+    process = project.start("tune", "--config", config, "--output", broken)
+    log = broken / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count('"lr"') >= 7):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert number.name in errors
+    stopped_at = read_log(broken)[-1]["step"]
+    assert 7 <= stopped_at < 60
+
+    project.run("tune", "--config", config, "--output", broken, "--resume")
+    assert read_log(broken) == read_log(straight)
+    assert_same(all_tensors(broken, 60), all_tensors(straight, 60))
+    for name in ("adapter", "adapter-best"):
+        assert (broken / name / "exits.safetensors").read_bytes() == (
+            straight / name / "exits.safetensors"
+        ).read_bytes()
+
+
+def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, read_log: ReadLog, tuned: Path) -> None:
+    """After kill -9 and damage to the newest checkpoint, the one before it is taken, and the end is the same."""
+    config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"
+    process = project.start("tune", "--config", config, "--output", output)
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints" / "step-8").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    newest = max((output / "checkpoints").glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    shard = newest / "shard-0000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+    done = project.run("tune", "--config", config, "--output", output, "--resume")
+    assert "DAMAGED" in done.stderr and "shard-0000.safetensors" in done.stderr
+    assert "going on after step" in done.stderr
+    assert_same(all_tensors(output, 12), all_tensors(tuned, 12))
+    assert read_log(output) == read_log(tuned)
+
+
+def test_init_adapter_starts_from_its_exits(project: Any, tuned: Path, tmp_path: Path, read_log: ReadLog) -> None:
+    config, output = project.config(tmp_path / "run.yaml", tuning={"steps": 1}), tmp_path / "run"
+    project.run("tune", "--config", config, "--output", output, "--init-adapter", tuned / "adapter")
+    first = next(line["validation"] for line in read_log(output) if "validation" in line)
+    last = [line["validation"] for line in read_log(tuned) if "validation" in line][-1]
+    assert first == last
+
+
+def test_output_of_another_run_is_not_overwritten(project: Any, tuned: Path, tmp_path: Path) -> None:
+    before = (tuned / "log.jsonl").read_bytes()
+    done = project.run("tune", "--config", project.config(tmp_path / "run.yaml"), "--output", tuned, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "--resume" in done.stderr
+    assert (tuned / "log.jsonl").read_bytes() == before
+
+
+def test_resume_with_other_exits_is_refused(project: Any, tuned: Path, tmp_path: Path) -> None:
+    config = project.config(tmp_path / "run.yaml", exits=[{"layer": 1}])
+    done = project.run("tune", "--config", config, "--output", tuned, "--resume", check=False)
+    assert done.returncode == 1
+    assert "another exits" in done.stderr.splitlines()[-1]
+    assert (tuned / "checkpoints" / "step-12").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["--tuning.stepz", "3"], "stepz"),
+        (["--tuning.steps", "many"], "tuning.steps"),
+        (["--exits", "[{layer: 5}]"], "exits[0].layer"),
+        (["--exits", "[{layer: 2}, {layer: 0.5}]"], "exits[1].layer"),
+        (["--data.sequence_length", "4096"], "data.sequence_length"),
+        (["--exits", "[{layer: 2, body: embedding, head: shared}]"], "exits"),
+        (["--data.train", "[/no/such/corpus]"], "/no/such/corpus"),
+        (["--model.path", "/no/such/model"], "model.path"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    project: Any, tmp_path: Path, overrides: list[str], word: str
+) -> None:
+    config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"
+    done = project.run("tune", "--config", config, "--output", output, *overrides, check=False)
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("\n") == 1 and word in done.stderr, done.stderr
+    assert not output.exists()
+
+
+def test_two_runs_cannot_write_to_one_place(project: Any, tmp_path: Path) -> None:
+    config, output = project.config(tmp_path / "run.yaml", tuning={"steps": 5000}), tmp_path / "run"
+    first = project.start("tune", "--config", config, "--output", output)
+    deadline = time.monotonic() + 120
+    while not (output / "log.jsonl").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    second = project.run("tune", "--config", config, "--output", output, check=False)
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait(timeout=60) == 0
+    first.communicate()
+    assert second.returncode == 1
+    assert "another run" in second.stderr.splitlines()[-1]

@@ -1,0 +1,155 @@
+"""Pictures: that they are drawn, of what, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from megatron_ee.errors import DataError, UserError
+from megatron_ee.evaluation.plots import plot_reliability, plot_sweep, plot_training, read_log
+from megatron_ee.model.metrics import FinalStats, Quality, QualityAccumulator, TokenStats
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def quality(layers: tuple[int, ...] = (2, 4), thresholds: tuple[float, ...] = (0.5, 0.8, 0.81, 1.5)) -> Quality:
+    generator = torch.Generator().manual_seed(0)
+    count = 300
+    accumulator = QualityAccumulator(layers, 12, thresholds)
+    labels = torch.randint(5, (count,), generator=generator)
+    exits = [
+        TokenStats(
+            torch.rand(count, generator=generator) * 4,
+            torch.rand(count, generator=generator),
+            torch.randint(5, (count,), generator=generator),
+        )
+        for _ in layers
+    ]
+    final = FinalStats(torch.rand(count, generator=generator), labels)
+    accumulator.update(exits, final, labels, torch.ones(count, dtype=torch.bool))
+    return accumulator.result()
+
+
+def drawn_text(path: Path) -> str:
+    """The texts of an SVG; matplotlib draws letters as shapes and keeps each text as a comment beside them."""
+    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
+    root = ElementTree.parse(path, parser).getroot()
+    return "\n".join(str(element.text).strip() for element in root.iter(ElementTree.Comment))
+
+
+def write_log(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def step_line(step: int, loss: float = 3.0) -> dict:
+    exits = [{"layer": layer, "loss": loss - layer / 10, "weight": 1.0, "grad_norm": 0.5} for layer in (2, 4)]
+    return {"step": step, "tokens": 100 * step, "lr": 1e-4, "exits": exits}
+
+
+def test_sweep_names_axes_units_and_thresholds(tmp_path: Path) -> None:
+    plot_sweep(quality(), tmp_path / "deep" / "sweep.svg")
+    texts = drawn_text(tmp_path / "deep" / "sweep.svg").splitlines()
+    assert "layers run per token (mean; the model has 12)" in texts
+    assert "tokens (%)" in texts
+    assert "agreement with the final exit" in texts
+    assert "1.5" in texts
+    assert "threshold 0.5" in texts
+    # 0.8 and 0.81 lie on top of each other: one of them is left out rather than written over the other.
+    assert len({"0.8", "0.81"} & set(texts)) == 1
+
+
+@pytest.mark.parametrize("exits", [1, 5])
+def test_reliability_has_one_diagram_per_exit(tmp_path: Path, exits: int) -> None:
+    result = quality(tuple(range(1, exits + 1)))
+    plot_reliability(result, tmp_path / "reliability.svg")
+    text = drawn_text(tmp_path / "reliability.svg")
+    for exit_ in result.exits:
+        assert f"after layer {exit_.layer}: ECE {exit_.ece:.1%}" in text
+    assert "confidence (%)" in text
+
+
+def test_training_has_one_curve_per_exit(tmp_path: Path) -> None:
+    lines = [{"step": 0, "validation": quality().to_dict()}, *(step_line(step) for step in range(1, 101))]
+    log = write_log(tmp_path / "log.jsonl", [*lines, {"step": 100, "validation": quality().to_dict()}])
+    plot_training(log, tmp_path / "training.svg")
+    text = drawn_text(tmp_path / "training.svg")
+    for expected in ("exit after layer 2", "exit after layer 4", "optimizer step", "loss (nats per token)"):
+        assert expected in text
+    assert "final exit, on validation data" in text
+
+
+def test_png_and_pdf(tmp_path: Path) -> None:
+    plot_sweep(quality(), tmp_path / "sweep.PNG")
+    assert (tmp_path / "sweep.PNG").read_bytes().startswith(PNG)
+    plot_training(write_log(tmp_path / "log.jsonl", [step_line(1)]), tmp_path / "training.pdf")
+    assert (tmp_path / "training.pdf").read_bytes().startswith(b"%PDF")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"sweep.PNG", "log.jsonl", "training.pdf"}
+
+
+def test_log_of_a_resumed_or_killed_run(tmp_path: Path) -> None:
+    diverged = step_line(3)
+    diverged["exits"][0]["loss"] = None
+    log = write_log(tmp_path / "log.jsonl", [step_line(1), step_line(2, 9.0), step_line(2, 5.0), diverged])
+    with log.open("a") as file:
+        file.write('{"step": 4, "exi')
+    steps, validations = read_log(log)
+    assert sorted(steps) == [1, 2, 3] and not validations
+    assert steps[2][2] == pytest.approx(4.8)
+    assert math.isnan(steps[3][2])
+    plot_training(log, tmp_path / "training.png")
+
+
+def test_log_with_a_step_and_its_validation_on_one_line(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.jsonl", [step_line(7) | {"validation": quality().to_dict()}])
+    steps, validations = read_log(log)
+    assert set(steps[7]) == {2, 4}
+    assert set(validations[7]) == {0, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no step and no validation"),
+        ("\n", "no step and no validation"),
+        ('{"step": 1}\n', "no step and no validation"),
+        ('nonsense\n{"step": 1}\n', "log.jsonl:1: not a line of a tuning log"),
+        ('{"exits": [{"layer": 1, "loss": 2}]}\n{"step": 1}\n', "log.jsonl:1"),
+        ("[]\n{}\n", "log.jsonl:1"),
+    ],
+)
+def test_other_logs_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text(text)
+    with pytest.raises(DataError, match=message):
+        plot_training(log, tmp_path / "training.png")
+    assert not (tmp_path / "training.png").exists()
+
+
+def test_missing_log(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        plot_training(tmp_path / "none.jsonl", tmp_path / "training.png")
+
+
+def test_other_formats_and_places_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must be one of \.png, \.pdf, \.svg"):
+        plot_sweep(quality(), tmp_path / "sweep.docx")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        plot_sweep(quality(), tmp_path / "file" / "sweep.png")
+    with pytest.raises(ValueError, match="no sweep"):
+        plot_sweep(quality(thresholds=()), tmp_path / "sweep.png")
+    with pytest.raises(ValueError, match="no sweep"):
+        plot_sweep(quality(layers=()), tmp_path / "sweep.png")
+
+
+def test_importing_does_not_import_matplotlib() -> None:
+    code = "import sys, megatron_ee.evaluation.plots; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

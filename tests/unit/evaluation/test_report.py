@@ -1,0 +1,140 @@
+"""Tables and dicts of quality per exit."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.evaluation.report import (
+    comparison_dict,
+    make_console,
+    print_comparison,
+    print_quality,
+    report_dict,
+    write_json,
+)
+from megatron_ee.model.metrics import FinalStats, Quality, QualityAccumulator, TokenStats
+
+EXITS = (ExitSpec(2), ExitSpec(4, body="layer", head="low_rank"))
+
+
+def quality(first_loss: float = 3.0) -> Quality:
+    """Four tokens: exit 2 agrees on half of them, exit 4 on all; the final exit is right on three."""
+    labels = torch.tensor([1, 2, 3, 4])
+    final = FinalStats(torch.full((4,), 2.0), torch.tensor([1, 2, 3, 9]))
+    first = TokenStats(torch.full((4,), first_loss), torch.tensor([0.9, 0.3, 0.8, 0.6]), torch.tensor([1, 7, 8, 9]))
+    second = TokenStats(torch.full((4,), 2.5), torch.tensor([0.9, 0.7, 0.7, 0.7]), torch.tensor([1, 2, 3, 9]))
+    accumulator = QualityAccumulator((2, 4), 8, (0.75, 0.99), body_layers=[0, 1])
+    accumulator.update([first, second], final, labels, torch.ones(4, dtype=torch.bool))
+    return accumulator.result()
+
+
+def rows(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def plain(*arguments: object) -> list[list[str]]:
+    file = io.StringIO()
+    print_quality(*arguments, console=make_console(file))  # type: ignore[arg-type]
+    return rows(file.getvalue())
+
+
+def test_dict_has_the_fixed_keys_and_reads_back() -> None:
+    data = json.loads(json.dumps(report_dict(quality(), EXITS), allow_nan=False))
+    assert data["final_loss"] == 2.0
+    assert data["tokens"] == 4
+    assert [(e["layer"], e["body"], e["head"]) for e in data["exits"]] == [(2, "mlp", "own"), (4, "layer", "low_rank")]
+    assert {"loss", "perplexity", "agreement", "accuracy", "mean_confidence", "ece", "ece_agreement"} <= {
+        *data["exits"][0]
+    }
+    assert [point["threshold"] for point in data["sweep"]] == [0.75, 0.99]
+    assert data["sweep"][1]["shares"] == [0.0, 0.0, 1.0]
+    assert report_dict(Quality.from_dict(data), EXITS) == data
+
+
+def test_comparison_dict() -> None:
+    data = comparison_dict(quality(3.5), quality(3.0), EXITS)
+    assert data["final_loss"] == 2.0
+    first = data["exits"][0]
+    assert (first["layer"], first["body"], first["loss_initial"], first["loss_tuned"]) == (2, "mlp", 3.5, 3.0)
+    assert (first["agreement_initial"], first["agreement_tuned"]) == (0.5, 0.5)
+
+
+def test_plain_tables_are_words_and_numbers_only() -> None:
+    table = plain(quality(), EXITS, "Title")
+    assert table[0] == ["Title", "(4", "tokens)"]
+    assert ["2", "mlp", "3.000", "20.1", "25.0%", "50.0%", "65.0%", "45.0%"] in table
+    assert ["8", "final", "2.000", "7.4", "75.0%", "100.0%"] in table
+    # At 0.75 two tokens leave at exit 2, the others at the end, having run the other exit's layer too.
+    assert ["0.75", "5.50", "75.0%", "50.0%", "50.0%", "0.0%", "50.0%"] in table
+    assert ["0.75", "50.0%", "50.0%", "25.0%", "100.0%"] in table
+    assert ["0.99", "0.0%", "-", "0.0%", "-"] in table
+    text = " ".join(word for row in table for word in row)
+    assert text.isascii() and "\x1b" not in text
+
+
+def test_to_stdout_or_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    print_quality(quality(), EXITS)
+    print_quality(quality(), EXITS, "Validation", to_stderr=True)
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Quality per exit")
+    assert captured.err.startswith("Validation")
+
+
+def test_on_a_terminal_of_80_columns_nothing_is_cut() -> None:
+    from rich.console import Console
+
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, color_system=None)
+    print_quality(quality(), EXITS, console=console)
+    print_comparison(quality(3.5), quality(), EXITS, console=console)
+    text = file.getvalue()
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_comparison_table() -> None:
+    file = io.StringIO()
+    print_comparison(quality(3.5), quality(3.0), EXITS, console=make_console(file))
+    table = rows(file.getvalue())
+    assert ["2", "mlp", "3.500", "->", "3.000", "50.0%", "->", "50.0%", "25.0%", "->", "25.0%"] in table
+    assert ["8", "final", "2.000", "100.0%", "75.0%"] in table
+
+
+def test_without_exits_only_the_final_one_is_shown() -> None:
+    accumulator = QualityAccumulator((), 8, (0.5,))
+    labels = torch.tensor([1, 2])
+    accumulator.update([], FinalStats(torch.ones(2), labels), labels, torch.ones(2, dtype=torch.bool))
+    result = accumulator.result()
+    assert report_dict(result, ())["exits"] == []
+    assert plain(result, ())[2:] == [["8", "final", "1.000", "2.7", "100.0%", "100.0%"]]
+
+
+def test_a_diverged_exit_is_shown_and_written(tmp_path: Path) -> None:
+    data = report_dict(quality(math.nan), EXITS)
+    assert data["exits"][0]["loss"] is None
+    assert ["2", "mlp", "-", "-", "25.0%", "50.0%", "65.0%", "45.0%"] in plain(quality(math.nan), EXITS)
+    write_json(data, tmp_path / "quality.json")
+    assert json.loads((tmp_path / "quality.json").read_text()) == data
+
+
+def test_write_json_leaves_nothing_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    write_json({"good": 1}, path)
+    with pytest.raises(ValueError):
+        write_json({"bad": math.nan}, path)
+    assert json.loads(path.read_text()) == {"good": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["quality.json"]
+
+
+def test_other_exits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers \[2, 4\], not \[2\]"):
+        report_dict(quality(), EXITS[:1])
+    with pytest.raises(ValueError, match="not"):
+        print_quality(quality(), (ExitSpec(2), ExitSpec(5)))
