@@ -17,6 +17,11 @@ from torch import Tensor
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.metrics import TokenStats
 
+VOCAB_RUN = 128
+"""Columns over which a maximum is taken first; the padded vocabulary is a multiple of it."""
+ROW_RUN = 2048
+"""Rows of a head whose gradient is converted at a time."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -111,13 +116,13 @@ class _ExitLoss(torch.autograd.Function):
             logits = _logits(z[part], weight, None if hidden is None else hidden[part], up, scratch)
             logits[:, head.valid :] = -torch.inf
             scale = coefficient[part]
-            nll[part], confidence[part], top1[part] = _softmax_(logits, labels[part], head, group)
+            nll[part], confidence[part], top1[part] = _exponentiate_(logits, labels[part], head, group)
             if dynamic:
                 scale = scale * confidence[part]
             loss += torch.dot(nll[part], scale)
             if not any(ctx.needs_input_grad[:4]):
                 continue
-            grad_logits = _logit_gradient_(logits, labels[part], scale, head).to(z.dtype)
+            grad_logits = _logit_gradient_(logits, confidence[part], labels[part], scale, head).to(z.dtype)
             if grad_z is not None:
                 torch.mm(grad_logits, weight, out=grad_z[part])
             if grad_hidden is not None and up is not None:
@@ -159,12 +164,16 @@ def _logits(z: Tensor, weight: Tensor, hidden: Tensor | None, up: Tensor | None,
     return logits
 
 
-def _softmax_(
+def _exponentiate_(
     logits: Tensor, labels: Tensor, head: VocabHead, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn ``logits`` into probabilities over the whole vocabulary in place; loss, confidence, top-1 of each token."""
-    highest, top1 = logits.max(dim=1)
-    top1 = top1 + head.start
+    """Loss, confidence and top-1 of each token over the whole vocabulary.
+
+    Leaves exp(logit - highest) in ``logits``: probabilities, once multiplied by the confidence, which is the inverse
+    of their sum. That product is left to whoever needs it, since a pass over a chunk costs as much as adding it up.
+    """
+    highest, top1 = _highest(logits)
+    top1 += head.start
     if group.size() > 1:
         own = highest.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
@@ -179,16 +188,29 @@ def _softmax_(
         both = torch.stack((target, total))
         dist.all_reduce(both, group=group)
         target, total = both
-    confidence = 1 / total
-    logits *= confidence[:, None]
-    return total.log() - target, confidence, top1
+    return total.log() - target, 1 / total, top1
 
 
-def _logit_gradient_(probabilities: Tensor, labels: Tensor, scale: Tensor, head: VocabHead) -> Tensor:
-    """Gradient of the weighted loss with respect to the logits, in place of the probabilities."""
+def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum of each row and the first column that has it.
+
+    In two steps, by runs of columns: a maximum with its index is not vectorised on the CPU, a maximum alone is.
+    """
+    if logits.shape[1] % VOCAB_RUN:
+        return logits.max(dim=1)
+    runs = logits.unflatten(1, (-1, VOCAB_RUN))
+    highest, run = runs.amax(dim=2).max(dim=1)
+    inside = runs[torch.arange(len(runs), device=run.device), run].argmax(dim=1)
+    return highest, run * VOCAB_RUN + inside
+
+
+def _logit_gradient_(
+    exponentials: Tensor, confidence: Tensor, labels: Tensor, scale: Tensor, head: VocabHead
+) -> Tensor:
+    """Gradient of the weighted loss with respect to the logits, ``scale * (probability - label)``, in place."""
     local, here = _local_labels(labels, head)
-    probabilities.scatter_add_(1, local[:, None], -here[:, None].to(probabilities.dtype))
-    return probabilities.mul_(scale[:, None])
+    exponentials *= (confidence * scale)[:, None]
+    return exponentials.scatter_add_(1, local[:, None], torch.where(here, -scale, 0.0)[:, None])
 
 
 def _local_labels(labels: Tensor, head: VocabHead) -> tuple[Tensor, Tensor]:
@@ -209,8 +231,10 @@ def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor) -> None:
     """``total += grad_logits^T inputs``, summed in ``total``'s dtype."""
     if total.dtype == inputs.dtype:
         total.addmm_(grad_logits.t(), inputs)
-    else:
-        total += torch.mm(grad_logits.t(), inputs)
+        return
+    # Adding tensors of two dtypes is slow on the CPU; converting run by run stays in its cache.
+    for rows, product in zip(total.split(ROW_RUN), torch.mm(grad_logits.t(), inputs).split(ROW_RUN), strict=True):
+        rows += product.to(total.dtype)
 
 
 def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor | None:
