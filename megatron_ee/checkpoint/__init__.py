@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: released models, native checkpoints, exit adapters."""

@@ -1,0 +1,327 @@
+"""Writes that are there whole or not at all: files, directories, one writer per output.
+
+A directory is written under ``NAME.tmp-<random>`` beside its final name, every file and the directory itself are
+fsynced, and one rename makes it visible. Nothing is ever overwritten. What a killed process leaves behind carries a
+name that only this module gives (``*.tmp-*``, ``*.ready-*``, ``.trash-*``); the next holder of the output's
+``writer_lock`` clears it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_ee.errors import CheckpointError
+
+_LEFTOVER = re.compile(r"(?s).+\.(tmp|ready)-[0-9a-f]{8}|\.trash-.+-[0-9a-f]{8}")
+_READY = re.compile(r"(?s).+\.ready-[0-9a-f]{8}")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+LOCK_NAME = ".writer.lock"
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | os.PathLike[str], action: str) -> Iterator[None]:
+    """Turn an ``OSError`` of the body into one line: the path, what could not be done, and why.
+
+    Raises:
+        CheckpointError: in place of any ``OSError`` of the file system.
+    """
+    try:
+        yield
+    except ConnectionError:  # a pipe or socket, not storage
+        raise
+    except OSError as error:
+        hint = "; free some space or choose another place" if error.errno in _NO_SPACE else ""
+        where = os.fspath(error.filename if isinstance(error.filename, (str, os.PathLike)) else path)
+        raise CheckpointError(f"{where}: cannot {action}: {error.strerror or error}{hint}") from error
+
+
+def _token() -> str:
+    return secrets.token_hex(4)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in ``directory`` durable; file systems that cannot sync a directory are left alone."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(fd)
+
+
+def _fsync_tree(directory: Path) -> None:
+    """fsync every file below ``directory``, and each directory after what it holds."""
+    for parent, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            fd = os.open(os.path.join(parent, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        fsync_directory(Path(parent))
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """Yield a descriptor of a temporary file beside ``path``; afterwards fsync it and rename it onto ``path``.
+
+    An existing file is replaced. On any exception the temporary file is removed and ``path`` stays as it was.
+
+    Raises:
+        CheckpointError: the file cannot be written (disk full, read-only, no such directory).
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{_token()}")
+    with storage_errors(path, "write"):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                yield fd
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    """Write all of ``data`` (a flat memoryview of bytes); one ``write`` may take less than it is given."""
+    done = 0
+    while done < len(data):
+        done += os.write(fd, data[done:])
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file through ``new_file``.
+
+    Raises:
+        CheckpointError: as ``new_file``.
+    """
+    with new_file(path) as fd:
+        write_all(fd, memoryview(content))
+
+
+def begin_directory(final: Path) -> Path:
+    """Create and return ``NAME.tmp-<random>`` beside ``final``, making parents as needed.
+
+    Raises:
+        CheckpointError: ``final`` exists and is not an empty directory, or nothing can be created there.
+    """
+    with storage_errors(final, "create"):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
+            raise CheckpointError(f"{final}: exists already; nothing is overwritten, move it away")
+        temporary = final.with_name(f"{final.name}.tmp-{_token()}")
+        temporary.mkdir()
+    return temporary
+
+
+def commit_directory(temporary: Path, final: Path) -> None:
+    """fsync all of ``temporary``, then rename it onto ``final`` (absent or an empty directory) in one step.
+
+    Raises:
+        CheckpointError: ``final`` has come into being meanwhile, or the file system refuses.
+    """
+    with storage_errors(final, "save"):
+        _fsync_tree(temporary)
+        try:
+            os.rename(temporary, final)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise CheckpointError(f"{final}: exists already; nothing is overwritten, move it away") from None
+            raise
+        fsync_directory(final.parent)
+
+
+@contextlib.contextmanager
+def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary directory; when the body ends without an exception it becomes ``final``.
+
+    On any exception the temporary directory is removed and ``final`` is untouched.
+
+    Raises:
+        CheckpointError: ``final`` exists and is not an empty directory; disk full, read-only and the like.
+    """
+    final = Path(final)
+    temporary = begin_directory(final)
+    try:
+        with storage_errors(temporary, "write"):
+            yield temporary
+        commit_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def replace_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """As ``new_directory``, but an existing ``final`` gives way to the new content.
+
+    The finished directory is first renamed ``NAME.ready-<random>``, then the old one goes to ``.trash-*``, then the
+    new one takes its name. Between the last two renames ``final`` is absent, but the complete new content stands
+    under its ``.ready-`` name: readers find it with ``current_directory``, and ``writer_lock`` finishes the renames
+    of a process killed there.
+
+    Raises:
+        CheckpointError: ``final`` is not a directory; disk full, read-only and the like.
+    """
+    final = Path(final)
+    if os.path.lexists(final) and not final.is_dir():
+        raise CheckpointError(f"{final}: is not a directory; move it away")
+    ready = final.with_name(f"{final.name}.ready-{_token()}")
+    with new_directory(ready) as temporary:
+        yield temporary
+    with storage_errors(final, "replace"):
+        _install(ready, final)
+
+
+def _install(ready: Path, final: Path) -> None:
+    """Put the complete directory ``ready`` in the place of ``final``."""
+    trash = final.with_name(f".trash-{final.name}-{_token()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(final, trash)
+    os.rename(ready, final)
+    fsync_directory(final.parent)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def current_directory(final: str | os.PathLike[str]) -> Path:
+    """Where the content of a directory written with ``replace_directory`` stands now.
+
+    That is ``final``, or its finished successor if a writer was stopped between the two renames. Where there is
+    neither, ``final`` is returned, for the caller to say what is missing. Changes nothing on disk.
+    """
+    final = Path(final)
+    for _ in range(2):  # a writer may take the last step between our two looks
+        if final.is_dir():
+            return final
+        for ready in _ready_directories(final.parent):
+            if ready.name.rpartition(".ready-")[0] == final.name:
+                return ready
+    return final
+
+
+def _ready_directories(parent: Path) -> list[Path]:
+    """Finished successors in ``parent``, newest first."""
+    try:
+        paths = [path for path in parent.iterdir() if _READY.fullmatch(path.name)]
+        return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    except OSError:
+        return []
+
+
+def _discard(directory: Path) -> None:
+    """Rename to ``.trash-*``, so that no half-deleted directory ever stands under its name, then delete."""
+    trash = directory.with_name(f".trash-{directory.name}-{_token()}")
+    with storage_errors(directory, "delete"):
+        os.rename(directory, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def numbered_directories(parent: str | os.PathLike[str], prefix: str = "step-") -> list[tuple[int, Path]]:
+    """``(N, path)`` of every directory ``<prefix>N`` in ``parent``, ascending; none where ``parent`` is missing."""
+    parent = Path(parent)
+    pattern = re.compile(re.escape(prefix) + r"([0-9]{1,18})")
+    if not parent.is_dir():
+        return []
+    with storage_errors(parent, "list"):
+        matches = [(pattern.fullmatch(path.name), path) for path in parent.iterdir()]
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+
+
+def prune(parent: str | os.PathLike[str], keep: int, prefix: str = "step-") -> list[Path]:
+    """Delete all but the ``keep`` (at least 1) highest-numbered ``<prefix>N`` of ``parent``; returns what went.
+
+    Raises:
+        CheckpointError: a directory cannot be renamed.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    gone = [path for _, path in numbered_directories(parent, prefix)[:-keep]]
+    for path in gone:
+        _discard(path)
+    return gone
+
+
+def mark_damaged(directory: str | os.PathLike[str]) -> Path:
+    """Rename ``NAME`` to ``NAME.damaged-<random>``, which no rerun collides with; returns the new path.
+
+    Raises:
+        CheckpointError: it cannot be renamed.
+    """
+    directory = Path(directory)
+    damaged = directory.with_name(f"{directory.name}.damaged-{_token()}")
+    with storage_errors(directory, "rename"):
+        os.rename(directory, damaged)
+        fsync_directory(directory.parent)
+    return damaged
+
+
+@contextlib.contextmanager
+def writer_lock(
+    output: str | os.PathLike[str], report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+) -> Iterator[None]:
+    """Hold ``output`` (created if need be) as its only writer, and clear away what a killed one left there.
+
+    The lock goes with the process, however it ends; the lock file itself stays. A file system without locks is used
+    unlocked, and ``report`` is told.
+
+    Raises:
+        CheckpointError: another run holds it, or ``output`` cannot be written.
+    """
+    output = Path(output)
+    with storage_errors(output, "write"):
+        output.mkdir(parents=True, exist_ok=True)
+        fd = os.open(output / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+        except BlockingIOError:
+            holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            raise CheckpointError(
+                f"{output}: another run (process {holder}) is writing here; wait for it or choose another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise CheckpointError(f"{output}: cannot lock: {error.strerror}") from error
+            report(f"{output}: this file system has no locks; see to it that only one run writes here")
+        clear_leftovers(output)
+        yield
+    finally:
+        os.close(fd)
+
+
+def clear_leftovers(output: Path) -> None:
+    """Finish or remove what killed writers left in ``output`` and its direct subdirectories.
+
+    Only for the holder of the lock: a live writer's temporary directory looks the same.
+    """
+    for parent in (output, *(path for path in output.iterdir() if path.is_dir() and not path.is_symlink())):
+        if parent != output and _LEFTOVER.fullmatch(parent.name):
+            continue
+        with storage_errors(parent, "clean up"):
+            for ready in reversed(_ready_directories(parent)):  # the newest has the last word
+                _install(ready, ready.with_name(ready.name.rpartition(".ready-")[0]))
+            for path in list(parent.iterdir()):
+                if not _LEFTOVER.fullmatch(path.name):
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)

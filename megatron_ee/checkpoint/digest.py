@@ -1,0 +1,167 @@
+"""SHA-256 of files, of tensors, and of a whole backbone, the last equal for every format that holds it.
+
+Bytes stream through a small buffer; reading and hashing release Python's lock, so several tensors or blocks are
+hashed at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from megatron_ee.checkpoint.atomic import storage_errors, write_file
+from megatron_ee.checkpoint.safetensors_file import (
+    DTYPE_NAMES,
+    PIECE,
+    TensorEntry,
+    open_regular,
+    read_exactly,
+    read_json,
+    scratch_buffer,
+    tensor_bytes,
+)
+from megatron_ee.errors import CheckpointError
+
+FileState = tuple[str, int, int]  # resolved path, size in bytes, time of last change in ns
+
+
+def hash_workers() -> int:
+    """How many threads hash at once: the CPUs this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def hash_range(fd: int, start: int, stop: int, path: Path) -> str:
+    """SHA-256 (hex) of the bytes ``start`` to ``stop`` of an open file.
+
+    Raises:
+        CheckpointError: the file ends before ``stop``.
+    """
+    digest = hashlib.sha256()
+    buffer = tensor_bytes(scratch_buffer())
+    for position in range(start, stop, PIECE):
+        piece = buffer[: min(PIECE, stop - position)]
+        read_exactly(fd, piece, position, path)
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with open_regular(Path(path)) as fd:
+        return hash_range(fd, 0, os.fstat(fd).st_size, Path(path))
+
+
+def tensor_digest(entry: TensorEntry) -> str:
+    """SHA-256 (hex) of one tensor's bytes, row-major, in the dtype of its file.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    with open_regular(entry.path) as fd:
+        return hash_range(fd, entry.offset, entry.offset + entry.nbytes, entry.path)
+
+
+def combine_digests(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], str]]) -> str:
+    """SHA-256 (hex) over the lines ``name dtype shape digest`` in the order of the names.
+
+    Args:
+        tensors: per tensor its Hugging Face name, dtype, global shape, and the digest of its bytes.
+    """
+    lines = (
+        f"{name} {DTYPE_NAMES[dtype]} {'x'.join(map(str, shape)) or 'scalar'} {digest}\n"
+        for name, dtype, shape, digest in sorted(tensors, key=lambda tensor: tensor[0])
+    )
+    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+
+
+def backbone_digest(
+    entries: Mapping[str, TensorEntry], *, fresh: bool = False, advance: Callable[[int], None] | None = None
+) -> str:
+    """The backbone's hash: ``combine_digests`` over its tensors under their Hugging Face names.
+
+    Equal however the tensors are spread over files. It is kept in ``cache_directory()`` by the path, size and time
+    of the files and by what is read of them; a cache that cannot be read or written is done without.
+
+    Args:
+        entries: tensors by Hugging Face name.
+        fresh: read all bytes again, whatever the cache says.
+        advance: called with the number of bytes just hashed, in this thread.
+
+    Raises:
+        CheckpointError: a file cannot be read, or changes meanwhile.
+    """
+    before = _file_states(entries)
+    key = _cache_key(entries, before)
+    cached = None if fresh else _cached(key)
+    if cached is not None:
+        return cached
+    names = sorted(entries, key=lambda name: -entries[name].nbytes)  # the largest first keeps all threads busy
+    digests = {}
+    with ThreadPoolExecutor(hash_workers()) as pool:
+        for name, digest in zip(names, pool.map(tensor_digest, (entries[name] for name in names)), strict=True):
+            digests[name] = digest
+            if advance is not None:
+                advance(entries[name].nbytes)
+    if _file_states(entries) != before:
+        raise CheckpointError(f"{before[0][0]}: this file or one beside it changed while it was read; run again")
+    result = combine_digests((name, entries[name].dtype, entries[name].shape, digests[name]) for name in entries)
+    _store(key, result, before)
+    return result
+
+
+def cache_directory() -> Path:
+    """``$MEGATRON_EE_CACHE``, else ``megatron_ee`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    own = os.environ.get("MEGATRON_EE_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "megatron_ee"
+
+
+def _file_states(entries: Mapping[str, TensorEntry]) -> list[FileState]:
+    states = []
+    for path in sorted({entry.path for entry in entries.values()}):
+        with storage_errors(path, "read"):
+            status = os.stat(path)
+        states.append((os.path.realpath(path), status.st_size, status.st_mtime_ns))
+    return states
+
+
+def _cache_key(entries: Mapping[str, TensorEntry], states: list[FileState]) -> str:
+    layout = [
+        [name, DTYPE_NAMES[entry.dtype], list(entry.shape), os.path.realpath(entry.path), entry.offset]
+        for name, entry in sorted(entries.items())
+    ]
+    return hashlib.sha256(json.dumps([1, states, layout]).encode("utf-8")).hexdigest()
+
+
+def _cache_file(key: str) -> Path:
+    return cache_directory() / "backbone-digests" / f"{key}.json"
+
+
+def _cached(key: str) -> str | None:
+    with contextlib.suppress(CheckpointError):
+        content = read_json(_cache_file(key), limit=2**20)
+        if isinstance(content, dict) and content.get("key") == key:
+            digest = content.get("digest")
+            if isinstance(digest, str) and len(digest) == 64 and not set(digest) - set("0123456789abcdef"):
+                return digest
+    return None
+
+
+def _store(key: str, digest: str, states: list[FileState]) -> None:
+    file = _cache_file(key)
+    with contextlib.suppress(CheckpointError, OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"key": key, "digest": digest, "files": [path for path, _, _ in states]}
+        write_file(file, json.dumps(content, indent=1).encode("utf-8"))

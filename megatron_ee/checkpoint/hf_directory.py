@@ -1,0 +1,134 @@
+"""A released model's weights: which safetensors files a Hugging Face directory holds, and every tensor in them.
+
+Everything here comes from headers and the index; no tensor bytes are read, so a bad directory is refused before
+memory is spent.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from megatron_ee.checkpoint.atomic import storage_errors
+from megatron_ee.checkpoint.safetensors_file import TensorEntry, read_header, read_json
+from megatron_ee.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class HFDirectory:
+    """Weights of one Hugging Face directory.
+
+    Attributes:
+        path: the directory.
+        files: its safetensors files, in the order of their names.
+        tensors: every tensor of these files by name, also those that the index does not mention.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> HFDirectory:
+        """Find and check the files of ``path``: ``model.safetensors``, or else the index and its shards.
+
+        A file must lie in the directory itself, with one exception: in a download cache of the Hugging Face hub,
+        ``models--ORG--NAME/snapshots/REVISION/x`` is a symbolic link to ``models--ORG--NAME/blobs/HASH``, and links
+        may lead anywhere inside that ``models--ORG--NAME`` folder.
+
+        Raises:
+            CheckpointError: no safetensors (or pickles only), an index that is not valid, points outside or
+                contradicts its shards, a missing, truncated or malformed file.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory; give a Hugging Face model directory")
+        root = _allowed_root(directory)
+        single, index = directory / SINGLE, directory / INDEX
+        if os.path.lexists(single):
+            _check_confined(single, SINGLE, root, directory)
+            return cls(directory, (single,), read_header(single))
+        if not os.path.lexists(index):
+            raise _nothing_usable(directory)
+        _check_confined(index, INDEX, root, directory)
+        placed = _read_index(index)
+        files = {name: directory / name for name in sorted(set(placed.values()))}
+        for name, file in files.items():
+            _check_confined(file, name, root, index)
+        return cls(directory, tuple(files.values()), _join_shards(index, placed, files))
+
+
+def _allowed_root(directory: Path) -> Path:
+    """The folder that files may resolve into: the directory, or the hub repository folder that it belongs to."""
+    real = Path(os.path.realpath(directory))
+    for parent in real.parents:
+        in_snapshot = (parent / "snapshots") in real.parents and (parent / "blobs").is_dir()
+        if parent.name.startswith("models--") and in_snapshot:
+            return parent
+    return real
+
+
+def _check_confined(file: Path, name: str, root: Path, where: Path) -> None:
+    target = Path(os.path.realpath(file))
+    if not target.is_relative_to(root):
+        raise CheckpointError(f"{where}: {name!r} leads outside the model directory, to {target}; refused")
+    with storage_errors(file, "read"):
+        found = file.is_file()
+    if not found:
+        raise CheckpointError(f"{where}: file {name!r} is missing; download the model again")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name to file name, the latter known to be a plain relative path."""
+    content = read_json(index)
+    placed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index}: expected an object with a weight_map of tensor names to file names")
+    for tensor, name in placed.items():
+        if not isinstance(name, str) or not name.isprintable() or "\\" in name:
+            raise CheckpointError(f"{index}: weight_map: {str(name)[:200]!r} of tensor {tensor!r} is not a file name")
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise CheckpointError(f"{index}: {name!r} leads outside the model directory; refused")
+        if parts.suffix != ".safetensors":
+            raise CheckpointError(f"{index}: {name!r} is not a safetensors file; only these are read")
+    return placed
+
+
+def _join_shards(index: Path, placed: dict[str, str], files: dict[str, Path]) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for file in files.values():
+        for tensor, entry in read_header(file).items():
+            if tensor in tensors:
+                both = f"{tensors[tensor].path.name} and {file.name}"
+                raise CheckpointError(f"{index}: tensor {tensor!r} is in both {both}")
+            tensors[tensor] = entry
+    for tensor, name in placed.items():
+        if tensor not in tensors:
+            raise CheckpointError(f"{files[name]}: tensor {tensor!r} is missing, which {INDEX} places there")
+        if tensors[tensor].path != files[name]:
+            raise CheckpointError(f"{index}: tensor {tensor!r} is in {tensors[tensor].path.name}, not in {name}")
+    return tensors
+
+
+def _nothing_usable(directory: Path) -> CheckpointError:
+    """What to tell of a directory with neither ``model.safetensors`` nor an index."""
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if any(directory.glob("*.safetensors")):
+        return CheckpointError(f"{directory}: has safetensors files but neither {SINGLE} nor {INDEX}; add the index")
+    if pickles:
+        return CheckpointError(
+            f"{directory}: holds weights only as pickle ({pickles[0]}), which can run code when read; convert it to "
+            "safetensors first, for example with transformers: from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    return CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX} found; give a Hugging Face model directory")

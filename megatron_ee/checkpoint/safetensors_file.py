@@ -1,0 +1,455 @@
+"""One safetensors file: a strict header, reads straight into place, streaming writes.
+
+Format: 8 bytes little-endian length n, n bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the tensors'
+bytes, row-major, without holes (https://huggingface.co/docs/safetensors). The ``safetensors`` library maps files into
+memory, so that the pages it reads count towards the peak; here bytes go by ``preadv`` from the page cache into the
+memory of the wanted tensor, through a small buffer only where dtype, strides or device differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.atomic import new_file, storage_errors, write_all
+from megatron_ee.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+PIECE = 4 * 2**20  # bytes of the buffer through which conversions and hashes go: small enough to stay in cache
+SMALL_GAP = 32 * 2**10  # bytes: reading over a gap up to this costs less than another system call
+_DIRECT = 64 * 2**10  # bytes: contiguous runs from this on are read straight into place, one by one
+_scratch = threading.local()
+
+
+class DamagedError(CheckpointError):
+    """The bytes of a file are not what they must be: truncated, malformed, or another checksum."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor's bytes are.
+
+    Attributes:
+        name: name in the file.
+        dtype: dtype in the file.
+        shape: shape in the file.
+        path: the file.
+        offset: of the first byte, from the start of the file.
+        nbytes: number of bytes.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+# ---------------------------------------------------------------------------------------------- files and JSON
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """Yield a read descriptor of a regular file; a pipe or device is refused instead of waited for.
+
+    Raises:
+        CheckpointError: it cannot be opened, or reading from it fails in the body.
+    """
+    with storage_errors(path, "read"):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise CheckpointError(f"{path}: is not a regular file")
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def read_exactly(fd: int, out: memoryview, position: int, path: Path) -> None:
+    """Fill ``out`` with the file's bytes from ``position``; one ``preadv`` may give less than it is asked.
+
+    Raises:
+        DamagedError: the file ends too early.
+    """
+    done = 0
+    while done < len(out):
+        count = os.preadv(fd, [out[done:]], position + done)
+        if count == 0:
+            raise DamagedError(f"{path}: truncated: expected {position + len(out)} bytes, found {position + done}")
+        done += count
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """JSON by the letter: UTF-8, no key twice in one object, no NaN or Infinity.
+
+    Raises:
+        DamagedError: naming ``where``.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"key {twice[:200]!r} appears twice")
+        return result
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{where}: not valid JSON: {error}") from None
+
+
+def read_json(path: Path, limit: int = 256 * 2**20) -> Any:
+    """The JSON of a file of at most ``limit`` bytes.
+
+    Raises:
+        CheckpointError: no such file, or too large.
+        DamagedError: not valid JSON.
+    """
+    with open_regular(path) as fd:
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: {size} bytes are too many for a JSON file; at most {limit} are read")
+        data = bytearray(size)
+        read_exactly(fd, memoryview(data), 0, path)
+    return parse_json(bytes(data), str(path))
+
+
+# ------------------------------------------------------------------------------------------------------ header
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
+    """Every tensor of one file, checked against the file's size; no tensor bytes are read.
+
+    Raises:
+        CheckpointError: the file cannot be opened.
+        DamagedError: not a safetensors file, truncated, or a header that contradicts itself or the file.
+    """
+    path = Path(path)
+    header, start, size = _load_header(path)
+    entries = {}
+    for name, fields in header.items():
+        if name == "__metadata__":
+            continue
+        if not name.isprintable():
+            raise DamagedError(f"{path}: tensor name {name[:200]!r} has unprintable characters")
+        entries[name] = _parse_entry(path, name, fields, start)
+    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=start)
+    if end > size:
+        raise DamagedError(f"{path}: truncated: expected {end} bytes, found {size}; copy or download it again")
+    position = start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != position:
+            what = "overlaps another tensor" if entry.offset < position else "leaves unused bytes before it"
+            raise DamagedError(f"{path}: tensor {entry.name!r} {what} (data_offsets)")
+        position += entry.nbytes
+    if end < size:
+        raise DamagedError(f"{path}: expected {end} bytes, found {size}: there is more than the header describes")
+    return entries
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The free ``__metadata__`` of one file.
+
+    Raises:
+        CheckpointError: as ``read_header``, for the header alone.
+    """
+    metadata: dict[str, str] = _load_header(Path(path))[0].get("__metadata__", {})
+    return metadata
+
+
+def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, the position where tensor bytes start, and the file's size."""
+    with open_regular(path) as fd:
+        size = os.fstat(fd).st_size
+        first = os.pread(fd, 8, 0)
+        if first == b"version ":
+            raise DamagedError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`")
+        if len(first) < 8:
+            raise DamagedError(f"{path}: truncated: expected at least 8 bytes, found {size}")
+        length = int.from_bytes(first, "little")
+        if length > MAX_HEADER:
+            raise DamagedError(f"{path}: not a safetensors file: a header of {length} bytes is beyond any limit")
+        if 8 + length > size:
+            raise DamagedError(
+                f"{path}: truncated: expected at least {8 + length} bytes, found {size}; copy or download it again"
+            )
+        data = bytearray(length)
+        read_exactly(fd, memoryview(data), 8, path)
+    header = parse_json(bytes(data), f"{path}: header")
+    if not isinstance(header, dict):
+        raise DamagedError(f"{path}: header: expected a JSON object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DamagedError(f"{path}: header: __metadata__ must map strings to strings")
+    return header, 8 + length, size
+
+
+def _parse_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
+    where = f"{path}: tensor {name[:200]!r}"
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise DamagedError(f"{where}: expected dtype, shape and data_offsets in the header")
+    spelled, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    dtype = DTYPES.get(spelled) if isinstance(spelled, str) else None
+    if dtype is None:
+        raise DamagedError(f"{where}: dtype {str(spelled)[:40]!r} is not known; known: {', '.join(DTYPES)}")
+    if not is_index_list(shape) or len(shape) > 64:
+        raise DamagedError(f"{where}: shape {str(shape)[:80]} is not a list of whole numbers from 0")
+    if not is_index_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise DamagedError(f"{where}: data_offsets {str(offsets)[:80]} are not [begin, end]")
+    nbytes = offsets[1] - offsets[0]
+    if math.prod(shape) * dtype.itemsize != nbytes:
+        raise DamagedError(f"{where}: shape {shape} of {spelled} does not fit the {nbytes} bytes it is given")
+    return TensorEntry(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
+
+
+def is_index_list(value: Any) -> bool:
+    """Whether ``value`` is a list of integers from 0 that fit 63 bits (JSON's true and 1.0 are none)."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+# -------------------------------------------------------------------------------------------------------- read
+
+
+def read_into(entry: TensorEntry, out: Tensor) -> None:
+    """Read the whole tensor into ``out`` of the same shape: any strides, device and floating dtype.
+
+    Raises:
+        CheckpointError: another shape or kind of dtype, or the file cannot be read.
+    """
+    if tuple(out.shape) != entry.shape:
+        raise CheckpointError(
+            f"{entry.path}: tensor {entry.name!r} has shape {list(entry.shape)}, expected {list(out.shape)}"
+        )
+    read_box(entry, out, (0,) * out.dim())
+
+
+def read_rows(entry: TensorEntry, out: Tensor, start: int, stop: int) -> None:
+    """Read ``tensor[start:stop]`` into ``out``. Raises as ``read_box``."""
+    _check_extent(entry, out, 0, start, stop)
+    read_box(entry, out, (start,) + (0,) * (out.dim() - 1))
+
+
+def read_columns(entry: TensorEntry, out: Tensor, start: int, stop: int) -> None:
+    """Read ``tensor[:, start:stop]`` into ``out``. Raises as ``read_box``."""
+    _check_extent(entry, out, 1, start, stop)
+    read_box(entry, out, (0, start) + (0,) * (out.dim() - 2))
+
+
+def _check_extent(entry: TensorEntry, out: Tensor, dim: int, start: int, stop: int) -> None:
+    if out.dim() <= dim or out.shape[dim] != stop - start:
+        raise CheckpointError(
+            f"{entry.path}: tensor {entry.name!r}: {start}:{stop} of dimension {dim} does not fit {list(out.shape)}"
+        )
+
+
+def read_box(entry: TensorEntry, out: Tensor, offset: Sequence[int]) -> None:
+    """Read the box of ``out``'s shape that starts at ``offset`` (one index per dimension) into ``out``.
+
+    Beyond ``out`` itself it needs one buffer of ``PIECE`` bytes per thread.
+
+    Args:
+        out: any strides and device; floating dtypes convert into each other, others must be equal.
+
+    Raises:
+        CheckpointError: the box leaves the tensor, the dtypes do not convert, or the file cannot be read.
+    """
+    out = out.detach()
+    _check_box(entry, out, offset)
+    if out.numel() == 0:
+        return
+    # From the last dimension that the box does not span, what it wants of the file is one contiguous run.
+    cut = max((dim for dim in range(out.dim()) if out.shape[dim] != entry.shape[dim]), default=0)
+    pitches = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(out.dim())]
+    origin = entry.offset + sum(first * pitch for first, pitch in zip(offset, pitches, strict=True))
+    with open_regular(entry.path) as fd:
+        if cut == 0:
+            _read_run(fd, entry, origin, out)
+            return
+        for index in itertools.product(*(range(extent) for extent in out.shape[: cut - 1])):
+            position = origin + sum(step * pitch for step, pitch in zip(index, pitches, strict=False))
+            _read_strided(fd, entry, position, pitches[cut - 1], out[index])
+
+
+def _check_box(entry: TensorEntry, out: Tensor, offset: Sequence[int]) -> None:
+    where = f"{entry.path}: tensor {entry.name!r}"
+    inside = len(offset) == out.dim() == len(entry.shape) and all(
+        first >= 0 and first + extent <= whole
+        for first, extent, whole in zip(offset, out.shape, entry.shape, strict=True)
+    )
+    if not inside:
+        raise CheckpointError(
+            f"{where}: a box of shape {list(out.shape)} at {list(offset)} is not inside shape {list(entry.shape)}"
+        )
+    if out.dtype != entry.dtype and not (out.dtype.is_floating_point and entry.dtype.is_floating_point):
+        raise CheckpointError(f"{where} is {DTYPE_NAMES[entry.dtype]} and cannot be read as {out.dtype}")
+
+
+def _in_place(entry: TensorEntry, out: Tensor) -> bool:
+    return out.dtype == entry.dtype and out.device.type == "cpu"
+
+
+def _read_run(fd: int, entry: TensorEntry, position: int, out: Tensor) -> None:
+    """Read one contiguous run of the file into ``out``, straight where memory allows, else piece by piece."""
+    in_place = _in_place(entry, out)
+    if in_place and out.is_contiguous():
+        read_exactly(fd, tensor_bytes(out), position, entry.path)
+        return
+    nbytes = out.numel() * entry.dtype.itemsize
+    straight = False
+    if out.dim() > 0:
+        inner = nbytes // out.shape[0]
+        straight = in_place and inner >= _DIRECT and out[0].is_contiguous()
+    if nbytes <= PIECE and not straight:
+        buffer = scratch_buffer()[:nbytes]
+        read_exactly(fd, tensor_bytes(buffer), position, entry.path)
+        out.copy_(buffer.view(entry.dtype).view(out.shape))
+        return
+    rows = 1 if straight else max(1, PIECE // inner)
+    for first in range(0, out.shape[0], rows):
+        part = out[first : first + rows] if rows > 1 else out[first]
+        _read_run(fd, entry, position + first * inner, part)
+
+
+def _read_strided(fd: int, entry: TensorEntry, position: int, pitch: int, out: Tensor) -> None:
+    """Read ``out[i]`` from ``position + i * pitch`` for each i: row by row, or many rows at once over small gaps."""
+    count = out.shape[0]
+    run = out.numel() // count * entry.dtype.itemsize
+    rows = min(count, (PIECE - run) // pitch + 1) if run <= PIECE else 1
+    if rows == 1 or pitch - run > SMALL_GAP:
+        for row in range(count):
+            _read_run(fd, entry, position + row * pitch, out[row])
+        return
+    item = entry.dtype.itemsize
+    for first in range(0, count, rows):
+        part = out[first : first + rows]
+        buffer = scratch_buffer()[: (part.shape[0] - 1) * pitch + run]
+        read_exactly(fd, tensor_bytes(buffer), position + first * pitch, entry.path)
+        wanted = buffer.view(entry.dtype).as_strided((part.shape[0], run // item), (pitch // item, 1))
+        part.copy_(wanted.reshape(part.shape))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as a flat view of bytes."""
+    # as_strided, since a contiguous tensor may have any stride in a dimension of size 1, which view() minds.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+def scratch_buffer() -> Tensor:
+    """This thread's buffer, uint8 [PIECE]; its content lasts until the next use in the same thread."""
+    if not hasattr(_scratch, "buffer"):
+        _scratch.buffer = torch.empty(PIECE, dtype=torch.uint8)
+    buffer: Tensor = _scratch.buffer
+    return buffer
+
+
+# ------------------------------------------------------------------------------------------------------- write
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    on_bytes: Callable[[memoryview], None] | None = None,
+) -> dict[str, TensorEntry]:
+    """Write one file, tensor by tensor, under a temporary name that is fsynced and then renamed to ``path``.
+
+    A tensor that is contiguous on the CPU is written from where it is, any other through one small buffer. Wider
+    dtypes come first, so that every tensor is aligned for readers that map the file.
+
+    Args:
+        metadata: strings to carry along.
+        on_bytes: called with every run of bytes in the file's order, such as to hash them.
+
+    Returns:
+        What ``read_header(path)`` would.
+
+    Raises:
+        CheckpointError: a dtype or name that the format has no place for, or the file cannot be written.
+    """
+    path = Path(path)
+    pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    pairs.sort(key=lambda pair: -pair[1].dtype.itemsize)
+    header, entries = _plan_file(path, pairs, metadata)
+    with new_file(path) as fd:
+        for data in itertools.chain((memoryview(header),), *(_file_bytes(tensor.detach()) for _, tensor in pairs)):
+            write_all(fd, data)
+            if on_bytes is not None:
+                on_bytes(data)
+    return entries
+
+
+def _file_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes in the file's order; each run is gone when the next is asked for."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        yield tensor_bytes(tensor)
+        return
+    nbytes = tensor.numel() * tensor.dtype.itemsize
+    if nbytes <= PIECE:
+        buffer = scratch_buffer()[:nbytes]
+        buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        yield tensor_bytes(buffer)
+        return
+    rows = max(1, PIECE * tensor.shape[0] // nbytes)
+    for first in range(0, tensor.shape[0], rows):
+        yield from _file_bytes(tensor[first : first + rows] if rows > 1 else tensor[first])
+
+
+def _plan_file(
+    path: Path, pairs: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """The bytes before the first tensor, and where each tensor will be."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in pairs:
+        if name in header or name == "__metadata__" or not name.isprintable():
+            raise CheckpointError(f"{path}: tensor name {name!r} appears twice or cannot be used")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{path}: tensor {name!r}: {tensor.dtype} has no place in a safetensors file")
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        fields = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = fields
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % 64)  # tensors start on a cache line, which makes copying them faster
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"{path}: a header of {len(text)} bytes is too large; write fewer tensors into one file")
+    start = 8 + len(text)
+    entries = {name: _parse_entry(path, name, header[name], start) for name, _ in pairs}
+    return len(text).to_bytes(8, "little") + text, entries
