@@ -15,10 +15,17 @@ as ordinary modules), and the exit loss alone against torch's own, interleaved, 
 LOAD = """Time loading a released model against reading the same bytes, and the hashing that comes on top."""
 
 
+class _Nested(Parser):
+    """The parser of ``tune`` or ``load``, as argparse makes it."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog.removeprefix("megatron-ee "), description)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; ``what`` is ``tune`` or ``load``."""
     result = Parser("benchmark", "Compare with what one would otherwise run, on this machine; prints ratios.")
-    kinds = result.add_subparsers(dest="what", required=True, metavar="{tune,load}", parser_class=_nested)
+    kinds = result.add_subparsers(dest="what", required=True, metavar="{tune,load}", parser_class=_Nested)
     _tune_options(kinds.add_parser("tune", help="the tuning step and its loss", description=TUNE))
     _load_options(kinds.add_parser("load", help="loading a released model", description=LOAD))
     return result
@@ -27,10 +34,6 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Measure; a table or JSON to stdout."""
     return _run_tune(arguments) if arguments.what == "tune" else _run_load(arguments)
-
-
-def _nested(*, prog: str, description: str) -> Parser:
-    return Parser(prog.removeprefix("megatron-ee "), description)
 
 
 def _tune_options(options: argparse.ArgumentParser) -> None:
@@ -72,7 +75,11 @@ def _load_options(options: argparse.ArgumentParser) -> None:
 
 def _common_options(options: argparse.ArgumentParser) -> None:
     options.add_argument(
-        "--repeats", type=at_least(1), default=5, metavar="N", help="measurements of each, the median counts (default: 5)"
+        "--repeats",
+        type=at_least(1),
+        default=5,
+        metavar="N",
+        help="measurements of each, the median counts (default: 5)",
     )
     options.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 

@@ -108,7 +108,10 @@ class Exit(nn.Module):
     @torch.no_grad()
     def statistics(self, tap: Tensor, positions: Positions, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
         """Loss, confidence and top-1 token of each token; arguments as for ``forward``."""
-        z = self.features(tap, positions).flatten(0, 1)
+        return self.read(self.features(tap, positions).flatten(0, 1), labels, chunk_tokens=chunk_tokens)
+
+    def read(self, z: Tensor, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
+        """What the head makes of features ``[tokens, hidden]``; ``labels`` ``[tokens]`` matter to the loss alone."""
         group = self.setup.groups.tensor
         return exit_statistics(z, self.head, labels, group, low_rank=self._low_rank(z), chunk_tokens=chunk_tokens)
 

@@ -84,5 +84,6 @@ def build_setup(
         # The loss is divided by the global batch's token count, so gradients are summed over data-parallel ranks.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],  # what its default, deprecated, is turned into with a warning
     )
     return ModelSetup(architecture, config, groups)
