@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+
+MAX_LAYERS = 10_000
+"""Far beyond any model: a hostile number of layers must not cost memory before it is refused."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def read_architecture(directory: str | Path) -> Architecture:
         raise CheckpointError(f"{path}: not found; give a Hugging Face model directory with a config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
@@ -100,11 +104,12 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
         if config.get(key):
             raise CheckpointError(f"{where}: {key} is set; quantised checkpoints are not supported")
 
-    num_layers = _integer(config, "num_hidden_layers", where)
+    num_layers = _integer(config, "num_hidden_layers", where, most=MAX_LAYERS)
     hidden_size = _integer(config, "hidden_size", where)
     num_heads = _integer(config, "num_attention_heads", where)
     # What transformers assumes where a released file leaves the key out.
     kv_default = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(family, num_heads)
+    positions_default = {"mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}.get(family, 2048)
     num_kv_heads = _integer(config, "num_key_value_heads", where, kv_default)
     head_dim = _integer(config, "head_dim", where, 128 if family == "qwen3" else hidden_size // num_heads)
     if num_heads % num_kv_heads:
@@ -123,7 +128,7 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=_integer(config, "vocab_size", where),
-        max_positions=_integer(config, "max_position_embeddings", where, 2048),
+        max_positions=_integer(config, "max_position_embeddings", where, positions_default),
         norm_eps=_positive(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
         rope=_rope(config, where),
         qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and bias),
@@ -150,7 +155,7 @@ def _family(config: dict[str, Any], where: str) -> str:
     )
 
 
-def _integer(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
+def _integer(config: dict[str, Any], key: str, where: str, default: int | None = None, most: int = 2**31 - 1) -> int:
     value = config.get(key)
     if value is None:
         value = default
@@ -158,22 +163,27 @@ def _integer(config: dict[str, Any], key: str, where: str, default: int | None =
         raise CheckpointError(f"{where}: {key} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"{where}: {key} must be a positive whole number, not {value!r}")
+    if value > most:
+        raise CheckpointError(f"{where}: {key} {value} is beyond any model; at most {most}")
     return value
 
 
 def _positive(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"{where}: {key} must be a positive number, not {value!r}")
     return float(value)
 
 
 def _rope(config: dict[str, Any], where: str) -> Rope:
     """Either spelling: ``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` of recent transformers."""
-    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    settings = config.get(key) or {}
+    if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
+        raise CheckpointError(f"{where}: {key} must be one object of plain settings for all layers")
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"{where}: rope type {kind!r} is not supported; supported: default, linear, llama3")
-    if float(config.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0) != 1.0:
+    if (config.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError(f"{where}: partial_rotary_factor is not supported")
     theta = settings.get("rope_theta", config.get("rope_theta", 10_000.0))
     scaled = {}
@@ -188,7 +198,7 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
 
 
 def _windows(config: dict[str, Any], family: str, num_layers: int, where: str) -> tuple[int | None, ...]:
-    window = config.get("sliding_window", 4096 if family == "mistral" else None)
+    window = config.get("sliding_window", 4096)
     if family == "llama" or (family.startswith("qwen") and not config.get("use_sliding_window", False)):
         window = None
     if window is None:
@@ -196,10 +206,13 @@ def _windows(config: dict[str, Any], family: str, num_layers: int, where: str) -
     window = _integer({"sliding_window": window}, "sliding_window", where)
     kinds = config.get("layer_types")
     if kinds is not None:
-        if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
             raise CheckpointError(
                 f"{where}: layer_types must list full_attention or sliding_attention for each of {num_layers} layers"
             )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     first = config.get("max_window_layers", 28) if family.startswith("qwen") else 0
+    if type(first) is not int:
+        raise CheckpointError(f"{where}: max_window_layers must be a whole number, not {first!r}")
     return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.evaluation.plots import plot_sweep
-from megatron_ee.evaluation.quality import measure
-from megatron_ee.evaluation.report import print_quality, report_dict
-
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import check_backbone, load_exits, open_adapter
 from megatron_ee.checkpoint.loading import ReleasedModel, load_backbone, open_released
@@ -21,7 +17,9 @@ from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.evaluation.final_exit import final_exit
+from megatron_ee.evaluation.plots import plot_sweep
 from megatron_ee.evaluation.quality import measure
+from megatron_ee.evaluation.report import print_quality, report_dict
 from megatron_ee.model.metrics import Quality
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.model.stage import Stage

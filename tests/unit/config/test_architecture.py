@@ -170,12 +170,13 @@ def test_both_spellings_of_rope() -> None:
     assert parse_architecture({**LLAMA2_7B, **linear}).rope == Rope(kind="linear", factor=2.0)
 
 
+@pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, tmp_path: Path) -> None:
+def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, window: bool, tmp_path: Path) -> None:
     import transformers
 
     config = {"architectures": [name], "hidden_size": 512, "intermediate_size": 96, "vocab_size": 131}
-    config |= {"num_hidden_layers": 3, "num_attention_heads": 32}
+    config |= {"num_hidden_layers": 30, "num_attention_heads": 32, "use_sliding_window": window}
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": FAMILIES[name]}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     ours = read_architecture(tmp_path)
@@ -185,9 +186,9 @@ def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, tmp_path
     assert ours.tied == theirs.tie_word_embeddings
     assert ours.rope == Rope(theirs.rope_parameters["rope_theta"])
     assert ours.max_positions == theirs.max_position_embeddings
-    window = getattr(theirs, "sliding_window", None)
-    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 3
-    assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in types)
+    size = getattr(theirs, "sliding_window", None)
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 30
+    assert ours.windows == tuple(size if kind == "sliding_attention" else None for kind in types)
 
 
 def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
@@ -217,6 +218,8 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
         ({"rope_scaling": "linear"}, ["rope_scaling"]),
         ({"rope_scaling": [1, 2]}, ["rope_scaling"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters"]),
+        ({"rope_theta": 10**400}, ["rope_theta"]),
         ({"rope_parameters": {"rope_type": ["default"]}}, ["rope type"]),
         ({"rope_theta": 0}, ["rope_theta"]),
         ({"rope_theta": "10000"}, ["rope_theta", "'10000'"]),
