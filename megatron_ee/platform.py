@@ -56,7 +56,19 @@ def quiet_imports() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
+        # Of its decorators, which torch has renamed since.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
         yield
+
+
+def quiet_runtime() -> None:
+    """Silence, for the rest of the process, what megatron-core's calls make torch say at every step.
+
+    None of it is for a user to act on: older names of collectives, and a gradient that its optimizer looks for.
+    """
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed.*")
+    warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf.*")
+    warnings.filterwarnings("ignore", message=".*tp_group is None, using default tp group.*")
 
 
 class _CudaOnCpu(TorchFunctionMode):

@@ -61,6 +61,7 @@ def process_groups(tensor: int = 1, pipeline: int = 1, timeout_minutes: float = 
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.process_groups_config import ProcessGroupCollection
 
+    platform.quiet_runtime()
     if platform.has_accelerator():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend, timeout = platform.communication_backend(), timedelta(minutes=timeout_minutes)

@@ -166,17 +166,17 @@ def test_cap_forces_a_full_pass(cap: int, exit_stage: MakeStage) -> None:
 def test_heads_are_computed_for_one_position_and_only_while_asked(
     exit_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import megatron_ee.inference.decoder as decoder
+    import megatron_ee.model.exits as exits
     import megatron_ee.model.stage as stages
 
     seen: list[tuple[int, ...]] = []
-    original = decoder.exit_statistics
+    original = exits.exit_statistics
 
     def recording(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.append(tuple(z.shape))
         return original(z, *args, **kwargs)
 
-    monkeypatch.setattr(decoder, "exit_statistics", recording)
+    monkeypatch.setattr(exits, "exit_statistics", recording)
     monkeypatch.setattr(stages, "exit_statistics", recording)
     stage = exit_stage("llama2", BODIES["mixed"])
     row = row_of(stage)

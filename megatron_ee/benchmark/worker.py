@@ -1,0 +1,124 @@
+"""A child process that does one thing at a time when told to, so that each side has its own peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_ee.errors import UserError
+
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+BUSY = 0.25
+"""Load per core, before anything is measured, from which on results are doubtful."""
+
+
+def quiet_enough() -> float:
+    """The load of the last minute (running processes); says so on stderr where others keep the machine busy."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY * cores:
+        print(f"the machine is busy (load {load:.1f} on {cores} cores): do not trust these figures", file=sys.stderr)
+    return load
+
+
+class Worker:
+    """Calls the methods of an object that lives in the child; between calls the child waits and costs nothing."""
+
+    def __init__(self, name: str, connection: Connection, process: Any) -> None:
+        self._name, self._connection, self._process = name, connection, process
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Run ``method`` in the child, wait for it, and return what it returns.
+
+        Raises:
+            UserError: it raised one, or the child is gone.
+            RuntimeError: it raised anything else; holds the child's traceback.
+        """
+        try:
+            self._connection.send((method, arguments))
+            return self.receive()
+        except (EOFError, ConnectionError):
+            self._process.join(10)
+            raise UserError(
+                f"the process of {self._name} ended with status {self._process.exitcode}; "
+                "if it ran out of memory, choose a smaller model or fewer exits"
+            ) from None
+
+    def receive(self) -> Any:
+        """The child's next answer. Raises as ``call``, and EOFError if the child is gone."""
+        kind, value = self._connection.recv()
+        if kind == "user error":
+            raise UserError(value)
+        if kind == "error":
+            raise RuntimeError(f"in the process of {self._name}:\n{value}")
+        return value
+
+
+@contextlib.contextmanager
+def start_worker(name: str, make: str, *arguments: Any) -> Iterator[Worker]:
+    """Start a child that holds the object which ``make(*arguments)`` yields; end it with the context.
+
+    The child starts from nothing (no fork), and this process should be small: Linux counts the memory of the process
+    that starts another towards the other's peak.
+
+    Args:
+        name: of the side, for messages.
+        make: ``module:function`` of a context manager, by name, so that only the child imports its module.
+
+    Raises:
+        UserError: ``make`` raised one, or the child is gone.
+        RuntimeError: ``make`` raised anything else.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    worker = Worker(name, ours, process)
+    try:
+        worker.call("")  # waits until the object is made
+        yield worker
+    finally:
+        ours.close()
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _serve(connection: Connection, make: str, arguments: tuple[Any, ...]) -> None:
+    """The child: make the object, then answer calls until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    for variable in _LAUNCHER:  # a world of its own, whoever started the parent
+        os.environ.pop(variable, None)
+    # Threads sleep where they wait, in every child alike. By default GNU OpenMP's spin, but much less in a process that
+    # once had more of them than cores: on a busy machine that alone made one side 10 times slower than the other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    module, function = make.split(":")
+    with contextlib.suppress(EOFError, ConnectionError):
+        try:
+            made: AbstractContextManager[Any] = getattr(importlib.import_module(module), function)(*arguments)
+            with made as subject:
+                _answer(connection, subject)
+        except UserError as error:
+            connection.send(("user error", str(error)))
+        except (EOFError, ConnectionError):
+            raise
+        except Exception:
+            connection.send(("error", traceback.format_exc()))
+
+
+def _answer(connection: Connection, subject: Any) -> None:
+    while True:
+        method, arguments = connection.recv()
+        connection.send(("result", getattr(subject, method)(*arguments) if method else None))
