@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_ee.benchmark.results import LoadBenchmark
 from megatron_ee.benchmark.shape import shape_of_size
 from megatron_ee.benchmark.worker import quiet_enough, start_worker
+from megatron_ee.config.architecture import read_architecture
 from megatron_ee.progress import track
 
 _PACKAGE = "megatron_ee.benchmark"
@@ -25,6 +26,8 @@ def benchmark_load(model: Path | None, *, megabytes: int, dtype: str | None, rep
         CheckpointError: the model cannot be used.
         UserError: a process did not survive.
     """
+    if model is not None:
+        read_architecture(model)  # refuses what is no model before anything is started
     load = quiet_enough()
     with tempfile.TemporaryDirectory(prefix="megatron-ee-") as temporary:
         directory = str(model) if model is not None else f"{temporary}/model"

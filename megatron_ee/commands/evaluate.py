@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate; tables or JSON to stdout, files where asked for."""
     if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
         raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(PLOTS)}")
-    from megatron_ee.evaluation.evaluate import evaluate
+    from megatron_ee.evaluation.evaluate import evaluate, write_quality
     from megatron_ee.evaluation.plots import plot_sweep
     from megatron_ee.evaluation.report import print_quality
 
@@ -55,19 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
     )
-    text = json.dumps(result.to_dict(), indent=None if arguments.json else 2)
     if arguments.json:
-        print(text)
+        print(json.dumps(result.to_dict()))
     else:
         print_quality(result.quality, result.exits)
-    plots = [] if arguments.plot is None else [arguments.plot]
     if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-        plots.append(arguments.output / "sweep.png")
-    for path in plots:
-        if result.exits:  # with the final exit alone there is nothing to sweep
-            plot_sweep(result.quality, path)
-        else:
-            print(f"megatron-ee evaluate: no exits, so no {path}", file=sys.stderr)
+        write_quality(result.quality, result.exits, arguments.output / "evaluation")
+    if arguments.plot is not None and result.exits:
+        plot_sweep(result.quality, arguments.plot)
+    elif arguments.plot is not None:
+        print(f"megatron-ee evaluate: no exits to sweep, so no {arguments.plot}", file=sys.stderr)
     return 0

@@ -16,6 +16,7 @@ DESCRIPTION = """Prepare data, tune exits, evaluate them and generate with them,
 of your own, examples/quickstart/run.sh makes a small one first."""
 POSITIONS = (0.25, 0.5, 0.75)
 SEQUENCES = 120
+AGREEMENT = 0.97
 MADE = {
     "tuning/adapter": "the tuned exits",
     "tune.yaml": "the configuration they were tuned with",
@@ -62,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     held_out = ("--data", out / "data" / "held_out", "--sequence-length", length, "--sequences", SEQUENCES)
     _command("evaluate", *exits, *held_out, "--output", out / "evaluation")
     prompt = arguments.prompt or _beginning(out / "data" / "held_out", base)
-    for mode in (("--mode", "full"), ("--mode", "threshold", "--threshold", 0.8)):
+    threshold = _threshold(out / "evaluation" / "evaluation.json")
+    for mode in (("--mode", "full"), ("--mode", "threshold", "--threshold", threshold)):
         _command("generate", *exits, "--prompt", prompt, "--max-tokens", 60, *mode)
 
     digests = {"backbone_sha256_before": before, "backbone_sha256_after": model.digest(fresh=True)}
@@ -107,6 +109,13 @@ def _beginning(corpus: Path, base: Path) -> str:
 
     opened = open_corpus(corpus)  # kept: what it gives are views of its memory map
     return load_tokenizer(base).decode([int(token) for token in opened.tokens[0][:24]])
+
+
+def _threshold(evaluation: Path) -> float:
+    """The lowest threshold of the sweep at which what is emitted nearly always is what the full model would emit."""
+    sweep = json.loads(evaluation.read_text(encoding="utf-8"))["sweep"]
+    good = [point["threshold"] for point in sweep if point["agreement"] >= AGREEMENT]
+    return min(good, default=max(point["threshold"] for point in sweep))
 
 
 def _report(out: Path, digests: dict[str, str], seconds: float) -> None:
