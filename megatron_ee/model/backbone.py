@@ -77,7 +77,10 @@ class Backbone(nn.Module):
         """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
         assert self.embedding is not None, "this stage has no embedding"
         hidden = self.embedding(tokens)
-        return hidden if self.setup.config.sequence_parallel else hidden.transpose(0, 1).contiguous()
+        if self.setup.config.sequence_parallel:
+            return hidden
+        # Not contiguous(): with one row that keeps the strides of [batch, seq], over which products are many times slower.
+        return hidden.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
     def numbered_layers(self) -> Iterable[tuple[int, DecoderLayer]]:
         """The layers held here with their numbers, in order."""

@@ -45,7 +45,7 @@ class ColumnLinear(ColumnParallelLinear):
             return super().forward(x)[0]
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return F.linear(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias)
 
 
 class RowLinear(RowParallelLinear):
@@ -66,7 +66,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[seq, batch, in / tp]`` -> ``[seq, batch, out]`` (``[seq / tp, ...]`` with sequence parallelism)."""
         if self.tp_group.size() == 1 and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return F.linear(x, self.weight, self.bias)
+            return _product(x, self.weight, self.bias)
         return super().forward(x)[0]
 
 
@@ -82,6 +82,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``; the last dimension is normalised in float32."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weight^T + bias`` as one product of matrices, whatever strides a batch of one gave ``[seq, 1, in]``."""
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def _left_empty(weight: Tensor) -> Any:
