@@ -17,6 +17,7 @@ from megatron_ee.progress import Progress, track
 _PACKAGE = "megatron_ee.benchmark"
 WARM_UP = 2  # steps before the measured ones: the first allocates, the second shows that the first updated alike
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}  # relative
+WAYS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # torch's chunked loss is itself rounded to the dtype
 NORM_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # relative
 WAYS = ("ours", "linear_cross_entropy", "plain")
 
@@ -131,7 +132,7 @@ def _compare_losses(step: Step, machine: Worker, repeats: int, bar: Progress) ->
             values = {way: worker.call("run", way)["loss"] for way in ways}
             bar.advance()
         if not all(
-            math.isclose(values["ours"], value, rel_tol=LOSS_TOLERANCE[step.dtype]) for value in values.values()
+            math.isclose(values["ours"], value, rel_tol=WAYS_TOLERANCE[step.dtype]) for value in values.values()
         ):
             raise RuntimeError(f"exit loss, {step.dtype}: the ways do not compute the same: {values}")
         times: dict[str, list[float]] = {way: [] for way in ways}

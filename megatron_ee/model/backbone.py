@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         hidden = self.embedding(tokens)
         if self.setup.config.sequence_parallel:
             return hidden
-        # Not contiguous(): with one row that keeps the strides of [batch, seq], over which products are many times slower.
+        # Not contiguous(): with one row that keeps the strides of [batch, seq], and products over them are slow.
         return hidden.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
     def numbered_layers(self) -> Iterable[tuple[int, DecoderLayer]]:
