@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,15 @@ from megatron_ee.benchmark.ours import ours
 from megatron_ee.benchmark.plain import plain
 from megatron_ee.benchmark.shape import Step, loss_flops, our_flops, plain_flops
 from megatron_ee.benchmark.tune import check_same
+from megatron_ee.parallel.groups import Groups
+
+
+@pytest.fixture(autouse=True)
+def one_world(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has one world: the sides, which make their own in a process of their own, take the tests'."""
+    for module in ("ours", "losses"):
+        monkeypatch.setattr(f"megatron_ee.benchmark.{module}.process_groups", lambda: contextlib.nullcontext(groups))
+
 
 PADDED = 384  # the vocabulary of 300, rounded up to a multiple of 128
 
