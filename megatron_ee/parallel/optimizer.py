@@ -115,6 +115,8 @@ class ExitOptimizer:
 
     def reduce_gradients(self) -> None:
         """After the last backward of a step: wait for the sums over data-parallel (and sequence-parallel) ranks."""
+        if self.groups.data.size() == self.groups.tensor.size() == 1:
+            return  # a sum over one rank, for which gloo would copy every gradient
         with platform.translated():
             finalize_model_grads(list(self.wrappers.values()), pg_collection=self.groups.collection)
 
