@@ -253,8 +253,11 @@ class QualityAccumulator:
         if labels.dim() != 1 or any(tensor.shape != shape for tensor in given):
             raise ValueError(f"all tensors must be [tokens] as labels are, not {[tuple(t.shape) for t in given]}")
 
+        counted = mask.bool().cpu()
+
         def pick(tensor: Tensor) -> Tensor:
-            return tensor.detach()[mask.bool()].cpu()
+            # To the CPU first: what was computed before tuning lies there, whatever the device.
+            return tensor.detach().cpu()[counted]
 
         labels, final_top1 = pick(labels), pick(final.top1)
         one = torch.ones(len(labels), dtype=torch.float64)
