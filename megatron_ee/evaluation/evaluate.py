@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.evaluation.final_exit import final_exit
 from megatron_ee.evaluation.plots import plot_sweep
 from megatron_ee.evaluation.quality import measure
-from megatron_ee.evaluation.report import print_quality, report_dict
+from megatron_ee.evaluation.report import print_quality, report_dict, write_json
 from megatron_ee.model.metrics import Quality
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.model.stage import Stage
@@ -136,7 +135,7 @@ def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> No
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(report_dict(quality, exits), indent=2) + "\n", encoding="utf-8")
+        write_json(report_dict(quality, exits), path.with_suffix(".json"))
         if quality.exits:
             plot_sweep(quality, path.with_suffix(".png"))
     except OSError as error:
