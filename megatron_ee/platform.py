@@ -12,12 +12,16 @@ import contextlib
 import resource
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_ee.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,17 +47,58 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def host_buffer(nbytes: int) -> torch.Tensor:
+    """Bytes in host memory, uint8 [nbytes]; page-locked where there is an accelerator, so that it copies there itself.
+
+    Not ``pin_memory=True``, which rounds up to a power of two.
+
+    Raises:
+        UserError: the system does not let this process lock so much.
+    """
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    if has_accelerator() and nbytes > 0:
+        pointer, runtime = buffer.data_ptr(), torch.cuda.cudart()
+        status = int(runtime.cudaHostRegister(pointer, nbytes, 0))
+        if status != 0:
+            raise UserError(
+                f"{nbytes / 1e9:.1f} GB of host memory cannot be page-locked for saves in the background (CUDA error "
+                f"{status}); set checkpoint.asynchronous to false"
+            )
+        weakref.finalize(buffer, runtime.cudaHostUnregister, pointer).atexit = False
+    return buffer
+
+
 def peak_memory() -> int:
     """Largest memory held so far, in bytes: of the device, or of the process where there is none."""
     if has_accelerator():
         return torch.cuda.max_memory_allocated()
+    # Not getrusage's on Linux: a process that another one started begins there with the peak of the one that did.
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Let these packages look missing to what is imported meanwhile, unless they are loaded already."""
+    hidden = [name for name in names if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Silence what megatron-core says at import about optional packages that are not installed."""
-    with warnings.catch_warnings():
+    """Import megatron-core without its words about missing optional packages, and without any apex.
+
+    It takes whatever goes by that name, with kernels or without. ``parallel.adam`` finds out which one works.
+    """
+    with warnings.catch_warnings(), _hidden("apex", "amp_C"):
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
         # Of its decorators, which torch has renamed since.
@@ -69,6 +114,7 @@ def quiet_runtime() -> None:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed.*")
     warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf.*")
     warnings.filterwarnings("ignore", message=".*tp_group is None, using default tp group.*")
+    warnings.filterwarnings("ignore", message=".*set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*")
 
 
 class _CudaOnCpu(TorchFunctionMode):

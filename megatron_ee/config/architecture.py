@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.errors import CheckpointError
+from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
+from megatron_ee.errors import CheckpointError, shown
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -19,6 +20,7 @@ FAMILIES = {
 
 MAX_LAYERS = 10_000
 """Far beyond any model: a hostile number of layers must not cost memory before it is refused."""
+MAX_FILE = 16 * 2**20  # bytes; released files have a few KiB
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,10 @@ def read_architecture(directory: str | Path) -> Architecture:
         CheckpointError: no such file, not JSON, a family or setting that is not supported, or a bad value.
     """
     path = Path(directory) / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{path}: not found; give a Hugging Face model directory with a config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    check_confined(path, allowed_root(path.parent))
+    config = read_json(path, MAX_FILE)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return parse_architecture(config, str(path))
@@ -99,7 +99,7 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
     if config.get("auto_map"):
         raise CheckpointError(f"{where}: auto_map asks for code from the checkpoint; that is never run")
     if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{where}: hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
+        raise CheckpointError(f"{where}: hidden_act {shown(config['hidden_act'])} is not supported, only 'silu'")
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             raise CheckpointError(f"{where}: {key} is set; quantised checkpoints are not supported")
@@ -118,7 +118,7 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
         )
     if head_dim % 2:
         raise CheckpointError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
-    bias = bool(config.get("attention_bias", False))
+    bias = _flag(config, "attention_bias", where)
     return Architecture(
         family=family,
         num_layers=num_layers,
@@ -133,9 +133,9 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
         rope=_rope(config, where),
         qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and bias),
         output_bias=family in ("llama", "qwen3") and bias,
-        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+        mlp_bias=family == "llama" and _flag(config, "mlp_bias", where),
         qk_norm=family == "qwen3",
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=_flag(config, "tie_word_embeddings", where),
         windows=_windows(config, family, num_layers, where),
     )
 
@@ -146,12 +146,12 @@ def _family(config: dict[str, Any], where: str) -> str:
     if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
         if names[0] in FAMILIES:
             return FAMILIES[names[0]]
-        raise CheckpointError(f"{where}: architecture {names[0]!r} is not supported; supported: {known}")
+        raise CheckpointError(f"{where}: architecture {shown(names[0])} is not supported; supported: {known}")
     model_type = config.get("model_type")
     if not names and isinstance(model_type, str) and model_type in FAMILIES.values():
         return model_type
     raise CheckpointError(
-        f"{where}: architectures {names!r} (model_type {model_type!r}) not supported; supported: {known}"
+        f"{where}: architectures {shown(names)} (model_type {shown(model_type)}) not supported; supported: {known}"
     )
 
 
@@ -162,16 +162,23 @@ def _integer(config: dict[str, Any], key: str, where: str, default: int | None =
     if value is None:
         raise CheckpointError(f"{where}: {key} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{where}: {key} must be a positive whole number, not {value!r}")
+        raise CheckpointError(f"{where}: {key} must be a positive whole number, not {shown(value)}")
     if value > most:
-        raise CheckpointError(f"{where}: {key} {value} is beyond any model; at most {most}")
+        raise CheckpointError(f"{where}: {key} {shown(value)} is beyond any model; at most {most}")
     return value
 
 
 def _positive(value: Any, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-        raise CheckpointError(f"{where}: {key} must be a positive number, not {value!r}")
+        raise CheckpointError(f"{where}: {key} must be a positive number, not {shown(value)}")
     return float(value)
+
+
+def _flag(config: dict[str, Any], key: str, where: str) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{where}: {key} must be true or false, not {shown(value)}")
+    return bool(value)
 
 
 def _rope(config: dict[str, Any], where: str) -> Rope:
@@ -182,24 +189,26 @@ def _rope(config: dict[str, Any], where: str) -> Rope:
         raise CheckpointError(f"{where}: {key} must be one object of plain settings for all layers")
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(f"{where}: rope type {kind!r} is not supported; supported: default, linear, llama3")
+        raise CheckpointError(f"{where}: rope type {shown(kind)} is not supported; supported: default, linear, llama3")
     if (config.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError(f"{where}: partial_rotary_factor is not supported")
     theta = settings.get("rope_theta", config.get("rope_theta", 10_000.0))
-    scaled = {}
+    scaled: dict[str, float] = {}
     if kind != "default":
         scaled["factor"] = _positive(settings.get("factor"), "rope factor", where)
     if kind == "llama3":
         for key in ("low_freq_factor", "high_freq_factor"):
             scaled[key] = _positive(settings.get(key), f"rope {key}", where)
-        original = settings.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-        scaled["original_positions"] = int(_positive(original, "rope original_max_position_embeddings", where))
+        if scaled["low_freq_factor"] >= scaled["high_freq_factor"]:
+            raise CheckpointError(f"{where}: rope low_freq_factor must be less than high_freq_factor")
+        original = {"original_max_position_embeddings": config.get("max_position_embeddings"), **settings}
+        scaled["original_positions"] = _integer(original, "original_max_position_embeddings", where)
     return Rope(theta=_positive(theta, "rope_theta", where), kind=kind, **scaled)  # type: ignore[arg-type]
 
 
 def _windows(config: dict[str, Any], family: str, num_layers: int, where: str) -> tuple[int | None, ...]:
     window = config.get("sliding_window", 4096)
-    if family == "llama" or (family.startswith("qwen") and not config.get("use_sliding_window", False)):
+    if family == "llama" or (family.startswith("qwen") and not _flag(config, "use_sliding_window", where)):
         window = None
     if window is None:
         return (None,) * num_layers
@@ -214,5 +223,5 @@ def _windows(config: dict[str, Any], family: str, num_layers: int, where: str) -
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     first = config.get("max_window_layers", 28) if family.startswith("qwen") else 0
     if type(first) is not int:
-        raise CheckpointError(f"{where}: max_window_layers must be a whole number, not {first!r}")
+        raise CheckpointError(f"{where}: max_window_layers must be a whole number, not {shown(first)}")
     return tuple(window if layer >= first else None for layer in range(num_layers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
+from math import gcd, inf
 from pathlib import Path
 
 from megatron_ee.config.architecture import Architecture
@@ -11,6 +11,7 @@ from megatron_ee.config.exits import ExitSpec, resolve_exits
 from megatron_ee.config.schema import (
     CorpusConfig,
     DataConfig,
+    DistillationConfig,
     LossConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -37,8 +38,9 @@ def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1
     _check_data(config.data, architecture.max_positions)
     _check_optimizer(config.optimizer, config.schedule)
     _check_loss(config.loss)
+    _check_distillation(config.loss.distillation, architecture.vocab_size)
     _check_intervals(config)
-    _check_one_process(config.parallel, world_size)
+    _check_parallel(config.parallel, architecture, config.data.sequence_length)
     _check_batch(config.tuning, data_parallel_size(config.parallel, world_size))
     return exits
 
@@ -61,22 +63,39 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     if world_size % model_size:
         raise ConfigError(
             f"parallel.tensor: {parallel.tensor} x parallel.pipeline {parallel.pipeline} = {model_size} processes hold "
-            f"one model, which does not divide the {world_size} that are running"
+            f"one model, which does not divide the {world_size} running; start a multiple of {model_size}, such as "
+            f"with torchrun --nproc-per-node {model_size}"
         )
     return world_size // model_size
 
 
-def _check_one_process(parallel: ParallelConfig, world_size: int) -> None:
+def _check_parallel(parallel: ParallelConfig, architecture: Architecture, sequence_length: int) -> None:
     _at_least(1, "parallel.tensor", parallel.tensor)
     _at_least(1, "parallel.pipeline", parallel.pipeline)
+    _positive("parallel.timeout_seconds", parallel.timeout_seconds)
+    shared = {
+        "attention heads": architecture.num_heads,
+        "key-value heads": architecture.num_kv_heads,
+        "MLP features": architecture.ffn_size,
+    }
+    for what, count in shared.items():
+        if count % parallel.tensor:
+            most = gcd(*shared.values())
+            possible = ", ".join(str(size) for size in range(1, most + 1) if most % size == 0)
+            raise ConfigError(
+                f"parallel.tensor: {parallel.tensor} does not divide the model's {count} {what}; possible: {possible}"
+            )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence: needs parallel.tensor above 1, which it runs on top of")
-    for key, size in (("parallel.tensor", parallel.tensor), ("parallel.pipeline", parallel.pipeline)):
-        if size > 1:
-            raise ConfigError(f"{key}: {size} is not possible: several processes are not supported by this version")
-    if world_size > 1:
+    if parallel.sequence and sequence_length % parallel.tensor:
         raise ConfigError(
-            f"parallel: {world_size} processes are running, but several are not supported by this version; start one"
+            f"data.sequence_length: {sequence_length} is not a multiple of parallel.tensor {parallel.tensor}, over "
+            "which parallel.sequence spreads it"
+        )
+    if parallel.layout != "auto" and len(parallel.layout) != parallel.pipeline:
+        raise ConfigError(
+            f"parallel.layout: the stages listed are {len(parallel.layout)}, but parallel.pipeline is "
+            f"{parallel.pipeline}; make them equal"
         )
 
 
@@ -127,10 +146,28 @@ def _check_loss(loss: LossConfig) -> None:
     _at_least(1, "loss.chunk_tokens", loss.chunk_tokens)
 
 
+def _check_distillation(distillation: DistillationConfig, vocab_size: int) -> None:
+    key = "loss.distillation"
+    _not_negative(f"{key}.kl", distillation.kl)
+    _not_negative(f"{key}.cross_entropy", distillation.cross_entropy)
+    if distillation.kl == distillation.cross_entropy == 0:
+        raise ConfigError(f"{key}.cross_entropy: 0, and {key}.kl is 0 too: nothing is learned; raise one of them")
+    if distillation.kl == 0 and distillation.cross_entropy != 1:
+        raise ConfigError(
+            f"{key}.cross_entropy: {distillation.cross_entropy:g} has no effect without {key}.kl; set that above 0, "
+            "or give exits their weight"
+        )
+    _positive(f"{key}.temperature", distillation.temperature)
+    _at_least(1, f"{key}.top_k", distillation.top_k)
+    if distillation.top_k > vocab_size:
+        raise ConfigError(f"{key}.top_k: {distillation.top_k} is above the model's {vocab_size} tokens")
+
+
 def _check_batch(tuning: TuningConfig, replicas: int) -> None:
     _at_least(1, "tuning.steps", tuning.steps)
     _at_least(1, "tuning.global_batch_size", tuning.global_batch_size)
     _at_least(1, "tuning.micro_batch_size", tuning.micro_batch_size)
+    _at_least(0, "tuning.skip_limit", tuning.skip_limit)
     _seed("tuning.seed", tuning.seed)
     if tuning.global_batch_size % (tuning.micro_batch_size * replicas):
         share = f" x {replicas} data-parallel replicas" if replicas > 1 else ""

@@ -38,7 +38,7 @@ def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpe
     specs: dict[int, ExitSpec] = {}
     for index, exit_ in enumerate(exits):
         key = f"exits[{index}]"
-        layer = _layer_number(exit_.layer, num_layers, key)
+        layer = layer_number(exit_.layer, num_layers, f"{key}.layer")
         if layer in specs:
             raise ConfigError(f"{key}.layer: there is already an exit after layer {layer}; give each its own place")
         if not 0 < exit_.weight < float("inf"):
@@ -53,13 +53,13 @@ def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpe
     return tuple(specs[layer] for layer in sorted(specs))
 
 
-def _layer_number(position: int | float, num_layers: int, key: str) -> int:
+def layer_number(position: int | float, num_layers: int, key: str) -> int:
     """A layer number, or a fraction of the depth rounded to the nearest layer."""
     if isinstance(position, float) and not position.is_integer():
         if not 0 < position < 1:
-            raise ConfigError(f"{key}.layer: a fraction must lie between 0 and 1, not {position}")
+            raise ConfigError(f"{key}: a fraction must lie between 0 and 1, not {position}")
         return max(1, round(position * num_layers))
     layer = int(position)
     if not 1 <= layer <= num_layers:
-        raise ConfigError(f"{key}.layer: {layer} is outside the model, which has layers 1 to {num_layers}")
+        raise ConfigError(f"{key}: {layer} is outside the model, which has layers 1 to {num_layers}")
     return layer

@@ -7,10 +7,12 @@ lines and does not reach into lists (``--exits.0.layer 4``).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import UnionType
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
-from megatron_ee.config.schema import CorpusConfig, ExitConfig, RunConfig
+from megatron_ee.config.schema import CorpusConfig, ExitConfig, RunConfig, StageConfig
 from megatron_ee.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
 
     parser = _parser()
     try:
-        config = parser.instantiate(parser.parse_object(values))
+        config = parser.instantiate(parser.parse_object(copy.deepcopy(values)))  # it changes what it is given
     except ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     return RunConfig(**{field.name: config[field.name] for field in dataclasses.fields(RunConfig)})
@@ -66,17 +68,29 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def parse_exits(text: str, key: str) -> list[ExitConfig]:
+    """The exits that a YAML list describes, as in a configuration.
+
+    Raises:
+        ConfigError: as ``load_config``, naming ``key``.
+    """
+    values = _parse(text, list[ExitConfig], key)
+    _check(list[ExitConfig], values, key)
+    return [ExitConfig(**value) for value in values]
+
+
 def config_help() -> str:
     """The configuration's keys with meaning, type and default, as text for ``--help``."""
     parser = _parser()
     parser.add_class_arguments(ExitConfig, "exits.N", help="one exit; N counts from 0")
     parser.add_class_arguments(CorpusConfig, "data.train.N", help="one corpus of data.train or data.validation")
+    parser.add_class_arguments(StageConfig, "parallel.layout.N", help="one stage of a layout; N counts from 0")
     text = parser.format_help()
     text = text[text.index("--exits [") :]  # what stands before belongs to the parser, not to the configuration
     # Entries for whole blocks and for jsonargparse's own --X.help would only repeat what the groups list.
     text = re.sub(r"^  --\S+ CONFIG\s+Path to a configuration file\.\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^  --\S+\.help\s+Show the help for \w+ and exit\.\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r", --[\w.]+\+ \[ITEM,\.\.\.\]", "", text)
+    text = re.sub(r", --[\w.]+\+ \S+", "", text)
     return f"exits:\n  {text}"
 
 
@@ -188,8 +202,10 @@ def _index(items: list[Any], part: str, key: str) -> int:
 
 def _parse(text: str, kind: Any, key: str) -> Any:
     """The value of an override: text where ``kind`` takes text (a path may look like a number), else YAML."""
-    takes_text = any(choice is str or get_origin(choice) is Literal for choice in _choices(kind))
-    if takes_text and not text.lstrip().startswith("{"):
+    choices = _choices(kind)
+    takes_text = any(choice is str or get_origin(choice) is Literal for choice in choices)
+    takes_list = any(get_origin(choice) is list for choice in choices)
+    if takes_text and not text.lstrip().startswith(("{", "[") if takes_list else "{"):
         return text
     try:
         return yaml.load(text, _Loader)
@@ -207,8 +223,9 @@ def _locate(kind: Any, path: list[str]) -> Any:
     for depth, part in enumerate(path):
         choices = _choices(kind)
         block = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
-        if get_origin(kind) is list:
-            kind = get_args(kind)[0]
+        items = next((get_args(choice)[0] for choice in choices if get_origin(choice) is list), None)
+        if items is not None:
+            kind = items
         elif block is not None:
             hints = get_type_hints(block)
             if part not in hints:
@@ -230,10 +247,20 @@ def _check(kind: Any, value: Any, key: str) -> None:
             raise ConfigError(f"{key}: expected a list, such as [a, b], not {_show(value)}")
         for index, item in enumerate(value):
             _check(get_args(kind)[0], item, f"{key}[{index}]")
-    elif len(choices) > 1 and isinstance(value, dict) and dataclasses.is_dataclass(choices[-1]):
-        _check_block(choices[-1], value, key)
+            if item == {}:
+                raise ConfigError(f"{key}[{index}]: is empty; give keys such as {_some_keys(get_args(kind)[0])}")
+    elif len(choices) > 1 and (structure := _structure(choices, value)) is not None:
+        _check(structure, value, key)
     elif not any(_is(choice, value) for choice in choices):
-        raise ConfigError(f"{key}: must be {_describe(kind)}, not {_show(value)}{_meant(value, get_args(kind))}")
+        words = [word for choice in choices for word in get_args(choice)]
+        raise ConfigError(f"{key}: must be {_describe(kind)}, not {_show(value)}{_meant(value, words)}")
+
+
+def _structure(choices: Sequence[Any], value: Any) -> Any:
+    """The block or list among ``choices`` that ``value`` is written as; None where there is none."""
+    blocks = (choice for choice in choices if dataclasses.is_dataclass(choice) and isinstance(value, dict))
+    lists = (choice for choice in choices if get_origin(choice) is list and isinstance(value, list))
+    return next(chain(blocks, lists), None)
 
 
 def _check_block(kind: Any, value: Any, key: str) -> None:

@@ -79,6 +79,19 @@ class DataConfig:
 
 
 @dataclass
+class StageConfig:
+    """One pipeline stage of an explicit layout.
+
+    Attributes:
+        layers: its first and last layer, such as ``[1, 8]``; empty for a stage that only hosts exits.
+        exits: positions of the exits that it hosts.
+    """
+
+    layers: list[int] = field(default_factory=list)
+    exits: list[int | float] = field(default_factory=list)
+
+
+@dataclass
 class ParallelConfig:
     """How the model is spread over processes; data parallelism takes what is left.
 
@@ -86,13 +99,15 @@ class ParallelConfig:
         tensor: tensor-parallel size.
         pipeline: number of pipeline stages.
         sequence: sequence parallelism on top of tensor parallelism.
-        layout: which stage holds which layers and exits; ``auto`` balances by counted FLOPs.
+        layout: which stage holds which layers and exits: a list of stages; ``auto`` balances by counted FLOPs.
+        timeout_seconds: time without a sign of life after which a process counts as lost and the run ends.
     """
 
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
-    layout: Literal["auto"] = "auto"
+    layout: Literal["auto"] | list[StageConfig] = "auto"
+    timeout_seconds: float = 60.0
 
 
 @dataclass
@@ -107,6 +122,8 @@ class OptimizerConfig:
         eps: term added to the denominator.
         weight_decay: decoupled weight decay; not applied to norms and biases.
         clip_grad: largest gradient norm over all exits; 0 turns clipping off.
+        implementation: ``auto`` takes NVIDIA apex's fused AdamW where it is installed and works, else torch's;
+            ``deepspeed_cpu`` keeps the optimizer's state in host memory (extra ``deepspeed``).
     """
 
     lr: float = 1.0e-4
@@ -116,6 +133,7 @@ class OptimizerConfig:
     eps: float = 1.0e-5
     weight_decay: float = 0.01
     clip_grad: float = 1.0
+    implementation: Literal["auto", "torch", "apex", "deepspeed_cpu"] = "auto"
 
 
 @dataclass
@@ -132,6 +150,26 @@ class ScheduleConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """Learning from the final exit beside the labels: all layers run then.
+
+    The loss of a token becomes ``cross_entropy * CE + kl * temperature^2 * KL(teacher || exit)``, both at
+    ``temperature``, the teacher's ``top_k`` most probable tokens rescaled to sum to 1.
+
+    Attributes:
+        kl: weight of the divergence from the final exit; 0 turns distillation off.
+        cross_entropy: weight of the cross-entropy with the label.
+        temperature: divides both sides' logits.
+        top_k: tokens of the final exit's distribution that are kept.
+    """
+
+    kl: float = 0.0
+    cross_entropy: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 32
+
+
+@dataclass
 class LossConfig:
     """The exits' loss.
 
@@ -140,12 +178,14 @@ class LossConfig:
         weight_warmup: shape of the rise of the exits' loss weights from 0, or ``none``.
         weight_warmup_fraction: share of the steps that this rise takes.
         chunk_tokens: tokens whose logits exist at one time.
+        distillation: learning from the final exit.
     """
 
     dynamic_token_weights: bool = False
     weight_warmup: Literal["none", "linear", "cosine"] = "none"
     weight_warmup_fraction: float = 0.1
     chunk_tokens: int = 512
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
 
 @dataclass
@@ -157,12 +197,14 @@ class TuningConfig:
         global_batch_size: sequences per step over all processes.
         micro_batch_size: sequences per forward pass.
         seed: seed of random exit initialisation.
+        skip_limit: steps in a row whose loss or gradients are not finite that are skipped; one more ends the run.
     """
 
     steps: int = 40_000
     global_batch_size: int = 16
     micro_batch_size: int = 1
     seed: int = 1234
+    skip_limit: int = 2
 
 
 @dataclass
@@ -187,10 +229,16 @@ class CheckpointConfig:
     Attributes:
         interval: steps between saves; 0 saves only at the end and on SIGTERM or SIGINT.
         keep: newest checkpoints that stay on disk, at least 2.
+        asynchronous: write them while tuning goes on, from a copy of this process's share of exits and optimizer in
+            host memory; otherwise tuning stands still until they are on disk.
+        verify: check what is read against its checksums, where there are any: checkpoints to go on from, adapters and
+            parallel checkpoints.
     """
 
     interval: int = 1000
     keep: int = 2
+    asynchronous: bool = True
+    verify: bool = True
 
 
 @dataclass

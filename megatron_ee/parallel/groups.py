@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_ee import platform
+from megatron_ee.parallel.agreement import together
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+T = TypeVar("T")
+CONTROL_TIMEOUT = timedelta(hours=12)
+"""The others wait this long while the first rank hashes a model from a slow disk; a lost rank is noticed otherwise."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +30,40 @@ class Groups:
     Attributes:
         collection: megatron-core's collection, as its layers, data-parallel wrapper and optimizer take it.
         tensor: ranks that share each layer.
-        pipeline: ranks that hold the stages of one model copy.
+        pipeline: ranks that hold the stages of one model copy, in their order.
         data: ranks that hold the same parameters.
+        teacher: the pipeline's ranks again, for what goes backward: its transfers must not queue behind hidden states.
+        world: all ranks, on the device.
+        control: all ranks, on the host, for decisions and small objects.
+        saving: the same for saves in the background, whose messages must not meet those of the main thread.
     """
 
     collection: ProcessGroupCollection
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
+    teacher: dist.ProcessGroup
+    world: dist.ProcessGroup
+    control: dist.ProcessGroup
+    saving: dist.ProcessGroup
 
     @property
     def rank(self) -> int:
         """Rank among all processes of the run."""
-        return dist.get_rank()
+        return self.world.rank()
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes logs and reports."""
         return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in order of rank."""
+        return gather_objects(value, self.control)
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Every rank's result of ``work``; raises on all ranks where it raised on one. See ``agreement.together``."""
+        return together(self.gather, work)
 
 
 def world_size() -> int:
@@ -50,36 +71,86 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """Rank that the launcher gave this process, before any group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's ``value``, in order of rank. ``group`` must be on the host."""
+    answers: list[Any] = [None] * group.size()
+    dist.all_gather_object(answers, value, group=group)
+    return answers
+
+
 @contextlib.contextmanager
-def process_groups(tensor: int = 1, pipeline: int = 1, timeout_minutes: float = 10) -> Iterator[Groups]:
-    """Join the run's processes and form their groups; leave them again at the end.
+def joined_processes(timeout_minutes: float = 10) -> Iterator[dist.ProcessGroup]:
+    """Meet the run's other processes; gives the group of all of them on the host.
 
     Started by torchrun or SLURM the process finds its peers through ``MASTER_ADDR`` and ``RANK``; started alone it
     is a world of one, with no network involved.
     """
+    platform.quiet_runtime()
+    if platform.has_accelerator():
+        # As megatron-core asks for: what is queued first starts first, so that its collectives overlap with products.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend, timeout = platform.communication_backend(), timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def model_groups(control: dist.ProcessGroup, tensor: int = 1, pipeline: int = 1) -> Iterator[Groups]:
+    """Form the groups of a run among processes that have met; they are gone with ``joined_processes``."""
     with platform.quiet_imports():
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.process_groups_config import ProcessGroupCollection
 
-    platform.quiet_runtime()
-    if platform.has_accelerator():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend, timeout = platform.communication_backend(), timedelta(minutes=timeout_minutes)
     with platform.stand_in():
-        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         try:
             parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
             # Its usual tracker wants CUDA generators; a frozen backbone has no dropout to draw for.
             tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+            collection = ProcessGroupCollection.use_mpu_process_groups()
+            # No embedding is trained, so none has gradients to sum between the first stage and the last.
+            collection.embd = collection.pos_embd = _group_of([dist.get_rank()], control)
+            stages = parallel_state.get_pipeline_model_parallel_group()
+            world = dist.group.WORLD
+            assert world is not None
             yield Groups(
-                collection=ProcessGroupCollection.use_mpu_process_groups(),
+                collection=collection,
                 tensor=parallel_state.get_tensor_model_parallel_group(),
-                pipeline=parallel_state.get_pipeline_model_parallel_group(),
+                pipeline=stages,
                 data=parallel_state.get_data_parallel_group(),
+                teacher=_group_of(dist.get_process_group_ranks(stages), control),
+                world=world,
+                control=control,
+                saving=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
             )
         finally:
             parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+
+
+def _group_of(ranks: list[int], control: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of ``ranks``, this rank's part of a partition. Every rank takes part in making all parts.
+
+    torch can make a group among its members alone, but names it by the number of groups that each is in, which
+    differs: the members then wait for each other under different names.
+    """
+    parts = sorted({tuple(part) for part in gather_objects(ranks, control)})
+    made = {part: dist.new_group(list(part)) for part in parts}
+    return made[tuple(ranks)]
+
+
+@contextlib.contextmanager
+def process_groups(tensor: int = 1, pipeline: int = 1, timeout_minutes: float = 10) -> Iterator[Groups]:
+    """``joined_processes`` and ``model_groups`` in one, where nothing has to be agreed on between them."""
+    with joined_processes(timeout_minutes) as control, model_groups(control, tensor, pipeline) as groups:
+        yield groups

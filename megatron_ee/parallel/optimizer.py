@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
+from megatron_ee.parallel.adam import adam_class, adam_steps, inside_megatron, prepare_adam, set_adam_steps
 from megatron_ee.parallel.groups import Groups
 
 with platform.quiet_imports():
@@ -29,6 +30,10 @@ with platform.quiet_imports():
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
+
+
+NORM_RUN = 2**22
+"""Elements whose norm is taken in float32 before it is added up in float64: no copy of a whole gradient is made."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,10 @@ class ExitOptimizer:
     ) -> None:
         """Wrap ``exits``; parameters without ``requires_grad`` and exits without any trained one are left alone."""
         trained = [exit_ for exit_ in exits if any(p.requires_grad for p in exit_.parameters())]
+        if not trained:
+            trained = [nn.Module()]  # megatron-core's optimizer wants a module, also on a stage without exits
         self.groups = groups
+        chosen = adam_class(optimizer.implementation)
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=groups.data.size() > 1,
@@ -85,17 +93,15 @@ class ExitOptimizer:
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
             )
-            self.optimizer = get_megatron_optimizer(
-                core,
-                list(self.wrappers.values()),
-                config_overrides=get_standard_config_overrides(core),
-                use_gloo_process_groups=False,
-            )
+            with inside_megatron(chosen, core):
+                self.optimizer = get_megatron_optimizer(
+                    core,
+                    list(self.wrappers.values()),
+                    config_overrides=get_standard_config_overrides(core),
+                    use_gloo_process_groups=False,
+                )
         for adam in self._adams():
-            if isinstance(adam, torch.optim.AdamW):
-                # One pass over memory instead of ten: torch has it for CPU and CUDA, megatron-core does not ask for it.
-                for group in adam.param_groups:
-                    group["fused"] = True
+            prepare_adam(adam)
         self.scheduler = _scheduler(self.optimizer, optimizer, schedule, steps)
 
     def _adams(self) -> Iterator[torch.optim.Optimizer]:
@@ -104,8 +110,8 @@ class ExitOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the coming step."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        """Learning rate of the coming step, also where nothing is trained."""
+        return float(self.scheduler.get_lr({}))
 
     def zero_gradients(self) -> None:
         """Before the first backward of a step."""
@@ -120,19 +126,38 @@ class ExitOptimizer:
         with platform.translated():
             finalize_model_grads(list(self.wrappers.values()), pg_collection=self.groups.collection)
 
-    def gradient_norm(self, exit_: nn.Module) -> float:
-        """Norm of one exit's reduced gradients on this rank, before clipping; 0 where it trains nothing."""
-        wrapper = self.wrappers.get(exit_)
-        if wrapper is None:
-            return 0.0
-        return float(torch.stack([buffer.grad_data.norm() for buffer in wrapper.buffers]).norm())
+    def squared_norm(self, exit_: nn.Module) -> Tensor:
+        """This rank's share, a float64 scalar, of the squared norm of one exit's reduced gradients before clipping.
 
-    def step(self) -> float:
-        """Clip, update, advance the schedule; returns the gradient norm over all exits before clipping."""
+        Shares add up over all ranks: each data-parallel rank counts the part that it updates, and what every
+        tensor-parallel rank holds whole is counted by the first.
+        """
+        first = self.groups.tensor.rank() == 0
+        own = set(exit_.parameters())
+        squares = [torch.zeros((), dtype=torch.float64, device=platform.device())]
+        for parameter, start, stop in self._updated_ranges():
+            if parameter in own and (first or getattr(parameter, "tensor_model_parallel", False)):
+                for run in parameter.main_grad.view(-1)[start:stop].split(NORM_RUN):  # type: ignore[attr-defined]
+                    squares.append(run.norm().double().square())
+        return torch.stack(squares).sum()
+
+    def step(self) -> None:
+        """Clip by the norm over all exits of all ranks, update, advance the schedule."""
         with platform.translated():
-            _, norm, _ = self.optimizer.step()
+            self.optimizer.step()
         self.scheduler.step(1)
-        return float(norm or 0.0)
+
+    def skip(self) -> None:
+        """Advance the schedule without an update."""
+        self.scheduler.step(1)
+
+    def _updated_ranges(self) -> Iterator[tuple[nn.Parameter, int, int]]:
+        """Each trained parameter with the range of its elements that this data-parallel rank updates."""
+        for part in self.optimizer.chained_optimizers:
+            if part.optimizer is not None:
+                for parameter in part.model_param_gbuf_map:
+                    bounds = part._get_model_param_range_map(parameter)["param"]
+                    yield parameter, bounds.start, bounds.end
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """This rank's optimizer state, in place: writing into the tensors restores it.
@@ -156,14 +181,12 @@ class ExitOptimizer:
 
     def counters(self) -> dict[str, int]:
         """What is no tensor of a parameter: Adam's step count and the schedule's."""
-        steps = [int(state["step"]) for adam in self._adams() for state in adam.state.values()]
-        return {"adam_step": max(steps, default=0), "scheduler": self.scheduler.num_steps}
+        return {"adam_step": max(map(adam_steps, self._adams()), default=0), "scheduler": self.scheduler.num_steps}
 
     def restore_counters(self, counters: dict[str, int]) -> None:
         """Take back what ``counters`` gave, after the tensors."""
         for adam in self._adams():
-            for state in adam.state.values():
-                state["step"].fill_(counters["adam_step"])
+            set_adam_steps(adam, counters["adam_step"])
         self.scheduler.step(counters["scheduler"] - self.scheduler.num_steps)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from megatron_ee import platform
+from megatron_ee.errors import UserError
 
 cpu_only = pytest.mark.skipif(platform.has_accelerator(), reason="the stand-in does nothing on a GPU")
 NAMES = ("current_device", "synchronize", "empty_cache")
@@ -33,6 +37,15 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     held = torch.ones(2**20, device=platform.device())
     assert before > 0 and platform.peak_memory() >= before
     assert held.numel() * 4 < platform.peak_memory() < 2**40
+
+
+@cpu_only
+def test_peak_memory_is_this_process_alone() -> None:
+    held = torch.ones(500 * 2**20, dtype=torch.uint8)
+    assert platform.peak_memory() > len(held)
+    code = "from megatron_ee.platform import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert int(child.stdout) < platform.peak_memory() - 200 * 2**20
 
 
 @cpu_only
@@ -68,3 +81,33 @@ def test_translated_is_undone() -> None:
     assert open_modes() == 0
     with pytest.raises((AssertionError, RuntimeError)):
         torch.empty(3, device="cuda")
+
+
+class Runtime:
+    """Stands for the CUDA runtime's page-locking; ``status``: what it answers."""
+
+    def __init__(self, status: int) -> None:
+        self.status, self.locked = status, dict[int, int]()
+
+    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:  # noqa: N802 - its name
+        self.locked |= {} if self.status else {pointer: nbytes}
+        return self.status
+
+    def cudaHostUnregister(self, pointer: int) -> None:  # noqa: N802
+        del self.locked[pointer]
+
+
+@cpu_only
+def test_host_buffers_are_locked_as_long_as_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert platform.host_buffer(10).numel() == 10  # without an accelerator, plain memory
+    runtime = Runtime(0)
+    monkeypatch.setattr(platform, "has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    buffer = platform.host_buffer(4096)
+    assert runtime.locked == {buffer.data_ptr(): 4096}
+    assert platform.host_buffer(0).numel() == 0 and len(runtime.locked) == 1
+    del buffer
+    assert runtime.locked == {}
+    runtime.status = 2
+    with pytest.raises(UserError, match="checkpoint.asynchronous"):
+        platform.host_buffer(4096)

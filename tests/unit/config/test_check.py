@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def architecture() -> Architecture:
             "intermediate_size": 128,
             "num_hidden_layers": 8,
             "num_attention_heads": 4,
+            "num_key_value_heads": 2,
             "vocab_size": 100,
             "max_position_embeddings": 128,
         }
@@ -40,6 +42,10 @@ def configuration(path: Path, **blocks: dict[str, Any] | list[Any]) -> RunConfig
     return config_from_dict(values)
 
 
+def distilled(**values: float) -> dict[str, Any]:
+    return {"distillation": values}
+
+
 def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None:
     exits = check_run(configuration(tmp_path), architecture)
     assert [(exit_.layer, exit_.body) for exit_ in exits] == [(2, "mlp"), (6, "norm")]
@@ -50,6 +56,8 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         {"optimizer": {"lr": 1e-4, "min_lr": 1e-4, "clip_grad": 0, "weight_decay": 0}},
         {"tuning": {"global_batch_size": 12, "micro_batch_size": 4}},
         {"validation": {"interval": 0, "sequences": 0, "thresholds": [1.0]}},
+        {"loss": distilled(kl=1, cross_entropy=0, top_k=100)},
+        {"tuning": {"skip_limit": 0}},
     ):
         check_run(configuration(tmp_path, **blocks), architecture)
 
@@ -100,8 +108,31 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         ("parallel", {"tensor": 0}, "parallel.tensor: must be at least 1, not 0"),
         ("parallel", {"pipeline": -2}, "parallel.pipeline: must be at least 1, not -2"),
         ("parallel", {"sequence": True}, "parallel.sequence: needs parallel.tensor above 1"),
-        ("parallel", {"tensor": 2}, "parallel.tensor: 2 is not possible: several processes are not supported by this"),
-        ("parallel", {"pipeline": 2}, "parallel.pipeline: 2 is not possible: several processes are not supported by"),
+        ("parallel", {"tensor": 3}, "parallel.tensor: 3 does not divide the model's 4 attention heads; possible: 1, 2"),
+        ("parallel", {"tensor": 4}, "parallel.tensor: 4 does not divide the model's 2 key-value heads; possible: 1, 2"),
+        ("parallel", {"timeout_seconds": 0}, "parallel.timeout_seconds: must be a positive number, not 0.0"),
+        (
+            "parallel",
+            {"layout": []},
+            "parallel.layout: the stages listed are 0, but parallel.pipeline is 1; make them equal",
+        ),
+        (
+            "parallel",
+            {"layout": [{"layers": [1, 6]}] * 2},
+            "parallel.layout: the stages listed are 2, but parallel.pipeline is 1;",
+        ),
+        (
+            "parallel",
+            {"pipeline": 2, "layout": [{"exits": [2]}]},
+            "parallel.layout: the stages listed are 1, but parallel.pipeline is 2;",
+        ),
+        ("tuning", {"skip_limit": -1}, "tuning.skip_limit: must be at least 0, not -1"),
+        ("loss", distilled(kl=-1), "loss.distillation.kl: must be a number of at least 0, not -1.0"),
+        ("loss", distilled(cross_entropy=-1), "loss.distillation.cross_entropy: must be a number of at least 0, not"),
+        ("loss", distilled(cross_entropy=0), "loss.distillation.cross_entropy: 0, and loss.distillation.kl is 0 too"),
+        ("loss", distilled(temperature=0), "loss.distillation.temperature: must be a positive number, not 0.0"),
+        ("loss", distilled(top_k=0), "loss.distillation.top_k: must be at least 1, not 0"),
+        ("loss", distilled(top_k=101), "loss.distillation.top_k: 101 is above the model's 100 tokens"),
     ],
 )
 def test_refusals(tmp_path: Path, architecture: Architecture, block: str, values: Any, message: str) -> None:
@@ -112,9 +143,33 @@ def test_refusals(tmp_path: Path, architecture: Architecture, block: str, values
     assert "\n" not in str(caught.value)
 
 
-def test_several_processes_are_refused(tmp_path: Path, architecture: Architecture) -> None:
-    with pytest.raises(ConfigError, match="^parallel: 4 processes are running, but several are not supported"):
-        check_run(configuration(tmp_path), architecture, world_size=4)
+def test_several_processes(tmp_path: Path, architecture: Architecture) -> None:
+    stages = [{"layers": [1, 4], "exits": [2]}, {"layers": [5, 6], "exits": [6]}]
+    for parallel, sizes in (
+        ({}, (1, 2, 16)),
+        ({"tensor": 2, "sequence": True}, (2, 8)),
+        ({"pipeline": 3}, (3,)),
+        ({"tensor": 2, "pipeline": 2, "layout": stages}, (4, 16)),
+    ):
+        blocks: dict[str, Any] = {"parallel": parallel, "tuning": {"global_batch_size": 16}}
+        for size in sizes:
+            check_run(configuration(tmp_path, **blocks), architecture, world_size=size)
+        with pytest.raises(ConfigError, match=r"^tuning\.global_batch_size: 16 is not a multiple"):
+            check_run(configuration(tmp_path, **blocks), architecture, world_size=32 * sizes[0])
+    with pytest.raises(ConfigError, match=r"^parallel\.tensor: 2 x parallel\.pipeline 1 = 2 processes hold one model"):
+        check_run(configuration(tmp_path, parallel={"tensor": 2}), architecture)
+
+
+def test_what_tensor_parallelism_must_divide(tmp_path: Path, architecture: Architecture) -> None:
+    config = configuration(tmp_path, parallel={"tensor": 2}, data={"sequence_length": 127})
+    check_run(config, architecture, world_size=2)
+    config.parallel.sequence = True
+    with pytest.raises(ConfigError, match=r"^data\.sequence_length: 127 is not a multiple of parallel\.tensor 2"):
+        check_run(config, architecture, world_size=2)
+    config.parallel.sequence = False
+    odd = dataclasses.replace(architecture, ffn_size=129)
+    with pytest.raises(ConfigError, match=r"^parallel\.tensor: 2 does not divide the model's 129 MLP features; .*: 1$"):
+        check_run(config, odd, world_size=2)
 
 
 def test_nan_in_a_configuration_made_in_code(tmp_path: Path, architecture: Architecture) -> None:
@@ -126,5 +181,5 @@ def test_nan_in_a_configuration_made_in_code(tmp_path: Path, architecture: Archi
 
 def test_data_parallel_size() -> None:
     assert data_parallel_size(ParallelConfig(tensor=2, pipeline=2), 8) == 2
-    with pytest.raises(ConfigError, match=r"^parallel\.tensor: 4 x parallel\.pipeline 1 = 4 processes .* the 6 that"):
+    with pytest.raises(ConfigError, match=r"^parallel\.tensor: 4 x parallel\.pipeline 1 = 4 processes .* the 6 "):
         data_parallel_size(ParallelConfig(tensor=4), 6)

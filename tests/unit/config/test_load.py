@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_ee.config import schema
 from megatron_ee.config.load import config_from_dict, config_help, config_to_dict, load_config
-from megatron_ee.config.schema import CorpusConfig, ExitConfig, RunConfig
+from megatron_ee.config.schema import CorpusConfig, ExitConfig, RunConfig, StageConfig
 from megatron_ee.errors import ConfigError
 
 MINIMAL = """
@@ -184,6 +184,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
         (["--exits.last.layer", "3"], "exits.last: exits is a list; name an item by its number, such as --exits.0"),
         (["--exits.0.boddy", "mlp"], "exits[0].boddy: unknown key; did you mean 'body'?"),
         (["--data.train.0.weight", "3"], "data.train[0]: the file has 'corpus/a' here, which has no keys to set"),
+        (["--parallel.layout.0.layer", "[1, 2]"], "parallel.layout[0].layer: unknown key; did you mean 'layers'?"),
         (["--data.train", "[a"], "data.train: '[a' is not valid YAML: "),
         (["steps", "3"], "'steps': expected an override such as --optimizer.lr 3e-4"),
         (["--model.dtype", "float61"], "model.dtype: must be float32 or bfloat16, not 'float61'; did you mean '"),
@@ -191,6 +192,52 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 )
 def test_mistakes_in_overrides(tmp_path: Path, overrides: list[str], message: str) -> None:
     assert refusal(tmp_path, MINIMAL, *overrides).startswith(message)
+
+
+LAYOUT = "parallel: {pipeline: 2, layout: [{layers: [1, 2]}, {exits: [2, 0.5]}]}"
+
+
+def test_layouts(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL).parallel.layout == "auto"
+    config = load(tmp_path, MINIMAL + LAYOUT)
+    assert config.parallel.layout == [StageConfig([1, 2]), StageConfig(exits=[2, 0.5])]
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    changed = load(
+        tmp_path, MINIMAL + LAYOUT, "--parallel.layout.0.layers", "[1, 3]", "--parallel.layout.1.exits.0", "1"
+    )
+    assert changed.parallel.layout == [StageConfig([1, 3]), StageConfig(exits=[1, 0.5])]
+    assert load(tmp_path, MINIMAL + LAYOUT, "--parallel.layout", "auto").parallel.layout == "auto"
+    assert refusal(tmp_path, MINIMAL + LAYOUT, "--parallel.layout.a.layers", "3") == (
+        "parallel.layout.a: parallel.layout is a list; name an item by its number, such as --parallel.layout.0"
+    )
+    given = load(tmp_path, MINIMAL, "--parallel.layout", "[{layers: [1, 2], exits: [1]}]")
+    assert given.parallel.layout == [StageConfig([1, 2], [1])]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("atuo", "parallel.layout: must be auto or a list, not 'atuo'; did you mean 'auto'?"),
+        ("3", "parallel.layout: must be auto or a list, not 3"),
+        ("{layers: [1, 2]}", "parallel.layout: must be auto or a list, not {'layers': [1, 2]}"),
+        ("[3]", "parallel.layout[0]: expected keys such as layers, exits, not 3"),
+        ("[{}]", "parallel.layout[0]: is empty; give keys such as layers, exits"),
+        ("[[1, 4]]", "parallel.layout[0]: expected keys such as layers, exits, not [1, 4]"),
+        ("[{layers: [1, 2]}, {layer: [3, 4]}]", "parallel.layout[1].layer: unknown key; did you mean 'layers'?"),
+        ("[{layers: 4}]", "parallel.layout[0].layers: expected a list, such as [a, b], not 4"),
+        ("[{layers: [1, 2.5]}]", "parallel.layout[0].layers[1]: must be a whole number, not 2.5"),
+        ("[{exits: [two]}]", "parallel.layout[0].exits[0]: must be a number, not 'two'"),
+    ],
+)
+def test_mistakes_in_a_layout(tmp_path: Path, layout: str, message: str) -> None:
+    assert refusal(tmp_path, f"{MINIMAL}parallel: {{layout: {layout}}}") == message
+
+
+def test_what_is_read_is_not_changed() -> None:
+    values = yaml.safe_load(MINIMAL + LAYOUT)
+    before = json.dumps(values)
+    config_from_dict(values)
+    assert json.dumps(values) == before
 
 
 def test_saved_and_reloaded(tmp_path: Path) -> None:
@@ -228,6 +275,7 @@ def _keys(kind: Any, prefix: str = "") -> list[str]:
 def test_help_documents_every_key() -> None:
     text = config_help()
     keys = _keys(RunConfig) + _keys(ExitConfig, "exits.N.") + _keys(CorpusConfig, "data.train.N.")
+    keys += _keys(StageConfig, "parallel.layout.N.")
     assert len(keys) > 35
     for key in keys:
         start = text.find(f"--{key} ")

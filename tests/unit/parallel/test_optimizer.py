@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,8 +64,9 @@ def train(stage: Stage, optimizer: ExitOptimizer, steps: range) -> list[tuple[fl
         for part in (0, 1):  # two microbatches
             backward(stage, optimizer, 2 * step + part)
         optimizer.reduce_gradients()
-        each = [optimizer.gradient_norm(exit_) for exit_ in stage.exits]
-        norms.append((optimizer.step(), each))
+        squares = [float(optimizer.squared_norm(exit_)) for exit_ in stage.exits]
+        norms.append((math.sqrt(sum(squares)), [math.sqrt(square) for square in squares]))
+        optimizer.step()
     return norms
 
 
@@ -119,29 +121,25 @@ def test_norms_and_biases_do_not_decay(make: Make) -> None:
     before = {name: parameter.detach().clone() for name, parameter in trained(stage.exits)}
     optimizer.zero_gradients()
     optimizer.reduce_gradients()
-    assert optimizer.step() == 0.0  # no gradient: decay alone
+    optimizer.step()  # no gradient: decay alone
     for name, parameter in trained(stage.exits):
         factor = 1 - 0.1 * 0.5 if parameter.ndim == 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
     assert sum(parameter.ndim == 1 for _, parameter in trained(stage.exits)) > 5
 
 
-def test_norms_of_the_exits_combine_to_the_whole(make: Make) -> None:
-    stage, optimizer = make()
-    for whole, each in train(stage, optimizer, range(2)):
-        assert all(norm > 0 for norm in each)
-        assert whole == pytest.approx(sum(norm**2 for norm in each) ** 0.5, rel=1e-5)
-
-
 def test_an_exit_that_trains_nothing_is_left_alone(make: Make) -> None:
     stage, optimizer = make(specs=[ExitSpec(1, "embedding", "shared"), ExitSpec(2, "norm", "shared")])
     nothing, norm = stage.exits
-    assert set(optimizer.wrappers) == {norm} and optimizer.gradient_norm(nothing) == 0.0
+    assert set(optimizer.wrappers) == {norm} and float(optimizer.squared_norm(nothing)) == 0.0
     positions, taps, labels, coefficient = microbatch(stage, 0)
     optimizer.zero_gradients()
     optimizer.wrappers[norm](taps[2], positions, labels, coefficient)[0].backward()
     optimizer.reduce_gradients()
-    assert optimizer.step() > 0
+    assert float(optimizer.squared_norm(norm)) > 0
+    before = norm.norm.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(norm.norm.weight, before)
 
 
 def test_the_backbone_has_no_gradient_no_buffer_and_no_state(make: Make) -> None:

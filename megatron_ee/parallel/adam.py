@@ -1,0 +1,248 @@
+"""The Adam inside megatron-core's distributed optimizer: torch's, NVIDIA apex's, or DeepSpeed's in host memory.
+
+megatron-core takes whatever FusedAdam it could import. Here one is chosen by what works on this machine, and
+megatron-core is handed that one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from math import sqrt
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from megatron_ee import platform
+from megatron_ee.errors import ConfigError
+
+KEY = "optimizer.implementation"
+PATIENCE_SECONDS = 10.0
+"""How long DeepSpeed may load before a line says that it is being compiled."""
+
+
+def adam_class(implementation: str) -> type[Optimizer]:
+    """The class that ``optimizer.implementation`` means on this machine, proven to work on this run's device.
+
+    DeepSpeed's is compiled here if it was not yet, which takes minutes.
+
+    Raises:
+        ConfigError: what was asked for by name is not installed or does not work.
+    """
+    if implementation in ("apex", "auto"):
+        found = _find_apex_adam()
+        if not isinstance(found, str):
+            return found
+        if implementation == "apex":
+            raise ConfigError(f"{KEY}: {found}; install NVIDIA apex from its source with CUDA kernels, or use auto")
+    if implementation == "deepspeed_cpu":
+        _load_deepspeed()
+        return HostAdam
+    return AdamW
+
+
+def _find_apex_adam() -> type[Optimizer] | str:
+    """NVIDIA apex's FusedAdam, or why it cannot be used."""
+    spec = find_spec("apex")
+    if spec is None:
+        return "apex is not installed"
+    # Looked up without importing: what else goes by that name may not even be Python 3.
+    places = spec.submodule_search_locations or []
+    if PathFinder.find_spec("apex.optimizers", places) is None:
+        return f"the apex that is installed, {spec.origin or ', '.join(places)}, is another package than NVIDIA's"
+    try:
+        fused_adam: type[Optimizer] = importlib.import_module("apex.optimizers").FusedAdam
+        weight = nn.Parameter(torch.ones(1, device=platform.device()))
+        weight.grad = torch.ones_like(weight)
+        fused_adam([weight], lr=0.5).step()  # type: ignore[call-arg]
+        result = weight.item()
+    except Exception as error:  # a broken build raises anything
+        return f"apex's FusedAdam does not work here ({_reason(error)})"
+    if abs(result - 0.5) > 1e-3:
+        return f"apex's FusedAdam does not work here (a step from 1 to 0.5 came to {result:g})"
+    return fused_adam
+
+
+def _load_deepspeed() -> type[Optimizer]:
+    """DeepSpeed's CPU Adam, compiled."""
+    where = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+    line = (
+        "DeepSpeed's CPU Adam is being compiled, once per machine; this takes some minutes. "
+        f"If no compiler is running, an earlier one was killed: delete the file cpu_adam/lock under {where}"
+    )
+    notice = threading.Timer(PATIENCE_SECONDS, lambda: print(line, file=sys.stderr, flush=True))
+    notice.daemon = True
+    notice.start()
+    try:
+        settings = {
+            # Only its CPU side is needed: asked for a GPU's, it looks for a CUDA compiler.
+            "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
+            # ninja is installed beside Python, which is on no path where an environment is not activated.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        }
+        with mock.patch.dict(os.environ, settings):
+            deepspeed_adam: type[Optimizer] = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+            importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load()
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise ConfigError(f"{KEY}: DeepSpeed cannot be imported ({_reason(error)}); install it anew") from error
+        raise ConfigError(
+            f"{KEY}: deepspeed_cpu needs DeepSpeed, which is not installed; pip install 'megatron-ee[deepspeed]'"
+        ) from None
+    except Exception as error:  # of the compiler, of ninja, of loading what they made
+        raise ConfigError(
+            f"{KEY}: DeepSpeed's CPU Adam cannot be compiled or loaded here ({_reason(error)}); "
+            "it needs g++ with OpenMP and ninja"
+        ) from error
+    finally:
+        notice.cancel()
+    return deepspeed_adam
+
+
+def _reason(error: Exception) -> str:
+    """The one line of an error that says most, compiler output included."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    telling = [line for line in lines if "error:" in line.lower() or "not found" in line.lower()]
+    return f"{type(error).__name__}: {(telling or lines)[0][:300]}"
+
+
+@contextlib.contextmanager
+def inside_megatron(adam: type[Optimizer], config: Any) -> Iterator[None]:
+    """While open, megatron-core builds its optimizers around ``adam``, whatever it found at import.
+
+    Args:
+        config: megatron-core's optimizer configuration, which is told whether ``adam`` keeps main weights of its own.
+    """
+    with platform.quiet_imports():
+        from megatron.core import optimizer
+        from megatron.core.optimizer import distrib_optimizer
+    # Derived from options that check for Transformer Engine. megatron-core's own class for host memory, which they
+    # also allow, takes CUDA tensors only.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = issubclass(adam, HostAdam)
+    with (
+        mock.patch.multiple(optimizer, Adam=adam, USING_PYTORCH_OPTIMIZER=adam is AdamW),
+        mock.patch.object(distrib_optimizer, "Adam", adam),
+    ):
+        yield
+
+
+def prepare_adam(adam: Optimizer) -> None:
+    """Finish an inner optimizer once megatron-core has given it the shards that this rank updates."""
+    if isinstance(adam, HostAdam):
+        adam.allocate()
+    if isinstance(adam, AdamW):
+        # One pass over memory instead of ten: torch has it for CPU and CUDA, megatron-core does not ask for it.
+        for group in adam.param_groups:
+            group["fused"] = True
+
+
+def adam_steps(adam: Optimizer) -> int:
+    """Steps taken, which the bias correction of the next one counts from; 0 where there is nothing to update."""
+    steps = [int(state["step"]) for state in adam.state.values() if "step" in state]
+    steps += [int(group["step"]) for group in adam.param_groups if group["params"] and "step" in group]
+    return max(steps, default=0)
+
+
+def set_adam_steps(adam: Optimizer, steps: int) -> None:
+    """Take back what ``adam_steps`` gave."""
+    if isinstance(adam, AdamW):
+        for state in adam.state.values():
+            state["step"].fill_(steps)
+    else:
+        for group in adam.param_groups:
+            group["step"] = steps
+
+
+class HostAdam(Optimizer):
+    """AdamW of a rank's shards by DeepSpeed on the CPU; float32 main weights and moments are in host memory.
+
+    In megatron-core it takes the place of a fused Adam with main weights of its own: gradients come as the shards'
+    ``decoupled_grad``, and ``step`` writes the shards. The update runs on ``OMP_NUM_THREADS`` threads.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **_: Any
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._mains: list[tuple[Tensor, Tensor]] = []  # (shard, its main weights)
+        self._staging: list[Tensor] = []
+        self._inner: Optimizer | None = None
+
+    @torch.no_grad()
+    def allocate(self) -> None:
+        """Make the host's tensors, the main weights equal to the shards."""
+        pinned = platform.has_accelerator()  # copies to and from the device are asynchronous only then
+        groups = []
+        for group in self.param_groups:
+            mains = []
+            for shard in group["params"]:
+                main = torch.empty(shard.numel(), device="cpu", pin_memory=pinned).copy_(shard)
+                moments = {name: torch.zeros(shard.numel(), device="cpu") for name in ("exp_avg", "exp_avg_sq")}
+                self.state[shard] = {"master_param": main, **moments}
+                mains.append(main)
+            self._mains += zip(group["params"], mains, strict=True)
+            groups.append({**group, "params": mains, "bias_correction": False})
+        if not self._mains:
+            return
+        largest = max(main.numel() for _, main in self._mains)
+        self._staging = [torch.empty(largest, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._inner = _load_deepspeed()(groups, adamw_mode=True)  # type: ignore[call-arg]
+        for shard, main in self._mains:
+            state = self.state[shard]
+            self._inner.state[main] = {"step": 0, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the shards. Each one's transfers overlap with the updates of its neighbours."""
+        if self._inner is None:
+            return
+        self._set_rates(self._inner)
+        self._fetch(0)
+        for index, (_, main) in enumerate(self._mains):
+            platform.synchronize()  # this one's gradient is here, and staging of the one before is free
+            if index > 0:
+                self._send(index - 1)
+            if index + 1 < len(self._mains):
+                self._fetch(index + 1)
+            main.grad = self._staging[index % 2][: main.numel()]
+            self._inner.step()  # of the one that has a gradient
+            main.grad = None
+        self._send(len(self._mains) - 1)
+
+    def _set_rates(self, inner: Optimizer) -> None:
+        """Count the step and fold Adam's bias correction into the rates.
+
+        DeepSpeed carries powers of the betas from step to step, rounded, and computes them anew after a restart;
+        folded in, a resumed run stays equal to an uninterrupted one bit for bit.
+        """
+        for group, its in zip(self.param_groups, inner.param_groups, strict=True):
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            first, second = 1 - beta1 ** group["step"], sqrt(1 - beta2 ** group["step"])
+            its["lr"] = group["lr"] * second / first
+            its["eps"] = group["eps"] * second
+            its["weight_decay"] = group["weight_decay"] * first / second
+
+    def _fetch(self, index: int) -> None:
+        shard, main = self._mains[index]
+        if shard.dtype == torch.float32:  # these weights are the model's own, which others may have written
+            main.copy_(shard, non_blocking=True)
+        self._staging[index % 2][: main.numel()].copy_(shard.decoupled_grad, non_blocking=True)  # type: ignore[attr-defined]
+
+    def _send(self, index: int) -> None:
+        shard, main = self._mains[index]
+        shard.copy_(main, non_blocking=True)
+
+    def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
+        """What megatron-core asks a fused Adam with main weights for."""
+        return self.state[parameter][name]  # type: ignore[no-any-return]

@@ -1,0 +1,216 @@
+"""Layouts made by counting: layers and exits spread over the stages so that the busiest has the least work.
+
+Every stage works on every microbatch, so the busiest one sets the pace (design: the tuning step). Pure: no process
+group is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import ParallelConfig
+from megatron_ee.errors import ConfigError
+from megatron_ee.parallel.costs import exit_flops, final_exit_flops, last_layer, layer_flops
+from megatron_ee.parallel.layout import Layout, StageLayout, parse_layout
+
+PRECISION = 1e-4
+"""The search ends when the busiest stage can at best lose this share of its work."""
+
+
+def resolve_layout(
+    parallel: ParallelConfig,
+    specs: Sequence[ExitSpec],
+    architecture: Architecture,
+    sequence_length: int,
+    distillation: bool = False,
+) -> Layout:
+    """The layout that a configuration lists, or the balanced one where it says ``auto``.
+
+    Args:
+        parallel: the configuration's block.
+        specs: the run's exits.
+        architecture: of the model.
+        sequence_length: tokens per sequence: attention's share of the work grows with it.
+        distillation: all layers run, and the last stage with layers has the final exit.
+
+    Raises:
+        ConfigError: a layout that is not possible, see ``parse_layout`` and ``balance``.
+    """
+    if parallel.layout == "auto":
+        return balance(
+            architecture, specs, parallel.pipeline, sequence_length, distillation=distillation, tensor=parallel.tensor
+        )
+    run = last_layer(specs, architecture.num_layers, distillation)
+    return parse_layout(parallel.layout, specs, architecture.num_layers, run)
+
+
+def even_layout(num_layers: int, stages: int) -> Layout:
+    """All layers without exits, to run the final exit; stages beyond the number of layers stay empty."""
+    used = min(stages, num_layers)
+    bounds = [num_layers * index // used for index in range(used + 1)]
+    runs = [range(first + 1, last + 1) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return Layout(tuple(StageLayout(run) for run in runs) + (StageLayout(range(0)),) * (stages - used))
+
+
+def balance(
+    architecture: Architecture,
+    specs: Sequence[ExitSpec],
+    stages: int,
+    tokens: int,
+    *,
+    distillation: bool = False,
+    tensor: int = 1,
+) -> Layout:
+    """Runs of layers on the leading stages; each exit on the stage of its layer, or on one of the last, without layers.
+
+    The busiest stage's FLOPs are as few as the search finds (see ``_Search``); of equal layouts the one with the fewest
+    stages without layers is taken.
+
+    Args:
+        architecture: of the model.
+        specs: the run's exits.
+        stages: pipeline size.
+        tokens: sequence length.
+        distillation: all layers run, and the last stage with layers has the final exit.
+        tensor: tensor-parallel size, to which the vocabulary is padded.
+
+    Raises:
+        ConfigError: more stages than layers and exits that could be spread over them.
+    """
+    layers = layer_flops(architecture, specs, tokens, distillation)
+    if stages > len(layers) + len(specs):
+        raise ConfigError(
+            f"parallel.pipeline: {stages} stages, but {len(layers)} layers and {len(specs)} exits fill at most "
+            f"{len(layers) + len(specs)}; lower it"
+        )
+    if distillation:
+        layers[-1] += final_exit_flops(architecture, tokens, tensor)
+    exits = {spec.layer: exit_flops(architecture, spec, tokens, tensor) for spec in specs}
+    search = _Search(layers, exits, stages)
+
+    total = sum(layers) + sum(exits.values())
+    least = max(-(-total // stages), *layers, *exits.values())
+    best = search.within(total)
+    assert best is not None, "without a limit there is always a layout"
+    most, least = search.busiest(best), least - 1  # most is reached, least is not
+    while most - least > PRECISION * most:
+        middle = (most + least) // 2
+        found = search.within(middle)
+        if found is None:
+            least = middle
+        else:
+            best, most = found, search.busiest(found)
+    # Once more with what was reached as the limit: it may be reached with fewer stages without layers.
+    return search.within(most) or best
+
+
+_Cut = tuple[int, tuple[StageLayout, ...]]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Looks for layouts whose stages all stay within a limit.
+
+    For each number of stages with layers, the layers are cut so that the exits that do not fit beside them cost least
+    (dynamic programming over the cuts), and those are put on the other stages by decreasing cost, first fit. The first
+    is exact, the second near it; with exits of one cost, the usual case, both are.
+
+    Attributes:
+        layers: cost of each layer.
+        exits: cost of each exit by its layer.
+        stages: number of stages.
+    """
+
+    layers: list[int]
+    exits: dict[int, int]
+    stages: int
+
+    def busiest(self, layout: Layout) -> int:
+        """Work of the busiest stage."""
+        return max(self._work(stage) for stage in layout.stages)
+
+    def within(self, limit: int) -> Layout | None:
+        """A layout of which no stage has more work than ``limit``, with the fewest stages without layers."""
+        cuts = self._cuts(limit)
+        for layered in range(min(self.stages, len(self.layers)), 0, -1):
+            found = self._complete(cuts[layered], limit)
+            if found is not None:
+                return found
+        return None
+
+    def _work(self, stage: StageLayout) -> int:
+        return sum(self.layers[layer - 1] for layer in stage.layers) + sum(self.exits[layer] for layer in stage.exits)
+
+    def _cuts(self, limit: int) -> list[tuple[StageLayout, ...] | None]:
+        """For each number of stages from 0, the layers cut into as many, with the exits that fit beside them."""
+        count = len(self.layers)
+        runs = [self._runs(start, limit) for start in range(count)]
+        # best[end]: cost of the exits that the layers up to ``end`` leave over, and the stages that hold them.
+        best: list[_Cut | None] = [(0, ()), *[None] * count]
+        cuts = [best[count]]
+        for _ in range(min(self.stages, count)):
+            longer: list[_Cut | None] = [None] * (count + 1)
+            for start, here in enumerate(best[:count]):
+                if here is None:
+                    continue
+                for end, (left_over, stage) in enumerate(runs[start], start + 1):
+                    known = longer[end]
+                    if known is None or here[0] + left_over < known[0]:
+                        longer[end] = here[0] + left_over, (*here[1], stage)
+            best = longer
+            cuts.append(best[count])
+        return [None if cut is None else cut[1] for cut in cuts]
+
+    def _runs(self, start: int, limit: int) -> list[tuple[int, StageLayout]]:
+        """Stages of 1, 2, ... layers after layer ``start``, as long as they stay within ``limit``."""
+        found, work = [], 0
+        for layer in range(start + 1, len(self.layers) + 1):
+            work += self.layers[layer - 1]
+            if work > limit:
+                break
+            here = {number: self.exits[number] for number in range(start + 1, layer + 1) if number in self.exits}
+            kept = _fullest(here, limit - work)
+            left_over = sum(here.values()) - sum(here[number] for number in kept)
+            found.append((left_over, StageLayout(range(start + 1, layer + 1), kept)))
+        return found
+
+    def _complete(self, layered: tuple[StageLayout, ...] | None, limit: int) -> Layout | None:
+        """Add stages for the exits that the stages with layers left over; each of them needs at least one."""
+        if layered is None:
+            return None
+        hosted = {layer for stage in layered for layer in stage.exits}
+        bins: list[list[int]] = []
+        for layer in sorted(self.exits.keys() - hosted, key=lambda layer: (-self.exits[layer], layer)):
+            room = limit - self.exits[layer]
+            fitting = next((held for held in bins if sum(self.exits[other] for other in held) <= room), None)
+            if fitting is not None:
+                fitting.append(layer)
+            else:
+                bins.append([layer])
+        places = [*layered, *(StageLayout(range(0), tuple(sorted(held))) for held in bins)]
+        while len(places) < self.stages:
+            # Stages to spare: each takes an exit from the busiest stage that can give one.
+            givers = [stage for stage in places if len(stage.exits) > (not stage.layers)]
+            if not givers:
+                return None
+            giver = max(givers, key=self._work)
+            places[places.index(giver)] = StageLayout(giver.layers, giver.exits[:-1])
+            places.append(StageLayout(range(0), giver.exits[-1:]))
+        return Layout(tuple(places)) if len(places) == self.stages else None
+
+
+def _fullest(costs: dict[int, int], room: int) -> tuple[int, ...]:
+    """The keys whose costs fill ``room`` best; sums within 1/64 of it count as one, so that many keys stay cheap."""
+    if sum(costs.values()) <= room:
+        return tuple(costs)
+    step = room // 64 + 1
+    sums: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+    for key, cost in costs.items():
+        for total, keys in [*sums.values()]:
+            total += cost
+            if total <= room and total >= sums.get(total // step, (0,))[0]:
+                sums[total // step] = total, (*keys, key)
+    return sums[max(sums)][1]

@@ -1,0 +1,154 @@
+"""The layout: which stage holds which layers and exits, and what therefore travels between stages.
+
+Pure: no process group is needed. Hidden states only ever go forward; an exit's tap goes straight to the stage that
+hosts it (design: the tuning step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ee.config.exits import ExitSpec, layer_number
+from megatron_ee.config.schema import StageConfig
+from megatron_ee.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """One pipeline rank.
+
+    Attributes:
+        layers: numbers of its layers, from 1, a run without gaps; empty where it only hosts exits.
+        exits: layers of the exits that it hosts, rising; empty where it trains nothing.
+    """
+
+    layers: range
+    exits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one stage sends another for each microbatch, in one piece.
+
+    Attributes:
+        source: sending stage.
+        target: receiving stage.
+        hidden: whether h goes first, for the target's layers.
+        taps: layers of the exits whose taps follow, rising.
+    """
+
+    source: int
+    target: int
+    hidden: bool
+    taps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All stages, in pipeline order."""
+
+    stages: tuple[StageLayout, ...]
+
+    @property
+    def layered(self) -> tuple[int, ...]:
+        """The stages that hold layers, in order."""
+        return tuple(index for index, stage in enumerate(self.stages) if stage.layers)
+
+    @property
+    def last_layered(self) -> int:
+        """The stage of the last layer that runs."""
+        return self.layered[-1]
+
+    def owner(self, layer: int) -> int:
+        """The stage that runs ``layer``."""
+        return next(index for index, stage in enumerate(self.stages) if layer in stage.layers)
+
+    def host(self, exit_layer: int) -> int:
+        """The stage that hosts the exit after ``exit_layer``."""
+        return next(index for index, stage in enumerate(self.stages) if exit_layer in stage.exits)
+
+    def messages(self) -> tuple[Message, ...]:
+        """Every message of one microbatch, at most one between two stages, by source and then target."""
+        following = dict(zip(self.layered, self.layered[1:], strict=False))
+        found = []
+        for source in self.layered:
+            for target in range(source + 1, len(self.stages)):
+                taps = tuple(layer for layer in self.stages[target].exits if layer in self.stages[source].layers)
+                hidden = following.get(source) == target
+                if taps or hidden:
+                    found.append(Message(source, target, hidden, taps))
+        return tuple(found)
+
+    def depth(self, stage: int) -> int:
+        """Stages with layers before a microbatch reaches ``stage``: its own place, or that of its last tap's owner."""
+        if self.stages[stage].layers:
+            return self.layered.index(stage)
+        return max((self.layered.index(self.owner(layer)) for layer in self.stages[stage].exits), default=0)
+
+    def lag(self, stage: int) -> int:
+        """With distillation: microbatches that pass before the exits of ``stage`` can work on the first.
+
+        By then the verdict on it has come back from the stage of the last layer.
+        """
+        return self.depth(self.last_layered) - self.depth(stage) if self.stages[stage].exits else 0
+
+
+def parse_layout(configured: Sequence[StageConfig], specs: Sequence[ExitSpec], num_layers: int, run: int) -> Layout:
+    """The layout that a configuration lists.
+
+    Args:
+        configured: stages in pipeline order.
+        specs: the run's exits.
+        num_layers: depth of the model.
+        run: the last layer that runs: the deepest exit's, or with distillation the model's.
+
+    Raises:
+        ConfigError: layers with gaps, twice, out of order or that nothing needs; an exit that no stage or several
+            host, or that stands before its layer; a stage that holds nothing.
+    """
+    stages, before, hosted = [], 0, set()
+    known = [spec.layer for spec in specs]
+    for index, stage in enumerate(configured):
+        key = f"parallel.layout[{index}]"
+        layers = _layers(stage.layers, before, run, key)
+        before = layers[-1] if layers else before
+        exits = sorted(layer_number(position, num_layers, f"{key}.exits") for position in stage.exits)
+        for layer in exits:
+            if layer not in known:
+                raise ConfigError(f"{key}.exits: there is no exit after layer {layer}; exits has {_listed(known)}")
+            if layer in hosted:
+                raise ConfigError(f"{key}.exits: the exit after layer {layer} is hosted twice; name it once")
+            if layer > before:
+                raise ConfigError(f"{key}.exits: layer {layer} runs on a later stage; host its exit there or after it")
+            if layers and layer not in layers:
+                raise ConfigError(
+                    f"{key}.exits: layer {layer} is not among this stage's; host its exit with it, or on a later stage "
+                    "without layers"
+                )
+            hosted.add(layer)
+        if not layers and not exits:
+            raise ConfigError(f"{key}: holds neither layers nor exits; remove it and lower parallel.pipeline")
+        stages.append(StageLayout(layers, tuple(exits)))
+    if before != run:
+        raise ConfigError(f"parallel.layout: holds layers 1 to {before}, but layers up to {run} have to run")
+    if missing := [layer for layer in known if layer not in hosted]:
+        raise ConfigError(f"parallel.layout: no stage hosts the exits after layers {_listed(missing)}")
+    return Layout(tuple(stages))
+
+
+def _layers(pair: Sequence[int], before: int, run: int, key: str) -> range:
+    if not pair:
+        return range(0)
+    if len(pair) != 2:
+        raise ConfigError(f"{key}.layers: give the first and the last layer, such as [1, 8], not {list(pair)}")
+    first, last = pair
+    if first != before + 1 or last < first:
+        raise ConfigError(f"{key}.layers: must start at layer {before + 1} and not end before it, not {list(pair)}")
+    if last > run:
+        raise ConfigError(f"{key}.layers: ends at {last}, but no layer beyond {run} has to run; end there")
+    return range(first, last + 1)
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

@@ -1,0 +1,265 @@
+"""Counted parameters and memory of one rank of a stage.
+
+Weights, gradients and optimizer state are counted exactly but for megatron-core's alignment of each tensor; activations
+by what is alive when most is: see ``_activations``. Not counted are the few bytes per token of labels and positions,
+and what CUDA, the communication library and a fragmented allocator take. Pure: neither torch nor a process group is
+needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.parallel.costs import VOCAB_MULTIPLE, padded_vocab
+from megatron_ee.parallel.layout import Layout, StageLayout
+
+FLOAT32 = 4
+HEAD_ROWS = 2048  # rows of a head's gradient that the exit loss converts at a time
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What of a run, besides model, exits and layout, decides on the memory and the work of a rank.
+
+    Attributes:
+        itemsize: bytes of a weight: 2 for bfloat16, 4 for float32.
+        tensor: tensor-parallel size.
+        data: data-parallel size, over which the optimizer's state is spread (ZeRO-1).
+        sequence_parallel: hidden states outside attention and MLP are spread over the tensor-parallel ranks.
+        micro_batch_size: sequences per forward pass.
+        sequence_length: tokens per sequence.
+        microbatches: of one data-parallel rank in a step.
+        chunk_tokens: tokens whose logits exist at one time.
+        top_k: tokens of the final exit's distribution that are kept for distillation; 0 without it.
+        tempered: distillation at another temperature than 1.
+        host_optimizer: the optimizer's state is in host memory.
+    """
+
+    itemsize: int
+    tensor: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+    sequence_length: int = 2048
+    microbatches: int = 1
+    chunk_tokens: int = 512
+    top_k: int = 0
+    tempered: bool = False
+    host_optimizer: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a microbatch."""
+        return self.micro_batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        frozen: backbone, and the frozen norms and the LM head that exits read through.
+        trained: weights of the exits.
+        gradients: their float32 buffer.
+        optimizer: two moments, and float32 main weights where the model's are not; 0 where they are in host memory.
+        activations: at the peak: one microbatch in the frozen layers, or one exit's graph and the loss's scratch.
+        transfer: buffers of what comes from other stages and goes to them.
+    """
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    transfer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.frozen + self.trained + self.gradients + self.optimizer + self.activations + self.transfer
+
+
+def stage_memory(
+    layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+) -> Memory:
+    """Memory of each rank of stage ``index``; ``specs``: the exits of all stages."""
+    frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, workload.top_k > 0)
+    per_weight = 2 * FLOAT32 + (FLOAT32 if workload.itemsize < FLOAT32 else 0)
+    return Memory(
+        frozen=frozen * workload.itemsize,
+        trained=trained * workload.itemsize,
+        gradients=trained * FLOAT32,
+        optimizer=0 if workload.host_optimizer else -(-trained // workload.data) * per_weight,
+        activations=_activations(layout, index, architecture, specs, workload),
+        transfer=_transfer(layout, index, architecture, workload),
+    )
+
+
+def stage_parameters(
+    layout: Layout,
+    index: int,
+    architecture: Architecture,
+    specs: Sequence[ExitSpec],
+    tensor: int = 1,
+    distillation: bool = False,
+) -> tuple[int, int]:
+    """Frozen and trained parameters of each rank of stage ``index``; a tensor that two modules share counts once.
+
+    The first stage has the embedding. With ``distillation`` the last one with layers has the final norm and the LM
+    head. A stage that hosts a ``shared`` or ``low_rank`` head has a copy of the LM head, unless it has that anyway, as
+    the final exit's or, where they are tied, as the embedding.
+    """
+    stage, hidden = layout.stages[index], architecture.hidden_size
+    vocabulary = padded_vocab(architecture.vocab_size, tensor) // tensor * hidden
+    hosted = _hosted(stage, specs)
+    first, last = 1 in stage.layers, distillation and index == layout.last_layered
+    frozen = len(stage.layers) * layer_parameters(architecture, tensor)
+    frozen += first * vocabulary + last * hidden
+    if (last or any(spec.head != "own" for spec in hosted)) and not (first and architecture.tied):
+        frozen += vocabulary
+    frozen += sum(hidden for spec in hosted if spec.body == "mlp")  # the layer's own norm, which they read through
+    return frozen, sum(trained_parameters(architecture, spec, tensor) for spec in hosted)
+
+
+def layer_parameters(architecture: Architecture, tensor: int = 1) -> int:
+    """Of one decoder layer on one tensor-parallel rank."""
+    arch, hidden = architecture, architecture.hidden_size
+    query, key = _head_rows(arch, tensor)
+    attention = (query + 2 * key) * (hidden + arch.qkv_bias) + hidden * (query + arch.output_bias)
+    return attention + 2 * arch.head_dim * arch.qk_norm + 2 * hidden + mlp_parameters(arch, tensor)
+
+
+def mlp_parameters(architecture: Architecture, tensor: int = 1) -> int:
+    """Of one gated MLP on one tensor-parallel rank."""
+    arch, hidden, ffn = architecture, architecture.hidden_size, architecture.ffn_size // tensor
+    return 2 * ffn * (hidden + arch.mlp_bias) + hidden * (ffn + arch.mlp_bias)
+
+
+def trained_parameters(architecture: Architecture, spec: ExitSpec, tensor: int = 1) -> int:
+    """Of one exit on one tensor-parallel rank: body, norm, and the head or its low-rank correction."""
+    hidden, rows = architecture.hidden_size, padded_vocab(architecture.vocab_size, tensor) // tensor
+    body = {"mlp": mlp_parameters, "layer": layer_parameters}.get(spec.body)
+    trained = body(architecture, tensor) if body is not None else 0
+    trained += hidden if spec.body != "embedding" else 0
+    trained += {"own": rows * hidden, "shared": 0, "low_rank": spec.rank * (rows + hidden)}[spec.head]
+    return trained
+
+
+def _hosted(stage: StageLayout, specs: Sequence[ExitSpec]) -> list[ExitSpec]:
+    return [spec for spec in specs if spec.layer in stage.exits]
+
+
+def _head_rows(architecture: Architecture, tensor: int) -> tuple[int, int]:
+    """Rows of all query heads and of all key heads of one tensor-parallel rank."""
+    arch = architecture
+    return arch.num_heads * arch.head_dim // tensor, arch.num_kv_heads * arch.head_dim // tensor
+
+
+def _activations(
+    layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+) -> int:
+    """The larger of two peaks, in the frozen layers and in an exit; taps and h stay through both."""
+    stage = layout.stages[index]
+    hidden = _hidden_bytes(architecture, workload)
+    held = len([spec for spec in specs if spec.layer in stage.layers])
+    if workload.top_k:
+        held += layout.lag(index) * len([layer for layer in stage.exits if layer in stage.layers])
+    peaks = [_exit_peak(architecture, spec, workload) for spec in _hosted(stage, specs) if spec.trains]
+    if stage.layers:
+        held += 1
+        peaks.append(_layer_peak(architecture, workload))
+        if workload.top_k and index == layout.last_layered:
+            peaks.append(2 * hidden + _chunk_logits(architecture, workload) * (FLOAT32 + workload.itemsize))
+    return held * hidden + max(peaks, default=0)
+
+
+def _layer_peak(architecture: Architecture, workload: Workload) -> int:
+    """One layer without gradients: in attention while RoPE turns the queries, or in the MLP before the down projection.
+
+    Alive are the layer's input and its norm's output, in attention the fused projection and four times the queries, in
+    the MLP the residual too, gate and up together, the activated gate and the product.
+    """
+    hidden, gathered, query, key, ffn = _layer_bytes(architecture, workload)
+    attention = 2 * hidden + gathered + 5 * query + 2 * key
+    return max(attention, 3 * hidden + gathered + 4 * ffn)
+
+
+def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
+    """One exit's graph: at the loss, with its scratch, or in the backward of the body, whichever is more.
+
+    Kept for backward are the input of each norm and linear, in an MLP also gate and up together and the activated gate,
+    in attention the fused projection (for the values), the turned queries and keys and the context twice. Backward
+    through the MLP holds two gradients of its size at a time beside these, or a weight's gradient.
+    """
+    hidden, gathered, query, key, ffn = _layer_bytes(architecture, workload)
+    weight = architecture.ffn_size // workload.tensor * architecture.hidden_size * workload.itemsize
+    # Before the last norm, and what the head reads; without a norm that is the tap.
+    features = gathered if spec.body == "embedding" else hidden + _gathered_bytes(architecture, workload)
+    kept = backward = 0
+    if spec.body in ("mlp", "layer"):
+        kept = hidden + gathered + 4 * ffn
+        backward = hidden + gathered + max(6 * ffn, 5 * ffn + weight, 2 * ffn + 2 * weight)
+    if spec.body == "layer":
+        attention = 2 * hidden + gathered + 4 * query + 3 * key
+        kept, backward = kept + attention, backward + attention
+    return max(features + kept + _loss_bytes(architecture, spec, workload), features + backward)
+
+
+def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
+    """Of the exit loss: the features' gradient, a chunk's logits, and a head's gradient of one chunk."""
+    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+    narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
+    logits = _chunk_logits(architecture, workload)
+    size = _gathered_bytes(architecture, workload) if spec.body != "embedding" else 0
+    size += logits * (FLOAT32 * (1 + workload.tempered) + narrow)
+    size += min(workload.chunk_tokens, workload.tokens) * VOCAB_MULTIPLE * FLOAT32  # of the search for the maximum
+    if spec.head == "own" and narrow:
+        size += (rows * narrow + min(rows, HEAD_ROWS) * FLOAT32) * architecture.hidden_size
+    if spec.head == "low_rank":
+        size += 2 * workload.tokens * spec.rank * workload.itemsize
+        size += max(logits, rows * spec.rank) * workload.itemsize
+    return size
+
+
+def _transfer(layout: Layout, index: int, architecture: Architecture, workload: Workload) -> int:
+    """Buffers of the messages to and from a stage; a teacher's verdict is two tensors of four bytes per kept token."""
+    size, hidden = 0, _hidden_bytes(architecture, workload)
+    for message in layout.messages():
+        ahead = max(1, layout.depth(message.target) - layout.depth(message.source) + 1)
+        tensors = message.hidden + len(message.taps)
+        if index == message.source:
+            size += (ahead + 1) * tensors * hidden
+        if index == message.target:
+            size += (ahead + 1 + (layout.lag(index) if workload.top_k else 0)) * tensors * hidden
+    pupils = [place for place, stage in enumerate(layout.stages) if stage.exits and place != layout.last_layered]
+    verdicts = len(pupils) if index == layout.last_layered else int(index in pupils)
+    return size + 2 * verdicts * 2 * workload.tokens * workload.top_k * FLOAT32
+
+
+def _chunk_logits(architecture: Architecture, workload: Workload) -> int:
+    """Number of a chunk's logits on one rank."""
+    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+    return min(workload.chunk_tokens, workload.tokens) * rows
+
+
+def _gathered_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Of the hidden states of a whole microbatch."""
+    return workload.tokens * architecture.hidden_size * workload.itemsize
+
+
+def _hidden_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Of this rank's share of the hidden states of a microbatch."""
+    return _gathered_bytes(architecture, workload) // (workload.tensor if workload.sequence_parallel else 1)
+
+
+def _layer_bytes(architecture: Architecture, workload: Workload) -> tuple[int, int, int, int, int]:
+    """Of a microbatch in a layer: hidden states, what gathering them adds, queries, keys, and the MLP's features."""
+    per_feature = workload.tokens * workload.itemsize
+    query, key = _head_rows(architecture, workload.tensor)
+    hidden = _hidden_bytes(architecture, workload)
+    gathered = _gathered_bytes(architecture, workload) if workload.sequence_parallel else 0
+    ffn = architecture.ffn_size // workload.tensor
+    return hidden, gathered, query * per_feature, key * per_feature, ffn * per_feature

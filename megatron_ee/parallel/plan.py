@@ -1,0 +1,175 @@
+"""The plan of a run: what each stage holds, computes and waits for, counted before anything is loaded.
+
+Pure: neither torch nor a process group is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.check import data_parallel_size
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import RunConfig
+from megatron_ee.parallel.costs import exit_flops, final_exit_flops, layer_flops
+from megatron_ee.parallel.layout import Layout
+from megatron_ee.parallel.memory import Memory, Workload, stage_memory, stage_parameters
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        layers: numbers of its layers, from 1.
+        exits: layers of the exits that it hosts.
+        frozen_parameters: held by each of its ranks.
+        trained_parameters: held by each of its ranks.
+        flops: of one step, over its tensor-parallel ranks together and for one data-parallel replica.
+        idle: share of a step in which it waits for other stages.
+        memory: of each of its ranks.
+    """
+
+    layers: range
+    exits: tuple[int, ...]
+    frozen_parameters: int
+    trained_parameters: int
+    flops: int
+    idle: float
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages, in pipeline order; ``tensor`` and ``data`` are the parallel sizes."""
+
+    stages: tuple[StagePlan, ...]
+    tensor: int
+    data: int
+    microbatches: int
+
+    @property
+    def efficiency(self) -> float:
+        """Mean share of a step in which a stage computes."""
+        return 1 - sum(stage.idle for stage in self.stages) / len(self.stages)
+
+    @property
+    def reference(self) -> float:
+        """``M / (M + P - 1)``: the share of equal stages that each pass a microbatch on when all its work is done."""
+        return self.microbatches / (self.microbatches + len(self.stages) - 1)
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """Work of one stage on one microbatch, in FLOPs or any unit of time.
+
+    Attributes:
+        forward: its layers, after which h and taps leave.
+        teacher: the final exit, on the last stage with layers and with distillation.
+        exits: the exits that it hosts.
+    """
+
+    forward: int
+    teacher: int
+    exits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.forward + self.teacher + self.exits
+
+
+def plan_run(
+    config: RunConfig, layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], world_size: int
+) -> Plan:
+    """``make_plan`` of a configuration that ``config.check`` has passed, for ``world_size`` processes."""
+    tuning, parallel, distillation = config.tuning, config.parallel, config.loss.distillation
+    data = data_parallel_size(parallel, world_size)
+    workload = Workload(
+        itemsize=ITEMSIZES[config.model.dtype],
+        tensor=parallel.tensor,
+        data=data,
+        sequence_parallel=parallel.sequence,
+        micro_batch_size=tuning.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        microbatches=tuning.global_batch_size // (tuning.micro_batch_size * data),
+        chunk_tokens=config.loss.chunk_tokens,
+        top_k=distillation.top_k if distillation.kl > 0 else 0,
+        tempered=distillation.temperature != 1,
+        host_optimizer=config.optimizer.implementation == "deepspeed_cpu",
+    )
+    return make_plan(layout, architecture, specs, workload)
+
+
+def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> Plan:
+    """Count what each stage of ``layout`` holds and does in a step; ``specs``: the exits of all stages."""
+    work = stage_work(layout, architecture, specs, workload)
+    idle = idle_shares(layout, work, workload.microbatches, distillation=workload.top_k > 0)
+    stages = []
+    for index, stage in enumerate(layout.stages):
+        frozen, trained = stage_parameters(
+            layout, index, architecture, specs, workload.tensor, distillation=workload.top_k > 0
+        )
+        flops = work[index].total * workload.microbatches
+        memory = stage_memory(layout, index, architecture, specs, workload)
+        stages.append(StagePlan(stage.layers, stage.exits, frozen, trained, flops, idle[index], memory))
+    return Plan(tuple(stages), workload.tensor, workload.data, workload.microbatches)
+
+
+def stage_work(
+    layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+) -> list[StageWork]:
+    """FLOPs of each stage on one microbatch, over its tensor-parallel ranks together."""
+    tokens, sequences, teaches = workload.sequence_length, workload.micro_batch_size, workload.top_k > 0
+    layers = layer_flops(architecture, specs, tokens, teaches)
+    final = final_exit_flops(architecture, tokens, workload.tensor) if teaches else 0
+    exits = {spec.layer: exit_flops(architecture, spec, tokens, workload.tensor) for spec in specs}
+    return [
+        StageWork(
+            forward=sequences * sum(layers[layer - 1] for layer in stage.layers),
+            teacher=sequences * final * (index == layout.last_layered),
+            exits=sequences * sum(exits[layer] for layer in stage.exits),
+        )
+        for index, stage in enumerate(layout.stages)
+    ]
+
+
+def idle_shares(
+    layout: Layout, work: Sequence[StageWork], microbatches: int, *, distillation: bool = False
+) -> list[float]:
+    """Share of a step in which each stage waits, transfer taking no time.
+
+    Simulates the schedule (``tuning.schedule``): a stage starts on a microbatch when h and taps of it are there, which
+    leave a stage before its exits' work. With distillation it lets ``Layout.lag`` microbatches pass before the exits'
+    work on the first, and that waits for the final exit.
+    """
+    lags = [layout.lag(index) if distillation else 0 for index in range(len(work))]
+    sources: list[set[int]] = [set() for _ in work]
+    for message in layout.messages():
+        sources[message.target].add(message.source)
+    free = [0] * len(work)
+    left = [[0] * microbatches for _ in work]  # when h and taps leave a stage
+    taught = [0] * microbatches  # when a teacher's verdict leaves the last stage with layers
+    last = layout.last_layered
+
+    def run_exits(index: int, number: int) -> None:
+        if distillation and index != last and work[index].exits:
+            free[index] = max(free[index], taught[number])
+        free[index] += work[index].exits
+
+    # A stage's turn needs only earlier turns of stages further on: verdicts come back within its lag.
+    for turn in range(microbatches + max(lags)):
+        for index, stage in enumerate(work):
+            if turn < microbatches:
+                there = max((left[source][turn] for source in sources[index]), default=0)
+                free[index] = left[index][turn] = max(free[index], there) + stage.forward
+                if index == last:
+                    free[index] = taught[turn] = free[index] + stage.teacher
+        for index in range(len(work)):
+            if 0 <= turn - lags[index] < microbatches:
+                run_exits(index, turn - lags[index])
+    end = max(free)
+    return [1 - microbatches * stage.total / end for stage in work]

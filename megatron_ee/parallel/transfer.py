@@ -1,0 +1,126 @@
+"""What travels between stages: each microbatch's hidden states and taps forward, and a teacher's verdict backward.
+
+One message per pair of stages and microbatch, always in the order of the microbatches, so that a pair of ranks needs
+no tags. Receives are posted ahead of their turn, and a send is not waited for until its memory is needed again, so
+that transfer overlaps computing; buffers are made once and used in turn. megatron-core's own transfer reaches
+neighbours only and always waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ee import platform
+
+
+def connect(group: dist.ProcessGroup, source: int, target: int) -> None:
+    """Exchange a first message between two ranks; every rank calls this for all pairs in the same order.
+
+    NCCL sets up a pair's communicator at its first message, and the rank that posts a receive then waits for the other.
+    Receives are posted long before the sends, so stages could come to wait for each other in a circle.
+    """
+    token = torch.zeros(1, device=platform.device())
+    if group.rank() == source:
+        dist.send(token, group=group, group_dst=target)
+    elif group.rank() == target:
+        dist.recv(token, group=group, group_src=source)
+
+
+class Inbox:
+    """Messages from one rank, received ahead of their use."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, source: int, dtype: torch.dtype, *, ahead: int = 1, held: int = 0
+    ) -> None:
+        """
+        Args:
+            group: the communicator.
+            source: rank in it.
+            dtype: of all messages.
+            ahead: receives posted before their turn, at least 1.
+            held: messages still read when a later one is taken.
+        """
+        self._group, self._source, self._dtype, self._ahead = group, source, dtype, ahead
+        self._buffers: list[Tensor] = [_nothing(dtype)] * (ahead + held + 1)
+        self._sizes: list[int] = []
+        self._posted: list[dist.Work] = []
+        self._taken = 0
+
+    def begin(self, sizes: Sequence[int]) -> None:
+        """Expect messages of these numbers of elements; the first ones are posted now."""
+        self._sizes, self._posted, self._taken = list(sizes), [], 0
+        self._buffers = _room(self._buffers, max(sizes, default=0), self._dtype)
+        for _ in range(self._ahead):
+            self._post()
+
+    def take(self) -> Tensor:
+        """The next message, flat. It is overwritten ``held + 1`` takes later."""
+        number = self._taken
+        self._posted[number].wait()
+        self._taken += 1
+        self._post()
+        return self._buffer(number)
+
+    def _post(self) -> None:
+        number = len(self._posted)
+        if number < len(self._sizes):
+            work = dist.irecv(self._buffer(number), group=self._group, group_src=self._source)
+            assert work is not None
+            self._posted.append(work)
+
+    def _buffer(self, number: int) -> Tensor:
+        return self._buffers[number % len(self._buffers)][: self._sizes[number]]
+
+
+class Outbox:
+    """Messages to one rank.
+
+    Attributes:
+        target: rank in the group.
+        messages: number sent so far.
+        bytes: their size together.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, target: int, dtype: torch.dtype, *, ahead: int = 1) -> None:
+        """``ahead``: sends that may be under way when another is started."""
+        self._group, self.target, self._dtype = group, target, dtype
+        self._buffers: list[Tensor] = [_nothing(dtype)] * (ahead + 1)
+        self._work: list[dist.Work | None] = [None] * (ahead + 1)
+        self.messages = self.bytes = 0
+
+    def send(self, parts: Sequence[Tensor]) -> None:
+        """Start sending ``parts`` as one message; they may be changed at once."""
+        slot, size = self.messages % len(self._work), sum(part.numel() for part in parts)
+        self._wait(slot)
+        if len(self._buffers[slot]) < size:
+            self._buffers[slot] = torch.empty(size, dtype=self._dtype, device=platform.device())
+        message = self._buffers[slot][:size]
+        torch.cat([part.detach().reshape(-1) for part in parts], out=message)
+        self._work[slot] = dist.isend(message, group=self._group, group_dst=self.target)
+        self.messages += 1
+        self.bytes += message.numel() * message.element_size()
+
+    def finish(self) -> None:
+        """Wait until everything has left."""
+        for slot in range(len(self._work)):
+            self._wait(slot)
+
+    def _wait(self, slot: int) -> None:
+        work, self._work[slot] = self._work[slot], None
+        if work is not None:
+            work.wait()
+
+
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=platform.device())
+
+
+def _room(buffers: list[Tensor], size: int, dtype: torch.dtype) -> list[Tensor]:
+    """``buffers``, made anew where they are too small."""
+    if len(buffers[0]) >= size:
+        return buffers
+    return [torch.empty(size, dtype=dtype, device=platform.device()) for _ in buffers]

@@ -1,0 +1,482 @@
+"""The choice of Adam, and that each computes, keeps and restores what torch's does.
+
+DeepSpeed's tests run twice: with DeepSpeed, where it is installed, and everywhere with a stand-in written in torch, so
+that this package's half of the work is always tested. apex needs a GPU; here there are stand-ins for what may be found
+under its name.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_ee import platform
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
+from megatron_ee.errors import ConfigError
+from megatron_ee.parallel import adam
+from megatron_ee.parallel.adam import HostAdam, adam_class
+from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.testing.project import saved_tensors
+from megatron_ee.testing.ranks import run_ranks
+from megatron_ee.testing.tuning import Case, Outcome, tune_cases
+
+pytestmark = pytest.mark.timeout(900)  # DeepSpeed is compiled once per machine, by the first of these tests
+
+Make = Callable[..., tuple[nn.Module, ExitOptimizer]]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+class StandInCPUAdam(torch.optim.Optimizer):
+    """Of DeepSpeedCPUAdam: its arguments, its state, and that it refuses weights of a device."""
+
+    def __init__(
+        self, model_params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, bias_correction: bool = True, adamw_mode: bool = True,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(model_params, {**defaults, "bias_correction": bias_correction})
+        assert adamw_mode
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                assert weight.device.type == weight.grad.device.type == "cpu"
+                state, (beta1, beta2) = self.state[weight], group["betas"]
+                state["step"] += 1
+                state["exp_avg"].lerp_(weight.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(weight.grad.square(), 1 - beta2)
+                first = 1 - beta1 ** state["step"] if group["bias_correction"] else 1.0
+                second = 1 - beta2 ** state["step"] if group["bias_correction"] else 1.0
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                root = (state["exp_avg_sq"] / second).sqrt() + group["eps"]
+                weight.addcdiv_(state["exp_avg"], root, value=-group["lr"] / first)
+
+
+def stand_in_deepspeed(load: Callable[[], Any] = lambda: None) -> dict[str, ModuleType]:
+    """Modules by name; ``load`` is what compiling does."""
+    ops, builders = ModuleType("deepspeed.ops.adam"), ModuleType("deepspeed.ops.op_builder")
+    ops.DeepSpeedCPUAdam = StandInCPUAdam  # type: ignore[attr-defined]
+    builders.CPUAdamBuilder = type("CPUAdamBuilder", (), {"load": lambda self: load()})  # type: ignore[attr-defined]
+    return {"deepspeed.ops.adam": ops, "deepspeed.ops.op_builder": builders}
+
+
+@pytest.fixture(params=["stand-in", "installed"])
+def deepspeed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "stand-in":
+        for name, module in stand_in_deepspeed().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    elif importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
+        pytest.skip("needs g++ and DeepSpeed; pip install 'megatron-ee[deepspeed]'")
+    return str(request.param)
+
+
+class Small(nn.Module):
+    """Weights that decay, weights that do not, sizes that fill no vector register, and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.matrix = nn.Parameter(torch.randn(37, 29, generator=generator))
+        self.bias = nn.Parameter(torch.randn(37, generator=generator))
+        self.frozen = nn.Parameter(torch.randn(5, generator=generator), requires_grad=False)
+        self.scalar = nn.Parameter(torch.randn(1, generator=generator))
+
+
+@pytest.fixture
+def make(groups: Any) -> Make:
+    def make(implementation: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, ExitOptimizer]:
+        from megatron.core.transformer import TransformerConfig
+
+        config = TransformerConfig(
+            num_layers=1, hidden_size=8, num_attention_heads=1, bf16=dtype == torch.bfloat16, params_dtype=dtype
+        )
+        module = Small().to(platform.device(), dtype)
+        settings = OptimizerConfig(
+            lr=1e-2, min_lr=1e-3, weight_decay=0.1, clip_grad=5.0, implementation=implementation  # type: ignore[arg-type]
+        )  # fmt: skip
+        return module, ExitOptimizer([module], config, groups, settings, ScheduleConfig("linear", 0.2), 8)
+
+    return make
+
+
+def step(module: nn.Module, optimizer: ExitOptimizer, steps: range) -> None:
+    """Steps with gradients that depend on the step alone, so that roundings do not feed on themselves."""
+    for number in steps:
+        optimizer.zero_gradients()
+        generator = torch.Generator().manual_seed(number)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))  # type: ignore[attr-defined]
+        optimizer.reduce_gradients()
+        optimizer.step()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    difference = (ours.detach().float() - theirs.detach().float()).abs().max()
+    return float(difference) <= tolerance * float(theirs.detach().abs().max())
+
+
+def compare_states(ours: ExitOptimizer, theirs: ExitOptimizer) -> None:
+    for mine, other in zip(ours.parameter_states(), theirs.parameter_states(), strict=True):
+        assert (mine.start, mine.stop) == (other.start, other.stop)
+        assert mine.tensors.keys() == other.tensors.keys()
+        for name, tensor in mine.tensors.items():
+            assert tensor.dtype == torch.float32 and tensor.shape == (mine.stop - mine.start,)
+            assert close(tensor.cpu(), other.tensors[name].cpu()), name
+    assert ours.counters() == theirs.counters()
+
+
+def carry_over(old: ExitOptimizer, new: ExitOptimizer, weights: nn.Module, into: nn.Module) -> None:
+    """Restore, in the order that a training checkpoint does: state, weights, counters."""
+    for to, of in zip(list(new.parameter_states()), list(old.parameter_states()), strict=True):
+        for name, tensor in to.tensors.items():
+            tensor.copy_(of.tensors[name])
+    with torch.no_grad():
+        for parameter, saved in zip(into.parameters(), weights.parameters(), strict=True):
+            parameter.copy_(saved)
+    new.restore_counters(old.counters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deepspeed_equals_torch(dtype: torch.dtype, deepspeed: str, make: Make) -> None:
+    ours, optimizer = make("deepspeed_cpu", dtype)
+    theirs, native = make("torch", dtype)
+    start = [parameter.detach().clone() for parameter in ours.parameters()]
+    inner = next(optimizer._adams())
+    assert isinstance(inner, HostAdam)
+    used = {"installed": "DeepSpeedCPUAdam", "stand-in": "StandInCPUAdam"}
+    assert type(inner._inner).__name__ == used[deepspeed]
+    step(ours, optimizer, range(6))
+    step(theirs, native, range(6))
+    compare_states(optimizer, native)
+    assert optimizer.counters()["adam_step"] == 6
+    for mine, other, before in zip(ours.parameters(), theirs.parameters(), start, strict=True):
+        assert mine.dtype == dtype
+        assert close(mine, other, 1e-5 if dtype == torch.float32 else 2**-8)  # of bfloat16 one may round otherwise
+        assert torch.equal(mine, before) != mine.requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "before, after", [("deepspeed_cpu",) * 2, ("torch", "deepspeed_cpu"), ("deepspeed_cpu", "torch")]
+)
+def test_deepspeed_resumes(before: str, after: str, dtype: torch.dtype, deepspeed: str, make: Make) -> None:
+    straight, uninterrupted = make(after, dtype)
+    step(straight, uninterrupted, range(8))
+    first, old = make(before, dtype)
+    step(first, old, range(5))
+    second, new = make(after, dtype)
+    carry_over(old, new, first, second)
+    assert new.counters() == old.counters() and new.counters()["adam_step"] == 5
+    step(second, new, range(5, 8))
+    compare_states(new, uninterrupted)
+    if before == after:
+        for mine, other in zip(second.parameters(), straight.parameters(), strict=True):
+            assert torch.equal(mine, other)
+        for one, two in zip(new.parameter_states(), uninterrupted.parameter_states(), strict=True):
+            for name, tensor in one.tensors.items():
+                assert torch.equal(tensor, two.tensors[name]), name
+
+
+def test_deepspeed_goes_on_from_float32_weights_that_others_wrote(deepspeed: str, make: Make) -> None:
+    (ours, optimizer), (theirs, native) = make("deepspeed_cpu"), make("torch")
+    for module, each in ((ours, optimizer), (theirs, native)):
+        step(module, each, range(1))
+        with torch.no_grad():
+            module.matrix.mul_(3.0)  # type: ignore[operator]
+        step(module, each, range(1, 2))
+    assert close(ours.matrix, theirs.matrix)  # type: ignore[arg-type]
+
+
+def test_deepspeed_keeps_its_state_in_host_memory(deepspeed: str, make: Make) -> None:
+    module, optimizer = make("deepspeed_cpu", torch.bfloat16)
+    step(module, optimizer, range(2))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    count = 0
+    for state in optimizer.parameter_states():
+        assert state.parameter.main_param is None  # type: ignore[attr-defined]  # megatron-core's own copy
+        for tensor in state.tensors.values():
+            assert tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in weights
+            count += tensor.numel()
+    assert count == 3 * (37 * 29 + 37 + 1)
+
+
+def test_stage_that_trains_nothing(deepspeed: str, groups: Any) -> None:
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    settings = OptimizerConfig(implementation="deepspeed_cpu")
+    optimizer = ExitOptimizer([], config, groups, settings, ScheduleConfig(), 2)
+    optimizer.zero_gradients()
+    optimizer.reduce_gradients()
+    optimizer.step()
+    assert list(optimizer.parameter_states()) == [] and optimizer.counters()["adam_step"] == 0
+
+
+def tune(models: Any, cases: list[Case], output: Path, start: Path | None, which: str) -> list[Outcome]:
+    if which == "stand-in":
+        sys.modules.update(stand_in_deepspeed())
+    return tune_cases(models, cases, output, start)
+
+
+def test_deepspeed_across_data_parallel_ranks(deepspeed: str, saved_model: Any, tmp_path: Path) -> None:
+    models = {"llama2": saved_model("llama2")[0]}
+    specs = (ExitSpec(1, "embedding", "own"), ExitSpec(3, "norm", "low_rank", rank=4))
+    whole = (((1, 4), (1, 3)),)
+
+    def case(implementation: str, dtype: str) -> Case:
+        return Case(f"{implementation}-{dtype}", "llama2", specs, whole, implementation=implementation, dtype=dtype)
+
+    single, half = case("deepspeed_cpu", "float32"), case("deepspeed_cpu", "bfloat16")
+    native = case("torch", "float32")
+    two, again, one = tmp_path / "two", tmp_path / "again", tmp_path / "one"
+    run_ranks(2, tune, models, [single, half], two, None, deepspeed, timeout=800)
+    run_ranks(2, tune, models, [single, half], again, two, deepspeed)
+    run_ranks(1, tune, models, [native], one, None, deepspeed)
+    run_ranks(1, tune, models, [single], one, two, deepspeed)  # resharded
+
+    for each in (single, half):
+        wanted, resumed = (saved_tensors(path / each.name / "step-3") for path in (two, again))
+        assert wanted.keys() == resumed.keys()
+        assert any(key.startswith("optimizer.main.") for key in wanted) == (each is half)
+        for key, tensor in wanted.items():
+            assert torch.equal(tensor, resumed[key]), key
+    wanted = saved_tensors(one / native.name / "step-3")
+    for path in (two / single.name, one / single.name):
+        for key, tensor in saved_tensors(path / "step-3").items():
+            assert close(tensor, wanted[key], 1e-5), f"{path}: {key}"
+
+
+def test_deepspeed_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nowhere:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "deepspeed":
+                raise ModuleNotFoundError("No module named 'deepspeed'", name=name)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Nowhere(), *sys.meta_path])
+    with pytest.raises(ConfigError, match=r"^optimizer.implementation: .* not installed; pip install 'megatron-ee\["):
+        adam_class("deepspeed_cpu")
+
+
+BUILD_ERROR = """Error building extension 'cpu_adam': [1/3] g++ -MMD -MF cpu_adam.o.d -c cpu_adam.cpp -o cpu_adam.o
+FAILED: [code=127] cpu_adam.o
+/bin/sh: 1: g++: not found
+ninja: build stopped: subcommand failed.
+"""
+
+
+def test_deepspeed_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        raise RuntimeError(BUILD_ERROR)
+
+    for name, module in stand_in_deepspeed(load).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ConfigError) as error:
+        adam_class("deepspeed_cpu")
+    assert str(error.value) == (
+        "optimizer.implementation: DeepSpeed's CPU Adam cannot be compiled or loaded here "
+        "(RuntimeError: /bin/sh: 1: g++: not found); it needs g++ with OpenMP and ninja"
+    )
+
+
+@pytest.mark.parametrize("seconds, said", [(0.0, False), (0.5, True)])
+def test_compiling_is_announced(
+    seconds: float, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(adam, "PATIENCE_SECONDS", 0.2)
+    for name, module in stand_in_deepspeed(lambda: time.sleep(seconds)).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert adam_class("deepspeed_cpu") is HostAdam
+    captured = capsys.readouterr()
+    assert captured.out == "" and ("is being compiled" in captured.err) == said
+
+
+# What may be found under the name of apex. NVIDIA's FusedAdam counts its steps in the parameter group.
+APEX_ADAM = """
+import torch
+class FusedAdam(torch.optim.Optimizer):
+    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
+                 weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        assert adam_w_mode
+        {construct}
+    @torch.no_grad()
+    def step(self, closure=None):
+        {step}
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                root = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+                p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1 ** group["step"]))
+class FusedSGD:
+    pass
+"""
+NO_CUDA = "raise RuntimeError('apex.optimizers.FusedAdam requires cuda extensions')"
+WRONG_CUDA = "raise RuntimeError('CUDA error: no kernel image is available for execution on the device')"
+APEXES = {
+    "missing": (None, "apex is not installed"),
+    "of-python-2": ({"__init__": "print 'flash'"}, "is another package than NVIDIA's"),
+    "unrelated": (
+        {"__init__": "from pyramid_mailer.interfaces import IMailer", "models": ""},
+        "is another package than NVIDIA's",
+    ),
+    "without-kernels": (
+        {"__init__": "", "optimizers": APEX_ADAM.format(construct=NO_CUDA, step="")},
+        "(RuntimeError: apex.optimizers.FusedAdam requires cuda extensions)",
+    ),
+    "kernels-for-another-gpu": (
+        {"__init__": "", "optimizers": APEX_ADAM.format(construct="", step=WRONG_CUDA)},
+        "(RuntimeError: CUDA error: no kernel image is available for execution on the device)",
+    ),
+}
+TWO_STEPS = """
+import torch
+from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
+from megatron_ee.errors import ConfigError
+from megatron_ee.parallel.groups import process_groups
+from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron.core.transformer import TransformerConfig
+
+config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+with process_groups() as groups:
+    for implementation in ("apex", "auto"):
+        module = torch.nn.Linear(4, 4)
+        settings = OptimizerConfig(implementation=implementation, min_lr=0.0, clip_grad=0.1)
+        try:
+            optimizer = ExitOptimizer([module], config, groups, settings, ScheduleConfig(), 2)
+        except ConfigError as error:
+            print(error)
+            continue
+        before = module.weight.detach().clone()
+        for _ in range(2):
+            optimizer.zero_gradients()
+            module.weight.main_grad.fill_(1.0)
+            optimizer.step()
+        assert not torch.equal(before, module.weight)
+        print([(type(each).__module__, type(each).__name__) for each in optimizer._adams()])
+"""
+
+
+def write_apex(directory: Path, files: dict[str, str] | None) -> Path:
+    if files is not None:
+        (directory / "apex").mkdir(parents=True)
+        for name, text in files.items():
+            (directory / "apex" / f"{name}.py").write_text(text)
+    return directory
+
+
+@pytest.mark.parametrize("which", APEXES)
+def test_apex_that_does_not_work(which: str, tmp_path: Path) -> None:
+    files, reason = APEXES[which]
+    if files is None and importlib.util.find_spec("apex") is not None:
+        pytest.skip("an apex is installed")
+    paths = [str(write_apex(tmp_path, files)), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TWO_STEPS],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    refused, chosen = done.stdout.splitlines()
+    assert refused.startswith("optimizer.implementation: ") and reason in refused
+    assert refused.endswith("; install NVIDIA apex from its source with CUDA kernels, or use auto")
+    assert chosen == "[('torch.optim.adamw', 'AdamW')]"
+
+
+@pytest.fixture
+def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for an apex that works, in torch."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+    write_apex(tmp_path, {"__init__": "", "optimizers": APEX_ADAM.format(construct="", step="")})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", ["auto", "apex"])
+def test_apex_that_works_is_taken(implementation: str, dtype: torch.dtype, apex: None, make: Make) -> None:
+    ours, optimizer = make(implementation, dtype)
+    theirs, native = make("torch", dtype)
+    assert [type(each).__name__ for each in optimizer._adams()] == ["FusedAdam"]
+    assert [type(each).__name__ for each in native._adams()] == ["AdamW"]
+    step(ours, optimizer, range(3))
+    step(theirs, native, range(3))
+    compare_states(optimizer, native)
+    resumed_weights, resumed = make(implementation, dtype)
+    carry_over(optimizer, resumed, ours, resumed_weights)
+    step(resumed_weights, resumed, range(3, 6))
+    step(theirs, native, range(3, 6))
+    compare_states(resumed, native)
+    for mine, other in zip(resumed_weights.parameters(), theirs.parameters(), strict=True):
+        assert close(mine, other, 1e-5 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_apex_on_a_gpu(dtype: torch.dtype, make: Make) -> None:
+    try:
+        fused = adam_class("apex")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert fused.__module__.startswith("apex.")
+    ours, optimizer = make("auto", dtype)
+    theirs, native = make("torch", dtype)
+    assert [type(each) for each in optimizer._adams()] == [fused]
+    step(ours, optimizer, range(5))
+    step(theirs, native, range(5))
+    compare_states(optimizer, native)
+
+
+@pytest.mark.gpu
+def test_deepspeed_takes_little_device_memory(deepspeed: str, groups: Any) -> None:
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, bf16=True, params_dtype=torch.bfloat16
+    )
+    held = {}
+    for implementation in ("torch", "deepspeed_cpu"):
+        before = torch.cuda.memory_allocated()
+        module = nn.Linear(4096, 4096, bias=False, device=platform.device(), dtype=torch.bfloat16)
+        settings = OptimizerConfig(implementation=implementation)  # type: ignore[arg-type]
+        optimizer = ExitOptimizer([module], config, groups, settings, ScheduleConfig(), 2)
+        step(module, optimizer, range(2))
+        optimizer.zero_gradients()
+        held[implementation] = torch.cuda.memory_allocated() - before
+        del module, optimizer
+        gc.collect()
+    assert held["torch"] - held["deepspeed_cpu"] >= 0.9 * 12 * 4096 * 4096

@@ -1,0 +1,224 @@
+"""Counted memory: parameters as real stages hold them, and the peak of a real step."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_ee import platform
+from megatron_ee.checkpoint.loading import open_model
+from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import DistillationConfig, LossConfig, OptimizerConfig, ScheduleConfig
+from megatron_ee.data.loader import Batch
+from megatron_ee.model.setup import build_setup
+from megatron_ee.model.stage import Stage, build_stage
+from megatron_ee.parallel.groups import Groups
+from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.memory import Workload, stage_memory, stage_parameters
+from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.testing.models import FAMILIES
+from megatron_ee.tuning.schedule import Pipeline
+from megatron_ee.tuning.step import tuning_step
+
+EXITS: dict[str, tuple[ExitSpec, ...]] = {
+    "bodies": (ExitSpec(1, "embedding"), ExitSpec(2, "norm"), ExitSpec(3, "mlp"), ExitSpec(4, "layer")),
+    "shared": (ExitSpec(1, "mlp", "shared"), ExitSpec(3, "layer", "shared")),
+    "low rank": (ExitSpec(2, "embedding", "low_rank", rank=4), ExitSpec(3, "mlp", "low_rank", rank=8)),
+}
+
+
+def layout(*stages: tuple[tuple[int, int] | None, tuple[int, ...]]) -> Layout:
+    return Layout(
+        tuple(StageLayout(range(0) if ends is None else range(ends[0], ends[1] + 1), exits) for ends, exits in stages)
+    )
+
+
+class FakeGroup:
+    """One rank of several that exist on paper."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self._size, self._rank = size, rank
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def held(stage: Stage) -> tuple[int, int]:
+    """Frozen and trained parameters."""
+    parameters = list(stage.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(p.numel() for p in parameters) - trained, trained
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("exits", EXITS)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_parameters_of_real_stages(family: str, exits: str, tensor: int, saved_model: Any, groups: Groups) -> None:
+    architecture, specs = open_model(saved_model(family)[0]).architecture, EXITS[exits]
+    layers = tuple(spec.layer for spec in specs)
+    layouts = (
+        layout(((1, 4), layers)),
+        layout(((1, 1), ()), ((2, 4), ()), (None, layers)),
+        layout(((1, 2), layers[:1]), ((3, 4), ()), (None, layers[1:])),
+    )
+    for stages in layouts:
+        for index in range(len(stages.stages)):
+            fake: Any = {"tensor": FakeGroup(tensor, tensor - 1), "pipeline": FakeGroup(len(stages.stages), index)}
+            setup = build_setup(architecture, torch.bfloat16, dataclasses.replace(groups, **fake))
+            for distillation in (False, True):
+                stage = build_stage(setup, stages, specs, final_exit=distillation)
+                counted = stage_parameters(stages, index, architecture, specs, tensor, distillation)
+                assert counted == held(stage), (stages.stages[index], distillation)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors made inside that are still alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.remove(key)
+        self.now -= size
+
+
+def step_memory(
+    groups: Groups, architecture: Architecture, specs: tuple[ExitSpec, ...], dtype: torch.dtype, loss: LossConfig
+) -> tuple[Layout, int, int]:
+    """Layout, bytes held between steps, and bytes at the peak of one, of two microbatches of 2 x 256 tokens."""
+    deepest = architecture.num_layers if loss.distillation.kl else max(spec.layer for spec in specs)
+    stages = layout(((1, deepest), tuple(spec.layer for spec in specs)))
+    setup = build_setup(architecture, dtype, groups)
+    tokens = torch.randint(0, architecture.vocab_size, (2, 257))
+    mask = torch.ones(2, 256, dtype=torch.bool)
+    batches = [Batch(tokens[:, :-1], tokens[:, 1:], mask, 512)] * 2
+    with LiveBytes() as live:
+        stage = build_stage(setup, stages, specs, final_exit=loss.distillation.kl > 0)
+        for parameter in stage.parameters():
+            parameter.data.normal_(0, 0.02)
+        optimizer = ExitOptimizer(stage.exits, setup.config, groups, OptimizerConfig(), ScheduleConfig(), 10)
+        pipeline = Pipeline(stage, stages, specs, top_k=loss.distillation.top_k if loss.distillation.kl else 0)
+        tuning_step(pipeline, optimizer, batches, loss, 1.0)  # makes the optimizer's state
+        between = live.most = live.now
+        tuning_step(pipeline, optimizer, batches, loss, 1.0)
+    return stages, between, live.most
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("specs", "chunk_tokens", "kl"),
+    [
+        ((ExitSpec(2), ExitSpec(4)), 32, 0.0),
+        ((ExitSpec(2), ExitSpec(4)), 512, 0.0),
+        ((ExitSpec(3, "layer"),), 128, 0.0),
+        ((ExitSpec(1, "norm", "shared"), ExitSpec(2, "norm", "shared")), 16, 0.0),
+        ((ExitSpec(2, "norm"),), 512, 0.0),
+        ((ExitSpec(2, "mlp", "low_rank"),), 512, 0.0),
+        ((ExitSpec(2),), 256, 1.0),
+    ],
+)
+def test_memory_of_a_real_step(
+    dtype: str, specs: tuple[ExitSpec, ...], chunk_tokens: int, kl: float, groups: Groups
+) -> None:
+    architecture = parse_architecture(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 128,
+            "intermediate_size": 344,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 4000,
+        }
+    )
+    loss = LossConfig(chunk_tokens=chunk_tokens, distillation=DistillationConfig(kl=kl, temperature=2.0))
+    stages, between, most = step_memory(groups, architecture, specs, platform.DTYPES[dtype], loss)
+    workload = Workload(
+        itemsize=platform.DTYPES[dtype].itemsize,
+        micro_batch_size=2,
+        sequence_length=256,
+        microbatches=2,
+        chunk_tokens=chunk_tokens,
+        top_k=loss.distillation.top_k if kl else 0,
+        tempered=kl > 0,
+    )
+    memory = stage_memory(stages, 0, architecture, specs, workload)
+    assert memory.transfer == 0
+    assert memory.total - memory.activations == pytest.approx(between, rel=0.01)
+    # Activations matter here, which they hardly do for a large model.
+    assert memory.activations > 0.15 * memory.total
+    assert memory.activations == pytest.approx(most - between, rel=0.2)
+    assert memory.total == pytest.approx(most, rel=0.05)
+
+
+def llama2_7b() -> Architecture:
+    return parse_architecture(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "vocab_size": 32000,
+        }
+    )
+
+
+def test_what_parallelism_divides() -> None:
+    model, specs, stages = llama2_7b(), [ExitSpec(16)], layout(((1, 16), (16,)))
+    whole = stage_memory(stages, 0, model, specs, Workload(2))
+    trained = 3 * 4096 * 11008 + 4096 + 32000 * 4096
+    assert (whole.trained, whole.gradients, whole.optimizer) == (2 * trained, 4 * trained, 12 * trained)
+    assert stage_memory(stages, 0, model, specs, Workload(4)).optimizer == 8 * trained
+    # Data-parallel ranks share the optimizer's state and nothing else.
+    spread = stage_memory(stages, 0, model, specs, Workload(2, data=4))
+    assert spread == dataclasses.replace(whole, optimizer=3 * trained)
+    assert stage_memory(stages, 0, model, specs, Workload(2, host_optimizer=True)).optimizer == 0
+    halves = stage_memory(stages, 0, model, specs, Workload(2, tensor=2))
+    assert halves.trained == pytest.approx(whole.trained / 2, rel=1e-4)
+    assert halves.frozen == pytest.approx(whole.frozen / 2, rel=1e-4)
+    # Norms and taps are whole on every tensor-parallel rank, unless the sequence is spread too.
+    assert halves.activations > whole.activations / 2
+    sequence = stage_memory(stages, 0, model, specs, Workload(2, tensor=2, sequence_parallel=True))
+    assert whole.activations / 2 < sequence.activations < halves.activations
+
+
+def test_buffers_for_transfer() -> None:
+    model, specs = llama2_7b(), [ExitSpec(4), ExitSpec(8), ExitSpec(12)]
+    stages = layout(((1, 8), ()), ((9, 12), (12,)), (None, (4, 8)))
+    hidden = 2048 * 4096 * 2
+    # h to the next stage and both taps, in two buffers more than the stages between them.
+    sizes = [stage_memory(stages, index, model, specs, Workload(2)).transfer for index in range(3)]
+    assert sizes == [3 * hidden + 2 * 2 * hidden, 3 * hidden, 2 * 2 * hidden]
+    # With a teacher on the second stage, the third holds what it got until the verdict is there.
+    verdicts = 2 * 2 * 2048 * 8 * 4
+    stages = layout(((1, 8), ()), ((9, 32), (12,)), (None, (4, 8)))
+    sizes = [stage_memory(stages, index, model, specs, Workload(2, top_k=8)).transfer for index in range(3)]
+    assert sizes == [3 * hidden + 2 * 2 * hidden, 3 * hidden + verdicts, 3 * 2 * hidden + verdicts]

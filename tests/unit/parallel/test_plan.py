@@ -1,0 +1,124 @@
+"""The plan: idle time as worked out by hand, and what a configuration and the table make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+
+from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.load import config_from_dict
+from megatron_ee.parallel.costs import exit_flops, layer_flops
+from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.memory import Workload, stage_memory
+from megatron_ee.parallel.plan import StageWork, idle_shares, make_plan, plan_run
+from megatron_ee.tables import make_console
+from megatron_ee.tuning.plan_table import print_plan
+
+
+def layout(*stages: tuple[tuple[int, int] | None, tuple[int, ...]]) -> Layout:
+    return Layout(
+        tuple(StageLayout(range(0) if ends is None else range(ends[0], ends[1] + 1), exits) for ends, exits in stages)
+    )
+
+
+def llama2_7b() -> Architecture:
+    return parse_architecture(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "vocab_size": 32000,
+        }
+    )
+
+
+def test_equal_stages_wait_as_the_formula_says() -> None:
+    stages = layout(((1, 1), ()), ((2, 2), ()), ((3, 3), ()), ((4, 4), ()))
+    for microbatches in (1, 2, 8):
+        shares = idle_shares(stages, [StageWork(5, 0, 0)] * 4, microbatches)
+        assert shares == pytest.approx([1 - microbatches / (microbatches + 3)] * 4)
+
+
+def test_nothing_waits_for_the_exits_of_another_stage() -> None:
+    # Forward 2, exits 6: the second stage starts at 2, the third at 4, and each then works without a pause.
+    stages = layout(((1, 1), (1,)), ((2, 2), (2,)), ((3, 3), (3,)))
+    assert idle_shares(stages, [StageWork(2, 0, 6)] * 3, 5) == pytest.approx([4 / 44] * 3)
+    # A stage without layers starts when its last tap is there, at 4 of 4 + 5 x 8.
+    stages = layout(((1, 1), (1,)), ((2, 2), ()), (None, (2,)))
+    work = [StageWork(2, 0, 6), StageWork(2, 0, 0), StageWork(0, 0, 8)]
+    assert idle_shares(stages, work, 5) == pytest.approx([4 / 44, 34 / 44, 4 / 44])
+    # The busiest stage in front: those behind it wait at every microbatch.
+    stages = layout(((1, 2), (2,)), ((3, 3), (3,)))
+    assert idle_shares(stages, [StageWork(4, 0, 6), StageWork(2, 0, 3)], 4) == pytest.approx([0, 20 / 40])
+
+
+def test_exits_wait_for_their_teacher() -> None:
+    # Two layers of 2 each, a final exit of 1 and exits of 3. First stage: forwards 0-2 and 2-4, exits from 5, when the
+    # verdict of the first microbatch is there, to 8, forward to 10, exits to 13, and the last ones to 16.
+    stages = layout(((1, 1), (1,)), ((2, 2), ()))
+    work = [StageWork(2, 0, 3), StageWork(2, 1, 0)]
+    assert idle_shares(stages, work, 3, distillation=True) == pytest.approx([1 / 16, 7 / 16])
+    # One microbatch: forward to 2, verdict at 5, exits to 8.
+    assert idle_shares(stages, work, 1, distillation=True) == pytest.approx([3 / 8, 5 / 8])
+    # The last stage's own exits need not wait.
+    stages = layout(((1, 1), ()), ((2, 2), (2,)))
+    assert idle_shares(stages, [StageWork(2, 0, 0), StageWork(2, 1, 3)], 1, distillation=True) == [6 / 8, 2 / 8]
+
+
+def test_plan_of_a_configuration() -> None:
+    values = {
+        "model": {"path": "m"},
+        "exits": [{"layer": 8}, {"layer": 16, "head": "shared"}],
+        "data": {"train": ["c"], "sequence_length": 1024},
+        "parallel": {"tensor": 2, "pipeline": 2},
+        "tuning": {"global_batch_size": 32, "micro_batch_size": 2},
+    }
+    specs, model = [ExitSpec(8), ExitSpec(16, "mlp", "shared")], llama2_7b()
+    stages = layout(((1, 8), (8,)), ((9, 16), (16,)))
+    plan = plan_run(config_from_dict(values), stages, model, specs, world_size=8)
+    assert (plan.tensor, plan.data, plan.microbatches, len(plan.stages)) == (2, 2, 8, 2)
+    assert [(stage.layers, stage.exits) for stage in plan.stages] == [(range(1, 9), (8,)), (range(9, 17), (16,))]
+    workload = Workload(2, tensor=2, data=2, micro_batch_size=2, sequence_length=1024, microbatches=8)
+    assert plan == make_plan(stages, model, specs, workload)
+    for index, stage in enumerate(plan.stages):
+        assert stage.memory == stage_memory(stages, index, model, specs, workload)
+    total = sum(layer_flops(model, specs, 1024)) + sum(exit_flops(model, spec, 1024, 2) for spec in specs)
+    assert sum(stage.flops for stage in plan.stages) == 16 * total
+    assert plan.reference == 8 / 9
+    assert plan.efficiency == pytest.approx(1 - sum(stage.idle for stage in plan.stages) / 2)
+    values |= {"loss": {"distillation": {"kl": 1.0, "top_k": 4, "temperature": 2.0}}, "model": {"path": "m"}}
+    values |= {"optimizer": {"implementation": "deepspeed_cpu"}}
+    stages = layout(((1, 8), (8,)), ((9, 32), (16,)))
+    taught = plan_run(config_from_dict(values), stages, model, specs, world_size=4)
+    workload = dataclasses.replace(workload, data=1, microbatches=16, top_k=4, tempered=True, host_optimizer=True)
+    assert taught == make_plan(stages, model, specs, workload)
+
+
+def test_the_table_shows_every_stage() -> None:
+    specs = [ExitSpec(8), ExitSpec(16)]
+    stages = layout(((1, 8), (8,)), ((9, 16), ()), (None, (16,)))
+    plan = make_plan(stages, llama2_7b(), specs, Workload(2, data=2, microbatches=4))
+    file = io.StringIO()
+    print_plan(plan, make_console(file))
+    title, heading, *rows, last = file.getvalue().splitlines()
+    assert title.startswith("Plan: tensor 1 x pipeline 3 x data 2, 4 microbatches per step")
+    assert heading.split()[:4] == ["stage", "layers", "exits", "after"]
+    assert [row.split()[:3] for row in rows] == [["0", "1-8", "8"], ["1", "9-16", "-"], ["2", "-", "16"]]
+    for row, stage in zip(rows, plan.stages, strict=True):
+        assert f"{stage.idle:.1%}" in row
+        assert row.split()[-1] == f"{stage.memory.total / 2**30:.2f}"
+        assert f"{stage.trained_parameters / 1e6:.1f} M" in row
+    assert last == f"The stages are expected to compute {plan.efficiency:.1%} of the time (M / (M + P - 1): 66.7%)."
+
+
+def test_the_table_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(layout(((1, 8), (8,))), llama2_7b(), [ExitSpec(8)], Workload(2))
+    print_plan(plan)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Plan: ")
