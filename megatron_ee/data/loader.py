@@ -6,6 +6,7 @@ The position of a run is one number, the sequences consumed so far.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from megatron_ee.data.indexed import Corpus, dataset_helpers, open_corpus
 from megatron_ee.data.packing import DocumentRange, PackedDocuments, split, whole
 from megatron_ee.errors import ConfigError, DataError
 
+RUN = 32
+"""Validation batches that go through the stages in one go: enough to keep them busy, few enough to hold in memory."""
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
 
@@ -32,12 +35,14 @@ class Batch:
         labels: int64 [batch, seq], the next token of each.
         mask: bool [batch, seq], whether the label counts in the loss.
         num_tokens: number of labels that count.
+        sequences: where they stand in the order of the data.
     """
 
     tokens: Tensor
     labels: Tensor
     mask: Tensor
     num_tokens: int
+    sequences: range = range(0)
 
 
 class PackedBlend:
@@ -136,7 +141,13 @@ class ValidationWindows:
         """Windows ``rank``, ``rank + size``, ... in batches; the last may be smaller."""
         mine = range(rank, len(self), size)
         for start in range(0, len(mine), batch_size):
-            yield _collate([self[index] for index in mine[start : start + batch_size]])
+            yield _collate(self, mine[start : start + batch_size])
+
+    def runs(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[list[Batch]]:
+        """The same batches, ``RUN`` at a time."""
+        batches = self.batches(batch_size, rank, size)
+        while run := list(itertools.islice(batches, RUN)):
+            yield run
 
     @property
     def fingerprint(self) -> str:
@@ -200,7 +211,7 @@ class MicrobatchStream:
         batches = []
         for number in range(self.num_microbatches):
             first = self.consumed + (number * self._size + self._rank) * self._micro
-            batches.append(_collate([self._dataset[index] for index in range(first, first + self._micro)]))
+            batches.append(_collate(self._dataset, range(first, first + self._micro)))
         self.consumed += self._global
         return batches
 
@@ -260,8 +271,7 @@ def _share(available: Sequence[int], limit: int) -> list[int]:
     return counts
 
 
-def _collate(samples: Sequence[Sample]) -> Batch:
-    tokens, labels, masks = (np.stack(column) for column in zip(*samples, strict=True))
-    return Batch(
-        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(masks), int(np.count_nonzero(masks))
-    )
+def _collate(dataset: PackedBlend | ValidationWindows, sequences: range) -> Batch:
+    tokens, labels, masks = (np.stack(column) for column in zip(*(dataset[i] for i in sequences), strict=True))
+    mask = torch.from_numpy(masks)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), mask, int(np.count_nonzero(masks)), sequences)

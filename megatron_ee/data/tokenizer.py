@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_ee.errors import DataError
+from megatron_ee.config.untrusted import read_json
+from megatron_ee.errors import CheckpointError, DataError
 
 # Continuation pieces are encoded behind this, so that no beginning-of-text space is put before them.
 _JOINT = "\n"
@@ -211,9 +211,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON: {_one_line(error)}") from None
+        value = read_json(path)
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object")
     return value

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.model.attention import make_positions, rope_frequencies
 from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.model.linear import mark_sharded
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import Positions
@@ -37,7 +38,7 @@ class VocabHead(nn.Module):
         self.start = setup.groups.tensor.rank() * rows
         self.valid = max(0, min(rows, setup.architecture.vocab_size - self.start))
         self.weight = nn.Parameter(torch.empty(rows, setup.architecture.hidden_size, dtype=setup.dtype))
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        mark_sharded(self.weight, 0)
 
 
 class Backbone(nn.Module):

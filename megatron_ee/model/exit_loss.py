@@ -1,4 +1,4 @@
-"""Cross-entropy of one exit, in chunks of tokens over a vocabulary-parallel head (design: the tuning step).
+"""Loss of one exit, in chunks of tokens over a vocabulary-parallel head (design: the tuning step).
 
 The logits of a whole microbatch never exist: each chunk's are computed, turned into the loss, its statistics and its
 gradient, and dropped. Gradients are taken in the forward pass, which saves computing the logits a second time, so the
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ee.model.backbone import VocabHead
+from megatron_ee.model.distillation import Distillation, SoftTargets
 from megatron_ee.model.metrics import TokenStats
 
 VOCAB_RUN = 128
@@ -45,9 +46,10 @@ def exit_loss(
     *,
     low_rank: LowRank | None = None,
     dynamic: bool = False,
+    distillation: Distillation | None = None,
     chunk_tokens: int = 512,
 ) -> tuple[Tensor, TokenStats]:
-    """Weighted sum of cross-entropies, differentiable once with respect to ``z``, the head and ``low_rank``.
+    """Weighted sum of the tokens' losses, differentiable once with respect to ``z``, the head and ``low_rank``.
 
     Args:
         z: ``[tokens, hidden]``, after the exit's norm, equal on all tensor-parallel ranks.
@@ -59,14 +61,16 @@ def exit_loss(
         group: tensor-parallel ranks.
         low_rank: the trained correction of a ``low_rank`` head.
         dynamic: also weight each token by the exit's detached maximum probability (EE-LLM, arXiv 2312.04916).
+        distillation: what each token's loss is where it is not the cross-entropy alone.
         chunk_tokens: tokens whose logits exist at one time.
 
     Returns:
-        The loss, a float32 scalar equal on all tensor-parallel ranks, and the detached statistics of each token.
+        The loss, a float32 scalar equal on all tensor-parallel ranks, and the detached statistics of each token: its
+        loss there is the cross-entropy, also with distillation.
     """
     hidden, up = (None, None) if low_rank is None else (low_rank.hidden, low_rank.up)
     loss, nll, confidence, top1 = _ExitLoss.apply(
-        z, head.weight, hidden, up, head, labels, coefficient, group, dynamic, chunk_tokens
+        z, head.weight, hidden, up, head, labels, coefficient, group, dynamic, distillation, chunk_tokens
     )
     return loss, TokenStats(nll, confidence, top1)
 
@@ -99,6 +103,7 @@ class _ExitLoss(torch.autograd.Function):
         coefficient: Tensor,
         group: dist.ProcessGroup,
         dynamic: bool,
+        distillation: Distillation | None,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         needs_z, needs_weight, needs_hidden, needs_up = ctx.needs_input_grad[:4]
@@ -109,20 +114,23 @@ class _ExitLoss(torch.autograd.Function):
         nll = torch.empty(len(labels), dtype=torch.float32, device=z.device)
         confidence, top1 = torch.empty_like(nll), torch.empty_like(labels)
         loss = torch.zeros((), dtype=torch.float32, device=z.device)
-        scratch = _Scratch.allocate(z, weight, min(chunk_tokens, len(z)), needs_weight)
+        two_temperatures = distillation is not None and distillation.temperature != 1
+        scratch = _Scratch.allocate(z, weight, min(chunk_tokens, len(z)), needs_weight, two_temperatures)
 
         for start in range(0, len(z), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = _logits(z[part], weight, None if hidden is None else hidden[part], up, scratch)
             logits[:, head.valid :] = -torch.inf
             scale = coefficient[part]
-            nll[part], confidence[part], top1[part] = _exponentiate_(logits, labels[part], head, group)
+            soft = None if distillation is None else _soft_targets(distillation, part, head, scratch)
+            nll[part], confidence[part], top1[part] = _exponentiate_(logits, labels[part], head, group, soft)
             if dynamic:
                 scale = scale * confidence[part]
-            loss += torch.dot(nll[part], scale)
+            loss += torch.dot(nll[part] if soft is None else soft.loss(nll[part]), scale)
             if not any(ctx.needs_input_grad[:4]):
                 continue
-            grad_logits = scratch.narrowed(_logit_gradient_(logits, confidence[part], labels[part], scale, head))
+            _logit_gradient_(logits, confidence[part], labels[part], scale, head, soft)
+            grad_logits = scratch.narrowed(logits)
             if grad_z is not None:
                 torch.mm(grad_logits, weight, out=grad_z[part])
             if grad_hidden is not None and up is not None:
@@ -149,7 +157,7 @@ class _ExitLoss(torch.autograd.Function):
         # Checked on the device: reading it here would make the host wait for every exit.
         torch._assert_async(grad_loss == 1, "an exit's loss is backpropagated as it is")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, *[None] * 7)
 
 
 @dataclass(frozen=True)
@@ -160,18 +168,21 @@ class _Scratch:
         logits: ``[chunk, padded_vocab / tp]`` float32.
         narrow: the same in the model's dtype, where that is not float32.
         product: one chunk's gradient of the head in the model's dtype, where that is not float32.
+        tempered: as ``logits``, where distillation has another temperature than 1.
     """
 
     logits: Tensor
     narrow: Tensor | None
     product: Tensor | None
+    tempered: Tensor | None
 
     @classmethod
-    def allocate(cls, z: Tensor, weight: Tensor, chunk: int, needs_weight: bool) -> _Scratch:
+    def allocate(cls, z: Tensor, weight: Tensor, chunk: int, needs_weight: bool, two_temperatures: bool) -> _Scratch:
         logits = z.new_empty((chunk, len(weight)), dtype=torch.float32)
+        tempered = torch.empty_like(logits) if two_temperatures else None
         if z.dtype == torch.float32:
-            return cls(logits, None, None)
-        return cls(logits, z.new_empty(logits.shape), torch.empty_like(weight) if needs_weight else None)
+            return cls(logits, None, None, tempered)
+        return cls(logits, z.new_empty(logits.shape), torch.empty_like(weight) if needs_weight else None, tempered)
 
     def narrowed(self, logits: Tensor) -> Tensor:
         """``logits`` in the model's dtype."""
@@ -190,10 +201,17 @@ def _logits(z: Tensor, weight: Tensor, hidden: Tensor | None, up: Tensor | None,
     return logits
 
 
+def _soft_targets(distillation: Distillation, part: slice, head: VocabHead, scratch: _Scratch) -> SoftTargets:
+    """What the final exit makes of a chunk's tokens."""
+    ids = distillation.teacher.ids[part]
+    tempered = None if scratch.tempered is None else scratch.tempered[: len(ids)]
+    return SoftTargets(distillation, part, *_local_columns(ids, head), tempered)
+
+
 def _exponentiate_(
-    logits: Tensor, labels: Tensor, head: VocabHead, group: dist.ProcessGroup
+    logits: Tensor, labels: Tensor, head: VocabHead, group: dist.ProcessGroup, soft: SoftTargets | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, confidence and top-1 of each token over the whole vocabulary.
+    """Cross-entropy, confidence and top-1 of each token over the whole vocabulary; ``soft`` is compared with it.
 
     Leaves exp(logit - highest) in ``logits``: probabilities, once multiplied by the confidence, which is the inverse
     of their sum. That product is left to whoever needs it, since a pass over a chunk costs as much as adding it up.
@@ -207,13 +225,17 @@ def _exponentiate_(
         top1.masked_fill_(own < highest, torch.iinfo(top1.dtype).max)
         dist.all_reduce(top1, dist.ReduceOp.MIN, group=group)
     logits -= highest[:, None]
-    local, here = _local_labels(labels, head)
+    local, here = _local_columns(labels, head)
     target = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
-    total = logits.exp_().sum(dim=1)
+    soft_sums = [] if soft is None else soft.read(logits)
+    sums = (target, logits.exp_().sum(dim=1), *soft_sums)
     if group.size() > 1:
-        both = torch.stack((target, total))
-        dist.all_reduce(both, group=group)
-        target, total = both
+        stacked = torch.stack(sums)
+        dist.all_reduce(stacked, group=group)
+        sums = stacked.unbind()
+    target, total, *soft_sums = sums
+    if soft is not None:
+        soft.compare(total, *soft_sums)
     return total.log() - target, 1 / total, top1
 
 
@@ -231,18 +253,24 @@ def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logit_gradient_(
-    exponentials: Tensor, confidence: Tensor, labels: Tensor, scale: Tensor, head: VocabHead
-) -> Tensor:
-    """Gradient of the weighted loss with respect to the logits, ``scale * (probability - label)``, in place."""
-    local, here = _local_labels(labels, head)
-    exponentials *= (confidence * scale)[:, None]
-    return exponentials.scatter_add_(1, local[:, None], torch.where(here, -scale, 0.0)[:, None])
+    exponentials: Tensor, confidence: Tensor, labels: Tensor, scale: Tensor, head: VocabHead, soft: SoftTargets | None
+) -> None:
+    """Turn the exponentials into the gradient of the weighted loss with respect to the logits.
+
+    Without ``soft`` that is ``scale * (probability - label)``.
+    """
+    local, here = _local_columns(labels, head)
+    own_scale, label_scale = (scale, scale) if soft is None else soft.scales(scale)
+    exponentials *= (confidence * own_scale)[:, None]
+    exponentials.scatter_add_(1, local[:, None], torch.where(here, -label_scale, 0.0)[:, None])
+    if soft is not None:
+        soft.add_gradient_(exponentials, scale)
 
 
-def _local_labels(labels: Tensor, head: VocabHead) -> tuple[Tensor, Tensor]:
-    """Row of each label in this rank's head, 0 where it is another rank's, and whether it is here."""
-    here = (labels >= head.start) & (labels < head.start + head.valid)
-    return torch.where(here, labels - head.start, 0), here
+def _local_columns(ids: Tensor, head: VocabHead) -> tuple[Tensor, Tensor]:
+    """Column of each id in this rank's logits, 0 where it is another rank's, and whether it is here."""
+    here = (ids >= head.start) & (ids < head.start + head.valid)
+    return torch.where(here, ids - head.start, 0), here
 
 
 def _gradient_sum(parameter: Tensor) -> Tensor:
@@ -274,5 +302,5 @@ def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor | None:
         return None
     if total is getattr(parameter, "main_grad", None):
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return parameter.new_empty(1).expand_as(parameter)
+        return parameter.new_zeros(1).expand_as(parameter)
     return total.to(parameter.dtype)

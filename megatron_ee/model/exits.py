@@ -12,8 +12,6 @@ layer    ``N(Layer(h_k))``     h_k
 
 from __future__ import annotations
 
-import hashlib
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,15 +20,15 @@ from torch import Tensor, nn
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.model.backbone import VocabHead
+from megatron_ee.model.distillation import Distillation
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
 from megatron_ee.model.layer import MLP, DecoderLayer
+from megatron_ee.model.linear import mark_sharded
 from megatron_ee.model.metrics import TokenStats
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import LayerCache, Positions
     from megatron_ee.model.setup import ModelSetup
-
-INIT_STD = 0.02
 
 
 class Exit(nn.Module):
@@ -61,7 +59,7 @@ class Exit(nn.Module):
         if spec.head == "low_rank":
             self.down = nn.Parameter(torch.empty(spec.rank, arch.hidden_size, dtype=setup.dtype))
             self.up = nn.Parameter(torch.empty(len(self.head.weight), spec.rank, dtype=setup.dtype))
-            self.up.tensor_model_parallel = True  # type: ignore[attr-defined]
+            mark_sharded(self.up, 0)
 
     def features(self, tap: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """Tap ``[seq, batch, hidden]``, a share of seq with sequence parallelism -> z ``[seq, batch, hidden]``."""
@@ -81,6 +79,7 @@ class Exit(nn.Module):
         coefficient: Tensor,
         *,
         dynamic: bool = False,
+        distillation: Distillation | None = None,
         chunk_tokens: int = 512,
     ) -> tuple[Tensor, TokenStats]:
         """Loss of a microbatch and the statistics of its tokens, as ``exit_loss`` gives them.
@@ -91,6 +90,7 @@ class Exit(nn.Module):
             labels: ``[seq * batch]``, sequence-major as the hidden states.
             coefficient: ``[seq * batch]`` float32.
             dynamic: dynamic token weights.
+            distillation: from the final exit.
             chunk_tokens: tokens whose logits exist at one time.
         """
         z = self.features(tap, positions).flatten(0, 1)
@@ -102,6 +102,7 @@ class Exit(nn.Module):
             self.setup.groups.tensor,
             low_rank=self._low_rank(z),
             dynamic=dynamic,
+            distillation=distillation,
             chunk_tokens=chunk_tokens,
         )
 
@@ -127,53 +128,3 @@ class Exit(nn.Module):
         if self.down is None or self.up is None:
             return None
         return LowRank(F.linear(z, self.down), self.up)
-
-
-@torch.no_grad()
-def initialise_random(exit_: Exit, seed: int) -> None:
-    """Normal(0, 0.02), output projections 0.02 / sqrt(2 k), norms 1, biases 0; B of a ``low_rank`` head 0.
-
-    Draws depend on seed, layer and parameter alone, and are taken for the whole tensor before it is cut, so any
-    tensor-parallel size starts from the same weights.
-    """
-    tensor = exit_.setup.groups.tensor
-    for name, parameter in exit_.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        elif name == "up":
-            parameter.zero_()
-        else:
-            std = INIT_STD / math.sqrt(2 * exit_.spec.layer) if name.endswith(_OUTPUT_PROJECTIONS) else INIT_STD
-            _draw_(parameter, f"{seed}/{exit_.spec.layer}/{name}", std, tensor.rank(), tensor.size())
-    _zero_padding(exit_.head)
-
-
-@torch.no_grad()
-def initialise_low_rank(exit_: Exit, seed: int) -> None:
-    """A normal(0, 0.02), B zero: the exit starts out with the backbone's head (as LoRA, arXiv 2106.09685)."""
-    if exit_.down is not None and exit_.up is not None:
-        _draw_(exit_.down, f"{seed}/{exit_.spec.layer}/down", INIT_STD, 0, 1)
-        exit_.up.zero_()
-
-
-_OUTPUT_PROJECTIONS = ("mlp.down.weight", "attention.output.weight")
-
-
-def _draw_(parameter: Tensor, key: str, std: float, rank: int, size: int) -> None:
-    """Fill this rank's part of a tensor drawn from a generator that ``key`` seeds."""
-    shape = list(parameter.shape)
-    sharded = size > 1 and getattr(parameter, "tensor_model_parallel", False)
-    dim = getattr(parameter, "partition_dim", 0) if sharded else 0
-    if sharded:
-        shape[dim] *= size
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
-    generator = torch.Generator().manual_seed(seed)
-    whole = torch.empty(shape, dtype=torch.float32).normal_(0, std, generator=generator)
-    parameter.copy_(whole.chunk(size, dim)[rank] if sharded else whole)
-
-
-def _zero_padding(head: VocabHead) -> None:
-    if head.weight.requires_grad:
-        head.weight[head.valid :] = 0

@@ -16,6 +16,7 @@ with platform.quiet_imports():
         ColumnParallelLinear,
         RowParallelLinear,
         gather_from_sequence_parallel_region,
+        set_tensor_model_parallel_attributes,
     )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class ColumnLinear(ColumnParallelLinear):
             bias=bias,
             tp_group=setup.groups.tensor,
         )
+        mark_sharded(self.weight, 0)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[seq, batch, in]`` (``[seq / tp, ...]`` with sequence parallelism) -> ``[seq, batch, out / tp]``."""
@@ -62,6 +64,7 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=setup.groups.tensor,
         )
+        mark_sharded(self.weight, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[seq, batch, in / tp]`` -> ``[seq, batch, out]`` (``[seq / tp, ...]`` with sequence parallelism)."""
@@ -82,6 +85,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``; the last dimension is normalised in float32."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def mark_sharded(parameter: nn.Parameter, dim: int) -> None:
+    """Mark a parameter as one of the parts that tensor-parallel ranks hold, cut along ``dim``.
+
+    Gradient norms count the others once for all these ranks. megatron-core marks weights when it initialises them,
+    which it is told not to do.
+    """
+    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

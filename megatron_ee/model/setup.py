@@ -10,13 +10,12 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.model.linear import LayerSpec
+from megatron_ee.parallel.costs import padded_vocab
 from megatron_ee.parallel.groups import Groups
 
 with platform.quiet_imports():
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
     from megatron.core.transformer import TransformerConfig
-
-VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class ModelSetup:
     @property
     def padded_vocab(self) -> int:
         """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
-        multiple = VOCAB_MULTIPLE * self.groups.tensor.size()
-        return -(-self.architecture.vocab_size // multiple) * multiple
+        return padded_vocab(self.architecture.vocab_size, self.groups.tensor.size())
 
     def gather_sequence(self, x: Tensor) -> Tensor:
         """What a head reads: ``[seq, batch, hidden]`` on every rank, gathered where the sequence is sharded.

@@ -14,6 +14,7 @@ from megatron_ee.model.backbone import Backbone, VocabHead
 from megatron_ee.model.exit_loss import exit_statistics
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.metrics import TokenStats
+from megatron_ee.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import Positions
@@ -37,10 +38,21 @@ class Stage(nn.Module):
         *,
         embedding: bool = True,
         final_exit: bool = False,
+        tapped: Sequence[ExitSpec] | None = None,
     ) -> None:
-        """Allocate the stage on this process's device, without values; ``checkpoint.loading`` fills it."""
+        """Allocate the stage on this process's device, without values; ``checkpoint.loading`` fills it.
+
+        Args:
+            setup: architecture and groups.
+            layers: run of layer numbers; may be empty.
+            exits: hosted here.
+            embedding: whether the stage starts from tokens.
+            final_exit: whether it holds the final norm and the LM head.
+            tapped: all exits that read layers of this stage, wherever they are hosted; by default ``exits``.
+        """
         super().__init__()
         self.setup = setup
+        self._taps = {spec.layer: spec.body for spec in (exits if tapped is None else tapped)}
         with torch.device(platform.device()):
             self.backbone = Backbone(setup, layers, embedding=embedding, final_exit=final_exit)
             self.shared_head = self._shared_head(exits)
@@ -72,19 +84,18 @@ class Stage(nn.Module):
                 has its own, follows.
 
         Returns:
-            The last h computed, and the tap of each exit by its layer, all ``[seq, batch, hidden]``.
+            The last h computed, and by layer the tap of each exit that reads these, all ``[seq, batch, hidden]``.
         """
         taps: dict[int, Tensor] = {}
-        bodies = {exit_.spec.layer: exit_.spec.body for exit_ in self.exits}
         last = max((number for number, _ in self.backbone.numbered_layers()), default=0)
         for number, layer in self.backbone.numbered_layers():
             r = layer.attention_half(h, positions)
-            if bodies.get(number) == "mlp":
+            if self._taps.get(number) == "mlp":
                 taps[number] = r
                 if number == last and not to_end:
                     break
             h = layer.mlp_half(r)
-            if number in bodies and number not in taps:
+            if number in self._taps and number not in taps:
                 taps[number] = h
         return h, taps
 
@@ -106,3 +117,17 @@ class Stage(nn.Module):
         head = self.backbone.head
         assert head is not None, "no final exit here"
         return torch.nn.functional.linear(z, head.weight)[..., : head.valid].float()
+
+
+def build_stage(setup: ModelSetup, layout: Layout, specs: Sequence[ExitSpec], *, final_exit: bool = False) -> Stage:
+    """This rank's stage of a layout, allocated; ``final_exit``: the stage of the last layer holds that one too."""
+    index = setup.groups.pipeline.rank()
+    place = layout.stages[index]
+    return Stage(
+        setup,
+        place.layers,
+        [spec for spec in specs if spec.layer in place.exits],
+        embedding=1 in place.layers,
+        final_exit=final_exit and index == layout.last_layered,
+        tapped=[spec for spec in specs if spec.layer in place.layers],
+    )

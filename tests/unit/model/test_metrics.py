@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ee.errors import DataError
-from megatron_ee.model.metrics import FinalStats, Quality, QualityAccumulator, TokenStats
+from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
+from megatron_ee.model.quality import Quality
 
 
 def stats(loss: list[float], confidence: list[float], top1: list[int]) -> TokenStats:

@@ -1,0 +1,162 @@
+"""Learning from the final exit beside the labels (design: the tuning step; soft targets of arXiv 1503.02531).
+
+The final exit's distribution of a token is kept as its most probable tokens alone, which is little enough to send to
+the stages that host exits. ``exit_loss`` compares an exit with it chunk by chunk, through ``SoftTargets``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ee.model.backbone import VocabHead
+
+TOP_RUN = 64
+"""Columns whose maximum decides whether they are sorted; the padded vocabulary is a multiple of it."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The final exit's most probable tokens, the most probable first.
+
+    Attributes:
+        ids: ``[tokens, k]`` int64, global token ids.
+        log_probabilities: ``[tokens, k]`` float32, of the softmax over the whole vocabulary at temperature 1.
+    """
+
+    ids: Tensor
+    log_probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What an exit learns from besides the label.
+
+    The loss of a token is ``cross_entropy * CE + kl * temperature^2 * KL(p || q)``: q the exit's distribution over the
+    whole vocabulary and p the teacher's, rescaled to sum to 1 over what is kept of it, both at ``temperature``.
+    """
+
+    teacher: Teacher
+    kl: float
+    cross_entropy: float
+    temperature: float
+
+
+class SoftTargets:
+    """The teacher's distributions over one chunk's tokens, and where the exit stands to them.
+
+    Used in this order: ``read`` before the chunk's logits are exponentiated, ``compare`` with the sums over all
+    tensor-parallel ranks, then the others.
+    """
+
+    def __init__(
+        self, distillation: Distillation, part: slice, columns: Tensor, here: Tensor, tempered: Tensor | None
+    ) -> None:
+        """Targets of the tokens ``part``.
+
+        Args:
+            distillation: teacher of all tokens, and weights.
+            part: the chunk.
+            columns: ``[chunk, k]`` int64, each id's column in this rank's logits, any where it is another rank's.
+            here: ``[chunk, k]`` bool, whether it is this rank's.
+            tempered: room for ``[chunk, padded_vocab / tp]`` float32, where the temperature is not 1.
+        """
+        self.temperature, self.columns, self.here, self.tempered = distillation.temperature, columns, here, tempered
+        self.cross_entropy, self.kl = distillation.cross_entropy, distillation.kl
+        self.probabilities = (distillation.teacher.log_probabilities[part] / self.temperature).softmax(dim=1)
+
+    def read(self, logits: Tensor) -> list[Tensor]:
+        """What ``compare`` needs summed over the tensor-parallel ranks, from logits less their maximum, ``[chunk]``.
+
+        The teacher's mean of the logits; where the temperature is not 1, also the sum of the exponentials at it.
+        """
+        own = torch.where(self.here, logits.gather(1, self.columns), 0.0)
+        sums = [torch.linalg.vecdot(self.probabilities, own)]
+        if self.tempered is not None:
+            torch.mul(logits, 1 / self.temperature, out=self.tempered)
+            sums.append(self.tempered.exp_().sum(dim=1))
+        return sums
+
+    def compare(self, total: Tensor, mean_logit: Tensor, tempered_total: Tensor | None = None) -> None:
+        """Take the sums over the whole vocabulary; ``total``: of the exponentials at temperature 1, ``[chunk]``."""
+        self.total = total if tempered_total is None else tempered_total
+        entropy = torch.special.entr(self.probabilities).sum(dim=1)
+        self.divergence = self.total.log() - mean_logit / self.temperature - entropy
+
+    def loss(self, nll: Tensor) -> Tensor:
+        """Each token's loss from its cross-entropy, ``[chunk]``."""
+        return self.cross_entropy * nll + self.kl * self.temperature**2 * self.divergence
+
+    def scales(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of the exit's probabilities at temperature 1 and of the label in the gradient of the logits."""
+        # At temperature 1 the divergence pushes on the same probabilities as the cross-entropy.
+        own = self.cross_entropy + (self.kl if self.tempered is None else 0.0)
+        return scale * own, scale * self.cross_entropy
+
+    def add_gradient_(self, gradient: Tensor, scale: Tensor) -> None:
+        """Add the rest of the gradient: ``scale * kl * temperature * (q - p)``, at temperature 1 without q."""
+        pull = scale * (self.kl * self.temperature)
+        if self.tempered is not None:
+            gradient.addcmul_(self.tempered, (pull / self.total)[:, None])
+        gradient.scatter_add_(1, self.columns, torch.where(self.here, -pull[:, None] * self.probabilities, 0.0))
+
+
+@torch.no_grad()
+def teacher_top_k(z: Tensor, head: VocabHead, group: dist.ProcessGroup, k: int, *, chunk_tokens: int = 512) -> Teacher:
+    """The ``k`` most probable tokens of the final exit; of equal logits the lower token id first.
+
+    Args:
+        z: ``[tokens, hidden]``, after the final norm, equal on all tensor-parallel ranks.
+        head: this rank's rows of the frozen LM head.
+        group: tensor-parallel ranks; all get the same.
+        k: tokens to keep; of a smaller vocabulary all are.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
+    weight, tokens = head.weight, len(z)
+    width = min(k, len(weight))
+    values = torch.empty((tokens, width), dtype=torch.float32, device=z.device)
+    ids = torch.empty(values.shape, dtype=torch.int64, device=z.device)
+    log_total = torch.empty((tokens, 1), dtype=torch.float32, device=z.device)
+    for start in range(0, tokens, chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        logits = torch.mm(z[part], weight.t()).float()
+        logits[:, head.valid :] = -torch.inf
+        values[part], ids[part] = _top_columns(logits, width)
+        # Finite also on a rank that has padding alone.
+        highest = values[part, :1].clamp(min=torch.finfo(torch.float32).min)
+        log_total[part] = highest + logits.sub_(highest).exp_().sum(dim=1, keepdim=True).log()
+    ids += head.start
+
+    vocabulary = head.valid
+    if group.size() > 1:
+        vocabulary = int(_gathered(torch.full((1, 1), head.valid, device=z.device), group).sum())
+        values, ids, log_total = (_gathered(tensor, group) for tensor in (values, ids, log_total))
+        # Ranks hold ascending ids, so a stable sort keeps the lower one first.
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        ids = ids.gather(1, order)
+    k = min(k, vocabulary)
+    return Teacher(ids[:, :k].contiguous(), values[:, :k] - log_total.logsumexp(dim=1, keepdim=True))
+
+
+def _top_columns(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` highest of each row and their columns, of equals the lower column first, which ``topk`` leaves open.
+
+    They lie in the k runs of columns whose maxima are highest, so only those are sorted.
+    """
+    run = TOP_RUN if logits.shape[1] % TOP_RUN == 0 else 1
+    runs = logits.unflatten(1, (-1, run))
+    kept = runs.amax(dim=2).sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    candidates = runs.gather(1, kept[:, :, None].expand(-1, -1, run)).flatten(1)
+    values, order = candidates.sort(dim=1, descending=True, stable=True)
+    values, order = values[:, :k], order[:, :k]
+    return values, kept.gather(1, order // run) * run + order % run
+
+
+def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``[tokens, n]`` of every tensor-parallel rank, side by side in order of rank."""
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=1)
