@@ -7,8 +7,9 @@ they are and which backbone, by hash, they belong to.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,18 +17,29 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from megatron_ee.checkpoint.atomic import current_directory, replace_directory, write_file
-from megatron_ee.checkpoint.digest import file_sha256
-from megatron_ee.checkpoint.loading import ReleasedModel, load_frozen_norms
+from megatron_ee.checkpoint.atomic import current_directory, replace_directory, write_json
+from megatron_ee.checkpoint.digest import file_sha256, is_sha256
+from megatron_ee.checkpoint.gathering import gather_tensors
+from megatron_ee.checkpoint.loading import SavedModel, load_frozen_norms
+from megatron_ee.checkpoint.manifest import MANIFEST, encode
 from megatron_ee.checkpoint.names import Source, blocks, exit_saved_sources
-from megatron_ee.checkpoint.safetensors_file import TensorEntry, read_box, read_header, read_json, write_safetensors
+from megatron_ee.checkpoint.parallel import EXITS
+from megatron_ee.checkpoint.safetensors_file import read_header, write_safetensors
+from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
+from megatron_ee.checkpoint.tensors import StoredTensor, stored
+from megatron_ee.config.architecture import MAX_LAYERS
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Body, Head
-from megatron_ee.errors import CheckpointError
+from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
+from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
 from megatron_ee.model.exits import Exit
+from megatron_ee.parallel.groups import Groups
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
+INCLUDED = "adapter"
+"""Where exits lie in a Hugging Face directory that has some."""
+MAX_DESCRIPTION = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -48,64 +60,213 @@ class Adapter:
     backbone_sha256: str
     base_model: str
     steps: int
-    weights: dict[str, TensorEntry]
+    weights: dict[str, StoredTensor]
 
 
 def save_adapter(
-    path: Path, exits: Sequence[Exit], *, base_model: str, backbone_sha256: str, steps: int, extra: dict[str, Any]
+    path: Path,
+    exits: Sequence[Exit],
+    specs: Sequence[ExitSpec],
+    groups: Groups,
+    *,
+    base_model: str,
+    backbone_sha256: str,
+    steps: int,
+    extra: dict[str, Any],
 ) -> None:
-    """Write the adapter directory ``path``; an older one there is replaced in one move.
+    """Write the adapter directory ``path``; an older one there is replaced in one move. Every rank calls this.
+
+    Args:
+        path: directory, written by the first rank.
+        exits: hosted on this rank.
+        specs: the exits of all ranks.
+        groups: to gather tensors over, one at a time.
+        base_model: where the backbone is.
+        backbone_sha256: its hash.
+        steps: tuning steps behind the exits.
+        extra: further entries of the description.
 
     Raises:
         CheckpointError: it cannot be written.
     """
+    gathered = gather_tensors(exits, groups)
+
+    def write() -> None:
+        with replace_directory(path) as directory:
+            write_safetensors(directory / WEIGHTS, gathered.shapes, {"format": "pt"}, content=gathered.whole)
+            description = describe_exits(
+                specs, base_model, backbone_sha256, steps, file_sha256(directory / WEIGHTS), extra
+            )
+            write_json(directory / DESCRIPTION, description)
+
+    groups.together(write if groups.is_main else gathered.send)
+
+
+def extract_adapter(checkpoint: Path, path: Path) -> None:
+    """Write the adapter directory ``path`` from the exits in a training checkpoint; as ``save_adapter``, on one rank.
+
+    Raises:
+        CheckpointError: it cannot be read or written.
+    """
+    adapter = open_adapter(checkpoint)
+    by_layer = sorted(adapter.weights, key=lambda name: (int(name.split(".")[1]), name))
+    shapes = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in ((name, adapter.weights[name]) for name in by_layer)
+    }
     with replace_directory(path) as directory:
-        write_safetensors(directory / WEIGHTS, dict(_whole_tensors(exits)), {"format": "pt"})
-        description = {
-            "version": VERSION,
-            "base_model": base_model,
-            "backbone_sha256": backbone_sha256,
-            "steps": steps,
-            "exits": [dataclasses.asdict(exit_.spec) for exit_ in exits],
-            "files": {WEIGHTS: file_sha256(directory / WEIGHTS)},
-            **extra,
-        }
-        write_file(directory / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")
+        write_safetensors(
+            directory / WEIGHTS, shapes, {"format": "pt"}, content=lambda name: adapter.weights[name].slabs()
+        )
+        digest = file_sha256(directory / WEIGHTS)
+        description = describe_exits(adapter.exits, adapter.base_model, adapter.backbone_sha256, adapter.steps, digest)
+        write_json(directory / DESCRIPTION, description)
+
+
+def describe_exits(
+    specs: Sequence[ExitSpec],
+    base_model: str,
+    backbone_sha256: str | None,
+    steps: int,
+    weights_sha256: str,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Content of an adapter's ``exits.json``, with its own digest; ``weights_sha256`` is ``exits.safetensors``'s."""
+    content = {
+        "version": VERSION,
+        "base_model": base_model,
+        "backbone_sha256": backbone_sha256,
+        "steps": steps,
+        "exits": [dataclasses.asdict(spec) for spec in specs],
+        "files": {WEIGHTS: weights_sha256},
+        **(extra or {}),
+    }
+    return {**content, "sha256": _own_digest(content)}
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(encode(content, Path(DESCRIPTION))).hexdigest()
 
 
 def open_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
-    """Read an adapter's description and headers, and by default check the weights' digest.
+    """Read the description and headers of exits, and by default check the weights' digest.
+
+    Args:
+        path: an adapter, or what else holds exits: a parallel or training checkpoint, or a Hugging Face directory
+            with an adapter in its ``adapter/``.
+        verify: check the weights: at once in an adapter, as they are read in a checkpoint.
 
     Raises:
-        CheckpointError: not an adapter, of a later version, incomplete, or damaged; the message names the file.
+        CheckpointError: no exits there, of a later version, incomplete, or damaged; the message names the file.
     """
     directory = current_directory(path)
+    if os.path.isfile(directory / MANIFEST):
+        return _open_checkpoint(open_checkpoint(directory, verify=verify))
+    root = allowed_root(directory)
+    if not os.path.lexists(directory / DESCRIPTION) and os.path.lexists(directory / INCLUDED / DESCRIPTION):
+        directory = directory / INCLUDED
     where = directory / DESCRIPTION
-    if not where.is_file():
+    if not os.path.lexists(where):
         raise CheckpointError(f"{directory}: no {DESCRIPTION}; give an adapter directory as tune writes it")
-    content = read_json(where)
-    try:
-        if content["version"] != VERSION:
-            raise CheckpointError(f"{where}: version {content['version']!r}; this version reads {VERSION}")
-        exits = tuple(_spec(fields) for fields in content["exits"])
-        adapter = Adapter(
-            directory,
-            exits,
-            str(content["backbone_sha256"]),
-            str(content["base_model"]),
-            int(content["steps"]),
-            read_header(directory / WEIGHTS),
-        )
-        digest = content["files"][WEIGHTS]
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{where}: not an adapter's description: {type(error).__name__} {error}") from None
-    if [spec.layer for spec in exits] != sorted({spec.layer for spec in exits}) or not exits:
-        raise CheckpointError(f"{where}: exits must be listed once each, in the order of their layers")
+    for name in (DESCRIPTION, WEIGHTS):
+        check_confined(directory / name, root)
+    content = read_json(where, MAX_DESCRIPTION)
+    if not isinstance(content, dict):
+        raise DamagedError(f"{where}: expected a JSON object")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{where}: version {shown(content.get('version'))}; this version reads {VERSION}")
+    own = content.pop("sha256", None)  # the first adapters had none
+    if verify and own is not None and own != _own_digest(content):
+        raise DamagedError(f"{where}: damaged: its SHA-256 is not the one it states")
+    weights = {name: stored(entry) for name, entry in read_header(directory / WEIGHTS).items()}
+    files = content.get("files")
+    digest = files.get(WEIGHTS) if isinstance(files, dict) else None
     if verify and file_sha256(directory / WEIGHTS) != digest:
-        raise CheckpointError(f"{directory / WEIGHTS}: damaged: its SHA-256 is not the one in {DESCRIPTION}")
+        raise DamagedError(f"{directory / WEIGHTS}: damaged: its SHA-256 is not the one in {DESCRIPTION}")
+    return _describe(directory, where, content, content.get("steps"), weights)
+
+
+def _open_checkpoint(checkpoint: Checkpoint) -> Adapter:
+    """The exits of a parallel or training checkpoint."""
+    where, metadata = checkpoint.path / MANIFEST, checkpoint.metadata
+    if not metadata.get("exits"):
+        raise CheckpointError(f"{where}: there are no exits in it; give an adapter directory as tune writes it")
+    progress = metadata.get("progress")
+    steps = progress.get("step") if isinstance(progress, dict) else metadata.get("steps")
+    weights = {key: tensor for key, tensor in checkpoint.tensors().items() if key.startswith(EXITS)}
+    return _describe(checkpoint.path, where, metadata, steps, weights)
+
+
+def _describe(
+    directory: Path, where: Path, content: dict[str, Any], steps: Any, weights: dict[str, StoredTensor]
+) -> Adapter:
+    try:
+        listed, base_model, backbone = content["exits"], content["base_model"], content["backbone_sha256"]
+        if not isinstance(listed, list) or not listed:
+            raise ValueError("exits must be a list of at least one")
+        exits = tuple(_spec(fields) for fields in listed)
+        if [spec.layer for spec in exits] != sorted({spec.layer for spec in exits}):
+            raise ValueError("exits must be listed once each, in the order of their layers")
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"steps must be a whole number, not {shown(steps)}")
+        if not isinstance(base_model, str) or not is_sha256(backbone):
+            raise ValueError("base_model must be a path and backbone_sha256 a SHA-256")
+        _check_kinds(exits, weights)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{where}: not a description of exits: {reason}") from None
+    return Adapter(directory, exits, backbone, printable(base_model), steps, weights)
+
+
+def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor]) -> None:
+    """Whether the weights are of the exits that are described, as far as that can be told without the model."""
+    stray = set(weights)
+    for spec in exits:
+        prefix = f"{EXITS}{spec.layer}."
+        own = {name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
+        stray -= {prefix + name for name in own}
+        kinds = {name.partition(".")[0] for name in own}
+        body = (
+            "layer" if "self_attn" in kinds else "mlp" if "mlp" in kinds else "norm" if "norm" in kinds else "embedding"
+        )
+        head = "own" if "lm_head.weight" in own else "low_rank" if "lm_head.a" in own else "shared"
+        if (body, head) != (spec.body, spec.head):
+            raise ValueError(
+                f"the exit after layer {spec.layer} is said to be {spec.body} with head {spec.head}, "
+                f"but its weights are those of {body} with head {head}"
+            )
+        if head == "low_rank" and weights[f"{prefix}lm_head.a"].shape[:1] != (spec.rank,):
+            raise ValueError(
+                f"the head after layer {spec.layer} is said to have rank {spec.rank}, but its weights differ"
+            )
+    if stray:
+        raise ValueError(f"tensor {shown(min(stray))} belongs to no exit that is described")
+
+
+def find_exits(
+    model: SavedModel, path: str | Path | None, digest: Callable[[], str], *, verify: bool = True
+) -> Adapter | None:
+    """The exits at ``path``, or else those that lie with the model, if there are any; made for this model.
+
+    Args:
+        digest: gives the model's hash; called only where it is needed.
+
+    Raises:
+        CheckpointError: they cannot be used, or were made for another backbone.
+    """
+    if path is None and not has_exits(model):
+        return None
+    adapter = open_adapter(model.path if path is None else path, verify=verify)
+    if adapter.path != model.path:  # a parallel checkpoint's manifest vouches for both
+        check_backbone(adapter, digest(), model.path)
     return adapter
+
+
+def has_exits(model: SavedModel) -> bool:
+    """Whether exits lie with the model, in its parallel checkpoint or its directory's ``adapter/``."""
+    if model.checkpoint is not None:
+        return bool(model.checkpoint.metadata.get("exits"))
+    return (model.path / INCLUDED / DESCRIPTION).is_file()
 
 
 def check_backbone(adapter: Adapter, backbone_sha256: str, model: str | Path) -> None:
@@ -121,7 +282,7 @@ def check_backbone(adapter: Adapter, backbone_sha256: str, model: str | Path) ->
         )
 
 
-def load_exits(exits: Iterable[Exit], adapter: Adapter, model: ReleasedModel) -> None:
+def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> None:
     """Fill exits from an adapter, and what they hold frozen from the model.
 
     Raises:
@@ -141,15 +302,15 @@ def _read(parameter: Tensor, source: Source, exit_: Exit, adapter: Adapter) -> N
     if source.kind == "vocabulary":
         parameter.zero_()
     for block in blocks(parameter, source, setup.architecture, setup.groups.tensor.rank(), setup.groups.tensor.size()):
-        entry = adapter.weights.get(block.name)
-        if entry is None:
-            raise CheckpointError(f"{adapter.path / WEIGHTS}: tensor {block.name!r} is missing")
-        if entry.shape != block.shape:
+        tensor = adapter.weights.get(block.name)
+        if tensor is None:
+            raise CheckpointError(f"{adapter.path}: tensor {block.name!r} is missing")
+        if tensor.shape != block.shape:
             raise CheckpointError(
-                f"{adapter.path / WEIGHTS}: tensor {block.name!r} has shape {list(entry.shape)}, "
+                f"{tensor.files[-1]}: tensor {block.name!r} has shape {list(tensor.shape)}, "
                 f"but this model makes it {list(block.shape)}"
             )
-        read_box(entry, block.tensor, block.offset)
+        tensor.read(block.tensor, block.offset)
 
 
 def _check_same_kind(wanted: ExitSpec, found: ExitSpec | None, adapter: Adapter) -> None:
@@ -165,29 +326,16 @@ def _check_same_kind(wanted: ExitSpec, found: ExitSpec | None, adapter: Adapter)
             )
 
 
-def _spec(fields: dict[str, Any]) -> ExitSpec:
+def _spec(fields: Any) -> ExitSpec:
+    names = {field.name for field in dataclasses.fields(ExitSpec)}
+    if not isinstance(fields, dict) or "layer" not in fields or not fields.keys() <= names:
+        raise ValueError(f"an exit must be an object with layer and, at most, {', '.join(sorted(names))}")
     spec = ExitSpec(**fields)
-    if spec.body not in get_args(Body) or spec.head not in get_args(Head):
-        raise ValueError(f"body {spec.body!r} or head {spec.head!r} is unknown")
-    if not (type(spec.layer) is int and spec.layer >= 1 and type(spec.rank) is int and spec.rank >= 1):
-        raise ValueError(f"layer {spec.layer!r} or rank {spec.rank!r} is not a positive whole number")
+    for value, known in ((spec.body, get_args(Body)), (spec.head, get_args(Head)), (spec.init, ("copy", "random"))):
+        if value not in known:
+            raise ValueError(f"{shown(value)} of an exit is unknown; known: {', '.join(known)}")
+    if type(spec.layer) is not int or not 1 <= spec.layer <= MAX_LAYERS or type(spec.rank) is not int or spec.rank < 1:
+        raise ValueError(f"layer {shown(spec.layer)} or rank {shown(spec.rank)} is not a positive whole number")
+    if type(spec.weight) not in (int, float) or not 0 < spec.weight < float("inf"):
+        raise ValueError(f"weight {shown(spec.weight)} of an exit is not a positive number")
     return spec
-
-
-def _whole_tensors(exits: Iterable[Exit]) -> Iterator[tuple[str, Tensor]]:
-    """Every trained tensor in released names and shapes."""
-    for exit_ in exits:
-        setup = exit_.setup
-        tensor = setup.groups.tensor
-        assert tensor.size() == 1, "an adapter is gathered over tensor-parallel ranks before it is written"
-        for parameter, source in exit_saved_sources(exit_):
-            parts: dict[str, Tensor] = {}
-            for block in blocks(parameter, source, setup.architecture, tensor.rank(), tensor.size()):
-                if block.tensor.shape == block.shape:
-                    parts[block.name] = block.tensor
-                    continue
-                whole = parts.setdefault(block.name, torch.empty(block.shape, dtype=block.tensor.dtype))
-                whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.tensor.shape, strict=True))] = (
-                    block.tensor
-                )
-            yield from parts.items()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -18,31 +19,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_ee.errors import CheckpointError
+from megatron_ee.checkpoint.failpoints import failpoint
+from megatron_ee.errors import CheckpointError, storage_errors
 
 _LEFTOVER = re.compile(r"(?s).+\.(tmp|ready)-[0-9a-f]{8}|\.trash-.+-[0-9a-f]{8}")
 _READY = re.compile(r"(?s).+\.ready-[0-9a-f]{8}")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 LOCK_NAME = ".writer.lock"
-
-
-@contextlib.contextmanager
-def storage_errors(path: str | os.PathLike[str], action: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the body into one line: the path, what could not be done, and why.
-
-    Raises:
-        CheckpointError: in place of any ``OSError`` of the file system.
-    """
-    try:
-        yield
-    except ConnectionError:  # a pipe or socket, not storage
-        raise
-    except OSError as error:
-        hint = "; free some space or choose another place" if error.errno in _NO_SPACE else ""
-        where = os.fspath(error.filename if isinstance(error.filename, (str, os.PathLike)) else path)
-        raise CheckpointError(f"{where}: cannot {action}: {error.strerror or error}{hint}") from error
 
 
 def _token() -> str:
@@ -115,6 +100,16 @@ def write_file(path: Path, content: bytes) -> None:
         write_all(fd, memoryview(content))
 
 
+def write_json(path: Path, data: Any) -> None:
+    """Write strict, indented JSON through ``new_file``.
+
+    Raises:
+        CheckpointError: as ``new_file``.
+        ValueError: a number that JSON has no word for.
+    """
+    write_file(path, json.dumps(data, indent=2, allow_nan=False).encode() + b"\n")
+
+
 def begin_directory(final: Path) -> Path:
     """Create and return ``NAME.tmp-<random>`` beside ``final``, making parents as needed.
 
@@ -122,7 +117,9 @@ def begin_directory(final: Path) -> Path:
         CheckpointError: ``final`` exists and is not an empty directory, or nothing can be created there.
     """
     with storage_errors(final, "create"):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        if not final.parent.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            fsync_directory(final.parent.parent)
         if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
             raise CheckpointError(f"{final}: exists already; nothing is overwritten, move it away")
         temporary = final.with_name(f"{final.name}.tmp-{_token()}")
@@ -192,8 +189,10 @@ def replace_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 def _install(ready: Path, final: Path) -> None:
     """Put the complete directory ``ready`` in the place of ``final``."""
     trash = final.with_name(f".trash-{final.name}-{_token()}")
+    failpoint("replace.ready")
     with contextlib.suppress(FileNotFoundError):
         os.rename(final, trash)
+    failpoint("replace.between")
     os.rename(ready, final)
     fsync_directory(final.parent)
     shutil.rmtree(trash, ignore_errors=True)
@@ -229,6 +228,7 @@ def _discard(directory: Path) -> None:
     trash = directory.with_name(f".trash-{directory.name}-{_token()}")
     with storage_errors(directory, "delete"):
         os.rename(directory, trash)
+    failpoint("prune.renamed")
     shutil.rmtree(trash, ignore_errors=True)
 
 

@@ -17,19 +17,17 @@ from pathlib import Path
 import torch
 
 from megatron_ee.checkpoint.atomic import storage_errors, write_file
-from megatron_ee.checkpoint.safetensors_file import (
-    DTYPE_NAMES,
-    PIECE,
-    TensorEntry,
-    open_regular,
-    read_exactly,
-    read_json,
-    scratch_buffer,
-    tensor_bytes,
-)
+from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES, PIECE, scratch_buffer, tensor_bytes
+from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.config.untrusted import open_regular, read_exactly, read_json
 from megatron_ee.errors import CheckpointError
 
 FileState = tuple[str, int, int]  # resolved path, size in bytes, time of last change in ns
+
+
+def is_sha256(value: object) -> bool:
+    """Whether ``value`` is a SHA-256 as this package writes it: 64 hex digits."""
+    return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
 
 
 def hash_workers() -> int:
@@ -62,14 +60,36 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         return hash_range(fd, 0, os.fstat(fd).st_size, Path(path))
 
 
-def tensor_digest(entry: TensorEntry) -> str:
-    """SHA-256 (hex) of one tensor's bytes, row-major, in the dtype of its file.
+class BlockHasher:
+    """SHA-256 of each ``size`` bytes of a stream.
 
-    Raises:
-        CheckpointError: they cannot be read.
+    Attributes:
+        total: bytes so far.
     """
-    with open_regular(entry.path) as fd:
-        return hash_range(fd, entry.offset, entry.offset + entry.nbytes, entry.path)
+
+    def __init__(self, size: int) -> None:
+        self.total = 0
+        self._size, self._digests, self._current = size, list[str](), hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        """The stream's next bytes."""
+        while len(data) > 0:
+            part = data[: self._size - self.total % self._size]
+            self._current.update(part)
+            self.total += len(part)
+            data = data[len(part) :]
+            if self.total % self._size == 0:
+                self._end_block()
+
+    def finish(self) -> list[str]:
+        """Hex digests of all blocks; the last one may be shorter."""
+        if self.total % self._size:
+            self._end_block()
+        return self._digests
+
+    def _end_block(self) -> None:
+        self._digests.append(self._current.hexdigest())
+        self._current = hashlib.sha256()
 
 
 def combine_digests(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], str]]) -> str:
@@ -86,36 +106,36 @@ def combine_digests(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], s
 
 
 def backbone_digest(
-    entries: Mapping[str, TensorEntry], *, fresh: bool = False, advance: Callable[[int], None] | None = None
+    tensors: Mapping[str, StoredTensor], *, fresh: bool = False, advance: Callable[[int], None] | None = None
 ) -> str:
     """The backbone's hash: ``combine_digests`` over its tensors under their Hugging Face names.
 
-    Equal however the tensors are spread over files. It is kept in ``cache_directory()`` by the path, size and time
+    Equal in whatever format and files the tensors are. It is kept in ``cache_directory()`` by the path, size and time
     of the files and by what is read of them; a cache that cannot be read or written is done without.
 
     Args:
-        entries: tensors by Hugging Face name.
+        tensors: every weight of the backbone by Hugging Face name.
         fresh: read all bytes again, whatever the cache says.
         advance: called with the number of bytes just hashed, in this thread.
 
     Raises:
         CheckpointError: a file cannot be read, or changes meanwhile.
     """
-    before = _file_states(entries)
-    key = _cache_key(entries, before)
+    before = _file_states(tensors)
+    key = _cache_key(tensors, before)
     cached = None if fresh else _cached(key)
     if cached is not None:
         return cached
-    names = sorted(entries, key=lambda name: -entries[name].nbytes)  # the largest first keeps all threads busy
+    names = sorted(tensors, key=lambda name: -tensors[name].nbytes)  # the largest first keeps all threads busy
     digests = {}
     with ThreadPoolExecutor(hash_workers()) as pool:
-        for name, digest in zip(names, pool.map(tensor_digest, (entries[name] for name in names)), strict=True):
+        for name, digest in zip(names, pool.map(lambda name: tensors[name].sha256(), names), strict=True):
             digests[name] = digest
             if advance is not None:
-                advance(entries[name].nbytes)
-    if _file_states(entries) != before:
+                advance(tensors[name].nbytes)
+    if _file_states(tensors) != before:
         raise CheckpointError(f"{before[0][0]}: this file or one beside it changed while it was read; run again")
-    result = combine_digests((name, entries[name].dtype, entries[name].shape, digests[name]) for name in entries)
+    result = combine_digests((name, tensors[name].dtype, tensors[name].shape, digests[name]) for name in tensors)
     _store(key, result, before)
     return result
 
@@ -128,21 +148,21 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "megatron_ee"
 
 
-def _file_states(entries: Mapping[str, TensorEntry]) -> list[FileState]:
+def _file_states(tensors: Mapping[str, StoredTensor]) -> list[FileState]:
     states = []
-    for path in sorted({entry.path for entry in entries.values()}):
+    for path in sorted({path for tensor in tensors.values() for path in tensor.files}):
         with storage_errors(path, "read"):
             status = os.stat(path)
         states.append((os.path.realpath(path), status.st_size, status.st_mtime_ns))
     return states
 
 
-def _cache_key(entries: Mapping[str, TensorEntry], states: list[FileState]) -> str:
+def _cache_key(tensors: Mapping[str, StoredTensor], states: list[FileState]) -> str:
     layout = [
-        [name, DTYPE_NAMES[entry.dtype], list(entry.shape), os.path.realpath(entry.path), entry.offset]
-        for name, entry in sorted(entries.items())
+        [name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), sorted(map(os.path.realpath, tensor.files)), tensor.made]
+        for name, tensor in sorted(tensors.items())
     ]
-    return hashlib.sha256(json.dumps([1, states, layout]).encode("utf-8")).hexdigest()
+    return hashlib.sha256(json.dumps([2, states, layout]).encode("utf-8")).hexdigest()
 
 
 def _cache_file(key: str) -> Path:
@@ -154,8 +174,8 @@ def _cached(key: str) -> str | None:
         content = read_json(_cache_file(key), limit=2**20)
         if isinstance(content, dict) and content.get("key") == key:
             digest = content.get("digest")
-            if isinstance(digest, str) and len(digest) == 64 and not set(digest) - set("0123456789abcdef"):
-                return digest
+            if is_sha256(digest):
+                return str(digest)
     return None
 
 

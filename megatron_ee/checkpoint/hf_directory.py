@@ -10,9 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_ee.checkpoint.atomic import storage_errors
-from megatron_ee.checkpoint.safetensors_file import TensorEntry, read_header, read_json
-from megatron_ee.errors import CheckpointError
+from megatron_ee.checkpoint.safetensors_file import TensorEntry, read_header
+from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
+from megatron_ee.errors import CheckpointError, shown, storage_errors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,50 +42,29 @@ class HFDirectory:
     def open(cls, path: str | os.PathLike[str]) -> HFDirectory:
         """Find and check the files of ``path``: ``model.safetensors``, or else the index and its shards.
 
-        A file must lie in the directory itself, with one exception: in a download cache of the Hugging Face hub,
-        ``models--ORG--NAME/snapshots/REVISION/x`` is a symbolic link to ``models--ORG--NAME/blobs/HASH``, and links
-        may lead anywhere inside that ``models--ORG--NAME`` folder.
+        A file must lie in the directory itself, or in the hub's download cache beside it; see ``allowed_root``.
 
         Raises:
             CheckpointError: no safetensors (or pickles only), an index that is not valid, points outside or
                 contradicts its shards, a missing, truncated or malformed file.
         """
         directory = Path(path)
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such directory; give a Hugging Face model directory")
-        root = _allowed_root(directory)
+        with storage_errors(directory, "read"):
+            if not directory.is_dir():
+                raise CheckpointError(f"{directory}: no such directory; give a Hugging Face model directory")
+        root = allowed_root(directory)
         single, index = directory / SINGLE, directory / INDEX
         if os.path.lexists(single):
-            _check_confined(single, SINGLE, root, directory)
+            check_confined(single, root)
             return cls(directory, (single,), read_header(single))
         if not os.path.lexists(index):
             raise _nothing_usable(directory)
-        _check_confined(index, INDEX, root, directory)
+        check_confined(index, root)
         placed = _read_index(index)
         files = {name: directory / name for name in sorted(set(placed.values()))}
-        for name, file in files.items():
-            _check_confined(file, name, root, index)
+        for file in files.values():
+            check_confined(file, root, index)
         return cls(directory, tuple(files.values()), _join_shards(index, placed, files))
-
-
-def _allowed_root(directory: Path) -> Path:
-    """The folder that files may resolve into: the directory, or the hub repository folder that it belongs to."""
-    real = Path(os.path.realpath(directory))
-    for parent in real.parents:
-        in_snapshot = (parent / "snapshots") in real.parents and (parent / "blobs").is_dir()
-        if parent.name.startswith("models--") and in_snapshot:
-            return parent
-    return real
-
-
-def _check_confined(file: Path, name: str, root: Path, where: Path) -> None:
-    target = Path(os.path.realpath(file))
-    if not target.is_relative_to(root):
-        raise CheckpointError(f"{where}: {name!r} leads outside the model directory, to {target}; refused")
-    with storage_errors(file, "read"):
-        found = file.is_file()
-    if not found:
-        raise CheckpointError(f"{where}: file {name!r} is missing; download the model again")
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -96,12 +75,12 @@ def _read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: expected an object with a weight_map of tensor names to file names")
     for tensor, name in placed.items():
         if not isinstance(name, str) or not name.isprintable() or "\\" in name:
-            raise CheckpointError(f"{index}: weight_map: {str(name)[:200]!r} of tensor {tensor!r} is not a file name")
+            raise CheckpointError(f"{index}: weight_map: {shown(name)} of tensor {shown(tensor)} is not a file name")
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
-            raise CheckpointError(f"{index}: {name!r} leads outside the model directory; refused")
+            raise CheckpointError(f"{index}: {shown(name)} leads outside the model directory; refused")
         if parts.suffix != ".safetensors":
-            raise CheckpointError(f"{index}: {name!r} is not a safetensors file; only these are read")
+            raise CheckpointError(f"{index}: {shown(name)} is not a safetensors file; only these are read")
     return placed
 
 

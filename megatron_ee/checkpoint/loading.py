@@ -1,11 +1,12 @@
-"""Filling a stage from a released model: each rank reads its boxes straight into place."""
+"""Filling a stage from a saved model: each rank reads its boxes straight into place."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.digest import backbone_digest
 from megatron_ee.checkpoint.hf_directory import HFDirectory
+from megatron_ee.checkpoint.manifest import MANIFEST
 from megatron_ee.checkpoint.names import (
     Block,
     Source,
@@ -23,10 +25,12 @@ from megatron_ee.checkpoint.names import (
     is_non_weight,
     shared_head_sources,
 )
-from megatron_ee.checkpoint.safetensors_file import TensorEntry, read_box
+from megatron_ee.checkpoint.parallel import EXITS, open_parallel
+from megatron_ee.checkpoint.store import Checkpoint
+from megatron_ee.checkpoint.tensors import StoredTensor, stored
 from megatron_ee.config.architecture import Architecture, read_architecture
 from megatron_ee.errors import CheckpointError
-from megatron_ee.model.exits import Exit, initialise_low_rank, initialise_random
+from megatron_ee.model.exits import Exit
 from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.stage import Stage
 
@@ -35,50 +39,63 @@ READERS = 2
 
 
 @dataclass(frozen=True)
-class ReleasedModel:
-    """A Hugging Face directory whose tensors have been checked, by their headers, against its ``config.json``.
+class SavedModel:
+    """A Hugging Face directory or a parallel checkpoint, its tensors checked against its ``config.json``.
 
     Attributes:
         path: the directory.
         architecture: from ``config.json``.
         weights: every weight by released name.
+        non_weights: known tensors beside them that hold no weight of their own.
+        checkpoint: the parallel checkpoint; None for a Hugging Face directory.
     """
 
     path: Path
     architecture: Architecture
-    weights: dict[str, TensorEntry]
+    weights: dict[str, StoredTensor]
+    non_weights: dict[str, StoredTensor] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
 
     def digest(self, *, fresh: bool = False, advance: Callable[[int], None] | None = None) -> str:
         """The backbone's hash; see ``backbone_digest``."""
         return backbone_digest(self.weights, fresh=fresh, advance=advance)
 
 
-def open_released(path: str | Path) -> ReleasedModel:
-    """Check a released model before any memory is spent on it.
+def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
+    """Check a model before any memory is spent on it.
+
+    Args:
+        path: a Hugging Face directory or a parallel checkpoint.
+        verify: check what is read of a parallel checkpoint; Hugging Face directories hold nothing to check against.
 
     Raises:
         CheckpointError: the directory, ``config.json`` or a file is not usable, a weight is missing, unknown, of
             another shape, or not of a floating dtype.
     """
+    path = Path(path)
+    checkpoint = open_parallel(path, verify=verify) if os.path.isfile(path / MANIFEST) else None
     architecture = read_architecture(path)
-    directory = HFDirectory.open(path)
+    if checkpoint is not None:
+        tensors = {key: tensor for key, tensor in checkpoint.tensors().items() if not key.startswith(EXITS)}
+    else:
+        tensors = {name: stored(entry) for name, entry in HFDirectory.open(path).tensors.items()}
     expected = expected_tensors(architecture)
-    for name in directory.tensors:
+    for name, tensor in tensors.items():
         if name not in expected and not is_non_weight(name, architecture):
-            raise CheckpointError(
-                f"{directory.tensors[name].path}: unknown tensor {name!r} for a {architecture.family} model"
-            )
+            raise CheckpointError(f"{tensor.files[-1]}: unknown tensor {name!r} for a {architecture.family} model")
     for name, shape in expected.items():
-        entry = directory.tensors.get(name)
-        if entry is None:
-            raise CheckpointError(f"{directory.path}: tensor {name!r} is missing from {_listed(directory.files)}")
-        if entry.shape != shape:
+        if name not in tensors:
+            files = sorted({file for tensor in tensors.values() for file in tensor.files})
+            raise CheckpointError(f"{path}: tensor {name!r} is missing from {_listed(files)}")
+        where = f"{tensors[name].files[-1]}: tensor {name!r}"
+        if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{entry.path}: tensor {name!r} has shape {list(entry.shape)}, but config.json makes it {list(shape)}"
+                f"{where} has shape {list(tensors[name].shape)}, but config.json makes it {list(shape)}"
             )
-        if not entry.dtype.is_floating_point:
-            raise CheckpointError(f"{entry.path}: tensor {name!r} has dtype {entry.dtype}; expected a floating one")
-    return ReleasedModel(directory.path, architecture, {name: directory.tensors[name] for name in expected})
+        if not tensors[name].dtype.is_floating_point:
+            raise CheckpointError(f"{where} has dtype {tensors[name].dtype}; expected a floating one")
+    others = {name: tensor for name, tensor in tensors.items() if name not in expected}
+    return SavedModel(path, architecture, {name: tensors[name] for name in expected}, others, checkpoint)
 
 
 def _listed(files: Iterable[Path]) -> str:
@@ -86,8 +103,8 @@ def _listed(files: Iterable[Path]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load_backbone(stage: Stage, model: ReleasedModel, advance: Callable[[int], None] | None = None) -> None:
-    """Read the backbone's part of ``stage``, and its shared head, from a released model.
+def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None] | None = None) -> None:
+    """Read the backbone's part of ``stage``, and its shared head, from a saved model.
 
     Args:
         stage: allocated, its values undefined.
@@ -100,28 +117,14 @@ def load_backbone(stage: Stage, model: ReleasedModel, advance: Callable[[int], N
     fill(itertools.chain(backbone_sources(stage.backbone), shared_head_sources(stage)), model, stage.setup, advance)
 
 
-def initialise_exit(exit_: Exit, model: ReleasedModel, seed: int) -> None:
-    """Give a new exit its first values: copied from the model's own weights, or random (design: exits).
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
-    copied: Iterator[tuple[Tensor, Source]] = exit_copy_sources(exit_)
-    if exit_.spec.init == "random":
-        initialise_random(exit_, seed)
-        copied = (pair for pair in copied if not pair[0].requires_grad)
-    fill(copied, model, exit_.setup)
-    initialise_low_rank(exit_, seed)
-
-
-def load_frozen_norms(exit_: Exit, model: ReleasedModel) -> None:
+def load_frozen_norms(exit_: Exit, model: SavedModel) -> None:
     """Read what an exit holds frozen: the norm that an ``mlp`` exit reads its tap through."""
     fill((pair for pair in exit_copy_sources(exit_) if not pair[0].requires_grad), model, exit_.setup)
 
 
 def fill(
     parameters: Iterable[tuple[Tensor, Source]],
-    model: ReleasedModel,
+    model: SavedModel,
     setup: ModelSetup,
     advance: Callable[[int], None] | None = None,
 ) -> None:
@@ -134,7 +137,7 @@ def fill(
         wanted += blocks(parameter, source, setup.architecture, tensor.rank(), tensor.size())
 
     def read(block: Block) -> int:
-        read_box(model.weights[block.name], block.tensor, block.offset)
+        model.weights[block.name].read(block.tensor, block.offset)
         return block.tensor.numel() * block.tensor.element_size()
 
     with ThreadPoolExecutor(READERS) as pool, torch.no_grad():

@@ -8,12 +8,10 @@ memory of the wanted tensor, through a small buffer only where dtype, strides or
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ee.checkpoint.atomic import new_file, storage_errors, write_all
-from megatron_ee.errors import CheckpointError
+from megatron_ee.checkpoint.atomic import new_file, write_all
+from megatron_ee.config.untrusted import open_regular, parse_json, read_exactly
+from megatron_ee.errors import CheckpointError, DamagedError, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,15 +45,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_HEADER = 32 * 2**20  # bytes; the largest models' are below 1 MiB
 PIECE = 4 * 2**20  # bytes of the buffer through which conversions and hashes go: small enough to stay in cache
 SMALL_GAP = 32 * 2**10  # bytes: reading over a gap up to this costs less than another system call
 _DIRECT = 64 * 2**10  # bytes: contiguous runs from this on are read straight into place, one by one
 _scratch = threading.local()
-
-
-class DamagedError(CheckpointError):
-    """The bytes of a file are not what they must be: truncated, malformed, or another checksum."""
 
 
 @dataclass(frozen=True)
@@ -78,80 +73,6 @@ class TensorEntry:
     nbytes: int
 
 
-# ---------------------------------------------------------------------------------------------- files and JSON
-
-
-@contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[int]:
-    """Yield a read descriptor of a regular file; a pipe or device is refused instead of waited for.
-
-    Raises:
-        CheckpointError: it cannot be opened, or reading from it fails in the body.
-    """
-    with storage_errors(path, "read"):
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise CheckpointError(f"{path}: is not a regular file")
-            yield fd
-        finally:
-            os.close(fd)
-
-
-def read_exactly(fd: int, out: memoryview, position: int, path: Path) -> None:
-    """Fill ``out`` with the file's bytes from ``position``; one ``preadv`` may give less than it is asked.
-
-    Raises:
-        DamagedError: the file ends too early.
-    """
-    done = 0
-    while done < len(out):
-        count = os.preadv(fd, [out[done:]], position + done)
-        if count == 0:
-            raise DamagedError(f"{path}: truncated: expected {position + len(out)} bytes, found {position + done}")
-        done += count
-
-
-def parse_json(data: bytes, where: str) -> Any:
-    """JSON by the letter: UTF-8, no key twice in one object, no NaN or Infinity.
-
-    Raises:
-        DamagedError: naming ``where``.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"key {twice[:200]!r} appears twice")
-        return result
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where}: not valid JSON: {error}") from None
-
-
-def read_json(path: Path, limit: int = 256 * 2**20) -> Any:
-    """The JSON of a file of at most ``limit`` bytes.
-
-    Raises:
-        CheckpointError: no such file, or too large.
-        DamagedError: not valid JSON.
-    """
-    with open_regular(path) as fd:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise CheckpointError(f"{path}: {size} bytes are too many for a JSON file; at most {limit} are read")
-        data = bytearray(size)
-        read_exactly(fd, memoryview(data), 0, path)
-    return parse_json(bytes(data), str(path))
-
-
 # ------------------------------------------------------------------------------------------------------ header
 
 
@@ -169,7 +90,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
         if name == "__metadata__":
             continue
         if not name.isprintable():
-            raise DamagedError(f"{path}: tensor name {name[:200]!r} has unprintable characters")
+            raise DamagedError(f"{path}: tensor name {shown(name)} has unprintable characters")
         entries[name] = _parse_entry(path, name, fields, start)
     end = max((entry.offset + entry.nbytes for entry in entries.values()), default=start)
     if end > size:
@@ -223,20 +144,22 @@ def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _parse_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
-    where = f"{path}: tensor {name[:200]!r}"
+    where = f"{path}: tensor {shown(name)}"
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise DamagedError(f"{where}: expected dtype, shape and data_offsets in the header")
     spelled, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     dtype = DTYPES.get(spelled) if isinstance(spelled, str) else None
     if dtype is None:
-        raise DamagedError(f"{where}: dtype {str(spelled)[:40]!r} is not known; known: {', '.join(DTYPES)}")
+        raise DamagedError(f"{where}: dtype {shown(spelled)} is not known; known: {', '.join(DTYPES)}")
     if not is_index_list(shape) or len(shape) > 64:
-        raise DamagedError(f"{where}: shape {str(shape)[:80]} is not a list of whole numbers from 0")
+        raise DamagedError(f"{where}: shape {shown(shape)} is not a list of whole numbers from 0")
     if not is_index_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise DamagedError(f"{where}: data_offsets {str(offsets)[:80]} are not [begin, end]")
+        raise DamagedError(f"{where}: data_offsets {shown(offsets)} are not [begin, end]")
     nbytes = offsets[1] - offsets[0]
     if math.prod(shape) * dtype.itemsize != nbytes:
         raise DamagedError(f"{where}: shape {shape} of {spelled} does not fit the {nbytes} bytes it is given")
+    if math.prod(max(1, extent) for extent in shape) * dtype.itemsize >= 2**63:
+        raise DamagedError(f"{where}: shape {shape} has no element, and yet sizes beyond any memory")
     return TensorEntry(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
 
 
@@ -388,6 +311,7 @@ def write_safetensors(
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
     on_bytes: Callable[[memoryview], None] | None = None,
+    content: Callable[[str], Iterable[Tensor]] | None = None,
 ) -> dict[str, TensorEntry]:
     """Write one file, tensor by tensor, under a temporary name that is fsynced and then renamed to ``path``.
 
@@ -397,6 +321,8 @@ def write_safetensors(
     Args:
         metadata: strings to carry along.
         on_bytes: called with every run of bytes in the file's order, such as to hash them.
+        content: where ``tensors`` has only shapes and dtypes: gives a tensor by name, in the file's order, as the runs
+            of its elements that together are it, row-major.
 
     Returns:
         What ``read_header(path)`` would.
@@ -409,11 +335,21 @@ def write_safetensors(
     pairs.sort(key=lambda pair: -pair[1].dtype.itemsize)
     header, entries = _plan_file(path, pairs, metadata)
     with new_file(path) as fd:
-        for data in itertools.chain((memoryview(header),), *(_file_bytes(tensor.detach()) for _, tensor in pairs)):
+        runs = (run for name, tensor in pairs for run in (content(name) if content else (tensor,)))
+        bodies = (_file_bytes(run.detach()) for run in runs)
+        for data in itertools.chain((memoryview(header),), itertools.chain.from_iterable(bodies)):
             write_all(fd, data)
             if on_bytes is not None:
                 on_bytes(data)
+        _check_length(path, fd, entries, len(header))
     return entries
+
+
+def _check_length(path: Path, fd: int, entries: Mapping[str, TensorEntry], header: int) -> None:
+    expected = header + sum(entry.nbytes for entry in entries.values())
+    written = os.lseek(fd, 0, os.SEEK_CUR)
+    if written != expected:
+        raise CheckpointError(f"{path}: {written} bytes were given for the {expected} of its tensors")
 
 
 def _file_bytes(tensor: Tensor) -> Iterator[memoryview]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ee.checkpoint.adapter import Adapter, check_backbone, load_exits, open_adapter, save_adapter
-from megatron_ee.checkpoint.loading import open_released
+from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.stage import Stage
@@ -28,7 +28,8 @@ SPECS = [
 
 def save(stage: Stage, path: Path, **changes: Any) -> Path:
     arguments: dict[str, Any] = {"base_model": "models/base", "backbone_sha256": HASH, "steps": 7, "extra": {"note": 1}}
-    save_adapter(path, stage.exits, **{**arguments, **changes})
+    specs = [exit_.spec for exit_ in stage.exits]
+    save_adapter(path, stage.exits, specs, stage.setup.groups, **{**arguments, **changes})
     return path
 
 
@@ -71,7 +72,7 @@ def test_round_trip(family: str, dtype: torch.dtype, tmp_path: Path, saved_model
             for parameter in exit_.parameters():
                 if parameter is not exit_.head.weight or parameter.requires_grad:
                     parameter.fill_(torch.nan)
-    load_exits(after.exits, adapter, open_released(path))
+    load_exits(after.exits, adapter, open_model(path))
     for ours, theirs in zip(after.exits, before.exits, strict=True):
         for (name, new), (_, old) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
             if new.requires_grad and name in ("head.weight", "up"):
@@ -103,7 +104,7 @@ def test_a_file_holds_what_was_trained_in_released_names_and_shapes(saved: Path)
 def test_some_of_the_exits_can_be_loaded(saved: Path, saved_model: Any, load_stage: Any) -> None:
     path, _ = saved_model("llama3.1")
     stage = load_stage(path, [SPECS[2]], layers=[1, 2, 3], final_exit=False)
-    load_exits(stage.exits, open_adapter(saved), open_released(path))
+    load_exits(stage.exits, open_adapter(saved), open_model(path))
     expected = load_file(saved / "exits.safetensors")["exits.3.mlp.down_proj.weight"]
     assert torch.equal(stage.exits[0].mlp.down.weight.cpu(), expected)
 
@@ -140,20 +141,20 @@ def test_another_kind_of_exit_is_refused(
 ) -> None:
     path, _ = saved_model("llama3.1")
     stage = load_stage(path, [spec])
-    text = refusal(load_exits, stage.exits, open_adapter(saved), open_released(path))
+    text = refusal(load_exits, stage.exits, open_adapter(saved), open_model(path))
     assert all(word in text for word in [*words, "exits.json"])
 
 
 def test_an_exit_that_is_not_there(saved: Path, saved_model: Any, load_stage: Any) -> None:
     path, _ = saved_model("llama3.1")
     save(load_stage(path, [ExitSpec(1), ExitSpec(3)]), saved)
-    text = refusal(load_exits, load_stage(path, [ExitSpec(2)]).exits, open_adapter(saved), open_released(path))
+    text = refusal(load_exits, load_stage(path, [ExitSpec(2)]).exits, open_adapter(saved), open_model(path))
     assert "no exit after layer 2" in text and "1, 3" in text
 
 
 def test_a_model_of_another_size_is_refused(saved: Path, saved_model: Any, load_stage: Any) -> None:
     path, _ = saved_model("llama3.1", intermediate_size=96)
-    text = refusal(load_exits, load_stage(path, SPECS).exits, open_adapter(saved), open_released(path))
+    text = refusal(load_exits, load_stage(path, SPECS).exits, open_adapter(saved), open_model(path))
     assert "exits.3.mlp.gate_proj.weight" in text and "[112, 64]" in text and "[96, 64]" in text
 
 
@@ -179,7 +180,7 @@ def test_a_tensor_that_is_missing_from_the_file(saved: Path, saved_model: Any, l
     tensors.pop("exits.3.mlp.up_proj.weight")
     save_file(tensors, weights)
     stage = load_stage(path, SPECS)
-    text = refusal(load_exits, stage.exits, open_adapter(saved, verify=False), open_released(path))
+    text = refusal(load_exits, stage.exits, open_adapter(saved, verify=False), open_model(path))
     assert "'exits.3.mlp.up_proj.weight' is missing" in text
 
 
@@ -224,3 +225,13 @@ def test_what_is_no_description_is_refused(text: str, saved: Path) -> None:
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     assert "exits.json" in refusal(open_adapter, tmp_path)
     assert "absent" in refusal(open_adapter, tmp_path / "absent")
+
+
+def test_a_description_that_was_changed_is_refused(saved: Path) -> None:
+    path = saved / "exits.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "steps": content["steps"] + 1}))
+    assert "exits.json: damaged: its SHA-256 is not the one it states" in refusal(open_adapter, saved)
+    assert open_adapter(saved, verify=False).steps == content["steps"] + 1
+    path.write_text(json.dumps({key: value for key, value in content.items() if key != "sha256"}))
+    assert open_adapter(saved).steps == content["steps"], "the first adapters had no digest of their own"

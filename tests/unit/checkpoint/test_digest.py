@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ee.checkpoint import safetensors_file
-from megatron_ee.checkpoint.digest import backbone_digest, cache_directory, file_sha256, tensor_digest
-from megatron_ee.checkpoint.safetensors_file import TensorEntry, read_header
+from megatron_ee.checkpoint.digest import backbone_digest, cache_directory, file_sha256
+from megatron_ee.checkpoint.safetensors_file import read_header
+from megatron_ee.checkpoint.tensors import StoredTensor, stored
 from megatron_ee.errors import CheckpointError
 
 
@@ -31,16 +32,20 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"b": large, "a": torch.arange(6.0).view(2, 3), "c": torch.tensor(1.5, dtype=torch.bfloat16)}
 
 
-def one_file(directory: Path) -> dict[str, TensorEntry]:
+def of_file(path: Path) -> dict[str, StoredTensor]:
+    return {name: stored(entry) for name, entry in read_header(path).items()}
+
+
+def one_file(directory: Path) -> dict[str, StoredTensor]:
     """All tensors in one file."""
     save_file(tensors(), directory / "model.safetensors")
-    return read_header(directory / "model.safetensors")
+    return of_file(directory / "model.safetensors")
 
 
 def test_tensor_and_file(tmp_path: Path) -> None:
     entries = one_file(tmp_path)
     for name, tensor in tensors().items():
-        assert tensor_digest(entries[name]) == hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        assert entries[name].sha256() == hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
     assert (
         file_sha256(tmp_path / "model.safetensors")
         == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
@@ -52,9 +57,9 @@ def test_tensor_and_file(tmp_path: Path) -> None:
 def test_backbone_digest_is_the_documented_one(tmp_path: Path) -> None:
     entries = one_file(tmp_path)
     lines = (
-        f"a F32 2x3 {tensor_digest(entries['a'])}\n"
-        f"b U8 {entries['b'].nbytes} {tensor_digest(entries['b'])}\n"
-        f"c BF16 scalar {tensor_digest(entries['c'])}\n"
+        f"a F32 2x3 {entries['a'].sha256()}\n"
+        f"b U8 {entries['b'].nbytes} {entries['b'].sha256()}\n"
+        f"c BF16 scalar {entries['c'].sha256()}\n"
     )
     assert backbone_digest(entries) == hashlib.sha256(lines.encode()).hexdigest()
 
@@ -63,7 +68,7 @@ def test_equal_for_one_file_and_many(tmp_path: Path) -> None:
     entries = {}
     for name, tensor in tensors().items():
         save_file({name: tensor}, tmp_path / f"{name}.safetensors")
-        entries |= read_header(tmp_path / f"{name}.safetensors")
+        entries |= of_file(tmp_path / f"{name}.safetensors")
     hashed: list[int] = []
     assert backbone_digest(entries, advance=hashed.append) == backbone_digest(one_file(tmp_path))
     assert sum(hashed) == sum(entry.nbytes for entry in entries.values())
@@ -82,7 +87,7 @@ def test_sensitive_to_every_part(tmp_path: Path) -> None:
     digests = set()
     for number, variant in enumerate(variants):
         save_file(variant, tmp_path / f"{number}.safetensors")
-        digests.add(backbone_digest(read_header(tmp_path / f"{number}.safetensors")))
+        digests.add(backbone_digest(of_file(tmp_path / f"{number}.safetensors")))
     assert len(digests) == len(variants)
 
 

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ee.checkpoint.loading import load_backbone, open_released
-from megatron_ee.checkpoint.safetensors_file import read_box
+from megatron_ee.checkpoint.loading import load_backbone, open_model
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError
 
@@ -49,9 +48,9 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def refusal(directory: Path) -> str:
-    """The one line that ``open_released`` refuses ``directory`` with."""
+    """The one line that ``open_model`` refuses ``directory`` with."""
     with pytest.raises(CheckpointError) as caught:
-        open_released(directory)
+        open_model(directory)
     text = str(caught.value)
     assert "\n" not in text and str(directory) in text
     return text
@@ -64,7 +63,7 @@ def test_values_are_read_in_place(saved_model: Any, load_stage: Any) -> None:
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.fill_(torch.nan)
-    load_backbone(stage, open_released(path), counts.append)
+    load_backbone(stage, open_model(path), counts.append)
     weights = reference.state_dict()
     backbone = stage.backbone
     assert torch.equal(backbone.embedding.weight[:131].cpu(), weights["model.embed_tokens.weight"])
@@ -89,13 +88,13 @@ def test_rotary_buffers_of_old_releases(copied: Any) -> None:
         directory,
         lambda t: t.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}),
     )
-    assert len(open_released(directory).weights) == 3 + 4 * 9
+    assert len(open_model(directory).weights) == 3 + 4 * 9
 
 
 def test_a_tied_duplicate_of_the_head(copied: Any, load_stage: Any) -> None:
     directory = copied("llama3.2-tied")
     edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    model = open_released(directory)
+    model = open_model(directory)
     assert "lm_head.weight" not in model.weights
     stage = load_stage(directory)
     assert stage.backbone.head.weight is stage.backbone.embedding.weight
@@ -214,7 +213,7 @@ def test_unsupported_models(changes: dict[str, Any], words: list[str], copied: A
 
 def test_a_file_that_shrinks_after_the_check_is_noticed(copied: Any, load_stage: Any) -> None:
     directory = copied()
-    stage, model = load_stage(directory), open_released(directory)
+    stage, model = load_stage(directory), open_model(directory)
     os.truncate(directory / "model.safetensors", (directory / "model.safetensors").stat().st_size - 4)
     with pytest.raises(CheckpointError, match="truncated"):
         load_backbone(stage, model)
@@ -227,13 +226,13 @@ def test_the_hash_is_of_the_weights_not_of_the_files(
     copied: Any, saved_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path / "cache"))
-    single = open_released(saved_model("llama3.1")[0]).digest()
-    assert open_released(saved_model("llama3.1", shard="50KB")[0]).digest() == single
+    single = open_model(saved_model("llama3.1")[0]).digest()
+    assert open_model(saved_model("llama3.1", shard="50KB")[0]).digest() == single
     directory = copied()
     edit_tensors(directory, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    assert open_released(directory).digest() == single
+    assert open_model(directory).digest() == single
     edit_tensors(directory, lambda t: t[Q0].view(-1)[7:8].add_(1e-3))
-    assert open_released(directory).digest() != single
+    assert open_model(directory).digest() != single
 
 
 # ------------------------------------------------------------------------------------------------- peak memory
@@ -248,23 +247,20 @@ CONFIG = {
 }
 PEAK = """
 import sys, torch
-from megatron_ee.checkpoint.loading import load_backbone, open_released
+from megatron_ee.checkpoint.loading import load_backbone, open_model
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import process_groups
+from megatron_ee.platform import peak_memory
 
-def peak():  # of this process alone: getrusage starts from what the parent had
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-model = open_released(sys.argv[1])
+model = open_model(sys.argv[1])
 with process_groups() as groups:
     setup = build_setup(model.architecture, getattr(torch, sys.argv[2]), groups)
-    before = peak()
+    before = peak_memory()
     stage = Stage(setup, range(1, 6), [], final_exit=True)
     load_backbone(stage, model)
     size = sum(p.numel() * p.element_size() for p in stage.parameters())
-    print(size, peak() - before, float(stage.backbone.layers["5"].mlp.down.weight[3, 5]))
+    print(size, peak_memory() - before, float(stage.backbone.layers["5"].mlp.down.weight[3, 5]))
 """
 
 
@@ -292,8 +288,8 @@ def write_large_model(directory: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the memory of the host")
 def test_loading_takes_a_few_tensors_beside_the_model(tmp_path: Path) -> None:
     write_large_model(tmp_path)
-    entry, value = open_released(tmp_path).weights["model.layers.4.mlp.down_proj.weight"], torch.empty(1, 1)
-    read_box(entry, value, (3, 5))
+    entry, value = open_model(tmp_path).weights["model.layers.4.mlp.down_proj.weight"], torch.empty(1, 1)
+    entry.read(value, (3, 5))
     result = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), "bfloat16"], capture_output=True, text=True, check=True
     )

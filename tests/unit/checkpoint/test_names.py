@@ -18,6 +18,7 @@ from megatron_ee.checkpoint.names import (
     blocks,
     exit_copy_sources,
     exit_saved_sources,
+    exit_tensors,
     expected_tensors,
     is_non_weight,
     layer_source,
@@ -145,8 +146,8 @@ def test_any_shape_round_trips(size: int, groups: int, queries: int, head_dim: i
 
 def test_ranks_of_padding_alone_hold_no_rows() -> None:
     arch = architecture(vocab=130)
-    held = [blocks(torch.zeros(128, 20), SOURCES["head"], arch, rank, 4)[0] for rank in range(4)]
-    assert [len(block.tensor) for block in held] == [128, 2, 0, 0]
+    held = [blocks(torch.zeros(128, 20), SOURCES["head"], arch, rank, 4) for rank in range(4)]
+    assert [[len(block.tensor) for block in each] for each in held] == [[128], [2], [], []]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -201,6 +202,36 @@ def test_exits_copy_from_their_own_layer_and_the_last(saved_model: Any, load_sta
     saved = {name for _, source in exit_saved_sources(layer) for name in source.names}
     assert {"exits.3.lm_head.a", "exits.3.lm_head.b", "exits.3.self_attn.q_proj.weight"} <= saved
     assert not any("lm_head.weight" in name for name in saved)
+
+
+@pytest.mark.parametrize("head", ["own", "shared", "low_rank"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exit_tensors_are_what_modules_hold(family: str, head: Any, saved_model: Any, load_stage: Any) -> None:
+    bodies: list[Any] = ["layer", "mlp", "norm", "embedding"]
+    specs = [ExitSpec(layer, body, head, rank=3) for layer, body in enumerate(bodies, 1)]
+    exits = load_stage(saved_model(family)[0], specs).exits
+    for spec, exit_ in zip(specs, exits, strict=True):
+        arch = exit_.setup.architecture
+        copied = {id(parameter): source.names for parameter, source in exit_copy_sources(exit_)}
+        held: dict[str, tuple[tuple[int, ...], str | None]] = {}
+        for parameter, source in exit_saved_sources(exit_):
+            origins = copied.pop(id(parameter), (None,) * len(source.names))
+            shapes: dict[str, tuple[int, ...]] = {}
+            for block in blocks(parameter, source, arch, 0, 1):
+                assert shapes.setdefault(block.name, block.shape) == block.shape
+            held |= {n: (shapes[n], origin) for n, origin in zip(source.names, origins, strict=True)}
+        assert exit_tensors(spec, arch) == held
+        # What else is copied is the frozen norm of an mlp exit; and all copies fit.
+        norms = [f"model.layers.{spec.layer - 1}.post_attention_layernorm.weight"] if spec.body == "mlp" else []
+        assert [name for names in copied.values() for name in names] == norms
+        expected = expected_tensors(arch)
+        assert all(expected[origin] == shape for shape, origin in held.values() if origin is not None)
+        # A body's tensors are all there: biases and q and k norms where the family has them.
+        inner = {"layer": "", "mlp": "mlp."}.get(spec.body)
+        if inner is not None:
+            prefix, last = f"exits.{spec.layer}.", "model.layers.3."
+            names = {prefix + name.removeprefix(last) for name in expected if name.startswith(last + inner)}
+            assert names == {name for name in held if name not in (prefix + "norm.weight",) and ".lm_head." not in name}
 
 
 def test_known_non_weights() -> None:

@@ -365,19 +365,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from megatron_ee.checkpoint.safetensors_file import read_columns, read_header, read_into
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from megatron_ee.platform import peak_memory
 entry = read_header(sys.argv[1])["a"]
 read_into(read_header(sys.argv[1])["small"], torch.empty(4, 4))
 if sys.argv[2] == "columns":
     out = torch.zeros(entry.shape[0], entry.shape[1] // 4, dtype=torch.float32)
 else:
     out = torch.zeros(entry.shape, dtype=getattr(torch, sys.argv[2]))
-before = peak()
+before = peak_memory()
 read_columns(entry, out, 5, 5 + out.shape[1]) if sys.argv[2] == "columns" else read_into(entry, out)
-print(peak() - before)
+print(peak_memory() - before)
 """
 
 
@@ -391,15 +390,14 @@ def test_reading_takes_a_constant_over_the_tensor(tmp_path: Path, kind: str) -> 
 
 
 WRITE_PEAK = """
-import resource, sys, torch
+import sys, torch
 from megatron_ee.checkpoint.safetensors_file import write_safetensors
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from megatron_ee.platform import peak_memory
 tensors = {str(i): torch.ones(2000, 2000).T for i in range(8)}
 write_safetensors(sys.argv[1], {"warm": torch.ones(2000, 2000).T})
-before = peak()
+before = peak_memory()
 write_safetensors(sys.argv[1], tensors)
-print(peak() - before)
+print(peak_memory() - before)
 """
 
 

@@ -1,0 +1,124 @@
+"""Tensors that no file holds: copies, constants, random values and products of others, computed as they are read.
+
+What is computed comes in tiles of whole rows whose bounds the shape alone decides, so that every value is the same in
+whatever boxes the tensor is read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.tensors import StoredTensor
+
+DRAWN_TILE, PRODUCT_TILE = 2**20, 2**22  # elements, float32
+SMALLEST_DRAW = 16
+"""``normal_`` of torch draws this many values at a time, and fewer in another way."""
+
+
+def copied(name: str, tensor: StoredTensor) -> StoredTensor:
+    """What ``tensor``, called ``name``, holds, to go by another name."""
+    return dataclasses.replace(tensor, made=_described(name, tensor))
+
+
+def constant(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
+    """``value`` everywhere."""
+
+    def read(out: Tensor, offset: Sequence[int]) -> None:
+        _check_box(out, offset, shape)
+        out.fill_(value)
+
+    return StoredTensor(dtype, shape, read, (), f"{value}")
+
+
+def normal(seed: int, std: float, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
+    """Normal(0, std) of at least 2 dimensions: what ``torch.empty(shape).normal_(0, std)`` draws with ``seed``.
+
+    Drawing is sequential, so the generator's state is kept for each tile that has been reached: 5 KB for 4 MiB.
+    """
+    bounds = _tile_bounds(shape, DRAWN_TILE)
+    states = {0: torch.Generator().manual_seed(seed).get_state()}  # by tile, before it
+
+    def compute(tile: int) -> Tensor:
+        known = next(index for index in range(tile, -1, -1) if index in states)
+        generator = torch.Generator()
+        generator.set_state(states[known])
+        for index in range(known, tile + 1):
+            values = torch.empty((bounds[index + 1] - bounds[index], *shape[1:])).normal_(0, std, generator=generator)
+            states.setdefault(index + 1, generator.get_state())
+        return values
+
+    return StoredTensor(dtype, shape, _tiled(shape, dtype, bounds, compute), (), f"normal(0, {std!r}) of seed {seed}")
+
+
+def low_rank_sum(
+    base: tuple[str, StoredTensor], up: tuple[str, StoredTensor], down: tuple[str, StoredTensor], dtype: torch.dtype
+) -> StoredTensor:
+    """``base + up @ down``, each given with its name, in float32: what a ``low_rank`` head amounts to.
+
+    Args:
+        base: the frozen head W0, ``[vocab, hidden]``.
+        up: B, ``[vocab, rank]``.
+        down: A, ``[rank, hidden]``.
+        dtype: of the result.
+    """
+    w0, b, a = base[1], up[1], down[1]
+    bounds = _tile_bounds(w0.shape, PRODUCT_TILE)
+
+    def compute(tile: int) -> Tensor:
+        start, stop = bounds[tile : tile + 2]
+        return _rows(w0, start, stop).addmm_(_rows(b, start, stop), _rows(a, 0, a.shape[0]))
+
+    files = tuple(dict.fromkeys((*w0.files, *b.files, *a.files)))
+    made = f"{_described(*base)} + {_described(*up)} @ {_described(*down)}"
+    return StoredTensor(dtype, w0.shape, _tiled(w0.shape, dtype, bounds, compute), files, made)
+
+
+def _described(name: str, tensor: StoredTensor) -> str:
+    return f"{name} ({tensor.made})" if tensor.made else name
+
+
+def _rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Rows of a matrix in float32."""
+    rows = torch.empty((stop - start, *tensor.shape[1:]))
+    tensor.read(rows, (start,) + (0,) * (len(tensor.shape) - 1))
+    return rows
+
+
+def _tile_bounds(shape: Sequence[int], elements: int) -> list[int]:
+    """First rows of tiles of about ``elements``, and the number of rows.
+
+    Every tile but the last has a multiple of ``SMALLEST_DRAW`` elements, and no tile of several has fewer.
+    """
+    row = math.prod(shape[1:])
+    starts = list(range(0, shape[0], SMALLEST_DRAW * max(1, elements // SMALLEST_DRAW // row)))
+    if len(starts) > 1 and (shape[0] - starts[-1]) * row < SMALLEST_DRAW:
+        starts.pop()
+    return [*starts, shape[0]]
+
+
+def _tiled(
+    shape: Sequence[int], dtype: torch.dtype, bounds: Sequence[int], compute: Callable[[int], Tensor]
+) -> Callable[[Tensor, Sequence[int]], None]:
+    """Reads boxes of what ``compute`` gives by tile in float32: the rows from ``bounds[tile]`` to the next of them."""
+
+    def read(out: Tensor, offset: Sequence[int]) -> None:
+        _check_box(out, offset, shape)
+        first, end = offset[0], offset[0] + out.shape[0]
+        inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], out.shape[1:], strict=True))
+        for tile in range(bisect.bisect_right(bounds, first) - 1, bisect.bisect_left(bounds, end)):
+            start, stop = max(first, bounds[tile]), min(end, bounds[tile + 1])
+            part = compute(tile)[(slice(start - bounds[tile], stop - bounds[tile]), *inner)]
+            out[start - first : stop - first].copy_(part.to(dtype))
+
+    return read
+
+
+def _check_box(out: Tensor, offset: Sequence[int], shape: Sequence[int]) -> None:
+    inside = all(0 <= o and o + n <= whole for o, n, whole in zip(offset, out.shape, shape, strict=True))
+    assert inside, f"a box of shape {list(out.shape)} at {list(offset)} is not inside shape {list(shape)}"

@@ -1,0 +1,55 @@
+"""Places where a test kills the process, by name, to show that what is left there is safe.
+
+Nothing happens unless the environment variable ``MEGATRON_EE_FAILPOINT`` names one, as ``NAME``, or ``NAME:COUNT`` for
+the COUNT-th time that the process comes by.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter
+
+from megatron_ee.errors import ConfigError
+
+VARIABLE = "MEGATRON_EE_FAILPOINT"
+NAMES = (
+    "save.thread",  # at the start of a save in the background
+    "save.begin",  # before the temporary directory is made
+    "save.begun",  # after it
+    "save.shard",  # after each run of bytes of a shard
+    "save.shard-done",  # a shard stands under its own name
+    "save.manifest",  # all shards do; the manifest does not
+    "save.manifest-done",  # the manifest does, in a directory that has its temporary name
+    "save.renamed",  # the directory has its own name
+    "prune.renamed",  # a directory to be deleted is .trash-*
+    "replace.ready",  # the successor of a directory is complete, beside it
+    "replace.between",  # the old one is .trash-*, the new one not yet in its place
+    "convert.file",  # before each run of bytes of a file
+    "convert.file-done",  # a file and its record are complete
+    "convert.finish",  # all large files are
+    "convert.rename",  # everything is, under a temporary name
+)
+_passed: Counter[str] = Counter()
+_lock = threading.Lock()  # files are written by several threads
+
+
+def failpoint(name: str) -> None:
+    """Kill this process with SIGKILL if the environment asks for it here.
+
+    Raises:
+        ConfigError: the variable names no failpoint.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return
+    point, _, count = wanted.partition(":")
+    if point not in NAMES or not (count or "1").isdecimal():
+        raise ConfigError(f"{VARIABLE}: {wanted!r} is no failpoint, or NAME:COUNT of one; there are {', '.join(NAMES)}")
+    if point != name:
+        return
+    with _lock:
+        _passed[name] += 1
+        if _passed[name] == int(count or 1):
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,55 @@
+"""First values of a new exit: the model's own weights, or random ones (design: exits)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from megatron_ee.checkpoint.derived import constant, normal
+from megatron_ee.checkpoint.loading import SavedModel, fill, load_frozen_norms
+from megatron_ee.checkpoint.names import blocks, exit_copy_sources, exit_saved_sources
+from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.model.exits import Exit
+
+INIT_STD = 0.02
+OUTPUT_PROJECTIONS = ("mlp.down_proj.weight", "self_attn.o_proj.weight")
+LOW_RANK_UP = "lm_head.b"
+
+
+@torch.no_grad()
+def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
+    """Give a new exit its first values, equal for every tensor-parallel size.
+
+    A ``low_rank`` head starts out as the backbone's: A is normal(0, 0.02), B is zero (as LoRA, arXiv 2106.09685).
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if exit_.spec.init == "random":
+        load_frozen_norms(exit_, model)
+    else:
+        fill(exit_copy_sources(exit_), model, exit_.setup)
+    tensor, drawn = exit_.setup.groups.tensor, dict[str, StoredTensor]()
+    for parameter, source in exit_saved_sources(exit_):
+        if exit_.spec.init == "copy" and parameter is not exit_.down and parameter is not exit_.up:
+            continue
+        parameter.zero_()  # rows that pad the vocabulary stay so
+        for block in blocks(parameter, source, exit_.setup.architecture, tensor.rank(), tensor.size()):
+            if block.name not in drawn:
+                drawn[block.name] = random_tensor(block.name, block.shape, exit_.spec.layer, seed, parameter.dtype)
+            drawn[block.name].read(block.tensor, block.offset)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], layer: int, seed: int, dtype: torch.dtype) -> StoredTensor:
+    """First values of what is not copied of the exit after ``layer``, which its name in an adapter and seed decide.
+
+    Norms are 1; biases and a ``low_rank`` head's B are 0; all else is normal(0, 0.02), output projections
+    0.02 / sqrt(2 k), drawn in float32.
+    """
+    if len(shape) == 1 or name.endswith(LOW_RANK_UP):
+        return constant(0.0 if name.endswith(("bias", LOW_RANK_UP)) else 1.0, shape, dtype)
+    std = INIT_STD / math.sqrt(2 * layer) if name.endswith(OUTPUT_PROJECTIONS) else INIT_STD
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return normal(int.from_bytes(digest[:8], "little", signed=True), std, shape, dtype)

@@ -1,0 +1,142 @@
+"""The native checkpoint: a directory of safetensors shards, one per rank, and ``manifest.json``, written last.
+
+A tensor has a global key, dtype and shape; what is stored are boxes of it (pieces), which tile it exactly, so that it
+can be read in any other slicing. The manifest has the SHA-256 of every 16 MiB block of every shard, the header
+included, and of itself; blocks are verified as they are read. ``checkpoint.writing`` writes it, ``checkpoint.store``
+reads it, and ``checkpoint.resume`` finds the one to go on from; here is what they share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+BLOCK = 16 * 2**20  # bytes per checksum
+MAX_CUT = 4  # dimensions that a tensor may be cut along; tensor and data parallelism cut along two
+MAX_NAMED = 200  # pieces among which two that overlap are looked for, to name them
+
+Box = tuple[Sequence[int], Sequence[int]]  # offset, shape
+
+
+def encode(content: Any, where: Path) -> bytes:
+    """JSON in one fixed spelling, which the manifest's own checksum is taken of.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    try:
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: metadata is not JSON: {error}") from None
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """A shard that is on disk, as the manifest tells of it.
+
+    Attributes:
+        file: its name.
+        size: bytes.
+        blocks: SHA-256 (hex) of each ``BLOCK`` of it.
+        pieces: of each tensor in it: global key, dtype as safetensors spells it, global shape, name in the file,
+            offset and shape of the box.
+    """
+
+    file: str
+    size: int
+    blocks: list[str]
+    pieces: Sequence[tuple[str, str, Sequence[int], str, Sequence[int], Sequence[int]]]
+
+
+def piece_name(key: str, global_shape: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> str:
+    """Name in its file of one box of the tensor ``key``: the key alone where it is all of it."""
+    if tuple(shape) == tuple(global_shape):
+        return key
+    ranges = (f"{first}:{first + count}" for first, count in zip(offset, shape, strict=True))
+    return f"{key}[{','.join(ranges)}]"
+
+
+def manifest_bytes(where: Path, shards: Iterable[ShardContent], metadata: Mapping[str, Any]) -> bytes:
+    """Content of ``manifest.json``.
+
+    Args:
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: the shards do not tile every tensor exactly, or the metadata is not JSON.
+    """
+    tensors: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    for shard in shards:
+        files[shard.file] = {"size": shard.size, "blocks": shard.blocks}
+        for key, dtype, shape, name, offset, extent in shard.pieces:
+            tensor = tensors.setdefault(key, {"dtype": dtype, "shape": list(shape), "pieces": []})
+            if (tensor["dtype"], tensor["shape"]) != (dtype, list(shape)):
+                raise CheckpointError(f"{where}: tensor {key!r} has different dtypes or shapes on different ranks")
+            piece = {"file": shard.file, "name": name, "offset": list(offset), "shape": list(extent)}
+            tensor["pieces"].append(piece)
+    for key, tensor in tensors.items():
+        problem = tiling_problem(tensor["shape"], [(piece["offset"], piece["shape"]) for piece in tensor["pieces"]])
+        if problem:
+            raise CheckpointError(f"{where}: tensor {key!r}: {problem}")
+    content = {"version": VERSION, "metadata": metadata, "files": files, "tensors": tensors}
+    content = json.loads(encode(content, where))
+    content["sha256"] = hashlib.sha256(encode(content, where)).hexdigest()
+    return json.dumps(content, indent=1).encode("utf-8")
+
+
+def tiling_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
+    """Why ``boxes`` do not cover ``shape`` exactly once, or None where they do.
+
+    A box's indicator function is the sum over its corners, with alternating signs, of the step functions that begin
+    there, and step functions of different places are linearly independent. So boxes tile the whole exactly if their
+    signed corners add up to the whole's; that takes time linear in their number, which a file may choose.
+    """
+    for offset, extent in boxes:
+        if not is_inside(shape, (offset, extent)):
+            return f"the piece of shape {list(extent)} at {list(offset)} is not inside shape {list(shape)}"
+    cut = [dim for dim, size in enumerate(shape) if any(extent[dim] != size for _, extent in boxes)]
+    if len(cut) > MAX_CUT:
+        return f"its pieces are cut along {len(cut)} dimensions; at most {MAX_CUT} are read"
+    corners: Counter[tuple[int, ...]] = Counter()
+    whole = ([0] * len(shape), shape)
+    for sign, (offset, extent) in itertools.chain(((-1, whole),), ((1, box) for box in boxes)):
+        ends = [(offset[dim], offset[dim] + extent[dim]) for dim in cut]
+        for upper in itertools.product((0, 1), repeat=len(cut)):
+            corner = tuple(end[which] for end, which in zip(ends, upper, strict=True))
+            corners[corner] += sign * (-1) ** sum(upper)
+    if boxes and (0 in shape or not any(corners.values())):
+        return None
+    for (first, one), (second, other) in itertools.combinations(boxes[:MAX_NAMED], 2):
+        if intersect((first, one), (second, other)) is not None:
+            return f"the pieces at {list(first)} and {list(second)} overlap"
+    covered, total = sum(math.prod(extent) for _, extent in boxes), math.prod(shape)
+    return f"its pieces hold {covered} of {total} elements" if covered < total else "its pieces overlap"
+
+
+def is_inside(shape: Sequence[int], box: Box) -> bool:
+    """Whether ``box`` has the dimensions of ``shape`` and does not leave it."""
+    offset, extent = box
+    return len(offset) == len(extent) == len(shape) and all(
+        first >= 0 and count >= 0 and first + count <= size
+        for first, count, size in zip(offset, extent, shape, strict=True)
+    )
+
+
+def intersect(first: Box, second: Box) -> Box | None:
+    """The box common to both, or None where they share no element."""
+    low = [max(a, b) for a, b in zip(first[0], second[0], strict=True)]
+    ends = zip(first[0], first[1], second[0], second[1], strict=True)
+    extent = [min(a + m, b + n) - start for start, (a, m, b, n) in zip(low, ends, strict=True)]
+    return None if any(count <= 0 for count in extent) else (low, extent)

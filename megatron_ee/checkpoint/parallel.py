@@ -1,0 +1,42 @@
+"""The parallel checkpoint: a backbone, and maybe exits, in the native format under their released names.
+
+Its manifest's ``metadata`` has ``kind`` ("parallel"), ``assets`` (SHA-256 by name of the files that lie beside it:
+``config.json``, the tokenizer), and what an adapter's description has: ``exits``, ``base_model``,
+``backbone_sha256``, ``steps``. The shards are cut as the ranks of one layout hold them, which says nothing about where
+it can be loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_ee.checkpoint.digest import file_sha256
+from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
+from megatron_ee.errors import CheckpointError, DamagedError
+
+KIND = "parallel"
+EXITS = "exits."  # what the names of exits' tensors begin with
+
+
+def open_parallel(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Open a parallel checkpoint and check the files beside it; see ``open_checkpoint``.
+
+    Raises:
+        CheckpointError: it is a training checkpoint, or not readable.
+        DamagedError: a file is missing or changed.
+    """
+    checkpoint = open_checkpoint(path, verify=verify)
+    if checkpoint.metadata.get("kind") != KIND:
+        raise CheckpointError(
+            f"{path}: is a training checkpoint, which holds exits but no backbone; give the model it was tuned on"
+        )
+    assets = checkpoint.metadata.get("assets")
+    if not isinstance(assets, dict) or "config.json" not in assets:
+        raise DamagedError(f"{path}: its manifest does not list its files")
+    for name, digest in assets.items():
+        if Path(name).name != name or os.path.islink(path / name) or not os.path.isfile(path / name):
+            raise DamagedError(f"{path}/{name}: missing, or not a plain file; the checkpoint is not complete")
+        if verify and file_sha256(path / name) != digest:
+            raise DamagedError(f"{path / name}: damaged: its SHA-256 is not the one in the manifest")
+    return checkpoint

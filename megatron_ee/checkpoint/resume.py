@@ -1,0 +1,61 @@
+"""Going on from the newest checkpoint that is whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_ee.checkpoint.atomic import (
+    mark_damaged,
+    numbered_directories,
+)
+from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
+from megatron_ee.errors import CheckpointError, DamagedError
+from megatron_ee.parallel.agreement import Gather, together
+
+T = TypeVar("T")
+
+
+def load_latest(
+    parent: str | os.PathLike[str],
+    load: Callable[[Checkpoint], T],
+    report: Callable[[str], None],
+    *,
+    rank: int = 0,
+    gather: Gather | None = None,
+    verify: bool = True,
+) -> T | None:
+    """``load`` of the newest undamaged ``step-N`` of ``parent``; None where there is no checkpoint at all.
+
+    A damaged one is renamed ``step-N.damaged-*``, ``report`` is told, and the one before it is tried. Only damage
+    does this: any other error (a checkpoint of another model, no permission) leaves all in place and is raised.
+
+    Args:
+        load: reads what it wants; with several ranks it must not communicate, since it may fail on one of them.
+        gather: as for ``write_checkpoint``; all ranks then take the same checkpoint.
+        verify: check what is read; otherwise only what shows at first sight counts as damage.
+
+    Raises:
+        CheckpointError: there were checkpoints, but each was damaged; and whatever ``load`` raises but damage.
+    """
+    names = together(gather, lambda: [str(path) for _, path in numbered_directories(parent)] if rank == 0 else [])[0]
+    for path in map(Path, reversed(names)):
+        loaded: list[T] = []
+
+        def attempt(path: Path = path, loaded: list[T] = loaded) -> str | None:
+            try:
+                loaded.append(load(open_checkpoint(path, verify=verify)))
+            except DamagedError as error:
+                return str(error)
+            return None
+
+        problems = [problem for problem in together(gather, attempt) if problem is not None]
+        if not problems:
+            return loaded[0]
+        moved = together(gather, lambda path=path: str(mark_damaged(path)) if rank == 0 else None)[0]  # type: ignore[misc]
+        report(f"DAMAGED CHECKPOINT: {problems[0]}; moved to {moved}, falling back to the one before")
+    if names:
+        raise CheckpointError(f"{parent}: every checkpoint in it is damaged; start without resuming, in a new output")
+    return None

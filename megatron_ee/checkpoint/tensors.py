@@ -1,0 +1,76 @@
+"""A tensor that lies in some file, or follows from others that do, and is read box by box when it is wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.safetensors_file import PIECE, TensorEntry, read_box, tensor_bytes
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint of any format; no byte of it is in memory.
+
+    Attributes:
+        dtype: dtype it is stored in.
+        shape: of the whole tensor.
+        read: fills its first argument (any strides and device; floating dtypes convert into each other) with the box
+            that starts at its second, one index per dimension. Safe to call from several threads.
+        files: what is read for it, by which a changed checkpoint is noticed.
+        made: how it follows from these files, where it is not simply what is in them; equal text, equal values.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[Tensor, Sequence[int]], None]
+    files: tuple[Path, ...]
+    made: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def slabs(self, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """A box of it (default: all), in row-major order, as contiguous runs of rows of at most ``PIECE`` bytes.
+
+        A single row may be longer. What is yielded is overwritten by the next one.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        offset = (0,) * len(self.shape) if offset is None else tuple(offset)
+        shape = self.shape if shape is None else tuple(shape)
+        if not shape:
+            scalar = torch.empty((), dtype=self.dtype)
+            self.read(scalar, ())
+            yield scalar.view(1)
+            return
+        if 0 in shape:
+            return  # its other sizes may be beyond any memory
+        row = math.prod(shape[1:]) * self.dtype.itemsize
+        rows = max(1, min(shape[0], PIECE // row))
+        buffer = torch.empty((rows, *shape[1:]), dtype=self.dtype)
+        for first in range(0, shape[0], rows):
+            slab = buffer[: min(rows, shape[0] - first)]
+            self.read(slab, (offset[0] + first, *offset[1:]))
+            yield slab
+
+    def sha256(self) -> str:
+        """SHA-256 (hex) of its bytes, row-major, in its dtype. Raises CheckpointError: it cannot be read."""
+        digest = hashlib.sha256()
+        for slab in self.slabs():
+            digest.update(tensor_bytes(slab))
+        return digest.hexdigest()
+
+
+def stored(entry: TensorEntry) -> StoredTensor:
+    """A tensor of a safetensors file."""
+    return StoredTensor(entry.dtype, entry.shape, lambda out, offset: read_box(entry, out, offset), (entry.path,))

@@ -1,0 +1,118 @@
+"""Runs a function on several gloo ranks, each a process of its own."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+PRELOADED = ("torch", "megatron_ee.tuning.run", "megatron_ee.evaluation.evaluate", "megatron_ee.testing.models")
+
+
+class Ranks:
+    """Processes that run a function each, with the environment that torchrun gives.
+
+    They are forked from a server that has imported megatron-core once, so a launch costs little.
+
+    Attributes:
+        processes: in order of rank.
+    """
+
+    def __init__(self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        self._timeout, port = timeout, free_port()
+        self.processes, self._pipes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_run, args=(theirs, rank, world_size, port, timeout, function, arguments))
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self._pipes.append(ours)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def results(self) -> list[Any]:
+        """What each rank returned.
+
+        Raises:
+            AssertionError: a rank raised (with its traceback), died, or took too long.
+        """
+        answers: list[tuple[bool, Any]] = []
+        for pipe in self._pipes:
+            # Where one has failed the others soon follow, and say why.
+            answers.append(_answer(pipe, self._timeout if all(good for good, _ in answers) else 5))
+        problems = [f"rank {rank}:\n{value}" for rank, (good, value) in enumerate(answers) if not good]
+        assert not problems, "\n".join(problems)
+        return [value for _, value in answers]
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
+    """``function(*arguments)`` on every rank, to its end; results in order of rank.
+
+    Raises:
+        AssertionError: a rank raised, died, or took longer than ``timeout`` seconds.
+    """
+    with Ranks(world_size, function, *arguments, timeout=timeout) as ranks:
+        return ranks.results()
+
+
+def run_command(arguments: list[str], environment: dict[str, str], stderr: str) -> int:
+    """On one rank: ``megatron-ee`` with these arguments; its exit status. stderr goes to ``stderr-RANK``."""
+    from megatron_ee.commands.main import main
+
+    os.environ |= {**environment, **{name: os.environ[name] for name in ("OMP_NUM_THREADS", "MASTER_PORT")}}
+    os.dup2(os.open(f"{stderr}-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    return main(arguments)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _run(
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout: float,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    faulthandler.dump_traceback_later(0.9 * timeout)  # where a rank hangs is what one wants to know
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    try:
+        pipe.send((True, function(*arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+
+
+def _answer(pipe: Connection, timeout: float) -> tuple[bool, Any]:
+    if not pipe.poll(timeout):
+        return False, f"no result within {timeout:.0f} s"
+    try:
+        return pipe.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return False, "died"

@@ -1,0 +1,138 @@
+"""A few tuning steps on random data in any layout, for comparing layouts with one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_ee import platform
+from megatron_ee.checkpoint.initialise import initialise_exit
+from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.store import open_checkpoint
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import LossConfig, OptimizerConfig, ScheduleConfig
+from megatron_ee.data.loader import Batch
+from megatron_ee.model.setup import build_setup
+from megatron_ee.model.stage import build_stage
+from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
+from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.tuning.schedule import Event, Pipeline
+from megatron_ee.tuning.state import Progress, load_state, save_state
+from megatron_ee.tuning.step import StepResult, tuning_step
+
+SEQUENCE_LENGTH, GLOBAL_BATCH, STEPS = 16, 12, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is tuned, and how it is spread. ``stages``: (first layer, last layer) or None, and exits, per stage."""
+
+    name: str
+    family: str
+    specs: tuple[ExitSpec, ...]
+    stages: tuple[tuple[tuple[int, int] | None, tuple[int, ...]], ...]
+    tensor: int = 1
+    sequence: bool = False
+    loss: LossConfig = field(default_factory=LossConfig)
+    clip_grad: float = 0.05
+    implementation: str = "auto"
+    dtype: str = "float32"
+    micro_batch_size: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """Of the stages."""
+        return Layout(
+            tuple(
+                StageLayout(range(0) if ends is None else range(ends[0], ends[1] + 1), exits)
+                for ends, exits in self.stages
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one rank: the steps' results, what its stage did in the last step, and the path of each step's checkpoint."""
+
+    results: tuple[StepResult, ...]
+    events: tuple[Event, ...]
+    checkpoints: tuple[str, ...]
+
+
+def random_batches(vocab: int, step: int, rank: int, size: int, micro_batch_size: int) -> list[Batch]:
+    """One data-parallel rank's microbatches of a step: a function of the step and the place in the global batch."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, vocab, (GLOBAL_BATCH, SEQUENCE_LENGTH + 1), generator=generator)
+    mask = torch.rand(GLOBAL_BATCH, SEQUENCE_LENGTH, generator=generator) < 0.8
+    batches = []
+    for number in range(GLOBAL_BATCH // (micro_batch_size * size)):
+        first = (number * size + rank) * micro_batch_size
+        rows = slice(first, first + micro_batch_size)
+        part = mask[rows]
+        sequences = range(first, first + micro_batch_size)
+        batches.append(Batch(tokens[rows, :-1], tokens[rows, 1:], part, int(part.sum()), sequences))
+    return batches
+
+
+def tune_cases(
+    models: dict[str, Path], cases: Sequence[Case], output: Path, start: Path | None = None, steps: int = STEPS
+) -> list[Outcome]:
+    """On one rank: each case in turn, its state saved under ``output`` after the first and the last step.
+
+    ``start``: a directory of an earlier call, from whose first steps the cases of the same names go on; with
+    ``steps`` 1 they are saved as they were loaded.
+    """
+    with joined_processes() as control:
+        return [_tune_case(models[case.family], case, output, start, steps, control) for case in cases]
+
+
+def _tune_case(
+    model_path: Path, case: Case, output: Path, start: Path | None, steps: int, control: dist.ProcessGroup
+) -> Outcome:
+    with model_groups(control, case.tensor, len(case.stages)) as groups:
+        pipeline, optimizer = prepare(model_path, case, groups)
+        description = {
+            "backbone_sha256": "x",
+            "exits": [dataclasses.asdict(s) for s in case.specs],
+            "dtype": case.dtype,
+        }
+        progress, results, saved = Progress(), [], []
+        if start is not None:
+            checkpoint = open_checkpoint(start / case.name / "step-1")
+            progress = load_state(checkpoint, pipeline.stage, optimizer, description)
+        vocab = pipeline.stage.setup.architecture.vocab_size
+        rank, size = groups.data.rank(), groups.data.size()
+        while progress.step < steps:
+            pipeline.events = []
+            batches = random_batches(vocab, progress.step, rank, size, case.micro_batch_size)
+            results.append(tuning_step(pipeline, optimizer, batches, case.loss, 1.0))
+            progress.step += 1
+            if progress.step == 1 and steps > 1:
+                saved.append(save_state(output / case.name, pipeline.stage, optimizer, progress, description, keep=9))
+        saved.append(save_state(output / case.name, pipeline.stage, optimizer, progress, description, keep=9))
+        return Outcome(tuple(results), tuple(pipeline.events or ()), tuple(map(str, saved)))
+
+
+def prepare(model_path: Path, case: Case, groups: Groups) -> tuple[Pipeline, ExitOptimizer]:
+    """This rank's stage with its exits initialised, and their optimizer."""
+    model, distillation = open_model(model_path), case.loss.distillation
+    setup = build_setup(model.architecture, platform.DTYPES[case.dtype], groups, sequence_parallel=case.sequence)
+    stage = build_stage(setup, case.layout, case.specs, final_exit=distillation.kl > 0)
+    load_backbone(stage, model)
+    for exit_ in stage.exits:
+        initialise_exit(exit_, model, 1)
+    settings = OptimizerConfig(
+        lr=1e-2,
+        min_lr=1e-3,
+        clip_grad=case.clip_grad,
+        implementation=case.implementation,  # type: ignore[arg-type]
+    )
+    optimizer = ExitOptimizer(stage.exits, setup.config, groups, settings, ScheduleConfig(), STEPS)
+    top_k = distillation.top_k if distillation.kl > 0 else 0
+    return Pipeline(stage, case.layout, case.specs, top_k=top_k), optimizer
