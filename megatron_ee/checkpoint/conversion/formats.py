@@ -1,0 +1,128 @@
+"""Which format a directory is in, and what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ee.checkpoint.adapter import DESCRIPTION, Adapter, has_exits, open_adapter
+from megatron_ee.checkpoint.atomic import current_directory, storage_errors
+from megatron_ee.checkpoint.conversion.contents import Contents
+from megatron_ee.checkpoint.hf_directory import allowed_root
+from megatron_ee.checkpoint.loading import SavedModel, open_model
+from megatron_ee.checkpoint.manifest import MANIFEST
+from megatron_ee.checkpoint.parallel import KIND
+from megatron_ee.checkpoint.store import open_checkpoint
+from megatron_ee.errors import CheckpointError
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+NOT_CARRIED = (*WEIGHT_FILES, ".index.json", ".py")
+MAX_ASSET = 256 * 2**20  # bytes; the largest tokenizers have a tenth of it
+
+
+def open_contents(path: Path, *, trust: bool = False, config: Path | None = None, verify: bool = True) -> Contents:
+    """Open a checkpoint of any known format.
+
+    Args:
+        path: the directory.
+        trust: allow the formats that hold pickles.
+        config: for those: a Hugging Face directory, or its ``config.json``, that the weights belong to.
+        verify: check what is read, where there are checksums.
+
+    Raises:
+        CheckpointError: no known format, or it cannot be used; the message names the file.
+    """
+    path = current_directory(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory; give a checkpoint's directory")
+    if (path / MANIFEST).is_file():
+        if open_checkpoint(path).metadata.get("kind") == KIND:
+            return _of_model(open_model(path, verify=verify), "parallel checkpoint", verify)
+        return _of_exits(open_adapter(path, verify=verify), "training checkpoint")
+    if (path / DESCRIPTION).is_file():
+        return _of_exits(open_adapter(path, verify=verify), "adapter")
+    if (path / "config.json").is_file():
+        return _of_model(open_model(path, verify=verify), "Hugging Face model", verify)
+    return _of_megatron(path, trust, config, verify)
+
+
+def _of_megatron(path: Path, trust: bool, config: Path | None, verify: bool) -> Contents:
+    # Imported only where one is wanted: nothing else may come near their pickles.
+    if _has(path, ".metadata"):
+        from megatron_ee.checkpoint.megatron.torch_dist import open_torch_dist
+
+        return open_torch_dist(path, trust=trust, config=config, verify=verify)
+    if _has(path, "mp_rank_*"):
+        from megatron_ee.checkpoint.megatron.legacy import open_legacy
+
+        return open_legacy(path, trust=trust, config=config, verify=verify)
+    raise CheckpointError(
+        f"{path}: no checkpoint of a known format: neither config.json (Hugging Face), {MANIFEST} (parallel or "
+        f"training checkpoint), {DESCRIPTION} (adapter), nor Megatron's iter_* directories"
+    )
+
+
+def _has(path: Path, name: str) -> bool:
+    """Whether a Megatron directory, or one of its iterations, has such an entry."""
+    return any(next(path.glob(f"{place}{name}"), None) for place in ("", "iter_*/", "release/"))
+
+
+def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
+    exits = open_adapter(model.path, verify=verify) if has_exits(model) else None
+    return Contents(
+        source=model.path,
+        format=kind + (" with exits" if exits else ""),
+        architecture=model.architecture,
+        backbone=model.weights,
+        non_weights=model.non_weights,
+        exits=exits.exits if exits else (),
+        exit_tensors=exits.weights if exits else {},
+        assets=released_assets(model.path),
+        base_model=exits.base_model if exits else _origin(model),
+        backbone_sha256=exits.backbone_sha256 if exits else None,
+        steps=exits.steps if exits else 0,
+    )
+
+
+def _origin(model: SavedModel) -> str:
+    """Where the released model is: of a parallel checkpoint, the one that it was made from."""
+    origin = model.checkpoint.metadata.get("base_model") if model.checkpoint is not None else None
+    return origin if isinstance(origin, str) and origin else str(model.path.resolve())
+
+
+def _of_exits(adapter: Adapter, kind: str) -> Contents:
+    return Contents(
+        source=adapter.path,
+        format=kind,
+        architecture=None,
+        exits=adapter.exits,
+        exit_tensors={
+            name: tensor
+            for spec in adapter.exits
+            for name, tensor in adapter.weights.items()
+            if name.startswith(f"exits.{spec.layer}.")
+        },
+        base_model=adapter.base_model,
+        backbone_sha256=adapter.backbone_sha256,
+        steps=adapter.steps,
+    )
+
+
+def released_assets(directory: Path) -> dict[str, Path | bytes]:
+    """The small files of a model's directory: configuration, tokenizer, licence; no weights, no code, nothing hidden.
+
+    Raises:
+        CheckpointError: one leads outside the directory, or is too large to be what it seems.
+    """
+    root = allowed_root(directory)
+    found: dict[str, Path | bytes] = {}
+    with storage_errors(directory, "list"):
+        paths = sorted(directory.iterdir())
+    for path in paths:
+        if path.name.startswith(".") or path.name.endswith(NOT_CARRIED) or path.name == MANIFEST or path.is_dir():
+            continue
+        if not path.resolve().is_relative_to(root) or not path.is_file() or not path.name.isprintable():
+            raise CheckpointError(f"{path}: not a plain file inside the model directory; refused")
+        if path.stat().st_size > MAX_ASSET:
+            raise CheckpointError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too many for a model's small files")
+        found[path.name] = path
+    return found

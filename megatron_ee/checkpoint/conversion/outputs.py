@@ -1,0 +1,96 @@
+"""What a conversion writes: files, the boxes of tensors that fill them, and the small files that come last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ee.checkpoint.tensors import StoredTensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of an output file: the box of ``shape`` at ``offset`` of ``tensor``.
+
+    Attributes:
+        name: in the file.
+        key: of the whole tensor.
+    """
+
+    name: str
+    key: str
+    tensor: StoredTensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box."""
+        return math.prod(self.shape) * self.tensor.dtype.itemsize
+
+
+def whole_part(name: str, tensor: StoredTensor) -> Part:
+    """All of ``tensor``."""
+    return Part(name, name, tensor, (0,) * len(tensor.shape), tensor.shape)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file to be written: its path in the output, and what is in it."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is on disk: its size in bytes and the SHA-256 (hex) of each ``manifest.BLOCK`` of it."""
+
+    size: int
+    blocks: list[str]
+
+
+def nothing_more(directory: Path, written: Mapping[str, Written]) -> dict[str, bytes]:
+    """No closing files."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A directory to be written.
+
+    Attributes:
+        format: what it will be, in words for a person.
+        files: the large files.
+        assets: small files by name: a path to copy, or the content.
+        finish: gives the files that are written last, by name, from the directory so far and its large files.
+    """
+
+    format: str
+    files: tuple[OutputFile, ...]
+    assets: Mapping[str, Path | bytes] = field(default_factory=dict)
+    finish: Callable[[Path, Mapping[str, Written]], dict[str, bytes]] = nothing_more
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(file.nbytes for file in self.files)
+
+
+def split_parts(parts: Sequence[Part], limit: int) -> Iterator[tuple[Part, ...]]:
+    """Runs of parts of at most ``limit`` bytes each; a larger part is alone."""
+    run: list[Part] = []
+    for part in parts:
+        if run and sum(each.nbytes for each in run) + part.nbytes > limit:
+            yield tuple(run)
+            run = []
+        run.append(part)
+    if run:
+        yield tuple(run)

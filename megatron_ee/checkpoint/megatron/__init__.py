@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron-LM, Megatron-Bridge and EE-LLM. They hold pickles: the only modules that touch any."""

@@ -1,0 +1,115 @@
+"""Pickles read as data: whatever they name stays a name, and nothing that they ask for is imported, called or run."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
+
+from megatron_ee.errors import CheckpointError, shown
+
+MAX_PICKLE = 256 * 2**20  # bytes; the description of a rank's file has a few hundred thousand
+_REFUSED = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+"""Opcodes that take objects from this process, or memory as the pickle pleases; checkpoints have none of them."""
+
+
+class Inert:
+    """What a pickle would have had made of a class or function: the name, and what was given to it.
+
+    Every name has a subclass of its own, so that the pickle can "call" it, which makes one of these.
+
+    Attributes:
+        origin: module and name.
+        args: what it was called with.
+        state: what it was to hold; None if nothing was given.
+    """
+
+    __slots__ = ("args", "state")
+    origin: ClassVar[tuple[str, str]] = ("", "")
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        made = object.__new__(cls)
+        made.args, made.state = args, None
+        return made
+
+    def __repr__(self) -> str:
+        return f"<{'.'.join(self.origin)}>"
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Items of an unknown kind of dict are not kept."""
+
+    def append(self, item: Any) -> None:
+        """Items of an unknown kind of list are not kept."""
+
+    add = append
+
+
+class Mapping(dict[Any, Any]):
+    """An ``OrderedDict`` of the pickle; the attributes that a state dict has besides its items are not kept."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _GuardedUnpickler(pickle._Unpickler):
+    # The one in Python: the one in C allocates, and touches, whatever size of memo table the pickle claims to need.
+    # Everything that BUILD can reach has a __setstate__, so that it never comes to set attributes of its choice.
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED}
+
+    def __init__(self, data: bytes, load_storage: Callable[[Any], Any], known: Collection[str] | None) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._load_storage, self._known = load_storage, known
+        self._named: dict[tuple[str, str], type] = {}
+
+    def find_class(self, module: str, name: str) -> type:
+        origin = (module, name)
+        if origin not in self._named:
+            full = f"{module}.{name}"
+            if self._known is not None and not any(full == one or full.startswith(f"{one}.") for one in self._known):
+                raise ValueError(f"asks for {full}, which has no place in such a file")
+            inert = type("Inert", (Inert,), {"__slots__": (), "origin": origin})
+            self._named[origin] = Mapping if origin == ("collections", "OrderedDict") else inert
+        return self._named[origin]
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._load_storage(pid)
+
+
+def unpickle(
+    data: bytes,
+    where: str,
+    load_storage: Callable[[Any], Any] | None = None,
+    known: Collection[str] | None = None,
+) -> Any:
+    """What a pickle describes: numbers, strings, lists, tuples, dicts, and ``Inert`` for all else.
+
+    Args:
+        data: the pickle.
+        where: names it in errors.
+        load_storage: stands in for what the pickle refers to outside itself; without it there must be nothing.
+        known: modules, and classes or functions as ``module.name``, that it may name; None is any.
+
+    Raises:
+        CheckpointError: it is too large, not a pickle, names something else, or does what no checkpoint's does.
+    """
+    if len(data) > MAX_PICKLE:
+        raise CheckpointError(f"{where}: {len(data)} bytes are too many for a description; at most {MAX_PICKLE}")
+
+    def nothing(pid: Any) -> Any:
+        raise ValueError("refers to a tensor outside it")
+
+    try:
+        return _GuardedUnpickler(data, load_storage or nothing, known).load()
+    except Exception as error:  # a hostile pickle can provoke any of them
+        what = f"{type(error).__name__} {error}"
+        raise CheckpointError(
+            f"{where}: not a pickle as checkpoints have it: {shown(what)}; refused, and nothing of it was run"
+        ) from None

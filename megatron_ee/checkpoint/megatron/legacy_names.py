@@ -1,0 +1,137 @@
+"""The names of weights in Megatron's ``model_optim_rng.pt`` files: of the old language model, megatron-core and EE-LLM.
+
+The tables give a weight's place in the model as our own parameter names do; which released tensors a parameter is
+made of, and how the ranks share it, is in ``checkpoint/names.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Scope = Literal["backbone", "exit", "exit head", "known"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a key of one pipeline stage's file holds.
+
+    Attributes:
+        scope: ``known`` is known to hold no weight of its own.
+        parameter: our name of it, in its layer if it has one.
+        index: layer in this stage, or number of an exit's head, from 0; None if it is in no layer.
+    """
+
+    scope: Scope
+    parameter: str
+    index: int | None = None
+
+
+OLD_LAYER: dict[str, str] = {
+    "input_norm.weight": "attention_norm.weight",
+    "self_attention.query_key_value.weight": "attention.qkv.weight",
+    "self_attention.query_key_value.bias": "attention.qkv.bias",
+    "self_attention.dense.weight": "attention.output.weight",
+    "self_attention.dense.bias": "attention.output.bias",
+    "self_attention.q_norm.weight": "attention.q_layernorm.weight",
+    "self_attention.k_norm.weight": "attention.k_layernorm.weight",
+    "post_attention_norm.weight": "mlp_norm.weight",
+    "mlp.dense_h_to_4h.weight": "mlp.gate_up.weight",
+    "mlp.dense_h_to_4h.bias": "mlp.gate_up.bias",
+    "mlp.dense_4h_to_h.weight": "mlp.down.weight",
+    "mlp.dense_4h_to_h.bias": "mlp.down.bias",
+}
+"""``language_model.encoder.layers.N.``; "layernorm" was spelled out at first, which Megatron reads as "norm" too."""
+OLD_MODEL: dict[str, str] = {
+    "embedding.word_embeddings.weight": "embedding.weight",
+    "encoder.final_norm.weight": "final_norm.weight",
+    "output_layer.weight": "head.weight",
+}
+CORE_LAYER: dict[str, str] = {
+    "input_layernorm.weight": "attention_norm.weight",
+    "self_attention.linear_qkv.weight": "attention.qkv.weight",
+    "self_attention.linear_qkv.bias": "attention.qkv.bias",
+    "self_attention.linear_proj.weight": "attention.output.weight",
+    "self_attention.linear_proj.bias": "attention.output.bias",
+    "self_attention.q_layernorm.weight": "attention.q_layernorm.weight",
+    "self_attention.k_layernorm.weight": "attention.k_layernorm.weight",
+    "pre_mlp_layernorm.weight": "mlp_norm.weight",
+    "mlp.linear_fc1.weight": "mlp.gate_up.weight",
+    "mlp.linear_fc1.bias": "mlp.gate_up.bias",
+    "mlp.linear_fc2.weight": "mlp.down.weight",
+    "mlp.linear_fc2.bias": "mlp.down.bias",
+}
+CORE_FUSED: dict[str, str] = {
+    "self_attention.linear_qkv.layer_norm_weight": "attention_norm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "mlp_norm.weight",
+}
+"""Where Transformer Engine's linear layers hold the norm before them."""
+CORE_MODEL: dict[str, str] = {
+    "embedding.word_embeddings.weight": "embedding.weight",
+    "decoder.final_layernorm.weight": "final_norm.weight",
+    "output_layer.weight": "head.weight",
+}
+OLD = "language_model."
+TIED_HEAD = Place("known", "head.weight")
+_NO_WEIGHT = ("_extra_state", "rotary_pos_emb.inv_freq")
+
+
+def find_place(key: str, tied: bool) -> Place | None:
+    """What ``key`` holds, the levels of a nested state dict joined by dots; None if it is not known.
+
+    Args:
+        key: as the file has it.
+        tied: the LM head is the input embedding, of which later stages hold copies.
+    """
+    if key.endswith(_NO_WEIGHT):
+        return Place("known", key)
+    if tied and key in ("word_embeddings_for_head.weight", "output_layer.weight"):
+        return TIED_HEAD
+    if not key.startswith(OLD):
+        return _in_tables(key, r"decoder\.layers\.(\d+)\.(.+)", {**CORE_LAYER, **CORE_FUSED}, CORE_MODEL)
+    key = key.removeprefix(OLD).replace("layernorm", "norm").replace(".attention.", ".self_attention.")
+    head = re.fullmatch(r"exit_output_layer\.(\d+)\.weight", key)
+    if head:
+        return Place("exit head", "head.weight", int(head[1]))
+    return _in_tables(key, r"(?:encoder|transformer)\.layers\.(\d+)\.(.+)", _OLD_AND_EXITS, OLD_MODEL)
+
+
+def _in_tables(key: str, layers: str, layer: dict[str, str], model: dict[str, str]) -> Place | None:
+    found = re.fullmatch(layers, key)
+    if not found:
+        key = re.sub(r"^transformer\.", "encoder.", key)
+        return Place("backbone", model[key]) if key in model else None
+    parameter = layer.get(found[2])
+    if parameter is None:
+        return None
+    if parameter.startswith("exit."):
+        return Place("exit", parameter.removeprefix("exit."), int(found[1]))
+    return Place("backbone", parameter, int(found[1]))
+
+
+def _with_exits() -> dict[str, str]:
+    """EE-LLM's early-exit layer: its MLP is ``mlp.trunk``, an exit's is ``mlp.branch`` or in ``exit_block``."""
+    table = {**OLD_LAYER, "exit_norm.weight": "exit.norm.weight"}
+    for name, parameter in OLD_LAYER.items():
+        table[f"exit_block.{name}"] = f"exit.layer.{parameter}"
+        if name.startswith("mlp."):
+            table[f"mlp.trunk.{name[4:]}"] = parameter
+            table[f"mlp.branch.{name[4:]}"] = f"exit.{parameter}"
+    return table
+
+
+_OLD_AND_EXITS = _with_exits()
+
+
+def spell(place: Place, old: bool) -> str:
+    """A key that ``place`` has, for errors about a missing one; ``old`` is the language model's, else core's."""
+    if place.scope == "exit head":
+        return f"{OLD}exit_output_layer.{place.index}.weight"
+    wanted = f"exit.{place.parameter}" if place.scope == "exit" else place.parameter
+    layer, model = (_OLD_AND_EXITS, OLD_MODEL) if old else (CORE_LAYER, CORE_MODEL)
+    start = OLD if old else ""
+    if place.index is None:
+        return start + next(name for name, parameter in model.items() if parameter == wanted)
+    inner = next(name for name, parameter in layer.items() if parameter == wanted)
+    return f"{start}{'encoder' if old else 'decoder'}.layers.{place.index}.{inner}"

@@ -1,0 +1,121 @@
+"""``megatron-ee convert``: any checkpoint format into any other."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ee.commands import Parser, at_least
+from megatron_ee.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_ee.config.schema import ExitConfig
+
+DESCRIPTION = """Hugging Face directories, parallel checkpoints, adapters and Megatron checkpoints, into each other.
+Weights are streamed; an interrupted conversion goes on when the same command is run again."""
+TARGETS = ("hf", "parallel", "adapter", "megatron")
+HEADS = ("own", "shared", "low_rank")
+ALL = 0  # in place of a layer
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = Parser("convert", DESCRIPTION)
+    result.add_argument("--input", type=Path, required=True, metavar="DIR", help="checkpoint of any known format")
+    result.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write; must be new")
+    result.add_argument("--to", choices=TARGETS, required=True, help="format to write")
+    result.add_argument("--dry-run", action="store_true", help="only print what would be read and written")
+    result.add_argument(
+        "--model", type=Path, metavar="DIR", help="backbone of an adapter (default: where the adapter says it is)"
+    )
+    layout = result.add_argument_group("parallel checkpoints", "how shards are cut; they load in any layout")
+    layout.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
+    layout.add_argument("--pipeline", type=at_least(1), default=1, metavar="N", help="number of stages (default: 1)")
+    layout.add_argument(
+        "--stages", type=at_least(1), nargs="+", default=[], metavar="N", help="number of layers of each stage"
+    )
+    exits = result.add_argument_group("exits", "in this order: dropped, merged, added, heads changed")
+    exits.add_argument("--drop-exits", type=at_least(1), nargs="+", default=[], metavar="LAYER", help="leave these out")
+    exits.add_argument("--adapter", type=Path, action="append", default=[], metavar="DIR", help="merge its exits in")
+    exits.add_argument(
+        "--exits", metavar="YAML", help="add new ones, as in a configuration: '[{layer: 8, body: mlp, init: copy}]'"
+    )
+    exits.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="of random first values (default: 1)")
+    exits.add_argument(
+        "--heads", nargs="+", default=[], metavar="LAYER=HEAD", help="other heads, such as 8=shared; all=shared is all"
+    )
+    exits.add_argument("--exit", type=at_least(1), metavar="K", help="write the exit after layer K as a model")
+    trust = result.add_argument_group("reading")
+    trust.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="read Megatron's formats, which hold pickles: only from those whom you would let run code here",
+    )
+    trust.add_argument("--config", type=Path, metavar="DIR", help="Hugging Face model that a Megatron checkpoint is of")
+    trust.add_argument("--no-verify", action="store_true", help="do not check what is read against its checksums")
+    result.add_argument(
+        "--max-shard-size", type=at_least(1), default=5000, metavar="MB", help="of --to hf's files (default: 5000)"
+    )
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, or say what would be done."""
+    added = _exits(arguments.exits)
+    heads = _heads(arguments.heads)
+    all_heads = heads.pop(ALL, None)
+    from megatron_ee.checkpoint.conversion.convert import Request, plan_output, prepare, write
+    from megatron_ee.checkpoint.conversion.report import print_contents, print_plan
+    from megatron_ee.checkpoint.conversion.usage import usage
+
+    request = Request(
+        input=arguments.input,
+        to=arguments.to,
+        model=arguments.model,
+        config=arguments.config,
+        trust=arguments.trust_checkpoint,
+        verify=not arguments.no_verify,
+        tensor=arguments.tensor,
+        pipeline=arguments.pipeline,
+        stages=arguments.stages,
+        exit=arguments.exit,
+        drop=arguments.drop_exits,
+        adapters=arguments.adapter,
+        add=added,
+        heads=heads,
+        all_heads=all_heads,
+        seed=arguments.seed,
+        shard=arguments.max_shard_size * 10**6,
+    )
+    found, contents = prepare(request)
+    for note in contents.notes:
+        print(note, file=sys.stderr)
+    if arguments.dry_run:
+        print_contents(found)
+        print_plan(plan_output(contents, request), arguments.output)
+        return 0
+    write(contents, request, arguments.output)
+    if arguments.exit is not None:
+        print(usage(arguments.output, contents.base_model, contents))
+    return 0
+
+
+def _exits(text: str | None) -> list[ExitConfig]:
+    if text is None:
+        return []
+    from megatron_ee.config.load import parse_exits
+
+    return parse_exits(text, "--exits")
+
+
+def _heads(pairs: list[str]) -> dict[int, Any]:
+    """``LAYER=HEAD`` pairs."""
+    found: dict[int, Any] = {}
+    for pair in pairs:
+        layer, _, head = pair.partition("=")
+        if head not in HEADS or not (layer == "all" or (layer.isascii() and layer.isdigit() and int(layer) > 0)):
+            raise ConfigError(f"--heads: {pair!r} is not LAYER=HEAD; heads are {', '.join(HEADS)}")
+        found[ALL if layer == "all" else int(layer)] = head
+    return found

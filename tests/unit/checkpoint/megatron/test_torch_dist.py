@@ -1,0 +1,233 @@
+"""Megatron's distributed checkpoints, exchanged with megatron-core's own code and with ourselves."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch_dist_helpers import FAMILIES, Exported, Model, assert_equal, rewrite
+
+from megatron_ee.checkpoint.conversion.contents import Contents
+from megatron_ee.checkpoint.conversion.formats import open_contents
+from megatron_ee.checkpoint.megatron import export
+from megatron_ee.checkpoint.megatron.export import export_torch_dist
+from megatron_ee.checkpoint.megatron.settings import to_args
+from megatron_ee.checkpoint.megatron.torch_dist import is_torch_dist, open_torch_dist
+from megatron_ee.config.architecture import read_architecture
+from megatron_ee.errors import CheckpointError
+from megatron_ee.parallel.groups import Groups
+from megatron_ee.testing.gpt import gpt_logits, gpt_model, load_gpt, save_gpt
+
+LAYOUTS: dict[str, dict[str, Any] | None] = {
+    "stacked": None,
+    "layers apart": {"non_homogeneous_layers": True},
+    "gate and up apart": {"singleton_local_shards": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_megatron_computes_what_transformers_does_with_an_export(
+    family: str, exported: Exported, groups: Groups
+) -> None:
+    path, output, reference = exported(family)
+    assert (output / "latest_checkpointed_iteration.txt").read_text() == "release"
+    stored = pickle.loads((output / "release" / ".metadata").read_bytes()).state_dict_metadata
+    assert stored["embedding.word_embeddings.weight"].size[0] == 256, "a multiple of 128"
+    arch = read_architecture(path)
+    tokens = torch.randint(arch.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    # A model of another tensor-parallel size has more rows, or fewer.
+    for vocabulary in (256, 384, 132):
+        model = gpt_model(arch, groups, vocabulary)
+        load_gpt(model, output / "release")
+        logits = gpt_logits(model, tokens)[..., : arch.vocab_size]
+        assert (logits - expected).abs().max() <= 1e-4
+        assert not model.embedding.word_embeddings.weight[arch.vocab_size :].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama2", "llama3.2-tied", "llama-biases", "qwen3"])
+def test_what_megatron_saves_is_the_released_model(
+    family: str,
+    layout: str,
+    exported: Exported,
+    groups: Groups,
+    tmp_path: Path,
+) -> None:
+    path, output, _ = exported(family)
+    arch = read_architecture(path)
+    model = gpt_model(arch, groups, 384)
+    load_gpt(model, output / "release")
+    # What a training run saves besides; the first is a tensor, the others are in common.pt.
+    moments = {"optimizer": sharded("optimizer.state.exp_avg.decoder.final_layernorm.weight")}
+    args = argparse.Namespace(**to_args(arch, 384), dtype=torch.bfloat16, path=tmp_path)
+    save_gpt(model, tmp_path / "iter_0000012", LAYOUTS[layout], args=args, iteration=12, **moments)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
+    assert is_torch_dist(tmp_path) and is_torch_dist(tmp_path / "iter_0000012")
+    assert_equal(open_torch_dist(tmp_path, trust=True, config=path), path)
+    assert_equal(open_torch_dist(tmp_path / "iter_0000012", trust=True, config=path / "config.json"), path)
+    derived = open_torch_dist(tmp_path, trust=True, config=None)
+    assert derived.architecture == arch and derived.backbone.keys() == open_contents(path).backbone.keys()
+
+
+def sharded(key: str) -> Any:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    return ShardedTensor.from_rank_offsets(key, torch.ones(3))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_and_import_give_the_same_bits(
+    family: str, dtype: torch.dtype, saved_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "ITEM", 1500)  # several items per tensor, of uneven numbers of rows
+    path, model = saved_model(family, **FAMILIES[family], seed=3)
+    if dtype != torch.float32:
+        path = tmp_path / "hf"
+        model.to(dtype).save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    done: list[int] = []
+    source = open_contents(path)
+    export_torch_dist(source, tmp_path / "out", advance=done.append)
+    assert sum(done) == sum(tensor.nbytes for tensor in source.backbone.values())
+    found = open_contents(tmp_path / "out", trust=True)
+    assert_equal(found, path)
+    for name in ("config.json", "tokenizer.json"):
+        asset = found.assets[name]
+        assert isinstance(asset, Path) and asset.read_bytes() == (path / name).read_bytes()
+    # Boxes that begin and end in the middle of items, heads and groups.
+    for name, tensor in source.backbone.items():
+        if len(tensor.shape) == 2:
+            box = [torch.empty(tensor.shape[0] - 12, 9, dtype=dtype) for _ in range(2)]
+            tensor.read(box[0], (7, 5))
+            found.backbone[name].read(box[1], (7, 5))
+            assert torch.equal(*box), name
+
+
+def test_prefixes_of_wrappers_are_taken_off(exported: Exported, tmp_path: Path) -> None:
+    path, output, _ = exported("llama2")
+    directory = Path(shutil.copytree(output, tmp_path / "out")) / "release"
+    rewrite(directory, lambda key: f"module.model.{key}")
+    assert_equal(open_torch_dist(directory, trust=True, config=None), path)
+
+
+def test_norms_of_their_own_are_known(exported: Exported, tmp_path: Path) -> None:
+    path, output, _ = exported("llama2")
+    directory = Path(shutil.copytree(output, tmp_path / "out")) / "release"
+    names = {
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.input_layernorm.weight",
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight": "decoder.layers.pre_mlp_layernorm.weight",
+    }
+    rewrite(directory, lambda key: names.get(key, key))
+    assert_equal(open_torch_dist(directory, trust=True, config=None), path)
+
+
+def test_an_export_that_fails_leaves_nothing(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = open_contents(exported("llama2")[0])
+
+    def full(fd: int, data: memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_all", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export_torch_dist(contents, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_torch_dist(contents, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: argparse.Namespace(free=1000))
+    with pytest.raises(CheckpointError, match="0.0 GB are free"):
+        export_torch_dist(open_contents(exported("llama2")[0]), tmp_path / "out")
+
+
+def test_exits_alone_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no backbone"):
+        export_torch_dist(Contents(tmp_path, "adapter", None), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("model.layers.1.self_attn.k_proj.weight", "Megatron fuses"), ("model.layers.1.input_layernorm.weight", "stacks")],
+)
+def test_dtypes_that_megatron_cannot_hold_together_are_refused(
+    name: str, message: str, exported: Exported, tmp_path: Path
+) -> None:
+    contents = open_contents(exported("llama2")[0])
+    half = dataclasses.replace(contents.backbone[name], dtype=torch.bfloat16)
+    mixed = dataclasses.replace(contents, backbone={**contents.backbone, name: half})
+    with pytest.raises(CheckpointError, match=f"{name} is torch.bfloat16.*{message}"):
+        export_torch_dist(mixed, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_models_give_equal_files(exported: Exported, tmp_path: Path) -> None:
+    path, output, _ = exported("qwen2")
+    export_torch_dist(open_contents(path), tmp_path / "again")
+    for file in output.rglob("*"):
+        if file.is_file():
+            assert (tmp_path / "again" / file.relative_to(output)).read_bytes() == file.read_bytes(), file
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+from megatron_ee import platform
+from megatron_ee.checkpoint.conversion.contents import Contents
+from megatron_ee.checkpoint.derived import constant
+from megatron_ee.checkpoint.megatron.export import export_torch_dist
+from megatron_ee.checkpoint.megatron.torch_dist import open_torch_dist
+from megatron_ee.checkpoint.names import expected_tensors
+from megatron_ee.config.architecture import parse_architecture
+import torch, torch.distributed.checkpoint
+
+output = Path(sys.argv[1])
+config = json.loads(sys.argv[2])
+arch = parse_architecture(config)
+backbone = {name: constant(1, shape, torch.bfloat16) for name, shape in expected_tensors(arch).items()}
+assets = {"config.json": sys.argv[2].encode()}
+before = platform.peak_memory()
+export_torch_dist(Contents(output, "", arch, backbone, assets=assets), output)
+exported = platform.peak_memory()
+for tensor in open_torch_dist(output, trust=True, config=None).backbone.values():
+    for slab in tensor.slabs():
+        assert (slab == 1).all()
+print(json.dumps([sum(t.nbytes for t in backbone.values()), exported - before, platform.peak_memory() - exported]))
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "vocab_size": 32_000,
+    }
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "out"), json.dumps(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    total, exporting, importing = json.loads(done.stdout)
+    assert total > 500e6 and exporting < 200e6 and importing < 50e6, (total, exporting, importing)
