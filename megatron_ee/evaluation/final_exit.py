@@ -5,24 +5,27 @@ Tuning loads no layer beyond the deepest exit, so this runs before it, through a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ee import platform
 from megatron_ee.checkpoint.digest import cache_directory
-from megatron_ee.checkpoint.loading import ReleasedModel, load_backbone
+from megatron_ee.checkpoint.loading import SavedModel, load_backbone
 from megatron_ee.checkpoint.safetensors_file import read_header, read_into, write_safetensors
-from megatron_ee.data.loader import Batch, ValidationWindows
+from megatron_ee.data.loader import ValidationWindows
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.metrics import FinalStats
 from megatron_ee.model.setup import ModelSetup
-from megatron_ee.model.stage import Stage
+from megatron_ee.model.stage import build_stage
+from megatron_ee.parallel.layout import Layout
 from megatron_ee.progress import track
-from megatron_ee.tuning.step import to_device
+from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 
 @dataclass(frozen=True)
@@ -44,49 +47,76 @@ class FinalExit:
 
 
 def final_exit(
-    setup: ModelSetup, model: ReleasedModel, digest: str, windows: ValidationWindows, batch_size: int, chunk_tokens: int
+    setup: ModelSetup,
+    model: SavedModel,
+    digest: str,
+    windows: ValidationWindows,
+    layout: Layout,
+    batch_size: int,
+    chunk_tokens: int,
 ) -> FinalExit:
-    """From the cache, by the hashes of backbone and data, or computed and put there.
+    """From the cache, by the hashes of backbone and data, or computed and put there. Every rank calls this.
 
     Args:
-        digest: the backbone's hash.
+        setup: of the run.
+        model: the backbone.
+        digest: its hash.
+        windows: each data-parallel rank takes its share.
+        layout: all layers, spread over the stages.
         batch_size: windows at a time.
         chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
         CheckpointError: the model's files cannot be read.
     """
-    rank, size = setup.groups.data.rank(), setup.groups.data.size()
+    groups = setup.groups
+    rank, size = groups.data.rank(), groups.data.size()
     key = (digest, windows.fingerprint, str(setup.dtype), rank, size)
     path = cache_directory() / "final-exit" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
     shape = (len(range(rank, len(windows), size)), windows.sequence_length)
     cached = _read(path, shape)
-    if cached is not None:
+    if all(groups.gather(cached is not None)) and cached is not None:
         return cached
-    layers = range(1, model.architecture.num_layers + 1)
-    stage = Stage(setup, layers, (), final_exit=True)
-    load_backbone(stage, model)
-    losses, tokens = [], []
-    with track(shape[0], "sequences", "final exit on the validation data") as bar:
-        for batch in windows.batches(batch_size, rank, size):
-            loss, top1 = _run(stage, batch, chunk_tokens)
-            losses.append(loss)
-            tokens.append(top1)
-            bar.advance(len(batch.tokens))
-    result = FinalExit(torch.cat(losses), torch.cat(tokens))
-    _write(path, result)
+    result = _compute(setup, model, windows, layout, batch_size, chunk_tokens)
+    if groups.pipeline.rank() == groups.tensor.rank() == 0:
+        _write(path, result)
     return result
 
 
-def _run(stage: Stage, batch: Batch, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    """Loss and top-1 of a batch, ``[batch, seq]``."""
-    labels, _ = to_device(batch)
-    with torch.no_grad():
-        h = stage.backbone.embed(batch.tokens.to(labels.device))
-        h, _ = stage.run_layers(h, stage.backbone.positions(0, batch.tokens.shape[1]), to_end=True)
-    stats = stage.final_statistics(h, labels, chunk_tokens=chunk_tokens)
-    count = len(batch.tokens)
-    return stats.loss.view(-1, count).t().cpu(), stats.top1.view(-1, count).t().cpu()
+def _compute(
+    setup: ModelSetup,
+    model: SavedModel,
+    windows: ValidationWindows,
+    layout: Layout,
+    batch_size: int,
+    chunk_tokens: int,
+) -> FinalExit:
+    groups = setup.groups
+    rank, size = groups.data.rank(), groups.data.size()
+    stage = build_stage(setup, layout, (), final_exit=True)
+    groups.together(lambda: load_backbone(stage, model))
+    pipeline = Pipeline(stage, layout, ())
+    share = len(range(rank, len(windows), size))
+    loss = torch.empty(share, windows.sequence_length, device=platform.device())
+    top1 = torch.empty_like(loss, dtype=torch.int64)
+    done = 0
+    with track(share, "sequences", "final exit on the validation data", enabled=groups.is_main) as bar:
+
+        def passed(micro: Microbatch, teacher: object) -> None:
+            nonlocal done
+            done += len(micro.batch.tokens)
+            bar.advance(len(micro.batch.tokens))
+
+        def at_end(micro: Microbatch, h: Tensor) -> None:
+            stats, count = stage.final_statistics(h, micro.labels, chunk_tokens=chunk_tokens), len(micro.batch.tokens)
+            loss[done : done + count] = stats.loss.view(-1, count).t()
+            top1[done : done + count] = stats.top1.view(-1, count).t()
+
+        for batches in windows.runs(batch_size, rank, size):
+            pipeline.run(batches, passed, at_end)
+    for tensor in (loss, top1):
+        dist.broadcast(tensor, group=groups.pipeline, group_src=layout.last_layered)
+    return FinalExit(loss.cpu(), top1.cpu())
 
 
 def _read(path: Path, shape: tuple[int, int]) -> FinalExit | None:
@@ -105,12 +135,6 @@ def _read(path: Path, shape: tuple[int, int]) -> FinalExit | None:
 
 def _write(path: Path, result: FinalExit) -> None:
     """A cache that cannot be written is done without."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError, CheckpointError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(
-            temporary, {"loss": result.loss.contiguous(), "top1": result.top1.contiguous()}, {"format": "pt"}
-        )
-        os.replace(temporary, path)
-    except (OSError, CheckpointError):
-        temporary.unlink(missing_ok=True)
+        write_safetensors(path, {"loss": result.loss, "top1": result.top1}, {"format": "pt"})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ee.errors import DataError, UserError
-from megatron_ee.model.metrics import Quality
+from megatron_ee.model.quality import Quality
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def plot_sweep(quality: Quality, path: str | Path, title: str = "Early exit: wha
     points = sorted(quality.sweep, key=lambda point: point.mean_layers)
     layers = [point.mean_layers for point in points]
     single = [exit_.layer for exit_ in quality.exits] + [quality.num_layers]
-    with _figure(path, (7.5, 4.8)) as figure:
+    with saved_figure(path, (7.5, 4.8)) as figure:
         axes = figure.subplots()
         curves = (
             ("agreement", "agreement with the final exit", COLOURS[0], "o", 1.0),
@@ -85,7 +85,7 @@ def plot_reliability(quality: Quality, path: str | Path, title: str = "Reliabili
         raise ValueError("there is no exit to plot")
     rows = math.ceil(len(quality.exits) / 4)
     columns = math.ceil(len(quality.exits) / rows)
-    with _figure(path, (3.1 * columns + 0.5, 3.2 * rows + 0.7)) as figure:
+    with saved_figure(path, (3.1 * columns + 0.5, 3.2 * rows + 0.7)) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(quality.exits) :]:
             axes.set_visible(False)
@@ -121,7 +121,7 @@ def plot_training(log: str | Path, path: str | Path, title: str = "Loss of each 
     steps, validations = read_log(log)
     layers = sorted({layer for losses in (*steps.values(), *validations.values()) for layer in losses})
     finals = [losses[0] for losses in validations.values() if 0 in losses]
-    with _figure(path, (7.5, 4.8)) as figure:
+    with saved_figure(path, (7.5, 4.8)) as figure:
         axes = figure.subplots()
         for index, layer in enumerate(layer for layer in layers if layer):
             colour = COLOURS[index % len(COLOURS)]
@@ -231,7 +231,7 @@ def _annotate(figure: Figure, axes: Axes, texts: list[tuple[float, float, str]],
 
 
 @contextmanager
-def _figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
+def saved_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure that is saved to ``path``, under a temporary name first, when the block ends without an error."""
     target = Path(path)
     if target.suffix.lower() not in FORMATS:

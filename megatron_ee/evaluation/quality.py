@@ -1,4 +1,4 @@
-"""Quality per exit on validation windows: the loop that feeds ``model.metrics``."""
+"""Quality per exit on validation windows: the loop that feeds ``model.metrics``, over all stages."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.data.loader import ValidationWindows
+from megatron_ee.data.loader import Batch, ValidationWindows
 from megatron_ee.evaluation.final_exit import FinalExit
-from megatron_ee.model.metrics import Quality, QualityAccumulator
-from megatron_ee.model.stage import Stage
+from megatron_ee.model.metrics import QualityAccumulator, TokenStats
+from megatron_ee.model.quality import Quality
 from megatron_ee.progress import track
-from megatron_ee.tuning.step import to_device
+from megatron_ee.tuning.schedule import Microbatch, Pipeline
+
+FINAL = 0
+"""Stands for the final exit where exits go by their layers."""
 
 
 def measure(
-    stage: Stage,
+    pipeline: Pipeline,
     windows: ValidationWindows,
     thresholds: Sequence[float],
     *,
@@ -25,10 +29,12 @@ def measure(
     batch_size: int = 1,
     chunk_tokens: int = 512,
 ) -> Quality:
-    """Quality of the stage's exits.
+    """Quality of the exits of all stages, equal on every rank.
+
+    Each stage sends three numbers per token and exit to the first one, which counts.
 
     Args:
-        stage: holds every exit; and the final exit too, where ``final`` is not given.
+        pipeline: the stages; the last one holds the final exit, where ``final`` is not given.
         windows: what to score; each data-parallel rank takes its share.
         thresholds: confidences of the sweep.
         final: the final exit's outcome, computed before.
@@ -38,8 +44,7 @@ def measure(
     Raises:
         DataError: not one token counts.
     """
-    groups = stage.setup.groups
-    specs = [exit_.spec for exit_ in stage.exits]
+    stage, specs, groups = pipeline.stage, pipeline.specs, pipeline.stage.setup.groups
     sums = QualityAccumulator(
         [spec.layer for spec in specs],
         stage.setup.architecture.num_layers,
@@ -49,27 +54,66 @@ def measure(
     rank, size = groups.data.rank(), groups.data.size()
     done = 0
     with track(len(range(rank, len(windows), size)), "sequences", "validating", enabled=groups.is_main) as bar:
-        for batch in windows.batches(batch_size, rank, size):
-            labels, mask = to_device(batch)
-            positions = stage.backbone.positions(0, batch.tokens.shape[1])
-            with torch.no_grad():
-                h = stage.backbone.embed(batch.tokens.to(labels.device))
-            h, taps = stage.run_layers(h, positions, to_end=final is None)
-            exits = [
-                exit_.statistics(taps[exit_.spec.layer], positions, labels, chunk_tokens=chunk_tokens)
-                for exit_ in stage.exits
-            ]
-            count = len(batch.tokens)
-            last = (
-                stage.final_statistics(h, labels, chunk_tokens=chunk_tokens)
-                if final is None
-                else final.take(done, count)
-            )
-            sums.update(exits, last, labels, mask > 0)
-            done += count
-            bar.advance(count)
-    if size > 1:
-        total = sums.sums.to(platform.device())
-        dist.all_reduce(total, group=groups.data)
-        sums.sums.copy_(total)
+        for batches in windows.runs(batch_size, rank, size):
+            scored = _on_first_stage(pipeline, _score(pipeline, batches, chunk_tokens, final is None), batches)
+            for number, batch in enumerate(batches):
+                count = len(batch.tokens)
+                if scored:
+                    labels, mask = (tensor.t().reshape(-1) for tensor in (batch.labels, batch.mask))
+                    exits = [scored[spec.layer][number] for spec in specs]
+                    last = final.take(done, count) if final is not None else scored[FINAL][number]
+                    sums.update(exits, last, labels, mask)
+                done += count
+                bar.advance(count)
+    total = sums.sums.to(platform.device())
+    dist.broadcast(total, group=groups.pipeline, group_src=0)
+    dist.all_reduce(total, group=groups.data)
+    sums.sums.copy_(total)
     return sums.result()
+
+
+def _score(
+    pipeline: Pipeline, batches: Sequence[Batch], chunk_tokens: int, with_final: bool
+) -> dict[int, list[TokenStats]]:
+    """Statistics of each microbatch, by layer of the exit; those of exits hosted elsewhere are left empty."""
+    stage, layers = pipeline.stage, [spec.layer for spec in pipeline.specs]
+    scored: dict[int, list[TokenStats]] = {layer: [] for layer in (*layers, *([FINAL] if with_final else []))}
+
+    def exits_work(micro: Microbatch, teacher: object) -> None:
+        for exit_ in stage.exits:
+            tap = micro.taps[exit_.spec.layer]
+            stats = exit_.statistics(tap, micro.positions, micro.labels, chunk_tokens=chunk_tokens)
+            scored[exit_.spec.layer].append(stats)
+
+    def at_end(micro: Microbatch, h: Tensor) -> None:
+        scored[FINAL].append(stage.final_statistics(h, micro.labels, chunk_tokens=chunk_tokens))
+
+    pipeline.run(batches, exits_work, at_end if with_final else None)
+    return scored
+
+
+def _on_first_stage(
+    pipeline: Pipeline, scored: dict[int, list[TokenStats]], batches: Sequence[Batch]
+) -> dict[int, list[TokenStats]]:
+    """All of what the stages have, brought to the first one; nothing on the others."""
+    group, layout = pipeline.stage.setup.groups.pipeline, pipeline.layout
+    tokens = [batch.tokens.numel() for batch in batches]
+    for layer, stats in scored.items():
+        host = layout.last_layered if layer == FINAL else layout.host(layer)
+        if host == group.rank() > 0:
+            dist.send(torch.cat([_packed(each) for each in stats], dim=1), group=group, group_dst=0)
+        elif host > group.rank() == 0:
+            message = torch.empty(3, sum(tokens), dtype=torch.int32, device=platform.device())
+            dist.recv(message, group=group, group_src=host)
+            scored[layer] = [_unpacked(part) for part in message.split(tokens, dim=1)]
+    return scored if group.rank() == 0 else {}
+
+
+def _packed(stats: TokenStats) -> Tensor:
+    """``[3, tokens]`` int32, the bits of what is float."""
+    return torch.stack([stats.loss.view(torch.int32), stats.confidence.view(torch.int32), stats.top1.int()])
+
+
+def _unpacked(packed: Tensor) -> TokenStats:
+    loss, confidence, top1 = packed.contiguous().unbind()
+    return TokenStats(loss.view(torch.float32), confidence.view(torch.float32), top1.long())

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.model.metrics import Quality
+from megatron_ee.model.quality import Quality
+from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
 def report_dict(quality: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
@@ -44,30 +40,6 @@ def comparison_dict(initial: Quality, tuned: Quality, exits: Sequence[ExitSpec])
             row |= {f"{key}_initial": old[key], f"{key}_tuned": new[key]}
         rows.append(row)
     return {"final_loss": after["final_loss"], "exits": rows}
-
-
-def write_json(data: dict[str, Any], path: Path) -> None:
-    """Write strict, indented JSON to a temporary name beside ``path``, then rename it.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def make_console(file: TextIO | None = None) -> Console:
-    """A console on ``file`` (default: stdout): as wide as the terminal, or ``PLAIN_WIDTH`` where there is none."""
-    from rich.console import Console
-
-    console = Console(file=file or sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    return console
 
 
 def print_quality(
@@ -112,8 +84,8 @@ def print_comparison(
     _check(initial, exits)
     _check(tuned, exits)
     console = console or make_console()
-    table = _table(f"Exits before and after tuning ({tuned.tokens:,} held-out tokens)", console)
-    _columns(table, "after layer", "exit", words=True)
+    table = new_table(f"Exits before and after tuning ({tuned.tokens:,} held-out tokens)", console)
+    add_columns(table, "after layer", "exit", words=True)
     for name in ("loss", "agreement", "accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
     for spec, old, new in zip(exits, initial.exits, tuned.exits, strict=True):
@@ -136,9 +108,9 @@ def print_comparison(
 
 
 def _exit_table(quality: Quality, exits: Sequence[ExitSpec], title: str, console: Console) -> Table:
-    table = _table(f"{title} ({quality.tokens:,} tokens)", console)
-    _columns(table, "after layer", "exit", words=True)
-    _columns(table, "loss", "perplexity", "accuracy", "agreement", "confidence", "ECE")
+    table = new_table(f"{title} ({quality.tokens:,} tokens)", console)
+    add_columns(table, "after layer", "exit", words=True)
+    add_columns(table, "loss", "perplexity", "accuracy", "agreement", "confidence", "ECE")
     for spec, exit_ in zip(exits, quality.exits, strict=True):
         shares = (exit_.accuracy, exit_.agreement, exit_.mean_confidence, exit_.ece)
         table.add_row(
@@ -162,9 +134,9 @@ def _exit_table(quality: Quality, exits: Sequence[ExitSpec], title: str, console
 
 
 def _sweep_table(quality: Quality, console: Console) -> Table:
-    table = _table(f"Leaving at the first exit that is confident enough (of {quality.num_layers} layers)", console)
-    _columns(table, "threshold", "layers per token", "agreement", "accuracy")
-    _columns(table, *(f"leave at {exit_.layer}" for exit_ in quality.exits), "final")
+    table = new_table(f"Leaving at the first exit that is confident enough (of {quality.num_layers} layers)", console)
+    add_columns(table, "threshold", "layers per token", "agreement", "accuracy")
+    add_columns(table, *(f"leave at {exit_.layer}" for exit_ in quality.exits), "final")
     for point in quality.sweep:
         table.add_row(
             f"{point.threshold:g}",
@@ -177,35 +149,14 @@ def _sweep_table(quality: Quality, console: Console) -> Table:
 
 
 def _above_table(quality: Quality, console: Console) -> Table:
-    table = _table("Each exit alone: tokens at or above the threshold, and agreement among them", console)
-    _columns(table, "threshold")
+    table = new_table("Each exit alone: tokens at or above the threshold, and agreement among them", console)
+    add_columns(table, "threshold")
     for exit_ in quality.exits:
-        _columns(table, f"exit {exit_.layer}: tokens", "agreement")
+        add_columns(table, f"exit {exit_.layer}: tokens", "agreement")
     for point in quality.sweep:
         cells = (text for above in point.above for text in (_percent(above.share), _percent(above.agreement)))
         table.add_row(f"{point.threshold:g}", *cells)
     return table
-
-
-def _table(title: str, console: Console) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    ruled = console.is_terminal
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD if ruled else None,
-        padding=(0, 1, 0, 0) if ruled else (0, 2, 0, 0),
-    )
-
-
-def _columns(table: Table, *names: str, words: bool = False) -> None:
-    # Where space is short, headings break between words, and neither a word nor a number is cut.
-    for name in names:
-        longest = max(len(word) for word in name.split())
-        table.add_column(name, justify="left" if words else "right", min_width=longest)
 
 
 def _label(spec: ExitSpec) -> str:

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and SIGINT let the step in work finish."""
+"""Being told to stop: SIGTERM, SIGINT and SIGUSR1 let the step in work finish."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is what SLURM sends ahead of the time limit."""
 
 
 @dataclass
@@ -23,7 +26,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def watch_signals() -> Iterator[Interrupt]:
-    """Catch SIGTERM and SIGINT while the context is open; a second SIGINT interrupts at once."""
+    """Catch SIGTERM, SIGINT and SIGUSR1 while the context is open; a second SIGINT interrupts at once."""
     interrupt = Interrupt()
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -31,7 +34,7 @@ def watch_signals() -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         interrupt.name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
         yield interrupt
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,8 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron_ee.config.schema import LoggingConfig
-from megatron_ee.errors import UserError
-from megatron_ee.model.metrics import Quality
+from megatron_ee.errors import UserError, storage_errors
+from megatron_ee.model.quality import Quality, strict_json
 from megatron_ee.tuning.step import StepResult
 
 LOG = "log.jsonl"
@@ -27,9 +28,9 @@ class RunLog:
         """``step`` steps are done; ``enabled`` is False on processes that do not write."""
         self._file = None
         self._board: Any = None
+        self._where = path = output / LOG
         if not enabled:
             return
-        path = output / LOG
         try:
             _take_back(path, step)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
@@ -44,16 +45,19 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        # After an error that is said already: closing writes once more what a full disk did not take.
+        with contextlib.suppress(OSError) if error is not None else storage_errors(self._where, "write"):
+            if self._file is not None:
+                self._file.close()
+            if self._board is not None:
+                self._board.close()
 
     def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
         """One finished step, counted from 1."""
         exits = [dataclasses.asdict(exit_) for exit_ in result.exits]
         line = {"step": step, "tokens": result.tokens, "lr": result.lr, "grad_norm": result.grad_norm}
-        self._write({**line, "tokens_per_second": round(tokens_per_second, 1), "exits": exits})
+        skipped = {"skipped": result.skipped} if result.skipped else {}
+        self._write(strict_json({**line, "tokens_per_second": round(tokens_per_second, 1), "exits": exits, **skipped}))
         points = {"lr": result.lr, "grad_norm": result.grad_norm, "tokens_per_second": tokens_per_second}
         for exit_ in result.exits:
             for name in ("loss", "weight", "grad_norm"):
@@ -69,15 +73,23 @@ class RunLog:
                 points[f"validation/exit_{exit_.layer}/{name}"] = getattr(exit_, name)
         self._plot(points, step)
 
+    def save(self, step: int, stopped_seconds: float, write_seconds: float) -> None:
+        """The state after ``step`` steps is on disk: how long tuning stood still for it, and how long writing took."""
+        seconds = {"stopped_seconds": round(stopped_seconds, 4), "write_seconds": round(write_seconds, 4)}
+        self._write({"step": step, "save": seconds})
+        self._plot({f"save/{name}": value for name, value in seconds.items()}, step)
+
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with storage_errors(self._where, "write"):
+                self._file.write(json.dumps(line, allow_nan=False) + "\n")
+                self._file.flush()
 
     def _plot(self, points: dict[str, float], step: int) -> None:
         if self._board is not None:
-            for name, value in points.items():
-                self._board.add_scalar(name, value, step)
+            with storage_errors(self._where.parent / "tensorboard", "write"):
+                for name, value in points.items():
+                    self._board.add_scalar(name, value, step)
 
 
 def _take_back(path: Path, step: int) -> None:

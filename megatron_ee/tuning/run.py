@@ -2,138 +2,245 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_backbone, load_exits, open_adapter
-from megatron_ee.checkpoint.atomic import numbered_directories, writer_lock
-from megatron_ee.checkpoint.loading import ReleasedModel, initialise_exit, load_backbone, open_released
-from megatron_ee.checkpoint.store import load_latest
+from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
+from megatron_ee.checkpoint.initialise import initialise_exit
+from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.checkpoint.resume import load_latest
+from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_to_dict
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
-from megatron_ee.errors import CheckpointError, ConfigError
+from megatron_ee.errors import ConfigError
 from megatron_ee.model.setup import ModelSetup, build_setup
-from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.groups import Groups, process_groups, world_size
+from megatron_ee.model.stage import Stage, build_stage
+from megatron_ee.parallel.adam import adam_class
+from megatron_ee.parallel.agreement import each_own
+from megatron_ee.parallel.balance import even_layout, resolve_layout
+from megatron_ee.parallel.groups import Groups, gather_objects, joined_processes, model_groups, world_size
+from megatron_ee.parallel.layout import Layout
 from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.parallel.plan import plan_run
+from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import watch_signals
 from megatron_ee.tuning.log import RunLog
+from megatron_ee.tuning.plan_table import print_plan
+from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.state import Progress, load_state
+from megatron_ee.tuning.status import reported_status, write_failed
 from megatron_ee.tuning.trainer import Trainer, Validate
 
-MakeValidator = Callable[[RunConfig, ModelSetup, ReleasedModel, str, ValidationWindows], Validate]
-"""Prepares validation before tuning takes its memory; gets the backbone's hash and the windows."""
+MakeValidator = Callable[[RunConfig, ModelSetup, SavedModel, str, ValidationWindows, Layout], Validate]
+"""Prepares validation before tuning takes its memory; gets the backbone's hash, the windows, and a layout of all
+layers without exits."""
 
 
 def tune(
-    config: RunConfig, *, output: Path, resume: bool, init_adapter: Path | None, make_validator: MakeValidator
+    config: RunConfig,
+    *,
+    output: Path,
+    resume: bool,
+    init_adapter: Path | None,
+    make_validator: MakeValidator,
+    open_model: Callable[..., SavedModel] = open_model,
+    around: Callable[[Trainer], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> int:
-    """Tune the exits that ``config`` asks for; exit status 0 when done, or saved after a signal.
+    """Tune the exits that ``config`` asks for; exit status 0 when done, or saved after a signal. Every rank calls this.
 
     Leaves in ``output``: ``adapter/``, ``adapter-best/``, ``checkpoints/step-N/``, ``log.jsonl``, ``tensorboard/``,
-    ``config.json``.
+    ``config.json``, ``status.json``. ``open_model`` gives the model at a path, or the part of it that is to be tuned;
+    ``around`` is open while the trainer runs.
 
     Raises:
         ConfigError: a setting that is impossible for this model, or ``output`` holds another run.
         CheckpointError: the model, adapter or checkpoint cannot be used.
         DataError: a corpus cannot be used.
     """
+    progress = Progress()
     # Signals are watched from the start: loading takes long, and a stop there must not look like a crash.
-    with watch_signals() as interrupt:
-        model = open_released(config.model.path)
-        specs = check_run(config, model.architecture, world_size())
-        adapter = open_adapter(init_adapter) if init_adapter is not None else None
-        blend, windows = open_data(config.data, model.architecture.vocab_size, config.validation.sequences)
-        parallel = config.parallel
-        with process_groups(parallel.tensor, parallel.pipeline) as groups, writer_lock(output):
-            _check_output(output, resume)
-            digest = _backbone_digest(model)
-            if adapter is not None:
-                check_backbone(adapter, digest, config.model.path)
-            setup = build_setup(model.architecture, platform.DTYPES[config.model.dtype], groups)
-            validate = None
-            if windows is not None:
-                validate = make_validator(config, setup, model, digest, windows)
-            stage = _load_stage(setup, model, specs, adapter, config.tuning.seed)
-            optimizer = ExitOptimizer(
-                stage.exits, setup.config, groups, config.optimizer, config.schedule, config.tuning.steps
-            )
-            description = _description(config, specs, digest)
-            progress = Progress()
-            if resume:
-                progress = _resume(output, stage, optimizer, description)
-            _write_config(output, config)
-            trainer = Trainer(
-                config=config,
-                stage=stage,
-                optimizer=optimizer,
-                stream=_stream(config, blend, groups, progress),
-                output=output,
-                description=description,
-                validate=validate,
-                progress=progress,
-            )
-            with RunLog(output, config.logging, progress.step, enabled=groups.is_main) as log:
-                trainer.run(log, interrupt, is_main=groups.is_main)
+    with watch_signals() as interrupt, joined_processes() as control:
+        gather = partial(gather_objects, group=control)
+        inputs = each_own(gather, lambda: _open_inputs(config, init_adapter, open_model))
+
+        steps = config.tuning.steps
+        with (
+            model_groups(control, config.parallel.tensor, config.parallel.pipeline) as groups,
+            watch_ranks(
+                groups.rank,
+                groups.world.size(),
+                config.parallel.timeout_seconds,
+                lambda: f"stage {groups.pipeline.rank()}, step {progress.step + 1}",
+                lambda line: write_failed(output, progress, steps),
+            ),
+            _owned(output, resume, groups),
+            reported_status(output, steps, progress, interrupt, enabled=groups.is_main),
+        ):
+            trainer = _prepare(config, inputs, groups, output, resume, progress, make_validator)
+            with RunLog(output, config.logging, progress.step, enabled=groups.is_main) as log, around(trainer):
+                trainer.run(log, interrupt)
     return 0
 
 
-def _check_output(output: Path, resume: bool) -> None:
-    if not resume and (numbered_directories(output / "checkpoints") or (output / "adapter").exists()):
-        raise ConfigError(f"--output: {output} holds a run already; go on with --resume, or choose another directory")
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run is made from, opened and checked; nothing of it takes much memory yet."""
+
+    model: SavedModel
+    specs: tuple[ExitSpec, ...]
+    layout: Layout
+    adapter: Adapter | None
+    blend: PackedBlend
+    windows: ValidationWindows | None
 
 
-def _backbone_digest(model: ReleasedModel) -> str:
+def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Callable[..., SavedModel]) -> _Inputs:
+    verify = config.checkpoint.verify
+    model = open_model(config.model.path, verify=verify)
+    specs = check_run(config, model.architecture, world_size())
+    adam_class(config.optimizer.implementation)  # refused here where this machine does not have it
+    distillation = config.loss.distillation.kl > 0
+    layout = resolve_layout(config.parallel, specs, model.architecture, config.data.sequence_length, distillation)
+    adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None
+    blend, windows = open_data(config.data, model.architecture.vocab_size, config.validation.sequences)
+    return _Inputs(model, specs, layout, adapter, blend, windows)
+
+
+def _prepare(
+    config: RunConfig,
+    inputs: _Inputs,
+    groups: Groups,
+    output: Path,
+    resume: bool,
+    progress: Progress,
+    make_validator: MakeValidator,
+) -> Trainer:
+    """Load the backbone and the exits, and go back to where the run was; ``progress`` is brought up to that."""
+    model, specs, layout = inputs.model, inputs.specs, inputs.layout
+    digest = groups.together(lambda: _backbone_digest(model) if groups.is_main else "")[0]
+    if inputs.adapter is not None:
+        check_backbone(inputs.adapter, digest, config.model.path)
+    dtype, distillation = platform.DTYPES[config.model.dtype], config.loss.distillation
+    setup = build_setup(model.architecture, dtype, groups, sequence_parallel=config.parallel.sequence)
+    _show_plan(config, inputs, groups)
+    validate = None
+    if inputs.windows is not None:
+        whole = even_layout(model.architecture.num_layers, config.parallel.pipeline)
+        validate = make_validator(config, setup, model, digest, inputs.windows, whole)
+    stage = build_stage(setup, layout, specs, final_exit=distillation.kl > 0)
+    _load(stage, model, inputs.adapter, config.tuning.seed)
+    optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, config.tuning.steps)
+    description = _description(config, specs, digest)
+    if resume:
+        _resume(config, output, stage, optimizer, description, progress)
+    if groups.is_main:
+        write_json(output / "config.json", config_to_dict(config))
+    return Trainer(
+        config=config,
+        pipeline=Pipeline(stage, layout, specs, top_k=distillation.top_k if distillation.kl > 0 else 0),
+        optimizer=optimizer,
+        stream=_stream(config, inputs.blend, groups, progress),
+        output=output,
+        description=description,
+        validate=validate,
+        progress=progress,
+    )
+
+
+@contextlib.contextmanager
+def _owned(output: Path, resume: bool, groups: Groups) -> Iterator[None]:
+    """The first rank holds the output's lock for all, and refuses to start over in another run's place."""
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(writer_lock(output))
+            if not resume and (numbered_directories(output / "checkpoints") or (output / "adapter").exists()):
+                raise ConfigError(
+                    f"--output: {output} holds a run already; go on with --resume, or choose another directory"
+                )
+
+        groups.together(lambda: take() if groups.is_main else None)
+        yield
+
+
+def _backbone_digest(model: SavedModel) -> str:
     total = sum(entry.nbytes for entry in model.weights.values())
     with track(total, "B", "hashing the backbone") as bar:
         return model.digest(advance=bar.advance)
 
 
-def _load_stage(
-    setup: ModelSetup, model: ReleasedModel, specs: tuple[ExitSpec, ...], adapter: Adapter | None, seed: int
-) -> Stage:
-    """The layers up to the deepest exit, and the exits with their first values."""
-    deepest = max(spec.layer for spec in specs)
-    stage = Stage(setup, range(1, deepest + 1), specs)
+def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
+    """Print what each stage holds and does, where there is more than one process."""
+    if groups.is_main and groups.world.size() > 1:
+        plan = plan_run(config, inputs.layout, inputs.model.architecture, inputs.specs, groups.world.size())
+        print_plan(plan)
+
+
+def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int) -> None:
+    """The layers held here, and the exits with their first values."""
+    groups = stage.setup.groups
     total = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
-    with track(total, "B", f"loading layers 1 to {deepest}") as bar:
-        load_backbone(stage, model, bar.advance)
-    if adapter is not None:
-        load_exits(stage.exits, adapter, model)
-    else:
-        for exit_ in stage.exits:
-            initialise_exit(exit_, model, seed)
-    return stage
+
+    def load() -> None:
+        with track(total, "B", "loading the frozen layers", enabled=groups.is_main) as bar:
+            load_backbone(stage, model, bar.advance)
+        if adapter is not None:
+            load_exits(stage.exits, adapter, model)
+        else:
+            for exit_ in stage.exits:
+                initialise_exit(exit_, model, seed)
+
+    groups.together(load)
 
 
-def _resume(output: Path, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]) -> Progress:
+def _resume(
+    config: RunConfig,
+    output: Path,
+    stage: Stage,
+    optimizer: ExitOptimizer,
+    description: dict[str, Any],
+    progress: Progress,
+) -> None:
     """Go on from the newest good checkpoint, or from the beginning where there is none yet."""
+    groups = stage.setup.groups
 
     def report(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        if groups.is_main:
+            print(line, file=sys.stderr, flush=True)
 
-    def load(checkpoint: Any) -> tuple[Progress, dict[str, Any]]:
-        return load_state(checkpoint, stage, optimizer, description), checkpoint.metadata["config"]
+    def load(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
+        made_with = checkpoint.metadata.get("config")
+        return load_state(checkpoint, stage, optimizer, description), made_with if isinstance(made_with, dict) else {}
 
-    found = load_latest(output / "checkpoints", load, report)
+    found = load_latest(
+        output / "checkpoints",
+        load,
+        report,
+        rank=groups.rank,
+        gather=groups.gather,
+        verify=config.checkpoint.verify,
+    )
     if found is None:
         report(f"{output}: no checkpoint yet; starting from the beginning")
-        return Progress()
-    progress, before = found
-    changed = [name for name, value in description["config"].items() if before.get(name) != value]
+        return
+    for name, value in dataclasses.asdict(found[0]).items():
+        setattr(progress, name, value)
+    changed = [name for name, value in description["config"].items() if found[1].get(name) != value]
     if changed:
         report(f"the configuration changed since the checkpoint was made, in: {', '.join(changed)}")
     report(f"going on after step {progress.step}")
-    return progress
 
 
 def _description(config: RunConfig, specs: tuple[ExitSpec, ...], digest: str) -> dict[str, Any]:
@@ -155,11 +262,3 @@ def _stream(config: RunConfig, blend: PackedBlend, groups: Groups, progress: Pro
         groups.data.size(),
         progress.consumed,
     )
-
-
-def _write_config(output: Path, config: RunConfig) -> None:
-    path = output / "config.json"
-    try:
-        path.write_text(json.dumps(config_to_dict(config), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None

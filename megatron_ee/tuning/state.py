@@ -1,14 +1,16 @@
 """The training checkpoint: exits, optimizer, schedule and data position, enough to go on bit for bit.
 
-It is in the native format (``checkpoint.store``), under global keys: an exit's tensor by its adapter name, optimizer
-state as ``optimizer.<kind>.<adapter name>`` with the shape and offset of the weights it belongs to. The backbone is
-named by path and hash, not copied. No random state is needed: the backbone has no dropout, the data order is a
+It is in the native format (``checkpoint.manifest``), under global keys: an exit's tensor by its adapter name, optimizer
+state as ``optimizer.<kind>.<adapter name>`` with the shape of the weights it belongs to. Each rank writes the elements
+that it updates, as boxes of these, so that a checkpoint loads in any other layout. The backbone is named by path and
+hash, not copied. No random state is needed: the backbone has no dropout, the data order is a
 function of seed and position, and random exit initialisation is over before the first step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.atomic import prune
-from megatron_ee.checkpoint.names import Block, blocks, exit_saved_sources
-from megatron_ee.checkpoint.store import Checkpoint, Piece, write_checkpoint
+from megatron_ee.checkpoint.names import Source, blocks, exit_saved_sources
+from megatron_ee.checkpoint.saving import Saver, group_saver
+from megatron_ee.checkpoint.store import Checkpoint
+from megatron_ee.checkpoint.writing import Piece
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.optimizer import ExitOptimizer
@@ -34,6 +38,7 @@ class Progress:
         tokens: tokens that counted in the loss.
         best_loss: lowest weighted validation loss so far; None before the first.
         best_step: the step it was reached at.
+        skipped: steps in a row, up to the last one, that updated nothing.
     """
 
     step: int = 0
@@ -41,6 +46,7 @@ class Progress:
     tokens: int = 0
     best_loss: float | None = None
     best_step: int | None = None
+    skipped: int = 0
 
 
 def save_state(
@@ -50,25 +56,47 @@ def save_state(
     progress: Progress,
     description: dict[str, Any],
     keep: int,
+    saver: Saver | None = None,
+    *,
+    then: Callable[[Path], None] = lambda path: None,
+    wait: bool = False,
 ) -> Path:
-    """Write ``step-N`` and delete the oldest beyond ``keep``.
+    """Write ``step-N`` and delete the oldest beyond ``keep``. Every rank calls this.
 
     Args:
         description: what identifies the run: backbone path and hash, configuration, exits.
+        saver: may do it in the background; None does it here and now.
+        then: given the checkpoint by the first rank once it is on disk.
+        wait: return when it is.
 
     Raises:
-        CheckpointError: it cannot be written; nothing half-written stays.
+        CheckpointError: it, or an earlier save of ``saver``, cannot be written; nothing half-written stays.
     """
-    path = checkpoints / f"step-{progress.step}"
-    pieces = [Piece(key, b.shape, b.offset, b.tensor) for key, b in _state_blocks(stage, optimizer)]
-    metadata = {**description, "progress": asdict(progress), "counters": optimizer.counters()}
-    write_checkpoint(path, pieces, metadata)
-    prune(checkpoints, keep)
+    groups, path = stage.setup.groups, checkpoints / f"step-{progress.step}"
+    saver = saver or group_saver(groups, asynchronous=False)
+    # The first rank may train nothing, and then has counted no step of Adam.
+    counters = groups.gather(optimizer.counters())
+    metadata = {
+        **description,
+        "progress": asdict(progress),
+        "counters": {name: max(each[name] for each in counters) for name in counters[0]},
+    }
+
+    def finish() -> None:
+        prune(checkpoints, keep)
+        then(path)
+
+    saver.save(path, _own_pieces(stage, optimizer), metadata, finish, wait=wait)
     return path
 
 
+def saved_step(path: Path) -> int:
+    """The step of a checkpoint that ``save_state`` wrote."""
+    return int(path.name.removeprefix("step-"))
+
+
 def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]) -> Progress:
-    """Put a checkpoint's content in place.
+    """Put a checkpoint's content in place, whatever layout it was made in.
 
     Raises:
         CheckpointError: it is damaged, or of another backbone or other exits.
@@ -79,23 +107,97 @@ def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, d
                 f"{checkpoint.path}: made with another {key}; resume with the configuration it was started with, "
                 f"or start anew with --init-adapter"
             )
+    progress, counters = _read_progress(checkpoint)
+    # The weights last: making Adam's first state moves them.
+    pieces = [*_state_pieces(stage, optimizer), *_weight_pieces(stage, None)]
     with torch.no_grad():
-        for key, block in _state_blocks(stage, optimizer):
-            checkpoint.read(key, block.tensor, block.offset)
-    optimizer.restore_counters(checkpoint.metadata["counters"])
-    return Progress(**checkpoint.metadata["progress"])
+        for piece in pieces:
+            if checkpoint.shape(piece.key) != tuple(piece.global_shape):
+                found, expected = list(checkpoint.shape(piece.key)), list(piece.global_shape)
+                raise CheckpointError(f"{checkpoint.path}: tensor {piece.key!r} has shape {found}, expected {expected}")
+            checkpoint.read(piece.key, piece.tensor, tuple(piece.offset))
+    optimizer.restore_counters(counters)
+    return progress
 
 
-def _state_blocks(stage: Stage, optimizer: ExitOptimizer) -> Iterator[tuple[str, Block]]:
-    """Key and box of every tensor, weights last: making Adam's first state moves them."""
+def _read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, int]]:
+    """Where the run stood, and the optimizer's counters, known to be numbers."""
+    counters = checkpoint.metadata.get("counters")
+    try:
+        progress = Progress(**checkpoint.metadata["progress"])
+        counts = {"adam_step": counters["adam_step"], "scheduler": counters["scheduler"]}  # type: ignore[index]
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{checkpoint.path}: says not where the run stood, or not as this version does") from None
+    best = (progress.best_loss, progress.best_step) if progress.best_step is not None else (0, 0)
+    numbers = (progress.step, progress.consumed, progress.tokens, progress.skipped, best[1], *counts.values())
+    if not all(type(number) is int and number >= 0 for number in numbers) or type(best[0]) not in (int, float):
+        raise CheckpointError(f"{checkpoint.path}: progress or counters are not whole numbers from 0")
+    return progress, counts
+
+
+def _own_pieces(stage: Stage, optimizer: ExitOptimizer) -> Iterator[Piece]:
+    """What this rank writes: what it updates, and of what all tensor-parallel ranks hold whole only the first's."""
+    ranges = {id(state.parameter): (state.start, state.stop) for state in optimizer.parameter_states()}
+    first = stage.setup.groups.tensor.rank() == 0
+    yield from _state_pieces(stage, optimizer, skip_whole=not first)
+    yield from _weight_pieces(stage, ranges, skip_whole=not first)
+
+
+def _state_pieces(stage: Stage, optimizer: ExitOptimizer, *, skip_whole: bool = False) -> Iterator[Piece]:
     states = {id(state.parameter): state for state in optimizer.parameter_states()}
-    setup = stage.setup
-    rank, size = setup.groups.tensor.rank(), setup.groups.tensor.size()
+    for parameter, source in _saved(stage, skip_whole):
+        state = states.get(id(parameter))
+        if state is not None:
+            for kind, flat in state.tensors.items():
+                prefix = f"optimizer.{kind}."
+                yield from _pieces(stage, parameter, source, prefix, flat, state.start, state.stop)
+
+
+def _weight_pieces(
+    stage: Stage, ranges: dict[int, tuple[int, int]] | None, *, skip_whole: bool = False
+) -> Iterator[Piece]:
+    """Elements ``ranges`` of the weights, by parameter; all where it is None."""
+    for parameter, source in _saved(stage, skip_whole):
+        whole = (0, parameter.numel())
+        start, stop = whole if ranges is None else ranges.get(id(parameter), (0, 0))
+        yield from _pieces(stage, parameter, source, "", parameter.detach().view(-1)[start:stop], start, stop)
+
+
+def _saved(stage: Stage, skip_whole: bool) -> Iterator[tuple[Tensor, Source]]:
     for exit_ in stage.exits:
         for parameter, source in exit_saved_sources(exit_):
-            state = states[id(parameter)]
-            assert (state.start, state.stop) == (0, parameter.numel()), "this rank updates the whole parameter"
-            tensors: dict[str, Tensor] = {f"optimizer.{kind}.": flat for kind, flat in state.tensors.items()}
-            for prefix, flat in {**tensors, "": parameter.detach().view(-1)}.items():
-                for block in blocks(flat.view(parameter.shape), source, setup.architecture, rank, size):
-                    yield prefix + block.name, block
+            if not (skip_whole and source.kind == "whole"):
+                yield parameter, source
+
+
+def _pieces(
+    stage: Stage, parameter: Tensor, source: Source, prefix: str, flat: Tensor, start: int, stop: int
+) -> Iterator[Piece]:
+    """Boxes of released tensors in ``flat``, which belongs to elements ``start:stop`` of the flattened parameter."""
+    setup, origin = stage.setup, parameter.storage_offset()
+    for block in blocks(parameter, source, setup.architecture, setup.groups.tensor.rank(), setup.groups.tensor.size()):
+        begin = int(block.tensor.storage_offset()) - int(origin)  # a block is a run of the parameter's memory
+        first, last = max(start, begin), min(stop, begin + block.tensor.numel())
+        for offset, shape in run_boxes(block.tensor.shape, first - begin, last - begin):
+            count = math.prod(shape)
+            where = [base + inner for base, inner in zip(block.offset, offset, strict=True)]
+            yield Piece(prefix + block.name, block.shape, where, flat[first - start :][:count].view(shape))
+            first += count
+
+
+def run_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offset and shape of the boxes that elements ``start:stop`` of a row-major tensor of one or two dimensions fill.
+
+    At most three: the rest of a row, whole rows, the beginning of a row.
+    """
+    if len(shape) == 1:
+        if start < stop:
+            yield (start,), (stop - start,)
+        return
+    columns = shape[1]
+    while start < stop:
+        row, column = divmod(start, columns)
+        rows = (stop - start) // columns if column == 0 else 0
+        box = (max(1, rows), columns if rows else min(columns - column, stop - start))
+        yield (row, column), box
+        start += math.prod(box)

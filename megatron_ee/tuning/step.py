@@ -1,7 +1,8 @@
 """One tuning step (design: the tuning step; arXiv 2402.00518, section 3.3).
 
-Per microbatch the frozen layers run without gradient and keep only the taps; then each exit computes its loss and its
-gradients by itself, so one exit's graph is alive at a time and nothing flows back into the backbone.
+Per microbatch the frozen layers run without gradient and keep only the taps (``tuning.schedule``); then each exit
+computes its loss and its gradients by itself, so one exit's graph is alive at a time and nothing flows back into the
+backbone.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.config.schema import LossConfig
 from megatron_ee.data.loader import Batch
-from megatron_ee.model.exits import Exit
+from megatron_ee.model.distillation import Distillation, Teacher, teacher_top_k
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 
 @dataclass(frozen=True)
@@ -42,59 +44,81 @@ class ExitResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step reports: ``tokens`` that counted, ``grad_norm`` over all exits before clipping, ``lr`` used."""
+    """What one step reports, equal on every rank.
+
+    Attributes:
+        tokens: labels of the global batch that counted.
+        lr: learning rate used.
+        grad_norm: over all exits of all stages, before clipping.
+        exits: the trained exits of all stages, by layer.
+        skipped: why nothing was updated: the exits and sequences whose loss or gradient is not finite; else empty.
+    """
 
     tokens: int
     lr: float
     grad_norm: float
     exits: tuple[ExitResult, ...]
+    skipped: str = ""
 
 
 def tuning_step(
-    stage: Stage, optimizer: ExitOptimizer, batches: Sequence[Batch], loss: LossConfig, ramp: float
+    pipeline: Pipeline, optimizer: ExitOptimizer, batches: Sequence[Batch], loss: LossConfig, ramp: float
 ) -> StepResult:
-    """Train the exits of ``stage`` on this rank's microbatches of one global batch.
+    """Train the exits of all stages on one global batch.
 
     Args:
-        stage: layers and exits of this process.
-        optimizer: of the exits.
+        pipeline: this rank's stage among the others.
+        optimizer: of the exits hosted here.
         batches: this data-parallel rank's microbatches.
         loss: settings of the loss.
         ramp: factor of all loss weights at this step, see ``weight_ramp``.
     """
-    tokens = _global_tokens(batches, optimizer)
-    trained = [exit_ for exit_ in stage.exits if exit_ in optimizer.wrappers]
-    weights = {exit_: exit_.spec.weight * ramp for exit_ in trained}
-    losses = {exit_: torch.zeros((), device=platform.device()) for exit_ in trained}
+    stage = pipeline.stage
+    tokens = _global_tokens(batches, optimizer.groups.data)
+    weights = {spec.layer: spec.weight * ramp for spec in pipeline.specs if spec.trains}
+    sums = {layer: torch.zeros((), dtype=torch.float64, device=platform.device()) for layer in weights}
+    trained = [exit_ for exit_ in stage.exits if exit_.spec.trains]
 
-    optimizer.zero_gradients()
-    for number, batch in enumerate(batches):
-        last = number == len(batches) - 1
-        labels, mask = to_device(batch)
-        positions = stage.backbone.positions(0, batch.tokens.shape[1])
-        with torch.no_grad():
-            h = stage.backbone.embed(batch.tokens.to(labels.device))
-        _, taps = stage.run_layers(h, positions)
+    def train_exits(micro: Microbatch, teacher: Teacher | None) -> None:
+        last = micro.number == len(batches) - 1
         for exit_ in trained:
-            wrapper = optimizer.wrappers[exit_]
+            layer, wrapper = exit_.spec.layer, optimizer.wrappers[exit_]
             # The last microbatch's backward starts the reduction over data-parallel ranks.
             with contextlib.nullcontext() if last else wrapper.no_sync():
                 exit_loss, stats = wrapper(
-                    taps.pop(exit_.spec.layer),
-                    positions,
-                    labels,
-                    mask * (weights[exit_] / tokens),
+                    micro.taps.pop(layer),
+                    micro.positions,
+                    micro.labels,
+                    micro.mask * (weights[layer] / tokens),
                     dynamic=loss.dynamic_token_weights,
                     chunk_tokens=loss.chunk_tokens,
+                    distillation=_distillation(loss, teacher),
                 )
                 exit_loss.backward()
-            losses[exit_] += torch.dot(stats.loss, mask)
+            part = torch.dot(stats.loss, micro.mask)
+            sums[layer] += part
+            parts.append((layer, micro.batch.sequences, part))
+
+    def teach(micro: Microbatch, h: Tensor) -> Teacher:
+        head, tensor = stage.backbone.head, stage.setup.groups.tensor
+        assert head is not None, "the last stage holds the final exit"
+        z = stage.final_features(h).flatten(0, 1)
+        return teacher_top_k(z, head, tensor, loss.distillation.top_k, chunk_tokens=loss.chunk_tokens)
+
+    parts: list[tuple[int, range, Tensor]] = []
+    optimizer.zero_gradients()
+    pipeline.run(batches, train_exits, teach if loss.distillation.kl > 0 else None)
     optimizer.reduce_gradients()
-    norms = {exit_: optimizer.gradient_norm(exit_) for exit_ in trained}
-    lr, grad_norm = optimizer.learning_rate, optimizer.step()
-    means = _mean_losses(losses, tokens, optimizer)
-    exits = (ExitResult(exit_.spec.layer, means[exit_], weights[exit_], norms[exit_]) for exit_ in trained)
-    return StepResult(tokens, lr, grad_norm, tuple(exits))
+
+    losses, norms = _over_all_ranks(sums, {exit_.spec.layer: optimizer.squared_norm(exit_) for exit_ in trained}, stage)
+    exits = tuple(ExitResult(n, losses[n] / tokens, weights[n], math.sqrt(norms[n])) for n in sorted(weights))
+    lr, grad_norm, skipped = optimizer.learning_rate, math.sqrt(sum(norms.values())), ""
+    if math.isfinite(grad_norm) and all(math.isfinite(value) for value in losses.values()):
+        optimizer.step()
+    else:
+        optimizer.skip()
+        skipped = _not_finite(exits, optimizer.groups.gather(_bad_parts(parts)))
+    return StepResult(tokens, lr, grad_norm, exits, skipped)
 
 
 def weight_ramp(loss: LossConfig, step: int, steps: int) -> float:
@@ -106,23 +130,50 @@ def weight_ramp(loss: LossConfig, step: int, steps: int) -> float:
     return done if loss.weight_warmup == "linear" else 0.5 * (1 - math.cos(math.pi * done))
 
 
-def to_device(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Labels int64 and mask float32 of a microbatch, ``[seq * batch]``, sequence-major as hidden states are."""
-    labels, mask = (tensor.t().reshape(-1).to(platform.device()) for tensor in (batch.labels, batch.mask))
-    return labels, mask.float()
+def _distillation(loss: LossConfig, teacher: Teacher | None) -> Distillation | None:
+    if teacher is None:
+        return None
+    settings = loss.distillation
+    return Distillation(teacher, settings.kl, settings.cross_entropy, settings.temperature)
 
 
-def _global_tokens(batches: Sequence[Batch], optimizer: ExitOptimizer) -> int:
+def _global_tokens(batches: Sequence[Batch], data: dist.ProcessGroup) -> int:
     """Unmasked tokens of the global batch, known before the first backward."""
     count = torch.tensor(sum(batch.num_tokens for batch in batches), device=platform.device())
-    dist.all_reduce(count, group=optimizer.groups.data)
+    dist.all_reduce(count, group=data)
     # A batch without a single one has no loss: 1 keeps its zeros from becoming 0 / 0.
     return max(1, int(count))
 
 
-def _mean_losses(losses: dict[Exit, Tensor], tokens: int, optimizer: ExitOptimizer) -> dict[Exit, float]:
-    if not losses:
-        return {}
-    sums = torch.stack(list(losses.values()))
-    dist.all_reduce(sums, group=optimizer.groups.data)
-    return dict(zip(losses, (sums / tokens).tolist(), strict=True))
+def _over_all_ranks(
+    losses: dict[int, Tensor], norms: dict[int, Tensor], stage: Stage
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Summed losses and squared gradient norms of every trained exit of every stage, by layer, in one reduction."""
+    both = torch.zeros(2, len(losses), dtype=torch.float64, device=platform.device())
+    for place, (layer, loss) in enumerate(losses.items()):
+        if stage.setup.groups.tensor.rank() == 0:  # each of its ranks has the same
+            both[0, place] = loss
+        if layer in norms:
+            both[1, place] = norms[layer]
+    dist.all_reduce(both, group=stage.setup.groups.world)
+    sums, squares = both.tolist()
+    return dict(zip(losses, sums, strict=True)), dict(zip(losses, squares, strict=True))
+
+
+def _bad_parts(parts: Sequence[tuple[int, range, Tensor]]) -> list[tuple[int, list[int]]]:
+    """Exit and sequences of each microbatch whose loss is not finite."""
+    return [(layer, list(sequences)) for layer, sequences, part in parts if not torch.isfinite(part)]
+
+
+def _not_finite(exits: Sequence[ExitResult], gathered: Sequence[list[tuple[int, list[int]]]]) -> str:
+    """Which exits, and where their loss is not finite which sequences, for the user."""
+    where: dict[int, set[int]] = {}
+    for layer, sequences in (pair for pairs in gathered for pair in pairs):
+        where.setdefault(layer, set()).update(sequences)
+    lines = []
+    for exit_ in exits:
+        if not math.isfinite(exit_.loss):
+            lines.append(f"exit {exit_.layer}: loss {exit_.loss} in sequences {sorted(where.get(exit_.layer, ()))}")
+        elif not math.isfinite(exit_.grad_norm):
+            lines.append(f"exit {exit_.layer}: gradient norm {exit_.grad_norm}")
+    return "; ".join(lines)

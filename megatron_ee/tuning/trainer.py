@@ -8,20 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.checkpoint.adapter import save_adapter
+from megatron_ee.checkpoint.adapter import extract_adapter, save_adapter
+from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import MicrobatchStream
-from megatron_ee.model.metrics import Quality
-from megatron_ee.model.stage import Stage
+from megatron_ee.errors import UserError
+from megatron_ee.model.quality import Quality
+from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.log import RunLog
-from megatron_ee.tuning.state import Progress, save_state
+from megatron_ee.tuning.schedule import Pipeline
+from megatron_ee.tuning.state import Progress, save_state, saved_step
 from megatron_ee.tuning.step import StepResult, tuning_step, weight_ramp
 
-Validate = Callable[[Stage, int], Quality]
-"""Quality of the stage's exits after so many steps; what is shown and written of it is the callback's business."""
+Validate = Callable[[Pipeline, int], Quality]
+"""Quality of the exits of all stages after so many steps, on every rank; what is shown and written of it is the
+callback's business."""
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Trainer:
     """
 
     config: RunConfig
-    stage: Stage
+    pipeline: Pipeline
     optimizer: ExitOptimizer
     stream: MicrobatchStream
     output: Path
@@ -42,39 +46,78 @@ class Trainer:
     validate: Validate | None = None
     progress: Progress = field(default_factory=Progress)
 
-    def run(self, log: RunLog, interrupt: Interrupt, *, is_main: bool = True) -> bool:
-        """Tune until the last step or an interrupt; True if all steps are done.
+    def __post_init__(self) -> None:
+        # A resumed run starts from what is on disk already.
+        self._started = self._saved = self.progress.step or None
+
+    def run(self, log: RunLog, interrupt: Interrupt) -> bool:
+        """Tune until the last step or an interrupt; True if all steps are done. Every rank calls this.
 
         Either way the state and the adapter of the last step done are on disk afterwards.
+
+        Raises:
+            UserError: more steps in a row than ``tuning.skip_limit`` had a loss or gradient that is not finite.
+            CheckpointError: a save failed; one in the background says so at the next step.
         """
-        steps, done = self.config.tuning.steps, self.progress
+        steps, done, is_main = self.config.tuning.steps, self.progress, self._groups.is_main
         if done.step == 0:
             self._validate(log)
-        with track(steps, "steps", "tuning", "tokens", completed=done.step, enabled=is_main) as bar:
-            while done.step < steps and not interrupt.requested:
+        with (
+            track(steps, "steps", "tuning", "tokens", completed=done.step, enabled=is_main) as bar,
+            group_saver(self._groups, self.config.checkpoint.asynchronous, bar.note) as saver,
+        ):
+            while done.step < steps and not self._told_to_stop(interrupt, saver):
                 started = time.perf_counter()
                 result = self._step()
                 elapsed = time.perf_counter() - started
                 bar.describe("tuning " + _losses(result))
                 bar.advance(1, result.tokens)
-                if self._due(self.config.logging.interval):
+                if result.skipped:
+                    bar.note(f"step {done.step} skipped, nothing was updated: {result.skipped}")
+                if self._due(self.config.logging.interval) or result.skipped:
                     log.step(done.step, result, result.tokens / elapsed)
+                self._check_skips(result)
                 if self._due(self.config.validation.interval) or done.step == steps:
                     self._validate(log)
-                if self._due(self.config.checkpoint.interval) and done.step < steps and not interrupt.requested:
-                    self._save()
+                if self._due(self.config.checkpoint.interval) and done.step < steps:
+                    self._save(saver)
+                self._log_saves(log, saver)
             if interrupt.requested:
                 bar.note(f"{interrupt.name}: saving after step {done.step}; go on with --resume")
-        self._save()
+            self._finish(saver)
+            self._log_saves(log, saver)
         return done.step >= steps
+
+    @property
+    def _groups(self) -> Groups:
+        return self.optimizer.groups
+
+    def _told_to_stop(self, interrupt: Interrupt, saver: Saver) -> bool:
+        """Whether any rank was: all then stop after the same step, also where the save in work failed."""
+        own = (interrupt.name, saver.failure)
+        names, failures = zip(*(self._groups.gather(own) if self._groups.world.size() > 1 else [own]), strict=True)
+        saver.check(failures)
+        interrupt.name = interrupt.name or next((name for name in names if name is not None), None)
+        return interrupt.requested
 
     def _step(self) -> StepResult:
         ramp = weight_ramp(self.config.loss, self.progress.step, self.config.tuning.steps)
-        result = tuning_step(self.stage, self.optimizer, self.stream.step(), self.config.loss, ramp)
+        result = tuning_step(self.pipeline, self.optimizer, self.stream.step(), self.config.loss, ramp)
         self.progress.step += 1
         self.progress.consumed = self.stream.consumed
         self.progress.tokens += result.tokens
+        self.progress.skipped = self.progress.skipped + 1 if result.skipped else 0
         return result
+
+    def _check_skips(self, result: StepResult) -> None:
+        limit, skipped = self.config.tuning.skip_limit, self.progress.skipped
+        if skipped > limit:
+            error = UserError(
+                f"step {self.progress.step}: {result.skipped}; {skipped} steps in a row were not finite, and "
+                f"tuning.skip_limit is {limit}: lower optimizer.lr, or look at these sequences of the data"
+            )
+            error.common = True
+            raise error
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.step % interval == 0
@@ -83,31 +126,47 @@ class Trainer:
         """Validate, and keep the adapter if it is the best so far; the untuned exits are measured, not kept."""
         if self.validate is None:
             return
-        quality, done = self.validate(self.stage, self.progress.step), self.progress
+        quality, done = self.validate(self.pipeline, self.progress.step), self.progress
         log.validation(done.step, quality)
-        weights = {exit_.spec.layer: exit_.spec.weight for exit_ in self.stage.exits}
+        weights = {spec.layer: spec.weight for spec in self.pipeline.specs}
         loss = sum(weights[exit_.layer] * exit_.loss for exit_ in quality.exits) / sum(weights.values())
         if done.step > 0 and (done.best_loss is None or loss < done.best_loss):
             done.best_loss, done.best_step = loss, done.step
             self._save_adapter("adapter-best", {"validation_loss": loss})
 
-    def _save(self) -> None:
-        checkpoints = self.output / "checkpoints"
-        if not (checkpoints / f"step-{self.progress.step}").exists():
-            save_state(
-                checkpoints,
-                self.stage,
-                self.optimizer,
-                self.progress,
-                self.description,
-                self.config.checkpoint.keep,
-            )
-        self._save_adapter("adapter", {})
+    def _save(self, saver: Saver, *, wait: bool = False) -> None:
+        """Save the state, and with it the adapter, which is made from the checkpoint."""
+        save_state(
+            self.output / "checkpoints",
+            self.pipeline.stage,
+            self.optimizer,
+            self.progress,
+            self.description,
+            self.config.checkpoint.keep,
+            saver,
+            then=lambda checkpoint: extract_adapter(checkpoint, self.output / "adapter"),
+            wait=wait,
+        )
+        self._saved = self.progress.step
+
+    def _finish(self, saver: Saver) -> None:
+        """See to it that state and adapter of the last step are on disk."""
+        if self.progress.step != self._saved:
+            self._save(saver, wait=True)
+        saver.wait()
+        if self.progress.step == self._started:
+            self._save_adapter("adapter", {})  # the run before may have been killed between the two
+
+    def _log_saves(self, log: RunLog, saver: Saver) -> None:
+        for save in saver.finished():
+            log.save(saved_step(save.final), save.stopped, save.writing)
 
     def _save_adapter(self, name: str, extra: dict[str, Any]) -> None:
         save_adapter(
             self.output / name,
-            self.stage.exits,
+            self.pipeline.stage.exits,
+            self.pipeline.specs,
+            self._groups,
             base_model=self.description["base_model"],
             backbone_sha256=self.description["backbone_sha256"],
             steps=self.progress.step,

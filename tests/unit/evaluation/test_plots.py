@@ -14,7 +14,8 @@ import torch
 
 from megatron_ee.errors import DataError, UserError
 from megatron_ee.evaluation.plots import plot_reliability, plot_sweep, plot_training, read_log
-from megatron_ee.model.metrics import FinalStats, Quality, QualityAccumulator, TokenStats
+from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
+from megatron_ee.model.quality import Quality
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.evaluation.report import (
     comparison_dict,
-    make_console,
     print_comparison,
     print_quality,
     report_dict,
-    write_json,
 )
-from megatron_ee.model.metrics import FinalStats, Quality, QualityAccumulator, TokenStats
+from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
+from megatron_ee.model.quality import Quality
+from megatron_ee.tables import make_console
 
 EXITS = (ExitSpec(2), ExitSpec(4, body="layer", head="low_rank"))
 
@@ -120,15 +121,15 @@ def test_a_diverged_exit_is_shown_and_written(tmp_path: Path) -> None:
     data = report_dict(quality(math.nan), EXITS)
     assert data["exits"][0]["loss"] is None
     assert ["2", "mlp", "-", "-", "25.0%", "50.0%", "65.0%", "45.0%"] in plain(quality(math.nan), EXITS)
-    write_json(data, tmp_path / "quality.json")
+    write_json(tmp_path / "quality.json", data)
     assert json.loads((tmp_path / "quality.json").read_text()) == data
 
 
 def test_write_json_leaves_nothing_half_written(tmp_path: Path) -> None:
     path = tmp_path / "quality.json"
-    write_json({"good": 1}, path)
+    write_json(path, {"good": 1})
     with pytest.raises(ValueError):
-        write_json({"bad": math.nan}, path)
+        write_json(path, {"bad": math.nan})
     assert json.loads(path.read_text()) == {"good": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["quality.json"]
 

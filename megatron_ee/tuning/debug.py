@@ -1,0 +1,190 @@
+"""``tune --debug``: a small slice of a run, on one process, deterministic, with every check on.
+
+Any configuration is taken as it is. It is checked in full, as for the real run, and then cut down: one process instead
+of ``parallel``, the first few layers of the backbone with their real weights, one exit of each kind (body and head)
+spread over them, few steps on short sequences. A ``layer`` exit starts from the slice's last layer, and the final exit
+reads that layer too. The slice's hash is not the model's, so its adapter fits no whole model, and everything is written
+to a subdirectory of the output, where the next debug run takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from megatron_ee.checkpoint.atomic import storage_errors, writer_lock
+from megatron_ee.checkpoint.loading import SavedModel, open_model
+from megatron_ee.checkpoint.names import expected_tensors
+from megatron_ee.config.check import check_run
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig
+from megatron_ee.errors import ConfigError
+from megatron_ee.parallel.balance import resolve_layout
+from megatron_ee.parallel.groups import world_size
+from megatron_ee.tuning.checks import LOG, checked
+from megatron_ee.tuning.run import MakeValidator, tune
+
+DIRECTORY = "debug"
+"""Where a debug run writes, under the output of the real one."""
+LAYERS, STEPS, MICROBATCHES, MICRO_BATCH_SIZE, SEQUENCE_LENGTH, VALIDATION_SEQUENCES = 4, 3, 2, 2, 128, 2
+"""At most so many of each; more layers only where the exits are of more kinds."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a debug run keeps of the model and its exits.
+
+    Attributes:
+        layers: of the backbone, from the first.
+        exits: each exit that is kept, as configured and as it runs.
+        left_out: layers of the exits of which an earlier one has the same body and head.
+    """
+
+    layers: int
+    exits: tuple[tuple[ExitSpec, ExitSpec], ...]
+    left_out: tuple[int, ...]
+
+
+def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator) -> int:
+    """Run a small slice of ``config`` with every check on; exit status 0 when all of them passed.
+
+    Leaves in ``output`` what ``tune`` leaves, and ``debug.log``: every parameter, and every module with the shapes and
+    dtypes of its first call.
+
+    Raises:
+        ConfigError: as ``tune``, of ``config`` as it is; or several processes are running.
+        UserError: a check failed; one line names the module or parameter.
+    """
+    if world_size() > 1:
+        error = ConfigError(f"--debug: runs on one process, but {world_size()} are running; start it without torchrun")
+        error.common = True
+        raise error
+    model, parallel = open_model(config.model.path), config.parallel
+    specs = check_run(config, model.architecture, parallel.tensor * parallel.pipeline)
+    distillation = config.loss.distillation.kl > 0
+    resolve_layout(parallel, specs, model.architecture, config.data.sequence_length, distillation)
+    kept = choose_slice(specs, model.architecture.num_layers)
+    small = cut_config(config, kept)
+    _remove_earlier(output)
+    _announce(small, kept, model.architecture.num_layers, output)
+    with deterministic(small.tuning.seed):
+        return tune(
+            small,
+            output=output,
+            resume=False,
+            init_adapter=None,
+            make_validator=make_validator,
+            open_model=lambda path, verify: cut_model(model, kept.layers),
+            around=checked,
+        )
+
+
+def choose_slice(specs: Sequence[ExitSpec], num_layers: int) -> Slice:
+    """The first exit of each kind, in their order, spread over as few layers as there must be.
+
+    Args:
+        specs: the configured exits, by layer.
+        num_layers: depth of the model.
+    """
+    kinds: dict[tuple[str, str], ExitSpec] = {}
+    for spec in specs:
+        kinds.setdefault((spec.body, spec.head), spec)
+    kept = list(kinds.values())
+    layers = min(num_layers, max(LAYERS, len(kept)))
+    # The last one reads the last layer, so that all layers run.
+    places = [layers * (index + 1) // len(kept) for index in range(len(kept))]
+    exits = [(spec, dataclasses.replace(spec, layer=place)) for spec, place in zip(kept, places, strict=True)]
+    return Slice(layers, tuple(exits), tuple(spec.layer for spec in specs if spec not in kept))
+
+
+def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
+    """The configuration of a debug run of ``config``."""
+    micro = min(config.tuning.micro_batch_size, MICRO_BATCH_SIZE)
+    return dataclasses.replace(
+        config,
+        exits=[ExitConfig(**dataclasses.asdict(spec)) for _, spec in kept.exits],
+        data=dataclasses.replace(config.data, sequence_length=min(config.data.sequence_length, SEQUENCE_LENGTH)),
+        parallel=ParallelConfig(),
+        tuning=dataclasses.replace(
+            config.tuning,
+            steps=min(config.tuning.steps, STEPS),
+            global_batch_size=MICROBATCHES * micro,
+            micro_batch_size=micro,
+        ),
+        validation=dataclasses.replace(
+            config.validation,
+            interval=0,
+            sequences=min(config.validation.sequences or VALIDATION_SEQUENCES, VALIDATION_SEQUENCES),
+        ),
+        checkpoint=dataclasses.replace(config.checkpoint, interval=0),
+        logging=dataclasses.replace(config.logging, interval=1),
+    )
+
+
+def cut_model(model: SavedModel, layers: int) -> SavedModel:
+    """The first ``layers`` layers of a model whose files have been checked in full, as a model of its own."""
+    whole = model.architecture
+    architecture = dataclasses.replace(whole, num_layers=layers, windows=whole.windows[:layers])
+    weights = {name: model.weights[name] for name in expected_tensors(architecture)}
+    return SavedModel(model.path, architecture, weights)
+
+
+@contextlib.contextmanager
+def deterministic(seed: int) -> Iterator[None]:
+    """Deterministic algorithms, seeds, and autograd's anomaly detection, until the context closes.
+
+    torch fills memory that is allocated without values with NaN meanwhile, so a weight that was never loaded shows.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # cuBLAS reads it at its first use, and is deterministic only with it.
+    workspace = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}
+    with (
+        mock.patch.dict(os.environ, workspace),
+        torch.random.fork_rng(devices=[]),
+        torch.autograd.set_detect_anomaly(True),
+    ):
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _remove_earlier(output: Path) -> None:
+    """Make room where an earlier debug run wrote; without its log the directory is not taken for one."""
+    if not (output / LOG).is_file():
+        return
+    with writer_lock(output), storage_errors(output, "delete"):
+        # The log last: what is left of a removal that was stopped is still known by it.
+        for path in sorted(output.iterdir(), key=lambda path: path.name == LOG):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _announce(config: RunConfig, kept: Slice, num_layers: int, output: Path) -> None:
+    """Say on stderr what is run of the configuration, and where it writes."""
+    tuning = config.tuning
+    exits = "; ".join(
+        f"{spec.body} with {spec.head} head, configured after layer {spec.layer}, runs after layer {small.layer}"
+        for spec, small in kept.exits
+    )
+    same = f"; left out, as another is of the same kind: {', '.join(map(str, kept.left_out))}" if kept.left_out else ""
+    for line in (
+        f"one process, layers 1 to {kept.layers} of {num_layers}, {tuning.steps} steps of {tuning.global_batch_size} "
+        f"sequences of {config.data.sequence_length} tokens; results go to {output}",
+        f"exits: {exits}{same}",
+        f"shapes of all tensors: {output / LOG}",
+    ):
+        print(f"debug: {line}", file=sys.stderr, flush=True)

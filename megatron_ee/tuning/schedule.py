@@ -1,0 +1,223 @@
+"""The schedule of a step over the stages: forward only, with the exits' work done where their taps arrive.
+
+There is no backward pipeline, so nothing waits for an exit: h and taps leave before the exits' work starts. Only a
+teacher's verdict (distillation) comes back, from the last stage; a stage then lets as many microbatches pass as there
+are stages behind it before it works on the first one, by when its verdict has arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.data.loader import Batch
+from megatron_ee.model.distillation import Teacher
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.transfer import Inbox, Outbox, connect
+
+if TYPE_CHECKING:
+    from megatron_ee.model.attention import Positions
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What a stage knows of a microbatch once its layers have run.
+
+    Attributes:
+        number: in the step, from 0.
+        batch: the sequences, on the host.
+        positions: for ``layer`` exits.
+        labels: ``[seq * batch]`` int64, sequence-major as hidden states are.
+        mask: ``[seq * batch]`` float32.
+        taps: of the exits hosted here, by layer, ``[seq, batch, hidden]`` (a share of seq with sequence parallelism).
+    """
+
+    number: int
+    batch: Batch
+    positions: Positions
+    labels: Tensor
+    mask: Tensor
+    taps: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a stage did: ``receive``, ``forward``, ``send``, ``exits``, ``teach`` (the final exit's work) or ``teacher``
+    (waiting for its verdict); times in seconds."""
+
+    kind: str
+    microbatch: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a stage has sent another so far: number of messages and their bytes; ``verdicts``: a teacher's, not taps."""
+
+    target: int
+    verdicts: bool
+    messages: int
+    bytes: int
+
+
+class Pipeline:
+    """This rank's stage and its links to the others.
+
+    Attributes:
+        stage: layers and exits held here.
+        layout: of all stages.
+        specs: the exits of all stages.
+        events: appended to where it is a list.
+    """
+
+    def __init__(self, stage: Stage, layout: Layout, specs: Sequence[ExitSpec], *, top_k: int = 0) -> None:
+        """``top_k``: tokens of a teacher's verdict that come back from the last stage; 0 without a teacher."""
+        self.stage, self.layout, self.specs = stage, layout, tuple(specs)
+        self.events: list[Event] | None = None
+        groups, dtype = stage.setup.groups, stage.setup.dtype
+        self.index, last = groups.pipeline.rank(), layout.last_layered
+        hosts = [index for index, place in enumerate(layout.stages) if place.exits and index != last]
+        self.lag = layout.depth(last) - layout.depth(self.index) if top_k and self.index in hosts else 0
+        self._top_k = top_k
+        self._inboxes, self._outboxes = [], []
+        for message in layout.messages():
+            connect(groups.pipeline, message.source, message.target)
+            # A tap from an early stage is there long before one from a later stage of the same microbatch.
+            ahead = max(1, layout.depth(message.target) - layout.depth(message.source) + 1)
+            if message.target == self.index:
+                box = Inbox(groups.pipeline, message.source, dtype, ahead=ahead, held=self.lag)
+                self._inboxes.append((message, box))
+            if message.source == self.index:
+                self._outboxes.append((message, Outbox(groups.pipeline, message.target, dtype, ahead=ahead)))
+        for host in hosts if top_k else []:
+            connect(groups.teacher, last, host)
+        taught = hosts if top_k and self.index == last else []
+        self._pupils = [Outbox(groups.teacher, host, torch.int32) for host in taught]
+        self._lessons = Inbox(groups.teacher, last, torch.int32) if top_k and self.index in hosts else None
+
+    def run(
+        self,
+        batches: Sequence[Batch],
+        exits_work: Callable[[Microbatch, Teacher | None], None],
+        at_end: Callable[[Microbatch, Tensor], Teacher | None] | None = None,
+    ) -> None:
+        """Every microbatch through the layers held here, and on to the exits hosted here.
+
+        Args:
+            batches: this data-parallel rank's microbatches; all stages are given the same.
+            exits_work: called once for each, in order.
+            at_end: called with h after the last layer, on the stage that runs it; the teacher that it returns goes to
+                all stages that host exits.
+        """
+        ends = at_end is not None and self.index == self.layout.last_layered
+        needs_h = ends or any(message.hidden for message, _ in self._outboxes)
+        waiting: deque[tuple[Microbatch, Teacher | None]] = deque()
+        self._expect(batches)
+        for turn in range(len(batches) + self.lag):
+            if turn < len(batches):  # fill and steady state: one more microbatch through the layers
+                h, taps, positions = self._receive(turn, batches[turn])
+                with self._event("forward", turn):
+                    h, own = self.stage.run_layers(h, positions, to_end=needs_h)
+                self._send(turn, h, own)
+                micro = Microbatch(turn, batches[turn], positions, *to_device(batches[turn]), self._hosted(own | taps))
+                del own, taps  # but for the hosted ones they are gone before the next microbatch's
+                teacher = None
+                if ends and at_end is not None:
+                    with self._event("teach", turn):
+                        teacher = at_end(micro, h)
+                    self._teach(turn, teacher)
+                waiting.append((micro, teacher))
+            if turn >= self.lag:  # steady state and drain: the exits' work on one whose teacher has arrived
+                micro, teacher = waiting.popleft()
+                if self._lessons is not None:
+                    teacher = self._learn(micro)
+                with self._event("exits", micro.number):
+                    exits_work(micro, teacher)
+        for outbox in (*(box for _, box in self._outboxes), *self._pupils):
+            outbox.finish()
+
+    def sent(self) -> list[Traffic]:
+        """By link, what left this stage since it was made."""
+        boxes = [(False, box) for _, box in self._outboxes] + [(True, box) for box in self._pupils]
+        return [Traffic(box.target, verdicts, box.messages, box.bytes) for verdicts, box in boxes]
+
+    def _expect(self, batches: Sequence[Batch]) -> None:
+        """Post the first receives."""
+        for message, inbox in self._inboxes:
+            tensors = message.hidden + len(message.taps)
+            inbox.begin([tensors * self._shape(batch).numel() for batch in batches])
+        if self._lessons is not None:
+            self._lessons.begin([2 * batch.tokens.numel() * self._top_k for batch in batches])
+
+    def _receive(self, number: int, batch: Batch) -> tuple[Tensor, dict[int, Tensor], Positions]:
+        """h and taps as they come in, and the positions of the pass."""
+        positions = self.stage.backbone.positions(0, batch.tokens.shape[1])
+        if self.stage.backbone.embedding is not None:
+            with torch.no_grad(), self._event("forward", number):
+                return self.stage.backbone.embed(batch.tokens.to(platform.device())), {}, positions
+        h, taps = torch.empty(0), dict[int, Tensor]()
+        for message, inbox in self._inboxes:
+            with self._event("receive", number):
+                parts = iter(inbox.take().view(-1, *self._shape(batch)).unbind())
+            if message.hidden:
+                h = next(parts)
+            taps |= dict(zip(message.taps, parts, strict=True))
+        return h, taps, positions
+
+    def _send(self, number: int, h: Tensor, taps: dict[int, Tensor]) -> None:
+        for message, outbox in self._outboxes:
+            with self._event("send", number):
+                outbox.send(([h] if message.hidden else []) + [taps[layer] for layer in message.taps])
+
+    def _teach(self, number: int, teacher: Teacher | None) -> None:
+        for pupil in self._pupils:
+            assert teacher is not None, "the pupils wait for a verdict"
+            with self._event("send", number):
+                pupil.send((teacher.ids.int(), teacher.log_probabilities.contiguous().view(torch.int32)))
+
+    def _learn(self, micro: Microbatch) -> Teacher:
+        assert self._lessons is not None
+        with self._event("teacher", micro.number):
+            ids, bits = self._lessons.take().view(2, len(micro.labels), self._top_k).unbind()
+        return Teacher(ids.long(), bits.view(torch.float32))
+
+    def _hosted(self, taps: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {exit_.spec.layer: taps[exit_.spec.layer] for exit_ in self.stage.exits}
+
+    def _shape(self, batch: Batch) -> torch.Size:
+        """Of hidden states."""
+        config, (rows, seq) = self.stage.setup.config, batch.tokens.shape
+        share = self.stage.setup.groups.tensor.size() if config.sequence_parallel else 1
+        return torch.Size((seq // share, rows, config.hidden_size))
+
+    @contextlib.contextmanager
+    def _event(self, kind: str, number: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.events is not None:
+            self.events.append(Event(kind, number, start, time.perf_counter()))
+
+
+def one_stage(stage: Stage) -> Pipeline:
+    """A whole model on one rank."""
+    layers = [number for number, _ in stage.backbone.numbered_layers()]
+    specs = [exit_.spec for exit_ in stage.exits]
+    place = StageLayout(range(layers[0], layers[-1] + 1), tuple(spec.layer for spec in specs))
+    return Pipeline(stage, Layout((place,)), specs)
+
+
+def to_device(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Labels int64 and mask float32 of a microbatch, ``[seq * batch]``, sequence-major as hidden states are."""
+    labels, mask = (tensor.t().reshape(-1).to(platform.device()) for tensor in (batch.labels, batch.mask))
+    return labels, mask.float()

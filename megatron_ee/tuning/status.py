@@ -1,0 +1,61 @@
+"""``status.json``: what became of a run, for the script that started it.
+
+torchrun ends with status 1 after a signal even if every process saved and ended with 0, so a batch script reads this
+file to decide whether to start the run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ee.checkpoint.atomic import write_json
+from megatron_ee.errors import CheckpointError
+from megatron_ee.tuning.interrupt import Interrupt
+from megatron_ee.tuning.state import Progress
+
+STATUS = "status.json"
+
+
+def write_status(output: Path, state: str, progress: Progress, steps: int) -> None:
+    """Write ``output/status.json``.
+
+    Args:
+        output: directory of the run.
+        state: ``running``, ``finished``, ``interrupted`` (saved; go on with ``--resume``) or ``failed``.
+        progress: where the run stands.
+        steps: that it is to do.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    write_json(output / STATUS, {"state": state, "step": progress.step, "steps": steps})
+
+
+def write_failed(output: Path, progress: Progress, steps: int) -> None:
+    """``write_status`` of a run that failed, if it can: the error that ends it is said elsewhere, and counts."""
+    with contextlib.suppress(CheckpointError):
+        write_status(output, "failed", progress, steps)
+
+
+@contextlib.contextmanager
+def reported_status(
+    output: Path, steps: int, progress: Progress, interrupt: Interrupt, *, enabled: bool
+) -> Iterator[None]:
+    """Keep ``status.json`` up to date for as long as the run lasts; one of its processes is ``enabled``.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    if not enabled:
+        yield
+        return
+    write_status(output, "running", progress, steps)
+    try:
+        yield
+    except BaseException:
+        write_failed(output, progress, steps)
+        raise
+    stopped = interrupt.requested and progress.step < steps
+    write_status(output, "interrupted" if stopped else "finished", progress, steps)

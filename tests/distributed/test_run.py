@@ -1,0 +1,158 @@
+"""``megatron-ee tune`` on several processes: the same run as on one, stopping together, failing together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ee.testing.project import Project, all_tensors, read_log
+from megatron_ee.testing.ranks import Ranks, free_port, run_command
+
+PIPELINE = [{"layers": [1, 2], "exits": [1]}, {"layers": [3, 3]}, {"exits": [2, 3]}]
+
+
+def tune(project: Project, world_size: int, tmp_path: Path, *arguments: object, **changes: Any) -> Ranks:
+    """Start ``tune`` on so many ranks; their stderr goes to ``tmp_path/stderr-RANK``."""
+    config = project.config(tmp_path / "run.yaml", **changes)
+    command = ["tune", "--config", str(config), "--output", str(tmp_path / "run"), *map(str, arguments)]
+    environment = {"MEGATRON_EE_CACHE": str(project.cache)}
+    return Ranks(world_size, run_command, command, environment, str(tmp_path / "stderr"), timeout=120)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps_done(output: Path) -> int:
+    try:
+        lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return 0
+    return max((line["step"] for line in lines), default=0)
+
+
+def close(found: Any, expected: Any, where: str = "") -> None:
+    """Equal but for the order in which float32 numbers were added."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            close(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            close(found[index], value, f"{where}[{index}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=2e-4, abs=2e-5), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize(
+    "world_size, parallel",
+    [
+        (2, {"tensor": 2, "sequence": True}),
+        (3, {"pipeline": 3, "layout": PIPELINE}),
+        (4, {"pipeline": 2}),
+    ],
+)
+def test_a_run_on_several_ranks_is_the_run_of_one(
+    world_size: int, parallel: dict[str, Any], project: Project, tuned: Path, tmp_path: Path
+) -> None:
+    with tune(project, world_size, tmp_path, parallel=parallel) as ranks:
+        assert ranks.results() == [0] * world_size
+    output = tmp_path / "run"
+    close(read_log(output), read_log(tuned))
+    for name in ("adapter", "adapter-best"):
+        found, expected = (load_file(run / name / "exits.safetensors") for run in (output, tuned))
+        assert list(found) == list(expected)
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    assert json.loads((output / "status.json").read_text()) == {"state": "finished", "step": 12, "steps": 12}
+    shown = (tmp_path / "stderr-0").read_text()
+    assert "stage" in shown and "tuning" in shown
+    for rank in range(1, world_size):
+        assert not (tmp_path / f"stderr-{rank}").read_text().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    number: signal.Signals, project: Project, tuned: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    slow = {"interval": 1, "sequences": 0}  # validation at every step gives the signal time to arrive in between
+    with tune(project, 2, tmp_path, parallel={"pipeline": 2}, validation=slow) as ranks:
+        wait_for(lambda: steps_done(output) >= 2)
+        os.kill(ranks.processes[1].pid, number)
+        assert ranks.results() == [0, 0]
+    status = json.loads((output / "status.json").read_text())
+    assert status["state"] == "interrupted" and 2 <= status["step"] < 12
+    assert number.name in (tmp_path / "stderr-0").read_text()
+    # On with one process, as if it had always been one.
+    with tune(project, 1, tmp_path, "--resume") as ranks:
+        assert ranks.results() == [0]
+    for key, tensor in all_tensors(tuned, 12).items():
+        torch.testing.assert_close(all_tensors(output, 12)[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("number, seconds", [(signal.SIGKILL, 25), (signal.SIGSTOP, 25)])
+def test_a_lost_rank_ends_the_run_and_is_named(
+    number: signal.Signals, seconds: float, project: Project, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    parallel = {"pipeline": 2, "timeout_seconds": 5}
+    with tune(project, 2, tmp_path, parallel=parallel, tuning={"steps": 5000}) as ranks:
+        wait_for(lambda: steps_done(output) >= 2)
+        os.kill(ranks.processes[1].pid, number)
+        started = time.monotonic()
+        ranks.processes[0].join(60)
+        assert ranks.processes[0].exitcode not in (None, 0)
+        assert time.monotonic() - started < seconds
+    message = (tmp_path / "stderr-0").read_text()
+    assert "rank 1 (stage 1, step " in message
+    assert json.loads((output / "status.json").read_text())["state"] == "failed"
+
+
+def test_losses_that_are_not_finite_are_skipped_and_then_end_the_run(project: Project, tmp_path: Path) -> None:
+    optimizer = {"lr": 1.0e18, "min_lr": 1.0e18}
+    with tune(project, 2, tmp_path, parallel={"pipeline": 2}, optimizer=optimizer) as ranks:
+        assert ranks.results() == [1, 1]
+    message = (tmp_path / "stderr-0").read_text().splitlines()[-1]
+    assert "exit 1" in message and "sequences [" in message and "tuning.skip_limit is 2" in message
+    log = read_log(tmp_path / "run")
+    skipped = [line["step"] for line in log if line.get("skipped")]
+    assert len(skipped) == 3 and skipped == list(range(skipped[0], skipped[0] + 3))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_bad_setting_is_said_once(project: Project, tmp_path: Path) -> None:
+    with tune(project, 2, tmp_path, parallel={"pipeline": 2}, exits=[{"layer": 9}]) as ranks:
+        assert ranks.results() == [2, 2]
+    lines = [line for rank in (0, 1) for line in (tmp_path / f"stderr-{rank}").read_text().splitlines()]
+    assert len(lines) == 1 and "exits[0].layer" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_starts_it(project: Project, tuned: Path, tmp_path: Path) -> None:
+    """As a user starts it, and with a signal to one worker, after which torchrun itself ends with a failure or not."""
+    config, output = project.config(tmp_path / "run.yaml", parallel={"tensor": 2}), tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    command += ["-m", "megatron_ee", "tune", "--config", config, "--output", output]
+    done = subprocess.run(
+        list(map(str, command)), env=project.environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    close(read_log(output), read_log(tuned))
