@@ -13,8 +13,9 @@ import torch
 
 from megatron_ee import platform
 from megatron_ee.benchmark.machine import seconds
-from megatron_ee.checkpoint.loading import ReleasedModel, load_backbone, open_released
-from megatron_ee.checkpoint.safetensors_file import open_regular, read_exactly, tensor_bytes
+from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.checkpoint.safetensors_file import tensor_bytes
+from megatron_ee.config.untrusted import open_regular, read_exactly
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import Groups, process_groups
@@ -37,13 +38,13 @@ def loading(directory: str, dtype: str | None, cache: str) -> Iterator[Loading]:
     """
     os.environ["MEGATRON_EE_CACHE"] = cache
     with process_groups() as groups:
-        yield Loading(open_released(directory), dtype, groups)
+        yield Loading(open_model(directory), dtype, groups)
 
 
 class Loading:
     """Each method does its work once and returns the seconds it took."""
 
-    def __init__(self, model: ReleasedModel, dtype: str | None, groups: Groups) -> None:
+    def __init__(self, model: SavedModel, dtype: str | None, groups: Groups) -> None:
         self._model, self._groups = model, groups
         stored: Counter[torch.dtype] = Counter()
         for entry in model.weights.values():
@@ -51,7 +52,7 @@ class Loading:
         self._stored = stored.most_common(1)[0][0]
         names = {value: name for name, value in platform.DTYPES.items()}
         self._dtype = dtype or names.get(self._stored, "bfloat16")
-        self._files = sorted({entry.path for entry in model.weights.values()})
+        self._files = sorted({file for entry in model.weights.values() for file in entry.files})
         self._buffer = torch.zeros(BUFFER, dtype=torch.uint8)
 
     def describe(self) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class Loading:
         return seconds(self._load)
 
     def _load(self) -> None:
-        model = open_released(self._model.path)
+        model = open_model(self._model.path)
         setup = build_setup(model.architecture, platform.DTYPES[self._dtype], self._groups)
         stage = Stage(setup, range(1, model.architecture.num_layers + 1), [], final_exit=True)
         load_backbone(stage, model)

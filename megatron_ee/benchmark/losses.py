@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.benchmark.machine import SEED, random_batch, seconds
 from megatron_ee.benchmark.shape import Step
-from megatron_ee.checkpoint.loading import open_released
+from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exit_loss import exit_loss
 from megatron_ee.model.setup import build_setup
@@ -25,7 +25,7 @@ from megatron_ee.parallel.groups import process_groups
 def losses(step: Step) -> Iterator[Losses]:
     """For a worker: the object below."""
     with process_groups() as groups:
-        architecture = open_released(step.directory).architecture
+        architecture = open_model(step.directory).architecture
         setup = build_setup(architecture, platform.DTYPES[step.dtype], groups)
         with torch.device(platform.device()):
             head = VocabHead(setup)

@@ -53,7 +53,9 @@ class Machine:
             initializer_range=shape.hidden**-0.5,
         )
         torch.manual_seed(SEED)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=platform.DTYPES[dtype])
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=platform.DTYPES[dtype], trust_remote_code=False
+        )
         model.save_pretrained(directory)
 
     def matmul_rate(self, dtype: str, shape: tuple[int, int, int]) -> float:

@@ -70,7 +70,11 @@ class Plain:
         transformers.utils.logging.disable_progress_bar()
         self._step, self._dtype, self._device = step, platform.DTYPES[step.dtype], platform.device()
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            step.directory, dtype=self._dtype, attn_implementation="sdpa"
+            step.directory,
+            dtype=self._dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            local_files_only=True,
         )
         self._model = self._model.to(self._device).eval().requires_grad_(False)
         with torch.device(self._device):

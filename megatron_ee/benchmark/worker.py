@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -32,10 +33,14 @@ def quiet_enough() -> float:
 
 
 class Worker:
-    """Calls the methods of an object that lives in the child; between calls the child waits and costs nothing."""
+    """Calls the methods of an object that lives in the child; between calls the child waits and costs nothing.
+
+    Attributes:
+        connection: where its answers arrive.
+    """
 
     def __init__(self, name: str, connection: Connection, process: Any) -> None:
-        self._name, self._connection, self._process = name, connection, process
+        self._name, self.connection, self._process = name, connection, process
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run ``method`` in the child, wait for it, and return what it returns.
@@ -44,28 +49,50 @@ class Worker:
             UserError: it raised one, or the child is gone.
             RuntimeError: it raised anything else; holds the child's traceback.
         """
+        self.send(method, *arguments)
+        return self.receive()
+
+    def send(self, method: str, *arguments: Any) -> None:
+        """Let the child start on ``method``. Raises UserError if it is gone."""
         try:
-            self._connection.send((method, arguments))
-            return self.receive()
-        except (EOFError, ConnectionError):
-            self._process.join(10)
-            raise UserError(
-                f"the process of {self._name} ended with status {self._process.exitcode}; "
-                "if it ran out of memory, choose a smaller model or fewer exits"
-            ) from None
+            self.connection.send((method, arguments))
+        except ConnectionError:
+            raise self._gone() from None
 
     def receive(self) -> Any:
-        """The child's next answer. Raises as ``call``, and EOFError if the child is gone."""
-        kind, value = self._connection.recv()
+        """Wait for the child's answer. Raises as ``call``."""
+        try:
+            kind, value = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise self._gone() from None
         if kind == "user error":
             raise UserError(value)
         if kind == "error":
             raise RuntimeError(f"in the process of {self._name}:\n{value}")
         return value
 
+    def _gone(self) -> UserError:
+        self._process.join(10)
+        return UserError(
+            f"the process of {self._name} ended with status {self._process.exitcode}; "
+            "if it ran out of memory, choose a smaller model or fewer exits"
+        )
+
+
+def call_all(workers: Sequence[Worker], method: str, *arguments: Any) -> list[Any]:
+    """``Worker.call`` in all of them at the same time; raises as soon as one of them fails."""
+    for worker in workers:
+        worker.send(method, *arguments)
+    waiting, answers = {worker.connection: worker for worker in workers}, {}
+    while waiting:
+        for connection in connections.wait(list(waiting)):
+            worker = waiting.pop(connection)  # type: ignore[call-overload]
+            answers[worker] = worker.receive()
+    return [answers[worker] for worker in workers]
+
 
 @contextlib.contextmanager
-def start_worker(name: str, make: str, *arguments: Any) -> Iterator[Worker]:
+def start_worker(name: str, make: str, *arguments: Any, wait: bool = True) -> Iterator[Worker]:
     """Start a child that holds the object which ``make(*arguments)`` yields; end it with the context.
 
     The child starts from nothing (no fork), and this process should be small: Linux counts the memory of the process
@@ -74,6 +101,7 @@ def start_worker(name: str, make: str, *arguments: Any) -> Iterator[Worker]:
     Args:
         name: of the side, for messages.
         make: ``module:function`` of a context manager, by name, so that only the child imports its module.
+        wait: until the object is made; otherwise the first call does.
 
     Raises:
         UserError: ``make`` raised one, or the child is gone.
@@ -86,7 +114,8 @@ def start_worker(name: str, make: str, *arguments: Any) -> Iterator[Worker]:
     theirs.close()
     worker = Worker(name, ours, process)
     try:
-        worker.call("")  # waits until the object is made
+        if wait:
+            worker.call("")  # nothing, once the object is made
         yield worker
     finally:
         ours.close()

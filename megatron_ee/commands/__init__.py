@@ -9,6 +9,7 @@ from typing import NoReturn
 from megatron_ee.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
+MODEL = "Hugging Face directory or parallel checkpoint"
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_ee.commands import DTYPES, Parser, at_least
+from megatron_ee.commands import DTYPES, MODEL, Parser, at_least
 from megatron_ee.errors import ConfigError
 
 PLOTS = (".png", ".pdf", ".svg")
@@ -19,8 +19,10 @@ layers a threshold saves at which agreement."""
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("evaluate", DESCRIPTION)
-    result.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
-    result.add_argument("--adapter", type=Path, metavar="DIR", help="exits from tune; without it only the final exit")
+    result.add_argument("--model", type=Path, required=True, metavar="DIR", help=MODEL)
+    result.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="exits from tune (default: those with the model, if it has any)"
+    )
     result.add_argument("--data", type=Path, required=True, metavar="PREFIX", help="corpus from prepare-data")
     result.add_argument(
         "--sequence-length", type=at_least(1), metavar="N", help="tokens per sequence (default: 2048, or the model's)"
@@ -30,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="sequences at once (default: 1)")
     result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default: bfloat16)")
+    result.add_argument("--no-verify", action="store_true", help="do not check what is read against its checksums")
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     result.add_argument(
         "--plot", type=Path, metavar="FILE", help="write the plot of the sweep to this .png, .pdf or .svg"
@@ -45,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.evaluation.evaluate import evaluate, write_quality
     from megatron_ee.evaluation.plots import plot_sweep
     from megatron_ee.evaluation.report import print_quality
+    from megatron_ee.parallel.groups import launched_rank
 
     result = evaluate(
         model=arguments.model,
@@ -54,7 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
         sequences=arguments.sequences,
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
+        verify=not arguments.no_verify,
     )
+    if launched_rank() > 0:
+        return 0
     if arguments.json:
         print(json.dumps(result.to_dict()))
     else:

@@ -15,6 +15,7 @@ from megatron_ee.errors import ConfigError, UserError
 COMMANDS = {
     "quickstart": ("quickstart", "the whole cycle on real text on a small machine"),
     "prepare-data": ("prepare_data", "text or chat jsonl -> indexed corpus"),
+    "convert": ("convert", "any checkpoint format -> any other, resharding, exits added, dropped, merged"),
     "tune": ("tune", "train exits on a frozen model"),
     "evaluate": ("evaluate", "loss, perplexity, agreement, confidence per exit; threshold sweep"),
     "generate": ("generate", "text from a prompt, showing the layer that emitted each token"),
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that has gone away is noticed here, and not at exit with a traceback
         return status
     except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.common or os.environ.get("RANK", "0") == "0":
+            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -44,11 +44,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """The cycle; tables, plot, sample and the paths of all it made."""
-    from megatron_ee.checkpoint.loading import open_released
+    from megatron_ee.checkpoint.loading import open_model
 
     started = arguments.started or time.time()
     out, base = arguments.out, arguments.base
-    model = open_released(base)
+    model = open_model(base)
     before = model.digest(fresh=True)
     length = min(256, model.architecture.max_positions)
     out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def _report(out: Path, digests: dict[str, str], seconds: float) -> None:
     from megatron_ee.config.exits import ExitSpec
     from megatron_ee.evaluation.plots import plot_training
     from megatron_ee.evaluation.report import comparison_dict, print_comparison
-    from megatron_ee.model.metrics import Quality
+    from megatron_ee.model.quality import Quality
 
     tuning = out / "tuning"
     described = json.loads((tuning / "adapter" / "exits.json").read_text(encoding="utf-8"))

@@ -34,7 +34,9 @@ class _TuneParser(Parser):
 def parser() -> argparse.ArgumentParser:
     """The command line; ``overrides`` holds the dotted options."""
     result = _TuneParser("tune", DESCRIPTION)
-    result.usage = "%(prog)s --config FILE [--dotted.key VALUE ...] --output DIR [--resume | --init-adapter DIR]"
+    result.usage = (
+        "%(prog)s --config FILE [--dotted.key VALUE ...] --output DIR [--resume | --init-adapter DIR | --debug]"
+    )
     result.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's configuration, YAML")
     result.add_argument(
         "--output",
@@ -46,6 +48,14 @@ def parser() -> argparse.ArgumentParser:
     start = result.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     start.add_argument("--init-adapter", type=Path, metavar="DIR", help="start from the exits of this adapter")
+    start.add_argument(
+        "--debug",
+        action="store_true",
+        help="check the configuration, whatever its parallel settings, on one process and in a minute or two: a few "
+        "steps on short sequences with the model's first layers and one exit of each kind, deterministic, every "
+        "module's output, gradient and frozen weight checked; DIR/debug/ takes what it leaves, with the shapes of all "
+        "tensors in DIR/debug/debug.log, and is replaced by the next one",
+    )
     return result
 
 
@@ -57,6 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     check_model_path(config.model.path)
     from megatron_ee.evaluation.evaluate import make_validator
+
+    if arguments.debug:
+        from megatron_ee.tuning.debug import DIRECTORY, debug_tune
+
+        output = arguments.output / DIRECTORY
+        return debug_tune(config, output=output, make_validator=partial(make_validator, output))
     from megatron_ee.tuning.run import tune
 
     return tune(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, check_backbone, load_exits, open_adapter
-from megatron_ee.checkpoint.loading import ReleasedModel, load_backbone, open_released
-from megatron_ee.checkpoint.safetensors_file import read_json
+from megatron_ee.checkpoint.adapter import Adapter, find_exits, load_exits
+from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.inference.decoder import Emitted, Row, decode
@@ -47,29 +47,34 @@ def generate(
     model: str | Path,
     adapter: str | Path | None,
     prompt: str,
-    mode: str,
+    mode: str | None = None,
     threshold: float = 0.9,
     max_tokens: int = 64,
     dtype: str = "bfloat16",
+    verify: bool = True,
 ) -> Generation:
     """Continue one prompt greedily, until end of text, ``max_tokens``, or the end of the model's context.
 
     Args:
-        model: Hugging Face directory, with its tokenizer.
-        adapter: exits, for mode ``threshold``.
+        model: Hugging Face directory or parallel checkpoint, with its tokenizer.
+        adapter: exits, for mode ``threshold``; None takes those that lie with the model.
         prompt: text; the tokenizer's own special tokens are put around it as transformers does.
-        mode: ``full`` or ``threshold``.
+        mode: ``full`` or ``threshold``; None is ``threshold`` where there are exits.
         threshold: confidence to leave at.
         max_tokens: largest number of tokens to emit.
         dtype: of the model.
+        verify: check what is read against its checksums, where there are any.
 
     Raises:
         ConfigError: an argument that is impossible, or a prompt that fills the context.
         CheckpointError: the model or the adapter cannot be used, or they do not belong together.
         DataError: the tokenizer cannot be used, or has tokens beyond the model's vocabulary.
     """
-    _check_arguments(adapter, mode, threshold, max_tokens, dtype)
-    released = open_released(model)
+    _check_arguments(mode, threshold, max_tokens, dtype)
+    released = open_model(model, verify=verify)
+    opened = find_exits(released, adapter, lambda: _digest(released), verify=verify)
+    if opened is None and mode == "threshold":
+        raise ConfigError("--mode: threshold needs exits; give their adapter with --adapter DIR")
     arch = released.architecture
     tokenizer = load_tokenizer(model)
     tokenizer.fits(arch.vocab_size)
@@ -81,10 +86,7 @@ def generate(
             f"--prompt: has {len(prompt_ids)} tokens, but the model has {arch.max_positions} positions; shorten it"
         )
     eos = end_of_text(Path(model), tokenizer)
-    opened = open_adapter(adapter) if adapter is not None else None
-    if opened is not None:
-        check_backbone(opened, _digest(released), model)
-    policy = ExitPolicy(threshold) if mode == "threshold" else None
+    policy = ExitPolicy(threshold) if opened is not None and mode != "full" else None
     with process_groups() as groups:
         stage = _load(released, None if policy is None else opened, dtype, groups)
         return continue_prompt(stage, tokenizer, prompt_ids, policy, eos, max_tokens)
@@ -117,11 +119,9 @@ def continue_prompt(
     )
 
 
-def _check_arguments(adapter: str | Path | None, mode: str, threshold: float, max_tokens: int, dtype: str) -> None:
-    if mode not in ("full", "threshold"):
+def _check_arguments(mode: str | None, threshold: float, max_tokens: int, dtype: str) -> None:
+    if mode not in (None, "full", "threshold"):
         raise ConfigError(f"--mode: {mode!r} is not available; choose full or threshold")
-    if mode == "threshold" and adapter is None:
-        raise ConfigError("--mode: threshold needs exits; give their adapter with --adapter DIR")
     if not threshold > 0:
         raise ConfigError(f"--threshold: must be above 0, not {threshold}; above 1 no token leaves early")
     if max_tokens < 1:
@@ -159,13 +159,13 @@ def end_of_text(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
 
 
-def _digest(released: ReleasedModel) -> str:
+def _digest(released: SavedModel) -> str:
     total = sum(entry.nbytes for entry in released.weights.values())
     with track(total, "B", "hashing the backbone") as bar:
         return released.digest(advance=bar.advance)
 
 
-def _load(released: ReleasedModel, adapter: Adapter | None, dtype: str, groups: Groups) -> Stage:
+def _load(released: SavedModel, adapter: Adapter | None, dtype: str, groups: Groups) -> Stage:
     """The whole backbone, and the adapter's exits where there is one."""
     arch = released.architecture
     setup = build_setup(arch, platform.DTYPES[dtype], groups)

@@ -74,11 +74,15 @@ def test_load_of_a_random_model_as_a_table() -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 2, "megatron-ee benchmark: error: the following arguments are required: {tune,load}"),
+        ([], 2, "megatron-ee benchmark: error: the following arguments are required: {tune,load,pipeline,memory,conv"),
         (["tune", "--hidden", "0"], 2, "megatron-ee benchmark: error: argument --hidden: must be at least 1, not 0"),
         (["tune", "--heads", "5"], 2, "megatron-ee benchmark: error: --heads: 5 heads do not share a hidden size"),
         (["tune", "--exits", "10"], 2, "megatron-ee benchmark: error: --exits: 10 exits do not fit 9 layers"),
         (["tune", "--dtype", "float16"], 2, "megatron-ee benchmark: error: argument --dtype: invalid choice"),
+        (["pipeline", "--plot", "a.gif"], 2, "megatron-ee benchmark: error: argument --plot: must end in one of .png"),
+        (["pipeline", "--exits", "13"], 2, "megatron-ee benchmark: error: --exits: 13 exits do not fit 12 layers"),
+        (["memory", "--tensor", "3"], 2, "megatron-ee benchmark: error: --tensor: 3 does not divide 16 heads"),
+        (["memory", "--sequence-parallel"], 2, "megatron-ee benchmark: error: --sequence-parallel: needs --tensor"),
         (["load", "--size-mb", "1", "--model", "m"], 2, "megatron-ee benchmark: error: argument --model: not allowed"),
         (["load", "--model", "no-such"], 1, "megatron-ee benchmark: error: no-such/config.json: "),
     ],

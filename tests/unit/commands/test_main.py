@@ -27,7 +27,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 2, "megatron-ee: error: which command? possible: quickstart, prepare-data, tune"),
+        ([], 2, "megatron-ee: error: which command? possible: quickstart, prepare-data, convert, tune"),
         (["tuen"], 2, "megatron-ee: error: unknown command 'tuen'; did you mean 'tune'?"),
         (["tune"], 2, "megatron-ee tune: error: the following arguments are required: --config, --output (see "),
         (
@@ -44,11 +44,6 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
             ["generate", "--model", "m", "--prompt", "p", "--mode", "speculative"],
             2,
             "megatron-ee generate: error: --mode: speculative is not yet available; choose full or threshold",
-        ),
-        (
-            ["generate", "--model", "m", "--prompt", "p", "--mode", "threshold"],
-            2,
-            "megatron-ee generate: error: --mode: threshold needs exits; give their adapter with --adapter DIR",
         ),
         (
             ["generate", "--model", "m", "--adapter", "a", "--prompt", "p", "--threshold", "0"],

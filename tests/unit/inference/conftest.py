@@ -11,7 +11,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.model.stage import Stage
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exit_stage(
     saved_model: Callable[..., tuple], load_stage: Callable[..., Stage]
 ) -> Callable[[str, Sequence[ExitSpec]], Stage]:

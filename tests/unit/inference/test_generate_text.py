@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_ee.checkpoint.adapter import save_adapter
-from megatron_ee.checkpoint.loading import open_released
+from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import CheckpointError, ConfigError, DataError
@@ -60,8 +60,9 @@ def stage(directory: Path, load_stage: Callable[..., Stage]) -> Stage:
 @pytest.fixture(scope="module")
 def adapter(directory: Path, stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("adapter") / "adapter"
-    digest = open_released(directory).digest()
-    save_adapter(path, stage.exits, base_model=str(directory), backbone_sha256=digest, steps=0, extra={})
+    digest = open_model(directory).digest()
+    about = {"base_model": str(directory), "backbone_sha256": digest, "steps": 0, "extra": {}}
+    save_adapter(path, stage.exits, [exit_.spec for exit_ in stage.exits], stage.setup.groups, **about)
     return path
 
 
