@@ -35,6 +35,7 @@ setup(
         "matplotlib>=3.9,<4",
     ],
     extras_require={
+        "deepspeed": ["deepspeed>=0.19,<0.20"],
         "test": [
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",

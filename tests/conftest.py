@@ -12,6 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from megatron_ee.model.stage import Stage
     from megatron_ee.parallel.groups import Groups
+    from megatron_ee.testing.project import Project
 
 # Before torch is imported, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,9 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def groups() -> Iterator[Groups]:
-    """The groups of a world of one, for all tests of this process; a second ``process_groups()`` needs its own."""
+    """The groups of a world of one, for a module's tests: another one's may run commands, which form their own."""
     from megatron_ee.parallel.groups import process_groups
 
     with process_groups() as groups:
@@ -60,19 +61,20 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def load_stage(groups: Groups) -> Callable[..., Stage]:
     """Gives a stage filled from a released model: all layers and the final exit, and initialised exits, by default."""
     import torch
 
-    from megatron_ee.checkpoint.loading import initialise_exit, load_backbone, open_released
+    from megatron_ee.checkpoint.initialise import initialise_exit
+    from megatron_ee.checkpoint.loading import load_backbone, open_model
     from megatron_ee.model.setup import build_setup
     from megatron_ee.model.stage import Stage
 
     def load(
         path: Path, exits: Any = (), *, layers: Any = None, dtype: Any = torch.float32, seed: int = 1, **kwargs: Any
     ) -> Stage:
-        model = open_released(path)
+        model = open_model(path)
         setup = build_setup(model.architecture, dtype, groups)
         layers = range(1, model.architecture.num_layers + 1) if layers is None else layers
         stage = Stage(setup, layers, exits, **{"final_exit": True, **kwargs})
@@ -82,3 +84,20 @@ def load_stage(groups: Groups) -> Callable[..., Stage]:
         return stage
 
     return load
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Model, tokenizer and corpora."""
+    from megatron_ee.testing.project import make_project
+
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def tuned(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one uninterrupted run of one process."""
+    output = tmp_path_factory.mktemp("tuned") / "run"
+    config = project.config(output.with_suffix(".yaml"))
+    project.run("tune", "--config", config, "--output", output)
+    return output

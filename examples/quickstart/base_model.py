@@ -104,7 +104,9 @@ def save_tokenizer(model: bytes, directory: Path) -> None:
     from transformers import LlamaTokenizer
 
     (directory / "tokenizer.model").write_bytes(model)
-    tokenizer = LlamaTokenizer.from_pretrained(directory, add_prefix_space=False, add_bos_token=False)
+    tokenizer = LlamaTokenizer.from_pretrained(
+        directory, add_prefix_space=False, add_bos_token=False, local_files_only=True
+    )
     tokenizer.save_pretrained(directory)
 
 

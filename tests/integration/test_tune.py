@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.commands.main import main
-
-ReadLog = Callable[[Path], list[Any]]
-
-
-def all_tensors(output: Path, step: int) -> dict[str, torch.Tensor]:
-    """Everything in a training checkpoint."""
-    checkpoint = open_checkpoint(output / "checkpoints" / f"step-{step}")
-    tensors = {}
-    for key in checkpoint.keys():  # noqa: SIM118 - not a mapping
-        tensors[key] = torch.empty(checkpoint.shape(key), dtype=checkpoint.dtype(key))
-        checkpoint.read(key, tensors[key])
-    return tensors
+from megatron_ee.testing.project import all_tensors, read_log
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -36,7 +23,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         assert torch.equal(tensor, second[key]), key
 
 
-def test_run_leaves_what_it_should(project: Any, tuned: Path, read_log: ReadLog) -> None:
+def test_run_leaves_what_it_should(project: Any, tuned: Path) -> None:
     for name in ("adapter/exits.safetensors", "adapter-best/exits.json", "config.json", "validation/step-12.json"):
         assert (tuned / name).is_file(), name
     assert list((tuned / "tensorboard").glob("events.*"))
@@ -71,7 +58,7 @@ def test_adapter_holds_the_last_weights_and_only_the_exits(tuned: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "number"), [("float32", signal.SIGTERM), ("bfloat16", signal.SIGINT)])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    project: Any, tmp_path: Path, read_log: ReadLog, number: signal.Signals, dtype: str
+    project: Any, tmp_path: Path, number: signal.Signals, dtype: str
 ) -> None:
     """Losses, weights, optimizer state and data order, bit for bit."""
     config = project.config(tmp_path / "run.yaml", model={"dtype": dtype}, tuning={"steps": 60})
@@ -100,7 +87,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         ).read_bytes()
 
 
-def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, read_log: ReadLog, tuned: Path) -> None:
+def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, tuned: Path) -> None:
     """After kill -9 and damage to the newest checkpoint, the one before it is taken, and the end is the same."""
     config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"
     process = project.start("tune", "--config", config, "--output", output)
@@ -123,7 +110,7 @@ def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, r
     assert read_log(output) == read_log(tuned)
 
 
-def test_init_adapter_starts_from_its_exits(project: Any, tuned: Path, tmp_path: Path, read_log: ReadLog) -> None:
+def test_init_adapter_starts_from_its_exits(project: Any, tuned: Path, tmp_path: Path) -> None:
     config, output = project.config(tmp_path / "run.yaml", tuning={"steps": 1}), tmp_path / "run"
     project.run("tune", "--config", config, "--output", output, "--init-adapter", tuned / "adapter")
     first = next(line["validation"] for line in read_log(output) if "validation" in line)
