@@ -91,6 +91,7 @@ def joined_processes(timeout_minutes: float = 10) -> Iterator[dist.ProcessGroup]
     is a world of one, with no network involved.
     """
     platform.quiet_runtime()
+    platform.return_freed_memory()
     if platform.has_accelerator():
         # As megatron-core asks for: what is queued first starts first, so that its collectives overlap with products.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

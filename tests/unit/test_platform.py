@@ -48,6 +48,36 @@ def test_peak_memory_is_this_process_alone() -> None:
     assert int(child.stdout) < platform.peak_memory() - 200 * 2**20
 
 
+def test_megatron_core_is_imported_without_torchs_compiler() -> None:
+    code = "import sys, megatron_ee.tuning.run, torch; assert torch.compile.__module__ == 'torch'; print(*sys.modules)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    loaded = child.stdout.split()
+    assert "megatron.core.distributed" in loaded and "torch._inductor.lowering" not in loaded
+
+
+RETAINED = """
+import torch
+from megatron_ee import platform
+def held(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+CALL
+first = torch.ones(2**21)  # freed, it teaches glibc to keep such
+del first
+before = held()
+tensors = [torch.ones(2**21) for _ in range(20)]  # of 8 MB
+small = [torch.ones(2**12) for _ in range(100)]  # lie above them
+del tensors
+print(held() - before)
+"""
+
+
+@cpu_only
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_tensors_go_back_to_the_system() -> None:
+    code = RETAINED.replace("CALL", "platform.return_freed_memory()")
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert int(child.stdout) < 20 * 2**20
+
+
 @cpu_only
 def test_stand_in_is_undone() -> None:
     before = cuda_functions()
