@@ -21,7 +21,7 @@ from megatron_ee.model.metrics import TokenStats
 VOCAB_RUN = 128
 """Columns over which a maximum is taken first; the padded vocabulary is a multiple of it."""
 ROW_RUN = 2048
-"""Rows of a head whose gradient is converted at a time."""
+"""Rows of a head whose gradient is computed in the model's dtype at a time."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Scratch:
     Attributes:
         logits: ``[chunk, padded_vocab / tp]`` float32.
         narrow: the same in the model's dtype, where that is not float32.
-        product: one chunk's gradient of the head in the model's dtype, where that is not float32.
+        product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, where that is not float32.
         tempered: as ``logits``, where distillation has another temperature than 1.
     """
 
@@ -182,7 +182,8 @@ class _Scratch:
         tempered = torch.empty_like(logits) if two_temperatures else None
         if z.dtype == torch.float32:
             return cls(logits, None, None, tempered)
-        return cls(logits, z.new_empty(logits.shape), torch.empty_like(weight) if needs_weight else None, tempered)
+        product = torch.empty_like(weight[:ROW_RUN]) if needs_weight else None
+        return cls(logits, z.new_empty(logits.shape), product, tempered)
 
     def narrowed(self, logits: Tensor) -> Tensor:
         """``logits`` in the model's dtype."""
@@ -282,25 +283,26 @@ def _gradient_sum(parameter: Tensor) -> Tensor:
 
 
 def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor, product: Tensor | None) -> None:
-    """``total += grad_logits^T inputs``, summed in ``total``'s dtype; ``product`` is room for the summand."""
+    """``total += grad_logits^T inputs``, summed in ``total``'s dtype; ``product`` is room for ``ROW_RUN`` rows."""
     if total.dtype == inputs.dtype:
         total.addmm_(grad_logits.t(), inputs)
         return
-    product = torch.mm(grad_logits.t(), inputs, out=product)
-    # Adding tensors of two dtypes is slow on the CPU; converting run by run stays in its cache.
-    for rows, summand in zip(total.split(ROW_RUN), product.split(ROW_RUN), strict=True):
-        rows += summand.to(total.dtype)
+    # Run by run the product never exists as a whole, and stays in the CPU's cache, where converting it is quick.
+    for rows, columns in zip(total.split(ROW_RUN), grad_logits.split(ROW_RUN, dim=1), strict=True):
+        out = None if product is None else product[: len(rows)]
+        rows += torch.mm(columns.t(), inputs, out=out).to(total.dtype)
 
 
 def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """What autograd hands to the parameter.
+    """What autograd hands to the parameter: nothing where the sum went straight into the wrapper's buffer.
 
-    Where the sum went straight into the wrapper's buffer, the wrapper's hook must still run but add nothing: it skips
-    parameters marked so, as megatron-core's own fused weight gradients do, and needs only something of the right shape.
+    The wrapper's hook must still run then, want a gradient and add nothing: it skips parameters marked so, as
+    megatron-core's own fused weight gradients do. Handed over by autograd, that gradient would become a full copy.
     """
     if total is None:
         return None
     if total is getattr(parameter, "main_grad", None):
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return parameter.new_zeros(1).expand_as(parameter)
+        parameter.grad = parameter.new_zeros(1).expand_as(parameter)  # one element
+        return None
     return total.to(parameter.dtype)

@@ -17,7 +17,7 @@ from megatron_ee.parallel.costs import VOCAB_MULTIPLE, padded_vocab
 from megatron_ee.parallel.layout import Layout, StageLayout
 
 FLOAT32 = 4
-HEAD_ROWS = 2048  # rows of a head's gradient that the exit loss converts at a time
+HEAD_ROWS = 2048  # rows of a head's gradient that the exit loss computes in the model's dtype at a time
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -
 
 
 def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
-    """Of the exit loss: the features' gradient, a chunk's logits, and a head's gradient of one chunk."""
+    """Of the exit loss: the features' gradient, a chunk's logits, and some rows of a head's gradient."""
     rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
     narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
     logits = _chunk_logits(architecture, workload)
@@ -217,7 +217,7 @@ def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) 
     size += logits * (FLOAT32 * (1 + workload.tempered) + narrow)
     size += min(workload.chunk_tokens, workload.tokens) * VOCAB_MULTIPLE * FLOAT32  # of the search for the maximum
     if spec.head == "own" and narrow:
-        size += (rows * narrow + min(rows, HEAD_ROWS) * FLOAT32) * architecture.hidden_size
+        size += min(rows, HEAD_ROWS) * (narrow + FLOAT32) * architecture.hidden_size
     if spec.head == "low_rank":
         size += 2 * workload.tokens * spec.rank * workload.itemsize
         size += max(logits, rows * spec.rank) * workload.itemsize

@@ -52,6 +52,15 @@ class ParameterState:
     tensors: dict[str, Tensor]
 
 
+class _ExitWrapper(DistributedDataParallel):  # type: ignore[misc]
+    """megatron-core's, which on one rank would gather every weight from that rank alone: gloo copies it for that."""
+
+    def start_param_sync(self, *arguments: Any, **options: Any) -> None:
+        """After an update: gather the updated weights from the data-parallel ranks."""
+        if self.dp_group.size() > 1:
+            super().start_param_sync(*arguments, **options)
+
+
 class ExitOptimizer:
     """Gradient buffers, reduction, clipping, AdamW and learning-rate schedule of the exits on this stage."""
 
@@ -77,8 +86,7 @@ class ExitOptimizer:
         )
         with platform.translated():
             self.wrappers = {
-                exit_: DistributedDataParallel(config, data_parallel, exit_, pg_collection=groups.collection)
-                for exit_ in trained
+                exit_: _ExitWrapper(config, data_parallel, exit_, pg_collection=groups.collection) for exit_ in trained
             }
             core = CoreOptimizerConfig(
                 optimizer="adam",

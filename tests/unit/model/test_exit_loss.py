@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ee import platform
 from megatron_ee.config.architecture import read_architecture
+from megatron_ee.model import exit_loss as exit_loss_module
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
 from megatron_ee.model.setup import build_setup
@@ -169,8 +170,12 @@ def test_padded_rows_never_win_and_have_no_gradient(setups: dict[torch.dtype, An
             assert not case.up.grad[VOCAB:].any()
 
 
+@pytest.mark.parametrize("rows", [exit_loss_module.ROW_RUN, 50])  # at a time: all, and a number that does not divide
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_main_grad_takes_the_same_gradient(dtype: torch.dtype, setups: dict[torch.dtype, Any]) -> None:
+def test_main_grad_takes_the_same_gradient(
+    dtype: torch.dtype, rows: int, setups: dict[torch.dtype, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exit_loss_module, "ROW_RUN", rows)
     plain, buffered = Case(setups[dtype], low_rank=True), Case(setups[dtype], low_rank=True)
     plain.loss(chunk_tokens=16)[0].backward()
     trained = {"weight": buffered.head.weight, "up": buffered.up}
@@ -184,6 +189,17 @@ def test_main_grad_takes_the_same_gradient(dtype: torch.dtype, setups: dict[torc
             assert relative(main_grad, microbatch * once) < (1e-5 if dtype == torch.float32 else 1e-2)
             assert parameter.grad_added_to_main_grad
     assert relative(buffered.z.grad, 2 * plain.z.grad) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_heads_gradient_exists_once(setups: dict[torch.dtype, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, where it is summed; in the model's dtype there are only so many rows of it."""
+    monkeypatch.setattr(exit_loss_module, "ROW_RUN", 50)
+    case = Case(setups[torch.bfloat16], tokens=16)
+    case.head.weight.main_grad = torch.zeros_like(case.head.weight, dtype=torch.float32)
+    with Largest(case.head.weight, case.head.weight.main_grad) as largest:
+        case.loss()[0].backward()
+    assert largest.numel <= max(50 * HIDDEN, 16 * len(case.head.weight)), largest.shape
+    assert case.head.weight.main_grad.any()
 
 
 def test_microbatches_accumulate_without_main_grad(setups: dict[torch.dtype, Any]) -> None:
@@ -203,16 +219,19 @@ def test_another_gradient_than_one_is_refused(factor: float, setups: dict[torch.
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation gives out."""
+    """Records the largest tensor that any operation gives out, views of ``known`` left aside."""
 
-    def __init__(self) -> None:
+    def __init__(self, *known: Tensor) -> None:
         super().__init__()
         self.numel, self.shape = 0, torch.Size()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.numel() > self.numel:
+            if not isinstance(tensor, Tensor) or tensor.untyped_storage().data_ptr() in self._known:
+                continue
+            if tensor.numel() > self.numel and tensor.stride() != (0, 0):  # one element, however large it looks
                 self.numel, self.shape = tensor.numel(), tensor.shape
         return out
 

@@ -116,6 +116,19 @@ def test_steps_equal_plain_torch(clip_grad: float, make: Make, saved_model: Any,
         assert float((ours - start[name]).abs().max()) > 1e-3, f"{name} did not move"
 
 
+def test_one_rank_gathers_no_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def gather(*arguments: object, **options: object) -> None:
+        raise AssertionError("a copy of the weights, from this rank to itself")
+
+    monkeypatch.setattr(param_and_grad_buffer, "dist_all_gather_func", gather)
+    stage, optimizer = make()
+    before = [parameter.detach().clone() for _, parameter in trained(stage.exits)]
+    train(stage, optimizer, range(1))
+    assert not any(torch.equal(old, new) for old, (_, new) in zip(before, trained(stage.exits), strict=True))
+
+
 def test_norms_and_biases_do_not_decay(make: Make) -> None:
     stage, optimizer = make(OptimizerConfig(lr=0.1, min_lr=0.1, weight_decay=0.5))
     before = {name: parameter.detach().clone() for name, parameter in trained(stage.exits)}
