@@ -21,6 +21,7 @@ from megatron_ee.config.schema import LossConfig
 from megatron_ee.data.loader import Batch
 from megatron_ee.model.distillation import Distillation, Teacher, teacher_top_k
 from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
@@ -117,7 +118,7 @@ def tuning_step(
         optimizer.step()
     else:
         optimizer.skip()
-        skipped = _not_finite(exits, optimizer.groups.gather(_bad_parts(parts)))
+        skipped = _not_finite(exits, optimizer.groups.gather(_bad_parts(parts)), _sequences(batches, optimizer.groups))
     return StepResult(tokens, lr, grad_norm, exits, skipped)
 
 
@@ -165,8 +166,15 @@ def _bad_parts(parts: Sequence[tuple[int, range, Tensor]]) -> list[tuple[int, li
     return [(layer, list(sequences)) for layer, sequences, part in parts if not torch.isfinite(part)]
 
 
-def _not_finite(exits: Sequence[ExitResult], gathered: Sequence[list[tuple[int, list[int]]]]) -> str:
-    """Which exits, and where their loss is not finite which sequences, for the user."""
+def _sequences(batches: Sequence[Batch], groups: Groups) -> range:
+    """Of the global batch."""
+    ranges = groups.gather([batch.sequences for batch in batches])
+    together = [each for own in ranges for each in own]
+    return range(min(each.start for each in together), max(each.stop for each in together))
+
+
+def _not_finite(exits: Sequence[ExitResult], gathered: Sequence[list[tuple[int, list[int]]]], of_step: range) -> str:
+    """Which exits and sequences, for the user: all of the step where only the gradient, their sum, is not finite."""
     where: dict[int, set[int]] = {}
     for layer, sequences in (pair for pairs in gathered for pair in pairs):
         where.setdefault(layer, set()).update(sequences)
@@ -175,5 +183,6 @@ def _not_finite(exits: Sequence[ExitResult], gathered: Sequence[list[tuple[int, 
         if not math.isfinite(exit_.loss):
             lines.append(f"exit {exit_.layer}: loss {exit_.loss} in sequences {sorted(where.get(exit_.layer, ()))}")
         elif not math.isfinite(exit_.grad_norm):
-            lines.append(f"exit {exit_.layer}: gradient norm {exit_.grad_norm}")
+            among = f"sequences {of_step.start} to {of_step.stop - 1}"
+            lines.append(f"exit {exit_.layer}: gradient norm {exit_.grad_norm}, loss finite, in {among}")
     return "; ".join(lines)

@@ -88,6 +88,7 @@ def _cases(world_size: int) -> list[Case]:
             ("bodies", ONE, 1, False, 1),
             ("bodies", APART, 2, True, 1),
             ("bodies", HALVES, 1, False, 2),
+            ("bodies", ONE, 2, True, 3),
             ("qwen3", UNEVEN, 2, True, 1),
             ("qwen3", ONE, 2, False, 3),
             ("tied", UNEVEN, 2, False, 1),
