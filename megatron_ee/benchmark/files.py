@@ -22,11 +22,6 @@ def files_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def bytes_of(directory: Path) -> int:
-    """Bytes of all files below ``directory``."""
-    return sum(path.stat().st_size for path in files_of(directory))
-
-
 def copy_directory(source: Path, target: Path) -> None:
     """``cp -r``, and wait until the copy is on disk, as a conversion does.
 

@@ -33,11 +33,6 @@ class HFDirectory:
     files: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.tensors.values())
-
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> HFDirectory:
         """Find and check the files of ``path``: ``model.safetensors``, or else the index and its shards.

@@ -184,25 +184,6 @@ def read_into(entry: TensorEntry, out: Tensor) -> None:
     read_box(entry, out, (0,) * out.dim())
 
 
-def read_rows(entry: TensorEntry, out: Tensor, start: int, stop: int) -> None:
-    """Read ``tensor[start:stop]`` into ``out``. Raises as ``read_box``."""
-    _check_extent(entry, out, 0, start, stop)
-    read_box(entry, out, (start,) + (0,) * (out.dim() - 1))
-
-
-def read_columns(entry: TensorEntry, out: Tensor, start: int, stop: int) -> None:
-    """Read ``tensor[:, start:stop]`` into ``out``. Raises as ``read_box``."""
-    _check_extent(entry, out, 1, start, stop)
-    read_box(entry, out, (0, start) + (0,) * (out.dim() - 2))
-
-
-def _check_extent(entry: TensorEntry, out: Tensor, dim: int, start: int, stop: int) -> None:
-    if out.dim() <= dim or out.shape[dim] != stop - start:
-        raise CheckpointError(
-            f"{entry.path}: tensor {entry.name!r}: {start}:{stop} of dimension {dim} does not fit {list(out.shape)}"
-        )
-
-
 def read_box(entry: TensorEntry, out: Tensor, offset: Sequence[int]) -> None:
     """Read the box of ``out``'s shape that starts at ``offset`` (one index per dimension) into ``out``.
 

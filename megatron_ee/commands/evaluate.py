@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--plot", type=Path, metavar="FILE", help="write the plot of the sweep to this .png, .pdf or .svg"
     )
-    result.add_argument("--output", type=Path, metavar="DIR", help="write evaluation.json and evaluation.png here")
+    result.add_argument(
+        "--output", type=Path, metavar="DIR", help="write evaluation.json, .png and reliability.png here"
+    )
     return result
 
 
@@ -46,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
         raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(PLOTS)}")
     from megatron_ee.evaluation.evaluate import evaluate, write_quality
-    from megatron_ee.evaluation.plots import plot_sweep
+    from megatron_ee.evaluation.plots import plot_reliability, plot_sweep
     from megatron_ee.evaluation.report import print_quality
     from megatron_ee.parallel.groups import launched_rank
 
@@ -68,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_quality(result.quality, result.exits)
     if arguments.output is not None:
         write_quality(result.quality, result.exits, arguments.output / "evaluation")
+        if result.exits:
+            plot_reliability(result.quality, arguments.output / "reliability.png")
     if arguments.plot is not None and result.exits:
         plot_sweep(result.quality, arguments.plot)
     elif arguments.plot is not None:

@@ -22,6 +22,7 @@ MADE = {
     "tune.yaml": "the configuration they were tuned with",
     "evaluation/evaluation.json": "quality per exit and threshold",
     "evaluation/evaluation.png": "the same as a plot",
+    "evaluation/reliability.png": "how well each exit's confidence says what it gets right",
     "training.png": "loss per exit while tuning",
     "tuning/tensorboard": "the same for TensorBoard",
     "report.json": "this report",

@@ -22,11 +22,9 @@ from megatron_ee.checkpoint import safetensors_file
 from megatron_ee.checkpoint.safetensors_file import (
     DTYPES,
     read_box,
-    read_columns,
     read_header,
     read_into,
     read_metadata,
-    read_rows,
     write_safetensors,
 )
 from megatron_ee.errors import CheckpointError
@@ -332,8 +330,8 @@ def test_rows_and_columns(tmp_path: Path, width: int) -> None:
     write_safetensors(path, {"a": source})
     found = read_header(path)["a"]
     rows, columns = torch.empty(5, width), torch.empty(12, width // 4)
-    read_rows(found, rows, 3, 8)
-    read_columns(found, columns, width // 2, width // 2 + width // 4)
+    read_box(found, rows, (3, 0))
+    read_box(found, columns, (0, width // 2))
     assert torch.equal(rows, source[3:8])
     assert torch.equal(columns, source[:, width // 2 : width // 2 + width // 4])
 
@@ -358,15 +356,13 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         read_box(found["a"], torch.empty(2, 6), (3, 0))
     with pytest.raises(CheckpointError, match="not inside shape"):
         read_box(found["a"], torch.empty(2, 6), (0,))
-    with pytest.raises(CheckpointError, match="does not fit"):
-        read_rows(found["a"], torch.empty(3, 6), 0, 2)
     with pytest.raises(CheckpointError, match="'i' is I64 and cannot be read as torch.float32"):
         read_into(found["i"], torch.empty(2))
 
 
 PEAK = """
 import sys, torch
-from megatron_ee.checkpoint.safetensors_file import read_columns, read_header, read_into
+from megatron_ee.checkpoint.safetensors_file import read_box, read_header, read_into
 from megatron_ee.platform import peak_memory
 entry = read_header(sys.argv[1])["a"]
 read_into(read_header(sys.argv[1])["small"], torch.empty(4, 4))
@@ -375,7 +371,7 @@ if sys.argv[2] == "columns":
 else:
     out = torch.zeros(entry.shape, dtype=getattr(torch, sys.argv[2]))
 before = peak_memory()
-read_columns(entry, out, 5, 5 + out.shape[1]) if sys.argv[2] == "columns" else read_into(entry, out)
+read_box(entry, out, (0, 5)) if sys.argv[2] == "columns" else read_into(entry, out)
 print(peak_memory() - before)
 """
 

@@ -1,0 +1,41 @@
+"""``megatron-ee evaluate`` as a user runs it: the figures of the run's own validation, as JSON, table and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ee.testing.project import Project, read_log
+
+WINDOWS = ("--sequence-length", 32, "--sequences", 16, "--dtype", "float32")
+
+
+def test_it_measures_what_validation_did(project: Project, tuned: Path, tmp_path: Path) -> None:
+    exits = ("--model", project.model, "--adapter", tuned / "adapter", "--data", project.held_out)
+    found = json.loads(project.run("evaluate", *exits, *WINDOWS, "--json", "--output", tmp_path / "out").stdout)
+    validated: Any = next(line for line in read_log(tuned) if line["step"] == 12 and "validation" in line)["validation"]
+    assert found["final_loss"] == pytest.approx(validated["final_loss"], rel=1e-5)
+    assert [exit_["layer"] for exit_ in found["exits"]] == [1, 2, 3]
+    for exit_, reference in zip(found["exits"], validated["exits"], strict=True):
+        for name in ("loss", "agreement", "mean_confidence", "ece"):
+            assert exit_[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-6), name
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "evaluation.json",
+        "evaluation.png",
+        "reliability.png",
+    }
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["final_loss"] == found["final_loss"] and written["exits"] == found["exits"]
+
+
+def test_a_model_without_exits_has_its_final_one(project: Project, tuned: Path, tmp_path: Path) -> None:
+    model = ("--model", project.model, "--data", project.held_out)
+    done = project.run("evaluate", *model, *WINDOWS, "--output", tmp_path, "--plot", tmp_path / "sweep.png")
+    assert "final" in done.stdout and "no exits to sweep" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["exits"] == []
+    refused = project.run("evaluate", *model, "--sequence-length", 10**6, check=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--sequence-length" in refused.stderr
