@@ -154,7 +154,7 @@ class DistillationConfig:
     """Learning from the final exit beside the labels: all layers run then.
 
     The loss of a token becomes ``cross_entropy * CE + kl * temperature^2 * KL(teacher || exit)``, both at
-    ``temperature``, the teacher's ``top_k`` most probable tokens rescaled to sum to 1.
+    ``temperature``, over the teacher's ``top_k`` most probable tokens and all others as one.
 
     Attributes:
         kl: weight of the divergence from the final exit; 0 turns distillation off.

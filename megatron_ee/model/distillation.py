@@ -16,6 +16,8 @@ from megatron_ee.model.backbone import VocabHead
 
 TOP_RUN = 64
 """Columns whose maximum decides whether they are sorted; the padded vocabulary is a multiple of it."""
+LEAST_REST = 1e-6
+"""What an exit's probability of all tokens that the teacher does not keep counts as at least: below, it is rounding."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Teacher:
 
     Attributes:
         ids: ``[tokens, k]`` int64, global token ids.
-        log_probabilities: ``[tokens, k]`` float32, of the softmax over the whole vocabulary at temperature 1.
+        log_probabilities: ``[tokens, k]`` float32, of the softmax over the whole vocabulary at the temperature.
     """
 
     ids: Tensor
@@ -35,8 +37,12 @@ class Teacher:
 class Distillation:
     """What an exit learns from besides the label.
 
-    The loss of a token is ``cross_entropy * CE + kl * temperature^2 * KL(p || q)``: q the exit's distribution over the
-    whole vocabulary and p the teacher's, rescaled to sum to 1 over what is kept of it, both at ``temperature``.
+    The loss of a token is ``cross_entropy * CE + kl * temperature^2 * KL(p || q)``: p the teacher's distribution over
+    the tokens that are kept of it and all others as one, q the exit's over the same, both at ``temperature``. Without
+    the others an exit would learn that they never come, and lose in cross-entropy and calibration.
+
+    Attributes:
+        teacher: made at the same temperature.
     """
 
     teacher: Teacher
@@ -66,25 +72,31 @@ class SoftTargets:
         """
         self.temperature, self.columns, self.here, self.tempered = distillation.temperature, columns, here, tempered
         self.cross_entropy, self.kl = distillation.cross_entropy, distillation.kl
-        self.probabilities = (distillation.teacher.log_probabilities[part] / self.temperature).softmax(dim=1)
+        self.probabilities = distillation.teacher.log_probabilities[part].exp()
+        self.rest = (1 - self.probabilities.sum(dim=1)).clamp(min=0)
 
     def read(self, logits: Tensor) -> list[Tensor]:
         """What ``compare`` needs summed over the tensor-parallel ranks, from logits less their maximum, ``[chunk]``.
 
-        The teacher's mean of the logits; where the temperature is not 1, also the sum of the exponentials at it.
+        The teacher's mean of the logits and the sum of the exponentials, both over the tokens it keeps; where the
+        temperature is not 1, also the sum of all exponentials at it.
         """
-        own = torch.where(self.here, logits.gather(1, self.columns), 0.0)
-        sums = [torch.linalg.vecdot(self.probabilities, own)]
+        own = torch.where(self.here, logits.gather(1, self.columns) / self.temperature, 0.0)
+        self.kept = torch.where(self.here, own.exp(), 0.0)
+        sums = [torch.linalg.vecdot(self.probabilities, own), self.kept.sum(dim=1)]
         if self.tempered is not None:
             torch.mul(logits, 1 / self.temperature, out=self.tempered)
             sums.append(self.tempered.exp_().sum(dim=1))
         return sums
 
-    def compare(self, total: Tensor, mean_logit: Tensor, tempered_total: Tensor | None = None) -> None:
+    def compare(self, total: Tensor, mean_logit: Tensor, kept: Tensor, tempered_total: Tensor | None = None) -> None:
         """Take the sums over the whole vocabulary; ``total``: of the exponentials at temperature 1, ``[chunk]``."""
         self.total = total if tempered_total is None else tempered_total
+        rest = (1 - kept / self.total).clamp(min=LEAST_REST)
+        self.ratio = self.rest / rest
         entropy = torch.special.entr(self.probabilities).sum(dim=1)
-        self.divergence = self.total.log() - mean_logit / self.temperature - entropy
+        cross = self.probabilities.sum(dim=1) * self.total.log() - mean_logit
+        self.divergence = cross - entropy + torch.special.xlogy(self.rest, self.ratio)
 
     def loss(self, nll: Tensor) -> Tensor:
         """Each token's loss from its cross-entropy, ``[chunk]``."""
@@ -93,19 +105,26 @@ class SoftTargets:
     def scales(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of the exit's probabilities at temperature 1 and of the label in the gradient of the logits."""
         # At temperature 1 the divergence pushes on the same probabilities as the cross-entropy.
-        own = self.cross_entropy + (self.kl if self.tempered is None else 0.0)
+        own = self.cross_entropy + (self.kl * (1 - self.ratio) if self.tempered is None else 0.0)
         return scale * own, scale * self.cross_entropy
 
     def add_gradient_(self, gradient: Tensor, scale: Tensor) -> None:
-        """Add the rest of the gradient: ``scale * kl * temperature * (q - p)``, at temperature 1 without q."""
+        """Add what ``scales`` has not of the gradient, which is ``scale * kl * temperature`` times
+
+        ``q - p`` for the tokens that are kept, and ``q * (1 - ratio)`` for the others: ``ratio`` is how much more
+        probable the teacher takes all of them to be.
+        """
         pull = scale * (self.kl * self.temperature)
         if self.tempered is not None:
-            gradient.addcmul_(self.tempered, (pull / self.total)[:, None])
-        gradient.scatter_add_(1, self.columns, torch.where(self.here, -pull[:, None] * self.probabilities, 0.0))
+            gradient.addcmul_(self.tempered, (pull * (1 - self.ratio) / self.total)[:, None])
+        kept = self.kept * (self.ratio / self.total)[:, None] - self.probabilities
+        gradient.scatter_add_(1, self.columns, torch.where(self.here, pull[:, None] * kept, 0.0))
 
 
 @torch.no_grad()
-def teacher_top_k(z: Tensor, head: VocabHead, group: dist.ProcessGroup, k: int, *, chunk_tokens: int = 512) -> Teacher:
+def teacher_top_k(
+    z: Tensor, head: VocabHead, group: dist.ProcessGroup, k: int, temperature: float = 1.0, *, chunk_tokens: int = 512
+) -> Teacher:
     """The ``k`` most probable tokens of the final exit; of equal logits the lower token id first.
 
     Args:
@@ -113,6 +132,7 @@ def teacher_top_k(z: Tensor, head: VocabHead, group: dist.ProcessGroup, k: int, 
         head: this rank's rows of the frozen LM head.
         group: tensor-parallel ranks; all get the same.
         k: tokens to keep; of a smaller vocabulary all are.
+        temperature: divides the logits.
         chunk_tokens: tokens whose logits exist at one time.
     """
     weight, tokens = head.weight, len(z)
@@ -122,7 +142,7 @@ def teacher_top_k(z: Tensor, head: VocabHead, group: dist.ProcessGroup, k: int, 
     log_total = torch.empty((tokens, 1), dtype=torch.float32, device=z.device)
     for start in range(0, tokens, chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        logits = torch.mm(z[part], weight.t()).float()
+        logits = torch.mm(z[part], weight.t()).float().div_(temperature)
         logits[:, head.valid :] = -torch.inf
         values[part], ids[part] = _top_columns(logits, width)
         # Finite also on a rank that has padding alone.

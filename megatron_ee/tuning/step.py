@@ -101,10 +101,10 @@ def tuning_step(
             parts.append((layer, micro.batch.sequences, part))
 
     def teach(micro: Microbatch, h: Tensor) -> Teacher:
-        head, tensor = stage.backbone.head, stage.setup.groups.tensor
+        head, tensor, given = stage.backbone.head, stage.setup.groups.tensor, loss.distillation
         assert head is not None, "the last stage holds the final exit"
         z = stage.final_features(h).flatten(0, 1)
-        return teacher_top_k(z, head, tensor, loss.distillation.top_k, chunk_tokens=loss.chunk_tokens)
+        return teacher_top_k(z, head, tensor, given.top_k, given.temperature, chunk_tokens=loss.chunk_tokens)
 
     parts: list[tuple[int, range, Tensor]] = []
     optimizer.zero_gradients()

@@ -46,8 +46,6 @@ class Lesson:
         self.group = setup.groups.tensor
         # Somewhat like the exit's own: a teacher that has nothing in common would hide what they share.
         self.teacher_logits = self.logits(self.leaves()).detach() + draw(tokens, VOCAB).double()
-        top = self.teacher_logits.log_softmax(-1).topk(TOP_K)
-        self.teacher = Teacher(top.indices, top.values.float())
 
     def leaves(self) -> dict[str, Tensor]:
         named = {"z": self.z, "weight": self.head.weight, "down": self.down, "up": self.up}
@@ -67,16 +65,28 @@ class Lesson:
         return exit_loss(self.z, self.head, self.labels, self.coefficient, self.group, low_rank=low_rank, **kwargs)
 
     def distillation(self, temperature: float = 1.0, kl: float = 0.7, cross_entropy: float = 0.4) -> Distillation:
-        return Distillation(self.teacher, kl, cross_entropy, temperature)
+        return Distillation(self.teacher(temperature), kl, cross_entropy, temperature)
+
+    def teacher(self, temperature: float) -> Teacher:
+        top = (self.teacher_logits / temperature).log_softmax(-1).topk(TOP_K)
+        return Teacher(top.indices, top.values.float())
+
+
+def with_others(probabilities: Tensor, ids: Tensor) -> Tensor:
+    """``[tokens, k + 1]``: of the tokens ``ids``, and of all others together."""
+    others = torch.ones_like(probabilities).scatter_(1, ids, 0.0) * probabilities
+    return torch.cat([probabilities.gather(1, ids), others.sum(-1, keepdim=True)], dim=-1)
 
 
 def reference(lesson: Lesson, given: Distillation, dynamic: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the leaves by autograd over all logits at once, in float64, from the definition."""
     leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in lesson.leaves().items()}
     logits = lesson.logits(leaves)
-    kept = lesson.teacher_logits.gather(1, given.teacher.ids)
-    p = torch.zeros_like(logits).scatter_(1, given.teacher.ids, (kept / given.temperature).softmax(-1))
-    divergence = F.kl_div((logits / given.temperature).log_softmax(-1), p, reduction="none").sum(-1)
+    p, q = (
+        with_others((each / given.temperature).softmax(-1), given.teacher.ids)
+        for each in (lesson.teacher_logits, logits)
+    )
+    divergence = F.kl_div(q.log(), p, reduction="none").sum(-1)
     nll = F.cross_entropy(logits, lesson.labels, reduction="none")
     per_token = given.cross_entropy * nll + given.kl * given.temperature**2 * divergence
     scale = lesson.coefficient * logits.softmax(-1).amax(-1).detach() if dynamic else lesson.coefficient
@@ -158,11 +168,12 @@ def test_without_weight_the_teacher_changes_nothing(temperature: float, setup: A
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_nothing_is_left_to_learn_from_oneself(temperature: float, setup: Any) -> None:
     lesson = Lesson(setup)
-    itself = teacher_top_k(lesson.z, lesson.head, lesson.group, VOCAB)
-    loss, _ = lesson.loss(distillation=Distillation(itself, 1.0, 0.0, temperature))
-    loss.backward()
-    assert abs(float(loss.detach())) < 1e-6 and float(lesson.z.grad.abs().max()) < 1e-7
-    lesson.z.grad = None
+    for k in (VOCAB, TOP_K, 1):
+        itself = teacher_top_k(lesson.z, lesson.head, lesson.group, k, temperature)
+        loss, _ = lesson.loss(distillation=Distillation(itself, 1.0, 0.0, temperature))
+        loss.backward()
+        assert abs(float(loss.detach())) < 1e-6 and float(lesson.z.grad.abs().max()) < 1e-7, k
+        lesson.z.grad = None
     lesson.loss(distillation=lesson.distillation(temperature, 1.0, 0.0))[0].backward()
     assert float(lesson.z.grad.abs().max()) > 1e-4
 
@@ -171,7 +182,7 @@ def test_masked_tokens_and_padded_rows_count_for_nothing(setup: Any) -> None:
     for temperature in (1.0, 2.0):
         first, second = (Lesson(setup, low_rank=True) for _ in range(2))
         masked = first.coefficient == 0
-        second.teacher.log_probabilities[masked] = second.teacher.log_probabilities[masked].flip(1)
+        second.teacher_logits[masked] = second.teacher_logits[masked].flip(1)
         losses = [lesson.loss(distillation=lesson.distillation(temperature))[0] for lesson in (first, second)]
         for loss in losses:
             loss.backward()
@@ -186,10 +197,10 @@ def test_extreme_logits_stay_finite(temperature: float, setup: Any) -> None:
     lesson = Lesson(setup)
     with torch.no_grad():
         lesson.z *= 1e4
-    lesson.teacher = teacher_top_k(lesson.z.flip(0), lesson.head, lesson.group, TOP_K)
-    loss, _ = lesson.loss(distillation=lesson.distillation(temperature))
+    teacher = teacher_top_k(lesson.z.flip(0), lesson.head, lesson.group, TOP_K, temperature)
+    loss, _ = lesson.loss(distillation=Distillation(teacher, 0.7, 0.4, temperature))
     loss.backward()
-    for tensor in (lesson.teacher.log_probabilities, loss, lesson.z.grad, lesson.head.weight.grad):
+    for tensor in (teacher.log_probabilities, loss, lesson.z.grad, lesson.head.weight.grad):
         assert tensor.isfinite().all()
 
 
@@ -219,7 +230,9 @@ def test_only_another_temperature_takes_further_exponentials(setup: Any) -> None
     for distillation, passes in ((None, 1), (lesson.distillation(), 1), (lesson.distillation(2.0), 2)):
         with Exponentials() as exponentials:
             lesson.loss(distillation=distillation, chunk_tokens=chunk)[0].backward()
-        assert exponentials.taken == [chunk * rows] * (tokens // chunk * passes)
+        assert [size for size in exponentials.taken if size > chunk * TOP_K] == [chunk * rows] * (
+            tokens // chunk * passes
+        )
         assert exponentials.largest <= allowed, "logits of all tokens existed"
     with Exponentials() as exponentials:
         teacher_top_k(lesson.z, lesson.head, lesson.group, TOP_K, chunk_tokens=chunk)
@@ -227,13 +240,13 @@ def test_only_another_temperature_takes_further_exponentials(setup: Any) -> None
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 512])
-@pytest.mark.parametrize("k", [1, 32, VOCAB])
-def test_the_teacher_is_the_top_of_the_softmax(k: int, chunk_tokens: int, setup: Any) -> None:
+@pytest.mark.parametrize("k, temperature", [(1, 1.0), (32, 1.0), (VOCAB, 1.0), (32, 2.0)])
+def test_the_teacher_is_the_top_of_the_softmax(k: int, temperature: float, chunk_tokens: int, setup: Any) -> None:
     lesson = Lesson(setup)
     with torch.no_grad():
         assert ((lesson.z @ lesson.head.weight.t()).argmax(-1) >= VOCAB).any(), "padding would not have won anyway"
-    teacher = teacher_top_k(lesson.z, lesson.head, lesson.group, k, chunk_tokens=chunk_tokens)
-    expected = lesson.logits(lesson.leaves()).detach().log_softmax(-1).topk(k)
+    teacher = teacher_top_k(lesson.z, lesson.head, lesson.group, k, temperature, chunk_tokens=chunk_tokens)
+    expected = (lesson.logits(lesson.leaves()).detach() / temperature).log_softmax(-1).topk(k)
     assert torch.equal(teacher.ids, expected.indices) and teacher.ids.dtype == torch.int64
     assert teacher.log_probabilities.dtype == torch.float32 and not teacher.log_probabilities.requires_grad
     torch.testing.assert_close(teacher.log_probabilities.double(), expected.values, atol=1e-4, rtol=1e-5)
@@ -271,7 +284,7 @@ def test_an_exit_passes_its_teacher_on(spec: ExitSpec, tokens: Tensor, saved_mod
     labels = tokens.roll(-1, 1).t().reshape(-1).to(platform.device())
     coefficient = torch.full(labels.shape, 1 / labels.numel(), device=labels.device)
     group = stage.setup.groups.tensor
-    teacher = teacher_top_k(stage.final_features(h).flatten(0, 1), stage.backbone.head, group, TOP_K)
+    teacher = teacher_top_k(stage.final_features(h).flatten(0, 1), stage.backbone.head, group, TOP_K, 2.0)
     given = Distillation(teacher, 0.7, 0.4, 2.0)
     loss, _ = exit_(taps[spec.layer], positions, labels, coefficient, distillation=given, chunk_tokens=20)
     loss.backward()
@@ -280,9 +293,9 @@ def test_an_exit_passes_its_teacher_on(spec: ExitSpec, tokens: Tensor, saved_mod
 
     logits = exit_.logits(exit_.features(taps[spec.layer], positions)).flatten(0, 1)
     nll = F.cross_entropy(logits, labels)
-    q = (logits / 2).log_softmax(-1).gather(1, teacher.ids)
-    p = (teacher.log_probabilities / 2).log_softmax(-1)
-    expected = 0.4 * nll + 0.7 * 4 * (p.exp() * (p - q)).sum(-1).mean()
+    q = with_others((logits / 2).softmax(-1), teacher.ids)
+    p = with_others((stage.final_logits(stage.final_features(h).flatten(0, 1)) / 2).softmax(-1), teacher.ids)
+    expected = 0.4 * nll + 0.7 * 4 * (p * (p.log() - q.log())).sum(-1).mean()
     assert relative(loss, expected) < 1e-5
     for (name, mine), theirs in zip(ours.items(), torch.autograd.grad(expected, list(trained.values())), strict=True):
         assert float((mine - theirs).abs().max()) <= 1e-5 * max(float(theirs.abs().max()), 1e-6), name
