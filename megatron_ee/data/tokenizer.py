@@ -9,6 +9,10 @@ from typing import Any, Protocol
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError, DataError
 
+_UNFINISHED = "\ufffd"  # decoders write it for bytes that are no character, or not yet
+_LONGEST = 4  # bytes, and so tokens, that a character is spread over at most
+_CONTEXT, _MOST_CONTEXT = 8, 64  # tokens decoded together with the next: enough to see what they begin with
+
 # Continuation pieces are encoded behind this, so that no beginning-of-text space is put before them.
 _JOINT = "\n"
 
@@ -67,17 +71,10 @@ class Tokenizer:
 
         A character that is spread over several tokens appears with the last of them.
         """
-        pieces: list[str] = []
-        # Tokens from ``start`` give context (some decoders drop a leading space); those from ``shown`` are not yet out.
-        start = shown = 0
-        for end in range(1, len(ids) + 1):
-            before = self.decode(ids[start:shown])
-            text = self.decode(ids[start:end])
-            if text.endswith("\ufffd") and end < len(ids):
-                pieces.append("")
-                continue
-            pieces.append(text[len(before) :])
-            start, shown = shown, end
+        stream = Detokenizer(self)
+        pieces = [stream.push(token) for token in ids]
+        if pieces:
+            pieces[-1] += stream.flush()
         return pieces
 
     def fits(self, model_vocab_size: int) -> None:
@@ -91,6 +88,61 @@ class Tokenizer:
                 f"{self.path}: the tokenizer has {self.vocab_size} tokens, but the model's vocabulary has only "
                 f"{model_vocab_size}; use the model's own tokenizer"
             )
+
+
+class Detokenizer:
+    """Text of a sequence that grows token by token, at a cost per token that does not grow with it.
+
+    What has come out, joined, is ``decode(context + tokens)`` behind ``decode(context)``. A character that is spread
+    over several tokens comes with the last of them. (Where bytes are no text at all, some decoders take back
+    characters before them; what has come out stays.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        """``context``: tokens before the first one, whose text does not come out."""
+        self._decode = tokenizer.decode
+        # The last tokens, and the number of characters of their text that have come out.
+        self._ids, text = self._tail(context)
+        self._given = len(text)
+        self._waits = 0  # tokens since the last one that ended with a whole character
+        self._limit = len(self._ids) + _CONTEXT
+
+    def push(self, token: int) -> str:
+        """The text that is certain once ``token`` is there; empty where it does not complete a character."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        certain = len(text.rstrip(_UNFINISHED))
+        self._waits = self._waits + 1 if certain < len(text) else 0
+        if self._waits >= _LONGEST:  # no character takes so long: only the end may still become one
+            certain = max(certain, len(text) - (_LONGEST - 1))
+        certain = max(certain, self._given)
+        new = text[self._given : certain]
+        self._given = certain
+        if len(self._ids) >= self._limit and (self._waits == 0 or len(self._ids) > _MOST_CONTEXT):
+            held = len(text) - certain
+            self._ids, text = self._tail(self._ids)
+            self._given = max(len(text) - held, 0)
+            self._limit = len(self._ids) + _CONTEXT
+        return new
+
+    def flush(self) -> str:
+        """What has been held back, when no token follows: half a character, as the decoder shows it."""
+        text = self._decode(self._ids)
+        new = text[self._given :]
+        self._given = len(text)
+        return new
+
+    def _tail(self, ids: Sequence[int]) -> tuple[list[int], str]:
+        """So many of the last tokens that their text goes on as that of all would; and their text.
+
+        A text that begins amid a character is decoded otherwise, and before a blank one spaces may get lost.
+        """
+        for count in range(_CONTEXT, min(len(ids), _MOST_CONTEXT)):
+            text = self._decode(ids[-count:])
+            if text.strip() and not text.startswith(_UNFINISHED):
+                return list(ids[-count:]), text
+        last = list(ids[-_MOST_CONTEXT:])
+        return last, self._decode(last)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -1,18 +1,14 @@
-"""Tokenizers trained on the spot, and corpora made with them."""
+"""Chat tokenizers, and corpora."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-TEXT = "the quick brown fox jumps over a lazy dog while seven naïve wizards write café letters in Łódź 漢字 😀"
-WORDS = TEXT.split()
 
 # ChatML, as Qwen has it, without and with generation marks.
 CHATML = (
@@ -24,78 +20,6 @@ CHATML_MARKED = (
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
     "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-def make_texts(count: int, seed: int = 0) -> list[str]:
-    """Documents of 3 to 60 words, several lines each, with characters of one to four bytes."""
-    source = random.Random(seed)
-    return [
-        "".join(source.choice(WORDS) + source.choice([" ", " ", "\n", "\n    "]) for _ in range(source.randint(3, 60)))
-        for _ in range(count)
-    ]
-
-
-@pytest.fixture(scope="session")
-def texts() -> list[str]:
-    return make_texts(60)
-
-
-@pytest.fixture(scope="session")
-def sp_model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
-    """A SentencePiece model as Llama's: BPE, byte fallback, white space kept."""
-    import sentencepiece
-
-    directory = tmp_path_factory.mktemp("sentencepiece")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in texts for line in text.split("\n")),
-        model_prefix=str(directory / "tokenizer"),
-        vocab_size=360,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return directory / "tokenizer.model"
-
-
-@pytest.fixture(scope="session")
-def make_hf(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[..., Path]:
-    """Makes Hugging Face directories around one byte-level BPE tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-
-    def make(template: str | None = None, eos: str = "<|endoftext|>") -> Path:
-        directory = tmp_path_factory.mktemp("hf")
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=core, eos_token=eos, pad_token=eos, additional_special_tokens=special
-        )
-        if template is not None:
-            tokenizer.chat_template = template
-        tokenizer.save_pretrained(directory)
-        return directory
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def hf_dir(make_hf: Callable[..., Path]) -> Path:
-    return make_hf()
 
 
 @pytest.fixture(scope="session")

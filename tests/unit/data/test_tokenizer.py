@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
-from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from megatron_ee.errors import DataError
 
 TEXT = "the naïve fox\n    jumps 漢字 😀 over"
@@ -30,6 +32,138 @@ def test_pieces_join_to_the_text_without_broken_characters(kind: str, request: p
     assert len(pieces) == len(ids) and "".join(pieces) == text
     assert "🜚" in "".join(pieces) and not any("\ufffd" in piece for piece in pieces)
     assert "" in pieces
+
+
+KINDS = ("hf_dir", "sp_model", "fallback_dir")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """One of each kind of decoder."""
+    return load_tokenizer(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="module", params=("hf_dir", "sp_model"))
+def exact_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Its decoder never changes characters that were whole already."""
+    return load_tokenizer(request.getfixturevalue(request.param))
+
+
+# Small sizes and long ones: the context is cut every 16 tokens and is 64 at most.
+MANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TEXTS = st.text(st.sampled_from("the fox\n  aé漢字🜚😀👩🏽‍🚀߷"), max_size=60)
+
+
+def joined(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    stream = Detokenizer(tokenizer, prompt)
+    return "".join([stream.push(token) for token in ids]) + stream.flush()
+
+
+@MANY
+@given(before=TEXTS, after=TEXTS)
+@example(before="", after="漢字" * 30)
+@example(before="漢字" * 30, after="😀" * 30)
+@example(before=" " * 80, after=" " * 80 + "the")
+@example(before="\n", after="  the")
+def test_streamed_text_is_the_text(tokenizer: Tokenizer, before: str, after: str) -> None:
+    prompt, ids = tokenizer.encode(before), tokenizer.encode_continuation(after)
+    whole = tokenizer.decode([*prompt, *ids])
+    stream = Detokenizer(tokenizer, prompt)
+    so_far = tokenizer.decode(prompt)
+    assert whole.startswith(so_far)
+    for token in ids:
+        so_far += stream.push(token)
+        assert whole.startswith(so_far)  # so there never is half a character
+    assert so_far == whole and stream.flush() == ""
+
+
+@MANY
+@given(data=st.data())
+def test_streamed_tokens_are_the_text_whatever_they_are(exact_tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Bytes that are no characters, special tokens anywhere, prompts that end amid a character."""
+    some = st.integers(0, exact_tokenizer.vocab_size - 1)
+    few = st.sampled_from([0, 1, 2, *exact_tokenizer.encode("漢🜚߷ é"), exact_tokenizer.vocab_size - 1])
+    lists = st.lists(st.one_of(some, few), max_size=100)
+    prompt, ids = data.draw(lists), data.draw(lists)
+    whole, before = exact_tokenizer.decode([*prompt, *ids]), exact_tokenizer.decode(prompt)
+    assert joined(exact_tokenizer, prompt, ids) == whole[len(before) :]
+
+
+@pytest.mark.parametrize("character", ["é", "漢", "🜚", "👩🏽‍🚀"])
+def test_a_character_comes_whole_or_not_at_all(tokenizer: Tokenizer, character: str) -> None:
+    ids = tokenizer.encode("a" + character * 5)
+    stream = Detokenizer(tokenizer)
+    out = [stream.push(token) for token in ids]
+    assert "".join(out) == "a" + character * 5
+    assert not any("\ufffd" in piece for piece in out)
+
+
+def test_what_stands_before_half_a_character_does_not_wait_for_it(hf_dir: Path) -> None:
+    tokenizer = load_tokenizer(hf_dir)
+    ids = tokenizer.encode("x🜚")
+    assert len(ids) > 3
+    stream = Detokenizer(tokenizer)
+    assert [stream.push(token) for token in ids[:-1]] == ["x", *[""] * (len(ids) - 2)]
+    assert stream.flush() == "\ufffd"  # no more tokens: as decode shows it
+    assert tokenizer.decode(ids[:-1]) == "x\ufffd"
+
+
+def test_bytes_that_are_no_text_are_not_held_back_for_ever(exact_tokenizer: Tokenizer) -> None:
+    lead = exact_tokenizer.encode("𐀀")[-4]  # the first byte of a character, again and again
+    ids = [lead] * 300
+    stream = Detokenizer(exact_tokenizer)
+    lengths = [len(stream.push(token)) for token in ids]
+    assert sum(lengths) >= 297 and max(lengths) <= 4
+    assert sum(lengths) + len(stream.flush()) == len(exact_tokenizer.decode(ids)) == 300
+    # And the stream finds back into text.
+    assert joined(exact_tokenizer, ids, exact_tokenizer.encode_continuation("漢字")).endswith("漢字")
+
+
+def test_spaces_are_kept_by_a_tokenizer_that_drops_them_before_a_text(tmp_path: Path, texts: list[str]) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(text.split()) for text in texts),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=200,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    the, fox = tokenizer.encode("the"), tokenizer.encode("fox")
+    space = next(token for token in range(tokenizer.vocab_size) if tokenizer.decode([*the, token]) == "the ")
+    assert tokenizer.decode([space, space, *fox]) == "fox"
+    ids = [*the, *[space] * 20, *fox]
+    assert tokenizer.decode(ids) == "the" + " " * 21 + "fox"
+    assert "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids)
+    for cut in range(len(ids)):
+        before = tokenizer.decode(ids[:cut])
+        assert joined(tokenizer, ids[:cut], ids[cut:]) == tokenizer.decode(ids)[len(before) :]
+
+
+def test_a_prompt_that_ends_amid_a_character(hf_dir: Path) -> None:
+    tokenizer = load_tokenizer(hf_dir)
+    ids = tokenizer.encode("x🜚y")
+    for cut in range(len(ids) + 1):
+        expected = tokenizer.decode(ids)[len(tokenizer.decode(ids[:cut])) :]
+        assert joined(tokenizer, ids[:cut], ids[cut:]) == expected
+
+
+@pytest.mark.parametrize("text", ["the quick fox " * 200, "漢字🜚" * 200, " " * 2000])
+def test_a_token_costs_the_same_however_long_the_text_is(
+    tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode(text)
+    decoded: list[int] = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda some: decoded.append(len(some)) or decode(some))
+    Detokenizer(tokenizer, ids)  # the prompt, too
+    assert max(decoded) <= 64
+    decoded.clear()
+    joined(tokenizer, [], ids)
+    assert max(decoded) <= 80
+    assert sum(decoded) <= 30 * len(ids) or text.isspace()  # tokens decoded per token: 12 or so
 
 
 @pytest.mark.parametrize("kind", ["hf_dir", "sp_model"])

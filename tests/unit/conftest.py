@@ -1,0 +1,109 @@
+"""Tokenizers trained on the spot."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TEXT = "the quick brown fox jumps over a lazy dog while seven naïve wizards write café letters in Łódź 漢字 😀"
+WORDS = TEXT.split()
+
+
+def make_texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of 3 to 60 words, several lines each, with characters of one to four bytes."""
+    source = random.Random(seed)
+    return [
+        "".join(source.choice(WORDS) + source.choice([" ", " ", "\n", "\n    "]) for _ in range(source.randint(3, 60)))
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts(60)
+
+
+@pytest.fixture(scope="session")
+def sp_model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A SentencePiece model as Llama's: BPE, byte fallback, white space kept."""
+    import sentencepiece
+
+    directory = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in texts for line in text.split("\n")),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=360,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return directory / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def make_hf(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Callable[..., Path]:
+    """Makes Hugging Face directories around one byte-level BPE tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+
+    def make(template: str | None = None, eos: str = "<|endoftext|>") -> Path:
+        directory = tmp_path_factory.mktemp("hf")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core, eos_token=eos, pad_token=eos, additional_special_tokens=special
+        )
+        if template is not None:
+            tokenizer.chat_template = template
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hf_dir(make_hf: Callable[..., Path]) -> Path:
+    return make_hf()
+
+
+@pytest.fixture(scope="session")
+def fallback_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face tokenizer as Llama 2's: a space before the text, bytes for unknown characters.
+
+    Its decoder shows a run of bytes as text only if all of the run is valid, and else each byte as U+FFFD.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("o", "x"), ("f", "ox"), ("▁", "fox"), ("▁", "▁")]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += ["▁", *"abcdefghijklmnopqrstuvwxyz", *("".join(pair) for pair in merges)]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    directory = tmp_path_factory.mktemp("fallback")
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(directory)
+    return directory
