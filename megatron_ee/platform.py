@@ -81,6 +81,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def free_memory() -> int:
+    """Bytes that can still be taken: of the device, or of the machine where there is none."""
+    if has_accelerator():
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def return_freed_memory() -> None:
     """On a CPU, let tensors from 4 MB on go back to the system when they are freed, for the rest of the process.
 

@@ -69,22 +69,29 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // model_size
 
 
-def _check_parallel(parallel: ParallelConfig, architecture: Architecture, sequence_length: int) -> None:
-    _at_least(1, "parallel.tensor", parallel.tensor)
-    _at_least(1, "parallel.pipeline", parallel.pipeline)
-    _positive("parallel.timeout_seconds", parallel.timeout_seconds)
+def check_tensor(architecture: Architecture, tensor: int, key: str) -> None:
+    """Refuse a number of tensor-parallel ranks that the model cannot be cut for.
+
+    Raises:
+        ConfigError: naming ``key``.
+    """
     shared = {
         "attention heads": architecture.num_heads,
         "key-value heads": architecture.num_kv_heads,
         "MLP features": architecture.ffn_size,
     }
     for what, count in shared.items():
-        if count % parallel.tensor:
+        if count % tensor:
             most = gcd(*shared.values())
             possible = ", ".join(str(size) for size in range(1, most + 1) if most % size == 0)
-            raise ConfigError(
-                f"parallel.tensor: {parallel.tensor} does not divide the model's {count} {what}; possible: {possible}"
-            )
+            raise ConfigError(f"{key}: {tensor} does not divide the model's {count} {what}; possible: {possible}")
+
+
+def _check_parallel(parallel: ParallelConfig, architecture: Architecture, sequence_length: int) -> None:
+    _at_least(1, "parallel.tensor", parallel.tensor)
+    _at_least(1, "parallel.pipeline", parallel.pipeline)
+    _positive("parallel.timeout_seconds", parallel.timeout_seconds)
+    check_tensor(architecture, parallel.tensor, "parallel.tensor")
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence: needs parallel.tensor above 1, which it runs on top of")
     if parallel.sequence and sequence_length % parallel.tensor:

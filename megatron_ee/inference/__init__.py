@@ -1,1 +1,20 @@
-"""Decoding with early exits: exit policy, KV cache, the pass that defers layers, and text from a prompt."""
+"""Generation with early exits: requests, the engine that batches them, its exact KV cache, exit policy and drafts."""
+
+from megatron_ee.inference.engine import Engine
+from megatron_ee.inference.loading import open_engine, open_released
+from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.requests import Completion, Draft, Event, Request, Token
+from megatron_ee.inference.sampling import Sampling
+
+__all__ = [
+    "Completion",
+    "Draft",
+    "Engine",
+    "Event",
+    "ExitPolicy",
+    "Request",
+    "Sampling",
+    "Token",
+    "open_engine",
+    "open_released",
+]

@@ -1,54 +1,171 @@
-"""The keys and values that one layer keeps between passes."""
+"""The keys and values that rows keep between passes.
+
+Each layer of each row has room of its own, which grows by ``CHUNK`` positions: nothing is reserved for what a row may
+become, and moving what is kept costs a small part of what attention reads of it meanwhile. Layers of one row differ in
+length: a deeper one lacks the deferred tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_ee.model.attention import visible_keys
 
 CHUNK = 256
 
 
-class LayerKV:
-    """Growing cache of one attention layer, a ``LayerCache``.
-
-    Room is taken ahead and at least doubled when it runs out, so that a token costs no copy of those before it. Layers
-    differ in length: a deeper one lacks the deferred tokens.
+@dataclass(frozen=True)
+class Extent:
+    """How many positions a layer keeps.
 
     Attributes:
-        length: positions kept, 0 .. ``length - 1``.
-        limit: positions that will ever be kept; room beyond it is not taken.
+        limit: positions that the row will ever have.
+        window: positions that a token sees, itself included; None for all before it.
+        slack: positions before the window that are kept too: as many tokens may be deferred or taken back.
+        pass_tokens: tokens of the longest pass.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.length, self.limit = 0, limit
+    limit: int
+    window: int | None = None
+    slack: int = 0
+    pass_tokens: int = CHUNK
+
+    def room(self, length: int) -> int:
+        """Positions that there is room for once the row has ``length``."""
+        room = min(self.limit, _chunks(length))
+        if self.window is None:
+            return room
+        return min(room, _chunks(self.window + self.slack + self.pass_tokens))
+
+
+class LayerKV:
+    """Growing cache of one attention layer of one row.
+
+    Attributes:
+        length: positions run so far.
+        first: the first one that is still kept; 0 but for sliding windows.
+    """
+
+    def __init__(self, extent: Extent) -> None:
+        self.extent = extent
+        self.length = self.first = 0
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[batch, kv_heads, new, head_dim]`` and return all that is kept, as ``kept`` does.
+        """Append ``[new, kv_heads, head_dim]`` and return all that is kept, as ``kept`` does.
 
         Views, valid until the next call.
         """
-        start, stop = self.length, self.length + key.shape[2]
-        assert stop <= self.limit, f"{stop} positions in a cache for {self.limit}"
-        if self._kept is None or self._kept[0].shape[2] < stop:
+        new = key.shape[0]
+        stop = self.length + new
+        assert stop <= self.extent.limit, f"{stop} positions in a cache for {self.extent.limit}"
+        if self._kept is None or self._kept[0].shape[2] < stop - self.first:
             self._grow(key, stop)
         assert self._kept is not None
-        for kept, new in zip(self._kept, (key, value), strict=True):
-            kept[:, :, start:stop] = new
-        self.length = stop
+        start, self.length = self.length - self.first, stop
+        keys, values = self._kept
+        if new == 1:
+            keys[0, :, start] = key[0]
+            values[0, :, start] = value[0]
+        else:
+            keys[0, :, start : start + new] = key.transpose(0, 1)
+            values[0, :, start : start + new] = value.transpose(0, 1)
         return self.kept()
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, ``[batch, kv_heads, length, head_dim]`` each."""
+        """Keys and values of positions ``first .. length - 1``, ``[1, kv_heads, kept, head_dim]`` each."""
         assert self._kept is not None, "nothing is kept yet"
         key, value = self._kept
-        return key[:, :, : self.length], value[:, :, : self.length]
+        stop = self.length - self.first
+        return key[:, :, :stop], value[:, :, :stop]
 
-    def _grow(self, like: Tensor, least: int) -> None:
-        """Room for ``least`` positions or more, with what is kept moved there."""
-        room = min(self.limit, max(-(-least // CHUNK) * CHUNK, 2 * self.length))
-        shape = (*like.shape[:2], room, like.shape[3])
-        larger = (like.new_empty(shape), like.new_empty(shape))
+    def crop(self, length: int) -> None:
+        """Take back the positions from ``length`` on."""
+        assert self.first <= length, f"position {length} is no longer kept"
+        self.length = min(self.length, length)
+
+    def copy(self) -> LayerKV:
+        """One that goes on by itself from here."""
+        other = LayerKV(self.extent)
+        other.length, other.first = self.length, self.first
         if self._kept is not None:
+            key, value = self._kept
+            other._kept = key.clone(), value.clone()
+        return other
+
+    def _grow(self, like: Tensor, stop: int) -> None:
+        """Room for the positions up to ``stop``, what is kept moved there, what no token can see left behind."""
+        extent, first = self.extent, self.first
+        if extent.window is not None:
+            first = max(first, self.length - extent.window - extent.slack)
+        room = max(extent.room(stop), stop - first)
+        larger = [like.new_empty((1, like.shape[1], room, like.shape[2])) for _ in range(2)]
+        if self._kept is not None:
+            begin, end = first - self.first, self.length - self.first
             for old, new in zip(self._kept, larger, strict=True):
-                new[:, :, : self.length] = old[:, :, : self.length]
-        self._kept = larger
+                new[:, :, : end - begin] = old[:, :, begin:end]
+        self.first, self._kept = first, (larger[0], larger[1])
+
+
+def _chunks(length: int) -> int:
+    return -(-length // CHUNK) * CHUNK
+
+
+@dataclass
+class PackedCaches:
+    """One layer's caches of the rows of a pass, whose tokens lie one after another: a ``LayerCache``.
+
+    Attributes:
+        caches: of the rows.
+        counts: tokens of each in this pass.
+        masks: made for this pass so far, shared by its layers.
+    """
+
+    caches: Sequence[LayerKV]
+    counts: Sequence[int]
+    masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+        """See ``LayerCache``."""
+        if len(self.caches) == 1:
+            return self._attend(self.caches[0], query, key, value, window)
+        counts = list(self.counts)
+        parts = zip(self.caches, query.split(counts), key.split(counts), value.split(counts), strict=True)
+        return torch.cat([self._attend(*part, window) for part in parts])
+
+    def _attend(self, cache: LayerKV, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+        """One row: ``[tokens, heads * head_dim]``.
+
+        The queries that share a key-value head go as further tokens of it: nothing of the cache is copied for them.
+        """
+        start, count = cache.length, len(query)
+        keys, values = cache.extend(key, value)
+        if count == 1:
+            if window is not None and cache.length - cache.first > window:
+                keys, values = keys[:, :, -window:], values[:, :, -window:]
+            return F.scaled_dot_product_attention(query, keys, values).reshape(1, -1)
+        if start == 0 and (window is None or count <= window):
+            # Whole prompts: causal order needs no mask, and none of what it hides is computed.
+            heads = query.flatten(1, 2).transpose(0, 1)[None]
+            shared = query.shape[2] > 1
+            context = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, enable_gqa=shared)
+            return context[0].transpose(0, 1).reshape(count, -1)
+        mask = self._mask(cache, start, window, query)
+        heads = query.transpose(0, 1).reshape(1, query.shape[1], -1, query.shape[3])
+        context = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
+        return context.view(query.shape[1], count, -1).transpose(0, 1).reshape(count, -1)
+
+    def _mask(self, cache: LayerKV, start: int, window: int | None, query: Tensor) -> Tensor:
+        """What each query of each head adds to its scores: 0, or -inf where it does not see a key."""
+        place = (start, cache.length, cache.first, window)
+        if place not in self.masks:
+            positions = torch.arange(cache.first, cache.length, device=query.device)
+            visible = visible_keys(positions[start - cache.first :], positions, window)
+            mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
+            self.masks[place] = mask.masked_fill_(~visible, -torch.inf).repeat_interleave(query.shape[2], dim=0)
+        return self.masks[place]

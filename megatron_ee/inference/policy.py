@@ -1,10 +1,19 @@
-"""Which exit emits a token: decisions alone, without model or state."""
+"""Whether a token leaves at an exit: decisions alone, without model or state."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
+
+from megatron_ee.errors import ConfigError, shown
+
+Measure = Literal["probability", "margin", "entropy"]
 
 MAX_DEFERRED = 8
 """Default cap: a full pass over 8 deferred tokens and a new one costs little more than over one (bf16), and the wait
@@ -16,17 +25,62 @@ class ExitPolicy:
     """A token leaves at the first exit that is confident enough.
 
     Attributes:
-        threshold: least confidence, the maximum softmax probability over the whole vocabulary; above 1 none leaves.
-        max_deferred: deferred tokens at which the next token must run all layers, and they with it.
+        threshold: least confidence; above 1 none leaves.
+        thresholds: by layer, where an exit has its own.
+        measure: what confidence is: the maximum ``probability`` over the whole vocabulary, its ``margin`` over the
+            second, or 1 - ``entropy`` / log(vocabulary); each is 1 where the exit is certain.
+        max_deferred: after so many tokens in a row that left early, the next runs all layers, and the final exit
+            emits it. It depends on the row alone, so that its output does not depend on its neighbours.
+        min_full: so many tokens at the start run all layers.
     """
 
-    threshold: float
+    threshold: float = 0.9
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    measure: Measure = "probability"
     max_deferred: int = MAX_DEFERRED
+    min_full: int = 1
 
-    def may_leave(self, deferred: int) -> bool:
-        """Whether the next token may leave early while ``deferred`` tokens wait for their deeper layers."""
-        return deferred < self.max_deferred
+    def check(self) -> None:
+        """Raise a ``ConfigError`` that names the field where a value is impossible."""
+        if not isinstance(self.thresholds, Mapping):
+            raise ConfigError(f"thresholds: must give thresholds by layer, not {shown(self.thresholds)}")
+        named: list[tuple[str, float]] = [("threshold:", self.threshold)]
+        named += [
+            (f"thresholds: that of the exit after layer {layer}", value) for layer, value in self.thresholds.items()
+        ]
+        for name, value in named:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value <= sys.float_info.max:
+                raise ConfigError(f"{name} must be a number above 0, not {shown(value)}; above 1 no token leaves early")
+        if self.measure not in get_args(Measure):
+            raise ConfigError(f"measure: {self.measure!r} is unknown; possible: {', '.join(get_args(Measure))}")
+        if type(self.max_deferred) is not int or self.max_deferred < 0:
+            raise ConfigError(f"max_deferred: must be a whole number, 0 or more, not {shown(self.max_deferred)}")
+        if type(self.min_full) is not int or self.min_full < 1:
+            raise ConfigError(
+                f"min_full: must be a whole number, 1 or more, not {shown(self.min_full)}: a prompt never leaves early"
+            )
 
-    def leaves(self, confidence: Tensor) -> bool:
-        """Whether a token leaves at an exit of this confidence, a scalar; compared in its own dtype, as metrics do."""
-        return bool(confidence >= self.threshold)
+    def may_leave(self, emitted: int, since_full: int) -> bool:
+        """Whether the next token may leave early.
+
+        Args:
+            emitted: tokens of the row so far.
+            since_full: how many of the last ones left early.
+        """
+        return emitted >= self.min_full and since_full < self.max_deferred
+
+    def at(self, layer: int) -> float:
+        """Least confidence at the exit after ``layer``."""
+        return self.thresholds.get(layer, self.threshold)
+
+
+def confidences(logits: Tensor, measure: Measure) -> Tensor:
+    """Confidence ``[tokens]`` of logits ``[tokens, vocab]``, float32; NaN where they are not finite."""
+    if measure == "probability":
+        return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+    probabilities = logits.softmax(-1)
+    if measure == "margin":
+        first, second = probabilities.topk(2).values.unbind(-1)
+        return first - second
+    return 1 - torch.special.entr(probabilities).sum(-1) / math.log(logits.shape[-1])

@@ -17,10 +17,20 @@ if TYPE_CHECKING:
 
 
 class LayerCache(Protocol):
-    """Where one layer keeps keys and values between passes."""
+    """Where one layer keeps keys and values between passes, of one row or of several that run together."""
 
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[batch, kv_heads, new, head_dim]``; returns all that is kept, new included."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+        """Append the new tokens' keys and values, and attend to all that is kept.
+
+        Args:
+            query: ``[tokens, kv_heads, queries per key-value head, head_dim]``, the rows' tokens one after another.
+            key: ``[tokens, kv_heads, head_dim]``.
+            value: as ``key``.
+            window: positions that a token sees, itself included; None for all before it.
+
+        Returns:
+            ``[tokens, heads * head_dim]``.
+        """
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -44,63 +54,72 @@ class Positions:
     """What attention must know of the tokens in one pass; built once and read by every layer.
 
     Attributes:
-        cos: ``[seq, batch or 1, 1, head_dim]`` in the model's dtype.
+        cos: ``[seq, batch or 1, 1, 1, head_dim]`` in the model's dtype.
         sin: as ``cos``.
-        queries: position of each token of this pass, ``[batch or 1, seq]``.
-        keys: positions that may be attended to, kept ones included: 0 .. ``keys - 1``.
-        key_valid: ``[batch, keys]``, False at padding; None where there is none.
+        length: tokens of each row. A pass over a cache, which knows itself what each token sees, has none.
+        key_valid: ``[batch, length]``, False at padding; None where there is none.
     """
 
     cos: Tensor
     sin: Tensor
-    queries: Tensor
-    keys: int
+    length: int = 0
     key_valid: Tensor | None = None
-    causal: bool = True
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Which keys each query sees, ``[batch or 1, 1, seq, keys]`` bool; None where plain causal order will do."""
-        if window is not None and window >= self.keys:
+        """Which keys each query sees, ``[batch or 1, 1, length, length]`` bool; None where causal order will do."""
+        if window is not None and window >= self.length:
             window = None
         if window not in self._masks:
             self._masks[window] = self._build_mask(window)
         return self._masks[window]
 
     def _build_mask(self, window: int | None) -> Tensor | None:
-        if self.key_valid is None and window is None and (self.causal or self.queries.shape[1] == 1):
+        if self.key_valid is None and window is None:
             return None
-        query = self.queries[:, :, None]
-        key = torch.arange(self.keys, device=query.device)
-        visible = key <= query
-        if window is not None:
-            visible &= key > query - window
-        if self.key_valid is not None:
-            # A padding query sees itself alone: an empty row would be NaN and spread.
-            visible = (visible & self.key_valid[:, None, :]) | (key == query)
-        return visible[:, None]
+        key = torch.arange(self.length, device=self.cos.device)
+        visible = visible_keys(key, key, window)
+        if self.key_valid is None:
+            return visible[None, None]
+        # A padding query sees itself alone: an empty row would be NaN and spread.
+        return ((visible & self.key_valid[:, None, :]) | (key == key[:, None]))[:, None]
+
+
+def visible_keys(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Whether a query at each position of ``query`` sees each key, by positions: bool ``[queries, keys]``."""
+    visible = key <= query[:, None]
+    if window is not None:
+        visible &= key > query[:, None] - window
+    return visible
 
 
 def make_positions(
-    inverse_frequencies: Tensor, dtype: torch.dtype, start: int, stop: int, key_valid: Tensor | None = None
+    inverse_frequencies: Tensor, dtype: torch.dtype, length: int, key_valid: Tensor | None = None
 ) -> Positions:
-    """Positions of a pass over tokens ``start .. stop - 1`` of every row, after ``start`` kept ones.
+    """Positions of whole rows.
 
     Args:
         inverse_frequencies: from ``rope_frequencies``, on the device of the model.
         dtype: the model's.
-        start: tokens whose keys and values the cache holds already.
-        stop: end of this pass.
-        key_valid: ``[batch, stop]`` bool. Rows are padded on either side; a padded row's positions count its
+        length: tokens of each row.
+        key_valid: ``[batch, length]`` bool. Rows are padded on either side; a padded row's positions count its
             valid tokens only, as transformers counts them.
     """
-    steps = torch.arange(start, stop, device=inverse_frequencies.device)[None]
-    rotary = steps if key_valid is None else (key_valid.long().cumsum(1) - 1).clamp(min=0)[:, start:stop]
-    angles = rotary.t()[:, :, None].float() * inverse_frequencies
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-    return Positions(
-        angles.cos().to(dtype), angles.sin().to(dtype), steps, stop, key_valid, causal=start == 0 and stop > 1
-    )
+    steps = torch.arange(length, device=inverse_frequencies.device)[None]
+    counted = steps if key_valid is None else (key_valid.long().cumsum(1) - 1).clamp(min=0)
+    return Positions(*_rotary(inverse_frequencies, dtype, counted.t()), length, key_valid)
+
+
+def packed_positions(inverse_frequencies: Tensor, dtype: torch.dtype, positions: Tensor) -> Positions:
+    """Positions of a pass over caches: the rows' tokens one after another, ``positions`` ``[tokens]`` int64."""
+    return Positions(*_rotary(inverse_frequencies, dtype, positions[:, None]))
+
+
+def _rotary(inverse_frequencies: Tensor, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine at ``positions`` ``[seq, batch or 1]``."""
+    angles = positions[:, :, None].float() * inverse_frequencies
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class Attention(nn.Module):
@@ -128,19 +147,21 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         seq, batch, _ = qkv.shape
         qkv = qkv.view(seq, batch, -1, self.queries_per_group + 2, self.head_dim)
-        query = qkv[..., : self.queries_per_group, :].reshape(seq, batch, -1, self.head_dim)
-        key, value = qkv[..., -2, :], qkv[..., -1, :]
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query = rotate(query, positions).permute(1, 2, 0, 3)
-        key, value = rotate(key, positions).permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+            query, key = qkv[..., :-2, :], qkv[..., -2:-1, :]
+            rotated = rotate(torch.cat((self.q_layernorm(query), self.k_layernorm(key)), dim=-2), positions)
+        else:
+            rotated = rotate(qkv[..., :-1, :], positions)
+        query, key, value = rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
         if cache is not None:
-            key, value = cache.extend(key, value)
+            tokens = seq * batch
+            context = cache.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self.window)
+            return self.output(context.view(tokens, 1, -1))
         mask = positions.mask(self.window)
         context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
+            query.reshape(seq, batch, -1, self.head_dim).permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             attn_mask=mask,
             is_causal=mask is None and seq > 1,
             enable_gqa=self.queries_per_group > 1,
@@ -149,6 +170,9 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, positions: Positions) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of ``[seq, batch, heads, head_dim]``, halves rotated as in released Llama."""
+    """Rotary embedding (arXiv 2104.09864), halves rotated as in released Llama.
+
+    ``[seq, batch, kv_heads, heads per group, head_dim]`` -> the same shape.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * positions.cos + torch.cat((-second, first), dim=-1) * positions.sin

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ee import platform
-from megatron_ee.model.attention import make_positions, rope_frequencies
+from megatron_ee.model.attention import make_positions, packed_positions, rope_frequencies
 from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.model.linear import mark_sharded
 
@@ -70,9 +70,13 @@ class Backbone(nn.Module):
         self.requires_grad_(False)
         self.inverse_frequencies = rope_frequencies(arch.rope, arch.head_dim).to(platform.device())
 
-    def positions(self, start: int, stop: int, key_valid: Tensor | None = None) -> Positions:
+    def positions(self, length: int, key_valid: Tensor | None = None) -> Positions:
         """See ``make_positions``."""
-        return make_positions(self.inverse_frequencies, self.setup.dtype, start, stop, key_valid)
+        return make_positions(self.inverse_frequencies, self.setup.dtype, length, key_valid)
+
+    def packed_positions(self, positions: Tensor) -> Positions:
+        """See ``packed_positions``."""
+        return packed_positions(self.inverse_frequencies, self.setup.dtype, positions)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""

@@ -61,15 +61,23 @@ class Exit(nn.Module):
             self.up = nn.Parameter(torch.empty(len(self.head.weight), spec.rank, dtype=setup.dtype))
             mark_sharded(self.up, 0)
 
-    def features(self, tap: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
-        """Tap ``[seq, batch, hidden]``, a share of seq with sequence parallelism -> z ``[seq, batch, hidden]``."""
+    def attention_half(self, tap: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """What the attention of a ``layer`` body makes of a tap ``[seq, batch, hidden]``; other bodies have none."""
+        return tap if self.layer is None else self.layer.attention_half(tap, positions, cache)
+
+    def rest(self, x: Tensor) -> Tensor:
+        """What ``attention_half`` gave -> z ``[seq, batch, hidden]``, token by token."""
         if self.mlp is not None and self.input_norm is not None:
-            tap = tap + self.mlp(self.input_norm(tap))
+            x = x + self.mlp(self.input_norm(x))
         elif self.layer is not None:
-            tap = self.layer(tap, positions, cache)
+            x = self.layer.mlp_half(x)
         if self.norm is not None:
-            tap = self.norm(tap)
-        return self.setup.gather_sequence(tap)
+            x = self.norm(x)
+        return self.setup.gather_sequence(x)
+
+    def features(self, tap: Tensor, positions: Positions) -> Tensor:
+        """Tap ``[seq, batch, hidden]``, a share of seq with sequence parallelism -> z ``[seq, batch, hidden]``."""
+        return self.rest(self.attention_half(tap, positions))
 
     def forward(
         self,
@@ -109,20 +117,17 @@ class Exit(nn.Module):
     @torch.no_grad()
     def statistics(self, tap: Tensor, positions: Positions, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
         """Loss, confidence and top-1 token of each token; arguments as for ``forward``."""
-        return self.read(self.features(tap, positions).flatten(0, 1), labels, chunk_tokens=chunk_tokens)
-
-    def read(self, z: Tensor, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
-        """What the head makes of features ``[tokens, hidden]``; ``labels`` ``[tokens]`` matter to the loss alone."""
+        z = self.features(tap, positions).flatten(0, 1)
         group = self.setup.groups.tensor
         return exit_statistics(z, self.head, labels, group, low_rank=self._low_rank(z), chunk_tokens=chunk_tokens)
 
     def logits(self, z: Tensor) -> Tensor:
-        """``[..., hidden]`` -> this rank's float32 logits ``[..., vocab of this rank]`` without padding."""
+        """``[..., hidden]`` -> float32 logits ``[..., vocab]``, the whole vocabulary on every rank."""
         logits = F.linear(z, self.head.weight)
         low_rank = self._low_rank(z)
         if low_rank is not None:
             logits = logits + F.linear(low_rank.hidden, low_rank.up)
-        return logits[..., : self.head.valid].float()
+        return self.setup.gather_vocabulary(logits).float()
 
     def _low_rank(self, z: Tensor) -> LowRank | None:
         if self.down is None or self.up is None:

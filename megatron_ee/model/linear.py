@@ -98,7 +98,8 @@ def mark_sharded(parameter: nn.Parameter, dim: int) -> None:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x weight^T + bias`` as one product of matrices, whatever strides a batch of one gave ``[seq, 1, in]``."""
-    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    product = F.linear(x.flatten(0, -2), weight, bias)
+    return product.view(*x.shape[:-1], product.shape[-1])
 
 
 def _left_empty(weight: Tensor) -> Any:

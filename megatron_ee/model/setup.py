@@ -14,7 +14,10 @@ from megatron_ee.parallel.costs import padded_vocab
 from megatron_ee.parallel.groups import Groups
 
 with platform.quiet_imports():
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.tensor_parallel import (
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+    )
     from megatron.core.transformer import TransformerConfig
 
 
@@ -52,6 +55,12 @@ class ModelSetup:
         if not self.config.sequence_parallel:
             return x
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.groups.tensor)
+
+    def gather_vocabulary(self, logits: Tensor) -> Tensor:
+        """This rank's logits ``[..., padded_vocab / tp]`` -> those of all ranks ``[..., vocab]``, without padding."""
+        if self.groups.tensor.size() > 1:
+            logits = gather_from_tensor_model_parallel_region(logits, group=self.groups.tensor)
+        return logits[..., : self.architecture.vocab_size]
 
 
 def build_setup(

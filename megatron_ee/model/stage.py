@@ -113,10 +113,10 @@ class Stage(nn.Module):
         return self.setup.gather_sequence(self.backbone.final_norm(h))
 
     def final_logits(self, z: Tensor) -> Tensor:
-        """``[..., hidden]`` -> this rank's float32 logits of the final exit, without padding."""
+        """``[..., hidden]`` -> float32 logits of the final exit ``[..., vocab]``, the same on every rank."""
         head = self.backbone.head
         assert head is not None, "no final exit here"
-        return torch.nn.functional.linear(z, head.weight)[..., : head.valid].float()
+        return self.setup.gather_vocabulary(torch.nn.functional.linear(z, head.weight)).float()
 
 
 def build_stage(setup: ModelSetup, layout: Layout, specs: Sequence[ExitSpec], *, final_exit: bool = False) -> Stage:

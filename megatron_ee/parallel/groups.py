@@ -139,14 +139,20 @@ def model_groups(control: dist.ProcessGroup, tensor: int = 1, pipeline: int = 1)
             parallel_state.destroy_model_parallel()
 
 
-def _group_of(ranks: list[int], control: dist.ProcessGroup) -> dist.ProcessGroup:
+def host_group(group: dist.ProcessGroup, control: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The ranks of ``group`` once more, on the host, for small messages. Every rank of the run takes part."""
+    return _group_of(dist.get_process_group_ranks(group), control, "gloo")
+
+
+def _group_of(ranks: list[int], control: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
     """A group of ``ranks``, this rank's part of a partition. Every rank takes part in making all parts.
 
     torch can make a group among its members alone, but names it by the number of groups that each is in, which
     differs: the members then wait for each other under different names.
     """
     parts = sorted({tuple(part) for part in gather_objects(ranks, control)})
-    made = {part: dist.new_group(list(part)) for part in parts}
+    timeout = None if backend is None else CONTROL_TIMEOUT
+    made = {part: dist.new_group(list(part), backend=backend, timeout=timeout) for part in parts}
     return made[tuple(ranks)]
 
 

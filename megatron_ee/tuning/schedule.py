@@ -162,7 +162,7 @@ class Pipeline:
 
     def _receive(self, number: int, batch: Batch) -> tuple[Tensor, dict[int, Tensor], Positions]:
         """h and taps as they come in, and the positions of the pass."""
-        positions = self.stage.backbone.positions(0, batch.tokens.shape[1])
+        positions = self.stage.backbone.positions(batch.tokens.shape[1])
         if self.stage.backbone.embedding is not None:
             with torch.no_grad(), self._event("forward", number):
                 return self.stage.backbone.embed(batch.tokens.to(platform.device())), {}, positions

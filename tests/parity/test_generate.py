@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_ee.inference.decoder import Row, decode
 from torch import Tensor
 
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.inference.decoder import Row, decode
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.model.stage import Stage
 from megatron_ee.testing.models import FAMILIES, tiny_model

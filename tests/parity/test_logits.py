@@ -32,7 +32,7 @@ def make_tokens(rows: int = 2, length: int = LENGTH, vocab: int = 131) -> Tensor
 def stage_logits(stage: Stage, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
     """``[batch, seq, vocab]`` of the final exit."""
     device = platform.device()
-    positions = stage.backbone.positions(0, tokens.shape[1], None if valid is None else valid.to(device))
+    positions = stage.backbone.positions(tokens.shape[1], None if valid is None else valid.to(device))
     with torch.no_grad():
         h, _ = stage.run_layers(stage.backbone.embed(tokens.to(device)), positions, to_end=True)
         return stage.final_logits(stage.final_features(h)).transpose(0, 1).cpu()

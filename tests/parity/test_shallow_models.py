@@ -90,7 +90,7 @@ def exported(contents: Contents, layer: int, path: Path) -> Any:
 def exit_logits(stage: Stage, tokens: Tensor) -> Iterator[tuple[ExitSpec, Tensor]]:
     """Each exit's ``[batch, seq, vocab]``."""
     device = platform.device()
-    positions = stage.backbone.positions(0, tokens.shape[1])
+    positions = stage.backbone.positions(tokens.shape[1])
     _, taps = stage.run_layers(stage.backbone.embed(tokens.to(device)), positions, to_end=True)
     for exit_ in stage.exits:
         z = exit_.features(taps[exit_.spec.layer], positions)

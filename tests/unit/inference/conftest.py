@@ -1,14 +1,18 @@
-"""Stages whose exits differ in what they say, so that tokens leave at all of them."""
+"""Stages whose exits differ in what they say, so that tokens leave at all of them; and what a full pass says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.model.stage import Stage
+from megatron_ee.testing.models import save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +39,52 @@ def exit_stage(
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def every_logit() -> Callable[[Stage, Sequence[int]], dict[int, Tensor]]:
+    """Gives the logits ``[tokens, vocab]`` of all exits, by layer, and of the final one, by the number after it.
+
+    One pass of all tokens through all layers, without cache: at each position what computing everything anew says.
+    """
+
+    @torch.no_grad()
+    def run(stage: Stage, ids: Sequence[int]) -> dict[int, Tensor]:
+        positions = stage.backbone.positions(len(ids))
+        h = stage.backbone.embed(torch.tensor([list(ids)], device=platform.device()))
+        h, taps = stage.run_layers(h, positions, to_end=True)
+        exits = {e.spec.layer: e.logits(e.features(taps[e.spec.layer], positions))[:, 0] for e in stage.exits}
+        final = stage.setup.architecture.num_layers + 1
+        return {**exits, final: stage.final_logits(stage.final_features(h))[:, 0]}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def save_tokenizer() -> Callable[..., None]:
+    """Saves a tokenizer to which every byte is a token; with ``bos``, texts begin with ``<s>``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    def save(directory: Path, *, bos: bool = True, extra: int = 0, template: str | None = None) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        names = ["<s>", "</s>", *alphabet, *(f"<extra{number}>" for number in range(extra))]
+        core = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        if bos:
+            core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(directory)
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def byte_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: Callable[..., None]) -> Path:
+    """A model of 64 positions with a tokenizer that fits it."""
+    path = tmp_path_factory.mktemp("model")
+    save_tiny_model("llama2", path, vocab_size=258, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    save_tokenizer(path)
+    return path

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.architecture import Rope
-from megatron_ee.model.attention import Positions, make_positions, rope_frequencies
+from megatron_ee.inference.kv_cache import Extent, LayerKV, PackedCaches
+from megatron_ee.model.attention import (
+    Positions,
+    make_positions,
+    packed_positions,
+    rope_frequencies,
+    visible_keys,
+)
 from megatron_ee.testing.models import FAMILIES
 
 
@@ -48,9 +55,9 @@ def test_frequencies_equal_transformers(rope: Rope, head_dim: int) -> None:
     )
 
 
-def positions(start: int, stop: int, valid: list[list[int]] | None = None) -> Positions:
+def positions(length: int, valid: list[list[int]] | None = None) -> Positions:
     key_valid = None if valid is None else torch.tensor(valid, dtype=torch.bool)
-    return make_positions(rope_frequencies(Rope(), 8), torch.float32, start, stop, key_valid)
+    return make_positions(rope_frequencies(Rope(), 8), torch.float32, length, key_valid)
 
 
 def visible(mask: Tensor | None) -> list[list[int]]:
@@ -59,87 +66,71 @@ def visible(mask: Tensor | None) -> list[list[int]]:
 
 
 def test_plain_causal_passes_need_no_mask() -> None:
-    assert positions(0, 6).mask(None) is None
-    assert positions(0, 6).mask(6) is None  # a window that covers all
-    assert positions(5, 6).mask(None) is None
-    assert positions(0, 1).mask(3) is None
-    assert positions(0, 6) is not None and positions(0, 6).causal
-    # One query in a pass over a cache sees all; SDPA's own causal order would show it the first key alone.
-    assert not positions(5, 6).causal and not positions(3, 6).causal
+    assert positions(6).mask(None) is None
+    assert positions(6).mask(6) is None  # a window that covers all
+    assert positions(1).mask(3) is None
 
 
 def test_masks_by_hand() -> None:
-    assert visible(positions(0, 4).mask(2)) == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    assert visible(positions(2, 4).mask(None)) == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert visible(positions(2, 4).mask(3)) == [[1, 1, 1, 0], [0, 1, 1, 1]]
-    assert visible(positions(3, 4).mask(2)) == [[0, 0, 1, 1]]
+    assert visible(positions(4).mask(2)) == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     # Padding is seen by nobody but itself, on either side.
-    assert visible(positions(0, 4, [[0, 0, 1, 1]]).mask(None)) == [
+    assert visible(positions(4, [[0, 0, 1, 1]]).mask(None)) == [
         [1, 0, 0, 0],
         [0, 1, 0, 0],
         [0, 0, 1, 0],
         [0, 0, 1, 1],
     ]
-    assert visible(positions(0, 4, [[1, 1, 1, 0]]).mask(2)) == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert visible(positions(4, [[1, 1, 1, 0]]).mask(2)) == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_visible_keys_of_later_queries() -> None:
+    query, key = torch.tensor([2, 3]), torch.arange(4)
+    assert visible_keys(query, key, None).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert visible_keys(query, key, 3).int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
 
 
 def test_padded_rows_count_their_own_tokens() -> None:
-    padded = positions(0, 4, [[0, 0, 1, 1], [1, 1, 1, 0]])
-    plain = positions(0, 4)
+    padded = positions(4, [[0, 0, 1, 1], [1, 1, 1, 0]])
+    plain = positions(4)
     assert torch.equal(padded.cos[2:, 0], plain.cos[:2, 0]) and torch.equal(padded.sin[2:, 0], plain.sin[:2, 0])
     assert torch.equal(padded.cos[:3, 1], plain.cos[:3, 0])
-    later = positions(3, 4, [[0, 0, 1, 1], [1, 1, 1, 0]])
-    assert torch.equal(later.cos, padded.cos[3:])
+
+
+def test_packed_positions_are_those_of_the_tokens() -> None:
+    packed = packed_positions(rope_frequencies(Rope(), 8), torch.float32, torch.tensor([3, 0, 1]))
+    plain = positions(4)
+    for ours, theirs in ((packed.cos, plain.cos), (packed.sin, plain.sin)):
+        assert torch.equal(ours, theirs[[3, 0, 1]])
 
 
 def test_masks_are_built_once() -> None:
-    one = positions(0, 4)
+    one = positions(4)
     assert one.mask(2) is one.mask(2) and one.mask(2) is not one.mask(3)
 
 
-class Kept:
-    """A cache that keeps everything."""
-
-    def __init__(self) -> None:
-        self.pair: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.pair is not None:
-            key, value = (torch.cat(both, dim=2) for both in zip(self.pair, (key, value), strict=True))
-        self.pair = key, value
-        return key, value
-
-
 @torch.no_grad()
-def hidden(stage: Any, tokens: Tensor, passes: list[int], valid: Tensor | None = None) -> Tensor:
-    """h after the last layer, from passes over ``tokens`` that end at ``passes``."""
-    device = platform.device()
-    tokens = tokens.to(device)
-    caches = [Kept() for _ in stage.backbone.numbered_layers()]
+def packed(stage: Any, tokens: Tensor, passes: list[int]) -> Tensor:
+    """h after the last layer, of rows ``[rows, length]`` packed into passes that end at ``passes``."""
+    device, count = platform.device(), len(tokens)
+    layers = list(stage.backbone.numbered_layers())
+    caches = [[LayerKV(Extent(tokens.shape[1])) for _ in range(count)] for _ in layers]
     parts, start = [], 0
     for stop in passes:
-        seen = None if valid is None else valid[:, :stop].to(device)
-        where = stage.backbone.positions(start, stop, seen)
-        h = stage.backbone.embed(tokens[:, start:stop])
-        for cache, (_, layer) in zip(caches, stage.backbone.numbered_layers(), strict=True):
-            h = layer(h, where, cache)
-        parts.append(h)
+        where = stage.backbone.packed_positions(torch.arange(start, stop, device=device).repeat(count))
+        h = stage.backbone.embed(tokens[:, start:stop].reshape(1, -1).to(device))
+        for own, (_, layer) in zip(caches, layers, strict=True):
+            h = layer(h, where, PackedCaches(own, [stop - start] * count))
+        parts.append(h.view(count, stop - start, -1).transpose(0, 1))
         start = stop
     return torch.cat(parts).cpu()
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_passes_over_a_cache_equal_one_pass(
-    family: str, padded: bool, tokens: Tensor, saved_model: Any, load_stage: Any
-) -> None:
+def test_passes_over_caches_equal_one_pass(family: str, tokens: Tensor, saved_model: Any, load_stage: Any) -> None:
     stage = load_stage(saved_model(family)[0])
-    valid = None
-    if padded:
-        valid = torch.ones(tokens.shape, dtype=torch.bool)
-        valid[0, :7] = False
-    whole = hidden(stage, tokens, [24], valid)
-    for passes in ([10, *range(11, 25)], [1, 9, 20, 21, 24]):
-        pieces = hidden(stage, tokens, passes, valid)
-        keep = slice(None) if valid is None else valid.t()
-        torch.testing.assert_close(pieces[keep], whole[keep], atol=2e-4, rtol=1e-4)
+    length = tokens.shape[1]
+    with torch.no_grad():
+        h = stage.backbone.embed(tokens.to(platform.device()))
+        whole, _ = stage.run_layers(h, stage.backbone.positions(length), to_end=True)
+    for passes in ([length], [10, *range(11, length + 1)], [1, 9, 20, 21, length]):
+        torch.testing.assert_close(packed(stage, tokens, passes), whole.cpu(), atol=2e-4, rtol=1e-4)

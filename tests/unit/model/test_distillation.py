@@ -279,7 +279,7 @@ def test_of_equal_logits_the_lower_id_is_kept_first(rows: int, setup: Any) -> No
 def test_an_exit_passes_its_teacher_on(spec: ExitSpec, tokens: Tensor, saved_model: Any, load_stage: Any) -> None:
     stage = load_stage(saved_model("llama3.1")[0], [spec])
     (exit_,) = stage.exits
-    positions = stage.backbone.positions(0, tokens.shape[1])
+    positions = stage.backbone.positions(tokens.shape[1])
     h, taps = stage.run_layers(stage.backbone.embed(tokens.to(platform.device())), positions, to_end=True)
     labels = tokens.roll(-1, 1).t().reshape(-1).to(platform.device())
     coefficient = torch.full(labels.shape, 1 / labels.numel(), device=labels.device)

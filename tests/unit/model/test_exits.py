@@ -31,7 +31,7 @@ def released_tensors(path: Any) -> dict[str, Tensor]:
 
 
 def taps_of(stage: Stage, tokens: Tensor) -> tuple[dict[int, Tensor], Any]:
-    positions = stage.backbone.positions(0, tokens.shape[1])
+    positions = stage.backbone.positions(tokens.shape[1])
     return stage.run_layers(stage.backbone.embed(tokens.to(platform.device())), positions)[1], positions
 
 

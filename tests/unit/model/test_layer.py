@@ -31,7 +31,7 @@ def test_halves_and_gradients_equal_transformers(
     stage, theirs = load_stage(path), trace(reference, tokens)
     device = platform.device()
     layer = stage.backbone.layers["4"]
-    positions = stage.backbone.positions(0, tokens.shape[1])
+    positions = stage.backbone.positions(tokens.shape[1])
     h = theirs["h"][3].to(device).requires_grad_()
     r = layer.attention_half(h, positions)
     out = layer.mlp_half(r)

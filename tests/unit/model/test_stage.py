@@ -19,7 +19,7 @@ Trace = Callable[[Any, Tensor], dict[str, list[Tensor]]]
 
 def run(stage: Stage, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[int, Tensor]]:
     device = platform.device()
-    positions = stage.backbone.positions(0, tokens.shape[1])
+    positions = stage.backbone.positions(tokens.shape[1])
     h, taps = stage.run_layers(stage.backbone.embed(tokens.to(device)), positions, **kwargs)
     return h.cpu(), {layer: tap.cpu() for layer, tap in taps.items()}
 

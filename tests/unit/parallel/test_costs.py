@@ -53,7 +53,7 @@ def test_exits(family: str, body: Any, head: Any, saved_model: Any, load_stage: 
     (exit_,), architecture, device = stage.exits, stage.setup.architecture, platform.device()
     count = SEQUENCES * TOKENS
     tap = torch.randn(TOKENS, SEQUENCES, architecture.hidden_size, device=device)
-    positions, labels = stage.backbone.positions(0, TOKENS), torch.zeros(count, dtype=torch.int64, device=device)
+    positions, labels = stage.backbone.positions(TOKENS), torch.zeros(count, dtype=torch.int64, device=device)
     coefficient = torch.ones(count, device=device)
 
     def run() -> None:
@@ -77,7 +77,7 @@ def test_layers(family: str, deepest: Any, distillation: bool, saved_model: Any,
     stage = load_stage(path, specs, layers=range(1, run + 1), final_exit=distillation)
     architecture, device = stage.setup.architecture, platform.device()
     h = torch.randn(TOKENS, SEQUENCES, architecture.hidden_size, device=device)
-    positions = stage.backbone.positions(0, TOKENS)
+    positions = stage.backbone.positions(TOKENS)
     counted = count_flops(lambda: stage.run_layers(h, positions, to_end=distillation))
     costs = layer_flops(architecture, specs, TOKENS, distillation)
     kernels = sum(kernel_flops(architecture, layer) for layer in range(1, run + 1))
@@ -92,7 +92,7 @@ def test_layers(family: str, deepest: Any, distillation: bool, saved_model: Any,
 @pytest.mark.parametrize("window", [None, 1, 5, 24, 100])
 def test_attended_pairs_are_those_of_the_mask(window: int | None, saved_model: Any, load_stage: Any) -> None:
     stage = load_stage(saved_model("llama2")[0], layers=range(1, 2))
-    visible = stage.backbone.positions(0, TOKENS)._build_mask(window)
+    visible = stage.backbone.positions(TOKENS)._build_mask(window)
     visible = torch.ones(TOKENS, TOKENS).tril() if visible is None else visible
     assert attended_pairs(TOKENS, window) == int(visible.sum())
 

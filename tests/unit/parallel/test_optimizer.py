@@ -45,7 +45,7 @@ def microbatch(stage: Stage, seed: int) -> tuple[Any, dict[int, Tensor], Tensor,
     """Positions, taps, labels and coefficient of random tokens."""
     device = platform.device()
     tokens = torch.randint(0, 131, (2, 16), generator=torch.Generator().manual_seed(seed)).to(device)
-    positions = stage.backbone.positions(0, 16)
+    positions = stage.backbone.positions(16)
     _, taps = stage.run_layers(stage.backbone.embed(tokens), positions)
     return positions, taps, tokens.roll(-1, 1).t().reshape(-1), torch.full((32,), 1 / 64, device=device)
 

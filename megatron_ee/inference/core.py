@@ -1,0 +1,351 @@
+"""The engine's inside: which rows run which layers next, and what becomes of the answers. Tokens only, no text.
+
+It is deterministic but for measured times, so that tensor-parallel ranks can each run it on the same requests and
+agree; ``times`` lets them share those.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from megatron_ee.inference.heads import Answer, Ask
+from megatron_ee.inference.memory import Budget
+from megatron_ee.inference.outputs import Output
+from megatron_ee.inference.passes import Chain, Work
+from megatron_ee.inference.requests import Token
+from megatron_ee.inference.scheduling import choose_place, next_stop
+from megatron_ee.inference.speculation import Drafter
+
+PASS_TOKENS = 512
+"""Tokens of a prompt that run at a time: as many as products need to be fast, few enough that others wait little."""
+
+
+class StageLink(Protocol):
+    """One stage as the engine sees it; what is called is done in that order. See ``local`` and ``remote``."""
+
+    def open(self, row: int, limit: int) -> None:
+        """Make an empty row for at most ``limit`` positions."""
+
+    def close(self, row: int) -> None:
+        """Forget a row."""
+
+    def crop(self, row: int, length: int) -> None:
+        """Take back the positions of a row from ``length`` on."""
+
+    def copy(self, row: int, other: int) -> None:
+        """Let row ``other`` go on from where ``row`` is."""
+
+    def run(self, chain: Chain) -> None:
+        """Start a chain."""
+
+    def receive(self, rows: Sequence[int]) -> None:
+        """Take the hidden states of these rows that the stage before sends at the end of a chain."""
+
+    def answers(self) -> list[Answer]:
+        """Of the oldest chain that asks and whose answers were not taken; waits for them."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows stop.
+
+    Attributes:
+        ends: by stage, its last layer; of the last stage the place of the final exit.
+        exits: layers of all exits.
+        layer_exits: those of them with a decoder layer of their own.
+    """
+
+    ends: tuple[int, ...]
+    exits: tuple[int, ...]
+    layer_exits: frozenset[int] = frozenset()
+
+    @property
+    def final(self) -> int:
+        """Place of the final exit."""
+        return self.ends[-1]
+
+    def layers(self, start: int, stop: int) -> int:
+        """Decoder layers between two places, with those of the exits that are passed or reached."""
+        between = min(stop, self.final - 1) - min(start, self.final - 1)
+        return between + sum(start < layer <= stop for layer in self.layer_exits)
+
+
+@dataclass
+class _Flight:
+    """A chain whose answers are to come."""
+
+    stage: int
+    chain: Chain
+    outputs: list[Output]
+    asks: list[Ask | None]
+
+
+@dataclass
+class Core:
+    """Rows in work and in line.
+
+    Attributes:
+        links: the stages.
+        places: where rows stop.
+        budget: memory of keys and values.
+        max_rows: rows in work at a time.
+        drafter: what speculative rows go by.
+        times: gives every rank the first one's seconds; None where there is one rank.
+        synchronize: waits for the device, so that a clock measures it.
+    """
+
+    links: Sequence[StageLink]
+    places: Places
+    budget: Budget
+    max_rows: int
+    drafter: Drafter
+    times: Callable[[float], float] | None = None
+    synchronize: Callable[[], None] = lambda: None
+    running: dict[int, Output] = field(default_factory=dict)
+    queue: deque[Output] = field(default_factory=deque)
+    set_aside: int = 0
+    _flights: deque[_Flight] = field(default_factory=deque)
+    _prefilled: bool = False
+
+    def add(self, outputs: Iterable[Output]) -> None:
+        """Put the outputs of one request in line; the first one's prompt serves all."""
+        leader, *others = outputs
+        for other in others:
+            other.waits_for = leader.number
+        self.queue += [leader, *others]
+
+    def remove(self, number: int) -> None:
+        """Forget an output, in work or in line."""
+        self._no_longer_leads(number)
+        output = self.running.pop(number, None)
+        if output is None:
+            self.queue = deque(each for each in self.queue if each.number != number)
+            return
+        self._close(number)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self.running and not self.queue
+
+    def advance(self) -> list[tuple[Output, list[Token]]]:
+        """Admit rows, run a chain on each stage that has work, and give what was emitted; ended rows are closed."""
+        self._admit()
+        for stage in range(len(self.links)):
+            self._run_stage(stage)
+        return self._land() if self._flights else []
+
+    # ------------------------------------------------------------------------------------------------------ admission
+
+    def _admit(self) -> None:
+        while self.queue and len(self.running) < self.max_rows:
+            output = self.queue[0]
+            if not self.budget.claim(output.number, output.settings.limit, output.known):
+                return
+            self.queue.popleft()
+            self.running[output.number] = output
+            leader = None if output.waits_for is None else self.running[output.waits_for]
+            if leader is not None and leader.run >= len(output.settings.prompt) - 1:
+                output.waits_for = None  # it is past where others may join
+            for link in self.links:
+                link.open(output.number, output.settings.limit)
+
+    def _close(self, number: int) -> None:
+        for link in self.links:
+            link.close(number)
+        self.budget.release(number)
+
+    def _make_room(self, output: Output, length: int) -> bool:
+        """Room for a row to have ``length`` positions, at the expense of younger ones; False where it has to wait."""
+        if output.number not in self.running:  # set aside for one before it
+            return False
+        while not self.budget.claim(output.number, output.settings.limit, length):
+            youngest = next((each for each in reversed(self.running.values()) if not each.in_flight), None)
+            if youngest is None:
+                return False
+            del self.running[youngest.number]
+            self._close(youngest.number)
+            self._no_longer_leads(youngest.number)
+            youngest.set_aside()
+            self.queue.appendleft(youngest)
+            self.set_aside += 1
+            if youngest is output:
+                return False
+        return True
+
+    def _no_longer_leads(self, number: int) -> None:
+        for each in (*self.running.values(), *self.queue):
+            if each.waits_for == number:
+                each.waits_for = None
+
+    # --------------------------------------------------------------------------------------------------------- chains
+
+    def _run_stage(self, stage: int) -> None:
+        """Run the chain of a stage that advances most rows, or prompts, in turns."""
+        if any(flight.stage == stage for flight in self._flights):
+            return
+        ready = [o for o in self.running.values() if o.stage == stage and not o.in_flight and o.waits_for is None]
+        prompts = [output for output in ready if output.place == 0 and output.prefilling]
+        waiting: dict[int, list[Output]] = {}
+        for output in ready:
+            if output.place > 0 or not output.prefilling:
+                waiting.setdefault(output.place, []).append(output)
+        if prompts and (not waiting or not self._prefilled):
+            self._prefilled = True
+            self._run_prompts(prompts)
+            return
+        self._prefilled = False
+        if not waiting:
+            return
+        place = choose_place({place: [output.age for output in there] for place, there in waiting.items()})
+        for other, there in waiting.items():
+            for output in there:
+                output.age = 0 if other == place else output.age + 1
+        chosen = waiting[place]
+        if place == 0:
+            for output in chosen:
+                output.begin_round(len(chosen), time.perf_counter())
+            chosen = [output for output in chosen if self._make_room(output, output.run + 1)]
+            chosen = [output for output in chosen if output.number in self.running]
+        if chosen:
+            self._start(stage, place, chosen, [output.ids[output.run :] if place == 0 else [] for output in chosen])
+
+    def _run_prompts(self, prompts: Sequence[Output]) -> None:
+        """Run the next tokens of prompts, oldest first, up to ``PASS_TOKENS`` in all."""
+        chosen, tokens, left = [], [], PASS_TOKENS
+        for output in prompts:
+            behind = output.ids[output.run :]
+            # Others copy the prompt but for its last token; one that goes on decides on the newest as usual.
+            forks = any(each.waits_for == output.number for each in self.running.values())
+            if len(behind) > 1 and (output.tokens or forks):
+                behind = behind[:-1]
+            behind = behind[:left]
+            if not behind or not self._make_room(output, output.run + len(behind)):
+                break
+            chosen.append(output)
+            tokens.append(behind)
+            left -= len(behind)
+        pairs = [(o, t) for o, t in zip(chosen, tokens, strict=True) if o.number in self.running]
+        if pairs:
+            self._start(0, 0, [output for output, _ in pairs], [tokens for _, tokens in pairs])
+
+    def _start(self, stage: int, place: int, outputs: list[Output], tokens: Sequence[Sequence[int]]) -> None:
+        """Run rows from a place to the first where one of them stops."""
+        end, final = self.places.ends[stage], self.places.final
+        stop = min(next_stop(place, output.asked(), end) for output in outputs)
+        works, asks = [], []
+        for output, new in zip(outputs, tokens, strict=True):
+            output.run += len(new)
+            asking = stop == final or (stop in output.asked() and place != stop)
+            ask = output.ask(stop, final) if asking and output.run == output.known else None
+            works.append(Work(output.number, output.run, tuple(new), ask))
+            asks.append(ask)
+            self._count(output, place, stop, len(new))
+        chain = Chain(place, stop, tuple(works), sends=stop == end != final and not any(asks))
+        self._timed(stage, chain, outputs)
+        if any(asks):
+            for output in outputs:
+                output.in_flight = True
+            self._flights.append(_Flight(stage, chain, outputs, asks))
+        else:
+            self._passed(stage, chain, outputs)
+
+    def _timed(self, stage: int, chain: Chain, outputs: Sequence[Output]) -> None:
+        """Run a chain; how long it took is learnt where somebody plans by it."""
+        if stage > 0 or not any(output.plans_by_time for output in outputs):
+            self.links[stage].run(chain)
+            return
+        self.synchronize()
+        started = time.perf_counter()
+        self.links[stage].run(chain)
+        self.synchronize()
+        seconds = time.perf_counter() - started
+        seconds = seconds if self.times is None else self.times(seconds)
+        if len(self.links) == 1:
+            for output in outputs:
+                output.spent += seconds / len(outputs)
+        if chain.start == 0 and all(work.ask is not None for work in chain.works):
+            self.drafter.costs.observe(chain.stop, len(chain.works), seconds)
+
+    def _count(self, output: Output, place: int, stop: int, new: int) -> None:
+        """Count the layers that a row's tokens run, and let the deferred ones that it meets go on."""
+        tokens = new if place == 0 else output.carried + output.deferred.pop(place, 0)
+        at, products = place, 0
+        for layer in sorted(layer for layer in output.deferred if place < layer < stop):
+            products += tokens * self.places.layers(at, layer)
+            tokens, at = tokens + output.deferred.pop(layer), layer
+        output.carried = tokens
+        if output.run > len(output.settings.prompt):
+            output.products += products + tokens * self.places.layers(at, stop)
+
+    def _passed(self, stage: int, chain: Chain, outputs: Sequence[Output]) -> None:
+        """Rows have got to the end of a chain without being asked anything."""
+        if chain.sends:
+            self.links[stage + 1].receive([output.number for output in outputs])
+        for output in outputs:
+            output.place = chain.stop
+            if chain.sends:
+                output.stage = stage + 1
+            elif chain.stop == self.places.final:
+                output.place = output.stage = 0
+                self._fork(output)
+
+    def _fork(self, leader: Output) -> None:
+        """Give those that wait for a prompt its keys and values, once all but its last token has run."""
+        waiting = [each for each in self.running.values() if each.waits_for == leader.number]
+        if not waiting or leader.run < len(leader.settings.prompt) - 1:
+            return
+        for each in waiting:
+            for link in self.links:
+                link.copy(leader.number, each.number)
+            each.run, each.waits_for = leader.run, None
+        self._no_longer_leads(leader.number)  # those still in line run it themselves
+
+    # -------------------------------------------------------------------------------------------------------- answers
+
+    def _land(self) -> list[tuple[Output, list[Token]]]:
+        """Take the oldest answers."""
+        flight = self._flights.popleft()
+        answers = iter(self.links[flight.stage].answers())
+        emitted = []
+        for output, ask in zip(flight.outputs, flight.asks, strict=True):
+            output.in_flight = False
+            output.place = flight.chain.stop
+            if ask is None:
+                if output.number in self.running:
+                    self._passed(flight.stage, flight.chain, [output])
+                continue
+            answer = next(answers)
+            if output.number not in self.running:
+                continue
+            if len(self.links) > 1 and ask.kind in ("emit", "verify") and output.plans_by_time:
+                # Stages work at the same time: what a round takes is known from its begin and end alone.
+                seconds = time.perf_counter() - output.began
+                output.spent = (seconds if self.times is None else self.times(seconds)) / output.rows
+            tokens = output.take(answer, ask, flight.chain.stop, self.places.final - 1)
+            if ask.kind == "verify" and output.run >= output.known:
+                output.run = output.known - 1
+                for link in self.links:
+                    link.crop(output.number, output.run)
+            if output.finish is not None or output.failed is not None:
+                self.remove(output.number)
+            if tokens or output.failed is not None:
+                emitted.append((output, tokens))
+            if output.place == 0 and flight.stage > 0 and ask.kind == "leave" and output.number in self.running:
+                self._fill(flight.stage, flight.chain.stop, output)
+        return emitted
+
+    def _fill(self, stage: int, place: int, output: Output) -> None:
+        """Let the token that has just left go on through the stages behind, while its successor starts."""
+        for index in range(stage, len(self.links)):
+            start, end = (place if index == stage else self.places.ends[index - 1]), self.places.ends[index]
+            output.products += sum(output.deferred.values()) * self.places.layers(start, end)
+            sends = end != self.places.final
+            self.links[index].run(Chain(start, end, (Work(output.number, output.run),), sends))
+            if sends:
+                self.links[index + 1].receive([output.number])
+        output.deferred.clear()

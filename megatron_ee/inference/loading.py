@@ -1,0 +1,297 @@
+"""From a released model and its exits to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_ee import platform
+from megatron_ee.checkpoint.adapter import Adapter, find_exits, load_exits
+from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.check import check_tensor
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ee.errors import ConfigError, UserError
+from megatron_ee.inference.core import PASS_TOKENS, Core, Places, StageLink
+from megatron_ee.inference.engine import Engine, make_output
+from megatron_ee.inference.memory import Budget, stage_memory
+from megatron_ee.inference.messages import Mail, share
+from megatron_ee.inference.passes import StageRunner
+from megatron_ee.inference.prompts import end_of_text
+from megatron_ee.inference.remote import Leader, RemoteStage, StageNeighbours, follow, serve_stage
+from megatron_ee.inference.requests import MAX_DRAFT
+from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
+from megatron_ee.model.setup import build_setup
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.balance import even_layout
+from megatron_ee.parallel.groups import Groups, host_group, joined_processes, model_groups, world_size
+from megatron_ee.parallel.layout import Layout
+from megatron_ee.parallel.transfer import connect
+from megatron_ee.parallel.watchdog import watch_ranks
+from megatron_ee.progress import track
+
+SILENCE_SECONDS = 60
+"""After which a rank that gives no sign of life counts as lost."""
+SLACK = MAX_DRAFT + 1
+"""Positions before a sliding window that are kept: those that a rejected draft brings back into it."""
+MEMORY_SHARE = 0.5
+"""Of the memory that is free once the model is loaded: for keys and values, unless said otherwise."""
+MAX_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Released:
+    """What an engine is made of, opened and checked; nothing of it takes much memory yet."""
+
+    path: Path
+    model: SavedModel
+    adapter: Adapter | None
+    tokenizer: Tokenizer
+    eos: frozenset[int]
+
+    @property
+    def exits(self) -> tuple[ExitSpec, ...]:
+        """The adapter's."""
+        return () if self.adapter is None else self.adapter.exits
+
+
+def open_released(model: str | Path, adapter: str | Path | None, *, verify: bool = True) -> Released:
+    """Check a model, its tokenizer and its exits.
+
+    Args:
+        model: Hugging Face directory or parallel checkpoint, with its tokenizer.
+        adapter: exits; None takes those that lie with the model, or none.
+        verify: check what is read against its checksums, where there are any.
+
+    Raises:
+        CheckpointError: the model or the adapter cannot be used, or they do not belong together.
+        DataError: the tokenizer cannot be used, or has tokens beyond the model's vocabulary.
+    """
+    released = open_model(model, verify=verify)
+    opened = find_exits(released, adapter, lambda: _digest(released), verify=verify)
+    tokenizer = load_tokenizer(model)
+    tokenizer.fits(released.architecture.vocab_size)
+    return Released(Path(model), released, opened, tokenizer, end_of_text(Path(model), tokenizer))
+
+
+@contextmanager
+def open_engine(
+    released: Released,
+    *,
+    dtype: str = "bfloat16",
+    tensor: int = 1,
+    pipeline: int = 1,
+    memory: int | None = None,
+    max_rows: int = MAX_ROWS,
+) -> Iterator[Engine | None]:
+    """Load a model over all processes of the run and give an engine for it.
+
+    Every rank calls this. The first one gets the engine; the others do their part of its work meanwhile, and get None
+    when it is closed.
+
+    Args:
+        released: from ``open_released``.
+        dtype: of the model, its keys and values.
+        tensor: ranks that share each layer.
+        pipeline: stages.
+        memory: bytes for keys and values on each rank; default: half of what is free there then.
+        max_rows: outputs in work at a time; others wait.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        ConfigError: an argument that is impossible.
+    """
+    check_parallel(released.model.architecture, tensor, pipeline, world_size())
+    if dtype not in platform.DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is unknown; possible: {', '.join(platform.DTYPES)}")
+    with joined_processes() as control, model_groups(control, tensor, pipeline) as groups:
+        place = f"stage {groups.pipeline.rank()}"
+        with watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: place):
+            layout = even_layout(released.model.architecture.num_layers, pipeline)
+            stage = load_stage(released, layout, dtype, groups)
+            with engine_on_ranks(
+                stage, layout, released.exits, released.tokenizer, released.eos, memory, max_rows
+            ) as engine:
+                yield engine
+
+
+def check_parallel(architecture: Architecture, tensor: int, pipeline: int, processes: int) -> None:
+    """Refuse what cannot run, before anything is loaded.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if processes != tensor * pipeline:
+        raise ConfigError(
+            f"tensor x pipeline: {tensor} x {pipeline} needs {tensor * pipeline} processes, but there are {processes}; "
+            "start as many with torchrun, or change the options"
+        )
+    if pipeline > architecture.num_layers:
+        raise ConfigError(f"pipeline: {pipeline} stages are more than the model's {architecture.num_layers} layers")
+    check_tensor(architecture, tensor, "tensor")
+
+
+@contextmanager
+def engine_on_ranks(
+    stage: Stage,
+    layout: Layout,
+    specs: Sequence[ExitSpec],
+    tokenizer: Tokenizer | None = None,
+    eos: frozenset[int] = frozenset(),
+    memory: int | None = None,
+    max_rows: int = MAX_ROWS,
+) -> Iterator[Engine | None]:
+    """The engine on the first rank, for stages that are loaded; see ``open_engine``."""
+    setup, groups = stage.setup, stage.setup.groups
+    arch, index = setup.architecture, groups.pipeline.rank()
+    free = int(MEMORY_SHARE * platform.free_memory() / groups.world.size()) if memory is None else memory
+    total = min(groups.gather(free))
+    if groups.world.size() == 1:
+        runner = StageRunner(stage, SLACK, PASS_TOKENS)
+        core = _core(stage, layout, specs, [runner], total, max_rows)
+        engine = _engine(core, stage, specs, tokenizer, eos)
+        try:
+            yield engine
+        finally:
+            engine.close()
+        return
+    mail = Mail(host_group(groups.pipeline, groups.control))
+    peers = host_group(groups.tensor, groups.control)
+    for source in range(groups.pipeline.size() - 1):
+        connect(groups.pipeline, source, source + 1)
+    neighbours = StageNeighbours(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, setup.dtype)
+    runner = StageRunner(stage, SLACK, PASS_TOKENS, neighbours)
+    if index > 0:
+        serve_stage(runner, mail)
+        mail.finish()
+        yield None
+        return
+    others = [RemoteStage(mail, number) for number in range(1, groups.pipeline.size())]
+    core = _core(stage, layout, specs, [runner, *others], total, max_rows)
+    if peers.size() > 1:
+        core.times = lambda seconds: float(share([seconds], peers)[0])
+    if peers.rank() > 0:
+        follow(core, partial(make_output, core), peers)
+        _stop(others, mail)
+        yield None
+        return
+    leader = Leader(core, peers) if peers.size() > 1 else core
+    engine = _engine(leader, stage, specs, tokenizer, eos)
+    in_step = True
+    try:
+        yield engine
+    except UserError:  # of a request: no rank is in the middle of anything
+        raise
+    except BaseException:
+        in_step = False  # the others cannot be told any more: the watchdog ends them
+        raise
+    finally:
+        if in_step:
+            engine.close()
+            if isinstance(leader, Leader):
+                leader.stop()
+            _stop(others, mail)
+
+
+def _stop(others: Sequence[RemoteStage], mail: Mail) -> None:
+    for other in others:
+        other.stop()
+    mail.finish()
+
+
+def make_engine(stage: Stage, **options: Any) -> Engine:
+    """An engine for a stage that holds the whole model, on one process; options of ``engine_on_ranks``."""
+    layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
+    options = {"memory": int(MEMORY_SHARE * platform.free_memory()), "max_rows": MAX_ROWS, **options}
+    memory, max_rows = options.pop("memory"), options.pop("max_rows")
+    core = _core(stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS)], memory, max_rows)
+    return _engine(core, stage, specs, **options)
+
+
+def _engine(
+    core: Core | Leader,
+    stage: Stage,
+    specs: Sequence[ExitSpec],
+    tokenizer: Tokenizer | None = None,
+    eos: frozenset[int] = frozenset(),
+) -> Engine:
+    arch = stage.setup.architecture
+    return Engine(
+        core,
+        specs,
+        num_layers=arch.num_layers,
+        vocab_size=arch.vocab_size,
+        max_positions=arch.max_positions,
+        tokenizer=tokenizer,
+        eos=eos,
+    )
+
+
+def _core(
+    stage: Stage,
+    layout: Layout,
+    specs: Sequence[ExitSpec],
+    links: Sequence[StageLink],
+    memory: int,
+    max_rows: int,
+) -> Core:
+    arch, setup = stage.setup.architecture, stage.setup
+    kept = [
+        stage_memory(
+            arch,
+            place.layers,
+            [spec for spec in specs if spec.layer in place.layers],
+            setup.groups.tensor.size(),
+            setup.dtype.itemsize,
+        )
+        for place in layout.stages
+    ]
+    places = Places(
+        ends=(*(place.layers[-1] for place in layout.stages[:-1]), arch.num_layers + 1),
+        exits=tuple(spec.layer for spec in specs),
+        layer_exits=frozenset(spec.layer for spec in specs if spec.body == "layer"),
+    )
+    budget = Budget(memory, kept, SLACK, PASS_TOKENS)
+    acceptance = {spec.layer: Acceptance() for spec in specs}
+    drafter = Drafter(Costs(head_layers(arch, specs)), acceptance)
+    return Core(links, places, budget, max_rows, drafter, synchronize=platform.synchronize)
+
+
+def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[int, float]:
+    """How many layers each head is worth by its weights, body included, by place."""
+    arch = architecture
+    attention = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * arch.hidden_size
+    mlp, head = 3 * arch.ffn_size * arch.hidden_size, arch.vocab_size * arch.hidden_size
+    bodies = {"embedding": 0, "norm": 0, "mlp": mlp, "layer": attention + mlp}
+    layer = attention + mlp
+    return {spec.layer: (bodies[spec.body] + head) / layer for spec in specs} | {arch.num_layers + 1: head / layer}
+
+
+def load_stage(released: Released, layout: Layout, dtype: str, groups: Groups) -> Stage:
+    """This rank's layers of the backbone, and the adapter's exits after them."""
+    index, arch = groups.pipeline.rank(), released.model.architecture
+    layers = layout.stages[index].layers
+    setup = build_setup(arch, platform.DTYPES[dtype], groups)
+    specs = [spec for spec in released.exits if spec.layer in layers]
+    stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
+    total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
+
+    def load() -> None:
+        with track(total, "B", "loading", enabled=groups.is_main) as bar:
+            load_backbone(stage, released.model, bar.advance)
+        if released.adapter is not None:
+            load_exits(stage.exits, released.adapter, released.model)
+
+    groups.together(load)
+    return stage
+
+
+def _digest(released: SavedModel) -> str:
+    total = sum(entry.nbytes for entry in released.weights.values())
+    with track(total, "B", "hashing the backbone") as bar:
+        return released.digest(advance=bar.advance)

@@ -1,0 +1,296 @@
+"""Running layers for rows that have got equally far, and the state of a row between passes (design: inference).
+
+A token that leaves at layer k has no keys and values above it. Its tap is kept, and the next pass of its row that goes
+beyond layer k takes it along, so that each layer runs each position once, in order, and its cache is exact: it is what
+a pass of all tokens through all layers would have left. Layer i of a pass thus runs the positions that its cache
+lacks: of each row a contiguous run that ends with its newest token and grows with depth.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.inference.heads import Answer, Ask, answer
+from megatron_ee.inference.kv_cache import Extent, LayerKV, PackedCaches
+from megatron_ee.model.attention import Positions
+from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.model.stage import Stage
+
+TABLE = 1024
+"""Positions by which the table of rotary angles grows."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row's part in a chain.
+
+    Attributes:
+        row: its number.
+        stop: positions that it has with the newest token.
+        tokens: new ones, in a chain that starts from tokens.
+        ask: what the head at the end is asked; None for nothing.
+    """
+
+    row: int
+    stop: int
+    tokens: tuple[int, ...] = ()
+    ask: Ask | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A run of layers for some rows, from one place where rows wait to another.
+
+    Places are layers: 0 before the first, k after layer k, where its exit reads, and one more than the last layer for
+    the final exit.
+
+    Attributes:
+        start: place where the rows are.
+        stop: place where they will be.
+        works: the rows.
+        sends: go on from there to the next stage, whose layers follow.
+    """
+
+    start: int
+    stop: int
+    works: tuple[Work, ...]
+    sends: bool = False
+
+
+class Neighbours(Protocol):
+    """What joins a stage to those before and behind it."""
+
+    def send(self, parts: Sequence[Tensor], drafts: Sequence[Sequence[Tensor]]) -> None:
+        """Start sending rows' hidden states, ``[tokens, 1, hidden]`` each, and their drafts, to the stage behind."""
+
+    def receive(self, rows: int) -> list[tuple[Tensor, list[Tensor]]]:
+        """What the stage before has sent of so many rows; waits for it."""
+
+
+class Row:
+    """What one row keeps on one stage between passes.
+
+    Attributes:
+        caches: of each backbone layer, by number.
+        exit_caches: of each ``layer`` exit's own decoder layer; filled for every token that passes the exit.
+        held: by place, the taps of tokens that wait there, deferred or about to go on, each ``[tokens, 1, hidden]``,
+            in the order of their positions.
+        drafts: distributions ``[vocab]`` that the proposals in work were drawn from, where they are sampled.
+    """
+
+    def __init__(self, stage: Stage, limit: int, slack: int, pass_tokens: int) -> None:
+        """An empty row for at most ``limit`` tokens; ``slack`` and ``pass_tokens`` as in ``Extent``."""
+
+        def cache(window: int | None) -> LayerKV:
+            return LayerKV(Extent(limit, window, slack, pass_tokens))
+
+        self.caches = {number: cache(layer.attention.window) for number, layer in stage.backbone.numbered_layers()}
+        self.exit_caches = {
+            exit_.spec.layer: cache(exit_.layer.attention.window) for exit_ in stage.exits if exit_.layer is not None
+        }
+        self.held: dict[int, list[Tensor]] = {}
+        self.drafts: list[Tensor] = []
+
+    @property
+    def all_caches(self) -> list[LayerKV]:
+        """Of layers and exits."""
+        return [*self.caches.values(), *self.exit_caches.values()]
+
+    def crop(self, length: int) -> None:
+        """Take back the positions from ``length`` on; no token may be held."""
+        assert not self.held, "a row is cropped when nothing waits"
+        for cache in self.all_caches:
+            cache.crop(length)
+
+    def copy(self) -> Row:
+        """One that goes on by itself from here."""
+        assert not self.held, "a row is copied when nothing waits"
+        other = Row.__new__(Row)
+        other.caches = {number: cache.copy() for number, cache in self.caches.items()}
+        other.exit_caches = {number: cache.copy() for number, cache in self.exit_caches.items()}
+        other.held, other.drafts = {}, []
+        return other
+
+
+@dataclass
+class _Flow:
+    """The rows of a chain in one layer: their tokens lie one after another in ``[tokens, 1, hidden]``."""
+
+    rows: list[Row]
+    counts: list[int]
+    stops: list[int]
+    positions: Positions
+    masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+
+    def caches(self, layer: int) -> PackedCaches:
+        return PackedCaches([row.caches[layer] for row in self.rows], self.counts, self.masks)
+
+    def exit_caches(self, layer: int) -> PackedCaches:
+        return PackedCaches([row.exit_caches[layer] for row in self.rows], self.counts, self.masks)
+
+
+class StageRunner:
+    """The layers and exits of one stage, and the rows that it runs: a ``StageLink`` within this process.
+
+    Attributes:
+        stage: with the embedding, or the final exit, where it is the first, or the last.
+        rows: by number.
+        links: to the stages before and behind; None where there are none.
+    """
+
+    def __init__(self, stage: Stage, slack: int, pass_tokens: int, links: Neighbours | None = None) -> None:
+        """``slack`` and ``pass_tokens``: as in ``Extent``."""
+        self.stage, self.links = stage, links
+        self.rows: dict[int, Row] = {}
+        self._slack, self._pass_tokens = slack, pass_tokens
+        self._answers: deque[list[Answer]] = deque()
+        self._exits = {exit_.spec.layer: exit_ for exit_ in stage.exits}
+        self._layers: dict[int, DecoderLayer] = dict(stage.backbone.numbered_layers())
+        self._final = stage.setup.architecture.num_layers + 1
+        self._table = stage.backbone.packed_positions(torch.arange(0, device=platform.device()))
+
+    def open(self, row: int, limit: int) -> None:
+        """See ``StageLink``."""
+        self.rows[row] = Row(self.stage, limit, self._slack, self._pass_tokens)
+
+    def close(self, row: int) -> None:
+        """See ``StageLink``."""
+        del self.rows[row]
+
+    def crop(self, row: int, length: int) -> None:
+        """See ``StageLink``."""
+        self.rows[row].crop(length)
+
+    def copy(self, row: int, other: int) -> None:
+        """See ``StageLink``."""
+        self.rows[other] = self.rows[row].copy()
+
+    @torch.inference_mode()
+    def receive(self, rows: Sequence[int]) -> None:
+        """See ``StageLink``."""
+        assert self.links is not None
+        place = min(self._layers) - 1
+        for row, (h, drafts) in zip(rows, self.links.receive(len(rows)), strict=True):
+            self.rows[row].held.setdefault(place, []).append(h)
+            self.rows[row].drafts += drafts
+
+    def answers(self) -> list[Answer]:
+        """See ``StageLink``."""
+        return self._answers.popleft()
+
+    @torch.inference_mode()
+    def run(self, chain: Chain) -> None:
+        """Run a chain. Rows that did not leave at its end wait there, and so do those that did: their taps are kept."""
+        rows = [self.rows[work.row] for work in chain.works]
+        h, flow = self._enter(chain, rows)
+        for number in range(chain.start + 1, min(chain.stop, self._final - 1) + 1):
+            layer, exit_ = self._layers[number], self._exits.get(number)
+            h = layer.attention_half(h, flow.positions, flow.caches(number))
+            if exit_ is None or exit_.mlp is None:
+                h = layer.mlp_half(h)
+            if exit_ is not None and (number < chain.stop or chain.sends):
+                if exit_.layer is not None:
+                    exit_.attention_half(h, flow.positions, flow.exit_caches(number))
+                h, flow = self._join(number, h, flow)
+                h = self._leave_exit(number, h)
+        if chain.sends:
+            assert self.links is not None
+            self.links.send(h.split(flow.counts), [row.drafts for row in rows])
+            for row in rows:
+                row.drafts = []
+            return
+        answers = self._final_head(chain, h, flow) if chain.stop == self._final else self._exit_head(chain, h, flow)
+        if answers:
+            self._answers.append(answers)
+
+    def _enter(self, chain: Chain, rows: list[Row]) -> tuple[Tensor, _Flow]:
+        """The tokens that start: embedded, or those that wait there."""
+        if chain.start == 0:
+            ids = [token for work in chain.works for token in work.tokens]
+            h = self.stage.backbone.embed(torch.tensor([ids], device=platform.device()))
+            return h, self._flow(rows, [len(work.tokens) for work in chain.works], [w.stop for w in chain.works])
+        taps = [row.held.pop(chain.start) for row in rows]
+        counts = [sum(map(len, held)) for held in taps]
+        parts = [tap for held in taps for tap in held]
+        h = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._leave_exit(chain.start, h), self._flow(rows, counts, [work.stop for work in chain.works])
+
+    def _leave_exit(self, layer: int, tap: Tensor) -> Tensor:
+        """h after ``layer`` from its exit's tap: the MLP below an ``mlp`` exit runs when it is needed."""
+        exit_ = self._exits.get(layer)
+        return tap if exit_ is None or exit_.mlp is None else self._layers[layer].mlp_half(tap)
+
+    def _join(self, layer: int, tap: Tensor, flow: _Flow) -> tuple[Tensor, _Flow]:
+        """With each row's tokens those that were deferred at ``layer``, who come first."""
+        if not any(layer in row.held for row in flow.rows):
+            return tap, flow
+        parts, counts = [], []
+        for row, own in zip(flow.rows, tap.split(flow.counts), strict=True):
+            mine = [*row.held.pop(layer, ()), own]
+            parts += mine
+            counts.append(sum(map(len, mine)))
+        return torch.cat(parts), self._flow(flow.rows, counts, flow.stops)
+
+    def _exit_head(self, chain: Chain, tap: Tensor, flow: _Flow) -> list[Answer]:
+        """Answers of the exit at the end of a chain; then the tokens wait there."""
+        exit_, asking = self._exits.get(chain.stop), [work.ask for work in chain.works if work.ask is not None]
+        answers: list[Answer] = []
+        if exit_ is not None:
+            x = tap if exit_.layer is None else exit_.attention_half(tap, flow.positions, flow.exit_caches(chain.stop))
+            if asking:
+                logits = exit_.logits(exit_.rest(_newest(x, chain, flow))[:, 0])
+                answers = self._answer(logits, chain, asking)
+        parts = [tap] if len(flow.rows) == 1 else tap.split(flow.counts)
+        remaining = iter(answers)
+        for work, row, part in zip(chain.works, flow.rows, parts, strict=True):
+            left = work.ask is not None and bool(next(remaining).tokens)
+            if not (left and chain.stop == self._final - 1):  # else no layer is left to fill
+                row.held.setdefault(chain.stop, []).append(part)
+        return answers
+
+    def _final_head(self, chain: Chain, h: Tensor, flow: _Flow) -> list[Answer]:
+        asking = [work.ask for work in chain.works if work.ask is not None]
+        if not asking:
+            return []
+        z = self.stage.final_features(_newest(h, chain, flow))
+        return self._answer(self.stage.final_logits(z[:, 0]), chain, asking)
+
+    def _answer(self, logits: Tensor, chain: Chain, asking: Sequence[Ask]) -> list[Answer]:
+        rows = [self.rows[work.row] for work in chain.works if work.ask is not None]
+        answers = answer(logits, asking, [row.drafts for row in rows])
+        for row, ask in zip(rows, asking, strict=True):
+            if ask.kind == "verify":
+                row.drafts = []
+        return answers
+
+    def _flow(self, rows: list[Row], counts: list[int], stops: list[int]) -> _Flow:
+        return _Flow(rows, counts, stops, self._positions(counts, stops))
+
+    def _positions(self, counts: list[int], stops: list[int]) -> Positions:
+        """Rotary angles of each row's last tokens, from a table that grows."""
+        need, table = max(stops), self._table
+        if len(table.cos) < need:
+            length = -(-need // TABLE) * TABLE
+            table = self._table = self.stage.backbone.packed_positions(torch.arange(length, device=platform.device()))
+        spans = [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
+        if len(spans) == 1:
+            return Positions(table.cos[spans[0]], table.sin[spans[0]])
+        cos, sin = (torch.cat([angles[span] for span in spans]) for angles in (table.cos, table.sin))
+        return Positions(cos, sin)
+
+
+def _newest(h: Tensor, chain: Chain, flow: _Flow) -> Tensor:
+    """Of the rows that ask, the last tokens that the head reads, ``[tokens, 1, hidden]``."""
+    if len(flow.rows) == 1:
+        ask = chain.works[0].ask
+        assert ask is not None
+        return h[-ask.tokens :]
+    parts = zip(chain.works, h.split(flow.counts), strict=True)
+    return torch.cat([part[-work.ask.tokens :] for work, part in parts if work.ask is not None])

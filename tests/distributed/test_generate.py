@@ -1,0 +1,145 @@
+"""The engine over tensor-parallel ranks and stages gives what one process gives: every mode, one by one and batched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.inference.loading import engine_on_ranks
+from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.requests import Draft, Request
+from megatron_ee.inference.sampling import Sampling
+from megatron_ee.parallel.balance import even_layout
+from megatron_ee.parallel.groups import process_groups
+from megatron_ee.testing.models import save_tiny_model
+from megatron_ee.testing.project import Project
+from megatron_ee.testing.ranks import run_ranks
+
+SPECS = [ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4)]
+PROMPTS = [[5, 17, 99, 42, 3, 77, 120], [9, 8, 7], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40], [64]]
+DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=3)
+
+
+def requests() -> list[Request]:
+    """Of every mode, with and without sampling, on prompts of several lengths."""
+    found = []
+    for number, prompt in enumerate(PROMPTS):
+        count = 18 + 3 * number
+        found += [
+            Request(prompt, max_tokens=count),
+            Request(prompt, mode="threshold", policy=ExitPolicy(0.06, max_deferred=4), max_tokens=count, logprobs=2),
+            Request(prompt, mode="threshold", policy=ExitPolicy(0.04, {1: 0.08}), exits=(1, 3), max_tokens=count),
+            Request(prompt, mode="speculative", draft=Draft(1 + number % 3, 3), max_tokens=count),
+        ]
+    found += [
+        Request(PROMPTS[0], mode="speculative", max_tokens=20),
+        Request(PROMPTS[0], mode="speculative", draft=Draft(2, 2), sampling=DRAWN, max_tokens=20),
+        Request(PROMPTS[1], mode="threshold", policy=ExitPolicy(0.05), sampling=DRAWN, samples=3, max_tokens=16),
+        Request(PROMPTS[2], sampling=DRAWN, samples=2, max_tokens=12, stop_ids=(7, 8)),
+    ]
+    return found
+
+
+def generate(directory: str, tensor: int, pipeline: int, batched: bool) -> Any:
+    """Answers on one rank: tokens, layers and end of every output; None on the ranks that only help."""
+    from megatron_ee.checkpoint.initialise import initialise_exit
+    from megatron_ee.checkpoint.loading import load_backbone, open_model
+    from megatron_ee.model.setup import build_setup
+    from megatron_ee.model.stage import Stage
+
+    torch.set_num_threads(1)
+    model = open_model(Path(directory))
+    with process_groups(tensor, pipeline) as groups:
+        setup = build_setup(model.architecture, torch.float32, groups)
+        layout = even_layout(model.architecture.num_layers, pipeline)
+        index = groups.pipeline.rank()
+        layers = layout.stages[index].layers
+        specs = [spec for spec in SPECS if spec.layer in layers]
+        stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
+        load_backbone(stage, model)
+        for exit_ in stage.exits:
+            initialise_exit(exit_, model, 1)
+            with torch.no_grad():  # exits that differ from each other, and now and then from the final one
+                exit_.norm.weight *= 1 + 0.2 * exit_.spec.layer
+        with engine_on_ranks(stage, layout, SPECS) as engine:
+            if engine is None:
+                return None
+            # Three thirds, so that rows come and go.
+            asked, found = requests(), []
+            groups_of = [asked] if batched else [[request] for request in asked]
+            for some in groups_of:
+                found += engine.generate(some)
+            return [
+                [([t.id for t in c.tokens], [t.layer for t in c.tokens], c.finish_reason) for c in completions]
+                for completions in found
+            ]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    model = save_tiny_model("qwen3", path, num_attention_heads=4, num_key_value_heads=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("q_norm.weight"):
+                parameter *= 6
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter *= 2
+    model.save_pretrained(path)
+    return os.fspath(path)
+
+
+@pytest.fixture(scope="module")
+def alone(directory: str) -> Any:
+    return run_ranks(1, generate, directory, 1, 1, False)[0]
+
+
+def adaptive(index: int) -> bool:
+    """Whether timing decides who drafts: then the tokens are the same, the layers need not be."""
+    return index == 4 * len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "batched"),
+    [(1, 1, True), (2, 1, False), (2, 1, True), (1, 2, True), (1, 4, False), (2, 2, True)],
+)
+def test_equals_one_process(tensor: int, pipeline: int, batched: bool, directory: str, alone: Any) -> None:
+    first, *others = run_ranks(tensor * pipeline, generate, directory, tensor, pipeline, batched)
+    assert all(other is None for other in others)
+    for index, (ours, theirs) in enumerate(zip(first, alone, strict=True)):
+        if adaptive(index):
+            ours, theirs = ([(tokens, end) for tokens, _, end in each] for each in (ours, theirs))
+        assert ours == theirs, requests()[index]
+    layers = {layer for completions in alone for _, where, _ in completions for layer in where}
+    assert layers == {1, 2, 3, 4}, "too little happens"
+
+
+def command(output: str, arguments: list[str]) -> int:
+    """On one rank: ``megatron-ee generate``, its stdout in ``output-RANK``."""
+    import contextlib
+
+    from megatron_ee.commands.main import main
+
+    with open(f"{output}-{os.environ.get('RANK', '0')}", "w") as file, contextlib.redirect_stdout(file):
+        return main(["generate", *arguments])
+
+
+def test_command_over_processes(project: Project, tuned: Path, tmp_path: Path) -> None:
+    given = ["--model", str(project.model), "--adapter", str(tuned / "adapter"), "--dtype", "float32", "--json"]
+    given += ["--prompt", "a quick", "--prompt", "some words", "--max-tokens", "12", "--mode", "speculative"]
+    given += ["--draft-exit", "1", "--draft-length", "2"]
+    alone, spread = str(tmp_path / "alone"), str(tmp_path / "spread")
+    assert run_ranks(1, command, alone, given) == [0]
+    assert run_ranks(2, command, spread, [*given, "--pipeline", "2"]) == [0, 0]
+    ours, theirs = (json.loads(Path(f"{path}-0").read_text())["outputs"] for path in (spread, alone))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert [mine[name] for name in ("text", "token_ids", "layers")] == [
+            other[name] for name in ("text", "token_ids", "layers")
+        ]
+    assert Path(f"{spread}-1").read_text() == ""

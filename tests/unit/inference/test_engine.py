@@ -1,0 +1,339 @@
+"""Early exit in the engine against one pass that computes everything anew, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.inference.engine import Engine
+from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.passes import Chain, Row, StageRunner, Work
+from megatron_ee.inference.policy import MAX_DEFERRED, ExitPolicy, confidences
+from megatron_ee.inference.requests import Completion, Draft, Request, Token
+from megatron_ee.model.stage import Stage
+
+MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
+EveryLogit = Callable[[Stage, Sequence[int]], dict[int, Tensor]]
+
+PROMPT = [5, 17, 99, 42, 3, 77, 120]
+LAYERS = 4
+TOKENS = 40  # with the prompt past the windows (16) and past Llama 3's original positions (32)
+NO_CAP = 1000
+BODIES = {
+    "mlp": [ExitSpec(1), ExitSpec(2), ExitSpec(3)],
+    "norm": [ExitSpec(1, "norm"), ExitSpec(2, "norm"), ExitSpec(3, "norm")],
+    "embedding": [ExitSpec(1, "embedding"), ExitSpec(3, "embedding")],
+    "layer": [ExitSpec(1, "layer"), ExitSpec(2, "layer"), ExitSpec(3, "layer")],
+    "mixed": [ExitSpec(1, "layer"), ExitSpec(2), ExitSpec(3, "norm")],
+    "heads": [ExitSpec(1, "mlp", "low_rank", rank=4), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank")],
+    "mlp at the last layer": [ExitSpec(2, "norm"), ExitSpec(4)],
+    "layer at the last layer": [ExitSpec(2), ExitSpec(4, "layer")],
+}
+
+
+def generate(stage: Stage, *requests: Request) -> list[Completion]:
+    engine = make_engine(stage)
+    return [completion for outputs in engine.generate(requests) for completion in outputs]
+
+
+def threshold_request(policy: ExitPolicy, count: int = TOKENS, **fields: Any) -> Request:
+    return Request(PROMPT, mode="threshold", policy=policy, max_tokens=count, **fields)
+
+
+def ids_of(completion: Completion) -> list[int]:
+    return [token.id for token in completion.tokens]
+
+
+def must_emit(logits: dict[int, Tensor], prompt: int, count: int, policy: ExitPolicy) -> list[tuple[int, int, float]]:
+    """Token, layer and confidence at each position, decided from the logits of every head there."""
+    found: list[tuple[int, int, float]] = []
+    deferred = 0
+    for emitted in range(count):
+        at = prompt - 1 + emitted
+        for layer in [*sorted(logits)[:-1], LAYERS + 1]:
+            final = layer == LAYERS + 1
+            if not final and (emitted < policy.min_full or deferred >= policy.max_deferred):
+                continue
+            row = logits[layer][at]
+            sure = float(confidences(row[None], policy.measure))
+            if final or sure >= policy.at(layer):
+                deferred = deferred + 1 if layer < LAYERS else 0
+                found.append((int(row.argmax()), min(layer, LAYERS), sure))
+                break
+    return found
+
+
+def assert_emits(tokens: Sequence[Token], expected: Sequence[tuple[int, int, float]]) -> None:
+    assert [(t.id, t.layer) for t in tokens] == [(token, layer) for token, layer, _ in expected]
+    assert [t.confidence for t in tokens] == pytest.approx([sure for _, _, sure in expected], abs=1e-4)
+
+
+def some_threshold(stage: Stage, measure: Any = "probability") -> float:
+    """A threshold that about half of the tokens reach at the shallowest exit, and none all but exactly."""
+    [everything] = generate(stage, threshold_request(ExitPolicy(1e-9, measure=measure, max_deferred=NO_CAP)))
+    ordered = sorted(token.confidence for token in everything.tokens[1:])
+    middle = ordered[len(ordered) // 3 : 2 * len(ordered) // 3]
+    low, high = max(zip(middle, middle[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize("bodies", BODIES)
+@pytest.mark.parametrize("family", ["llama3.1", "mistral", "qwen3"])
+def test_emits_what_computing_everything_anew_emits(
+    family: str, bodies: str, exit_stage: MakeStage, every_logit: EveryLogit
+) -> None:
+    stage = exit_stage(family, BODIES[bodies])
+    threshold = some_threshold(stage)
+    for cap in (MAX_DEFERRED, 2):
+        policy = ExitPolicy(threshold, max_deferred=cap)
+        [ours] = generate(stage, threshold_request(policy))
+        logits = every_logit(stage, [*PROMPT, *ids_of(ours)])
+        assert_emits(ours.tokens, must_emit(logits, len(PROMPT), TOKENS, policy))
+        layers = Counter(token.layer for token in ours.tokens)
+        assert len(layers) > 1 and TOKENS - layers[LAYERS] > 5, f"too little happens: {layers}"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ExitPolicy(measure="margin"),
+        ExitPolicy(measure="entropy"),
+        ExitPolicy(thresholds={1: 1.5}),
+        ExitPolicy(thresholds={1: 1e-9, 2: 1.5, 3: 1.5}),
+        ExitPolicy(min_full=7),
+        ExitPolicy(measure="margin", thresholds={2: 0.02}, min_full=3, max_deferred=3),
+    ],
+    ids=["margin", "entropy", "none at 1", "all at 1", "min_full", "everything"],
+)
+def test_the_whole_policy_counts(policy: ExitPolicy, exit_stage: MakeStage, every_logit: EveryLogit) -> None:
+    stage = exit_stage("llama3.1", BODIES["mixed"])
+    threshold = some_threshold(stage, policy.measure)
+    policy = ExitPolicy(threshold, policy.thresholds, policy.measure, policy.max_deferred, policy.min_full)
+    [ours] = generate(stage, threshold_request(policy))
+    logits = every_logit(stage, [*PROMPT, *ids_of(ours)])
+    assert_emits(ours.tokens, must_emit(logits, len(PROMPT), TOKENS, policy))
+    layers = [token.layer for token in ours.tokens]
+    assert len(set(layers)) > 1 and set(layers[: policy.min_full]) == {LAYERS}
+    if policy.at(1) > 1:
+        assert 1 not in layers
+
+
+@pytest.mark.parametrize("exits", [(2,), (1, 3)])
+def test_only_enabled_exits_are_asked(exits: tuple[int, ...], exit_stage: MakeStage, every_logit: EveryLogit) -> None:
+    stage = exit_stage("llama2", BODIES["mixed"])
+    policy = ExitPolicy(some_threshold(stage))
+    [ours] = generate(stage, threshold_request(policy, exits=exits))
+    logits = every_logit(stage, [*PROMPT, *ids_of(ours)])
+    asked = {layer: logits[layer] for layer in (*exits, LAYERS + 1)}
+    assert_emits(ours.tokens, must_emit(asked, len(PROMPT), TOKENS, policy))
+    assert {token.layer for token in ours.tokens} >= {exits[0], LAYERS}
+
+
+@pytest.mark.parametrize("mode", ["threshold", "full"])
+def test_follow_decides_on_a_given_text(mode: Any, exit_stage: MakeStage, every_logit: EveryLogit) -> None:
+    stage = exit_stage("mistral", BODIES["mixed"])
+    policy = ExitPolicy(some_threshold(stage), max_deferred=4)
+    text = torch.randint(3, 131, (TOKENS,), generator=torch.Generator().manual_seed(5)).tolist()
+    [ours] = generate(stage, Request(PROMPT, mode=mode, policy=policy, follow=text, max_tokens=1000))
+    logits = every_logit(stage, [*PROMPT, *text])
+    if mode == "full":
+        logits = {LAYERS + 1: logits[LAYERS + 1]}
+    assert_emits(ours.tokens, must_emit(logits, len(PROMPT), TOKENS, policy))
+    assert len(ours.tokens) == TOKENS and ids_of(ours) != text and ours.finish_reason == "length"
+    [short] = generate(stage, Request(PROMPT, mode=mode, policy=policy, follow=text, max_tokens=5))
+    assert ids_of(short) == ids_of(ours)[:5]
+
+
+def rows_of(engine: Engine) -> dict[int, Row]:
+    runner: Any = engine._core.links[0]  # type: ignore[union-attr]
+    return runner.rows
+
+
+def full_pass(stage: Stage, ids: Sequence[int]) -> Row:
+    """A row that has run all these tokens through all layers at once."""
+    runner = StageRunner(stage, 0, len(ids))
+    runner.open(1, len(ids))
+    runner.run(Chain(0, LAYERS + 1, (Work(1, len(ids), tuple(ids)),)))
+    return runner.rows[1]
+
+
+def assert_same_caches(row: Row, reference: Row) -> None:
+    """What a row has kept is what a pass of all tokens has, 1e-5."""
+    for kind in ("caches", "exit_caches"):
+        for number, cache in getattr(row, kind).items():
+            full = getattr(reference, kind)[number]
+            assert full.first == 0
+            for kept, theirs in zip(cache.kept(), full.kept(), strict=True):
+                stop = min(cache.length, full.length)
+                theirs = theirs[:, :, cache.first : stop]
+                ours = kept[:, :, : stop - cache.first]
+                assert ours.shape == theirs.shape and stop > cache.first
+                assert (ours - theirs).abs().max() <= 1e-5, f"{kind} of layer {number}"
+
+
+@pytest.mark.parametrize("mode", ["threshold", "speculative"])
+@pytest.mark.parametrize("bodies", BODIES)
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2-window"])
+def test_caches_are_those_of_a_pass_of_all_tokens_through_all_layers(
+    family: str, bodies: str, mode: Any, exit_stage: MakeStage
+) -> None:
+    stage = exit_stage(family, BODIES[bodies])
+    policy = ExitPolicy(some_threshold(stage))
+    request = Request(PROMPT, mode=mode, policy=policy, draft=Draft(None, 3), max_tokens=TOKENS)
+    engine = make_engine(stage)
+    number = engine.submit(request)
+    tokens: list[int] = []
+    steps, whole, deferred = 0, 0, 0
+    while len(tokens) < TOKENS - 1:
+        before = len(tokens)
+        tokens += [token.id for event in engine.step() for token in event.tokens]
+        if len(tokens) in (before, TOKENS):
+            continue
+        steps += 1
+        [row] = rows_of(engine).values()
+        settled = len(PROMPT) + len(tokens) - 1  # beyond lie proposals that fell
+        deferred += bool(row.held)
+        if not row.held:
+            whole += 1
+            assert {cache.length for cache in row.all_caches} == {settled}
+        if steps % 6 == 1 or len(tokens) == TOKENS - 1:
+            assert_same_caches(row, full_pass(stage, [*PROMPT, *tokens][:settled]))
+    assert whole > 2 and (deferred > 2 or mode == "speculative" or max(e.spec.layer for e in stage.exits) == LAYERS)
+    engine.cancel(number)
+    assert not rows_of(engine)
+
+
+@pytest.mark.parametrize("mode", ["threshold", "speculative"])
+@pytest.mark.parametrize("bodies", BODIES)
+def test_no_layer_runs_a_token_twice(bodies: str, mode: Any, exit_stage: MakeStage) -> None:
+    stage = exit_stage("llama3.1", BODIES[bodies])
+    request = threshold_request(ExitPolicy(some_threshold(stage)))
+    if mode == "speculative":
+        request = Request(PROMPT, mode=mode, draft=Draft(stage.exits[0].spec.layer, 3), max_tokens=TOKENS)
+    ran: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda _module, args, _output: ran.update({name: len(args[0])})
+
+    handles = []
+    for number, layer in stage.backbone.numbered_layers():
+        handles.append(layer.attention.register_forward_hook(count(f"attention {number}")))
+        handles.append(layer.mlp.register_forward_hook(count(f"mlp {number}")))
+    for exit_ in stage.exits:
+        if exit_.layer is not None:
+            handles.append(exit_.layer.attention.register_forward_hook(count(f"exit {exit_.spec.layer}")))
+    try:
+        [completion] = generate(stage, request)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    figures = completion.statistics
+    fell = figures["proposed"] - figures["accepted"]
+    lengths = [ran[f"attention {number}"] for number in range(1, LAYERS + 1)]
+    assert lengths == sorted(lengths, reverse=True)
+    if mode == "threshold":
+        assert lengths[0] == len(PROMPT) + TOKENS - 1  # the last token is not run
+        # Those still deferred are the tokens since the last one that ran all layers.
+        since = 0
+        for token in completion.tokens[1:]:
+            since = 0 if token.layer == LAYERS else since + 1
+        assert lengths[0] - lengths[-1] == since == figures["deferred_tokens"]
+    else:  # no token twice but where a proposal fell, or came after one that did
+        assert fell > 0 and lengths[0] == lengths[-1]
+        most = len(PROMPT) + TOKENS - 1 + 3 * figures["rounds"]
+        assert len(PROMPT) + TOKENS - 1 + fell <= lengths[0] <= most
+    assert all(ran[f"mlp {number}"] <= lengths[number - 1] for number in range(1, LAYERS + 1))
+    own = [exit_.spec.layer for exit_ in stage.exits if exit_.layer is not None]
+    assert all(ran[f"exit {layer}"] == lengths[layer - 1] for layer in own)
+    later = sum(lengths) + sum(ran[f"exit {layer}"] for layer in own) - len(PROMPT) * (LAYERS + len(own))
+    assert figures["layers_per_token"] == pytest.approx(later / (TOKENS - 1))
+
+
+@pytest.mark.parametrize("cap", [0, 1, 3, MAX_DEFERRED])
+def test_cap_forces_a_full_pass(cap: int, exit_stage: MakeStage) -> None:
+    stage = exit_stage("llama2", BODIES["mixed"])
+    engine = make_engine(stage)
+    number = engine.submit(threshold_request(ExitPolicy(1e-9, max_deferred=cap), 20))
+    layers = []
+    for event in engine.stream(number):
+        layers += [token.layer for token in event.tokens]
+        for row in rows_of(engine).values():
+            assert sum(len(tap) for taps in row.held.values() for tap in taps) <= cap
+    assert layers == ([LAYERS, *[1] * cap] * 20)[:20]
+
+
+def test_heads_are_computed_for_one_position_and_only_while_asked(
+    exit_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_ee.model.exits import Exit
+
+    seen: list[tuple[str, int]] = []
+
+    def record(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def recording(self: Any, z: Tensor) -> Tensor:
+            seen.append((name, len(z)))
+            return original(self, z)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(owner, name, recording)
+
+    record(Exit, "logits")
+    record(Stage, "final_logits")
+    stage = exit_stage("llama2", BODIES["mixed"])
+
+    def heads_of(count: int, **fields: Any) -> list[tuple[str, int]]:
+        seen.clear()
+        generate(stage, Request(PROMPT, max_tokens=count, **fields))
+        return list(seen)
+
+    def threshold(policy: ExitPolicy) -> dict[str, Any]:
+        return {"mode": "threshold", "policy": policy}
+
+    one, final = ("logits", 1), ("final_logits", 1)
+    assert heads_of(3) == [final] * 3  # full mode, of which the first is the prompt's
+    assert heads_of(3, **threshold(ExitPolicy(2.0))) == [final, *[one, one, one, final] * 2]
+    assert heads_of(3, **threshold(ExitPolicy(2.0)), exits=(2,)) == [final, *[one, final] * 2]
+    assert heads_of(5, **threshold(ExitPolicy(1e-9, max_deferred=1))) == [final, one, final, one, final]
+    assert heads_of(3, **threshold(ExitPolicy(1e-9, min_full=2))) == [final, final, one]
+    drafted = heads_of(5, mode="speculative", draft=Draft(2, 3))
+    assert drafted[:5] == [final, one, one, one, ("final_logits", 4)]
+
+
+def test_prefill_never_exits(exit_stage: MakeStage) -> None:
+    stage = exit_stage("llama2", BODIES["norm"])
+    [completion] = generate(stage, threshold_request(ExitPolicy(1e-9), 5))
+    assert [token.layer for token in completion.tokens] == [LAYERS, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("chunk", [3, 5, 64])
+def test_prompts_may_run_in_parts(chunk: int, exit_stage: MakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron_ee.inference.core as core
+
+    stage = exit_stage("qwen2-window", BODIES["mixed"])
+    policy = ExitPolicy(some_threshold(stage))
+    prompt = torch.randint(3, 131, (50,), generator=torch.Generator().manual_seed(1)).tolist()
+    requests = [
+        Request(prompt, max_tokens=6, logprobs=0),
+        Request(prompt[:11], mode="threshold", policy=policy, max_tokens=12),
+        Request(prompt[:30], mode="speculative", draft=Draft(2, 2), max_tokens=12),
+    ]
+    whole = generate(stage, *requests)
+    monkeypatch.setattr(core, "PASS_TOKENS", chunk)
+    parts = generate(stage, *requests)
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert_emits(ours.tokens, [(t.id, t.layer, t.confidence) for t in theirs.tokens])
+
+
+def test_bfloat16_runs(saved_model: Any, load_stage: Any) -> None:
+    stage = load_stage(saved_model("qwen3")[0], BODIES["mixed"], dtype=torch.bfloat16)
+    for mode in ("threshold", "speculative"):
+        [completion] = generate(stage, Request(PROMPT, mode=mode, policy=ExitPolicy(0.02), max_tokens=TOKENS))
+        assert len(completion.tokens) == TOKENS and all(0 <= token.id < 131 for token in completion.tokens)

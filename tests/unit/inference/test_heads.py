@@ -1,0 +1,177 @@
+"""What heads answer, on logits made by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ee.inference.heads import Answer, Ask, LogProbs, answer, single
+from megatron_ee.inference.sampling import Sampling, draw, penalised, probabilities, uniform, verify
+
+LOGITS = torch.tensor([[0.6, 0.3, 0.1]]).log()
+DRAWN = Sampling(temperature=0.7, seed=5)
+
+
+def one(logits: Tensor, ask: Ask, draft: list[Tensor] | None = None) -> Answer:
+    [found] = answer(logits, [ask], [[] if draft is None else draft])
+    return found
+
+
+def entropy_of(*shares: float) -> float:
+    return -sum(share * math.log(share) for share in shares)
+
+
+@pytest.mark.parametrize(
+    "measure, sure",
+    [
+        ("probability", 0.6),
+        ("margin", 0.3),
+        ("entropy", 1 - entropy_of(0.6, 0.3, 0.1) / math.log(3)),
+    ],
+)
+def test_a_token_leaves_at_its_confidence_and_above(measure: Any, sure: float) -> None:
+    for threshold, leaves in ((sure - 1e-3, True), (sure + 1e-3, False), (2.0, False)):
+        found = one(LOGITS, Ask("leave", 9, measure=measure, threshold=single(threshold)))
+        assert found.finite and found.tokens == ((0,) if leaves else ())
+        assert found.confidences == pytest.approx([sure] if leaves else [])
+    assert one(LOGITS, Ask("emit", 9, measure=measure, threshold=single(2.0))).tokens == (0,)
+
+
+@pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
+def test_a_certain_head_has_confidence_one(measure: Any) -> None:
+    found = one(torch.tensor([[200.0, 0.0, 0.0, 0.0]]), Ask("leave", 3, measure=measure, threshold=1.0))
+    assert found.tokens == (0,) and found.confidences == (1.0,)
+    even = one(torch.zeros(1, 4), Ask("emit", 3, measure=measure))
+    assert even.confidences == pytest.approx([0.25 if measure == "probability" else 0.0], abs=1e-6)
+
+
+def test_thresholds_are_compared_as_tensors_are() -> None:
+    sure = torch.tensor(0.9)
+    assert float(sure) < 0.9 and float(sure) >= single(0.9)
+    assert single(1.7e308) > 1
+
+
+@pytest.mark.parametrize(
+    "proposals, emitted",
+    [((), (0,)), ((0,), (0, 1)), ((1,), (0,)), ((0, 1, 2), (0, 1, 2, 0)), ((0, 2, 2), (0, 1)), ((2, 1, 2), (0,))],
+)
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_greedy_proposals_stand_up_to_the_first_that_differs(
+    proposals: tuple[int, ...], emitted: tuple[int, ...], logprobs: int | None
+) -> None:
+    logits = torch.tensor([[3.0, 0, 0], [0, 2.0, 0], [0, 0, 1.0], [4.0, 0, 0]])[: len(proposals) + 1]
+    found = one(logits, Ask("verify", 7, proposals=proposals, logprobs=logprobs))
+    assert found.tokens == emitted
+    best = logits.softmax(-1).amax(-1).tolist()
+    assert found.confidences == pytest.approx(best[: len(emitted)])
+    assert len(found.logprobs) == (0 if logprobs is None else len(emitted))
+    for token, row, logprob in zip(emitted, logits, found.logprobs, strict=False):
+        assert logprob.emitted == pytest.approx(float(row.log_softmax(-1)[token]))
+        assert len(logprob.top) == 2 and max(logprob.top.values()) == pytest.approx(logprob.emitted)
+
+
+def test_rows_are_answered_each_by_itself() -> None:
+    """Whatever others ask: the quick way for greedy rows and the long one give the same."""
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)) * 3
+    top = logits.argmax(-1).tolist()
+    greedy = [
+        Ask("emit", 4),
+        Ask("verify", 9, proposals=(top[1], top[2] + 1)),
+        Ask("leave", 4, threshold=single(2.0)),
+        Ask("draft", 4),
+    ]
+    spans = [(0, 1), (1, 4), (4, 5), (5, 6)]
+    together = answer(logits, greedy, [[] for _ in greedy])
+    assert [a.tokens for a in together] == [(top[0],), tuple(top[1:3]), (), (top[5],)]
+    drawn = [*greedy[:3], replace(greedy[3], sampling=DRAWN)]
+    for asks in (greedy, drawn):
+        for ask, (start, stop), theirs in zip(asks, spans, answer(logits, asks, [[] for _ in asks]), strict=True):
+            ours = one(logits[start:stop], ask)
+            assert ours.tokens == theirs.tokens
+            assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-6)
+    for one_way, other_way in zip(together[:3], answer(logits, drawn, [[] for _ in drawn])[:3], strict=True):
+        assert one_way.tokens == other_way.tokens
+        assert one_way.confidences == pytest.approx(other_way.confidences, abs=1e-6)
+
+
+def test_drawn_tokens_are_those_of_the_seed_and_position() -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2))
+    p = probabilities(logits[0], DRAWN)
+    draft: list[Tensor] = []
+    for position in range(20):
+        assert one(logits, Ask("emit", position, DRAWN)).tokens == (draw(p, uniform(5, position, "target")),)
+        assert one(logits, Ask("draft", position, DRAWN), draft).tokens == (draw(p, uniform(5, position, "draft")),)
+    assert len(draft) == 20 and all(torch.equal(each, p) for each in draft)
+
+
+def test_drawn_proposals_are_verified_against_what_they_were_drawn_from() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for seed in range(20):
+        sampling = replace(DRAWN, seed=seed, top_k=20)
+        logits, other = torch.randn(2, 4, 50, generator=generator)
+        draft, proposals = [], []
+        for number in range(3):
+            proposals += one(other[number : number + 1], Ask("draft", 30 + number, sampling), draft).tokens
+        found = one(logits, Ask("verify", 30, sampling, proposals=tuple(proposals)), draft)
+        target = torch.stack([probabilities(row, sampling) for row in logits])
+        stood, token = verify(target, torch.stack(draft), proposals, seed, 30)
+        assert found.tokens == (*proposals[:stood], token)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(repetition_penalty=3.0), replace(DRAWN, repetition_penalty=3.0)])
+def test_the_penalty_sees_the_proposals_before_each_place(sampling: Sampling) -> None:
+    logits = torch.tensor([[4.0, 3.5, 3.0, 0.0]] * 3)
+    found = one(logits, Ask("verify", 5, sampling, proposals=(0, 1), seen=(3,)), [torch.eye(4)[0], torch.eye(4)[1]])
+    if sampling.greedy:
+        assert found.tokens == (0, 1, 2)
+        assert one(logits[:1], Ask("leave", 5, sampling, seen=(0,))).tokens == (1,)
+    else:
+        p = [probabilities(penalised(logits[0], seen, 3.0), sampling) for seen in ((3,), (3, 0), (3, 0, 1))]
+        stood, token = verify(torch.stack(p), torch.eye(4)[:2], (0, 1), sampling.seed, 5)
+        assert found.tokens == ((0, 1)[:stood] + (token,))
+
+
+def test_log_probabilities_come_before_temperature_and_penalty() -> None:
+    sampling = Sampling(temperature=0.5, top_k=1, repetition_penalty=10.0)
+    found = one(LOGITS, Ask("emit", 5, sampling, seen=(0,), logprobs=2))
+    assert found.tokens == (1,)
+    [logprobs] = found.logprobs
+    assert logprobs == LogProbs(pytest.approx(math.log(0.3)), pytest.approx({0: math.log(0.6), 1: math.log(0.3)}))
+    assert len(one(LOGITS, Ask("emit", 5, logprobs=100)).logprobs[0].top) == 3
+
+
+ASKS = {
+    "plain": Ask("emit", 5),
+    "leave": Ask("leave", 5, threshold=single(2.0)),
+    "margin": Ask("leave", 5, measure="margin"),
+    "entropy": Ask("leave", 5, measure="entropy"),
+    "drawn": Ask("emit", 5, DRAWN),
+    "logprobs": Ask("emit", 5, logprobs=1),
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ASKS)
+def test_logits_that_are_not_finite_are_told_and_harm_no_other_row(kind: str, bad: float) -> None:
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
+    spoilt = logits.clone()
+    spoilt[1, 7] = bad
+    asks = [ASKS["plain"], ASKS[kind], ASKS["plain"]]
+    good, found = (answer(each, asks, [[], [], []]) for each in (logits, spoilt))
+    assert not found[1].finite and found[1].tokens == ()
+    assert good[1].finite and [found[0], found[2]] == [good[0], good[2]]
+
+
+@pytest.mark.parametrize("kind", ASKS)
+def test_a_token_without_any_probability_is_no_mistake(kind: str) -> None:
+    """Whichever way a row is answered; else its fate would hang on its neighbours."""
+    logits = torch.tensor([[1.0, -math.inf, 0.5]])
+    found = one(logits, ASKS[kind])
+    assert found.finite and all(math.isfinite(sure) for sure in found.confidences)
+    assert found.tokens in ((0,), (2,), ())
+    assert not one(torch.full((1, 3), -math.inf), ASKS[kind]).finite

@@ -1,0 +1,199 @@
+"""How far to draft and at which exit, on made-up times and acceptance: a simulation stands in for the model."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_ee.inference.speculation import (
+    EXPLORE,
+    MAX_LENGTH,
+    TRIALS,
+    Acceptance,
+    Costs,
+    Drafter,
+    Plan,
+    bucket,
+)
+
+LAYERS, FINAL = 16, 17
+EXITS = (4, 8)
+HEAD = 0.5
+
+Seconds = Callable[[int], float]
+"""How much longer so many tokens take than one."""
+
+
+def flat(tokens: int) -> float:
+    """Whatever the number of tokens, as where weights have to be read."""
+    return 1.0
+
+
+def linear(tokens: int) -> float:
+    """As where arithmetic takes the time: nothing is won by verifying together."""
+    return float(tokens)
+
+
+def drafter_of() -> Drafter:
+    costs = Costs(dict.fromkeys((*EXITS, FINAL), HEAD))
+    return Drafter(costs, {layer: Acceptance() for layer in EXITS})
+
+
+def simulate(
+    drafter: Drafter,
+    agrees: dict[int, float],
+    rounds: int,
+    *,
+    seconds: Seconds = flat,
+    seed: int = 0,
+    head: float = HEAD,
+    exits: tuple[int, ...] = EXITS,
+    **wanted: Any,
+) -> list[Plan]:
+    """Rounds in which proposals of each exit stand with these chances; exits are a little surer of those that do."""
+    rng, plans = random.Random(seed), []
+    for _ in range(rounds):
+        plan = drafter.plan(exits, 1, **wanted)
+        plans.append(plan)
+        made: list[tuple[float, bool]] = []
+        spent, chance, doubt = 0.0, 1.0, None
+        while len(made) < plan.length:
+            spent += plan.exit + head
+            drafter.costs.observe(plan.exit, 1, plan.exit + head)
+            stands = rng.random() < agrees[plan.exit]
+            sure = rng.uniform(0.5, 1.0) if stands else rng.uniform(0.0, 0.7)
+            chance *= drafter.acceptance[plan.exit].of(sure)
+            if plan.worth > 0 and chance < plan.worth:
+                doubt = (sure, stands)
+                break
+            made.append((sure, stands))
+        if doubt is None and plan.exit:
+            spent += plan.exit  # the last proposal's own way to the exit
+        spent += (LAYERS - plan.exit + HEAD) * seconds(len(made) + 1)
+        stood = next((number for number, (_, stands) in enumerate(made) if not stands), len(made))
+        for number, (sure, _) in enumerate(made[: stood + 1]):
+            drafter.acceptance[plan.exit].observe(sure, number < stood)
+        if doubt is not None and stood == len(made):
+            drafter.acceptance[plan.exit].observe(*doubt)
+        drafter.learn(plan, 1, stood + 1, spent)
+    return plans
+
+
+def late(plans: list[Plan]) -> Counter[int]:
+    """Exits of the second half."""
+    return Counter(plan.exit for plan in plans[len(plans) // 2 :])
+
+
+# -- costs
+
+
+def test_costs_are_what_was_measured() -> None:
+    costs = Costs({4: 0.5, 8: 0.5, FINAL: 2.0})
+    assert costs.seconds(4, 1) == 0.0  # nothing is known
+    costs.observe(4, 1, 9.0)
+    assert costs.seconds(4, 1) == pytest.approx(9.0)
+    # The rest by layers, heads as so many of them: 9 seconds were for 4.5.
+    assert costs.seconds(8, 1) == pytest.approx(17.0)
+    # Of sizes not seen, the nearest counts.
+    costs.observe(4, 8, 18.0)
+    assert costs.seconds(8, 6) == pytest.approx(4 * 8.5)
+    assert costs.seconds(8, 2) == pytest.approx(2 * 8.5)
+
+
+def test_slow_first_times_are_forgotten_and_single_ones_smoothed() -> None:
+    costs = Costs({4: 0.0})
+    costs.observe(4, 1, 100.0)
+    costs.observe(4, 1, 1.0)
+    assert costs.seconds(4, 1) == pytest.approx(1.0)
+    costs.observe(4, 1, 6.0)  # something else ran
+    assert costs.seconds(4, 1) == pytest.approx(2.0)
+    for _ in range(40):
+        costs.observe(4, 1, 3.0)
+    assert costs.seconds(4, 1) == pytest.approx(3.0, rel=0.01)
+
+
+def test_sizes_that_cost_alike_are_one() -> None:
+    assert [bucket(size) for size in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17)] == [
+        *(1, 2, 3, 4),
+        *(6, 6, 8, 8),
+        *(12, 12, 16, 16, 24),
+    ]
+
+
+# -- acceptance
+
+
+def test_acceptance_follows_what_happens() -> None:
+    acceptance = Acceptance()
+    for confidence in (0.05, 0.55, 0.95):
+        assert acceptance.of(confidence) == pytest.approx(confidence, abs=0.051)  # as sure as the exit is
+    for number in range(200):
+        acceptance.observe(0.9, True)
+        acceptance.observe(0.2, number % 4 == 0)
+    assert acceptance.of(0.9) > 0.95 and acceptance.of(0.2) == pytest.approx(0.25, abs=0.1)
+    for _ in range(150):
+        acceptance.observe(0.9, False)
+    assert acceptance.of(0.9) < 0.1
+    assert acceptance.of(1.0) == acceptance.of(0.95) and acceptance.of(0.0) == acceptance.of(0.05)
+
+
+# -- plans
+
+
+def test_an_exit_that_agrees_and_is_cheap_drafts_long() -> None:
+    plans = simulate(drafter_of(), {4: 0.97, 8: 0.97}, 200)
+    assert late(plans)[4] > 80
+    assert {plan.length for plan in plans if plan.exit} == {MAX_LENGTH}
+
+
+def test_the_better_exit_is_preferred_and_found_again_when_the_text_changes() -> None:
+    drafter = drafter_of()
+    assert late(simulate(drafter, {4: 0.2, 8: 0.97}, 200))[8] > 80
+    assert late(simulate(drafter, {4: 0.97, 8: 0.3}, 600, seed=1))[4] > 220
+
+
+def test_falls_to_none_where_drafting_does_not_pay() -> None:
+    assert late(simulate(drafter_of(), {4: 0.02, 8: 0.02}, 300))[0] > 120
+    plans = simulate(drafter_of(), {4: 0.8, 8: 0.8}, 300, seconds=linear)
+    assert late(plans)[0] > 100
+    assert all(plan == Plan() for plan in plans if plan.exit == 0)
+
+
+@pytest.mark.parametrize("agrees", [{4: 0.02, 8: 0.02}, {4: 0.95, 8: 0.1}])
+def test_no_choice_is_given_up_for_good(agrees: dict[int, float]) -> None:
+    plans = simulate(drafter_of(), agrees, 400)
+    assert Counter(plan.exit for plan in plans[: 3 * TRIALS]) == {4: TRIALS, 8: TRIALS, 0: TRIALS}
+    for layer in (0, *EXITS):
+        tried = [number for number, plan in enumerate(plans) if plan.exit == layer]
+        assert max(b - a for a, b in zip(tried, [*tried[1:], len(plans)], strict=True)) <= EXPLORE + 3
+
+
+def test_a_fixed_exit_may_not_rest() -> None:
+    plans = simulate(drafter_of(), {8: 0.02}, 200, exits=(8,), may_rest=False)
+    assert {plan.exit for plan in plans} == {8}
+
+
+def test_a_fixed_length_has_its_exit_chosen() -> None:
+    plans = simulate(drafter_of(), {4: 0.2, 8: 0.97}, 200, length=3)
+    assert {plan.length for plan in plans} == {3} and {plan.worth for plan in plans} == {0.0}
+    assert late(plans)[8] > 80
+
+
+def test_a_proposal_must_be_worth_its_time() -> None:
+    """The surer it has to be, the dearer drafting is."""
+    worth = [simulate(drafter_of(), {4: 0.9}, 100, exits=(4,), head=head)[-1].worth for head in (HEAD, 3.0)]
+    assert 0 < worth[0] < worth[1]
+
+
+def test_what_was_learnt_with_few_rows_does_not_count_for_many() -> None:
+    drafter = drafter_of()
+    assert late(simulate(drafter, {4: 0.97, 8: 0.97}, 100))[4] > 40
+    tried = []
+    for _ in range(3 * TRIALS):
+        tried.append(drafter.plan(EXITS, 8))
+        drafter.learn(tried[-1], 8, 1, 1.0)
+    assert {plan.exit for plan in tried} == {0, *EXITS}
