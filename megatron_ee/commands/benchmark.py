@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ee.commands import DTYPES, Parser, at_least
+from megatron_ee.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_ee.benchmark.ranks import ParallelStep
@@ -26,6 +27,13 @@ holds at its peak with the plan that a run prints before it starts."""
 CONVERT = """Make a random bfloat16 model on disk, convert it to a parallel checkpoint and back, each in a process of
 its own, and compare time with `cp` and SHA-256 of the same bytes; load both on two tensor-parallel ranks, and compare
 with reading the bytes that each needs; save a random state in the background and on the spot."""
+GENERATE = """Decode with the engine: in full mode against transformers' generate and the machine's own bandwidth, in
+speculative mode against transformers with the same exits, in threshold mode along full mode's output, with decisions
+from a trace against its chains timed alone, and in batches. On a released model with tuned exits, or a random one."""
+DECODED: dict[str, dict[str, Any]] = {
+    "270m": {"hidden": 1024, "layers": 16, "vocab": 32000},
+    "1b": {"hidden": 2048, "layers": 20, "vocab": 32000},
+}
 
 SMALL = {
     "hidden": 512,
@@ -56,6 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 SHAPES["13b"] = {**SHAPES["7b"], "hidden": 5120, "layers": 40, "ffn": 13824, "heads": 40}
 PARTS = ("convert", "load", "save")
+DECODING = ("full", "speculative", "threshold", "overhead", "batch")
 PLOTS = (".png", ".pdf", ".svg")
 
 
@@ -79,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     _memory_options(kinds.add_parser("memory", help=about, description=MEMORY))
     about = "conversions and their loading against plain copies and reads"
     _convert_options(kinds.add_parser("convert", help=about, description=CONVERT))
+    about = "decoding in every mode against transformers, full mode and the machine"
+    _generate_options(kinds.add_parser("generate", help=about, description=GENERATE))
     return result
 
 
@@ -90,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         "pipeline": _run_pipeline,
         "memory": _run_memory,
         "convert": _run_convert,
+        "generate": _run_generate,
     }
     return kinds[arguments.what](arguments)
 
@@ -201,6 +213,26 @@ def _convert_options(options: argparse.ArgumentParser) -> None:
         help="measurements of each, the median counts (default: 3 for --shape small, else 1)",
     )
     _json_option(options)
+
+
+def _generate_options(options: argparse.ArgumentParser) -> None:
+    whole = at_least(1)
+    options.add_argument("--parts", choices=DECODING, nargs="+", default=["full"], help="what to measure")
+    options.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory (default: a random model)")
+    options.add_argument("--adapter", type=Path, metavar="DIR", help="its exits (default: untuned ones)")
+    options.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="cut prompts from these files (default: random tokens)"
+    )
+    options.add_argument("--shape", choices=DECODED, default="270m", help="of a random model (default: 270m)")
+    options.add_argument("--exits", type=whole, default=3, metavar="N", help="untuned exits (default: 3)")
+    options.add_argument(
+        "--batches", type=whole, nargs="+", default=[1, 8], metavar="N", help="for full (default: 1 8)"
+    )
+    options.add_argument("--prompts", type=whole, default=4, metavar="N", help="one after another (default: 4)")
+    options.add_argument("--prompt-tokens", type=whole, default=64, metavar="N", help="of each prompt (default: 64)")
+    options.add_argument("--tokens", type=at_least(2), default=96, metavar="N", help="to emit for each (default: 96)")
+    options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype (default: bfloat16)")
+    _common_options(options)
 
 
 def _adder(options: argparse.ArgumentParser, defaults: dict[str, Any] | None) -> Callable[..., None]:
@@ -318,6 +350,30 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         repeats=arguments.repeats or (3 if arguments.shape == "small" else 1),
     )
     return _show(result, print_convert, arguments.json)
+
+
+def _run_generate(arguments: argparse.Namespace) -> int:
+    from megatron_ee.benchmark.generate import Load, benchmark_generate
+    from megatron_ee.benchmark.generate_report import print_generate
+
+    if arguments.adapter is not None and arguments.model is None:
+        raise ConfigError("--adapter: belongs to a model; give it with --model")
+    for text in arguments.text:
+        if not Path(text).is_file():
+            raise ConfigError(f"--text: {text}: no such file")
+    if arguments.text and arguments.model is None:
+        raise ConfigError("--text: a random model has no tokenizer; give a --model")
+    result = benchmark_generate(
+        arguments.model,
+        arguments.adapter,
+        _shape(argparse.Namespace(), DECODED[arguments.shape]),
+        Load(tuple(arguments.text), arguments.prompts, arguments.prompt_tokens, arguments.tokens, arguments.repeats),
+        parts=arguments.parts,
+        batches=arguments.batches,
+        exits=arguments.exits,
+        dtype=arguments.dtype,
+    )
+    return _show(result, print_generate, arguments.json)
 
 
 def _step(arguments: argparse.Namespace, defaults: dict[str, Any], **spread: Any) -> ParallelStep:

@@ -65,8 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     _command("evaluate", *exits, *held_out, "--output", out / "evaluation")
     prompt = arguments.prompt or _beginning(out / "data" / "held_out", base)
     threshold = _threshold(out / "evaluation" / "evaluation.json")
-    for mode in (("--mode", "full"), ("--mode", "threshold", "--threshold", threshold)):
-        _command("generate", *exits, "--prompt", prompt, "--max-tokens", 60, *mode)
+    _command("generate", *exits, "--prompt", prompt, "--max-tokens", 60, "--threshold", threshold, "--compare")
 
     digests = {"backbone_sha256_before": before, "backbone_sha256_after": model.digest(fresh=True)}
     _report(out, digests, time.time() - started)
