@@ -33,10 +33,10 @@ def print_tune(result: TuneBenchmark, console: Console) -> None:
     """Two tables: steps, and the exit loss alone."""
     model = result.model
     console.print(
-        f"{_machine(result.machine)}; {model['parameters'] / 1e6:.0f}M parameters, hidden {model['hidden']}, "
+        f"{machine_line(result.machine)}; {model['parameters'] / 1e6:.0f}M parameters, hidden {model['hidden']}, "
         f"{model['layers']} layers, vocabulary {model['vocab']}, sequence {model['sequence_length']}, micro-batch 1"
     )
-    table = _table(
+    table = make_table(
         "Tuning step, ours against plain PyTorch",
         (
             "dtype",
@@ -56,7 +56,7 @@ def print_tune(result: TuneBenchmark, console: Console) -> None:
     for step in result.steps:
         table.add_row(*_step_row(step))
     console.print(table)
-    table = _table(
+    table = make_table(
         "Exit loss alone, forward and backward",
         ("dtype", "linear_cross_entropy", "plain", "seconds", "", "", "share of matmul rate"),
         ("", "/ ours", "/ ours", "ours", "linear_cross_entropy", "plain", "ours"),
@@ -70,10 +70,10 @@ def print_load(result: LoadBenchmark, console: Console) -> None:
     """One table."""
     model = result.model
     console.print(
-        f"{_machine(result.machine)}; {model['path'] or 'random model'}: {model['bytes'] / 1e6:,.0f} MB in "
+        f"{machine_line(result.machine)}; {model['path'] or 'random model'}: {model['bytes'] / 1e6:,.0f} MB in "
         f"{model['tensors']} tensors, stored {model['stored_dtype']}, loaded {model['dtype']}; files in the page cache"
     )
-    table = _table("Loading against reading the same bytes", ("", "ratio", "seconds", "MB/s"))
+    table = make_table("Loading against reading the same bytes", ("", "ratio", "seconds", "MB/s"))
     rows = (
         ("load", "", result.load_seconds, result.load_rate),
         ("read, bytes dropped", f"load is {result.load_ratio:.2f}x", result.read_seconds, result.read_rate),
@@ -90,8 +90,8 @@ def print_pipeline(result: PipelineBenchmark, console: Console) -> None:
     """Two tables, stages and links, and the efficiency of the whole."""
     stages, microbatches = len(result.stages), result.model["microbatches"]
     computing = "each waits for as long as its work takes alone" if result.simulated else "one thread each"
-    console.print(f"{_machine(result.machine)}; {_shared_step(result.model)}", soft_wrap=True)
-    table = _table(
+    console.print(f"{machine_line(result.machine)}; {_shared_step(result.model)}", soft_wrap=True)
+    table = make_table(
         f"{stages} stages, {computing}; {microbatches} microbatches per step",
         ("stage", "layers", "exits after", "forward", "final exit", "exits", "busy", "", ""),
         ("", "", "", "ms", "ms", "ms", "measured", "expected", "planned"),
@@ -100,7 +100,7 @@ def print_pipeline(result: PipelineBenchmark, console: Console) -> None:
         table.add_row(str(index), *_share_row(stage))
     console.print(table)
     if result.links:
-        table = _table("Sent per microbatch", ("link", "what", "bytes", "least possible", "ratio"))
+        table = make_table("Sent per microbatch", ("link", "what", "bytes", "least possible", "ratio"))
         for link in result.links:
             table.add_row(*_link_row(link))
         console.print(table)
@@ -113,8 +113,8 @@ def print_pipeline(result: PipelineBenchmark, console: Console) -> None:
 
 def print_memory(result: MemoryBenchmark, console: Console) -> None:
     """One table, and all ranks together."""
-    console.print(f"{_machine(result.machine)}; {_shared_step(result.model)}", soft_wrap=True)
-    table = _table(
+    console.print(f"{machine_line(result.machine)}; {_shared_step(result.model)}", soft_wrap=True)
+    table = make_table(
         f"Memory {'resident' if result.resident else 'in use'} at the peak, beyond the libraries, of each rank; MiB",
         ("rank", "measured", "planned", "measured", "weights", "gradients", "optimizer", "activations", "transfer"),
         ("", "", "", "/ planned", "planned", "", "", "", ""),
@@ -134,7 +134,7 @@ FORMATS = {"hf": "Hugging Face", "parallel": "parallel"}
 
 def print_convert(result: ConvertBenchmark, console: Console) -> None:
     """A table for each part."""
-    console.print(_machine(result.machine), soft_wrap=True)
+    console.print(machine_line(result.machine), soft_wrap=True)
     if result.convert is not None:
         _print_conversion(result.convert, console)
     if result.load is not None:
@@ -146,7 +146,7 @@ def print_convert(result: ConvertBenchmark, console: Console) -> None:
 def _print_conversion(result: Conversion, console: Console) -> None:
     console.print(_stored_model(result.model), soft_wrap=True)
     layout = result.layout
-    table = _table(
+    table = make_table(
         f"Hugging Face to parallel (tensor {layout['tensor']}, pipeline {layout['pipeline']}) and back, against cp and "
         "hashes of the same bytes",
         ("to", "convert", "seconds", "", "", "convert", "memory", "target", "libraries"),
@@ -167,7 +167,7 @@ def _print_conversion(result: Conversion, console: Console) -> None:
 
 def _print_loads(result: ShardedLoads, console: Console) -> None:
     console.print(_stored_model(result.model), soft_wrap=True)
-    table = _table(
+    table = make_table(
         f"Loading on {result.tensor} tensor-parallel ranks, against reading (verified: and hashing) what each needs",
         ("from", "in page", "load", "load", "seconds", "", "", "load", "read", "from disk"),
         ("", "cache", "/ kept", "/ dropped", "load", "kept", "dropped", "MB/s", "/ needed", "/ needed"),
@@ -180,7 +180,7 @@ def _print_loads(result: ShardedLoads, console: Console) -> None:
 
 
 def _print_saves(result: SavingBenchmark, console: Console) -> None:
-    table = _table(
+    table = make_table(
         f"Tuning stands still for a save of {_mb(result.state['bytes'])} MB in {result.state['tensors']} tensors",
         ("", "seconds", "ratio"),
     )
@@ -296,7 +296,8 @@ def _loss_row(loss: LossComparison) -> Iterable[str]:
     )
 
 
-def _table(title: str, *headers: Iterable[str]) -> Table:
+def make_table(title: str, *headers: Iterable[str]) -> Table:
+    """A table with headers of one line or more; all columns but the first are figures."""
     from rich import box
     from rich.table import Table
 
@@ -310,6 +311,7 @@ def _mb(size: float) -> str:
     return f"{size / 1e6:,.0f}"
 
 
-def _machine(machine: dict[str, Any]) -> str:
+def machine_line(machine: dict[str, Any]) -> str:
+    """What was measured on."""
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
     return f"{where}, load before {machine['load_before']:.1f}" if "load_before" in machine else where
