@@ -10,9 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from megatron_ee.inference.heads import Answer, Ask
+from megatron_ee.inference.heads import Ask
+from megatron_ee.inference.links import Places, StageLink
 from megatron_ee.inference.memory import Budget
 from megatron_ee.inference.outputs import Output
 from megatron_ee.inference.passes import Chain, Work
@@ -22,56 +22,6 @@ from megatron_ee.inference.speculation import Drafter
 
 PASS_TOKENS = 512
 """Tokens of a prompt that run at a time: as many as products need to be fast, few enough that others wait little."""
-
-
-class StageLink(Protocol):
-    """One stage as the engine sees it; what is called is done in that order. See ``local`` and ``remote``."""
-
-    def open(self, row: int, limit: int) -> None:
-        """Make an empty row for at most ``limit`` positions."""
-
-    def close(self, row: int) -> None:
-        """Forget a row."""
-
-    def crop(self, row: int, length: int) -> None:
-        """Take back the positions of a row from ``length`` on."""
-
-    def copy(self, row: int, other: int) -> None:
-        """Let row ``other`` go on from where ``row`` is."""
-
-    def run(self, chain: Chain) -> None:
-        """Start a chain."""
-
-    def receive(self, rows: Sequence[int]) -> None:
-        """Take the hidden states of these rows that the stage before sends at the end of a chain."""
-
-    def answers(self) -> list[Answer]:
-        """Of the oldest chain that asks and whose answers were not taken; waits for them."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where rows stop.
-
-    Attributes:
-        ends: by stage, its last layer; of the last stage the place of the final exit.
-        exits: layers of all exits.
-        layer_exits: those of them with a decoder layer of their own.
-    """
-
-    ends: tuple[int, ...]
-    exits: tuple[int, ...]
-    layer_exits: frozenset[int] = frozenset()
-
-    @property
-    def final(self) -> int:
-        """Place of the final exit."""
-        return self.ends[-1]
-
-    def layers(self, start: int, stop: int) -> int:
-        """Decoder layers between two places, with those of the exits that are passed or reached."""
-        between = min(stop, self.final - 1) - min(start, self.final - 1)
-        return between + sum(start < layer <= stop for layer in self.layer_exits)
 
 
 @dataclass

@@ -17,8 +17,9 @@ from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError, UserError
-from megatron_ee.inference.core import PASS_TOKENS, Core, Places, StageLink
+from megatron_ee.inference.core import PASS_TOKENS, Core
 from megatron_ee.inference.engine import Engine, make_output
+from megatron_ee.inference.links import Places, StageLink
 from megatron_ee.inference.memory import Budget, stage_memory
 from megatron_ee.inference.messages import Mail, share
 from megatron_ee.inference.passes import StageRunner

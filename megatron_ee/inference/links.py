@@ -1,0 +1,63 @@
+"""The stages as the engine sees them, and the places where rows stop in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_ee.inference.heads import Answer
+from megatron_ee.inference.passes import Chain
+
+
+class StageLink(Protocol):
+    """One stage as the engine sees it; what is called is done in that order.
+
+    ``passes.StageRunner`` is one in this process, ``remote.RemoteStage`` one in another.
+    """
+
+    def open(self, row: int, limit: int) -> None:
+        """Make an empty row for at most ``limit`` positions."""
+
+    def close(self, row: int) -> None:
+        """Forget a row."""
+
+    def crop(self, row: int, length: int) -> None:
+        """Take back the positions of a row from ``length`` on."""
+
+    def copy(self, row: int, other: int) -> None:
+        """Let row ``other`` go on from where ``row`` is."""
+
+    def run(self, chain: Chain) -> None:
+        """Start a chain."""
+
+    def receive(self, rows: Sequence[int]) -> None:
+        """Take the hidden states of these rows that the stage before sends at the end of a chain."""
+
+    def answers(self) -> list[Answer]:
+        """Of the oldest chain that asks and whose answers were not taken; waits for them."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows stop.
+
+    Attributes:
+        ends: by stage, its last layer; of the last stage the place of the final exit.
+        exits: layers of all exits.
+        layer_exits: those of them with a decoder layer of their own.
+    """
+
+    ends: tuple[int, ...]
+    exits: tuple[int, ...]
+    layer_exits: frozenset[int] = frozenset()
+
+    @property
+    def final(self) -> int:
+        """Place of the final exit."""
+        return self.ends[-1]
+
+    def layers(self, start: int, stop: int) -> int:
+        """Decoder layers between two places, with those of the exits that are passed or reached."""
+        between = min(stop, self.final - 1) - min(start, self.final - 1)
+        return between + sum(start < layer <= stop for layer in self.layer_exits)
