@@ -1,18 +1,19 @@
-"""Greedy decoding equals transformers' ``generate``, token for token: in full mode, and while every exit is asked."""
+"""Greedy decoding equals transformers' ``generate``, token for token: full, while exits are asked, and drafting."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron_ee.inference.decoder import Row, decode
 from torch import Tensor
 
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.model.stage import Stage
 from megatron_ee.testing.models import FAMILIES, tiny_model
 
@@ -68,28 +69,29 @@ def transformers_greedy(model: Any, prompt: list[int], eos: int | list[int]) -> 
     return result
 
 
-def ours(stage: Stage, prompt: list[int], policy: ExitPolicy | None, eos: tuple[int, ...] = ()) -> list[int]:
-    row = Row(stage, stage.setup.architecture.max_positions)
-    emitted = list(decode(stage, row, prompt, policy, eos, NEW))
-    assert {e.layer for e in emitted} == {stage.setup.architecture.num_layers}
-    assert row.deferred == 0
-    return [e.token for e in emitted]
+def ours(stage: Stage, requests: Sequence[Request], **options: Any) -> list[list[int]]:
+    engine = make_engine(stage, **options)
+    return [[token.id for token in outputs[0].tokens] for outputs in engine.generate(requests)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy(family: str, lively_model: Lively, load_stage: LoadStage) -> None:
     path, model = lively_model(family)
     bare, with_exits = load_stage(path), load_stage(path, EXITS)
-    variety = 0
-    for length in LENGTHS:
-        prompt = prompt_of(length)
-        theirs = transformers_greedy(model, prompt, NEVER)
-        assert len(theirs) == NEW
-        assert ours(bare, prompt, None) == theirs
-        assert ours(with_exits, prompt, ExitPolicy(1.5)) == theirs
-        assert ours(with_exits, prompt, ExitPolicy(1.5, max_deferred=0)) == theirs
-        variety = max(variety, len(set(theirs)))
-    assert variety > 10, "a model that repeats itself shows little"
+    prompts = [prompt_of(length) for length in LENGTHS]
+    theirs = [transformers_greedy(model, prompt, NEVER) for prompt in prompts]
+    assert {len(tokens) for tokens in theirs} == {NEW}
+    assert max(len(set(tokens)) for tokens in theirs) > 10, "a model that repeats itself shows little"
+    kinds: dict[str, dict[str, Any]] = {
+        "full": {},
+        "threshold": {"mode": "threshold", "policy": ExitPolicy(1.5)},
+        **{f"exit {layer}": {"mode": "speculative", "draft": Draft(layer, 3)} for layer in (1, 2, 3)},
+    }
+    for kind, fields in kinds.items():
+        requests = [Request(prompt, max_tokens=NEW, **fields) for prompt in prompts]
+        assert ours(with_exits, requests) == theirs, f"{kind}, as one batch"
+        assert [ours(with_exits, [request])[0] for request in requests] == theirs, f"{kind}, one by one"
+    assert ours(bare, [Request(prompt, max_tokens=NEW) for prompt in prompts]) == theirs
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -102,4 +104,6 @@ def test_end_of_text(several: bool, lively_model: Lively, load_stage: LoadStage)
     eos = [unused, free[first]] if several else [free[first]]
     theirs = transformers_greedy(model, prompt, eos if several else eos[0])
     assert theirs == free[: first + 1]
-    assert ours(load_stage(path), prompt, None, tuple(eos)) == theirs
+    stage = load_stage(path, EXITS)
+    for fields in ({}, {"mode": "speculative", "draft": Draft(3, 4)}):
+        assert ours(stage, [Request(prompt, max_tokens=NEW, **fields)], eos=eos) == [theirs]

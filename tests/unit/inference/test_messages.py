@@ -71,6 +71,7 @@ def test_settings() -> None:
             policy=ExitPolicy(0.1, {2: 0.5, 11: 1.5}, "margin", 3, 4),
             draft=Draft(),
             exits=(2, 11),
+            drafting=(2,),
             sampling=DRAWN,
             ends=frozenset([7, 3]),
             eos=frozenset([3]),
@@ -78,9 +79,17 @@ def test_settings() -> None:
             follow=(1, 2, 3),
             **common,
         ),
-        Settings(mode="speculative", policy=ExitPolicy(), draft=Draft(2, 0), exits=(), sampling=Sampling(), **common),
+        Settings(
+            mode="speculative",
+            policy=ExitPolicy(),
+            draft=Draft(2, 0),
+            exits=(),
+            drafting=(),
+            sampling=Sampling(),
+            **common,
+        ),
     ):
         received = unpack_settings(sent(pack_settings(settings)))
         assert received == settings
-        for name in ("prompt", "exits", "follow", "policy", "draft", "sampling", "logprobs"):
+        for name in ("prompt", "exits", "drafting", "follow", "policy", "draft", "sampling", "logprobs"):
             assert same_types(getattr(received, name), getattr(settings, name))
