@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ee.checkpoint.conversion.copy import write_output
 from megatron_ee.checkpoint.conversion.formats import open_contents
-from megatron_ee.checkpoint.megatron.export import export_torch_dist
+from megatron_ee.checkpoint.megatron.export import to_torch_dist
 from megatron_ee.checkpoint.megatron.torch_dist import open_torch_dist
 from megatron_ee.config.architecture import read_architecture
 from megatron_ee.parallel.groups import process_groups
@@ -36,7 +37,7 @@ def test_ranks_of_megatron_read_an_export_and_write_what_is_imported(
     tensor: int, pipeline: int, tied: bool, saved_model: Callable[..., tuple[Path, Any]], tmp_path: Path
 ) -> None:
     path, reference = saved_model("llama2", num_key_value_heads=2, tie_word_embeddings=tied)
-    export_torch_dist(open_contents(path), tmp_path / "export")
+    write_output(to_torch_dist(open_contents(path)), tmp_path / "export")
     tokens = torch.randint(131, (2, 16), generator=torch.Generator().manual_seed(2))
     checkpoint, output = tmp_path / "export" / "release", tmp_path / "saved"
     found = run_ranks(tensor * pipeline, exchange, path, checkpoint, output, tensor, pipeline, tokens)

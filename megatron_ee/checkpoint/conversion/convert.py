@@ -13,7 +13,7 @@ from megatron_ee.checkpoint.conversion.contents import Contents
 from megatron_ee.checkpoint.conversion.copy import write_output
 from megatron_ee.checkpoint.conversion.edit import add_exits, change_heads, check_exits, drop_exits, merge_exits
 from megatron_ee.checkpoint.conversion.formats import open_contents
-from megatron_ee.checkpoint.conversion.outputs import Output, OutputFile, whole_part
+from megatron_ee.checkpoint.conversion.outputs import Output
 from megatron_ee.checkpoint.conversion.shallow import shallow_model
 from megatron_ee.checkpoint.conversion.to_adapter import to_adapter
 from megatron_ee.checkpoint.conversion.to_hf import SHARD, to_hf
@@ -106,7 +106,7 @@ def prepare(request: Request) -> tuple[Contents, Contents]:
 
 
 def plan_output(contents: Contents, request: Request) -> Output:
-    """The files to write; of a Megatron checkpoint, whose files others lay out, only what will be in it.
+    """The files to write.
 
     Raises:
         CheckpointError: ``contents`` lacks what the format is for.
@@ -117,8 +117,10 @@ def plan_output(contents: Contents, request: Request) -> Output:
     if request.to == "adapter":
         return to_adapter(contents)
     if request.to == "megatron":
-        parts = tuple(whole_part(name, tensor) for name, tensor in contents.backbone.items())
-        return Output("Megatron torch_dist checkpoint", (OutputFile("iter_0000001/*.distcp", parts),), contents.assets)
+        # It imports torch's distributed checkpoints, and with them pickle.
+        from megatron_ee.checkpoint.megatron.export import to_torch_dist
+
+        return to_torch_dist(contents)
     arch = contents.architecture
     stages = request.stages or (even_stages(arch.num_layers, request.pipeline) if arch is not None else ())
     return to_parallel(contents, tensor=request.tensor, stages=stages)
@@ -130,14 +132,6 @@ def write(contents: Contents, request: Request, output: Path) -> None:
     Raises:
         CheckpointError: something cannot be read or written; the same request goes on where this one stopped.
     """
-    if request.to == "megatron":
-        # It imports torch's distributed checkpoints, and with them pickle.
-        from megatron_ee.checkpoint.megatron.export import export_torch_dist
-
-        total = sum(tensor.nbytes for tensor in contents.backbone.values())
-        with track(total, "B", f"writing {output}") as bar:
-            export_torch_dist(contents, output, advance=bar.advance)
-        return
     plan = plan_output(contents, request)
     with track(plan.nbytes, "B", f"writing {output}") as bar:
         write_output(plan, output, advance=bar.advance, report=bar.note)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.atomic import clear_leftovers, commit_directory, storage_errors, write_file, write_json
@@ -26,7 +25,7 @@ from megatron_ee.checkpoint.conversion.outputs import Output, OutputFile, Part, 
 from megatron_ee.checkpoint.digest import BlockHasher, hash_range
 from megatron_ee.checkpoint.failpoints import failpoint
 from megatron_ee.checkpoint.manifest import BLOCK
-from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES, write_safetensors
+from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_ee.config.untrusted import open_regular, read_json
 from megatron_ee.errors import CheckpointError
 
@@ -53,9 +52,9 @@ def write_output(
         CheckpointError: ``final`` exists, another conversion writes there, the disk is too small, or something cannot
             be read or written.
     """
-    if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
-        raise CheckpointError(f"{final}: exists already; nothing is overwritten, choose another --output")
+    check_new(final)
     with _work_directory(final) as work:
+        _clear_others(output, work)
         _check_space(output, work)
         written = _write_files(output, work, advance, report)
         failpoint("convert.finish")
@@ -73,9 +72,15 @@ def write_output(
         commit_directory(work, final)
 
 
+def check_new(final: Path) -> None:
+    """Refuse an output that is there already, unless it is an empty directory. Raises CheckpointError: it is."""
+    if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
+        raise CheckpointError(f"{final}: exists already; nothing is overwritten, choose another --output")
+
+
 @contextlib.contextmanager
 def _work_directory(final: Path) -> Iterator[Path]:
-    """The directory that is written in, held by a lock; what is in it stays when the body fails."""
+    """The directory that is written in, held by a lock; finished files in it stay when the body fails."""
     work = final.with_name(f"{final.name}.converting")
     with storage_errors(work, "write"):
         (work / PROGRESS).mkdir(parents=True, exist_ok=True)
@@ -88,9 +93,31 @@ def _work_directory(final: Path) -> Iterator[Path]:
         except OSError:
             pass  # a file system without locks: the final rename still lets one of two win
         clear_leftovers(work)
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if work.is_dir() and not any((work / PROGRESS).iterdir()):
+                shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
+            raise
     finally:
         os.close(fd)
+
+
+def _clear_others(output: Output, work: Path) -> None:
+    """Remove files that are no part of ``output``: another command, with other options, was interrupted here."""
+    own = {work / file.name for file in output.files} | {_record(file, work) for file in output.files}
+    with storage_errors(work, "clean up"):
+        for path in sorted(work.rglob("*"), reverse=True):  # what is in a directory comes before it
+            if path.is_dir() and not path.is_symlink():
+                if path != work / PROGRESS and not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in own and path != work / LOCK:
+                path.unlink()
+
+
+def _record(file: OutputFile, work: Path) -> Path:
+    """Where it is noted that a file is finished."""
+    return work / PROGRESS / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.json"
 
 
 def _check_space(output: Output, work: Path) -> None:
@@ -117,7 +144,7 @@ def _write_files(
 
     def make(file: OutputFile) -> Written:
         fingerprint = _fingerprint(file)
-        record = work / PROGRESS / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.json"
+        record = _record(file, work)
         kept = _finished(work / file.name, record, fingerprint)
         if kept is not None:
             report(f"{file.name}: finished by an earlier run, kept")
@@ -146,12 +173,9 @@ def _write_files(
 def _write_file(file: OutputFile, path: Path, stop: threading.Event, count: Callable[[int], None]) -> Written:
     with storage_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    parts = {part.name: part for part in file.parts}
-    shapes = {name: torch.empty(part.shape, dtype=part.tensor.dtype, device="meta") for name, part in parts.items()}
 
-    def content(name: str) -> Iterator[Tensor]:
-        part = parts[name]
-        for slab in part.tensor.slabs(part.offset, part.shape):
+    def watch(slabs: Iterator[Tensor]) -> Iterator[Tensor]:
+        for slab in slabs:
             if stop.is_set():
                 raise CheckpointError(f"{path}: not finished, because another file failed")
             failpoint("convert.file")
@@ -159,7 +183,7 @@ def _write_file(file: OutputFile, path: Path, stop: threading.Event, count: Call
             count(slab.numel() * slab.element_size())
 
     hasher = BlockHasher(BLOCK)
-    write_safetensors(path, shapes, {"format": "pt"}, on_bytes=hasher.update, content=content)
+    file.write(path, file.parts, watch, hasher.update)
     return Written(hasher.total, hasher.finish())
 
 

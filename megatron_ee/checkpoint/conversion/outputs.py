@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.safetensors_file import write_safetensors
 from megatron_ee.checkpoint.tensors import StoredTensor
+
+Watch = Callable[[Iterator[Tensor]], Iterator[Tensor]]
+OnBytes = Callable[[memoryview], None]
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,38 @@ def whole_part(name: str, tensor: StoredTensor) -> Part:
     return Part(name, name, tensor, (0,) * len(tensor.shape), tensor.shape)
 
 
+def write_parts(path: Path, parts: Sequence[Part], watch: Watch, on_bytes: OnBytes) -> None:
+    """Write a safetensors file, a few MiB at a time.
+
+    Args:
+        watch: every tensor's runs of rows go through it; it counts them, and may raise.
+        on_bytes: told all bytes of the file in their order.
+
+    Raises:
+        CheckpointError: something cannot be read or written.
+    """
+    named = {part.name: part for part in parts}
+    shapes = {name: torch.empty(part.shape, dtype=part.tensor.dtype, device="meta") for name, part in named.items()}
+
+    def content(name: str) -> Iterator[Tensor]:
+        return watch(named[name].tensor.slabs(named[name].offset, named[name].shape))
+
+    write_safetensors(path, shapes, {"format": "pt"}, on_bytes=on_bytes, content=content)
+
+
 @dataclass(frozen=True)
 class OutputFile:
-    """A safetensors file to be written: its path in the output, and what is in it."""
+    """A file of tensors to be written.
+
+    Attributes:
+        name: its path in the output.
+        parts: what is in it.
+        write: writes it, as ``write_parts`` does; equal parts always give equal bytes.
+    """
 
     name: str
     parts: tuple[Part, ...]
+    write: Callable[[Path, Sequence[Part], Watch, OnBytes], None] = write_parts
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_ee.checkpoint.conversion.contents import Contents
-from megatron_ee.checkpoint.conversion.outputs import Output
+from megatron_ee.checkpoint.conversion.outputs import Output, OutputFile
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.tables import add_columns, make_console, new_table
 
@@ -37,13 +37,17 @@ def print_contents(contents: Contents, output: TextIO | None = None) -> None:
 
 def print_plan(plan: Output, directory: Path, output: TextIO | None = None) -> None:
     """The files that would be written, with sizes."""
+
+    def tensors(file: OutputFile) -> int:
+        return len({part.key for part in file.parts})
+
     console = make_console(output)
     table = new_table(f"Write: {directory} ({plan.format})", console)
     add_columns(table, "file", words=True)
     add_columns(table, "tensors", "MB")
     for file in plan.files:
-        table.add_row(file.name, str(len(file.parts)), f"{file.nbytes / 1e6:,.1f}")
-    table.add_row("all", str(sum(len(file.parts) for file in plan.files)), f"{plan.nbytes / 1e6:,.1f}")
+        table.add_row(file.name, str(tensors(file)), f"{file.nbytes / 1e6:,.1f}")
+    table.add_row("all", str(sum(tensors(file) for file in plan.files)), f"{plan.nbytes / 1e6:,.1f}")
     console.print(table)
 
 

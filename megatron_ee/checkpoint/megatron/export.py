@@ -8,22 +8,21 @@ tensor is cut for any tensor-parallel size: whoever loads it reads the boxes tha
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import math
-import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_ee.checkpoint.atomic import new_directory, new_file, write_all, write_file
+from megatron_ee.checkpoint.atomic import new_file, write_all
 from megatron_ee.checkpoint.conversion.contents import Contents
-from megatron_ee.checkpoint.failpoints import failpoint
+from megatron_ee.checkpoint.conversion.outputs import OnBytes, Output, OutputFile, Part, Watch, Written, split_parts
 from megatron_ee.checkpoint.megatron.names import LAYERS, fuse, parameters
 from megatron_ee.checkpoint.megatron.settings import to_args
 from megatron_ee.checkpoint.megatron.torch_dist import COMMON, RELEASED, SETTINGS, TRACKER
@@ -31,7 +30,8 @@ from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, storage_errors
 
-EXTRA = "__0_2.distcp"
+RELEASE = "release"
+SHARD = 2 * 2**30  # bytes per file: enough files to write several at a time, and little to do again
 DIVISIBLE = 128
 """The vocabulary is padded to a multiple of it, as Megatron does without tensor parallelism; loading pads further."""
 ITEM = 8 * 2**20  # bytes of a tensor that are in memory, and become one item of a file, at a time
@@ -48,72 +48,58 @@ MODULES = (
 
 None has any without FP8, but loading fails where one is missing; one too many is not looked at.
 """
-WRITERS = 2
-"""Files written at a time: one is read for while the other is written."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """A box of a tensor, whole rows of it, that becomes one item of a file.
+class Place:
+    """Where a part is: its file, position and length there, in bytes."""
 
-    Attributes:
-        key: of the whole tensor.
-        offset: of the box in it.
-        shape: of the box, of as many dimensions.
-        tensor: what it is a box of; where layers are stacked, that of the layer, which has a dimension less.
-        released: bytes of it that are not padding.
-    """
-
-    key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    tensor: StoredTensor
-    released: int
+    file: str
+    position: int
+    length: int
 
 
-def export_torch_dist(contents: Contents, output: Path, *, advance: Callable[[int], None] | None = None) -> None:
-    """Write the backbone of ``contents`` to the new directory ``output``, with its small files in ``huggingface/``.
+def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> Output:
+    """The backbone of ``contents`` in ``release/``, its small files in ``release/huggingface/``.
 
     Exits are left out: Megatron has no place for them.
 
     Args:
-        advance: called with the number of bytes of released tensors just written.
+        shard: bytes of tensors per file, at most.
 
     Raises:
-        CheckpointError: there is no backbone, ``output`` exists, or something cannot be read or written; then nothing
-            is left behind.
+        CheckpointError: there is no backbone, or Megatron cannot hold its dtypes together.
     """
     arch = contents.architecture
     if arch is None or not contents.backbone:
         raise CheckpointError(f"{contents.source}: holds exits but no backbone; give the model with --model")
     vocabulary = -(-arch.vocab_size // DIVISIBLE) * DIVISIBLE
-    shapes, items = _plan(contents, arch, vocabulary)
-    with new_directory(output) as temporary:
-        _check_space(items, temporary)
-        directory = temporary / "release"
-        with storage_errors(directory, "write"):
-            (directory / RELEASED).mkdir(parents=True)
-        places = _write_items(items, directory, advance or (lambda count: None))
-        _write_metadata(directory, shapes, items, places, arch.num_layers)
-        for name, source in contents.assets.items():
-            with storage_errors(directory / RELEASED / name, "write"):
-                (directory / RELEASED / name).parent.mkdir(parents=True, exist_ok=True)
-                content = source if isinstance(source, bytes) else source.read_bytes()
-            write_file(directory / RELEASED / name, content)
-        write_file(directory / COMMON, _saved(_common(arch, vocabulary)))
+    shapes, parts = _plan(contents, arch, vocabulary)
+    runs = list(split_parts(parts, shard))
+    files = tuple(OutputFile(f"{RELEASE}/__0_{number}.distcp", run, write_items) for number, run in enumerate(runs))
+
+    def finish(directory: Path, written: Mapping[str, Written]) -> dict[str, bytes]:
+        extra = f"__0_{len(files)}.distcp"
+        _write_metadata(directory / RELEASE, shapes, _places(files), extra, arch.num_layers)
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         common = {"common_backend": "torch", "common_backend_version": 1}
-        write_file(directory / SETTINGS, json.dumps(backend | common).encode())
-        write_file(temporary / TRACKER, b"release")
-        failpoint("convert.rename")
+        return {
+            f"{RELEASE}/{extra}": _saved([None]),
+            f"{RELEASE}/{COMMON}": _saved(_common(arch, vocabulary)),
+            f"{RELEASE}/{SETTINGS}": json.dumps(backend | common).encode(),
+            TRACKER: RELEASE.encode(),
+        }
+
+    assets = {f"{RELEASE}/{RELEASED}/{name}": source for name, source in contents.assets.items()}
+    return Output("Megatron torch_dist checkpoint", files, assets, finish)
 
 
 def _plan(
     contents: Contents, arch: Architecture, vocabulary: int
-) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], list[Item]]:
-    """Dtype and shape of every tensor by key, and the items that they are written as."""
+) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], list[Part]]:
+    """Dtype and shape of every tensor by key, and the boxes that become one item of a file each."""
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    items: list[Item] = []
+    parts: list[Part] = []
     for parameter in parameters(arch):
         rows = vocabulary if parameter.sources[0].kind == "vocabulary" else 0
         for layer, source in enumerate(parameter.sources):
@@ -124,78 +110,61 @@ def _plan(
                     f"{contents.source}: {source.names[0]} is {tensor.dtype}, unlike those of other layers, which "
                     "Megatron stacks with it; convert them to one dtype first"
                 )
-            real = sum(contents.backbone[name].shape[0] for name in source.names)
-            lead = (layer,) if parameter.stacked else ()
-            items += list(_cut(parameter.key, lead, tensor, real))
-    return shapes, items
+            parts += list(_cut(parameter.key, (layer,) if parameter.stacked else (), tensor))
+    return shapes, parts
 
 
-def _cut(key: str, lead: tuple[int, ...], tensor: StoredTensor, real: int) -> Iterator[Item]:
-    """Runs of rows of at most ``ITEM`` bytes; the first ``real`` rows are not padding."""
-    row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-    step = max(1, ITEM // row)
+def _cut(key: str, lead: tuple[int, ...], tensor: StoredTensor) -> Iterator[Part]:
+    """Runs of rows of at most ``ITEM`` bytes; where layers are stacked, ``lead`` is the number of this one."""
+    step = max(1, ITEM // (math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for first in range(0, tensor.shape[0], step):
-        count = min(step, tensor.shape[0] - first)
         inner = (0,) * (len(tensor.shape) - 1)
-        shape = (*(1 for _ in lead), count, *tensor.shape[1:])
-        yield Item(key, (*lead, first, *inner), shape, tensor, max(0, min(first + count, real) - first) * row)
+        shape = (*(1 for _ in lead), min(step, tensor.shape[0] - first), *tensor.shape[1:])
+        yield Part(key, key, tensor, (*lead, first, *inner), shape)
 
 
-def _check_space(items: Sequence[Item], directory: Path) -> None:
-    needed = sum(math.prod(item.shape) * item.tensor.dtype.itemsize for item in items)
-    with storage_errors(directory, "measure the free space"):
-        free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise CheckpointError(
-            f"{directory.parent}: needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; "
-            "free some space or choose another --output"
-        )
+def write_items(path: Path, parts: Sequence[Part], watch: Watch, on_bytes: OnBytes) -> None:
+    """Write a ``*.distcp`` file: one ``torch.save`` per part, end to end. As ``outputs.write_parts``."""
+    buffer = io.BytesIO()  # one for all items: new ones would leave holes in memory
+    with new_file(path) as fd:
+        for part, values in zip(parts, watch(_values(part) for part in parts), strict=True):
+            length = _save(values, buffer)
+            assert length == _saved_length(part.shape, values.dtype), "where items are follows from their shapes"
+            with buffer.getbuffer() as data:
+                write_all(fd, data[:length])
+                on_bytes(data[:length])
 
 
-def _write_items(items: Sequence[Item], directory: Path, advance: Callable[[int], None]) -> list[tuple[str, int, int]]:
-    """Write ``*.distcp``; returns each item's file, position and length."""
-    stop, lock = threading.Event(), threading.Lock()
-    places: list[tuple[str, int, int]] = [("", 0, 0)] * len(items)
-
-    def write(writer: int) -> None:
-        name, position = f"__0_{writer}.distcp", 0
-        buffer = io.BytesIO()  # one for all items: new ones would leave holes in memory
-        with new_file(directory / name) as fd:
-            for number in range(writer, len(items), WRITERS):
-                if stop.is_set():
-                    raise CheckpointError(f"{directory / name}: not finished, because another file failed")
-                failpoint("convert.file")
-                length = _save_item(items[number], buffer)
-                with buffer.getbuffer() as data:
-                    write_all(fd, data[:length])
-                places[number] = name, position, length
-                position += length
-                with lock:
-                    advance(items[number].released)
-
-    with ThreadPoolExecutor(WRITERS) as pool:
-        futures = [pool.submit(write, writer) for writer in range(WRITERS)]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
-            stop.set()
-            raise
-    return places
+def _values(part: Part) -> Tensor:
+    values = torch.empty(part.shape, dtype=part.tensor.dtype)
+    stacked = len(part.shape) - len(part.tensor.shape)
+    part.tensor.read(values[0] if stacked else values, part.offset[stacked:])
+    return values
 
 
-def _save_item(item: Item, buffer: io.BytesIO) -> int:
+def _save(values: Tensor, buffer: io.BytesIO) -> int:
     """Write what ``torch.save`` makes of an item to the start of ``buffer``; returns its length.
 
     Not straight to the file: where the disk is full, torch's writer ends the process.
     """
-    values = torch.empty(item.shape, dtype=item.tensor.dtype)
-    stacked = len(item.shape) - len(item.tensor.shape)
-    item.tensor.read(values[0] if stacked else values, item.offset[stacked:])
     buffer.seek(0)
     torch.save(values, buffer)
     return buffer.tell()
+
+
+@functools.lru_cache(maxsize=256)
+def _saved_length(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return _save(torch.zeros(shape, dtype=dtype), io.BytesIO())
+
+
+def _places(files: Sequence[OutputFile]) -> Iterator[tuple[Part, Place]]:
+    """Every part and where it is, in the order of the files. A file kept of an earlier try has the same places."""
+    for file in files:
+        position = 0
+        for part in file.parts:
+            length = _saved_length(part.shape, part.tensor.dtype)
+            yield part, Place(Path(file.name).name, position, length)
+            position += length
 
 
 def _saved(value: Any) -> bytes:
@@ -207,11 +176,11 @@ def _saved(value: Any) -> bytes:
 def _write_metadata(
     directory: Path,
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    items: Sequence[Item],
-    places: Sequence[tuple[str, int, int]],
+    places: Iterator[tuple[Part, Place]],
+    extra: str,
     num_layers: int,
 ) -> None:
-    """Write ``.metadata``, with torch's own classes and writer, and the one extra state that all modules share."""
+    """Write ``.metadata``, with torch's own classes and writer. All modules share the one extra state in ``extra``."""
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -226,17 +195,14 @@ def _write_metadata(
         for key, (dtype, shape) in shapes.items()
     }
     results = []
-    for item, (name, position, length) in zip(items, places, strict=True):
-        chunks = tensors[item.key].chunks
-        index = dcp.MetadataIndex(item.key, item.offset, len(chunks))
-        chunks.append(dcp.ChunkStorageMetadata(torch.Size(item.offset), torch.Size(item.shape)))
-        results.append(WriteResult(index, length, _StorageInfo(name, position, length)))
-    nothing = _saved([None])
-    write_file(directory / EXTRA, nothing)
+    for part, place in places:
+        chunks = tensors[part.key].chunks
+        index = dcp.MetadataIndex(part.key, part.offset, len(chunks))
+        chunks.append(dcp.ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.shape)))
+        results.append(WriteResult(index, place.length, _StorageInfo(place.file, place.position, place.length)))
+    nothing = len(_saved([None]))
     objects = list(_extra_states(num_layers))
-    results += [
-        WriteResult(dcp.MetadataIndex(key), len(nothing), _StorageInfo(EXTRA, 0, len(nothing))) for key in objects
-    ]
+    results += [WriteResult(dcp.MetadataIndex(key), nothing, _StorageInfo(extra, 0, nothing)) for key in objects]
     described: dict[str, dcp.STORAGE_TYPES] = {key: dcp.BytesStorageMetadata() for key in objects}
     described.update(tensors)
     with storage_errors(directory, "write"):

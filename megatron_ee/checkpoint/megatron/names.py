@@ -138,7 +138,8 @@ def fuse(source: Source, backbone: Mapping[str, StoredTensor], arch: Architectur
     like, total = backbone[source.names[0]], fused_shape(source, shapes)[0]
     if rows > total:
         runs.append(Run(constant(0, (rows - total, *like.shape[1:]), like.dtype), 0, rows - total))
-    return join_rows(runs, f"{source.kind} of {', '.join(source.names)}")
+    parts = ", ".join(f"{name} {backbone[name].made}".strip() for name in source.names)
+    return join_rows(runs, f"{source.kind} of {parts} ({arch.num_heads} heads in {arch.num_kv_heads} groups)")
 
 
 def parameters(arch: Architecture) -> Iterator[Parameter]:

@@ -131,7 +131,21 @@ def test_too_small_a_disk_is_refused_first(model: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     with pytest.raises(CheckpointError, match=r"needs 0\.1 GB, but 0\.0 GB are free; free some space"):
         convert(str(model), str(tmp_path / "parallel"))
-    assert not list(tmp_path.glob("parallel*/*.safetensors"))
+    assert not list(tmp_path.glob("parallel*"))
+
+
+def test_nothing_of_an_interrupted_command_gets_into_another(model: Path, tmp_path: Path) -> None:
+    """The same output, other options: neither weights, nor exits, nor records of the first command are left."""
+    target = tmp_path / "parallel"
+    work = tmp_path / "parallel.converting"
+    assert killed(model, target, "convert.rename")
+    (work / "adapter").mkdir()
+    (work / "adapter" / "exits.safetensors").write_bytes(b"of a command that added exits")
+    (work / ".progress").mkdir()
+    (work / ".progress" / "0123456789abcdef.json").write_text("{}")
+    write_output(to_hf(open_contents(model)), target)
+    assert {path.name for path in target.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert not work.exists()
 
 
 def test_two_at_one_place(model: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from torch_dist_helpers import FAMILIES, Exported, Model
 
+from megatron_ee.checkpoint.conversion.copy import write_output
 from megatron_ee.checkpoint.conversion.formats import open_contents
-from megatron_ee.checkpoint.megatron.export import export_torch_dist
+from megatron_ee.checkpoint.megatron.export import to_torch_dist
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,7 @@ def exported(saved_model: Callable[..., Model], tmp_path_factory: pytest.TempPat
         if family not in made:
             path, model = saved_model(family, **FAMILIES[family])
             output = tmp_path_factory.mktemp("megatron") / family
-            export_torch_dist(open_contents(path), output)
+            write_output(to_torch_dist(open_contents(path)), output)
             made[family] = path, output, model
         return made[family]
 

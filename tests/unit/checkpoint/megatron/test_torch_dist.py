@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,15 +20,18 @@ import torch
 from torch_dist_helpers import FAMILIES, Exported, Model, assert_equal, rewrite
 
 from megatron_ee.checkpoint.conversion.contents import Contents
+from megatron_ee.checkpoint.conversion.copy import write_output
 from megatron_ee.checkpoint.conversion.formats import open_contents
+from megatron_ee.checkpoint.failpoints import VARIABLE
 from megatron_ee.checkpoint.megatron import export
-from megatron_ee.checkpoint.megatron.export import export_torch_dist
+from megatron_ee.checkpoint.megatron.export import to_torch_dist
 from megatron_ee.checkpoint.megatron.settings import to_args
 from megatron_ee.checkpoint.megatron.torch_dist import is_torch_dist, open_torch_dist
 from megatron_ee.config.architecture import read_architecture
 from megatron_ee.errors import CheckpointError
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.testing.gpt import gpt_logits, gpt_model, load_gpt, save_gpt
+from megatron_ee.testing.ranks import Ranks
 
 LAYOUTS: dict[str, dict[str, Any] | None] = {
     "stacked": None,
@@ -100,8 +105,11 @@ def test_export_and_import_give_the_same_bits(
     (path / "tokenizer.json").write_text("{}")
     done: list[int] = []
     source = open_contents(path)
-    export_torch_dist(source, tmp_path / "out", advance=done.append)
-    assert sum(done) == sum(tensor.nbytes for tensor in source.backbone.values())
+    output = to_torch_dist(source, shard=60_000)  # several files
+    write_output(output, tmp_path / "out", advance=done.append)
+    assert len(output.files) > 2 and sum(done) == output.nbytes
+    padding = sum(tensor.nbytes // tensor.shape[0] for tensor in source.backbone.values() if tensor.shape[0] == 131)
+    assert output.nbytes == sum(tensor.nbytes for tensor in source.backbone.values()) + (256 - 131) * padding
     found = open_contents(tmp_path / "out", trust=True)
     assert_equal(found, path)
     for name in ("config.json", "tokenizer.json"):
@@ -144,27 +152,54 @@ def test_an_export_that_fails_leaves_nothing(
 
     monkeypatch.setattr(export, "write_all", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        export_torch_dist(contents, tmp_path / "out")
+        write_output(to_torch_dist(contents), tmp_path / "out")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     with pytest.raises(CheckpointError, match="exists already"):
-        export_torch_dist(contents, tmp_path / "out")
+        write_output(to_torch_dist(contents), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def export_until(path: str, output: str, failpoint: str) -> None:
+    os.environ[VARIABLE] = failpoint
+    write_output(to_torch_dist(open_contents(Path(path)), shard=60_000), Path(output))
+
+
+@pytest.mark.parametrize("failpoint", ["convert.file-done:2", "convert.rename"])
+def test_killed_it_goes_on(failpoint: str, exported: Exported, tmp_path: Path) -> None:
+    path, target = exported("llama2")[0], tmp_path / "out"
+    plan = to_torch_dist(open_contents(path), shard=60_000)
+    write_output(plan, tmp_path / "whole")
+    with Ranks(1, export_until, str(path), str(target), failpoint) as ranks:
+        ranks.processes[0].join(60)
+        assert ranks.processes[0].exitcode == -signal.SIGKILL
+    assert not target.exists()
+    finished = {path.name: path.stat().st_ino for path in (tmp_path / "out.converting").glob("release/*.distcp")}
+    lines: list[str] = []
+    write_output(plan, target, report=lines.append)
+    if failpoint == "convert.file-done:2":
+        kept = [name for name, inode in finished.items() if (target / "release" / name).stat().st_ino == inode]
+        assert len(lines) >= 2 and len(kept) >= 2
+    whole = {file.relative_to(tmp_path / "whole"): file for file in (tmp_path / "whole").rglob("*") if file.is_file()}
+    assert {file.relative_to(target) for file in target.rglob("*") if file.is_file()} == whole.keys()
+    assert all((target / name).read_bytes() == file.read_bytes() for name, file in whole.items())
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: argparse.Namespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=1000))
     with pytest.raises(CheckpointError, match="0.0 GB are free"):
-        export_torch_dist(open_contents(exported("llama2")[0]), tmp_path / "out")
+        write_output(to_torch_dist(open_contents(exported("llama2")[0])), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_exits_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no backbone"):
-        export_torch_dist(Contents(tmp_path, "adapter", None), tmp_path / "out")
+        write_output(to_torch_dist(Contents(tmp_path, "adapter", None)), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -178,13 +213,13 @@ def test_dtypes_that_megatron_cannot_hold_together_are_refused(
     half = dataclasses.replace(contents.backbone[name], dtype=torch.bfloat16)
     mixed = dataclasses.replace(contents, backbone={**contents.backbone, name: half})
     with pytest.raises(CheckpointError, match=f"{name} is torch.bfloat16.*{message}"):
-        export_torch_dist(mixed, tmp_path / "out")
+        write_output(to_torch_dist(mixed), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_equal_models_give_equal_files(exported: Exported, tmp_path: Path) -> None:
     path, output, _ = exported("qwen2")
-    export_torch_dist(open_contents(path), tmp_path / "again")
+    write_output(to_torch_dist(open_contents(path)), tmp_path / "again")
     for file in output.rglob("*"):
         if file.is_file():
             assert (tmp_path / "again" / file.relative_to(output)).read_bytes() == file.read_bytes(), file
@@ -195,8 +230,9 @@ import json, sys
 from pathlib import Path
 from megatron_ee import platform
 from megatron_ee.checkpoint.conversion.contents import Contents
+from megatron_ee.checkpoint.conversion.copy import write_output
 from megatron_ee.checkpoint.derived import constant
-from megatron_ee.checkpoint.megatron.export import export_torch_dist
+from megatron_ee.checkpoint.megatron.export import to_torch_dist
 from megatron_ee.checkpoint.megatron.torch_dist import open_torch_dist
 from megatron_ee.checkpoint.names import expected_tensors
 from megatron_ee.config.architecture import parse_architecture
@@ -208,7 +244,7 @@ arch = parse_architecture(config)
 backbone = {name: constant(1, shape, torch.bfloat16) for name, shape in expected_tensors(arch).items()}
 assets = {"config.json": sys.argv[2].encode()}
 before = platform.peak_memory()
-export_torch_dist(Contents(output, "", arch, backbone, assets=assets), output)
+write_output(to_torch_dist(Contents(output, "", arch, backbone, assets=assets)), output)
 exported = platform.peak_memory()
 for tensor in open_torch_dist(output, trust=True, config=None).backbone.values():
     for slab in tensor.slabs():
