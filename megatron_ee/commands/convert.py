@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     heads = _heads(arguments.heads)
     all_heads = heads.pop(ALL, None)
     from megatron_ee.checkpoint.conversion.convert import Request, plan_output, prepare, write
+    from megatron_ee.checkpoint.conversion.copy import check_new
     from megatron_ee.checkpoint.conversion.report import print_contents, print_plan
     from megatron_ee.checkpoint.conversion.usage import usage
 
@@ -93,12 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
     for note in contents.notes:
         print(note, file=sys.stderr)
     if arguments.dry_run:
+        plan = plan_output(contents, request)
+        check_new(arguments.output)
         print_contents(found)
-        print_plan(plan_output(contents, request), arguments.output)
+        print_plan(plan, arguments.output)
         return 0
     write(contents, request, arguments.output)
     if arguments.exit is not None:
-        print(usage(arguments.output, contents.base_model, contents))
+        print(usage(arguments.output, contents.base_model, contents, arguments.config))
     return 0
 
 

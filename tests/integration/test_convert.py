@@ -96,6 +96,20 @@ def test_dry_run_writes_nothing(project: Project, tuned: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_tells_of_an_output_that_is_there(
+    saved_model: Callable[..., tuple[Path, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_ee.commands.main import main
+
+    model = saved_model("llama3.1")[0]
+    (tmp_path / "file").touch()
+    options = ["--input", str(model), "--output", str(tmp_path), "--to", "parallel", "--dry-run"]
+    capsys.readouterr()
+    assert main(["convert", *options]) == 1
+    printed = capsys.readouterr()
+    assert not printed.out and f"{tmp_path}: exists already; nothing is overwritten" in printed.err
+
+
 @pytest.mark.parametrize(
     ("options", "status", "line"),
     [

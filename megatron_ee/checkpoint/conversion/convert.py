@@ -84,7 +84,7 @@ def prepare(request: Request) -> tuple[Contents, Contents]:
     if request.drop:
         contents = drop_exits(contents, request.drop)
     if request.adapters:
-        others = [open_contents(path, verify=request.verify) for path in request.adapters]
+        others = [open_contents(path, trust=request.trust, verify=request.verify) for path in request.adapters]
         contents = merge_exits(contents, others, lambda: backbone_hash(contents))
     if request.add:
         assert contents.architecture is not None
@@ -163,7 +163,7 @@ def _with_backbone(found: Contents, request: Request) -> Contents:
     place = request.model or Path(found.base_model)
     if request.model is None and not place.is_dir():
         raise CheckpointError(f"{found.source}: its model {found.base_model!r} is not there; give it with --model")
-    model = open_contents(place, verify=request.verify)
+    model = open_contents(place, trust=request.trust, config=request.config, verify=request.verify)
     if not model.backbone:
         raise CheckpointError(f"{place}: holds no backbone; give the model with --model")
     plain = dataclasses.replace(model, exits=(), exit_tensors={}, backbone_sha256=None)

@@ -77,16 +77,21 @@ def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
         exits=exits.exits if exits else (),
         exit_tensors=exits.weights if exits else {},
         assets=released_assets(model.path),
-        base_model=exits.base_model if exits else _origin(model),
+        base_model=_origin(model, exits),
         backbone_sha256=exits.backbone_sha256 if exits else None,
         steps=exits.steps if exits else 0,
     )
 
 
-def _origin(model: SavedModel) -> str:
-    """Where the released model is: of a parallel checkpoint, the one that it was made from."""
-    origin = model.checkpoint.metadata.get("base_model") if model.checkpoint is not None else None
-    return origin if isinstance(origin, str) and origin else str(model.path.resolve())
+def _origin(model: SavedModel, exits: Adapter | None) -> str:
+    """Where the backbone is: at the model that it was made from, while that is one which needs no trust; else here."""
+    if exits is not None:
+        named: object = exits.base_model
+    else:
+        named = model.checkpoint.metadata.get("base_model") if model.checkpoint is not None else None
+    if isinstance(named, str) and named and (Path(named) / "config.json").is_file():
+        return named
+    return str(model.path.resolve())
 
 
 def _of_exits(adapter: Adapter, kind: str) -> Contents:

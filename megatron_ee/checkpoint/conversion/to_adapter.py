@@ -30,7 +30,8 @@ def to_adapter(contents: Contents) -> Output:
 
 def adapter_file(contents: Contents, prefix: str = "") -> OutputFile:
     """The weights of an adapter whose directory is ``prefix`` in the output."""
-    return OutputFile(prefix + WEIGHTS, tuple(whole_part(name, each) for name, each in contents.exit_tensors.items()))
+    # In one order, whatever format they come from: equal exits give equal files.
+    return OutputFile(prefix + WEIGHTS, tuple(whole_part(*pair) for pair in sorted(contents.exit_tensors.items())))
 
 
 def describe(contents: Contents, directory: Path, prefix: str = "") -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from megatron_ee.checkpoint.conversion.contents import Contents
+from megatron_ee.checkpoint.manifest import MANIFEST
 
 DRAFT_TOKENS = 4
 """Tokens drafted at a time: each tool's own default is 3 to 5 where the draft is a model."""
@@ -17,7 +18,7 @@ TEXT = """\
 {output} is a plain {family} model of {layers} layers: use it by itself, or let it draft for
 {original}, whose output stays the same.
 {tokenizer}
-
+{released}
 transformers (Python):
 
 {transformers}
@@ -52,13 +53,21 @@ tokens = model.generate(
 print(tokenizer.decode(tokens[0]))"""
 
 
-def usage(output: Path, original: str, contents: Contents) -> str:
+RELEASED = """
+None of these tools reads {original}; write it as a Hugging Face directory first:
+
+{convert}
+"""
+
+
+def usage(output: Path, original: str, contents: Contents, config: Path | None = None) -> str:
     """Commands, ready to paste, for transformers, vLLM, SGLang and llama.cpp.
 
     Args:
         output: directory of the shallow model.
         original: directory of the model that it came from, or its name on the Hugging Face hub.
         contents: what is written to ``output``; see ``shallow_model``.
+        config: the Hugging Face model that was given for a Megatron checkpoint.
 
     Returns:
         Several lines of text, with paths made absolute, so that the commands run anywhere.
@@ -67,6 +76,14 @@ def usage(output: Path, original: str, contents: Contents) -> str:
     assert arch is not None, "a shallow model has an architecture"
     draft = str(output.absolute())
     target = str(Path(original).absolute()) if Path(original).exists() else original
+    released = ""
+    if _unreadable(Path(target)):
+        place = f"{draft}-original"
+        convert = ["megatron-ee", "convert", "--input", target, "--output", place, "--to", "hf"]
+        if not (Path(target) / "config.json").is_file():
+            convert += ["--trust-checkpoint", *(["--config", str(config.absolute())] if config is not None else [])]
+        released = RELEASED.format(original=target, convert=shlex.join(convert))
+        target = place
     if any(name in contents.assets for name in TOKENIZERS):
         tokenizer = "Both must have one tokenizer, so it was copied along."
     else:
@@ -80,11 +97,17 @@ def usage(output: Path, original: str, contents: Contents) -> str:
         family=arch.family,
         layers=arch.num_layers,
         tokenizer=tokenizer,
+        released=released,
         transformers=TRANSFORMERS.format(original=target, output=draft),
         vllm=_vllm(draft, target),
         sglang=_sglang(draft, target),
         llama_cpp=_llama_cpp(draft, target),
     )
+
+
+def _unreadable(original: Path) -> bool:
+    """Whether it is a directory here, but of a format that only we read: parallel or Megatron's."""
+    return original.is_dir() and ((original / MANIFEST).is_file() or not (original / "config.json").is_file())
 
 
 def _vllm(draft: str, target: str) -> str:

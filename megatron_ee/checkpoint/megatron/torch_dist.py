@@ -95,7 +95,7 @@ def open_torch_dist(path: Path, *, trust: bool, config: Path | None, verify: boo
         architecture=model.architecture,
         backbone=backbone,
         assets=model.assets,
-        base_model=str(config.resolve()) if config is not None else str(directory.resolve()),
+        base_model=str(directory.resolve()),
     )
 
 

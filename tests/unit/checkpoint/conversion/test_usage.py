@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,12 @@ from typing import Any
 
 import pytest
 
+from megatron_ee.checkpoint.conversion.copy import write_output
 from megatron_ee.checkpoint.conversion.formats import open_contents
+from megatron_ee.checkpoint.conversion.to_parallel import to_parallel
 from megatron_ee.checkpoint.conversion.usage import usage
+from megatron_ee.checkpoint.megatron.export import to_torch_dist
+from megatron_ee.commands.main import main
 
 SavedModel = Callable[..., tuple[Path, Any]]
 TITLES = ("transformers", "vLLM", "SGLang", "llama.cpp")
@@ -89,6 +94,23 @@ def test_the_tokenizer(released: Path, saved_model: SavedModel) -> None:
     assert "copied along" in usage(Path("draft"), "org/model", open_contents(released))
     bare, _ = saved_model("llama3.1")
     assert f"{bare} has none: copy org/model's" in usage(Path("draft"), "org/model", open_contents(bare))
+
+
+def test_an_original_that_the_tools_do_not_read(released: Path, tmp_path: Path) -> None:
+    """The commands name the Hugging Face directory that the line before them makes."""
+    write_output(to_parallel(open_contents(released)), tmp_path / "parallel")
+    write_output(to_torch_dist(open_contents(released)), tmp_path / "megatron")
+    for name, config in (("parallel", None), ("megatron", None), ("megatron", released)):
+        text = usage(tmp_path / "draft", str(tmp_path / name), open_contents(released), config)
+        (line,) = (line for line in text.splitlines() if line.startswith("megatron-ee convert "))
+        assert shlex.split(sections(text)["vLLM"])[2] == option(shlex.split(line), "--output")
+        shutil.rmtree(tmp_path / "draft-original", ignore_errors=True)
+        assert main(shlex.split(line)[1:]) == 0
+        original, again = open_contents(released), open_contents(tmp_path / "draft-original")
+        assert {name: tensor.sha256() for name, tensor in again.backbone.items()} == {
+            name: tensor.sha256() for name, tensor in original.backbone.items()
+        }
+    assert "megatron-ee convert" not in usage(tmp_path / "draft", str(released), open_contents(released))
 
 
 def test_the_python_runs_as_it_is(released: Path) -> None:

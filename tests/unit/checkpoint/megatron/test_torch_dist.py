@@ -20,6 +20,7 @@ import torch
 from torch_dist_helpers import FAMILIES, Exported, Model, assert_equal, rewrite
 
 from megatron_ee.checkpoint.conversion.contents import Contents
+from megatron_ee.checkpoint.conversion.convert import Request, Target, prepare, write
 from megatron_ee.checkpoint.conversion.copy import write_output
 from megatron_ee.checkpoint.conversion.formats import open_contents
 from megatron_ee.checkpoint.failpoints import VARIABLE
@@ -28,6 +29,7 @@ from megatron_ee.checkpoint.megatron.export import to_torch_dist
 from megatron_ee.checkpoint.megatron.settings import to_args
 from megatron_ee.checkpoint.megatron.torch_dist import is_torch_dist, open_torch_dist
 from megatron_ee.config.architecture import read_architecture
+from megatron_ee.config.schema import ExitConfig
 from megatron_ee.errors import CheckpointError
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.testing.gpt import gpt_logits, gpt_model, load_gpt, save_gpt
@@ -160,6 +162,27 @@ def test_an_export_that_fails_leaves_nothing(
     with pytest.raises(CheckpointError, match="exists already"):
         write_output(to_torch_dist(contents), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_exits_on_a_megatron_checkpoint(exported: Exported, tmp_path: Path) -> None:
+    """Its adapter names it, which takes trust to be read; beside its backbone it names that, and stays the same."""
+    path, output, _ = exported("llama2")
+
+    def convert(source: Path, to: Target, name: str, **options: Any) -> Path:
+        request = Request(source, to, **options)
+        write(prepare(request)[1], request, tmp_path / name)
+        return tmp_path / name
+
+    adapter = convert(output, "adapter", "adapter", trust=True, add=[ExitConfig(layer=1, body="mlp", init="copy")])
+    assert json.loads((adapter / "exits.json").read_text())["base_model"] == str(output / "release")
+    with pytest.raises(CheckpointError, match="--trust-checkpoint"):
+        prepare(Request(adapter, "parallel"))
+    parallel = convert(adapter, "parallel", "parallel", trust=True, config=path, tensor=2)
+    assert_equal(dataclasses.replace(open_contents(parallel), exits=(), exit_tensors={}), path)
+    again = convert(parallel, "adapter", "again")
+    assert (again / "exits.safetensors").read_bytes() == (adapter / "exits.safetensors").read_bytes()
+    assert json.loads((again / "exits.json").read_text())["base_model"] == str(parallel)
+    convert(again, "hf", "hf")
 
 
 def export_until(path: str, output: str, failpoint: str) -> None:
