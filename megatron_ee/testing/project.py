@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import yaml
 
 from megatron_ee.checkpoint.store import open_checkpoint
+from megatron_ee.testing.command import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,18 +36,15 @@ class Project:
         return {**os.environ, "PYTHONPATH": path, "MEGATRON_EE_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
 
     def run(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """``megatron-ee`` with these arguments, to its end."""
-        command = [sys.executable, "-m", "megatron_ee", *map(str, arguments)]
-        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=240)
+        """``megatron-ee`` with these arguments, to its end, in a process of its own."""
+        with self.start(*arguments) as command:
+            done = command.wait(240)
         assert not check or done.returncode == 0, done.stderr
         return done
 
-    def start(self, *arguments: object) -> subprocess.Popen[str]:
-        """The same without waiting; its output goes to pipes."""
-        command = [sys.executable, "-m", "megatron_ee", *map(str, arguments)]
-        return subprocess.Popen(
-            command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def start(self, *arguments: object) -> Command:
+        """The same without waiting."""
+        return Command(list(map(str, arguments)), self.environment())
 
     def config(self, path: Path, **changes: Any) -> Path:
         """A configuration of a short run, with blocks or whole keys changed."""

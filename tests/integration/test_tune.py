@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ee.commands.main import main
+from megatron_ee.testing.command import Command
 from megatron_ee.testing.project import all_tensors, read_log
+
+
+def wait_for(command: Command, arrived: Callable[[], bool]) -> None:
+    """Until something has happened in a run that goes on."""
+    deadline = time.monotonic() + 120
+    while not arrived():
+        assert command.running and time.monotonic() < deadline, command.wait(0).stderr
+        time.sleep(0.005)
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -61,26 +70,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     project: Any, tmp_path: Path, number: signal.Signals, dtype: str
 ) -> None:
     """Losses, weights, optimizer state and data order, bit for bit."""
-    config = project.config(tmp_path / "run.yaml", model={"dtype": dtype}, tuning={"steps": 60})
+    config = project.config(tmp_path / "run.yaml", model={"dtype": dtype}, tuning={"steps": 30})
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     project.run("tune", "--config", config, "--output", straight)
 
-    process = project.start("tune", "--config", config, "--output", broken)
     log = broken / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count('"lr"') >= 7):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert number.name in errors
+    with project.start("tune", "--config", config, "--output", broken) as process:
+        wait_for(process, lambda: log.exists() and log.read_text().count('"lr"') >= 7)
+        process.send(number)
+        done = process.wait()
+    assert done.returncode == 0 and number.name in done.stderr, done.stderr
     stopped_at = read_log(broken)[-1]["step"]
-    assert 7 <= stopped_at < 60
+    assert 7 <= stopped_at < 30
 
     project.run("tune", "--config", config, "--output", broken, "--resume")
     assert read_log(broken) == read_log(straight)
-    assert_same(all_tensors(broken, 60), all_tensors(straight, 60))
+    assert_same(all_tensors(broken, 30), all_tensors(straight, 30))
     for name in ("adapter", "adapter-best"):
         assert (broken / name / "exits.safetensors").read_bytes() == (
             straight / name / "exits.safetensors"
@@ -90,13 +95,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, tuned: Path) -> None:
     """After kill -9 and damage to the newest checkpoint, the one before it is taken, and the end is the same."""
     config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"
-    process = project.start("tune", "--config", config, "--output", output)
-    deadline = time.monotonic() + 120
-    while not (output / "checkpoints" / "step-8").is_dir():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    with project.start("tune", "--config", config, "--output", output) as process:
+        wait_for(process, (output / "checkpoints" / "step-8").is_dir)
+        process.send(signal.SIGKILL)
+        process.wait()
     newest = max((output / "checkpoints").glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
     shard = newest / "shard-0000.safetensors"
     content = bytearray(shard.read_bytes())
@@ -159,14 +161,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_two_runs_cannot_write_to_one_place(project: Any, tmp_path: Path) -> None:
     config, output = project.config(tmp_path / "run.yaml", tuning={"steps": 5000}), tmp_path / "run"
-    first = project.start("tune", "--config", config, "--output", output)
-    deadline = time.monotonic() + 120
-    while not (output / "log.jsonl").exists():
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    second = project.run("tune", "--config", config, "--output", output, check=False)
-    os.kill(first.pid, signal.SIGTERM)
-    assert first.wait(timeout=60) == 0
-    first.communicate()
+    with project.start("tune", "--config", config, "--output", output) as first:
+        wait_for(first, (output / "log.jsonl").exists)
+        second = project.run("tune", "--config", config, "--output", output, check=False)
+        first.send(signal.SIGTERM)
+        assert first.wait().returncode == 0
     assert second.returncode == 1
     assert "another run" in second.stderr.splitlines()[-1]

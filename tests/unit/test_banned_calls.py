@@ -52,6 +52,7 @@ ALLOWED = {
     ("megatron_ee/benchmark/worker.py", "importlib.import_module of a variable"): "which its caller writes out",
     ("megatron_ee/data/prepare.py", "multiprocessing"): "with the processes it starts",
     ("megatron_ee/data/prepare.py", "concurrent.futures.ProcessPoolExecutor"): "with the processes it starts",
+    ("megatron_ee/testing/command.py", "multiprocessing"): "with the process it starts",
     ("megatron_ee/testing/ranks.py", "multiprocessing"): "with the processes it starts",
     ("megatron_ee/testing/gpt.py", "megatron.core.dist_checkpointing"): "on what the test wrote",
     ("megatron_ee/checkpoint/gathering.py", "getattr(torch, ...)"): "a dtype's name, from a rank of the same run",
