@@ -93,7 +93,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     number: signal.Signals, project: Project, tuned: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    slow = {"interval": 1, "sequences": 0}  # validation at every step gives the signal time to arrive in between
+    slow = {"interval": 1, "sequences": 128}  # validation at every step gives the signal time to arrive in between
     with tune(project, 2, tmp_path, parallel={"pipeline": 2}, validation=slow) as ranks:
         wait_for(lambda: steps_done(output) >= 2)
         os.kill(ranks.processes[1].pid, number)
