@@ -67,9 +67,10 @@ def write_output(
             write_file(work / name, content)
         with storage_errors(work, "write"):
             shutil.rmtree(work / PROGRESS)
-            (work / LOCK).unlink()
         failpoint("convert.rename")
         commit_directory(work, final)
+        with storage_errors(final, "write"):
+            (final / LOCK).unlink()
 
 
 def check_new(final: Path) -> None:
@@ -82,6 +83,8 @@ def check_new(final: Path) -> None:
 def _work_directory(final: Path) -> Iterator[Path]:
     """The directory that is written in, held by a lock; finished files in it stay when the body fails."""
     work = final.with_name(f"{final.name}.converting")
+    if work.is_dir() and any(work.iterdir()) and not (work / LOCK).is_file():
+        raise CheckpointError(f"{work}: exists already, and not from an interrupted conversion; move it away")
     with storage_errors(work, "write"):
         (work / PROGRESS).mkdir(parents=True, exist_ok=True)
         fd = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -96,7 +99,7 @@ def _work_directory(final: Path) -> Iterator[Path]:
         try:
             yield work
         except BaseException:
-            if work.is_dir() and not any((work / PROGRESS).iterdir()):
+            if (work / PROGRESS).is_dir() and not any((work / PROGRESS).iterdir()):
                 shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
             raise
     finally:
