@@ -141,14 +141,14 @@ def test_an_unknown_tensor_is_named(key: str, copied: Path) -> None:
         open_torch_dist(copied, trust=True, config=None)
 
 
-@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_1.distcp"])
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_0.distcp"])
 def test_a_missing_file_is_named(name: str, copied: Path) -> None:
     (copied / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}: is missing"):
         open_torch_dist(copied, trust=True, config=None)
 
 
-@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_1.distcp", "common.pt"])
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_0.distcp", "common.pt"])
 def test_a_truncated_file_is_named(name: str, copied: Path) -> None:
     data = (copied / name).read_bytes()
     (copied / name).write_bytes(data[:-60])
