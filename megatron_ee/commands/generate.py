@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="processes that share each layer")
     engine.add_argument("--pipeline", type=at_least(1), default=1, metavar="N", help="stages of layers")
     engine.add_argument(
-        "--kv-memory", type=float, metavar="GB", help="for keys and values, per process (default: half of what is free)"
+        "--kv-memory",
+        type=_gigabytes,
+        metavar="GB",
+        help="for keys and values, per process (default: half of what is free)",
     )
     engine.add_argument("--max-rows", type=at_least(1), default=16, metavar="N", help="outputs in work at a time")
     return result
@@ -217,6 +221,16 @@ def _described(output: Completion) -> dict[str, Any]:
             for token in tokens
         ]
     return described
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
 
 
 def _layers(text: str) -> tuple[int, ...]:
