@@ -1,0 +1,312 @@
+"""``megatron-ee generate`` as a user runs it: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ee.checkpoint.adapter import save_adapter
+from megatron_ee.checkpoint.initialise import initialise_exit
+from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.commands.main import main
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.inference.prompts import encode_prompt
+from megatron_ee.model.setup import build_setup
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.groups import process_groups
+from megatron_ee.testing.models import save_tiny_model
+
+PROMPT = "Once upon a time"
+ROOT = Path(__file__).resolve().parents[3]
+SaveTokenizer = Callable[..., None]
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}>"
+
+
+@pytest.fixture(scope="module")
+def adapter(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exits after layers 1 and 2, disturbed so that they differ."""
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    model = open_model(byte_model)
+    specs = [ExitSpec(1), ExitSpec(2, "layer")]
+    with process_groups() as groups:
+        stage = Stage(build_setup(model.architecture, torch.float32, groups), range(1, 5), specs, final_exit=True)
+        load_backbone(stage, model)
+        generator = torch.Generator().manual_seed(3)
+        for exit_ in stage.exits:
+            initialise_exit(exit_, model, 1)
+            with torch.no_grad():
+                for parameter in exit_.parameters():
+                    if parameter.requires_grad:
+                        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        about = {"base_model": str(byte_model), "backbone_sha256": model.digest(), "steps": 0, "extra": {}}
+        save_adapter(path, stage.exits, specs, groups, **about)
+    return path
+
+
+def without_progress(err: str) -> str:
+    """Lines such as ``loading: 0.7/0.8 MB``."""
+    return "".join(
+        line for line in err.splitlines(True) if not line.startswith(("loading: ", "hashing the backbone: "))
+    )
+
+
+class Command:
+    """Runs it in this process."""
+
+    def __init__(self, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.model, self.capsys = model, capsys
+
+    def run(self, *arguments: object, model: Path | None = None) -> tuple[int, str, str]:
+        """Exit status, stdout, and stderr without progress."""
+        self.capsys.readouterr()
+        fixed = ["generate", "--model", str(model or self.model), "--dtype", "float32"]
+        status = main([*fixed, *map(str, arguments)])
+        captured = self.capsys.readouterr()
+        return status, captured.out, without_progress(captured.err)
+
+    def json(self, *arguments: object) -> Any:
+        status, out, err = self.run(*arguments, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+
+@pytest.fixture
+def command(byte_model: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(byte_model, capsys)
+
+
+def test_full_mode_equals_transformers(command: Command, byte_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = command.json("--prompt", PROMPT, "--max-tokens", 20)
+    inputs = AutoTokenizer.from_pretrained(byte_model)(PROMPT, return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
+    theirs = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=1)
+    assert result["token_ids"] == theirs[0, inputs["input_ids"].shape[1] :].tolist()
+    assert set(result["layers"]) == {4}
+
+
+def test_json_has_the_fixed_keys_and_every_mode_says_what_it_should(command: Command, adapter: Path) -> None:
+    found = {}
+    for mode in ("full", "threshold", "speculative"):
+        result = command.json(
+            "--adapter", adapter, "--prompt", PROMPT, "--mode", mode, "--threshold", 0.01, "--max-tokens", 12
+        )
+        assert set(result) == {"text", "token_ids", "layers", "statistics"}
+        assert len(result["token_ids"]) == len(result["layers"]) == 12
+        figures = result["statistics"]
+        assert figures["finish_reason"] == "length" and figures["tokens"] == 12
+        assert figures["tokens_by_layer"] == {
+            str(layer): result["layers"].count(layer) for layer in sorted(set(result["layers"]))
+        }
+        assert all(0 <= confidence <= 1 for confidence in figures["confidences"])
+        found[mode] = result
+    assert found["speculative"]["token_ids"] == found["full"]["token_ids"]
+    assert found["speculative"]["text"] == found["full"]["text"]
+    assert {1, 4} <= set(found["threshold"]["layers"])
+    assert (
+        command.json("--adapter", adapter, "--prompt", PROMPT, "--threshold", 0.01, "--max-tokens", 12)["token_ids"]
+        == (found["threshold"]["token_ids"])
+    )  # the mode where there are exits
+
+
+def test_several_prompts_and_samples(command: Command, adapter: Path) -> None:
+    drawn = ("--adapter", adapter, "--temperature", 1, "--max-tokens", 6, "--ignore-eos")
+    result = command.json(*drawn, "--prompt", "one", "--prompt", "two", "--samples", 2, "--seed", 5)
+    assert set(result) == {"outputs", "statistics"} and len(result["outputs"]) == 4
+    assert result["statistics"]["outputs"] == 4 and result["statistics"]["tokens"] == 24
+    assert all(set(one) == {"text", "token_ids", "layers", "statistics"} for one in result["outputs"])
+    for number, (prompt, seed) in enumerate((("one", 5), ("one", 6), ("two", 5), ("two", 6))):
+        alone = command.json(*drawn, "--prompt", prompt, "--seed", seed)
+        assert result["outputs"][number]["token_ids"] == alone["token_ids"]
+
+
+def test_options_reach_the_request(command: Command, adapter: Path, byte_model: Path) -> None:
+    common = ("--adapter", adapter, "--prompt", PROMPT, "--ignore-eos", "--max-tokens", 12)
+    assert set(command.json(*common, "--threshold", 0.01, "--exits", "2")["layers"]) == {2, 4}
+    assert command.json(*common, "--threshold", 1e-9, "--max-deferred", 2)["layers"][:4] == [4, 1, 1, 4]
+    assert command.json(*common, "--threshold", 1e-9, "--min-full", 5)["layers"][:6] == [4] * 5 + [1]
+    assert set(command.json(*common, "--threshold", 1e-9, "--thresholds", "1=1.5")["layers"]) == {2, 4}
+    entropy = command.json(*common, "--threshold", 1.1, "--measure", "entropy")["statistics"]["confidences"]
+    assert entropy != command.json(*common, "--mode", "full")["statistics"]["confidences"]
+    drafted = command.json(*common, "--mode", "speculative", "--draft-exit", 2, "--draft-length", 4)
+    assert drafted["statistics"]["proposed"] > 0 and set(drafted["layers"]) <= {2, 4}
+    full = command.json(*common, "--mode", "full", "--logprobs", 2)
+    assert len(full["logprobs"]) == 12
+    for token, logprob in zip(full["token_ids"], full["logprobs"], strict=True):
+        assert len(logprob["top"]) == 2
+        assert logprob["emitted"] == pytest.approx(logprob["top"][str(token)], abs=1e-5)  # greedy: the likeliest
+    assert command.json(*common, "--echo")["text"].startswith(PROMPT)
+    drawn = command.json(*common, "--temperature", 1, "--mode", "full")
+    text = drawn["text"]
+    stop = next(text[i : i + 2] for i in range(2, len(text) - 2) if "\ufffd" not in text[i : i + 2])
+    stopped = command.json(*common, "--temperature", 1, "--mode", "full", "--stop", stop)
+    assert stopped["text"] == text[: text.index(stop)] and stopped["statistics"]["finish_reason"] == "stop"
+    penalised = command.json(*common, "--mode", "full", "--repetition-penalty", 1000)["token_ids"]
+    assert len(set(penalised)) == 12
+    for option in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1)):
+        narrow = command.json(*common, "--temperature", 1, *option, "--mode", "full")
+        assert narrow["token_ids"] == full["token_ids"]
+
+
+def test_text_shows_where_tokens_left_and_that_the_context_ended(command: Command, adapter: Path) -> None:
+    status, out, err = command.run(
+        "--adapter", adapter, "--prompt", PROMPT, "--threshold", 0.01, "--max-tokens", 100, "--ignore-eos"
+    )
+    assert status == 0 and out.startswith(PROMPT + "[4]") and "[1]" in out
+    assert f"{64 - len(PROMPT) - 1} tokens" in out and " after layer 1" in out
+    assert err.splitlines() == ["megatron-ee generate: stopped at the end of the model's context"]
+
+
+def test_a_threshold_without_effect_is_told(command: Command, adapter: Path) -> None:
+    _, _, err = command.run(
+        "--adapter", adapter, "--prompt", PROMPT, "--mode", "full", "--threshold", 0.5, "--max-tokens", 2
+    )
+    assert err.splitlines() == ["megatron-ee generate: --threshold has no effect in mode full"]
+
+
+def test_html(command: Command, adapter: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    status, out, err = command.run(
+        "--adapter", adapter, "--prompt", "<script>", "--max-tokens", 5, "--html", page, "--ignore-eos"
+    )
+    assert status == 0 and out and not err
+    text = page.read_text()
+    assert text.startswith("<!DOCTYPE html>") and "&lt;script&gt;" in text and "<script" not in text
+
+
+def test_compare_shows_every_mode(command: Command, adapter: Path) -> None:
+    result = command.json(
+        "--adapter", adapter, "--prompt", PROMPT, "--compare", "--threshold", 0.01, "--max-tokens", 8, "--ignore-eos"
+    )
+    assert set(result) == {"full", "threshold", "speculative"}
+    assert [one["token_ids"] for one in result["full"]["outputs"]] == [
+        one["token_ids"] for one in result["speculative"]["outputs"]
+    ]
+    status, _, err = command.run("--prompt", PROMPT, "--compare", "--max-tokens", 2)
+    assert status == 2 and "--compare: needs exits" in err
+
+
+def test_chat(command: Command, byte_model: Path, tmp_path: Path, save_tokenizer: SaveTokenizer) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(byte_model, path)
+    save_tokenizer(path, template=TEMPLATE)
+    chat = Command(path, command.capsys)
+    result = chat.json("--prompt", "Hi", "--chat", "--max-tokens", 8, "--ignore-eos")
+    tokenizer = load_tokenizer(path)
+    expected = [token for token in encode_prompt(tokenizer, "[user] Hi>") if token != 0]  # the template has no <s>
+    assert result["statistics"]["prompt_tokens"] == len(expected)
+    status, _, err = command.run("--prompt", "Hi", "--chat")
+    assert status == 1 and "the tokenizer has no chat template; give the prompt as text" in err
+    assert len(err.splitlines()) == 1
+    save_tokenizer(path, template="{{ messages.__class__.__mro__ }}")
+    status, _, err = chat.run("--prompt", "Hi", "--chat")
+    assert status == 1 and "the chat template fails on these messages: " in err and len(err.splitlines()) == 1
+
+
+REFUSED: list[tuple[tuple[object, ...], str]] = [
+    (("--prompt", ""), "--prompt: is empty; give text to continue"),
+    (("--prompt", "", "--chat"), "--prompt: is empty; give text to continue"),
+    (("--prompt", "fine", "--prompt", ""), "--prompt: is empty; give text to continue"),
+    (("--prompt", "x" * 63), "--prompt: has 64 tokens, but the model has 64 positions; shorten it"),
+    (("--mode", "threshold"), "--mode: threshold needs exits; give their adapter"),
+    (("--mode", "speculative"), "--mode: speculative needs exits; give their adapter"),
+    (("--mode", "quick"), "argument --mode: invalid choice: 'quick'"),
+    (("EXITS", "--threshold", 0), "--threshold: must be a number above 0, not 0.0"),
+    (("EXITS", "--threshold", "nan"), "--threshold: must be a number above 0, not nan"),
+    (("EXITS", "--threshold", "high"), "argument --threshold: invalid float value: 'high'"),
+    (("EXITS", "--thresholds", "1:0.5"), "argument --thresholds: must be like 8=0.8,16=0.95, not '1:0.5'"),
+    (("EXITS", "--thresholds", "3=0.5"), "--thresholds: there is no exit after layer 3; there are: 1, 2"),
+    (("EXITS", "--measure", "luck"), "--measure: 'luck' is unknown; possible: probability, margin, entropy"),
+    (("EXITS", "--exits", "3"), "--exits: there is no exit after layer 3; there are: 1, 2"),
+    (("EXITS", "--exits", "a"), "argument --exits: must be layers such as 8,16, not 'a'"),
+    (("EXITS", "--max-deferred", -1), "argument --max-deferred: must be at least 0, not -1"),
+    (("EXITS", "--min-full", 0), "argument --min-full: must be at least 1, not 0"),
+    (
+        ("EXITS", "--mode", "speculative", "--draft-exit", 3),
+        "--draft-exit: there is no exit after layer 3; there are: 1, 2",
+    ),
+    (("EXITS", "--mode", "speculative", "--draft-length", 99), "--draft-length: must be a whole number from 0 to 16"),
+    (("--max-tokens", 0), "argument --max-tokens: must be at least 1, not 0"),
+    (("--max-tokens", "many"), "argument --max-tokens: must be a whole number, not 'many'"),
+    (("--temperature", -1), "--temperature: must be 0 (greedy) or lie between"),
+    (("--top-p", 0), "--top-p: must be above 0 and at most 1"),
+    (("--min-p", 2), "--min-p: must lie between 0 (off) and 1"),
+    (("--repetition-penalty", 0), "--repetition-penalty: must lie between"),
+    (("--seed", -1), "--seed: must lie between 0 and"),
+    (("--samples", 1000), "--samples: must be a whole number from 1 to 128, not 1000"),
+    (("--stop", ""), "--stop: must be a list of texts that are not empty"),
+    (("--logprobs", 1000), "--logprobs: must be a whole number from 0 to 100, not 1000"),
+    (("--dtype", "float16"), "argument --dtype: invalid choice: 'float16'"),
+    (("--tensor", 2), "tensor x pipeline: 2 x 1 needs 2 processes, but there are 1; start as many with torchrun"),
+    (("--pipeline", 3), "tensor x pipeline: 1 x 3 needs 3 processes, but there are 1; start as many with torchrun"),
+    (("--kv-memory", 1e-6), "--max-tokens: 64 positions need 0 MB of keys and values, but there are 0 MB"),
+    (("--kv-memory", "nan"), "argument --kv-memory: must be a number above 0, not 'nan'"),
+    (("--kv-memory=-1",), "argument --kv-memory: must be a number above 0, not '-1'"),
+    (("--html", "page.html", "--samples", 2), "--html: shows one output"),
+    (("--prompts", "x"), "unrecognized arguments: --prompts x"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED, ids=[" ".join(map(str, a))[:40] for a, _ in REFUSED])
+def test_refuses_in_one_line(arguments: tuple[object, ...], message: str, command: Command, adapter: Path) -> None:
+    given: list[object] = [] if "--prompt" in arguments else ["--prompt", PROMPT]
+    for argument in arguments:
+        given += ["--adapter", adapter] if argument == "EXITS" else [argument]
+    status, out, err = command.run(*given)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert message in err and err.startswith("megatron-ee generate: error: ")
+
+
+def test_refuses_another_number_of_processes(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = command.run("--prompt", PROMPT)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert "tensor x pipeline: 1 x 1 needs 1 processes, but there are 2; start as many with torchrun" in err
+
+
+def test_refuses_a_tokenizer_that_does_not_fit(
+    command: Command, byte_model: Path, tmp_path: Path, save_tokenizer: SaveTokenizer
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(byte_model, path)
+    save_tokenizer(path, extra=3)
+    status, _, err = command.run("--prompt", PROMPT, model=path)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert "the tokenizer has 261 tokens, but the model's vocabulary has only 258" in err
+
+
+@pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])
+def test_refuses_exits_of_another_backbone(
+    mode: str, command: Command, adapter: Path, tmp_path: Path, save_tokenizer: SaveTokenizer
+) -> None:
+    save_tiny_model("llama2", tmp_path, seed=5, vocab_size=258, max_position_embeddings=64)
+    save_tokenizer(tmp_path)
+    status, _, err = command.run("--adapter", adapter, "--prompt", PROMPT, "--mode", mode, model=tmp_path)
+    assert status == 1 and len(err.splitlines()) == 1
+    assert "exits fit only the weights they were tuned on" in err
+
+
+def test_as_a_process(byte_model: Path, adapter: Path) -> None:
+    """Nothing but the result on stdout, nothing but progress on stderr."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    arguments = ("--model", byte_model, "--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 5, "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_ee", "generate", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and without_progress(done.stderr) == ""
+    assert len(json.loads(done.stdout)["token_ids"]) <= 5
