@@ -107,11 +107,11 @@ def answer(logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor
 
 
 def _plain(logits: Tensor, asks: Sequence[Ask]) -> list[Answer]:
-    """Greedy rows: two numbers per position are all that leaves the device."""
+    """Greedy rows: two numbers per position are all that leaves the device, at once."""
     highest, top1 = logits.max(-1)
     sure = (highest - logits.logsumexp(-1)).exp()
-    found, start = [], 0
-    tokens, shares = top1.tolist(), sure.tolist()
+    ids, shares = torch.stack((top1.double(), sure.double())).tolist()
+    found, start, tokens = [], 0, [int(token) for token in ids]
     for ask in asks:
         stop = start + ask.tokens
         found.append(_greedy(ask, tokens[start:stop], shares[start:stop]))
