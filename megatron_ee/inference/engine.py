@@ -215,6 +215,8 @@ class Engine:
         output, settings = front.output, front.output.settings
         del self._front[output.number]
         rest = front.finish()
+        if front.text is not None and front.text.stopped is not None:
+            output.finish = "stop"  # completed by what was held back until the end
         self._totals.add([output])
         assert output.finish is not None
         completion = Completion(

@@ -19,6 +19,9 @@ MAX_DEFERRED = 8
 """Default cap: a full pass over 8 deferred tokens and a new one costs little more than over one (bf16), and the wait
 for it, the only long one, comes at most every ninth token."""
 
+MOST_DEFERRED = 255
+"""More would make passes longer than memory is planned for."""
+
 
 @dataclass(frozen=True)
 class ExitPolicy:
@@ -54,8 +57,10 @@ class ExitPolicy:
                 raise ConfigError(f"{name} must be a number above 0, not {shown(value)}; above 1 no token leaves early")
         if self.measure not in get_args(Measure):
             raise ConfigError(f"measure: {self.measure!r} is unknown; possible: {', '.join(get_args(Measure))}")
-        if type(self.max_deferred) is not int or self.max_deferred < 0:
-            raise ConfigError(f"max_deferred: must be a whole number, 0 or more, not {shown(self.max_deferred)}")
+        if type(self.max_deferred) is not int or not 0 <= self.max_deferred <= MOST_DEFERRED:
+            raise ConfigError(
+                f"max_deferred: must be a whole number from 0 to {MOST_DEFERRED}, not {shown(self.max_deferred)}"
+            )
         if type(self.min_full) is not int or self.min_full < 1:
             raise ConfigError(
                 f"min_full: must be a whole number, 1 or more, not {shown(self.min_full)}: a prompt never leaves early"

@@ -24,7 +24,7 @@ EveryLogit = Callable[[Stage, Sequence[int]], dict[int, Tensor]]
 PROMPT = [5, 17, 99, 42, 3, 77, 120]
 LAYERS = 4
 TOKENS = 40  # with the prompt past the windows (16) and past Llama 3's original positions (32)
-NO_CAP = 1000
+NO_CAP = 255
 BODIES = {
     "mlp": [ExitSpec(1), ExitSpec(2), ExitSpec(3)],
     "norm": [ExitSpec(1, "norm"), ExitSpec(2, "norm"), ExitSpec(3, "norm")],

@@ -131,6 +131,14 @@ def test_stop_texts_end_it_and_are_no_text(mode: str, stage: Stage, tokenizer: T
     assert printable
 
 
+def test_a_stop_text_that_only_the_end_completes_is_one_all_the_same(engine: Engine, tokenizer: Tokenizer) -> None:
+    free = ids_of(answer(engine, sampling=DRAWN))
+    place = next(i for i, token in enumerate(free) if tokenizer.decode([token]) == "\ufffd")  # half a character
+    ended = answer(engine, sampling=DRAWN, max_tokens=place + 1, stop=["\ufffd"])
+    assert ids_of(ended) == free[: place + 1] and "\ufffd" not in ended.text
+    assert ended.finish_reason == ended.statistics["finish_reason"] == "stop"
+
+
 def test_a_stop_text_that_does_not_come_holds_nothing_back(engine: Engine) -> None:
     free = answer(engine, sampling=DRAWN)
     held = answer(engine, sampling=DRAWN, stop=[free.text[-1] + "never", "?" * 40])

@@ -49,7 +49,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"policy": ExitPolicy(0.5, {"1": 0.5})}, "thresholds: there is no exit after layer '1'; there are: 1, 2, 4"),
     ({"policy": ExitPolicy(0.5, {1: -0.5})}, "thresholds: that of the exit after layer 1 must be a number above 0"),
     ({"policy": ExitPolicy(0.5, measure="luck")}, "measure: 'luck' is unknown"),  # type: ignore[arg-type]
-    ({"policy": ExitPolicy(0.5, max_deferred=-1)}, "max_deferred: must be a whole number, 0 or more, not -1"),
+    ({"policy": ExitPolicy(0.5, max_deferred=-1)}, "max_deferred: must be a whole number from 0 to 255, not -1"),
     ({"policy": ExitPolicy(0.5, min_full=0)}, "min_full: must be a whole number, 1 or more, not 0"),
     ({"exits": (1, 3)}, "exits: there is no exit after layer 3; there are: 1, 2, 4"),
     ({"exits": (), **THRESHOLD}, "exits: mode threshold needs at least one"),
