@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from megatron_ee.inference.compare import ModeResult
     from megatron_ee.inference.engine import Engine
     from megatron_ee.inference.loading import Released
+    from megatron_ee.inference.policy import ExitPolicy
     from megatron_ee.inference.requests import Completion, Request
+    from megatron_ee.inference.sampling import Sampling
 
 DESCRIPTION = """Continue prompts; each token is coloured by the layer that emitted it. Under torchrun, the model is
 spread over --tensor x --pipeline processes."""
@@ -94,8 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None and (len(arguments.prompt) > 1 or arguments.samples > 1 or arguments.compare):
         raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode")
     try:
+        policy, sampling = _policy(arguments), _sampling(arguments)
+        for settings in (policy, sampling):
+            settings.check()  # at once: opening the model may mean to hash it
         released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
-        requests = [_request(arguments, prompt, released) for prompt in arguments.prompt]
+        requests = [_request(arguments, prompt, released, policy, sampling) for prompt in arguments.prompt]
         arch = released.model.architecture
         check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
         for request in requests:
@@ -120,27 +125,38 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _request(arguments: argparse.Namespace, text: str, released: Released) -> Request:
+def _policy(arguments: argparse.Namespace) -> ExitPolicy:
     from megatron_ee.inference.policy import ExitPolicy
+
+    threshold = 0.9 if arguments.threshold is None else arguments.threshold
+    names = ("thresholds", "measure", "max_deferred", "min_full")
+    return ExitPolicy(threshold, **{name: getattr(arguments, name) for name in names})
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    from megatron_ee.inference.sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return Sampling(**{name: getattr(arguments, name) for name in names})
+
+
+def _request(
+    arguments: argparse.Namespace, text: str, released: Released, policy: ExitPolicy, sampling: Sampling
+) -> Request:
     from megatron_ee.inference.prompts import encode_chat
     from megatron_ee.inference.requests import Draft, Request
-    from megatron_ee.inference.sampling import Sampling
 
     mode: Any = arguments.mode or (THRESHOLD if released.exits else FULL)
     if mode != THRESHOLD and arguments.threshold is not None:
         print(f"megatron-ee generate: --threshold has no effect in mode {mode}", file=sys.stderr)
-    threshold = 0.9 if arguments.threshold is None else arguments.threshold
-    sampling = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     names = ("samples", "max_tokens", "stop", "ignore_eos", "echo", "logprobs", "exits")
     chat = [{"role": "user", "content": text}]
     return Request(
         encode_chat(released.tokenizer, chat) if arguments.chat and text else text,
         mode=mode,
-        policy=ExitPolicy(
-            threshold, arguments.thresholds, arguments.measure, arguments.max_deferred, arguments.min_full
-        ),
+        policy=policy,
         draft=Draft(arguments.draft_exit, arguments.draft_length),
-        sampling=Sampling(**{name: getattr(arguments, name) for name in sampling}),
+        sampling=sampling,
         **{name: getattr(arguments, name) for name in names},
     )
 

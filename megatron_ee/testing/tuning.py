@@ -26,7 +26,7 @@ from megatron_ee.tuning.schedule import Event, Pipeline
 from megatron_ee.tuning.state import Progress, load_state, save_state
 from megatron_ee.tuning.step import StepResult, tuning_step
 
-SEQUENCE_LENGTH, GLOBAL_BATCH, STEPS = 16, 12, 2
+SEQUENCE_LENGTH, GLOBAL_BATCH, STEPS = 16, 12, 3
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     Stage: ("run_layers",),
     Backbone: ("embed",),
     DecoderLayer: ("attention_half", "mlp_half"),
-    Exit: ("features", "read"),
+    Exit: ("features", "statistics"),
 }
 """Through these the modules are also used, past the hooks that torch calls around ``forward``."""
 NAN_GRADIENT = "returned nan values"

@@ -41,19 +41,19 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
             "megatron-ee tune: error: argument --init-adapter: not allowed with argument --resume",
         ),
         (
-            ["generate", "--model", "m", "--prompt", "p", "--mode", "speculative"],
+            ["generate", "--model", "m", "--prompt", "p", "--mode", "fast"],
             2,
-            "megatron-ee generate: error: --mode: speculative is not yet available; choose full or threshold",
+            "megatron-ee generate: error: argument --mode: invalid choice: 'fast'",
         ),
         (
             ["generate", "--model", "m", "--adapter", "a", "--prompt", "p", "--threshold", "0"],
             2,
-            "megatron-ee generate: error: argument --threshold: must be above 0, not 0;",
+            "megatron-ee generate: error: --threshold: must be a number above 0, not 0.0;",
         ),
         (
             ["generate", "--model", "m", "--prompt", "p", "--threshold", "nan"],
             2,
-            "megatron-ee generate: error: argument --threshold: must be above 0, not nan;",
+            "megatron-ee generate: error: --threshold: must be a number above 0, not nan;",
         ),
         (
             ["generate", "--model", "m", "--prompt", "p", "--max-tokens", "x"],

@@ -32,7 +32,7 @@ from megatron_ee.parallel.adam import HostAdam, adam_class
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.testing.project import saved_tensors
 from megatron_ee.testing.ranks import run_ranks
-from megatron_ee.testing.tuning import Case, Outcome, tune_cases
+from megatron_ee.testing.tuning import STEPS, Case, Outcome, tune_cases
 
 pytestmark = pytest.mark.timeout(900)  # DeepSpeed is compiled once per machine, by the first of these tests
 
@@ -253,14 +253,14 @@ def test_deepspeed_across_data_parallel_ranks(deepspeed: str, saved_model: Any, 
     run_ranks(1, tune, models, [single], one, two, deepspeed)  # resharded
 
     for each in (single, half):
-        wanted, resumed = (saved_tensors(path / each.name / "step-3") for path in (two, again))
+        wanted, resumed = (saved_tensors(path / each.name / f"step-{STEPS}") for path in (two, again))
         assert wanted.keys() == resumed.keys()
         assert any(key.startswith("optimizer.main.") for key in wanted) == (each is half)
         for key, tensor in wanted.items():
             assert torch.equal(tensor, resumed[key]), key
-    wanted = saved_tensors(one / native.name / "step-3")
+    wanted = saved_tensors(one / native.name / f"step-{STEPS}")
     for path in (two / single.name, one / single.name):
-        for key, tensor in saved_tensors(path / "step-3").items():
+        for key, tensor in saved_tensors(path / f"step-{STEPS}").items():
             assert close(tensor, wanted[key], 1e-5), f"{path}: {key}"
 
 
