@@ -169,7 +169,8 @@ def benchmark_generate(
                 machine.call("make_model", directory, shape, dtype, _POSITIONS)
         layers = [] if adapter is not None else spread_exits(exits, _depth(directory))
         target = None if adapter is None else str(adapter)
-        with start_worker("decoding", f"{_PACKAGE}.decoding:decoding", directory, target, layers, dtype) as worker:
+        made = (f"{_PACKAGE}.decoding:decoding", directory, target, layers, dtype)
+        with start_worker("decoding", *made, alone=True) as worker:
             result = GenerateBenchmark({**described, "load_before": before}, worker.call("describe"))
             works: dict[str, Callable[[], None]] = {
                 "full": lambda: _full(worker, load, batches, result),

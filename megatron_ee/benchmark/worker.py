@@ -92,7 +92,7 @@ def call_all(workers: Sequence[Worker], method: str, *arguments: Any) -> list[An
 
 
 @contextlib.contextmanager
-def start_worker(name: str, make: str, *arguments: Any, wait: bool = True) -> Iterator[Worker]:
+def start_worker(name: str, make: str, *arguments: Any, wait: bool = True, alone: bool = False) -> Iterator[Worker]:
     """Start a child that holds the object which ``make(*arguments)`` yields; end it with the context.
 
     The child starts from nothing (no fork), and this process should be small: Linux counts the memory of the process
@@ -102,6 +102,8 @@ def start_worker(name: str, make: str, *arguments: Any, wait: bool = True) -> It
         name: of the side, for messages.
         make: ``module:function`` of a context manager, by name, so that only the child imports its module.
         wait: until the object is made; otherwise the first call does.
+        alone: no other child computes at the same time, so that its threads may spin where they wait, as a user's do:
+            a token takes hundreds of short products, and waking threads for each costs several times their time.
 
     Raises:
         UserError: ``make`` raised one, or the child is gone.
@@ -109,7 +111,7 @@ def start_worker(name: str, make: str, *arguments: Any, wait: bool = True) -> It
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, make, arguments, alone), daemon=True)
     process.start()
     theirs.close()
     worker = Worker(name, ours, process)
@@ -125,14 +127,15 @@ def start_worker(name: str, make: str, *arguments: Any, wait: bool = True) -> It
             process.join()
 
 
-def _serve(connection: Connection, make: str, arguments: tuple[Any, ...]) -> None:
+def _serve(connection: Connection, make: str, arguments: tuple[Any, ...], alone: bool) -> None:
     """The child: make the object, then answer calls until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     for variable in _LAUNCHER:  # a world of its own, whoever started the parent
         os.environ.pop(variable, None)
     # Threads sleep where they wait, in every child alike. By default GNU OpenMP's spin, but much less in a process that
     # once had more of them than cores: on a busy machine that alone made one side 10 times slower than the other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not alone:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     module, function = make.split(":")
     with contextlib.suppress(EOFError, ConnectionError):
         try:

@@ -17,6 +17,7 @@ of your own, examples/quickstart/run.sh makes a small one first."""
 POSITIONS = (0.25, 0.5, 0.75)
 SEQUENCES = 120
 AGREEMENT = 0.97
+PROMPTS = 4
 MADE = {
     "tuning/adapter": "the tuned exits",
     "tune.yaml": "the configuration they were tuned with",
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
     result.add_argument("--steps", type=at_least(1), default=160, metavar="N", help="tuning steps (default: 160)")
     result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default: bfloat16)")
-    result.add_argument("--prompt", metavar="TEXT", help="text to continue (default: how the held-out text begins)")
+    result.add_argument("--prompt", metavar="TEXT", help="text to continue (default: how held-out texts begin)")
     result.add_argument("--started", type=float, metavar="TIME", help=argparse.SUPPRESS)
     return result
 
@@ -63,9 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     exits = ("--model", base, "--adapter", tuning / "adapter", "--dtype", arguments.dtype)
     held_out = ("--data", out / "data" / "held_out", "--sequence-length", length, "--sequences", SEQUENCES)
     _command("evaluate", *exits, *held_out, "--output", out / "evaluation")
-    prompt = arguments.prompt or _beginning(out / "data" / "held_out", base)
+    texts = [arguments.prompt] if arguments.prompt else _beginnings(out / "data" / "held_out", base)
+    prompts = [word for text in texts for word in ("--prompt", text)]
     threshold = _threshold(out / "evaluation" / "evaluation.json")
-    _command("generate", *exits, "--prompt", prompt, "--max-tokens", 60, "--threshold", threshold, "--compare")
+    _command("generate", *exits, *prompts, "--max-tokens", 60, "--threshold", threshold, "--compare")
 
     digests = {"backbone_sha256_before": before, "backbone_sha256_after": model.digest(fresh=True)}
     _report(out, digests, time.time() - started)
@@ -102,13 +104,15 @@ def _write_config(arguments: argparse.Namespace, length: int) -> Path:
     return path
 
 
-def _beginning(corpus: Path, base: Path) -> str:
-    """The first tokens of the held-out text, as a prompt."""
+def _beginnings(corpus: Path, base: Path) -> list[str]:
+    """The first tokens of some held-out texts, as prompts."""
     from megatron_ee.data.indexed import open_corpus
     from megatron_ee.data.tokenizer import load_tokenizer
 
     opened = open_corpus(corpus)  # kept: what it gives are views of its memory map
-    return load_tokenizer(base).decode([int(token) for token in opened.tokens[0][:24]])
+    tokenizer = load_tokenizer(base)
+    documents = [opened.tokens[number] for number in range(min(PROMPTS, len(opened.tokens)))]
+    return [tokenizer.decode([int(token) for token in document[:24]]) for document in documents]
 
 
 def _threshold(evaluation: Path) -> float:
