@@ -16,7 +16,7 @@ DESCRIPTION = """Prepare data, tune exits, evaluate them and generate with them,
 of your own, examples/quickstart/run.sh makes a small one first."""
 POSITIONS = (0.25, 0.5, 0.75)
 SEQUENCES = 120
-AGREEMENT = 0.97
+AGREEMENT = 0.995
 PROMPTS = 4
 MADE = {
     "tuning/adapter": "the tuned exits",
