@@ -116,8 +116,8 @@ class Rank:
 
             return run
 
-        def run_pipeline(batches: Any, exits_work: Any, at_end: Any = None) -> None:
-            run(batches, alone("exits", exits_work), at_end and alone("teach", at_end))
+        def run_pipeline(batches: Any, exits_work: Any, at_end: Any = None, **options: Any) -> None:
+            run(batches, alone("exits", exits_work), at_end and alone("teach", at_end), **options)
 
         run = pipeline.run
         run_layers = alone("forward", pipeline.stage.run_layers)
@@ -145,9 +145,12 @@ class Rank:
             time.sleep(mine["teach"])
             return Teacher(torch.zeros(tokens, top_k, dtype=torch.long), torch.zeros(tokens, top_k))
 
+        def work(*_: Any) -> None:
+            time.sleep(mine["exits"])
+
         pipeline.events = []
         with mock.patch.object(pipeline.stage, "run_layers", forward):
-            pipeline.run(self.batches, lambda *_: time.sleep(mine["exits"]), teach if top_k else None)
+            pipeline.run(self.batches, work, teach if top_k else None, taught=bool(top_k))
         return {"spans": self._spans()}
 
     def traffic(self) -> list[tuple[int, int, bool, int, int]]:

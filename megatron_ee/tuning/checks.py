@@ -161,10 +161,10 @@ class _Checks:
     def _next_microbatch(self, module: nn.Module, args: Any) -> None:
         self._microbatch += 1
 
-    def _around_run(self, run: Callable[..., None], batches: Sequence[Batch], *work: Any) -> None:
+    def _around_run(self, run: Callable[..., None], batches: Sequence[Batch], *work: Any, **options: Any) -> None:
         self._microbatch, self._microbatches = 0, len(batches)
         try:
-            run(batches, *work)
+            run(batches, *work, **options)
         except RuntimeError as error:
             if NAN_GRADIENT not in str(error):
                 raise

@@ -111,6 +111,8 @@ class Pipeline:
         batches: Sequence[Batch],
         exits_work: Callable[[Microbatch, Teacher | None], None],
         at_end: Callable[[Microbatch, Tensor], Teacher | None] | None = None,
+        *,
+        taught: bool = False,
     ) -> None:
         """Every microbatch through the layers held here, and on to the exits hosted here.
 
@@ -119,12 +121,14 @@ class Pipeline:
             exits_work: called once for each, in order.
             at_end: called with h after the last layer, on the stage that runs it; the teacher that it returns goes to
                 all stages that host exits.
+            taught: whether it does, equal on all stages: exits then wait for it. Validation takes no lessons.
         """
         ends = at_end is not None and self.index == self.layout.last_layered
         needs_h = ends or any(message.hidden for message, _ in self._outboxes)
         waiting: deque[tuple[Microbatch, Teacher | None]] = deque()
-        self._expect(batches)
-        for turn in range(len(batches) + self.lag):
+        self._expect(batches, taught)
+        lag = self.lag if taught else 0
+        for turn in range(len(batches) + lag):
             if turn < len(batches):  # fill and steady state: one more microbatch through the layers
                 h, taps, positions = self._receive(turn, batches[turn])
                 with self._event("forward", turn):
@@ -136,11 +140,12 @@ class Pipeline:
                 if ends and at_end is not None:
                     with self._event("teach", turn):
                         teacher = at_end(micro, h)
-                    self._teach(turn, teacher)
+                    if taught:
+                        self._teach(turn, teacher)
                 waiting.append((micro, teacher))
-            if turn >= self.lag:  # steady state and drain: the exits' work on one whose teacher has arrived
+            if turn >= lag:  # steady state and drain: the exits' work on one whose teacher has arrived
                 micro, teacher = waiting.popleft()
-                if self._lessons is not None:
+                if taught and self._lessons is not None:
                     teacher = self._learn(micro)
                 with self._event("exits", micro.number):
                     exits_work(micro, teacher)
@@ -152,12 +157,12 @@ class Pipeline:
         boxes = [(False, box) for _, box in self._outboxes] + [(True, box) for box in self._pupils]
         return [Traffic(box.target, verdicts, box.messages, box.bytes) for verdicts, box in boxes]
 
-    def _expect(self, batches: Sequence[Batch]) -> None:
+    def _expect(self, batches: Sequence[Batch], taught: bool) -> None:
         """Post the first receives."""
         for message, inbox in self._inboxes:
             tensors = message.hidden + len(message.taps)
             inbox.begin([tensors * self._shape(batch).numel() for batch in batches])
-        if self._lessons is not None:
+        if taught and self._lessons is not None:
             self._lessons.begin([2 * batch.tokens.numel() * self._top_k for batch in batches])
 
     def _receive(self, number: int, batch: Batch) -> tuple[Tensor, dict[int, Tensor], Positions]:

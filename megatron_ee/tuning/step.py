@@ -108,7 +108,8 @@ def tuning_step(
 
     parts: list[tuple[int, range, Tensor]] = []
     optimizer.zero_gradients()
-    pipeline.run(batches, train_exits, teach if loss.distillation.kl > 0 else None)
+    taught = loss.distillation.kl > 0
+    pipeline.run(batches, train_exits, teach if taught else None, taught=taught)
     optimizer.reduce_gradients()
 
     losses, norms = _over_all_ranks(sums, {exit_.spec.layer: optimizer.squared_norm(exit_) for exit_ in trained}, stage)

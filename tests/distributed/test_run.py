@@ -88,6 +88,23 @@ def test_a_run_on_several_ranks_is_the_run_of_one(
         assert not (tmp_path / f"stderr-{rank}").read_text().strip()
 
 
+def test_validation_takes_no_lessons_from_the_final_exit(project: Project, tmp_path: Path) -> None:
+    """With distillation, exits on other stages than the final one's wait for its verdict in tuning alone."""
+    taught = {"loss": {"distillation": {"kl": 1.0, "top_k": 8}}, "validation": {"interval": 2, "sequences": 8}}
+    short = {"tuning": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2}}
+    logs = {}
+    for world_size, parallel in (
+        (1, {}),
+        (3, {"pipeline": 3, "layout": [*PIPELINE[:1], {"layers": [3, 4]}, PIPELINE[2]]}),
+    ):
+        place = tmp_path / str(world_size)
+        place.mkdir()
+        with tune(project, world_size, place, parallel=parallel, **taught, **short) as ranks:
+            assert ranks.results() == [0] * world_size
+        logs[world_size] = read_log(place / "run")
+    close(logs[3], logs[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     number: signal.Signals, project: Project, tuned: Path, tmp_path: Path
