@@ -44,12 +44,10 @@ class Places:
 
     Attributes:
         ends: by stage, its last layer; of the last stage the place of the final exit.
-        exits: layers of all exits.
-        layer_exits: those of them with a decoder layer of their own.
+        layer_exits: layers of the exits with a decoder layer of their own.
     """
 
     ends: tuple[int, ...]
-    exits: tuple[int, ...]
     layer_exits: frozenset[int] = frozenset()
 
     @property

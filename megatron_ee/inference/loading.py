@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, find_exits, load_exits
@@ -153,9 +152,7 @@ def engine_on_ranks(
     free = int(MEMORY_SHARE * platform.free_memory() / groups.world.size()) if memory is None else memory
     total = min(groups.gather(free))
     if groups.world.size() == 1:
-        runner = StageRunner(stage, SLACK, PASS_TOKENS)
-        core = _core(stage, layout, specs, [runner], total, max_rows)
-        engine = _engine(core, stage, specs, tokenizer, eos)
+        engine = make_engine(stage, tokenizer=tokenizer, eos=eos, memory=total, max_rows=max_rows)
         try:
             yield engine
         finally:
@@ -205,13 +202,19 @@ def _stop(others: Sequence[RemoteStage], mail: Mail) -> None:
     mail.finish()
 
 
-def make_engine(stage: Stage, **options: Any) -> Engine:
-    """An engine for a stage that holds the whole model, on one process; options of ``engine_on_ranks``."""
+def make_engine(
+    stage: Stage,
+    *,
+    tokenizer: Tokenizer | None = None,
+    eos: frozenset[int] = frozenset(),
+    memory: int | None = None,
+    max_rows: int = MAX_ROWS,
+) -> Engine:
+    """An engine for a stage that holds the whole model, on one process; arguments as for ``open_engine``."""
     layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
-    options = {"memory": int(MEMORY_SHARE * platform.free_memory()), "max_rows": MAX_ROWS, **options}
-    memory, max_rows = options.pop("memory"), options.pop("max_rows")
-    core = _core(stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS)], memory, max_rows)
-    return _engine(core, stage, specs, **options)
+    total = int(MEMORY_SHARE * platform.free_memory()) if memory is None else memory
+    core = _core(stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS)], total, max_rows)
+    return _engine(core, stage, specs, tokenizer, eos)
 
 
 def _engine(
@@ -254,7 +257,6 @@ def _core(
     ]
     places = Places(
         ends=(*(place.layers[-1] for place in layout.stages[:-1]), arch.num_layers + 1),
-        exits=tuple(spec.layer for spec in specs),
         layer_exits=frozenset(spec.layer for spec in specs if spec.body == "layer"),
     )
     budget = Budget(memory, kept, SLACK, PASS_TOKENS)
