@@ -50,6 +50,10 @@ PIECE = 4 * 2**20  # bytes of the buffer through which conversions and hashes go
 SMALL_GAP = 32 * 2**10  # bytes: reading over a gap up to this costs less than another system call
 _DIRECT = 64 * 2**10  # bytes: contiguous runs from this on are read straight into place, one by one
 _scratch = threading.local()
+ReadBytes = Callable[[int, memoryview, int], None]
+"""Fills memory with the bytes of an open file (its descriptor) from a position."""
+Fetch = Callable[[memoryview, int], None]
+"""The same of one file."""
 
 
 @dataclass(frozen=True)
@@ -184,13 +188,14 @@ def read_into(entry: TensorEntry, out: Tensor) -> None:
     read_box(entry, out, (0,) * out.dim())
 
 
-def read_box(entry: TensorEntry, out: Tensor, offset: Sequence[int]) -> None:
+def read_box(entry: TensorEntry, out: Tensor, offset: Sequence[int], read: ReadBytes | None = None) -> None:
     """Read the box of ``out``'s shape that starts at ``offset`` (one index per dimension) into ``out``.
 
     Beyond ``out`` itself it needs one buffer of ``PIECE`` bytes per thread.
 
     Args:
         out: any strides and device; floating dtypes convert into each other, others must be equal.
+        read: fills memory with the open file's bytes from a position; None reads them and no more.
 
     Raises:
         CheckpointError: the box leaves the tensor, the dtypes do not convert, or the file cannot be read.
@@ -204,12 +209,19 @@ def read_box(entry: TensorEntry, out: Tensor, offset: Sequence[int]) -> None:
     pitches = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(out.dim())]
     origin = entry.offset + sum(first * pitch for first, pitch in zip(offset, pitches, strict=True))
     with open_regular(entry.path) as fd:
+
+        def fetch(memory: memoryview, position: int) -> None:
+            if read is None:
+                read_exactly(fd, memory, position, entry.path)
+            else:
+                read(fd, memory, position)
+
         if cut == 0:
-            _read_run(fd, entry, origin, out)
+            _read_run(fetch, entry, origin, out)
             return
         for index in itertools.product(*(range(extent) for extent in out.shape[: cut - 1])):
             position = origin + sum(step * pitch for step, pitch in zip(index, pitches, strict=False))
-            _read_strided(fd, entry, position, pitches[cut - 1], out[index])
+            _read_strided(fetch, entry, position, pitches[cut - 1], out[index])
 
 
 def _check_box(entry: TensorEntry, out: Tensor, offset: Sequence[int]) -> None:
@@ -230,11 +242,11 @@ def _in_place(entry: TensorEntry, out: Tensor) -> bool:
     return out.dtype == entry.dtype and out.device.type == "cpu"
 
 
-def _read_run(fd: int, entry: TensorEntry, position: int, out: Tensor) -> None:
+def _read_run(fetch: Fetch, entry: TensorEntry, position: int, out: Tensor) -> None:
     """Read one contiguous run of the file into ``out``, straight where memory allows, else piece by piece."""
     in_place = _in_place(entry, out)
     if in_place and out.is_contiguous():
-        read_exactly(fd, tensor_bytes(out), position, entry.path)
+        fetch(tensor_bytes(out), position)
         return
     nbytes = out.numel() * entry.dtype.itemsize
     straight = False
@@ -243,29 +255,29 @@ def _read_run(fd: int, entry: TensorEntry, position: int, out: Tensor) -> None:
         straight = in_place and inner >= _DIRECT and out[0].is_contiguous()
     if nbytes <= PIECE and not straight:
         buffer = scratch_buffer()[:nbytes]
-        read_exactly(fd, tensor_bytes(buffer), position, entry.path)
+        fetch(tensor_bytes(buffer), position)
         out.copy_(buffer.view(entry.dtype).view(out.shape))
         return
     rows = 1 if straight else max(1, PIECE // inner)
     for first in range(0, out.shape[0], rows):
         part = out[first : first + rows] if rows > 1 else out[first]
-        _read_run(fd, entry, position + first * inner, part)
+        _read_run(fetch, entry, position + first * inner, part)
 
 
-def _read_strided(fd: int, entry: TensorEntry, position: int, pitch: int, out: Tensor) -> None:
+def _read_strided(fetch: Fetch, entry: TensorEntry, position: int, pitch: int, out: Tensor) -> None:
     """Read ``out[i]`` from ``position + i * pitch`` for each i: row by row, or many rows at once over small gaps."""
     count = out.shape[0]
     run = out.numel() // count * entry.dtype.itemsize
     rows = min(count, (PIECE - run) // pitch + 1) if run <= PIECE else 1
     if rows == 1 or pitch - run > SMALL_GAP:
         for row in range(count):
-            _read_run(fd, entry, position + row * pitch, out[row])
+            _read_run(fetch, entry, position + row * pitch, out[row])
         return
     item = entry.dtype.itemsize
     for first in range(0, count, rows):
         part = out[first : first + rows]
         buffer = scratch_buffer()[: (part.shape[0] - 1) * pitch + run]
-        read_exactly(fd, tensor_bytes(buffer), position + first * pitch, entry.path)
+        fetch(tensor_bytes(buffer), position + first * pitch)
         wanted = buffer.view(entry.dtype).as_strided((part.shape[0], run // item), (pitch // item, 1))
         part.copy_(wanted.reshape(part.shape))
 

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ee.checkpoint.digest import hash_range, hash_workers, is_sha256
+from megatron_ee.checkpoint.digest import is_sha256
 from megatron_ee.checkpoint.manifest import BLOCK, MANIFEST, VERSION, Box, encode, intersect, is_inside, tiling_problem
 from megatron_ee.checkpoint.safetensors_file import DTYPES, TensorEntry, is_index_list, read_box, read_header
 from megatron_ee.checkpoint.tensors import StoredTensor
-from megatron_ee.config.untrusted import open_regular, read_json
+from megatron_ee.checkpoint.verified import VerifiedFile
+from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError, DamagedError, shown, storage_errors
-
-
-@dataclass
-class _Shard:
-    path: Path
-    blocks: list[str]
-    size: int
-    header_end: int
-    verified: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class _Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: list[tuple[Box, TensorEntry, _Shard]]
+    pieces: list[tuple[Box, TensorEntry, VerifiedFile]]
 
 
 @dataclass(frozen=True)
@@ -85,8 +76,8 @@ class Checkpoint:
     def read(self, key: str, out: Tensor, offset: Sequence[int] | None = None) -> Tensor:
         """Read a box of a tensor into ``out`` and return it.
 
-        Each block of each file is verified once, in threads beside the reading, unless the checkpoint was opened
-        without; where this raises, ``out`` holds anything.
+        Each block of each file is verified as it is read, unless the checkpoint was opened without; where this raises,
+        ``out`` holds anything.
 
         Args:
             out: any strides and device; floating dtypes convert into each other.
@@ -112,50 +103,13 @@ class Checkpoint:
             for dim, (first, start, count) in enumerate(zip(low, box[0], extent, strict=True)):
                 target = target.narrow(dim, first - start, count)
             inside = [first - start for first, start in zip(low, piece[0], strict=True)]
-            if self.verify:
-                _read_verified(key, entry, shard, target, inside)
-            else:
-                read_box(entry, target, inside)
+            read_box(entry, target, inside, partial(shard.read, tensor=key) if self.verify else None)
         return out
 
     def _stored(self, key: str) -> _Stored:
         if key not in self._tensors:
             raise CheckpointError(f"{self.path}: there is no tensor {key!r} in it")
         return self._tensors[key]
-
-
-def _read_verified(key: str, entry: TensorEntry, shard: _Shard, out: Tensor, inside: Sequence[int]) -> None:
-    """``read_box``, and check those blocks of the file that it touches, and of its header, not checked before."""
-    pitches = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(len(entry.shape))]
-    first = entry.offset + sum(index * pitch for index, pitch in zip(inside, pitches, strict=True))
-    steps = sum((count - 1) * pitch for count, pitch in zip(out.shape, pitches, strict=True))
-    touched = {*_blocks(first, first + steps + entry.dtype.itemsize), *_blocks(0, shard.header_end)}
-    pending = sorted(touched - shard.verified)
-
-    def check(block: int) -> None:
-        start, stop = block * BLOCK, min((block + 1) * BLOCK, shard.size)
-        with open_regular(shard.path) as fd:
-            digest = hash_range(fd, start, stop, shard.path)
-        if digest != shard.blocks[block]:
-            raise DamagedError(
-                f"{shard.path}: damaged between bytes {start} and {stop} (SHA-256 differs), in tensor {key!r}"
-            )
-        shard.verified.add(block)
-
-    if len(pending) < 2:
-        for block in pending:
-            check(block)
-        read_box(entry, out, inside)
-        return
-    with ThreadPoolExecutor(min(hash_workers(), len(pending))) as pool:
-        checks = pool.map(check, pending)
-        read_box(entry, out, inside)
-        for _ in checks:
-            pass
-
-
-def _blocks(start: int, stop: int) -> range:
-    return range(start // BLOCK, -(-stop // BLOCK))
 
 
 def open_checkpoint(directory: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
@@ -198,7 +152,7 @@ def _object(value: Any, where: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     return value
 
 
-def _open_shard(directory: Path, name: str, file: Any) -> tuple[_Shard, dict[str, TensorEntry]]:
+def _open_shard(directory: Path, name: str, file: Any) -> tuple[VerifiedFile, dict[str, TensorEntry]]:
     path, where = directory / name, f"{directory / MANIFEST}: file {shown(name)}"
     file = _object(file, where, ("size", "blocks"))
     if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable() or os.path.islink(path):
@@ -212,14 +166,14 @@ def _open_shard(directory: Path, name: str, file: Any) -> tuple[_Shard, dict[str
     if size != file["size"]:
         raise DamagedError(f"{path}: truncated or changed: expected {shown(file['size'])} bytes, found {size}")
     blocks = file["blocks"]
-    if not isinstance(blocks, list) or len(blocks) != len(_blocks(0, size)) or not all(map(is_sha256, blocks)):
+    if not isinstance(blocks, list) or len(blocks) != -(-size // BLOCK) or not all(map(is_sha256, blocks)):
         raise DamagedError(f"{where}: its blocks are not one SHA-256 for each {BLOCK} of its {size} bytes")
     entries = read_header(path)
-    return _Shard(path, blocks, size, size - sum(entry.nbytes for entry in entries.values())), entries
+    return VerifiedFile(path, size, size - sum(entry.nbytes for entry in entries.values()), blocks), entries
 
 
 def _open_tensors(
-    path: Path, tensors: Mapping[str, Any], shards: Mapping[str, tuple[_Shard, dict[str, TensorEntry]]]
+    path: Path, tensors: Mapping[str, Any], shards: Mapping[str, tuple[VerifiedFile, dict[str, TensorEntry]]]
 ) -> Iterator[tuple[str, _Stored]]:
     used: set[tuple[str, str]] = set()
     for key, tensor in tensors.items():
@@ -230,7 +184,7 @@ def _open_tensors(
             raise DamagedError(f"{where}: its name, dtype or pieces are not what they must be")
         if not is_index_list(tensor["shape"]):
             raise DamagedError(f"{where}: shape {shown(tensor['shape'])} is not a list of whole numbers from 0")
-        pieces: list[tuple[Box, TensorEntry, _Shard]] = []
+        pieces: list[tuple[Box, TensorEntry, VerifiedFile]] = []
         for piece in tensor["pieces"]:
             piece = _object(piece, f"{where}: piece", ("file", "name", "offset", "shape"))
             if not is_index_list(piece["offset"]) or not is_index_list(piece["shape"]):
@@ -246,9 +200,9 @@ def _stored_piece(
     where: str,
     piece: dict[str, Any],
     dtype: torch.dtype,
-    shards: Mapping[str, tuple[_Shard, dict[str, TensorEntry]]],
+    shards: Mapping[str, tuple[VerifiedFile, dict[str, TensorEntry]]],
     used: set[tuple[str, str]],
-) -> tuple[TensorEntry, _Shard]:
+) -> tuple[TensorEntry, VerifiedFile]:
     file, name = piece["file"], piece["name"]
     if not (isinstance(file, str) and isinstance(name, str) and file in shards):
         raise DamagedError(f"{where}: a piece is said to be in {shown(file)}, which is not one of its files")

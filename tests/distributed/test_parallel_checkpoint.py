@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,9 +46,9 @@ def load(released: Path, parallel: Path, tensor: int, stages: tuple[int, ...]) -
     read: Counter[str] = Counter()
     original = store.read_box
 
-    def count(entry: TensorEntry, out: Tensor, offset: Sequence[int]) -> None:
+    def count(entry: TensorEntry, out: Tensor, *arguments: Any) -> None:
         read[entry.path.name] += out.numel()
-        original(entry, out, offset)
+        original(entry, out, *arguments)
 
     with process_groups(tensor, len(stages)) as groups:
         for path in (released, parallel):

@@ -1,0 +1,122 @@
+"""Reading a file of which a SHA-256 is known for each block: no byte is given out before its block was checked.
+
+What has been hashed is what is handed on, so that each block is read once: a block that is wanted whole is read where
+it belongs and hashed there; of any other, the thread that checked it keeps the bytes for what is wanted of it next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_ee.checkpoint.digest import hash_workers
+from megatron_ee.checkpoint.manifest import BLOCK
+from megatron_ee.checkpoint.safetensors_file import PIECE, tensor_bytes
+from megatron_ee.config.untrusted import read_exactly
+from megatron_ee.errors import DamagedError
+
+
+class _Kept(threading.local):
+    """This thread's last block that was wanted in parts: ``file`` is None while ``memory`` holds none."""
+
+    memory = memoryview(b"")
+    file: VerifiedFile | None = None
+    block = -1
+
+
+@dataclass(eq=False)
+class VerifiedFile:
+    """One file of a checkpoint.
+
+    Attributes:
+        path: where it is.
+        size: its bytes.
+        header_end: bytes before those of the first tensor.
+        digests: SHA-256 (hex) of each ``BLOCK`` bytes.
+    """
+
+    path: Path
+    size: int
+    header_end: int
+    digests: Sequence[str]
+    _checked: set[int] = field(default_factory=set)
+    _locks: list[threading.Lock] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._locks = [threading.Lock() for _ in self.digests]
+
+    def read(self, fd: int, out: memoryview, position: int, tensor: str) -> None:
+        """Fill ``out`` with the bytes from ``position``, several blocks at a time; safe to call from several threads.
+
+        Args:
+            fd: of the file, open for reading.
+            tensor: what is read, for the message.
+
+        Raises:
+            DamagedError: a block that they are in, or the header, is not what was written.
+        """
+        for block in range(-(-self.header_end // BLOCK)):
+            self._fill(fd, out[:0], 0, block, tensor)
+        blocks = range(position // BLOCK, -(-(position + len(out)) // BLOCK))
+        whole = [block for block in blocks if self._wants_all(block, position, len(out)) and block not in self._checked]
+        others = [block for block in blocks if block not in whole]
+        if len(whole) < 2:
+            for block in blocks:
+                self._fill(fd, out, position, block, tensor)
+            return
+        with ThreadPoolExecutor(min(hash_workers(), len(whole))) as pool:
+            filling = [pool.submit(self._fill, fd, out, position, block, tensor) for block in whole]
+            for block in others:  # in this thread, which keeps what is left of them
+                self._fill(fd, out, position, block, tensor)
+            for done in filling:
+                done.result()
+
+    def _wants_all(self, block: int, position: int, count: int) -> bool:
+        return position <= block * BLOCK and min((block + 1) * BLOCK, self.size) <= position + count
+
+    def _fill(self, fd: int, out: memoryview, position: int, block: int, tensor: str) -> None:
+        """The part of ``out`` that lies in one block, which is checked if it was not yet."""
+        start, stop = block * BLOCK, min((block + 1) * BLOCK, self.size)
+        first = max(start, position)
+        part = out[first - position : max(0, stop - position)]
+        if _kept.file is self and _kept.block == block:
+            part[:] = _kept.memory[first - start : first - start + len(part)]
+            return
+        with self._locks[block]:
+            checked = block in self._checked
+            if not checked and len(part) == stop - start:
+                self._check(fd, part, block, tensor)
+                return
+            if not checked:
+                _kept.file = None  # until it holds what it says
+                if not _kept.memory:
+                    _kept.memory = tensor_bytes(torch.empty(BLOCK, dtype=torch.uint8))
+                self._check(fd, _kept.memory[: stop - start], block, tensor)
+                _kept.file, _kept.block = self, block
+        if checked:
+            read_exactly(fd, part, first, self.path)
+        else:
+            part[:] = _kept.memory[first - start : first - start + len(part)]
+
+    def _check(self, fd: int, memory: memoryview, block: int, tensor: str) -> None:
+        """Read a block into ``memory``, piece by piece so that hashing finds it in the cache."""
+        digest, start = hashlib.sha256(), block * BLOCK
+        for done in range(0, len(memory), PIECE):
+            piece = memory[done : done + PIECE]
+            read_exactly(fd, piece, start + done, self.path)
+            digest.update(piece)
+        if digest.hexdigest() != self.digests[block]:
+            raise DamagedError(
+                f"{self.path}: damaged between bytes {start} and {start + len(memory)} (SHA-256 differs), "
+                f"in tensor {tensor!r}"
+            )
+        self._checked.add(block)
+
+
+_kept = _Kept()
