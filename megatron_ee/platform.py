@@ -90,6 +90,14 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def cached_bytes() -> int:
+    """Bytes that operations one after another should work on at a time, so that the next finds them in a cache.
+
+    An accelerator has no use for it: there, the more at a time the better.
+    """
+    return 2**62 if has_accelerator() else 4 * 2**20
+
+
 def return_freed_memory() -> None:
     """On a CPU, let tensors from 4 MB on go back to the system when they are freed, for the rest of the process.
 

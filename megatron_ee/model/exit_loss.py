@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ee import platform
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation, SoftTargets
 from megatron_ee.model.metrics import TokenStats
@@ -118,27 +119,32 @@ class _ExitLoss(torch.autograd.Function):
         scratch = _Scratch.allocate(z, weight, min(chunk_tokens, len(z)), needs_weight, two_temperatures)
 
         for start in range(0, len(z), chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            logits = _logits(z[part], weight, None if hidden is None else hidden[part], up, scratch)
-            logits[:, head.valid :] = -torch.inf
-            scale = coefficient[part]
-            soft = None if distillation is None else _soft_targets(distillation, part, head, scratch)
-            nll[part], confidence[part], top1[part] = _exponentiate_(logits, labels[part], head, group, soft)
-            if dynamic:
-                scale = scale * confidence[part]
-            loss += torch.dot(nll[part] if soft is None else soft.loss(nll[part]), scale)
-            if not any(ctx.needs_input_grad[:4]):
-                continue
-            _logit_gradient_(logits, confidence[part], labels[part], scale, head, soft)
-            grad_logits = scratch.narrowed(logits)
+            chunk = slice(start, start + chunk_tokens)
+            logits = torch.mm(z[chunk], weight.t(), out=scratch.logits[: len(z[chunk])])
+            for first in range(0, len(logits), scratch.rows):
+                run = logits[first : first + scratch.rows]
+                part = slice(start + first, start + first + len(run))
+                exact = scratch.widened(run)
+                if hidden is not None and up is not None:
+                    exact += torch.mm(hidden[part], up.t())
+                exact[:, head.valid :] = -torch.inf
+                scale = coefficient[part]
+                soft = None if distillation is None else _soft_targets(distillation, part, head, scratch)
+                nll[part], confidence[part], top1[part] = _exponentiate_(exact, labels[part], head, group, soft)
+                if dynamic:
+                    scale = scale * confidence[part]
+                loss += torch.dot(nll[part] if soft is None else soft.loss(nll[part]), scale)
+                if any(ctx.needs_input_grad[:4]):
+                    _logit_gradient_(exact, confidence[part], labels[part], scale, head, soft)
+                    scratch.narrow_(run, exact)
             if grad_z is not None:
-                torch.mm(grad_logits, weight, out=grad_z[part])
+                torch.mm(logits, weight, out=grad_z[chunk])
             if grad_hidden is not None and up is not None:
-                torch.mm(grad_logits, up, out=grad_hidden[part])
+                torch.mm(logits, up, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _accumulate_(grad_weight, grad_logits, z[part], scratch.product)
+                _accumulate_(grad_weight, logits, z[chunk], scratch.product)
             if grad_up is not None and hidden is not None:
-                _accumulate_(grad_up, grad_logits, hidden[part], None)
+                _accumulate_(grad_up, logits, hidden[chunk], None)
 
         for partial in (grad_z, grad_hidden):
             if partial is not None and group.size() > 1:
@@ -165,45 +171,42 @@ class _Scratch:
     """Memory that the chunks of one call take turns in: fresh pages for each would cost a tenth of the time.
 
     Attributes:
-        logits: ``[chunk, padded_vocab / tp]`` float32.
-        narrow: the same in the model's dtype, where that is not float32.
+        logits: ``[chunk, padded_vocab / tp]`` in the model's dtype, later their gradient.
+        rows: tokens that are worked on at a time between the matrix products: what then lies in the CPU's caches goes
+            over its memory once, not for each operation.
+        exact: ``[rows, padded_vocab / tp]`` float32, where that is not the model's dtype.
+        tempered: as ``exact``, where distillation has another temperature than 1.
         product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, where that is not float32.
-        tempered: as ``logits``, where distillation has another temperature than 1.
     """
 
     logits: Tensor
-    narrow: Tensor | None
-    product: Tensor | None
+    rows: int
+    exact: Tensor | None
     tempered: Tensor | None
+    product: Tensor | None
 
     @classmethod
     def allocate(cls, z: Tensor, weight: Tensor, chunk: int, needs_weight: bool, two_temperatures: bool) -> _Scratch:
-        logits = z.new_empty((chunk, len(weight)), dtype=torch.float32)
-        tempered = torch.empty_like(logits) if two_temperatures else None
-        if z.dtype == torch.float32:
-            return cls(logits, None, None, tempered)
-        product = torch.empty_like(weight[:ROW_RUN]) if needs_weight else None
-        return cls(logits, z.new_empty(logits.shape), product, tempered)
+        logits = z.new_empty((chunk, len(weight)))
+        rows = max(1, min(chunk, platform.cached_bytes() // (4 * len(weight))))
+        narrow = z.dtype != torch.float32
+        exact = logits.new_empty((rows, len(weight)), dtype=torch.float32) if narrow else None
+        tempered = logits.new_empty((rows, len(weight)), dtype=torch.float32) if two_temperatures else None
+        product = torch.empty_like(weight[:ROW_RUN]) if narrow and needs_weight else None
+        return cls(logits, rows, exact, tempered, product)
 
-    def narrowed(self, logits: Tensor) -> Tensor:
-        """``logits`` in the model's dtype."""
-        return logits if self.narrow is None else self.narrow[: len(logits)].copy_(logits)
+    def widened(self, run: Tensor) -> Tensor:
+        """``run``, some rows of ``logits``, in float32: itself, or a copy."""
+        return run if self.exact is None else self.exact[: len(run)].copy_(run)
 
-
-def _logits(z: Tensor, weight: Tensor, hidden: Tensor | None, up: Tensor | None, scratch: _Scratch) -> Tensor:
-    """Float32 logits of a chunk, in ``scratch``."""
-    logits = scratch.logits[: len(z)]
-    if scratch.narrow is None:
-        torch.mm(z, weight.t(), out=logits)
-    else:
-        logits.copy_(torch.mm(z, weight.t(), out=scratch.narrow[: len(z)]))
-    if hidden is not None and up is not None:
-        logits += torch.mm(hidden, up.t())
-    return logits
+    def narrow_(self, run: Tensor, exact: Tensor) -> None:
+        """Write what became of ``widened(run)`` back into ``run``."""
+        if self.exact is not None:
+            run.copy_(exact)
 
 
 def _soft_targets(distillation: Distillation, part: slice, head: VocabHead, scratch: _Scratch) -> SoftTargets:
-    """What the final exit makes of a chunk's tokens."""
+    """What the final exit makes of some tokens."""
     ids = distillation.teacher.ids[part]
     tempered = None if scratch.tempered is None else scratch.tempered[: len(ids)]
     return SoftTargets(distillation, part, *_local_columns(ids, head), tempered)
@@ -215,7 +218,7 @@ def _exponentiate_(
     """Cross-entropy, confidence and top-1 of each token over the whole vocabulary; ``soft`` is compared with it.
 
     Leaves exp(logit - highest) in ``logits``: probabilities, once multiplied by the confidence, which is the inverse
-    of their sum. That product is left to whoever needs it, since a pass over a chunk costs as much as adding it up.
+    of their sum. That product is left to whoever needs it, since a pass over them costs as much as adding them up.
     """
     highest, top1 = _highest(logits)
     top1 += head.start
