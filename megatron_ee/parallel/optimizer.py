@@ -77,7 +77,7 @@ class ExitOptimizer:
         trained = [exit_ for exit_ in exits if any(p.requires_grad for p in exit_.parameters())]
         if not trained:
             trained = [nn.Module()]  # megatron-core's optimizer wants a module, also on a stage without exits
-        self.groups = groups
+        self.groups, self._clip = groups, optimizer.clip_grad
         chosen = adam_class(optimizer.implementation)
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -96,7 +96,7 @@ class ExitOptimizer:
                 adam_beta2=optimizer.beta2,
                 adam_eps=optimizer.eps,
                 weight_decay=optimizer.weight_decay,
-                clip_grad=optimizer.clip_grad,
+                clip_grad=0.0,  # see step
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
@@ -149,10 +149,19 @@ class ExitOptimizer:
                     squares.append(run.norm().double().square())
         return torch.stack(squares).sum()
 
-    def step(self) -> None:
-        """Clip by the norm over all exits of all ranks, update, advance the schedule."""
+    def step(self, grad_norm: float) -> None:
+        """Clip, update, advance the schedule.
+
+        Args:
+            grad_norm: over all exits of all ranks, before clipping. megatron-core would compute it once more, and to
+                scale a gradient make a copy of it.
+        """
+        if grad_norm > self._clip > 0:
+            for wrapper in self.wrappers.values():
+                wrapper.scale_gradients(self._clip / grad_norm)
         with platform.translated():
-            self.optimizer.step()
+            self.optimizer.prepare_grads()
+            self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
 
     def skip(self) -> None:

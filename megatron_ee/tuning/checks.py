@@ -177,7 +177,7 @@ class _Checks:
         finally:
             self._validating = False
 
-    def _before_update(self, update: Callable[[], None]) -> None:
+    def _before_update(self, update: Callable[..., None], *arguments: float) -> None:
         """Gradients are complete and not yet clipped."""
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
@@ -187,7 +187,7 @@ class _Checks:
                 raise UserError(f"step {self._trainer.progress.step + 1}: the gradient of {name}: {bad}")
             if gradient.any():
                 self._with_gradient.add(name)
-        update()
+        update(*arguments)
 
 
 def _shown(name: str) -> str:

@@ -116,7 +116,7 @@ def tuning_step(
     exits = tuple(ExitResult(n, losses[n] / tokens, weights[n], math.sqrt(norms[n])) for n in sorted(weights))
     lr, grad_norm, skipped = optimizer.learning_rate, math.sqrt(sum(norms.values())), ""
     if math.isfinite(grad_norm) and all(math.isfinite(value) for value in losses.values()):
-        optimizer.step()
+        optimizer.step(grad_norm)
     else:
         optimizer.skip()
         skipped = _not_finite(exits, optimizer.groups.gather(_bad_parts(parts)), _sequences(batches, optimizer.groups))

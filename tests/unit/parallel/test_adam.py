@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -125,7 +126,7 @@ def step(module: nn.Module, optimizer: ExitOptimizer, steps: range) -> None:
             if parameter.requires_grad:
                 parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))  # type: ignore[attr-defined]
         optimizer.reduce_gradients()
-        optimizer.step()
+        optimizer.step(math.sqrt(float(optimizer.squared_norm(module))))
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> bool:
@@ -226,7 +227,7 @@ def test_stage_that_trains_nothing(deepspeed: str, groups: Any) -> None:
     optimizer = ExitOptimizer([], config, groups, settings, ScheduleConfig(), 2)
     optimizer.zero_gradients()
     optimizer.reduce_gradients()
-    optimizer.step()
+    optimizer.step(0.0)
     assert list(optimizer.parameter_states()) == [] and optimizer.counters()["adam_step"] == 0
 
 
@@ -381,7 +382,7 @@ with process_groups() as groups:
         for _ in range(2):
             optimizer.zero_gradients()
             module.weight.main_grad.fill_(1.0)
-            optimizer.step()
+            optimizer.step(float(optimizer.squared_norm(module)) ** 0.5)
         assert not torch.equal(before, module.weight)
         print([(type(each).__module__, type(each).__name__) for each in optimizer._adams()])
 """

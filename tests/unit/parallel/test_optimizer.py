@@ -66,7 +66,7 @@ def train(stage: Stage, optimizer: ExitOptimizer, steps: range) -> list[tuple[fl
         optimizer.reduce_gradients()
         squares = [float(optimizer.squared_norm(exit_)) for exit_ in stage.exits]
         norms.append((math.sqrt(sum(squares)), [math.sqrt(square) for square in squares]))
-        optimizer.step()
+        optimizer.step(norms[-1][0])
     return norms
 
 
@@ -134,7 +134,7 @@ def test_norms_and_biases_do_not_decay(make: Make) -> None:
     before = {name: parameter.detach().clone() for name, parameter in trained(stage.exits)}
     optimizer.zero_gradients()
     optimizer.reduce_gradients()
-    optimizer.step()  # no gradient: decay alone
+    optimizer.step(0.0)  # no gradient: decay alone
     for name, parameter in trained(stage.exits):
         factor = 1 - 0.1 * 0.5 if parameter.ndim == 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
@@ -149,9 +149,10 @@ def test_an_exit_that_trains_nothing_is_left_alone(make: Make) -> None:
     optimizer.zero_gradients()
     optimizer.wrappers[norm](taps[2], positions, labels, coefficient)[0].backward()
     optimizer.reduce_gradients()
-    assert float(optimizer.squared_norm(norm)) > 0
+    square = float(optimizer.squared_norm(norm))
+    assert square > 0
     before = norm.norm.weight.detach().clone()
-    optimizer.step()
+    optimizer.step(math.sqrt(square))
     assert not torch.equal(norm.norm.weight, before)
 
 
@@ -217,7 +218,7 @@ def test_schedule(decay: Any, warmup: float, make: Make) -> None:
         rates.append(optimizer.learning_rate)
         optimizer.zero_gradients()
         optimizer.reduce_gradients()
-        optimizer.step()
+        optimizer.step(0.0)
     assert rates == pytest.approx([1e-3 * value for value in TEN[decay, warmup]], rel=1e-4)
 
 
@@ -229,7 +230,7 @@ def test_short_runs_have_a_schedule(steps: int, warmup: float, make: Make) -> No
         assert 0 < optimizer.learning_rate <= 1e-3
         optimizer.zero_gradients()
         optimizer.reduce_gradients()
-        optimizer.step()
+        optimizer.step(0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
