@@ -130,15 +130,18 @@ def fill(
 ) -> None:
     """Read this rank's blocks of each parameter; rows that pad the vocabulary become zero."""
     tensor = setup.groups.tensor
-    wanted: list[Block] = []
+    wanted: dict[str, list[Block]] = {}
     for parameter, source in parameters:
         if source.kind == "vocabulary":
             parameter.detach()[max(0, setup.architecture.vocab_size - tensor.rank() * len(parameter)) :].zero_()
-        wanted += blocks(parameter, source, setup.architecture, tensor.rank(), tensor.size())
+        for block in blocks(parameter, source, setup.architecture, tensor.rank(), tensor.size()):
+            wanted.setdefault(block.name, []).append(block)
 
-    def read(block: Block) -> int:
-        model.weights[block.name].read(block.tensor, block.offset)
-        return block.tensor.numel() * block.tensor.element_size()
+    def read(name: str) -> int:
+        """One thread reads all that is wanted of a tensor: boxes that follow each other may share a checked block."""
+        for block in wanted[name]:
+            model.weights[name].read(block.tensor, block.offset)
+        return sum(block.tensor.numel() * block.tensor.element_size() for block in wanted[name])
 
     with ThreadPoolExecutor(READERS) as pool, torch.no_grad():
         for count in pool.map(read, wanted):
