@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ee.data.indexed import file_of, open_corpus
+from megatron_ee.data.indexed import file_of, frequent_tokens, open_corpus
 from megatron_ee.data.prepare import prepare_corpus
 from megatron_ee.errors import DataError
 
@@ -91,3 +91,13 @@ def test_fingerprint_tells_content_apart(write_corpus: Callable[..., Path]) -> N
     ]
     assert len({open_corpus(path).fingerprint for path in corpora}) == 4
     assert open_corpus(write_corpus("e", [[1, 2], [3]])).fingerprint == open_corpus(corpora[0]).fingerprint
+
+
+def test_frequent_tokens(write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = write_corpus("corpus", [[5, 5, 5, 9, 9], [2, 9, 7, 7]])
+    assert frequent_tokens(prefix, 2, 10) == [5, 9]
+    assert frequent_tokens(prefix, 100, 10) == [2, 5, 7, 9]
+    with pytest.raises(DataError, match="it holds ids for 10 tokens, but the model's vocabulary has only 9"):
+        frequent_tokens(prefix, 2, 9)
+    monkeypatch.setattr("megatron_ee.data.indexed.COUNTED", 3)
+    assert frequent_tokens(prefix, 2, 10) == [5]
