@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from megatron_ee.errors import UserError
@@ -81,13 +82,61 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def free_memory() -> int:
-    """Bytes that can still be taken: of the device, or of the machine where there is none."""
+def free_memory(processes: int = 1) -> int:
+    """Bytes that this process can still take: of its device, or of the machine where there is none.
+
+    Args:
+        processes: of the run on this machine, which share its memory, or its devices.
+    """
     if has_accelerator():
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info()[0]) // -(-processes // torch.cuda.device_count())
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // processes
+
+
+ONE_BY_ONE = 3 * 2**19
+"""Bytes that a CPU reads while oneDNN begins a product of bfloat16, some 50 us. torch's own product begins at once and
+reads a weight of one row twice as fast as oneDNN does, but once for each row."""
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor | None:
+    """A linear's weight ``[out, in]`` as ``product`` multiplies it fastest; None where it is best left as it is.
+
+    On a CPU, oneDNN otherwise reorders a bfloat16 weight at every product. Measured on two cores, weights of 2 to 11
+    MB, a whole layer: 1.3 times as fast with one row, 1.5 times with four.
+    """
+    if not weight.is_cpu or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return None
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return packed
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x weight^T + bias``: ``[rows, in]`` -> ``[rows, out]``.
+
+    Args:
+        weight: as it is, or from ``pack``.
+        packed: the same from ``pack``, where there are both.
+    """
+    if weight.is_mkldnn:
+        packed = weight
+    elif weight.is_cpu and weight.dtype == torch.bfloat16 and (len(x) - 1) * weight.nbytes < ONE_BY_ONE:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return F.linear(x, weight, bias)
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+    if packed is None:
+        return F.linear(x, weight, bias)
+    rows = x if len(x) > 2 else F.pad(x, (0, 0, 0, 4 - len(x)))  # one or two take longer than four
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return result[: len(x)]
 
 
 def cached_bytes() -> int:

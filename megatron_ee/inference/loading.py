@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, find_exits, load_exits
@@ -22,7 +25,7 @@ from megatron_ee.inference.links import Places, StageLink
 from megatron_ee.inference.memory import Budget, stage_memory
 from megatron_ee.inference.messages import Mail, share
 from megatron_ee.inference.passes import StageRunner
-from megatron_ee.inference.prompts import end_of_text
+from megatron_ee.inference.prompts import check_ids, end_of_text
 from megatron_ee.inference.remote import Leader, RemoteStage, StageNeighbours, follow, serve_stage
 from megatron_ee.inference.requests import MAX_DRAFT
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
@@ -41,6 +44,8 @@ SLACK = MAX_DRAFT + 1
 """Positions before a sliding window that are kept: those that a rejected draft brings back into it."""
 MEMORY_SHARE = 0.5
 """Of the memory that is free once the model is loaded: for keys and values, unless said otherwise."""
+PACKED_SHARE = 0.25
+"""Of the memory that is free then: weights that take less are kept in two forms, see ``Stage.pack``."""
 MAX_ROWS = 16
 
 
@@ -88,6 +93,7 @@ def open_engine(
     pipeline: int = 1,
     memory: int | None = None,
     max_rows: int = MAX_ROWS,
+    candidates: Sequence[int] | None = None,
 ) -> Iterator[Engine | None]:
     """Load a model over all processes of the run and give an engine for it.
 
@@ -101,6 +107,9 @@ def open_engine(
         pipeline: stages.
         memory: bytes for keys and values on each rank; default: half of what is free there then.
         max_rows: outputs in work at a time; others wait.
+        candidates: token ids that drafts are chosen from, such as ``data.indexed.frequent_tokens`` finds: a drafting
+            exit then computes no other logits (FR-Spec, arXiv 2502.14856); the full model still emits any token. None
+            for all.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -109,11 +118,15 @@ def open_engine(
     check_parallel(released.model.architecture, tensor, pipeline, world_size())
     if dtype not in platform.DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is unknown; possible: {', '.join(platform.DTYPES)}")
+    if candidates is not None:
+        check_ids("candidates", candidates, released.model.architecture.vocab_size)
+        if not candidates:
+            raise ConfigError("candidates: there are none; give some token ids, or None for all")
     with joined_processes() as control, model_groups(control, tensor, pipeline) as groups:
         place = f"stage {groups.pipeline.rank()}"
         with watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: place):
             layout = even_layout(released.model.architecture.num_layers, pipeline)
-            stage = load_stage(released, layout, dtype, groups)
+            stage = load_stage(released, layout, dtype, groups, candidates)
             with engine_on_ranks(
                 stage, layout, released.exits, released.tokenizer, released.eos, memory, max_rows
             ) as engine:
@@ -149,8 +162,7 @@ def engine_on_ranks(
     """The engine on the first rank, for stages that are loaded; see ``open_engine``."""
     setup, groups = stage.setup, stage.setup.groups
     arch, index = setup.architecture, groups.pipeline.rank()
-    free = int(MEMORY_SHARE * platform.free_memory() / groups.world.size()) if memory is None else memory
-    total = min(groups.gather(free))
+    total = min(groups.gather(int(MEMORY_SHARE * _free_memory(groups)) if memory is None else memory))
     if groups.world.size() == 1:
         engine = make_engine(stage, tokenizer=tokenizer, eos=eos, memory=total, max_rows=max_rows)
         try:
@@ -212,7 +224,7 @@ def make_engine(
 ) -> Engine:
     """An engine for a stage that holds the whole model, on one process; arguments as for ``open_engine``."""
     layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
-    total = int(MEMORY_SHARE * platform.free_memory()) if memory is None else memory
+    total = int(MEMORY_SHARE * _free_memory(stage.setup.groups)) if memory is None else memory
     core = _core(stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS)], total, max_rows)
     return _engine(core, stage, specs, tokenizer, eos)
 
@@ -275,8 +287,10 @@ def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[i
     return {spec.layer: (bodies[spec.body] + head) / layer for spec in specs} | {arch.num_layers + 1: head / layer}
 
 
-def load_stage(released: Released, layout: Layout, dtype: str, groups: Groups) -> Stage:
-    """This rank's layers of the backbone, and the adapter's exits after them."""
+def load_stage(
+    released: Released, layout: Layout, dtype: str, groups: Groups, candidates: Sequence[int] | None = None
+) -> Stage:
+    """This rank's layers of the backbone, and the adapter's exits after them; see ``open_engine``."""
     index, arch = groups.pipeline.rank(), released.model.architecture
     layers = layout.stages[index].layers
     setup = build_setup(arch, platform.DTYPES[dtype], groups)
@@ -291,7 +305,27 @@ def load_stage(released: Released, layout: Layout, dtype: str, groups: Groups) -
             load_exits(stage.exits, released.adapter, released.model)
 
     groups.together(load)
+    if candidates is not None:
+        ids = torch.tensor(sorted(set(candidates)), device=platform.device())
+        for exit_ in stage.exits:
+            exit_.restrict(ids)
+    pack_stage(stage)
     return stage
+
+
+def pack_stage(stage: Stage) -> None:
+    """Pack the weights of a loaded stage for inference; beside them where memory allows, else in their place.
+
+    Every rank calls this.
+    """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
+    stage.pack(keep=weights < PACKED_SHARE * _free_memory(stage.setup.groups))
+
+
+def _free_memory(groups: Groups) -> int:
+    """What this process can take for itself; every rank calls this."""
+    host = socket.gethostname()
+    return platform.free_memory(groups.gather(host).count(host))
 
 
 def _digest(released: SavedModel) -> str:

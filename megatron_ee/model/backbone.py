@@ -30,7 +30,10 @@ class VocabHead(nn.Module):
         weight: ``[padded_vocab / tp, hidden]``.
         start: first token id of this rank's rows.
         valid: how many of the rows are real tokens; the others are padding.
+        packed: the weight once more, see ``Stage.pack``.
     """
+
+    packed: Tensor | None = None
 
     def __init__(self, setup: ModelSetup) -> None:
         super().__init__()

@@ -12,18 +12,20 @@ layer    ``N(Layer(h_k))``     h_k
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
 from megatron_ee.model.layer import MLP, DecoderLayer
-from megatron_ee.model.linear import mark_sharded
+from megatron_ee.model.linear import mark_sharded, product
 from megatron_ee.model.metrics import TokenStats
 
 if TYPE_CHECKING:
@@ -31,13 +33,33 @@ if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The part of an exit's vocabulary that drafts are chosen from.
+
+    Attributes:
+        local: ``[n]`` int64, rows of this rank's head.
+        rows: ``[n, hidden]``, these rows, the trained part of a ``low_rank`` head added.
+        packed: the same from ``platform.pack``.
+        left_out: ``[vocab]`` bool, the tokens that are not among any rank's.
+    """
+
+    local: Tensor
+    rows: Tensor
+    packed: Tensor | None
+    left_out: Tensor
+
+
 class Exit(nn.Module):
     """What is attached after layer ``spec.layer``. Its trained parameters are those that require a gradient.
 
     Attributes:
+        candidates: see ``restrict``; None for none.
         input_norm: layer k's own pre-MLP norm, frozen: the one an ``mlp`` exit reads its tap through.
         head: ``own``: trained; otherwise the backbone's frozen head, one object for all exits of a stage.
     """
+
+    candidates: Candidates | None = None
 
     def __init__(self, setup: ModelSetup, spec: ExitSpec, shared_head: VocabHead | None) -> None:
         super().__init__()
@@ -123,11 +145,33 @@ class Exit(nn.Module):
 
     def logits(self, z: Tensor) -> Tensor:
         """``[..., hidden]`` -> float32 logits ``[..., vocab]``, the whole vocabulary on every rank."""
-        logits = F.linear(z, self.head.weight)
+        logits = product(z, self.head.weight, packed=self.head.packed)
         low_rank = self._low_rank(z)
         if low_rank is not None:
             logits = logits + F.linear(low_rank.hidden, low_rank.up)
         return self.setup.gather_vocabulary(logits).float()
+
+    @torch.no_grad()
+    def restrict(self, ids: Tensor) -> None:
+        """Choose the tokens of ``candidate_logits``: distinct ``ids`` ``[n]`` int64. Their rows of the head are copied.
+
+        To be called before the weights are packed.
+        """
+        start = self.head.start
+        local = ids[(ids >= start) & (ids < start + self.head.valid)] - start
+        rows = self.head.weight[local]
+        if self.down is not None and self.up is not None:
+            rows = torch.addmm(rows.float(), self.up[local].float(), self.down.float()).to(rows.dtype)
+        left_out = torch.ones(self.setup.architecture.vocab_size, dtype=torch.bool, device=ids.device)
+        self.candidates = Candidates(local, rows, platform.pack(rows) if len(rows) else None, left_out)
+        left_out[ids] = False
+
+    def candidate_logits(self, z: Tensor) -> Tensor:
+        """As ``logits``, but of the tokens that ``restrict`` chose alone; the others' are -inf and cost nothing."""
+        assert self.candidates is not None, "no candidates were chosen"
+        found = product(z, self.candidates.rows, packed=self.candidates.packed)
+        logits = found.new_full((*z.shape[:-1], len(self.head.weight)), -torch.inf)
+        return self.setup.gather_vocabulary(logits.index_copy_(-1, self.candidates.local, found)).float()
 
     def _low_rank(self, z: Tensor) -> LowRank | None:
         if self.down is None or self.up is None:

@@ -16,6 +16,7 @@ with platform.quiet_imports():
         ColumnParallelLinear,
         RowParallelLinear,
         gather_from_sequence_parallel_region,
+        reduce_from_tensor_model_parallel_region,
         set_tensor_model_parallel_attributes,
     )
 
@@ -23,12 +24,26 @@ if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``, ``[..., in]`` -> ``[..., out]``, as one product of matrices; see ``platform.product``.
+
+    A batch of one may have given ``[seq, 1, in]`` strides over which ``F.linear`` would go token by token.
+    """
+    result = platform.product(x.flatten(0, -2), weight, bias, packed)
+    return result.view(*x.shape[:-1], result.shape[-1])
+
+
 class ColumnLinear(ColumnParallelLinear):
     """Linear whose output features are spread over the tensor-parallel ranks.
 
     Differs from megatron-core's in one point: an input that needs no gradient, a tap or anything in the frozen
     backbone, gets none computed, which spares a matrix product and a reduction.
+
+    Attributes:
+        packed: the weight once more, see ``Stage.pack``.
     """
+
+    packed: Tensor | None = None
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(
@@ -47,11 +62,17 @@ class ColumnLinear(ColumnParallelLinear):
             return super().forward(x)[0]
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return _product(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias, self.packed)
 
 
 class RowLinear(RowParallelLinear):
-    """Linear whose input features are spread over the tensor-parallel ranks; the output is summed over them."""
+    """Linear whose input features are spread over the tensor-parallel ranks; the output is summed over them.
+
+    Attributes:
+        packed: the weight once more, see ``Stage.pack``.
+    """
+
+    packed: Tensor | None = None
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(
@@ -68,9 +89,14 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[seq, batch, in / tp]`` -> ``[seq, batch, out]`` (``[seq / tp, ...]`` with sequence parallelism)."""
-        if self.tp_group.size() == 1 and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return _product(x, self.weight, self.bias)
-        return super().forward(x)[0]
+        alone = self.tp_group.size() == 1
+        if alone and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return product(x, self.weight, self.bias, self.packed)
+        if self.packed is None and not self.weight.is_mkldnn:
+            return super().forward(x)[0]
+        part = product(x, self.weight, None, self.packed)
+        summed = reduce_from_tensor_model_parallel_region(part, group=self.tp_group)
+        return summed if self.bias is None else summed + self.bias
 
 
 class RMSNorm(nn.Module):
@@ -94,12 +120,6 @@ def mark_sharded(parameter: nn.Parameter, dim: int) -> None:
     which it is told not to do.
     """
     set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x weight^T + bias`` as one product of matrices, whatever strides a batch of one gave ``[seq, 1, in]``."""
-    product = F.linear(x.flatten(0, -2), weight, bias)
-    return product.view(*x.shape[:-1], product.shape[-1])
 
 
 def _left_empty(weight: Tensor) -> Any:

@@ -13,6 +13,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.model.backbone import Backbone, VocabHead
 from megatron_ee.model.exit_loss import exit_statistics
 from megatron_ee.model.exits import Exit
+from megatron_ee.model.linear import ColumnLinear, RowLinear, product
 from megatron_ee.model.metrics import TokenStats
 from megatron_ee.parallel.layout import Layout
 
@@ -68,6 +69,26 @@ class Stage(nn.Module):
             head.weight = self.backbone.embedding.weight
         return head
 
+    def pack(self, *, keep: bool) -> None:
+        """Give the weights the form that is fastest for a few tokens at a time, where this device has one.
+
+        For inference alone: what is packed in place can neither be trained nor saved.
+
+        Args:
+            keep: keep the weights as they are too, for single tokens: as much memory again. Otherwise the exits' own
+                heads, which mostly read single tokens, and a head that the embedding shares are left as they are.
+        """
+        linears = [module for module in self.modules() if isinstance(module, (ColumnLinear, RowLinear))]
+        heads = [module for module in self.modules() if isinstance(module, VocabHead)]
+        if not keep:
+            heads = [] if self.setup.architecture.tied or self.backbone.head is None else [self.backbone.head]
+        for module in (*linears, *heads):
+            packed = platform.pack(module.weight)
+            if packed is not None and keep:
+                module.packed = packed
+            elif packed is not None:
+                module.weight = nn.Parameter(packed, requires_grad=False)
+
     @property
     def exits(self) -> list[Exit]:
         """The exits hosted here, in the order of their layers."""
@@ -116,7 +137,7 @@ class Stage(nn.Module):
         """``[..., hidden]`` -> float32 logits of the final exit ``[..., vocab]``, the same on every rank."""
         head = self.backbone.head
         assert head is not None, "no final exit here"
-        return self.setup.gather_vocabulary(torch.nn.functional.linear(z, head.weight)).float()
+        return self.setup.gather_vocabulary(product(z, head.weight, packed=head.packed)).float()
 
 
 def build_stage(setup: ModelSetup, layout: Layout, specs: Sequence[ExitSpec], *, final_exit: bool = False) -> Stage:

@@ -141,3 +141,35 @@ def test_host_buffers_are_locked_as_long_as_they_live(monkeypatch: pytest.Monkey
     runtime.status = 2
     with pytest.raises(UserError, match="checkpoint.asynchronous"):
         platform.host_buffer(4096)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 70])
+@pytest.mark.parametrize("form", ["plain", "packed", "both"])
+@pytest.mark.parametrize("at_once", [0, 2**40], ids=["oneDNN", "row by row"])
+def test_products(rows: int, form: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "ONE_BY_ONE", at_once)
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 48), (96, 48), (96,)))
+    x, weight, bias = (tensor.to(platform.device(), torch.bfloat16) for tensor in (x, weight, bias))
+    packed = None if form == "plain" else platform.pack(weight)
+    if form != "plain" and packed is None:
+        pytest.skip("this device has no packed form")
+    expected = x.double() @ weight.double().t()
+    for given, exact in ((None, expected), (bias, expected + bias.double())):
+        first = packed if form == "packed" else weight
+        assert first is not None
+        found = platform.product(x, first, given, packed if form == "both" else None)
+        assert found.shape == (rows, 96) and found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, atol=0.02, rtol=2**-7)
+    assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()
+
+
+def test_exact_products_are_left_alone() -> None:
+    weight, x = torch.randn(96, 48, device=platform.device()), torch.randn(1, 48, device=platform.device())
+    assert platform.pack(weight) is None
+    assert torch.equal(platform.product(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_processes_share_the_memory() -> None:
+    whole, part = platform.free_memory(), platform.free_memory(4 * max(1, torch.cuda.device_count()))
+    assert 0.2 * whole < part < 0.3 * whole

@@ -216,6 +216,11 @@ def test_low_rank_starts_as_the_shared_head(tokens: Tensor, saved_model: Any, lo
         z = exit_.features(taps[2], positions)
         expected = z @ exit_.head.weight.t() + z @ exit_.down.t() @ exit_.up.t()
     torch.testing.assert_close(exit_.logits(z), expected[..., :VOCAB])
+    ids = torch.tensor([7, 2, 90], device=z.device)
+    exit_.restrict(ids)
+    some = exit_.candidate_logits(z)
+    torch.testing.assert_close(some[..., ids], expected[..., ids])
+    assert some.shape[-1] == VOCAB and int(some[0, 0].isfinite().sum()) == len(ids)
     assert not torch.equal(logits_of(stage, tokens)[0], shared)
 
 

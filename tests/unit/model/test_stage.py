@@ -109,3 +109,36 @@ def test_statistics_of_the_final_exit(tokens: Tensor, saved_model: Any, load_sta
     torch.testing.assert_close(stats.loss.cpu(), expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(stats.confidence.cpu(), logits.softmax(-1).amax(-1), atol=1e-5, rtol=1e-4)
     assert torch.equal(stats.top1.cpu(), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("family", ["llama3.2-tied", "qwen2"])
+def test_packed_weights_say_the_same(
+    family: str, keep: bool, tokens: Tensor, saved_model: Any, load_stage: Any
+) -> None:
+    """Whatever head an exit has, for one token and for several, and for some tokens of the vocabulary."""
+    exits = [ExitSpec(1), ExitSpec(2, "norm", "shared"), ExitSpec(3, "layer", "low_rank", rank=4)]
+    plain, packed = (load_stage(saved_model(family)[0], exits, dtype=torch.bfloat16) for _ in range(2))
+    for exit_ in (*plain.exits, *packed.exits):
+        exit_.restrict(torch.tensor([3, 4, 40, 99], device=platform.device()))
+    packed.pack(keep=keep)
+    if platform.pack(plain.backbone.layers["1"].mlp.down.weight) is None:
+        assert all(map(torch.equal, plain.parameters(), packed.parameters()))
+        return
+    linear = packed.backbone.layers["1"].mlp.down
+    assert (linear.packed is not None) == keep == (not linear.weight.is_mkldnn)
+
+    @torch.no_grad()
+    def logits(stage: Stage, ids: Tensor) -> list[Tensor]:
+        positions = stage.backbone.positions(ids.shape[1])
+        h, taps = stage.run_layers(stage.backbone.embed(ids), positions, to_end=True)
+        z = [exit_.features(taps[exit_.spec.layer], positions) for exit_ in stage.exits]
+        whole = [exit_.logits(each) for exit_, each in zip(stage.exits, z, strict=True)]
+        some = [exit_.candidate_logits(each) for exit_, each in zip(stage.exits, z, strict=True)]
+        return [*whole, *some, stage.final_logits(stage.final_features(h))]
+
+    for ids in (tokens[:1, :1], tokens[:1], tokens):
+        for ours, theirs in zip(logits(packed, ids), logits(plain, ids), strict=True):
+            assert ours.shape == theirs.shape and torch.equal(ours.isinf(), theirs.isinf())
+            scale = float(theirs[theirs.isfinite()].abs().max())
+            torch.testing.assert_close(ours, theirs, atol=0.04 * scale, rtol=0)
