@@ -70,6 +70,13 @@ def _add_exits(group: Any) -> None:
     add("--min-full", type=at_least(1), default=1, metavar="N", help="tokens at the start that run all layers")
     add("--draft-exit", type=at_least(1), metavar="K", help="exit that drafts (default: chosen while it runs)")
     add("--draft-length", type=at_least(0), metavar="N", help="proposals at a time (default: chosen while it runs)")
+    add(
+        "--draft-vocabulary",
+        type=at_least(1),
+        metavar="N",
+        help="propose only the N most frequent tokens (a cheaper head)",
+    )
+    add("--draft-corpus", type=Path, metavar="PREFIX", help="corpus from prepare-data that they are counted in")
 
 
 def _add_sampling(group: Any) -> None:
@@ -103,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         requests = [_request(arguments, prompt, released, policy, sampling) for prompt in arguments.prompt]
         arch = released.model.architecture
         check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
+        candidates = _candidates(arguments, arch.vocab_size)
         for request in requests:
             request.check([spec.layer for spec in released.exits], arch.num_layers)
             prompt_ids(request, released.tokenizer, arch.vocab_size, arch.max_positions)
@@ -119,10 +127,21 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline=arguments.pipeline,
         memory=memory,
         max_rows=arguments.max_rows,
+        candidates=candidates,
     ) as engine:
         if engine is not None:
             (_compare if arguments.compare else _show)(arguments, requests, engine)
     return 0
+
+
+def _candidates(arguments: argparse.Namespace, vocab_size: int) -> list[int] | None:
+    """Tokens that drafts are chosen from."""
+    from megatron_ee.data.indexed import frequent_tokens
+
+    count, corpus = arguments.draft_vocabulary, arguments.draft_corpus
+    if (count is None) != (corpus is None):
+        raise ConfigError("--draft-vocabulary and --draft-corpus belong together: how many tokens, and frequent where")
+    return None if count is None else frequent_tokens(corpus, count, vocab_size)
 
 
 def _policy(arguments: argparse.Namespace) -> ExitPolicy:

@@ -20,6 +20,7 @@ from megatron_ee import platform
 from megatron_ee.inference.heads import Answer, Ask, answer
 from megatron_ee.inference.kv_cache import Extent, LayerKV, PackedCaches
 from megatron_ee.model.attention import Positions
+from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.model.stage import Stage
 
@@ -245,7 +246,7 @@ class StageRunner:
         if exit_ is not None:
             x = tap if exit_.layer is None else exit_.attention_half(tap, flow.positions, flow.exit_caches(chain.stop))
             if asking:
-                logits = exit_.logits(exit_.rest(_newest(x, chain, flow))[:, 0])
+                logits = _exit_logits(exit_, exit_.rest(_newest(x, chain, flow))[:, 0], asking)
                 answers = self._answer(logits, chain, asking)
         parts = [tap] if len(flow.rows) == 1 else tap.split(flow.counts)
         remaining = iter(answers)
@@ -284,6 +285,20 @@ class StageRunner:
             return Positions(table.cos[spans[0]], table.sin[spans[0]])
         cos, sin = (torch.cat([angles[span] for span in spans]) for angles in (table.cos, table.sin))
         return Positions(cos, sin)
+
+
+def _exit_logits(exit_: Exit, z: Tensor, asking: Sequence[Ask]) -> Tensor:
+    """Logits of one token of each row that asks, ``[rows, vocab]``; drafts are chosen from the candidates alone."""
+    drafts = [ask.kind == "draft" for ask in asking]
+    if exit_.candidates is None or not any(drafts):
+        return exit_.logits(z)
+    if all(drafts):
+        return exit_.candidate_logits(z)
+    logits = exit_.logits(z)
+    for row, draft in zip(logits, drafts, strict=True):
+        if draft:
+            row.masked_fill_(exit_.candidates.left_out, -torch.inf)
+    return logits
 
 
 def _newest(h: Tensor, chain: Chain, flow: _Flow) -> Tensor:

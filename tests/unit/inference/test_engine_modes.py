@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ExitPolicy
@@ -80,6 +81,34 @@ def test_proposals_stand_and_fall(stage: Stage) -> None:
         for event in engine.stream(number):
             stood[len(event.tokens) - 1] += 1
     assert min(stood[count] for count in range(4)) > 0, stood
+
+
+@pytest.fixture(scope="module")
+def restricted(saved_model: Callable[..., tuple[Path, Any]], load_stage: Callable[..., Stage]) -> Stage:
+    """A stage whose exits draft even token ids alone."""
+    stage = load_stage(saved_model("qwen2-window")[0], EXITS)
+    for exit_ in stage.exits:
+        exit_.restrict(torch.arange(0, 131, 2, device=platform.device()))
+    return stage
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+def test_drafts_from_some_of_the_vocabulary(sampling: Sampling, restricted: Stage) -> None:
+    """Proposals are candidates, the full model's own tokens any; neighbours that are no drafts change nothing."""
+    full = [Request(prompt, sampling=sampling, max_tokens=60) for prompt in PROMPTS]
+    drafted = [replace(request, mode="speculative", draft=Draft(2, 3)) for request in full]
+    leaving = [replace(request, mode="threshold", policy=ExitPolicy(0.02), exits=(2,)) for request in full]
+    proposed, others = set(), set()
+    beside = generate(restricted, [*drafted, *leaving])
+    for number, [ours] in enumerate(generate(restricted, drafted)):
+        assert told(ours) == told(beside[number][0])
+        proposed |= {token.id for token in ours.tokens if token.layer == 2}
+        others |= {token.id for token in ours.tokens if token.layer != 2}
+    assert proposed and all(token % 2 == 0 for token in proposed) and any(token % 2 for token in others)
+    assert any(token.id % 2 for [one] in beside[len(drafted) :] for token in one.tokens if token.layer == 2)
+    if sampling.greedy:
+        for [theirs], [ours] in zip(generate(restricted, full), beside, strict=False):
+            assert tokens_of(ours) == tokens_of(theirs)
 
 
 def mixed_requests() -> list[Request]:

@@ -237,6 +237,11 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         "--draft-exit: there is no exit after layer 3; there are: 1, 2",
     ),
     (("EXITS", "--mode", "speculative", "--draft-length", 99), "--draft-length: must be a whole number from 0 to 16"),
+    (
+        ("EXITS", "--draft-vocabulary", 0, "--draft-corpus", "c"),
+        "argument --draft-vocabulary: must be at least 1, not 0",
+    ),
+    (("EXITS", "--draft-vocabulary", 9), "--draft-vocabulary and --draft-corpus belong together"),
     (("--max-tokens", 0), "argument --max-tokens: must be at least 1, not 0"),
     (("--max-tokens", "many"), "argument --max-tokens: must be a whole number, not 'many'"),
     (("--temperature", -1), "--temperature: must be 0 (greedy) or lie between"),
@@ -256,6 +261,26 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--html", "page.html", "--samples", 2), "--html: shows one output"),
     (("--prompts", "x"), "unrecognized arguments: --prompts x"),
 ]
+
+
+def test_drafts_frequent_tokens(command: Command, adapter: Path, tmp_path: Path) -> None:
+    """The output is full mode's; drafts, with tokens that are all frequent ones."""
+    (tmp_path / "text.txt").write_text("abc abd abe " * 50)
+    corpus = tmp_path / "corpus"
+    prepared = ["--input", tmp_path / "text.txt", "--tokenizer", command.model, "--output", corpus]
+    assert main(["prepare-data", *map(str, prepared)]) == 0
+    said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 24, "--ignore-eos", "--json"]
+    drafted = [*said, "--mode", "speculative", "--draft-exit", 2, "--draft-length", 3]
+    few = ["--draft-vocabulary", 3, "--draft-corpus", corpus]
+    full, plain, restricted = (
+        json.loads(command.run(*a)[1]) for a in ([*said, "--mode", "full"], drafted, drafted + few)
+    )
+    assert full["token_ids"] == plain["token_ids"] == restricted["token_ids"]
+    frequent = set(load_tokenizer(command.model).encode("ab "))
+    proposed = {t for t, layer in zip(restricted["token_ids"], restricted["layers"], strict=True) if layer == 2}
+    assert proposed <= frequent and restricted["statistics"]["accepted"] <= plain["statistics"]["accepted"]
+    status, _, err = command.run(*drafted, "--draft-vocabulary", 3, "--draft-corpus", tmp_path / "none")
+    assert status != 0 and f"{tmp_path}/none.idx: not found" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments, message", REFUSED, ids=[" ".join(map(str, a))[:40] for a, _ in REFUSED])
