@@ -52,12 +52,6 @@ NOT_WEIGHTS = re.compile(
 """Keys of a training run's other state."""
 
 
-def is_torch_dist(path: Path) -> bool:
-    """Whether a directory is such a checkpoint, or holds some, as far as the names of its files tell."""
-    directory = _latest(path)
-    return directory is not None and any((directory / name).is_file() for name in (SETTINGS, METADATA))
-
-
 def open_torch_dist(path: Path, *, trust: bool, config: Path | None, verify: bool = True) -> Contents:
     """Open a distributed checkpoint. No bytes of tensors are read.
 

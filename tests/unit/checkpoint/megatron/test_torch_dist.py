@@ -27,7 +27,7 @@ from megatron_ee.checkpoint.failpoints import VARIABLE
 from megatron_ee.checkpoint.megatron import export
 from megatron_ee.checkpoint.megatron.export import to_torch_dist
 from megatron_ee.checkpoint.megatron.settings import to_args
-from megatron_ee.checkpoint.megatron.torch_dist import is_torch_dist, open_torch_dist
+from megatron_ee.checkpoint.megatron.torch_dist import open_torch_dist
 from megatron_ee.config.architecture import read_architecture
 from megatron_ee.config.schema import ExitConfig
 from megatron_ee.errors import CheckpointError
@@ -81,7 +81,6 @@ def test_what_megatron_saves_is_the_released_model(
     args = argparse.Namespace(**to_args(arch, 384), dtype=torch.bfloat16, path=tmp_path)
     save_gpt(model, tmp_path / "iter_0000012", LAYOUTS[layout], args=args, iteration=12, **moments)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
-    assert is_torch_dist(tmp_path) and is_torch_dist(tmp_path / "iter_0000012")
     assert_equal(open_torch_dist(tmp_path, trust=True, config=path), path)
     assert_equal(open_torch_dist(tmp_path / "iter_0000012", trust=True, config=path / "config.json"), path)
     derived = open_torch_dist(tmp_path, trust=True, config=None)
