@@ -139,6 +139,22 @@ def product(
     return result[: len(x)]
 
 
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Attention of one token to all that is kept of its row.
+
+    Args:
+        query: ``[1, kv_heads, queries per key-value head, head_dim]``.
+        keys: ``[1, kv_heads, kept, head_dim]``; ``values`` too.
+
+    Returns:
+        As ``query``.
+    """
+    if query.is_cpu and query.dtype == torch.bfloat16 and query.shape[2] == 1:
+        # A single query takes 1.5 to 1.8 times as long as two (measured with 16 to 32 heads over 100 to 2000 keys).
+        return F.scaled_dot_product_attention(query.expand(-1, -1, 2, -1), keys, values)[:, :, :1]
+    return F.scaled_dot_product_attention(query, keys, values)
+
+
 def cached_bytes() -> int:
     """Bytes that operations one after another should work on at a time, so that the next finds them in a cache.
 

@@ -173,3 +173,17 @@ def test_exact_products_are_left_alone() -> None:
 def test_processes_share_the_memory() -> None:
     whole, part = platform.free_memory(), platform.free_memory(4 * max(1, torch.cuda.device_count()))
     assert 0.2 * whole < part < 0.3 * whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_attention_of_one_token(dtype: str, shared: int) -> None:
+    generator = torch.Generator().manual_seed(shared)
+    sizes = ((1, 4, shared, 16), (1, 4, 50, 16), (1, 4, 50, 16))
+    query, keys, values = (torch.randn(size, generator=generator) for size in sizes)
+    query, keys, values = (each.to(platform.device(), platform.DTYPES[dtype]) for each in (query, keys, values))
+    weights = (query.double() @ keys.double().transpose(-1, -2) / 4).softmax(-1)
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    found = platform.attend(query, keys, values)
+    assert found.dtype == query.dtype
+    torch.testing.assert_close(found.double(), weights @ values.double(), atol=tolerance, rtol=0)
