@@ -108,8 +108,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
     """
     if not weight.is_cpu or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return None
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
+    if os.uname().machine != "x86_64" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None  # other processors have another library behind oneDNN, which nobody has tried here
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return packed
 
