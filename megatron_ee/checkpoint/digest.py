@@ -35,16 +35,20 @@ def hash_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)))
 
 
-def hash_range(fd: int, start: int, stop: int, path: Path) -> str:
-    """SHA-256 (hex) of the bytes ``start`` to ``stop`` of an open file.
+def hash_range(fd: int, start: int, stop: int, path: Path, memory: memoryview | None = None) -> str:
+    """SHA-256 (hex) of the bytes ``start`` to ``stop`` of an open file, piece by piece so that they are in the cache.
+
+    Args:
+        memory: room for these bytes, where they are wanted too.
 
     Raises:
         CheckpointError: the file ends before ``stop``.
     """
     digest = hashlib.sha256()
-    buffer = tensor_bytes(scratch_buffer())
+    scratch = tensor_bytes(scratch_buffer())
     for position in range(start, stop, PIECE):
-        piece = buffer[: min(PIECE, stop - position)]
+        room = scratch if memory is None else memory[position - start :]
+        piece = room[: min(PIECE, stop - position)]
         read_exactly(fd, piece, position, path)
         digest.update(piece)
     return digest.hexdigest()

@@ -6,7 +6,6 @@ it belongs and hashed there; of any other, the thread that checked it keeps the 
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_ee.checkpoint.digest import hash_workers
+from megatron_ee.checkpoint.digest import hash_range, hash_workers
 from megatron_ee.checkpoint.manifest import BLOCK
-from megatron_ee.checkpoint.safetensors_file import PIECE, tensor_bytes
+from megatron_ee.checkpoint.safetensors_file import tensor_bytes
 from megatron_ee.config.untrusted import read_exactly
 from megatron_ee.errors import DamagedError
 
@@ -85,36 +84,29 @@ class VerifiedFile:
         start, stop = block * BLOCK, min((block + 1) * BLOCK, self.size)
         first = max(start, position)
         part = out[first - position : max(0, stop - position)]
-        if _kept.file is self and _kept.block == block:
-            part[:] = _kept.memory[first - start : first - start + len(part)]
-            return
-        with self._locks[block]:
-            checked = block in self._checked
-            if not checked and len(part) == stop - start:
-                self._check(fd, part, block, tensor)
+        if not (_kept.file is self and _kept.block == block):
+            with self._locks[block]:
+                checked = block in self._checked
+                if not checked and len(part) == stop - start:
+                    self._check(fd, part, block, tensor)
+                    return
+                if not checked:
+                    _kept.file = None  # until it holds what it says
+                    if not _kept.memory:
+                        _kept.memory = tensor_bytes(torch.empty(BLOCK, dtype=torch.uint8))
+                    self._check(fd, _kept.memory[: stop - start], block, tensor)
+                    _kept.file, _kept.block = self, block
+            if checked:
+                read_exactly(fd, part, first, self.path)
                 return
-            if not checked:
-                _kept.file = None  # until it holds what it says
-                if not _kept.memory:
-                    _kept.memory = tensor_bytes(torch.empty(BLOCK, dtype=torch.uint8))
-                self._check(fd, _kept.memory[: stop - start], block, tensor)
-                _kept.file, _kept.block = self, block
-        if checked:
-            read_exactly(fd, part, first, self.path)
-        else:
-            part[:] = _kept.memory[first - start : first - start + len(part)]
+        part[:] = _kept.memory[first - start : first - start + len(part)]
 
     def _check(self, fd: int, memory: memoryview, block: int, tensor: str) -> None:
-        """Read a block into ``memory``, piece by piece so that hashing finds it in the cache."""
-        digest, start = hashlib.sha256(), block * BLOCK
-        for done in range(0, len(memory), PIECE):
-            piece = memory[done : done + PIECE]
-            read_exactly(fd, piece, start + done, self.path)
-            digest.update(piece)
-        if digest.hexdigest() != self.digests[block]:
+        """Read a block into ``memory``."""
+        start, stop = block * BLOCK, block * BLOCK + len(memory)
+        if hash_range(fd, start, stop, self.path, memory) != self.digests[block]:
             raise DamagedError(
-                f"{self.path}: damaged between bytes {start} and {start + len(memory)} (SHA-256 differs), "
-                f"in tensor {tensor!r}"
+                f"{self.path}: damaged between bytes {start} and {stop} (SHA-256 differs), in tensor {tensor!r}"
             )
         self._checked.add(block)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ee.checkpoint import verified
+from megatron_ee.checkpoint import digest, verified
 from megatron_ee.checkpoint.verified import VerifiedFile
 from megatron_ee.errors import DamagedError
 
@@ -23,7 +23,7 @@ Open = Callable[..., tuple[VerifiedFile, int, bytes]]
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Makes a file of two and a half small blocks, its first bytes a header, and opens it."""
     monkeypatch.setattr(verified, "BLOCK", BLOCK)
-    monkeypatch.setattr(verified, "PIECE", BLOCK // 4)
+    monkeypatch.setattr(digest, "PIECE", BLOCK // 4)
     monkeypatch.setattr(verified, "_kept", verified._Kept())  # it is of blocks of one size
     descriptors = []
 
@@ -53,7 +53,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(out))
         original(fd, out, position, path)
 
-    monkeypatch.setattr(verified, "read_exactly", counted)
+    for module in (verified, digest):
+        monkeypatch.setattr(module, "read_exactly", counted)
     return counts
 
 
