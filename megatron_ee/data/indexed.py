@@ -94,6 +94,10 @@ class Corpus:
         lengths = hashlib.sha256(self.lengths.tobytes()).hexdigest()
         return hashlib.sha256(f"{tokens} {masks} {lengths}".encode()).hexdigest()
 
+    def every_token(self) -> NDArray[Any]:
+        """The tokens of all documents one after another, ``[tokens]``, memory-mapped."""
+        return np.memmap(file_of(self.prefix, ".bin"), dtype=self.tokens.index.dtype, mode="r")
+
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Check that the model knows every token.
 
@@ -103,8 +107,7 @@ class Corpus:
         if self.metadata is not None:
             size, what = self.metadata.vocab_size, f"its tokenizer {self.metadata.tokenizer} has"
         else:
-            every = np.memmap(file_of(self.prefix, ".bin"), dtype=self.tokens.index.dtype, mode="r")
-            size, what = int(every.max()) + 1, "it holds ids for"
+            size, what = int(self.every_token().max()) + 1, "it holds ids for"
         if size > model_vocab_size:
             raise DataError(
                 f"{self.prefix}: {what} {size} tokens, but the model's vocabulary has only {model_vocab_size}; "
@@ -122,8 +125,7 @@ def frequent_tokens(prefix: str | Path, count: int, model_vocab_size: int) -> li
     """
     corpus = open_corpus(prefix)
     corpus.check_vocabulary(model_vocab_size)
-    tokens = np.memmap(file_of(corpus.prefix, ".bin"), dtype=corpus.tokens.index.dtype, mode="r")[:COUNTED]
-    counts = np.bincount(tokens, minlength=model_vocab_size)
+    counts = np.bincount(corpus.every_token()[:COUNTED], minlength=model_vocab_size)
     order = np.argsort(-counts, kind="stable")[:count]
     return sorted(int(token) for token in order if counts[token] > 0)
 
