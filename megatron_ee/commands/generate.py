@@ -100,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.inference.prompts import prompt_ids
     from megatron_ee.parallel.groups import world_size
 
+    if (arguments.draft_vocabulary is None) != (arguments.draft_corpus is None):
+        raise ConfigError("--draft-vocabulary and --draft-corpus belong together: how many tokens, and frequent where")
     if arguments.html is not None and (len(arguments.prompt) > 1 or arguments.samples > 1 or arguments.compare):
         raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode")
     try:
@@ -138,10 +140,8 @@ def _candidates(arguments: argparse.Namespace, vocab_size: int) -> list[int] | N
     """Tokens that drafts are chosen from."""
     from megatron_ee.data.indexed import frequent_tokens
 
-    count, corpus = arguments.draft_vocabulary, arguments.draft_corpus
-    if (count is None) != (corpus is None):
-        raise ConfigError("--draft-vocabulary and --draft-corpus belong together: how many tokens, and frequent where")
-    return None if count is None else frequent_tokens(corpus, count, vocab_size)
+    count = arguments.draft_vocabulary
+    return None if count is None else frequent_tokens(arguments.draft_corpus, count, vocab_size)
 
 
 def _policy(arguments: argparse.Namespace) -> ExitPolicy:
