@@ -19,8 +19,8 @@ from megatron_ee.checkpoint.saving import Saver
 from megatron_ee.checkpoint.writing import Piece, whole
 
 MATRICES, COLUMNS, PRODUCT = 16, 1024, 768
-BYTES_PER_WEIGHT = 2 + 3 * 4
-"""Of bfloat16 weights, their float32 copy and two moments."""
+BYTES_PER_WEIGHT = 2 + 2 + 2 * 4
+"""Of bfloat16 weights, what makes float32 main weights of them, and two moments."""
 
 
 @contextlib.contextmanager
@@ -41,7 +41,8 @@ class Saves:
         for number in range(MATRICES):
             weights = torch.randn(rows, COLUMNS, generator=generator).to(device)
             self._pieces.append(whole(f"exits.{number}", weights.bfloat16()))
-            for kind in ("main", "exp_avg", "exp_avg_sq"):
+            self._pieces.append(whole(f"optimizer.remainder.{number}", weights.short()))
+            for kind in ("exp_avg", "exp_avg_sq"):
                 self._pieces.append(whole(f"optimizer.{kind}.{number}", weights.clone()))
         self._copies = [torch.empty_like(piece.tensor, device="cpu") for piece in self._pieces]
         self._factor = torch.randn(PRODUCT, PRODUCT, device=device)

@@ -18,7 +18,7 @@ class ModelConfig:
 
     Attributes:
         path: Hugging Face directory with ``config.json`` and safetensors.
-        dtype: dtype that backbone and exits are held in; trained weights keep float32 main copies.
+        dtype: dtype that backbone and exits are held in; trained ones are updated in float32.
     """
 
     path: str

@@ -1,4 +1,5 @@
-"""The Adam inside megatron-core's distributed optimizer: torch's, NVIDIA apex's, or DeepSpeed's in host memory.
+"""The Adam inside megatron-core's distributed optimizer: torch's (for bfloat16 weights in ``split_adam``), NVIDIA
+apex's, or DeepSpeed's in host memory.
 
 megatron-core takes whatever FusedAdam it could import. Here one is chosen by what works on this machine, and
 megatron-core is handed that one.
@@ -25,16 +26,20 @@ from torch.optim import AdamW, Optimizer
 
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError
+from megatron_ee.parallel.split_adam import SplitAdam
 
 KEY = "optimizer.implementation"
 PATIENCE_SECONDS = 10.0
 """How long DeepSpeed may load before a line says that it is being compiled."""
 
 
-def adam_class(implementation: str) -> type[Optimizer]:
+def adam_class(implementation: str, dtype: torch.dtype) -> type[Optimizer]:
     """The class that ``optimizer.implementation`` means on this machine, proven to work on this run's device.
 
     DeepSpeed's is compiled here if it was not yet, which takes minutes.
+
+    Args:
+        dtype: of the weights.
 
     Raises:
         ConfigError: what was asked for by name is not installed or does not work.
@@ -48,7 +53,7 @@ def adam_class(implementation: str) -> type[Optimizer]:
     if implementation == "deepspeed_cpu":
         _load_deepspeed()
         return HostAdam
-    return AdamW
+    return SplitAdam if dtype == torch.bfloat16 else AdamW
 
 
 def _find_apex_adam() -> type[Optimizer] | str:
@@ -128,7 +133,7 @@ def inside_megatron(adam: type[Optimizer], config: Any) -> Iterator[None]:
         from megatron.core.optimizer import distrib_optimizer
     # Derived from options that check for Transformer Engine. megatron-core's own class for host memory, which they
     # also allow, takes CUDA tensors only.
-    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = issubclass(adam, HostAdam)
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = issubclass(adam, HostAdam | SplitAdam)
     with (
         mock.patch.multiple(optimizer, Adam=adam, USING_PYTORCH_OPTIMIZER=adam is AdamW),
         mock.patch.object(distrib_optimizer, "Adam", adam),
@@ -138,7 +143,7 @@ def inside_megatron(adam: type[Optimizer], config: Any) -> Iterator[None]:
 
 def prepare_adam(adam: Optimizer) -> None:
     """Finish an inner optimizer once megatron-core has given it the shards that this rank updates."""
-    if isinstance(adam, HostAdam):
+    if isinstance(adam, HostAdam | SplitAdam):
         adam.allocate()
     if isinstance(adam, AdamW):
         # One pass over memory instead of ten: torch has it for CPU and CUDA, megatron-core does not ask for it.

@@ -35,6 +35,7 @@ class Workload:
         chunk_tokens: tokens whose logits exist at one time.
         top_k: tokens of the final exit's distribution that are kept for distillation; 0 without it.
         tempered: distillation at another temperature than 1.
+        remainder: bytes that make a float32 main weight of a weight: 2, or 4 for those who keep it whole.
         host_optimizer: the optimizer's state is in host memory.
     """
 
@@ -48,6 +49,7 @@ class Workload:
     chunk_tokens: int = 512
     top_k: int = 0
     tempered: bool = False
+    remainder: int = 2
     host_optimizer: bool = False
 
     @property
@@ -64,7 +66,8 @@ class Memory:
         frozen: backbone, and the frozen norms and the LM head that exits read through.
         trained: weights of the exits.
         gradients: their float32 buffer.
-        optimizer: two moments, and float32 main weights where the model's are not; 0 where they are in host memory.
+        optimizer: two moments, and what makes float32 main weights of the model's where these are not; 0 where they
+            are in host memory.
         activations: at the peak: one microbatch in the frozen layers, or one exit's graph and the loss's scratch.
         transfer: buffers of what comes from other stages and goes to them.
     """
@@ -87,7 +90,7 @@ def stage_memory(
 ) -> Memory:
     """Memory of each rank of stage ``index``; ``specs``: the exits of all stages."""
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, workload.top_k > 0)
-    per_weight = 2 * FLOAT32 + (FLOAT32 if workload.itemsize < FLOAT32 else 0)
+    per_weight = 2 * FLOAT32 + (workload.remainder if workload.itemsize < FLOAT32 else 0)
     return Memory(
         frozen=frozen * workload.itemsize,
         trained=trained * workload.itemsize,

@@ -42,8 +42,9 @@ class ParameterState:
 
     Attributes:
         parameter: the model's own.
-        tensors: ``main`` (float32 weights, where the model's are not), ``exp_avg``, ``exp_avg_sq``: flat float32, the
-            elements ``start:stop`` of the flattened parameter that this data-parallel rank updates.
+        tensors: ``exp_avg``, ``exp_avg_sq`` and, where the model's weights are not float32, these: as ``main``, or as
+            ``remainder`` (int16, see ``split_adam``). Flat, float32, the elements ``start:stop`` of the flattened
+            parameter that this data-parallel rank updates.
     """
 
     parameter: nn.Parameter
@@ -78,7 +79,7 @@ class ExitOptimizer:
         if not trained:
             trained = [nn.Module()]  # megatron-core's optimizer wants a module, also on a stage without exits
         self.groups, self._clip = groups, optimizer.clip_grad
-        chosen = adam_class(optimizer.implementation)
+        chosen = adam_class(optimizer.implementation, config.params_dtype)
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=groups.data.size() > 1,
@@ -193,7 +194,7 @@ class ExitOptimizer:
                 state = part._get_main_param_and_optimizer_states(parameter)
                 tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
                 if parameter.dtype != torch.float32:
-                    tensors["main"] = state["param"]
+                    tensors["remainder" if state["param"].dtype == torch.int16 else "main"] = state["param"]
                 yield ParameterState(parameter, bounds.start, bounds.end, tensors)
 
     def counters(self) -> dict[str, int]:

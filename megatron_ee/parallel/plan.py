@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import data_parallel_size
@@ -99,9 +100,15 @@ def plan_run(
         chunk_tokens=config.loss.chunk_tokens,
         top_k=distillation.top_k if distillation.kl > 0 else 0,
         tempered=distillation.temperature != 1,
+        remainder=4 if _has_whole_main_weights(config.optimizer.implementation) else 2,
         host_optimizer=config.optimizer.implementation == "deepspeed_cpu",
     )
     return make_plan(layout, architecture, specs, workload)
+
+
+def _has_whole_main_weights(implementation: str) -> bool:
+    """Whether AdamW will keep float32 main weights beside bfloat16 ones: apex does, found by name where left open."""
+    return implementation == "apex" or (implementation == "auto" and find_spec("apex") is not None)
 
 
 def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> Plan:

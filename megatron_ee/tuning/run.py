@@ -110,7 +110,8 @@ def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Calla
     verify = config.checkpoint.verify
     model = open_model(config.model.path, verify=verify)
     specs = check_run(config, model.architecture, world_size())
-    adam_class(config.optimizer.implementation)  # refused here where this machine does not have it
+    # Refused here where this machine does not have it.
+    adam_class(config.optimizer.implementation, platform.DTYPES[config.model.dtype])
     distillation = config.loss.distillation.kl > 0
     layout = resolve_layout(config.parallel, specs, model.architecture, config.data.sequence_length, distillation)
     adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None

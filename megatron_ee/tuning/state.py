@@ -26,6 +26,9 @@ from megatron_ee.checkpoint.writing import Piece
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.parallel.split_adam import join, remainder_of
+
+OPTIMIZER = "optimizer."
 
 
 @dataclass
@@ -112,12 +115,33 @@ def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, d
     pieces = [*_state_pieces(stage, optimizer), *_weight_pieces(stage, None)]
     with torch.no_grad():
         for piece in pieces:
-            if checkpoint.shape(piece.key) != tuple(piece.global_shape):
-                found, expected = list(checkpoint.shape(piece.key)), list(piece.global_shape)
-                raise CheckpointError(f"{checkpoint.path}: tensor {piece.key!r} has shape {found}, expected {expected}")
-            checkpoint.read(piece.key, piece.tensor, tuple(piece.offset))
+            kind, _, name = piece.key.removeprefix(OPTIMIZER).partition(".")
+            if piece.key.startswith(OPTIMIZER) and piece.key not in checkpoint and kind in ("main", "remainder"):
+                _read_converted(checkpoint, kind, name, piece)
+            else:
+                _read(checkpoint, piece.key, piece, piece.tensor)
     optimizer.restore_counters(counters)
     return progress
+
+
+def _read(checkpoint: Checkpoint, key: str, piece: Piece, out: Tensor) -> Tensor:
+    """The box of ``piece``, which may be one of another tensor of that shape."""
+    if checkpoint.shape(key) != tuple(piece.global_shape):
+        found, expected = list(checkpoint.shape(key)), list(piece.global_shape)
+        raise CheckpointError(f"{checkpoint.path}: tensor {key!r} has shape {found}, expected {expected}")
+    return checkpoint.read(key, out, tuple(piece.offset))
+
+
+def _read_converted(checkpoint: Checkpoint, kind: str, name: str, piece: Piece) -> None:
+    """Main weights of the tensor ``name`` that another implementation of Adam saved in the other of two forms."""
+    like = piece.tensor
+    weight = _read(checkpoint, name, piece, torch.empty_like(like, dtype=torch.bfloat16))
+    if kind == "remainder":
+        main = _read(checkpoint, f"{OPTIMIZER}main.{name}", piece, torch.empty_like(like, dtype=torch.float32))
+        like.copy_(remainder_of(main, weight))
+    else:
+        stored = _read(checkpoint, f"{OPTIMIZER}remainder.{name}", piece, torch.empty_like(like, dtype=torch.int16))
+        like.copy_(join(weight, stored))
 
 
 def _read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, int]]:
@@ -149,7 +173,7 @@ def _state_pieces(stage: Stage, optimizer: ExitOptimizer, *, skip_whole: bool = 
         state = states.get(id(parameter))
         if state is not None:
             for kind, flat in state.tensors.items():
-                prefix = f"optimizer.{kind}."
+                prefix = f"{OPTIMIZER}{kind}."
                 yield from _pieces(stage, parameter, source, prefix, flat, state.start, state.stop)
 
 

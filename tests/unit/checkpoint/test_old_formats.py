@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from megatron_ee.checkpoint.adapter import check_backbone, load_exits, open_adapter
 from megatron_ee.checkpoint.conversion.formats import open_contents
@@ -25,12 +26,14 @@ from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.parallel.split_adam import join
 from megatron_ee.testing.project import saved_tensors
 from megatron_ee.tuning.state import load_state, save_state
 
 FORMAT = Path(__file__).resolve().parents[2] / "fixtures" / "format_v1"
 EXPECTED: dict[str, Any] = json.loads((FORMAT / "expected.json").read_text())
 CHECKPOINT = FORMAT / "step-3"
+MAIN = "optimizer.main."
 
 
 def described(tensors: dict[str, StoredTensor]) -> dict[str, list[Any]]:
@@ -107,7 +110,7 @@ def optimizer_of(stage: Stage, groups: Groups) -> ExitOptimizer:
     return ExitOptimizer(stage.exits, stage.setup.config, groups, settings, ScheduleConfig(), 3)
 
 
-def test_a_run_goes_on_from_it(stage: Stage, groups: Groups, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_it(stage: Stage, groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(CHECKPOINT)
     from_adapter = parameters(stage)
     with torch.no_grad():
@@ -121,11 +124,27 @@ def test_a_run_goes_on_from_it(stage: Stage, groups: Groups, tmp_path: Path) -> 
     assert optimizer.counters() == EXPECTED["step-3"]["metadata"]["counters"]
     for names, parameter in parameters(stage).items():
         assert torch.equal(parameter, from_adapter[names]), names
-    # On one rank, all that two ranks had: written again it is the same.
-    again = save_state(tmp_path, stage, optimizer, progress, {}, 2)
+    # On one rank, all that two ranks had: written again it is the same, but for the form of the main weights.
+    description = {key: checkpoint.metadata[key] for key in ("backbone_sha256", "exits", "dtype")}
+    again = save_state(tmp_path, stage, optimizer, progress, description, 2)
     before, after = saved_tensors(CHECKPOINT), saved_tensors(again)
+    whole = [key for key in before if key.startswith(MAIN)]
+    assert len(whole) == 14
+    for key in whole:
+        name = key.removeprefix(MAIN)
+        assert torch.equal(join(after[name], after.pop(f"optimizer.remainder.{name}")), before.pop(key))
     assert before.keys() == after.keys()
     assert all(before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]) for key in before)
+
+    # And back, for an Adam that keeps them whole.
+    with monkeypatch.context() as context:
+        context.setattr("megatron_ee.parallel.optimizer.adam_class", lambda *_: AdamW)
+        other = optimizer_of(stage, groups)
+    load_state(open_checkpoint(again), stage, other, description)
+    back = saved_tensors(save_state(tmp_path / "back", stage, other, progress, {}, 2))
+    first = saved_tensors(CHECKPOINT)
+    assert back.keys() == first.keys()
+    assert all(first[key].dtype == back[key].dtype and torch.equal(first[key], back[key]) for key in first)
 
 
 @pytest.mark.parametrize(

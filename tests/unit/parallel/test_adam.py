@@ -30,7 +30,8 @@ from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
 from megatron_ee.errors import ConfigError
 from megatron_ee.parallel import adam
 from megatron_ee.parallel.adam import HostAdam, adam_class
-from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.parallel.optimizer import ExitOptimizer, ParameterState
+from megatron_ee.parallel.split_adam import join, remainder_of
 from megatron_ee.testing.project import saved_tensors
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import STEPS, Case, Outcome, tune_cases
@@ -134,21 +135,35 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> 
     return float(difference) <= tolerance * float(theirs.detach().abs().max())
 
 
+def exact_state(state: ParameterState) -> dict[str, torch.Tensor]:
+    """All float32, whichever form the main weights have."""
+    tensors = dict(state.tensors)
+    if "remainder" in tensors:
+        weight = state.parameter.detach().view(-1)[state.start : state.stop]
+        tensors["main"] = join(weight, tensors.pop("remainder"))
+    return tensors
+
+
 def compare_states(ours: ExitOptimizer, theirs: ExitOptimizer) -> None:
     for mine, other in zip(ours.parameter_states(), theirs.parameter_states(), strict=True):
         assert (mine.start, mine.stop) == (other.start, other.stop)
-        assert mine.tensors.keys() == other.tensors.keys()
-        for name, tensor in mine.tensors.items():
+        one, two = exact_state(mine), exact_state(other)
+        assert one.keys() == two.keys() and ("main" in one) == (mine.parameter.dtype == torch.bfloat16)
+        for name, tensor in one.items():
             assert tensor.dtype == torch.float32 and tensor.shape == (mine.stop - mine.start,)
-            assert close(tensor.cpu(), other.tensors[name].cpu()), name
+            assert close(tensor.cpu(), two[name].cpu()), name
     assert ours.counters() == theirs.counters()
 
 
 def carry_over(old: ExitOptimizer, new: ExitOptimizer, weights: nn.Module, into: nn.Module) -> None:
     """Restore, in the order that a training checkpoint does: state, weights, counters."""
     for to, of in zip(list(new.parameter_states()), list(old.parameter_states()), strict=True):
+        tensors = exact_state(of)
+        if "remainder" in to.tensors:
+            weight = of.parameter.detach().view(-1)[of.start : of.stop]
+            tensors["remainder"] = remainder_of(tensors["main"].to(weight.device), weight)
         for name, tensor in to.tensors.items():
-            tensor.copy_(of.tensors[name])
+            tensor.copy_(tensors[name])
     with torch.no_grad():
         for parameter, saved in zip(into.parameters(), weights.parameters(), strict=True):
             parameter.copy_(saved)
@@ -275,7 +290,7 @@ def test_deepspeed_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Nowhere(), *sys.meta_path])
     with pytest.raises(ConfigError, match=r"^optimizer.implementation: .* not installed; pip install 'megatron-ee\["):
-        adam_class("deepspeed_cpu")
+        adam_class("deepspeed_cpu", torch.float32)
 
 
 BUILD_ERROR = """Error building extension 'cpu_adam': [1/3] g++ -MMD -MF cpu_adam.o.d -c cpu_adam.cpp -o cpu_adam.o
@@ -292,7 +307,7 @@ def test_deepspeed_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, module in stand_in_deepspeed(load).items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(ConfigError) as error:
-        adam_class("deepspeed_cpu")
+        adam_class("deepspeed_cpu", torch.float32)
     assert str(error.value) == (
         "optimizer.implementation: DeepSpeed's CPU Adam cannot be compiled or loaded here "
         "(RuntimeError: /bin/sh: 1: g++: not found); it needs g++ with OpenMP and ninja"
@@ -306,7 +321,7 @@ def test_compiling_is_announced(
     monkeypatch.setattr(adam, "PATIENCE_SECONDS", 0.2)
     for name, module in stand_in_deepspeed(lambda: time.sleep(seconds)).items():
         monkeypatch.setitem(sys.modules, name, module)
-    assert adam_class("deepspeed_cpu") is HostAdam
+    assert adam_class("deepspeed_cpu", torch.float32) is HostAdam
     captured = capsys.readouterr()
     assert captured.out == "" and ("is being compiled" in captured.err) == said
 
@@ -365,7 +380,8 @@ import torch
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
 from megatron_ee.errors import ConfigError
 from megatron_ee.parallel.groups import process_groups
-from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.parallel.optimizer import ExitOptimizer, ParameterState
+from megatron_ee.parallel.split_adam import join, remainder_of
 from megatron.core.transformer import TransformerConfig
 
 config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
@@ -433,7 +449,7 @@ def test_apex_that_works_is_taken(implementation: str, dtype: torch.dtype, apex:
     ours, optimizer = make(implementation, dtype)
     theirs, native = make("torch", dtype)
     assert [type(each).__name__ for each in optimizer._adams()] == ["FusedAdam"]
-    assert [type(each).__name__ for each in native._adams()] == ["AdamW"]
+    assert [type(each).__name__ for each in native._adams()] == ["AdamW" if dtype == torch.float32 else "SplitAdam"]
     step(ours, optimizer, range(3))
     step(theirs, native, range(3))
     compare_states(optimizer, native)
@@ -450,7 +466,7 @@ def test_apex_that_works_is_taken(implementation: str, dtype: torch.dtype, apex:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_apex_on_a_gpu(dtype: torch.dtype, make: Make) -> None:
     try:
-        fused = adam_class("apex")
+        fused = adam_class("apex", dtype)
     except ConfigError as error:
         pytest.skip(str(error))
     assert fused.__module__.startswith("apex.")

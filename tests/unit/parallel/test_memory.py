@@ -201,11 +201,13 @@ def test_what_parallelism_divides() -> None:
     model, specs, stages = llama2_7b(), [ExitSpec(16)], layout(((1, 16), (16,)))
     whole = stage_memory(stages, 0, model, specs, Workload(2))
     trained = 3 * 4096 * 11008 + 4096 + 32000 * 4096
-    assert (whole.trained, whole.gradients, whole.optimizer) == (2 * trained, 4 * trained, 12 * trained)
+    assert (whole.trained, whole.gradients, whole.optimizer) == (2 * trained, 4 * trained, 10 * trained)
     assert stage_memory(stages, 0, model, specs, Workload(4)).optimizer == 8 * trained
     # Data-parallel ranks share the optimizer's state and nothing else.
     spread = stage_memory(stages, 0, model, specs, Workload(2, data=4))
-    assert spread == dataclasses.replace(whole, optimizer=3 * trained)
+    assert spread == dataclasses.replace(whole, optimizer=-(-trained // 4) * 10)
+    assert stage_memory(stages, 0, model, specs, Workload(2, remainder=4)).optimizer == 12 * trained
+    assert stage_memory(stages, 0, model, specs, Workload(4, remainder=4)).optimizer == 8 * trained
     assert stage_memory(stages, 0, model, specs, Workload(2, host_optimizer=True)).optimizer == 0
     halves = stage_memory(stages, 0, model, specs, Workload(2, tensor=2))
     assert halves.trained == pytest.approx(whole.trained / 2, rel=1e-4)

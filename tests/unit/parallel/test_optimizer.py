@@ -16,6 +16,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.parallel.split_adam import join
 
 SPECS = [ExitSpec(1, "embedding", "own"), ExitSpec(2, "mlp", "low_rank", rank=4), ExitSpec(3, "layer", "own")]
 LR = 1e-2
@@ -179,11 +180,14 @@ def test_bfloat16_keeps_float32_main_weights(make: Make) -> None:
     train(stage, optimizer, range(4))
     moved = 0
     for state in optimizer.parameter_states():
-        assert set(state.tensors) == {"main", "exp_avg", "exp_avg_sq"}
-        assert all(tensor.dtype == torch.float32 for tensor in state.tensors.values())
+        assert {name: tensor.dtype for name, tensor in state.tensors.items()} == {
+            "remainder": torch.int16,
+            "exp_avg": torch.float32,
+            "exp_avg_sq": torch.float32,
+        }
         assert (state.start, state.stop) == (0, state.parameter.numel())
         old = before[id(state.parameter)].float().view(-1)
-        main = state.tensors["main"]
+        main = join(state.parameter.detach().view(-1), state.tensors["remainder"])
         assert torch.equal(state.parameter.detach().view(-1), main.to(torch.bfloat16))
         assert float((main - old).abs().max()) <= 5e-6
         moved += int((main != old).sum())

@@ -1,0 +1,110 @@
+"""AdamW over bfloat16 weights whose float32 main weights take 2 bytes more, not 4.
+
+A main weight is the model's own bfloat16 one and a remainder: the integer, of 16 bits, that its float32 pattern has
+over the bfloat16 one's. Together they are the main weight exactly, so that nothing is held twice (the idea is that of
+Transformer Engine's and megatron-core's ``store_param_remainders``). A tuning step holds 16 bytes for each trained
+weight then, as much as in float32: weight 2, remainder 2, gradient 4, moments 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from megatron_ee import platform
+
+RUN = 2**24
+"""Elements at most whose main weights exist in float32 at one time."""
+
+
+def join(weight: Tensor, remainder: Tensor, out: Tensor | None = None) -> Tensor:
+    """Main weights, float32, of bfloat16 weights and their int16 remainders; all of one shape.
+
+    Args:
+        out: contiguous float32, to write them into.
+    """
+    bits = torch.empty_like(remainder, dtype=torch.int32) if out is None else out.view(torch.int32)
+    bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(remainder)
+    return bits.view(torch.float32)
+
+
+def split_(main: Tensor, weight: Tensor, remainder: Tensor) -> None:
+    """Write contiguous float32 main weights, which are used up, into ``weight`` and ``remainder``, of which ``join``
+    makes them again.
+
+    A weight is the bfloat16 nearest to its main weight; of two that are equally near, the larger in magnitude.
+    """
+    bits = main.view(torch.int32)
+    nearest = (bits + 2**15).bitwise_right_shift_(16)
+    weight.view(torch.int16).copy_(nearest)
+    remainder.copy_(bits.sub_(nearest.bitwise_left_shift_(16)))
+
+
+def remainder_of(main: Tensor, weight: Tensor) -> Tensor:
+    """int16 remainders of float32 main weights over bfloat16 weights that were rounded from them in whatever way.
+
+    Half a bfloat16 step above the weight is one more than the largest remainder: it is then off by float32's last bit.
+    """
+    nearest = weight.view(torch.int16).int() << 16
+    return (main.contiguous().view(torch.int32) - nearest).clamp_(-(2**15), 2**15 - 1).short()
+
+
+class SplitAdam(Optimizer):
+    """torch's fused AdamW on main weights that are put together for it, some at a time.
+
+    In megatron-core it takes the place of a fused Adam with main weights of its own: gradients come as the shards'
+    ``decoupled_grad``, and ``step`` writes the shards.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **_: Any
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def allocate(self) -> None:
+        """Make the state, the main weights equal to the shards."""
+        for group in self.param_groups:
+            for shard in group["params"]:
+                assert shard.dtype == torch.bfloat16, f"a weight of {shard.dtype} has no remainder"
+                moments = {name: torch.zeros_like(shard, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[shard] = {"master_param": torch.zeros_like(shard, dtype=torch.int16), **moments}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the shards, and count the step."""
+        run = max(1, min(RUN, platform.cached_bytes() // 16))
+        shards = [shard for group in self.param_groups for shard in group["params"]]
+        longest = min(run, max((len(shard) for shard in shards), default=0))
+        scratch = torch.empty(longest, dtype=torch.float32, device=platform.device())
+        for group in self.param_groups:
+            steps = group.get("step", 0)
+            group["step"] = steps + 1
+            options = {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
+            options |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+            for shard in group["params"]:
+                state = self.state[shard]
+                wholes = (shard, state["master_param"], shard.decoupled_grad, state["exp_avg"], state["exp_avg_sq"])
+                for parts in zip(*(tensor.split(run) for tensor in wholes), strict=True):
+                    _update_(parts, scratch[: len(parts[0])], steps, options)
+
+    def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
+        """What megatron-core asks a fused Adam with main weights for; here ``master_param`` are the remainders."""
+        return self.state[parameter][name]  # type: ignore[no-any-return]
+
+
+def _update_(parts: Sequence[Tensor], scratch: Tensor, steps: int, options: dict[str, float]) -> None:
+    """One step, after ``steps``, of some elements' weights, remainders, gradients and moments."""
+    weight, remainder, gradient, exp_avg, exp_avg_sq = parts
+    main = join(weight, remainder, scratch)
+    count = torch.tensor(float(steps), device=main.device)  # which the update adds one to
+    adamw(
+        [main], [gradient], [exp_avg], [exp_avg_sq], [], [count],
+        fused=True, amsgrad=False, maximize=False, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    split_(main, weight, remainder)
