@@ -164,7 +164,7 @@ def _head_rows(architecture: Architecture, tensor: int) -> tuple[int, int]:
 def _activations(
     layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
 ) -> int:
-    """The larger of two peaks, in the frozen layers and in an exit; taps and h stay through both."""
+    """The larger of two peaks, in the frozen layers and in an exit; taps stay through both."""
     stage = layout.stages[index]
     hidden = _hidden_bytes(architecture, workload)
     held = len([spec for spec in specs if spec.layer in stage.layers])
@@ -172,10 +172,9 @@ def _activations(
         held += layout.lag(index) * len([layer for layer in stage.exits if layer in stage.layers])
     peaks = [_exit_peak(architecture, spec, workload) for spec in _hosted(stage, specs) if spec.trains]
     if stage.layers:
-        held += 1
-        peaks.append(_layer_peak(architecture, workload))
+        peaks.append(hidden + _layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
-            peaks.append(2 * hidden + _chunk_logits(architecture, workload) * (FLOAT32 + workload.itemsize))
+            peaks.append(3 * hidden + _chunk_logits(architecture, workload) * (FLOAT32 + workload.itemsize))
     return held * hidden + max(peaks, default=0)
 
 

@@ -142,6 +142,7 @@ class Pipeline:
                         teacher = at_end(micro, h)
                     if taught:
                         self._teach(turn, teacher)
+                del h  # taps are all that the exits' work needs
                 waiting.append((micro, teacher))
             if turn >= lag:  # steady state and drain: the exits' work on one whose teacher has arrived
                 micro, teacher = waiting.popleft()
