@@ -123,10 +123,12 @@ def product(
         weight: as it is, or from ``pack``.
         packed: the same from ``pack``, where there are both.
     """
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     if weight.is_mkldnn:
         packed = weight
     elif weight.is_cpu and weight.dtype == torch.bfloat16 and (len(x) - 1) * weight.nbytes < ONE_BY_ONE:
-        before = torch._C._get_mkldnn_enabled()
+        before = torch._C._get_mkldnn_enabled()  # as in own_products, which as a context takes longer than this all
         torch._C._set_mkldnn_enabled(False)
         try:
             return F.linear(x, weight, bias)
@@ -137,6 +139,27 @@ def product(
     rows = x if len(x) > 2 else F.pad(x, (0, 0, 0, 4 - len(x)))  # one or two take longer than four
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
     return result[: len(x)]
+
+
+def compiles(tokens: int, weight: torch.Tensor) -> bool:
+    """Whether compiled code, which knows ``weight`` as it is, is the fastest for so many tokens.
+
+    On a CPU it multiplies bfloat16 row by row, see ``ONE_BY_ONE``; what it spares elsewhere is worth twice as much.
+    """
+    if not weight.is_cpu or weight.dtype != torch.bfloat16:
+        return True
+    return not weight.is_mkldnn and (tokens - 1) * weight.nbytes < 2 * ONE_BY_ONE
+
+
+@contextlib.contextmanager
+def own_products() -> Iterator[None]:
+    """Let the products of compiled code with one row be torch's own, not oneDNN's, as ``product`` has them."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

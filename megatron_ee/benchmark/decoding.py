@@ -20,6 +20,7 @@ from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_backbone
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.inference.compiled import CompiledSegments, compile_stage
 from megatron_ee.inference.core import PASS_TOKENS
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import SLACK, load_stage, make_engine, open_released, pack_stage
@@ -37,18 +38,22 @@ LEAVES, STAYS = 1e-6, 2.0
 
 
 @contextlib.contextmanager
-def decoding(directory: str, adapter: str | None, layers: Sequence[int], dtype: str) -> Iterator[Decoding]:
+def decoding(
+    directory: str, adapter: str | None, layers: Sequence[int], dtype: str, compiled: bool
+) -> Iterator[Decoding]:
     """For a worker: the object below. Without ``adapter``, random heads after ``layers`` are its exits."""
     with process_groups() as groups:
         if adapter is not None:
             released = open_released(directory, adapter)
-            stage = load_stage(released, even_layout(released.model.architecture.num_layers, 1), dtype, groups)
+            layout = even_layout(released.model.architecture.num_layers, 1)
+            stage = load_stage(released, layout, dtype, groups, compiled=compiled)
         else:
-            stage = _random_exits(directory, layers, dtype, groups)
-        yield Decoding(directory, stage, make_engine(stage, memory=MEMORY))
+            stage = _random_exits(directory, layers, dtype, groups, compiled)
+        segments = compile_stage(stage) if compiled else None
+        yield Decoding(directory, stage, make_engine(stage, memory=MEMORY, segments=segments), segments)
 
 
-def _random_exits(directory: str, layers: Sequence[int], dtype: str, groups: Any) -> Stage:
+def _random_exits(directory: str, layers: Sequence[int], dtype: str, groups: Any, compiled: bool) -> Stage:
     """The model with ``mlp`` exits that are copies of its own parts, as before any tuning."""
     from megatron_ee.checkpoint.loading import open_model
 
@@ -59,7 +64,7 @@ def _random_exits(directory: str, layers: Sequence[int], dtype: str, groups: Any
     load_backbone(stage, model)
     for exit_ in stage.exits:
         initialise_exit(exit_, model, SEED)
-    pack_stage(stage)
+    pack_stage(stage, compiled=compiled)
     return stage
 
 
@@ -98,8 +103,8 @@ class _Recorder:
 class Decoding:
     """Runs and times one thing at a time. Prompts are lists of token ids."""
 
-    def __init__(self, directory: str, stage: Stage, engine: Engine) -> None:
-        self._directory, self._stage, self._engine = directory, stage, engine
+    def __init__(self, directory: str, stage: Stage, engine: Engine, segments: CompiledSegments | None) -> None:
+        self._directory, self._stage, self._engine, self._segments = directory, stage, engine, segments
         self._peers: dict[str, Any] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -109,6 +114,7 @@ class Decoding:
         weights = [parameter for part in parts if part is not None for parameter in part.parameters()]
         return {
             "path": self._directory,
+            "compiled": self._segments is not None,
             "layers": arch.num_layers,
             "hidden": arch.hidden_size,
             "vocab": arch.vocab_size,
@@ -243,7 +249,7 @@ class Decoding:
         """Median seconds of one chain, on a row of ``length`` positions."""
         from megatron_ee.inference.heads import Ask
 
-        runner = StageRunner(self._stage, SLACK, PASS_TOKENS)
+        runner = StageRunner(self._stage, SLACK, PASS_TOKENS, compiled=self._segments)
         final, limit = self._stage.setup.architecture.num_layers + 1, length + 64
         runner.open(1, limit)
         runner.run(Chain(0, final, (Work(1, length, (1,) * length),)))

@@ -148,6 +148,7 @@ def benchmark_generate(
     batches: Sequence[int],
     exits: int,
     dtype: str,
+    compiled: bool = False,
 ) -> GenerateBenchmark:
     """Measure ``parts``.
 
@@ -156,6 +157,7 @@ def benchmark_generate(
         adapter: its exits; None for untuned ones, which say little but take as long.
         batches: sizes for ``full``.
         exits: how many a random model has.
+        compiled: our side's layers are.
 
     Raises:
         UserError: the model cannot be used, or the process did not survive.
@@ -169,7 +171,7 @@ def benchmark_generate(
                 machine.call("make_model", directory, shape, dtype, _POSITIONS)
         layers = [] if adapter is not None else spread_exits(exits, _depth(directory))
         target = None if adapter is None else str(adapter)
-        made = (f"{_PACKAGE}.decoding:decoding", directory, target, layers, dtype)
+        made = (f"{_PACKAGE}.decoding:decoding", directory, target, layers, dtype, compiled)
         with start_worker("decoding", *made, alone=True) as worker:
             result = GenerateBenchmark({**described, "load_before": before}, worker.call("describe"))
             works: dict[str, Callable[[], None]] = {

@@ -17,7 +17,7 @@ def print_generate(result: GenerateBenchmark, console: Console) -> None:
     exits = ", ".join(map(str, model["exits"])) or "none"
     console.print(
         f"{machine_line(result.machine)}; {model['parameters'] / 1e6:,.0f}M parameters, {model['layers']} layers of "
-        f"{model['hidden']}, vocabulary {model['vocab']}, exits after {exits}",
+        f"{model['hidden']}, vocabulary {model['vocab']}, exits after {exits}{', compiled' * model['compiled']}",
         soft_wrap=True,
     )
     if result.full:

@@ -232,6 +232,7 @@ def _generate_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--prompt-tokens", type=whole, default=64, metavar="N", help="of each prompt (default: 64)")
     options.add_argument("--tokens", type=at_least(2), default=96, metavar="N", help="to emit for each (default: 96)")
     options.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype (default: bfloat16)")
+    options.add_argument("--compile", action="store_true", help="compile our layers, as generate --compile does")
     _common_options(options)
 
 
@@ -363,6 +364,10 @@ def _run_generate(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--text: {text}: no such file")
     if arguments.text and arguments.model is None:
         raise ConfigError("--text: a random model has no tokenizer; give a --model")
+    if arguments.compile:
+        from megatron_ee.inference.compiled import check_compiler
+
+        check_compiler(1)
     result = benchmark_generate(
         arguments.model,
         arguments.adapter,
@@ -372,6 +377,7 @@ def _run_generate(arguments: argparse.Namespace) -> int:
         batches=arguments.batches,
         exits=arguments.exits,
         dtype=arguments.dtype,
+        compiled=arguments.compile,
     )
     return _show(result, print_generate, arguments.json)
 

@@ -56,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="GB",
         help="for keys and values, per process (default: half of what is free)",
     )
+    engine.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the layers first, which takes up to minutes: a single row is then faster, above all on a GPU or "
+        "with a small model",
+    )
     engine.add_argument("--max-rows", type=at_least(1), default=16, metavar="N", help="outputs in work at a time")
     return result
 
@@ -96,6 +102,7 @@ def _add_sampling(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate; text with its legend, or JSON, to stdout."""
+    from megatron_ee.inference.compiled import check_compiler
     from megatron_ee.inference.loading import check_parallel, open_engine, open_released
     from megatron_ee.inference.prompts import prompt_ids
     from megatron_ee.parallel.groups import world_size
@@ -112,6 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
         requests = [_request(arguments, prompt, released, policy, sampling) for prompt in arguments.prompt]
         arch = released.model.architecture
         check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
+        if arguments.compile:
+            check_compiler(arguments.tensor)
         candidates = _candidates(arguments, arch.vocab_size)
         for request in requests:
             request.check([spec.layer for spec in released.exits], arch.num_layers)
@@ -130,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         memory=memory,
         max_rows=arguments.max_rows,
         candidates=candidates,
+        compiled=arguments.compile,
     ) as engine:
         if engine is not None:
             (_compare if arguments.compare else _show)(arguments, requests, engine)

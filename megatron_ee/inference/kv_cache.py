@@ -78,6 +78,17 @@ class LayerKV:
             values[0, :, start : start + new] = value.transpose(0, 1)
         return self.kept()
 
+    def room(self, new: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of all positions that there is room for, ``[1, kv_heads, room, head_dim]`` each.
+
+        None where ``new`` tokens and one more have no room yet (code compiled for a full cache is another), or where
+        they would see less than all that is kept.
+        """
+        stop, window = self.length + new, self.extent.window
+        if self._kept is None or self.first > 0 or (window is not None and stop > window):
+            return None
+        return self._kept if stop < self._kept[0].shape[2] else None
+
     def kept(self) -> tuple[Tensor, Tensor]:
         """Keys and values of positions ``first .. length - 1``, ``[1, kv_heads, kept, head_dim]`` each."""
         assert self._kept is not None, "nothing is kept yet"
@@ -162,11 +173,28 @@ class PackedCaches:
         return context.view(query.shape[1], count, -1).transpose(0, 1).reshape(count, -1)
 
     def _mask(self, cache: LayerKV, start: int, window: int | None, query: Tensor) -> Tensor:
-        """What each query of each head adds to its scores: 0, or -inf where it does not see a key."""
+        """``added_mask``, made once for a pass."""
         place = (start, cache.length, cache.first, window)
         if place not in self.masks:
-            positions = torch.arange(cache.first, cache.length, device=query.device)
-            visible = visible_keys(positions[start - cache.first :], positions, window)
-            mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
-            self.masks[place] = mask.masked_fill_(~visible, -torch.inf).repeat_interleave(query.shape[2], dim=0)
+            self.masks[place] = added_mask(*place, query, query.shape[2])
         return self.masks[place]
+
+
+def added_mask(start: int, length: int, first: int, window: int | None, like: Tensor, heads: int) -> Tensor:
+    """What each query of each head adds to its scores: 0, or -inf where it does not see a key.
+
+    Args:
+        start: position of the first query.
+        length: positions that there are.
+        first: position of the first key.
+        window: positions that a token sees, itself included; None for all before it.
+        like: of whose dtype and device it is.
+        heads: queries that share a key-value head, which follow one another.
+
+    Returns:
+        ``[(length - start) * heads, length - first]``.
+    """
+    positions = torch.arange(first, length, device=like.device)
+    visible = visible_keys(positions[start - first :], positions, window)
+    mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(~visible, -torch.inf).repeat_interleave(heads, dim=0)

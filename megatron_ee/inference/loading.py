@@ -19,6 +19,7 @@ from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError, UserError
+from megatron_ee.inference.compiled import CompiledSegments, check_compiler, compile_stage
 from megatron_ee.inference.core import PASS_TOKENS, Core
 from megatron_ee.inference.engine import Engine, make_output
 from megatron_ee.inference.links import Places, StageLink
@@ -94,6 +95,7 @@ def open_engine(
     memory: int | None = None,
     max_rows: int = MAX_ROWS,
     candidates: Sequence[int] | None = None,
+    compiled: bool = False,
 ) -> Iterator[Engine | None]:
     """Load a model over all processes of the run and give an engine for it.
 
@@ -110,6 +112,7 @@ def open_engine(
         candidates: token ids that drafts are chosen from, such as ``data.indexed.frequent_tokens`` finds: a drafting
             exit then computes no other logits (FR-Spec, arXiv 2502.14856); the full model still emits any token. None
             for all.
+        compiled: compile the layers between exits; a row that runs alone then takes less time for each token.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -118,6 +121,8 @@ def open_engine(
     check_parallel(released.model.architecture, tensor, pipeline, world_size())
     if dtype not in platform.DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is unknown; possible: {', '.join(platform.DTYPES)}")
+    if compiled:
+        check_compiler(tensor)
     if candidates is not None:
         check_ids("candidates", candidates, released.model.architecture.vocab_size)
         if not candidates:
@@ -126,9 +131,10 @@ def open_engine(
         place = f"stage {groups.pipeline.rank()}"
         with watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: place):
             layout = even_layout(released.model.architecture.num_layers, pipeline)
-            stage = load_stage(released, layout, dtype, groups, candidates)
+            stage = load_stage(released, layout, dtype, groups, candidates, compiled=compiled)
+            segments = compile_stage(stage) if compiled else None
             with engine_on_ranks(
-                stage, layout, released.exits, released.tokenizer, released.eos, memory, max_rows
+                stage, layout, released.exits, released.tokenizer, released.eos, memory, max_rows, segments
             ) as engine:
                 yield engine
 
@@ -158,13 +164,14 @@ def engine_on_ranks(
     eos: frozenset[int] = frozenset(),
     memory: int | None = None,
     max_rows: int = MAX_ROWS,
+    segments: CompiledSegments | None = None,
 ) -> Iterator[Engine | None]:
     """The engine on the first rank, for stages that are loaded; see ``open_engine``."""
     setup, groups = stage.setup, stage.setup.groups
     arch, index = setup.architecture, groups.pipeline.rank()
     total = min(groups.gather(int(MEMORY_SHARE * _free_memory(groups)) if memory is None else memory))
     if groups.world.size() == 1:
-        engine = make_engine(stage, tokenizer=tokenizer, eos=eos, memory=total, max_rows=max_rows)
+        engine = make_engine(stage, tokenizer=tokenizer, eos=eos, memory=total, max_rows=max_rows, segments=segments)
         try:
             yield engine
         finally:
@@ -175,7 +182,7 @@ def engine_on_ranks(
     for source in range(groups.pipeline.size() - 1):
         connect(groups.pipeline, source, source + 1)
     neighbours = StageNeighbours(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, setup.dtype)
-    runner = StageRunner(stage, SLACK, PASS_TOKENS, neighbours)
+    runner = StageRunner(stage, SLACK, PASS_TOKENS, neighbours, segments)
     if index > 0:
         serve_stage(runner, mail)
         mail.finish()
@@ -221,11 +228,12 @@ def make_engine(
     eos: frozenset[int] = frozenset(),
     memory: int | None = None,
     max_rows: int = MAX_ROWS,
+    segments: CompiledSegments | None = None,
 ) -> Engine:
     """An engine for a stage that holds the whole model, on one process; arguments as for ``open_engine``."""
     layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
     total = int(MEMORY_SHARE * _free_memory(stage.setup.groups)) if memory is None else memory
-    core = _core(stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS)], total, max_rows)
+    core = _core(stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS, compiled=segments)], total, max_rows)
     return _engine(core, stage, specs, tokenizer, eos)
 
 
@@ -288,7 +296,13 @@ def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[i
 
 
 def load_stage(
-    released: Released, layout: Layout, dtype: str, groups: Groups, candidates: Sequence[int] | None = None
+    released: Released,
+    layout: Layout,
+    dtype: str,
+    groups: Groups,
+    candidates: Sequence[int] | None = None,
+    *,
+    compiled: bool = False,
 ) -> Stage:
     """This rank's layers of the backbone, and the adapter's exits after them; see ``open_engine``."""
     index, arch = groups.pipeline.rank(), released.model.architecture
@@ -309,17 +323,19 @@ def load_stage(
         ids = torch.tensor(sorted(set(candidates)), device=platform.device())
         for exit_ in stage.exits:
             exit_.restrict(ids)
-    pack_stage(stage)
+    pack_stage(stage, compiled=compiled)
     return stage
 
 
-def pack_stage(stage: Stage) -> None:
+def pack_stage(stage: Stage, *, compiled: bool = False) -> None:
     """Pack the weights of a loaded stage for inference; beside them where memory allows, else in their place.
 
-    Every rank calls this.
+    Compiled code wants them as they are: with ``compiled`` they are then not packed. Every rank calls this.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
-    stage.pack(keep=weights < PACKED_SHARE * _free_memory(stage.setup.groups))
+    keep = weights < PACKED_SHARE * _free_memory(stage.setup.groups)
+    if keep or not compiled:
+        stage.pack(keep=keep)
 
 
 def _free_memory(groups: Groups) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
+from megatron_ee.inference.compiled import CompiledSegments
 from megatron_ee.inference.heads import Answer, Ask, answer
 from megatron_ee.inference.kv_cache import Extent, LayerKV, PackedCaches
 from megatron_ee.model.attention import Positions
@@ -144,11 +145,19 @@ class StageRunner:
         stage: with the embedding, or the final exit, where it is the first, or the last.
         rows: by number.
         links: to the stages before and behind; None where there are none.
+        compiled: its layers once more; None where they are not compiled.
     """
 
-    def __init__(self, stage: Stage, slack: int, pass_tokens: int, links: Neighbours | None = None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        slack: int,
+        pass_tokens: int,
+        links: Neighbours | None = None,
+        compiled: CompiledSegments | None = None,
+    ) -> None:
         """``slack`` and ``pass_tokens``: as in ``Extent``."""
-        self.stage, self.links = stage, links
+        self.stage, self.links, self.compiled = stage, links, compiled
         self.rows: dict[int, Row] = {}
         self._slack, self._pass_tokens = slack, pass_tokens
         self._answers: deque[list[Answer]] = deque()
@@ -191,16 +200,17 @@ class StageRunner:
         """Run a chain. Rows that did not leave at its end wait there, and so do those that did: their taps are kept."""
         rows = [self.rows[work.row] for work in chain.works]
         h, flow = self._enter(chain, rows)
-        for number in range(chain.start + 1, min(chain.stop, self._final - 1) + 1):
-            layer, exit_ = self._layers[number], self._exits.get(number)
-            h = layer.attention_half(h, flow.positions, flow.caches(number))
-            if exit_ is None or exit_.mlp is None:
-                h = layer.mlp_half(h)
-            if exit_ is not None and (number < chain.stop or chain.sends):
+        place, last = chain.start, min(chain.stop, self._final - 1)
+        for stop in sorted({layer for layer in self._exits if place < layer < last} | ({last} - {place})):
+            h = self._advance(place, stop, h, flow)
+            exit_ = self._exits.get(stop)
+            if exit_ is not None and (stop < chain.stop or chain.sends):
                 if exit_.layer is not None:
-                    exit_.attention_half(h, flow.positions, flow.exit_caches(number))
-                h, flow = self._join(number, h, flow)
-                h = self._leave_exit(number, h)
+                    exit_.attention_half(h, flow.positions, flow.exit_caches(stop))
+                h, flow = self._join(stop, h, flow)
+            place = stop
+        if place < chain.stop or chain.sends:
+            h = self._leave_exit(place, h)
         if chain.sends:
             assert self.links is not None
             self.links.send(h.split(flow.counts), [row.drafts for row in rows])
@@ -221,12 +231,29 @@ class StageRunner:
         counts = [sum(map(len, held)) for held in taps]
         parts = [tap for held in taps for tap in held]
         h = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._leave_exit(chain.start, h), self._flow(rows, counts, [work.stop for work in chain.works])
+        return h, self._flow(rows, counts, [work.stop for work in chain.works])
+
+    def _advance(self, place: int, stop: int, h: Tensor, flow: _Flow) -> Tensor:
+        """From the tap at one place to the tap at the next."""
+        if self.compiled is not None and len(flow.rows) == 1:
+            done = self.compiled.run(place, stop, h, flow.positions, flow.rows[0].caches)
+            if done is not None:
+                return done
+        h = self._leave_exit(place, h)
+        for number in range(place + 1, stop + 1):
+            h = self._layers[number].attention_half(h, flow.positions, flow.caches(number))
+            if number < stop or not self._halves(stop):
+                h = self._layers[number].mlp_half(h)
+        return h
+
+    def _halves(self, place: int) -> bool:
+        """Whether rows wait there between a layer's halves, where an ``mlp`` exit reads."""
+        exit_ = self._exits.get(place)
+        return exit_ is not None and exit_.mlp is not None
 
     def _leave_exit(self, layer: int, tap: Tensor) -> Tensor:
         """h after ``layer`` from its exit's tap: the MLP below an ``mlp`` exit runs when it is needed."""
-        exit_ = self._exits.get(layer)
-        return tap if exit_ is None or exit_.mlp is None else self._layers[layer].mlp_half(tap)
+        return self._layers[layer].mlp_half(tap) if self._halves(layer) else tap
 
     def _join(self, layer: int, tap: Tensor, flow: _Flow) -> tuple[Tensor, _Flow]:
         """With each row's tokens those that were deferred at ``layer``, who come first."""

@@ -283,6 +283,28 @@ def test_drafts_frequent_tokens(command: Command, adapter: Path, tmp_path: Path)
     assert status != 0 and f"{tmp_path}/none.idx: not found" in err and len(err.splitlines()) == 1
 
 
+def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Segments:
+        def __init__(self, stage: Stage) -> None:
+            assert stage.backbone.layers
+
+        def run(self, place: int, stop: int, *_: Any) -> None:
+            asked.append((place, stop))
+
+    monkeypatch.setattr("megatron_ee.inference.compiled.CompiledSegments", Segments)
+    said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 8, "--mode", "full"]
+    monkeypatch.setenv("CXX", "/bin/sh")  # one that is there
+    compiled, eager = command.json(*said, "--compile"), command.json(*said)
+    assert compiled["token_ids"] == eager["token_ids"]
+    assert asked == [(0, 1), (1, 2), (2, 4)] * 8
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    status, out, err = command.run(*said, "--compile")
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert "--compile: on a CPU it needs a C++ compiler, and there is no /nowhere/c++" in err
+
+
 @pytest.mark.parametrize("arguments, message", REFUSED, ids=[" ".join(map(str, a))[:40] for a, _ in REFUSED])
 def test_refuses_in_one_line(arguments: tuple[object, ...], message: str, command: Command, adapter: Path) -> None:
     given: list[object] = [] if "--prompt" in arguments else ["--prompt", PROMPT]

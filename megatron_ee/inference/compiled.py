@@ -1,0 +1,190 @@
+"""Layers between two exits as one compiled function, for a row that runs alone (``torch.compile``).
+
+A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations to a layer
+that do little each. Compiled, those between the matrix products are fused, and a segment is one call.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ee import platform
+from megatron_ee.errors import ConfigError
+from megatron_ee.inference.kv_cache import Extent, LayerKV, added_mask
+from megatron_ee.model.attention import Positions
+from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.model.stage import Stage
+from megatron_ee.progress import track
+
+FORMS = 64
+"""Compiled forms of ``Segment.forward`` at most: segments differ in length, passes over one token from longer ones."""
+WARM_POSITIONS = 8
+
+
+class Segment(nn.Module):
+    """The layers from one place where rows wait to the next.
+
+    Attributes:
+        lead: the layer whose MLP half comes first, where rows wait between its halves; None for none.
+        layers: all that follow.
+        trail: whether the last of them runs its MLP half too.
+    """
+
+    def __init__(self, lead: DecoderLayer | None, layers: Sequence[DecoderLayer], trail: bool) -> None:
+        super().__init__()
+        self.lead, self.layers, self.trail = lead, nn.ModuleList(layers), trail
+
+    def forward(
+        self, h: Tensor, positions: Positions, mask: Tensor | None, start: int, keys: list[Tensor], values: list[Tensor]
+    ) -> Tensor:
+        """The tap at the next place from the one at this, ``[tokens, 1, hidden]``.
+
+        Args:
+            mask: as ``added_mask`` makes it; None for one token.
+            start: positions that each layer has run.
+            keys: of each layer, ``[1, kv_heads, room, head_dim]``; the tokens' own are written into them.
+            values: as ``keys``.
+        """
+        if self.lead is not None:
+            h = self.lead.mlp_half(h)
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            h = layer.attention_half(h, positions, _Room(keys[number], values[number], start, mask))
+            if self.trail or number + 1 < len(self.layers):
+                h = layer.mlp_half(h)
+        return h
+
+
+@dataclass
+class _Room:
+    """One layer's cache, with room for the tokens: a ``LayerCache`` that knows no lengths but the one it is told."""
+
+    keys: Tensor
+    values: Tensor
+    start: int
+    mask: Tensor | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+        """See ``LayerCache``; no window hides anything yet."""
+        count = query.shape[0]
+        stop = self.start + count
+        self.keys[0, :, self.start : stop] = key.transpose(0, 1)
+        self.values[0, :, self.start : stop] = value.transpose(0, 1)
+        heads = query.transpose(0, 1).flatten(1, 2)[None]
+        keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
+        context = F.scaled_dot_product_attention(heads, keys, values, attn_mask=self.mask)
+        return context[0].unflatten(1, (count, -1)).transpose(0, 1).flatten(1)
+
+
+class CompiledSegments:
+    """Every segment of a stage, compiled."""
+
+    def __init__(self, stage: Stage) -> None:
+        """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time.
+
+        Raises:
+            ConfigError: it cannot be compiled here.
+        """
+        self._stage, self._layers = stage, dict(stage.backbone.numbered_layers())
+        layers = self._layers
+        self._largest = layers[max(layers)].mlp.gate_up.weight
+        halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
+        first, last = min(layers) - 1, max(layers)
+        places = sorted({first, last} | {exit_.spec.layer for exit_ in stage.exits})
+        self._segments = {
+            (place, stop): torch.compile(
+                Segment(layers.get(place) if place in halves else None,
+                        [layers[number] for number in range(place + 1, stop + 1)],
+                        stop not in halves),
+                fullgraph=True, dynamic=True,
+            )
+            for place, stop in zip(places, places[1:], strict=False)
+        }  # fmt: skip
+        from torch import _dynamo  # the compiler, which takes long to import
+
+        _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
+        try:
+            with track(len(self._segments), "segments", "compiling", enabled=stage.setup.groups.is_main) as bar:
+                for place, stop in self._segments:
+                    self._warm(place, stop)
+                    bar.advance()
+        except Exception as error:  # of the tracer, of a compiler, of loading what it made
+            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(
+                f"compile: the layers cannot be compiled here ({line.strip()[:300]}); leave it out"
+            ) from error
+
+    @torch.inference_mode()
+    def _warm(self, place: int, stop: int) -> None:
+        """Once for one token, and once for more where that is compiled too."""
+        arch, device = self._stage.setup.architecture, platform.device()
+        kept = torch.zeros(
+            WARM_POSITIONS, arch.num_kv_heads, arch.head_dim, dtype=self._stage.setup.dtype, device=device
+        )
+        for tokens in (1, 3):
+            stand = WARM_POSITIONS + tokens
+            # With room to spare: what is compiled for a cache that is just full holds for no other.
+            caches = {number: LayerKV(Extent(2 * stand)) for number in range(place + 1, stop + 1)}
+            for cache in caches.values():
+                cache.extend(kept, kept)
+            positions = self._stage.backbone.packed_positions(torch.arange(WARM_POSITIONS, stand, device=device))
+            self.run(place, stop, kept.new_zeros(tokens, 1, arch.hidden_size), positions, caches)
+
+    def run(
+        self, place: int, stop: int, h: Tensor, positions: Positions, caches: Mapping[int, LayerKV]
+    ) -> Tensor | None:
+        """From one place to another, if that is a segment, and the row's caches have room and hide nothing; else None.
+
+        Args:
+            caches: the row's, by layer.
+        """
+        tokens, segment = len(h), self._segments.get((place, stop))
+        if segment is None or not platform.compiles(tokens, self._largest):
+            return None
+        mine = [caches[number] for number in range(place + 1, stop + 1)]
+        rooms = [cache.room(tokens) for cache in mine]
+        if None in rooms:
+            return None
+        start = mine[0].length
+        groups = self._stage.setup.architecture
+        mask = None
+        if tokens > 1:
+            mask = added_mask(start, start + tokens, 0, None, h, groups.num_heads // groups.num_kv_heads)
+        with platform.own_products():
+            h = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
+        for cache in mine:
+            cache.length += tokens
+        return h
+
+
+def compile_stage(stage: Stage) -> CompiledSegments:
+    """Compile the layers of a loaded stage. Every rank calls this.
+
+    Raises:
+        ConfigError: they cannot be compiled here.
+    """
+    made: list[CompiledSegments] = []
+    stage.setup.groups.together(lambda: made.append(CompiledSegments(stage)))
+    return made[0]
+
+
+def check_compiler(tensor: int) -> None:
+    """Refuse ``compile`` where it cannot work, before a model is loaded.
+
+    Raises:
+        ConfigError: several ranks share a layer, or there is no compiler.
+    """
+    if tensor > 1:
+        raise ConfigError(f"compile: layers that {tensor} ranks share are not compiled; leave it out, or use one")
+    compiler = os.environ.get("CXX", "g++")
+    if not platform.has_accelerator() and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"compile: on a CPU it needs a C++ compiler, and there is no {compiler}; install one, or set CXX"
+        )
