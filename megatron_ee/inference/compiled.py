@@ -92,8 +92,7 @@ class CompiledSegments:
         Raises:
             ConfigError: it cannot be compiled here.
         """
-        self._stage, self._layers = stage, dict(stage.backbone.numbered_layers())
-        layers = self._layers
+        self._stage, layers = stage, dict(stage.backbone.numbered_layers())
         self._largest = layers[max(layers)].mlp.gate_up.weight
         halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
         first, last = min(layers) - 1, max(layers)
@@ -152,11 +151,9 @@ class CompiledSegments:
         rooms = [cache.room(tokens) for cache in mine]
         if None in rooms:
             return None
-        start = mine[0].length
-        groups = self._stage.setup.architecture
-        mask = None
+        start, arch, mask = mine[0].length, self._stage.setup.architecture, None
         if tokens > 1:
-            mask = added_mask(start, start + tokens, 0, None, h, groups.num_heads // groups.num_kv_heads)
+            mask = added_mask(start, start + tokens, 0, None, h, arch.num_heads // arch.num_kv_heads)
         with platform.own_products():
             h = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
         for cache in mine:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import torch
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.inference import core, kv_cache, memory
+from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import engine_on_ranks
 from megatron_ee.inference.policy import ExitPolicy
-from megatron_ee.inference.requests import Draft, Request
+from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import process_groups
@@ -47,8 +52,9 @@ def requests() -> list[Request]:
     return found
 
 
-def generate(directory: str, tensor: int, pipeline: int, batched: bool) -> Any:
-    """Answers on one rank: tokens, layers and end of every output; None on the ranks that only help."""
+@contextmanager
+def engine_of(directory: str, tensor: int, pipeline: int, **options: Any) -> Iterator[Engine | None]:
+    """The engine on one rank, None on the ranks that only help."""
     from megatron_ee.checkpoint.initialise import initialise_exit
     from megatron_ee.checkpoint.loading import load_backbone, open_model
     from megatron_ee.model.setup import build_setup
@@ -69,18 +75,61 @@ def generate(directory: str, tensor: int, pipeline: int, batched: bool) -> Any:
             with torch.no_grad():  # exits that differ from each other, and now and then from the final one
                 exit_.norm.weight *= 1 + 0.2 * exit_.spec.layer
             exit_.restrict(torch.arange(0, 131, 2, device=platform.device()))  # of which each rank has some
-        with engine_on_ranks(stage, layout, SPECS) as engine:
-            if engine is None:
-                return None
-            # Three thirds, so that rows come and go.
-            asked, found = requests(), []
-            groups_of = [asked] if batched else [[request] for request in asked]
-            for some in groups_of:
-                found += engine.generate(some)
-            return [
-                [([t.id for t in c.tokens], [t.layer for t in c.tokens], c.finish_reason) for c in completions]
-                for completions in found
-            ]
+        with engine_on_ranks(stage, layout, SPECS, **options) as engine:
+            yield engine
+
+
+def told(completion: Completion) -> tuple[list[int], list[int], str]:
+    """Tokens, layers and end of an output."""
+    return [t.id for t in completion.tokens], [t.layer for t in completion.tokens], completion.finish_reason
+
+
+def generate(directory: str, tensor: int, pipeline: int, batched: bool) -> Any:
+    """Answers on one rank, by request and sample."""
+    with engine_of(directory, tensor, pipeline) as engine:
+        if engine is None:
+            return None
+        asked, found = requests(), []
+        for some in [asked] if batched else [[request] for request in asked]:
+            found += engine.generate(some)
+        return [[told(completion) for completion in completions] for completions in found]
+
+
+def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: range) -> Any:
+    """By seed, what comes of requests that arrive and are cancelled at random, with ``kept`` bytes for keys and values.
+
+    Returns:
+        For each output that ended: seed, index of its request, sample, whether it may be cut, and what is ``told``;
+        and how often rows were set aside.
+    """
+    kv_cache.CHUNK = memory.CHUNK = 4
+    core.PASS_TOKENS = 7
+    found: list[tuple[int, int, int, bool, Any]] = []
+    everything = requests()
+    with engine_of(directory, tensor, pipeline, memory=kept, max_rows=6) as engine:
+        for seed in seeds if engine is not None else ():
+            assert engine is not None
+            chance, asked, cancelled = random.Random(seed), dict[int, int](), set[int]()
+            ended: list[Event] = []
+            for _ in range(40):
+                action = chance.random()
+                if action < 0.4:
+                    index = chance.randrange(len(everything))
+                    asked[engine.submit(everything[index])] = index
+                elif action < 0.5 and asked:
+                    number = chance.choice(list(asked))  # which may have ended
+                    cancelled.add(number)
+                    engine.cancel(number)
+                else:
+                    for _ in range(chance.randint(1, 12)):
+                        ended += [event for event in engine.step() if event.completion is not None]
+            while not engine.idle:
+                ended += [event for event in engine.step() if event.completion is not None]
+            assert {event.request for event in ended} == asked.keys(), "an output is lost"
+            for event in ended:
+                cut = event.request in cancelled
+                found.append((seed, asked[event.request], event.sample, cut, told(event.completion)))  # type: ignore[arg-type]
+        return None if engine is None else (found, engine.statistics()["set_aside"])
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +169,23 @@ def test_equals_one_process(tensor: int, pipeline: int, batched: bool, directory
         assert ours == theirs, requests()[index]
     layers = {layer for completions in alone for _, where, _ in completions for layer in where}
     assert layers == {1, 2, 3, 4}, "too little happens"
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "kept"), [(1, 2, 60_000), (2, 2, 30_000)])
+def test_any_schedule_equals_one_process(tensor: int, pipeline: int, kept: int, directory: str, alone: Any) -> None:
+    ranks = run_ranks(tensor * pipeline, schedules, directory, tensor, pipeline, kept, range(2))
+    (found, set_aside), *others = ranks
+    assert all(other is None for other in others)
+    cut_short = 0
+    for seed, index, sample, cut, ours in found:
+        theirs = alone[index][sample]
+        if adaptive(index):
+            ours, theirs = (ours[0], ours[2]), (theirs[0], theirs[2])
+        if cut and ours[-1] == "cancelled":
+            cut_short += 1
+            ours, theirs = ours[0], theirs[0][: len(ours[0])]
+        assert ours == theirs, f"schedule {seed}: {requests()[index]}"
+    assert len(found) > 20 and cut_short > 1 and set_aside > 1, "too little happens"
 
 
 def packed_layers(directory: str, keep: bool) -> float:
