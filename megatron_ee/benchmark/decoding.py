@@ -20,10 +20,11 @@ from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_backbone
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.inference.assembly import SLACK, make_engine
 from megatron_ee.inference.compiled import CompiledSegments, compile_stage
 from megatron_ee.inference.core import PASS_TOKENS
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.loading import SLACK, load_stage, make_engine, open_released, pack_stage
+from megatron_ee.inference.loading import load_stage, open_released, pack_stage
 from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request

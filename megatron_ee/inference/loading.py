@@ -1,12 +1,10 @@
-"""From a released model and its exits to an engine."""
+"""From a released model and its exits to stages that are loaded, and an engine for them."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,36 +16,23 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ee.errors import ConfigError, UserError
-from megatron_ee.inference.compiled import CompiledSegments, check_compiler, compile_stage
-from megatron_ee.inference.core import PASS_TOKENS, Core
-from megatron_ee.inference.engine import Engine, make_output
-from megatron_ee.inference.links import Places, StageLink
-from megatron_ee.inference.memory import Budget, stage_memory
-from megatron_ee.inference.messages import Mail, share
-from megatron_ee.inference.passes import StageRunner
+from megatron_ee.errors import ConfigError
+from megatron_ee.inference.assembly import MAX_ROWS, engine_on_ranks, free_memory
+from megatron_ee.inference.compiled import check_compiler, compile_stage
+from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.prompts import check_ids, end_of_text
-from megatron_ee.inference.remote import Leader, RemoteStage, StageNeighbours, follow, serve_stage
-from megatron_ee.inference.requests import MAX_DRAFT
-from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.balance import even_layout
-from megatron_ee.parallel.groups import Groups, host_group, joined_processes, model_groups, world_size
+from megatron_ee.parallel.groups import Groups, joined_processes, model_groups, world_size
 from megatron_ee.parallel.layout import Layout
-from megatron_ee.parallel.transfer import connect
 from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.progress import track
 
 SILENCE_SECONDS = 60
 """After which a rank that gives no sign of life counts as lost."""
-SLACK = MAX_DRAFT + 1
-"""Positions before a sliding window that are kept: those that a rejected draft brings back into it."""
-MEMORY_SHARE = 0.5
-"""Of the memory that is free once the model is loaded: for keys and values, unless said otherwise."""
 PACKED_SHARE = 0.25
 """Of the memory that is free then: weights that take less are kept in two forms, see ``Stage.pack``."""
-MAX_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -155,146 +140,6 @@ def check_parallel(architecture: Architecture, tensor: int, pipeline: int, proce
     check_tensor(architecture, tensor, "tensor")
 
 
-@contextmanager
-def engine_on_ranks(
-    stage: Stage,
-    layout: Layout,
-    specs: Sequence[ExitSpec],
-    tokenizer: Tokenizer | None = None,
-    eos: frozenset[int] = frozenset(),
-    memory: int | None = None,
-    max_rows: int = MAX_ROWS,
-    segments: CompiledSegments | None = None,
-) -> Iterator[Engine | None]:
-    """The engine on the first rank, for stages that are loaded; see ``open_engine``."""
-    setup, groups = stage.setup, stage.setup.groups
-    arch, index = setup.architecture, groups.pipeline.rank()
-    total = min(groups.gather(int(MEMORY_SHARE * _free_memory(groups)) if memory is None else memory))
-    if groups.world.size() == 1:
-        engine = make_engine(stage, tokenizer=tokenizer, eos=eos, memory=total, max_rows=max_rows, segments=segments)
-        try:
-            yield engine
-        finally:
-            engine.close()
-        return
-    mail = Mail(host_group(groups.pipeline, groups.control))
-    peers = host_group(groups.tensor, groups.control)
-    for source in range(groups.pipeline.size() - 1):
-        connect(groups.pipeline, source, source + 1)
-    neighbours = StageNeighbours(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, setup.dtype)
-    runner = StageRunner(stage, SLACK, PASS_TOKENS, neighbours, segments)
-    if index > 0:
-        serve_stage(runner, mail)
-        mail.finish()
-        yield None
-        return
-    others = [RemoteStage(mail, number) for number in range(1, groups.pipeline.size())]
-    core = _core(stage, layout, specs, [runner, *others], total, max_rows)
-    if peers.size() > 1:
-        core.times = lambda seconds: float(share([seconds], peers)[0])
-    if peers.rank() > 0:
-        follow(core, partial(make_output, core), peers)
-        _stop(others, mail)
-        yield None
-        return
-    leader = Leader(core, peers) if peers.size() > 1 else core
-    engine = _engine(leader, stage, specs, tokenizer, eos)
-    in_step = True
-    try:
-        yield engine
-    except UserError:  # of a request: no rank is in the middle of anything
-        raise
-    except BaseException:
-        in_step = False  # the others cannot be told any more: the watchdog ends them
-        raise
-    finally:
-        if in_step:
-            engine.close()
-            if isinstance(leader, Leader):
-                leader.stop()
-            _stop(others, mail)
-
-
-def _stop(others: Sequence[RemoteStage], mail: Mail) -> None:
-    for other in others:
-        other.stop()
-    mail.finish()
-
-
-def make_engine(
-    stage: Stage,
-    *,
-    tokenizer: Tokenizer | None = None,
-    eos: frozenset[int] = frozenset(),
-    memory: int | None = None,
-    max_rows: int = MAX_ROWS,
-    segments: CompiledSegments | None = None,
-) -> Engine:
-    """An engine for a stage that holds the whole model, on one process; arguments as for ``open_engine``."""
-    layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
-    total = int(MEMORY_SHARE * _free_memory(stage.setup.groups)) if memory is None else memory
-    core = _core(stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS, compiled=segments)], total, max_rows)
-    return _engine(core, stage, specs, tokenizer, eos)
-
-
-def _engine(
-    core: Core | Leader,
-    stage: Stage,
-    specs: Sequence[ExitSpec],
-    tokenizer: Tokenizer | None = None,
-    eos: frozenset[int] = frozenset(),
-) -> Engine:
-    arch = stage.setup.architecture
-    return Engine(
-        core,
-        specs,
-        num_layers=arch.num_layers,
-        vocab_size=arch.vocab_size,
-        max_positions=arch.max_positions,
-        tokenizer=tokenizer,
-        eos=eos,
-    )
-
-
-def _core(
-    stage: Stage,
-    layout: Layout,
-    specs: Sequence[ExitSpec],
-    links: Sequence[StageLink],
-    memory: int,
-    max_rows: int,
-) -> Core:
-    arch, setup = stage.setup.architecture, stage.setup
-    kept = [
-        stage_memory(
-            arch,
-            place.layers,
-            [spec for spec in specs if spec.layer in place.layers],
-            setup.groups.tensor.size(),
-            setup.dtype.itemsize,
-        )
-        for place in layout.stages
-    ]
-    places = Places(
-        ends=(*(place.layers[-1] for place in layout.stages[:-1]), arch.num_layers + 1),
-        layer_exits=frozenset(spec.layer for spec in specs if spec.body == "layer"),
-    )
-    budget = Budget(memory, kept, SLACK, PASS_TOKENS)
-    acceptance = {spec.layer: Acceptance() for spec in specs}
-    drafter = Drafter(Costs(head_layers(arch, specs)), acceptance)
-    return Core(links, places, budget, max_rows, drafter, synchronize=platform.synchronize)
-
-
-def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[int, float]:
-    """How many layers each head is worth by its weights, body included, by place."""
-    arch = architecture
-    attention = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * arch.hidden_size
-    mlp, head = 3 * arch.ffn_size * arch.hidden_size, arch.vocab_size * arch.hidden_size
-    bodies = {"embedding": 0, "norm": 0, "mlp": mlp, "layer": attention + mlp}
-    layer = attention + mlp
-    return {spec.layer: (bodies[spec.body] + head) / layer for spec in specs} | {arch.num_layers + 1: head / layer}
-
-
 def load_stage(
     released: Released,
     layout: Layout,
@@ -333,15 +178,9 @@ def pack_stage(stage: Stage, *, compiled: bool = False) -> None:
     Compiled code wants them as they are: with ``compiled`` they are then not packed. Every rank calls this.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
-    keep = weights < PACKED_SHARE * _free_memory(stage.setup.groups)
+    keep = weights < PACKED_SHARE * free_memory(stage.setup.groups)
     if keep or not compiled:
         stage.pack(keep=keep)
-
-
-def _free_memory(groups: Groups) -> int:
-    """What this process can take for itself; every rank calls this."""
-    host = socket.gethostname()
-    return platform.free_memory(groups.gather(host).count(host))
 
 
 def _digest(released: SavedModel) -> str:

@@ -1,4 +1,4 @@
-"""Running layers for rows that have got equally far, and the state of a row between passes (design: inference).
+"""Running layers for rows that have got equally far (design: inference).
 
 A token that leaves at layer k has no keys and values above it. Its tap is kept, and the next pass of its row that goes
 beyond layer k takes it along, so that each layer runs each position once, in order, and its cache is exact: it is what
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.inference.compiled import CompiledSegments
 from megatron_ee.inference.heads import Answer, Ask, answer
-from megatron_ee.inference.kv_cache import Extent, LayerKV, PackedCaches
+from megatron_ee.inference.rows import Flow, Row
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
@@ -74,68 +74,6 @@ class Neighbours(Protocol):
 
     def receive(self, rows: int) -> list[tuple[Tensor, list[Tensor]]]:
         """What the stage before has sent of so many rows; waits for it."""
-
-
-class Row:
-    """What one row keeps on one stage between passes.
-
-    Attributes:
-        caches: of each backbone layer, by number.
-        exit_caches: of each ``layer`` exit's own decoder layer; filled for every token that passes the exit.
-        held: by place, the taps of tokens that wait there, deferred or about to go on, each ``[tokens, 1, hidden]``,
-            in the order of their positions.
-        drafts: distributions ``[vocab]`` that the proposals in work were drawn from, where they are sampled.
-    """
-
-    def __init__(self, stage: Stage, limit: int, slack: int, pass_tokens: int) -> None:
-        """An empty row for at most ``limit`` tokens; ``slack`` and ``pass_tokens`` as in ``Extent``."""
-
-        def cache(window: int | None) -> LayerKV:
-            return LayerKV(Extent(limit, window, slack, pass_tokens))
-
-        self.caches = {number: cache(layer.attention.window) for number, layer in stage.backbone.numbered_layers()}
-        self.exit_caches = {
-            exit_.spec.layer: cache(exit_.layer.attention.window) for exit_ in stage.exits if exit_.layer is not None
-        }
-        self.held: dict[int, list[Tensor]] = {}
-        self.drafts: list[Tensor] = []
-
-    @property
-    def all_caches(self) -> list[LayerKV]:
-        """Of layers and exits."""
-        return [*self.caches.values(), *self.exit_caches.values()]
-
-    def crop(self, length: int) -> None:
-        """Take back the positions from ``length`` on; no token may be held."""
-        assert not self.held, "a row is cropped when nothing waits"
-        for cache in self.all_caches:
-            cache.crop(length)
-
-    def copy(self) -> Row:
-        """One that goes on by itself from here."""
-        assert not self.held, "a row is copied when nothing waits"
-        other = Row.__new__(Row)
-        other.caches = {number: cache.copy() for number, cache in self.caches.items()}
-        other.exit_caches = {number: cache.copy() for number, cache in self.exit_caches.items()}
-        other.held, other.drafts = {}, []
-        return other
-
-
-@dataclass
-class _Flow:
-    """The rows of a chain in one layer: their tokens lie one after another in ``[tokens, 1, hidden]``."""
-
-    rows: list[Row]
-    counts: list[int]
-    stops: list[int]
-    positions: Positions
-    masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
-
-    def caches(self, layer: int) -> PackedCaches:
-        return PackedCaches([row.caches[layer] for row in self.rows], self.counts, self.masks)
-
-    def exit_caches(self, layer: int) -> PackedCaches:
-        return PackedCaches([row.exit_caches[layer] for row in self.rows], self.counts, self.masks)
 
 
 class StageRunner:
@@ -221,7 +159,7 @@ class StageRunner:
         if answers:
             self._answers.append(answers)
 
-    def _enter(self, chain: Chain, rows: list[Row]) -> tuple[Tensor, _Flow]:
+    def _enter(self, chain: Chain, rows: list[Row]) -> tuple[Tensor, Flow]:
         """The tokens that start: embedded, or those that wait there."""
         if chain.start == 0:
             ids = [token for work in chain.works for token in work.tokens]
@@ -233,7 +171,7 @@ class StageRunner:
         h = parts[0] if len(parts) == 1 else torch.cat(parts)
         return h, self._flow(rows, counts, [work.stop for work in chain.works])
 
-    def _advance(self, place: int, stop: int, h: Tensor, flow: _Flow) -> Tensor:
+    def _advance(self, place: int, stop: int, h: Tensor, flow: Flow) -> Tensor:
         """From the tap at one place to the tap at the next."""
         if self.compiled is not None and len(flow.rows) == 1:
             done = self.compiled.run(place, stop, h, flow.positions, flow.rows[0].caches)
@@ -255,7 +193,7 @@ class StageRunner:
         """h after ``layer`` from its exit's tap: the MLP below an ``mlp`` exit runs when it is needed."""
         return self._layers[layer].mlp_half(tap) if self._halves(layer) else tap
 
-    def _join(self, layer: int, tap: Tensor, flow: _Flow) -> tuple[Tensor, _Flow]:
+    def _join(self, layer: int, tap: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
         """With each row's tokens those that were deferred at ``layer``, who come first."""
         if not any(layer in row.held for row in flow.rows):
             return tap, flow
@@ -266,7 +204,7 @@ class StageRunner:
             counts.append(sum(map(len, mine)))
         return torch.cat(parts), self._flow(flow.rows, counts, flow.stops)
 
-    def _exit_head(self, chain: Chain, tap: Tensor, flow: _Flow) -> list[Answer]:
+    def _exit_head(self, chain: Chain, tap: Tensor, flow: Flow) -> list[Answer]:
         """Answers of the exit at the end of a chain; then the tokens wait there."""
         exit_, asking = self._exits.get(chain.stop), [work.ask for work in chain.works if work.ask is not None]
         answers: list[Answer] = []
@@ -283,7 +221,7 @@ class StageRunner:
                 row.held.setdefault(chain.stop, []).append(part)
         return answers
 
-    def _final_head(self, chain: Chain, h: Tensor, flow: _Flow) -> list[Answer]:
+    def _final_head(self, chain: Chain, h: Tensor, flow: Flow) -> list[Answer]:
         asking = [work.ask for work in chain.works if work.ask is not None]
         if not asking:
             return []
@@ -298,8 +236,8 @@ class StageRunner:
                 row.drafts = []
         return answers
 
-    def _flow(self, rows: list[Row], counts: list[int], stops: list[int]) -> _Flow:
-        return _Flow(rows, counts, stops, self._positions(counts, stops))
+    def _flow(self, rows: list[Row], counts: list[int], stops: list[int]) -> Flow:
+        return Flow(rows, counts, stops, self._positions(counts, stops))
 
     def _positions(self, counts: list[int], stops: list[int]) -> Positions:
         """Rotary angles of each row's last tokens, from a table that grows."""
@@ -328,7 +266,7 @@ def _exit_logits(exit_: Exit, z: Tensor, asking: Sequence[Ask]) -> Tensor:
     return logits
 
 
-def _newest(h: Tensor, chain: Chain, flow: _Flow) -> Tensor:
+def _newest(h: Tensor, chain: Chain, flow: Flow) -> Tensor:
     """Of the rows that ask, the last tokens that the head reads, ``[tokens, 1, hidden]``."""
     if len(flow.rows) == 1:
         ask = chain.works[0].ask

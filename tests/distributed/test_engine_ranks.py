@@ -16,8 +16,8 @@ import torch
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.inference import core, kv_cache, memory
+from megatron_ee.inference.assembly import engine_on_ranks
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.loading import engine_on_ranks
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.model.stage import Stage

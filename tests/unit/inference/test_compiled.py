@@ -15,9 +15,9 @@ from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference import kv_cache
+from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.compiled import CompiledSegments, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
-from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.model.stage import Stage

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.loading import make_engine
-from megatron_ee.inference.passes import Chain, Row, StageRunner, Work
+from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import MAX_DEFERRED, ExitPolicy, confidences
 from megatron_ee.inference.requests import Completion, Draft, Request, Token
+from megatron_ee.inference.rows import Row
 from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]

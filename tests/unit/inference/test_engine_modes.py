@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.inference.sampling import Sampling

@@ -12,8 +12,8 @@ import torch
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError, UserError
+from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.prompts import encode_prompt
 from megatron_ee.inference.requests import Completion, Draft, Event, Request

@@ -14,8 +14,8 @@ import megatron_ee.inference.core as core_module
 import megatron_ee.inference.kv_cache as kv_cache
 import megatron_ee.inference.memory as memory
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling

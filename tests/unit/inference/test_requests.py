@@ -13,8 +13,8 @@ import pytest
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import ConfigError
+from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import MAX_DRAFT, MAX_LOGPROBS, Draft, Request
 from megatron_ee.inference.sampling import Sampling
