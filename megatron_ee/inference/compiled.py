@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError
-from megatron_ee.inference.kv_cache import Extent, LayerKV, added_mask
+from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.model.stage import Stage
@@ -47,7 +46,7 @@ class Segment(nn.Module):
         """The tap at the next place from the one at this, ``[tokens, 1, hidden]``.
 
         Args:
-            mask: as ``added_mask`` makes it; None for one token.
+            mask: as ``shared_mask`` makes it; None for one token.
             start: positions that each layer has run.
             keys: of each layer, ``[1, kv_heads, room, head_dim]``; the tokens' own are written into them.
             values: as ``keys``.
@@ -73,14 +72,10 @@ class _Room:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
         """See ``LayerCache``; no window hides anything yet."""
-        count = query.shape[0]
-        stop = self.start + count
+        stop = self.start + query.shape[0]
         self.keys[0, :, self.start : stop] = key.transpose(0, 1)
         self.values[0, :, self.start : stop] = value.transpose(0, 1)
-        heads = query.transpose(0, 1).flatten(1, 2)[None]
-        keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
-        context = F.scaled_dot_product_attention(heads, keys, values, attn_mask=self.mask)
-        return context[0].unflatten(1, (count, -1)).transpose(0, 1).flatten(1)
+        return attend_together(query, self.keys[:, :, :stop], self.values[:, :, :stop], self.mask)
 
 
 class CompiledSegments:
@@ -134,15 +129,16 @@ class CompiledSegments:
             for cache in caches.values():
                 cache.extend(kept, kept)
             positions = self._stage.backbone.packed_positions(torch.arange(WARM_POSITIONS, stand, device=device))
-            self.run(place, stop, kept.new_zeros(tokens, 1, arch.hidden_size), positions, caches)
+            self.run(place, stop, kept.new_zeros(tokens, 1, arch.hidden_size), positions, caches, {})
 
     def run(
-        self, place: int, stop: int, h: Tensor, positions: Positions, caches: Mapping[int, LayerKV]
+        self, place: int, stop: int, h: Tensor, positions: Positions, caches: Mapping[int, LayerKV], masks: Masks
     ) -> Tensor | None:
         """From one place to another, if that is a segment, and the row's caches have room and hide nothing; else None.
 
         Args:
             caches: the row's, by layer.
+            masks: of the pass.
         """
         tokens, segment = len(h), self._segments.get((place, stop))
         if segment is None or not platform.compiles(tokens, self._largest):
@@ -153,7 +149,7 @@ class CompiledSegments:
             return None
         start, arch, mask = mine[0].length, self._stage.setup.architecture, None
         if tokens > 1:
-            mask = added_mask(start, start + tokens, 0, None, h, arch.num_heads // arch.num_kv_heads)
+            mask = shared_mask(masks, (start, start + tokens, 0, None), h, arch.num_heads // arch.num_kv_heads)
         with platform.own_products():
             h = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
         for cache in mine:

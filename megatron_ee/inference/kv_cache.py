@@ -18,6 +18,8 @@ from megatron_ee import platform
 from megatron_ee.model.attention import visible_keys
 
 CHUNK = 256
+Masks = dict[tuple[int, int, int, int | None], Tensor]
+"""Made for a pass so far, and shared by its layers: by ``place`` of ``shared_mask``."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class PackedCaches:
 
     caches: Sequence[LayerKV]
     counts: Sequence[int]
-    masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
         """See ``LayerCache``."""
@@ -151,10 +153,7 @@ class PackedCaches:
         return torch.cat([self._attend(*part, window) for part in parts])
 
     def _attend(self, cache: LayerKV, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-        """One row: ``[tokens, heads * head_dim]``.
-
-        The queries that share a key-value head go as further tokens of it: nothing of the cache is copied for them.
-        """
+        """One row: ``[tokens, heads * head_dim]``."""
         start, count = cache.length, len(query)
         keys, values = cache.extend(key, value)
         if count == 1:
@@ -167,34 +166,46 @@ class PackedCaches:
             shared = query.shape[2] > 1
             context = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, enable_gqa=shared)
             return context[0].transpose(0, 1).reshape(count, -1)
-        mask = self._mask(cache, start, window, query)
-        heads = query.transpose(0, 1).reshape(1, query.shape[1], -1, query.shape[3])
-        context = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
-        return context.view(query.shape[1], count, -1).transpose(0, 1).reshape(count, -1)
-
-    def _mask(self, cache: LayerKV, start: int, window: int | None, query: Tensor) -> Tensor:
-        """``added_mask``, made once for a pass."""
-        place = (start, cache.length, cache.first, window)
-        if place not in self.masks:
-            self.masks[place] = added_mask(*place, query, query.shape[2])
-        return self.masks[place]
+        mask = shared_mask(self.masks, (start, cache.length, cache.first, window), query, query.shape[2])
+        return attend_together(query, keys, values, mask)
 
 
-def added_mask(start: int, length: int, first: int, window: int | None, like: Tensor, heads: int) -> Tensor:
-    """What each query of each head adds to its scores: 0, or -inf where it does not see a key.
+def attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one row's tokens.
+
+    The queries that share a key-value head go as further tokens of it: nothing of the cache is copied for them.
 
     Args:
-        start: position of the first query.
-        length: positions that there are.
-        first: position of the first key.
-        window: positions that a token sees, itself included; None for all before it.
+        query: ``[tokens, kv_heads, queries per key-value head, head_dim]``.
+        keys: ``[1, kv_heads, kept, head_dim]``; ``values`` too.
+        mask: see ``shared_mask``; None where every query sees all keys.
+
+    Returns:
+        ``[tokens, heads * head_dim]``.
+    """
+    count, shared, _, size = query.shape
+    heads = query.transpose(0, 1).reshape(1, shared, -1, size)
+    context = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
+    return context.reshape(shared, count, -1).transpose(0, 1).reshape(count, -1)
+
+
+def shared_mask(masks: Masks, place: tuple[int, int, int, int | None], like: Tensor, heads: int) -> Tensor:
+    """What each query of each head adds to its scores: 0, or -inf where it does not see a key. Made once for a pass.
+
+    Args:
+        masks: of the pass.
+        place: position of the first query, positions that there are, position of the first key, and how many a token
+            sees, itself included, None for all before it.
         like: of whose dtype and device it is.
         heads: queries that share a key-value head, which follow one another.
 
     Returns:
-        ``[(length - start) * heads, length - first]``.
+        ``[queries * heads, keys]``.
     """
-    positions = torch.arange(first, length, device=like.device)
-    visible = visible_keys(positions[start - first :], positions, window)
-    mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(~visible, -torch.inf).repeat_interleave(heads, dim=0)
+    if place not in masks:
+        start, length, first, window = place
+        positions = torch.arange(first, length, device=like.device)
+        visible = visible_keys(positions[start - first :], positions, window)
+        mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        masks[place] = mask.masked_fill_(~visible, -torch.inf).repeat_interleave(heads, dim=0)
+    return masks[place]

@@ -174,7 +174,7 @@ class StageRunner:
     def _advance(self, place: int, stop: int, h: Tensor, flow: Flow) -> Tensor:
         """From the tap at one place to the tap at the next."""
         if self.compiled is not None and len(flow.rows) == 1:
-            done = self.compiled.run(place, stop, h, flow.positions, flow.rows[0].caches)
+            done = self.compiled.run(place, stop, h, flow.positions, flow.rows[0].caches, flow.masks)
             if done is not None:
                 return done
         h = self._leave_exit(place, h)

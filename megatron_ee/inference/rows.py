@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megatron_ee.inference.kv_cache import Extent, LayerKV, PackedCaches
+from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.stage import Stage
 
@@ -71,7 +71,7 @@ class Flow:
     counts: list[int]
     stops: list[int]
     positions: Positions
-    masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
 
     def caches(self, layer: int) -> PackedCaches:
         """The rows' of a backbone layer."""
