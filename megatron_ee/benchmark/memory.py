@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 from megatron_ee.benchmark.ranks import ParallelStep, started_ranks
@@ -24,7 +25,6 @@ def benchmark_memory(step: ParallelStep, *, steps: int, resident: bool = False) 
     Raises:
         UserError: a process did not survive, or there are fewer devices than ranks.
     """
-    plan, tensor = step.plan, step.workload.tensor
     environment = {} if resident else GIVE_BACK
     with (
         started_ranks(step, on_host=False, environment=environment) as ranks,
@@ -38,6 +38,8 @@ def benchmark_memory(step: ParallelStep, *, steps: int, resident: bool = False) 
             bar.advance()
         held = call_all(ranks, "memory")
         machine = ranks[0].call("describe")
+    workload = dataclasses.replace(step.workload, graph_tokens=held[0]["graph_tokens"])
+    plan, tensor = dataclasses.replace(step, workload=workload).plan, workload.tensor
     rows = []
     for number, memory in enumerate(held):
         stage = number // tensor

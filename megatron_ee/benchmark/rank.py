@@ -161,8 +161,15 @@ class Rank:
         ]
 
     def memory(self) -> dict[str, int]:
-        """Bytes: ``before`` the stage was made, with the libraries loaded, and at the ``peak``, both of the rank."""
-        return {"before": self.held_before, "peak": platform.peak_memory()}
+        """Bytes ``before`` the stage was made, with the libraries loaded, and at the ``peak``, both of the rank.
+
+        And ``graph_tokens``, which the peak depends on.
+        """
+        return {
+            "before": self.held_before,
+            "peak": platform.peak_memory(),
+            "graph_tokens": platform.graph_tokens(),
+        }
 
     def _tune(self) -> StepResult:
         return tuning_step(self.pipeline, self.optimizer, self.batches, self.loss, 1.0)

@@ -12,6 +12,7 @@ layer    ``N(Layer(h_k))``     h_k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,15 @@ class Exit(nn.Module):
             x = self.norm(x)
         return self.setup.gather_sequence(x)
 
+    def pieces(self, tap: Tensor, tokens: int) -> Sequence[Tensor]:
+        """A microbatch's tap, cut into ``[tokens, 1, hidden]`` where ``forward`` may take some tokens after others.
+
+        Attention needs them all, and ranks that share a sequence would gather tokens that do not follow each other.
+        """
+        if self.layer is not None or self.setup.config.sequence_parallel:
+            return (tap,)
+        return tap.flatten(0, 1)[:, None].split(tokens)
+
     def features(self, tap: Tensor, positions: Positions) -> Tensor:
         """Tap ``[seq, batch, hidden]``, a share of seq with sequence parallelism -> z ``[seq, batch, hidden]``."""
         return self.rest(self.attention_half(tap, positions))
@@ -112,10 +122,10 @@ class Exit(nn.Module):
         distillation: Distillation | None = None,
         chunk_tokens: int = 512,
     ) -> tuple[Tensor, TokenStats]:
-        """Loss of a microbatch and the statistics of its tokens, as ``exit_loss`` gives them.
+        """Loss of a microbatch, or of a piece of it, and the statistics of its tokens, as ``exit_loss`` gives them.
 
         Args:
-            tap: ``[seq, batch, hidden]``.
+            tap: ``[seq, batch, hidden]``, or one of ``pieces``.
             positions: of the microbatch.
             labels: ``[seq * batch]``, sequence-major as the hidden states.
             coefficient: ``[seq * batch]`` float32.

@@ -25,7 +25,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[seq, batch, hidden]`` -> the same shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        if gate.requires_grad:
+            return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate, inplace=True).mul_(up))
 
 
 class DecoderLayer(nn.Module):

@@ -8,6 +8,7 @@ needed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from megatron_ee.parallel.layout import Layout, StageLayout
 
 FLOAT32 = 4
 HEAD_ROWS = 2048  # rows of a head's gradient that the exit loss computes in the model's dtype at a time
+GRAPH_TOKENS = 2048  # that an exit works on at a time at least: ``platform.graph_tokens`` of an accelerator
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Workload:
         sequence_length: tokens per sequence.
         microbatches: of one data-parallel rank in a step.
         chunk_tokens: tokens whose logits exist at one time.
+        graph_tokens: tokens that an exit works on at a time at least, where its body allows that.
         top_k: tokens of the final exit's distribution that are kept for distillation; 0 without it.
         tempered: distillation at another temperature than 1.
         remainder: bytes that make a float32 main weight of a weight: 2, or 4 for those who keep it whole.
@@ -47,6 +50,7 @@ class Workload:
     sequence_length: int = 2048
     microbatches: int = 1
     chunk_tokens: int = 512
+    graph_tokens: int = GRAPH_TOKENS
     top_k: int = 0
     tempered: bool = False
     remainder: int = 2
@@ -170,7 +174,8 @@ def _activations(
     held = len([spec for spec in specs if spec.layer in stage.layers])
     if workload.top_k:
         held += layout.lag(index) * len([layer for layer in stage.exits if layer in stage.layers])
-    peaks = [_exit_peak(architecture, spec, workload) for spec in _hosted(stage, specs) if spec.trains]
+    trained = [spec for spec in _hosted(stage, specs) if spec.trains]
+    peaks = [_exit_peak(architecture, spec, _of_a_graph(spec, workload)) for spec in trained]
     if stage.layers:
         peaks.append(hidden + _layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
@@ -178,15 +183,23 @@ def _activations(
     return held * hidden + max(peaks, default=0)
 
 
+def _of_a_graph(spec: ExitSpec, workload: Workload) -> Workload:
+    """With the tokens that the exit works on at a time; see ``Exit.pieces``."""
+    tokens = max(workload.graph_tokens, workload.chunk_tokens)
+    if spec.body == "layer" or workload.sequence_parallel or tokens >= workload.tokens:
+        return workload
+    return dataclasses.replace(workload, micro_batch_size=1, sequence_length=tokens)
+
+
 def _layer_peak(architecture: Architecture, workload: Workload) -> int:
     """One layer without gradients: in attention while RoPE turns the queries, or in the MLP before the down projection.
 
     Alive are the layer's input and its norm's output, in attention the fused projection and four times the queries, in
-    the MLP the residual too, gate and up together, the activated gate and the product.
+    the MLP the residual too, and gate and up together, whose memory the activated gate and the product take.
     """
     hidden, gathered, query, key, ffn = _layer_bytes(architecture, workload)
     attention = 2 * hidden + gathered + 5 * query + 2 * key
-    return max(attention, 3 * hidden + gathered + 4 * ffn)
+    return max(attention, 3 * hidden + gathered + 2 * ffn)
 
 
 def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:

@@ -1,8 +1,8 @@
 """One tuning step (design: the tuning step; arXiv 2402.00518, section 3.3).
 
 Per microbatch the frozen layers run without gradient and keep only the taps (``tuning.schedule``); then each exit
-computes its loss and its gradients by itself, so one exit's graph is alive at a time and nothing flows back into the
-backbone.
+computes its loss and its gradients by itself, some tokens at a time where its body allows that, so the graph of one
+exit and these tokens is alive at a time and nothing flows back into the backbone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_ee import platform
 from megatron_ee.config.schema import LossConfig
 from megatron_ee.data.loader import Batch
 from megatron_ee.model.distillation import Distillation, Teacher, teacher_top_k
+from megatron_ee.model.exits import Exit
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
@@ -79,26 +80,29 @@ def tuning_step(
     weights = {spec.layer: spec.weight * ramp for spec in pipeline.specs if spec.trains}
     sums = {layer: torch.zeros((), dtype=torch.float64, device=platform.device()) for layer in weights}
     trained = [exit_ for exit_ in stage.exits if exit_.spec.trains]
+    at_a_time = max(loss.chunk_tokens, platform.graph_tokens())
 
     def train_exits(micro: Microbatch, teacher: Teacher | None) -> None:
-        last = micro.number == len(batches) - 1
         for exit_ in trained:
             layer, wrapper = exit_.spec.layer, optimizer.wrappers[exit_]
-            # The last microbatch's backward starts the reduction over data-parallel ranks.
-            with contextlib.nullcontext() if last else wrapper.no_sync():
-                exit_loss, stats = wrapper(
-                    micro.taps.pop(layer),
-                    micro.positions,
-                    micro.labels,
-                    micro.mask * (weights[layer] / tokens),
-                    dynamic=loss.dynamic_token_weights,
-                    chunk_tokens=loss.chunk_tokens,
-                    distillation=_distillation(loss, teacher),
-                )
-                exit_loss.backward()
-            part = torch.dot(stats.loss, micro.mask)
-            sums[layer] += part
-            parts.append((layer, micro.batch.sequences, part))
+            pieces = _pieces(exit_, micro, at_a_time)
+            for number, (tap, labels, mask, part) in enumerate(pieces, start=1):
+                last = micro.number == len(batches) - 1 and number == len(pieces)
+                # The last backward starts the reduction over data-parallel ranks.
+                with contextlib.nullcontext() if last else wrapper.no_sync():
+                    exit_loss, stats = wrapper(
+                        tap,
+                        micro.positions,
+                        labels,
+                        mask * (weights[layer] / tokens),
+                        dynamic=loss.dynamic_token_weights,
+                        chunk_tokens=loss.chunk_tokens,
+                        distillation=_distillation(loss, teacher, part),
+                    )
+                    exit_loss.backward()
+                total = torch.dot(stats.loss, mask)
+                sums[layer] += total
+                parts.append((layer, micro.batch.sequences, total))
 
     def teach(micro: Microbatch, h: Tensor) -> Teacher:
         head, tensor, given = stage.backbone.head, stage.setup.groups.tensor, loss.distillation
@@ -132,11 +136,19 @@ def weight_ramp(loss: LossConfig, step: int, steps: int) -> float:
     return done if loss.weight_warmup == "linear" else 0.5 * (1 - math.cos(math.pi * done))
 
 
-def _distillation(loss: LossConfig, teacher: Teacher | None) -> Distillation | None:
+def _pieces(exit_: Exit, micro: Microbatch, at_a_time: int) -> list[tuple[Tensor, Tensor, Tensor, slice]]:
+    """What an exit works on one after another: tap, labels and mask of some tokens, and which these are."""
+    taps = exit_.pieces(micro.taps.pop(exit_.spec.layer), at_a_time)
+    size = at_a_time if len(taps) > 1 else len(micro.labels)
+    parts = [slice(start, start + size) for start in range(0, len(micro.labels), size)]
+    return [(tap, micro.labels[part], micro.mask[part], part) for tap, part in zip(taps, parts, strict=True)]
+
+
+def _distillation(loss: LossConfig, teacher: Teacher | None, part: slice) -> Distillation | None:
     if teacher is None:
         return None
-    settings = loss.distillation
-    return Distillation(teacher, settings.kl, settings.cross_entropy, settings.temperature)
+    settings, of_part = loss.distillation, Teacher(teacher.ids[part], teacher.log_probabilities[part])
+    return Distillation(of_part, settings.kl, settings.cross_entropy, settings.temperature)
 
 
 def _global_tokens(batches: Sequence[Batch], data: dist.ProcessGroup) -> int:

@@ -133,26 +133,30 @@ def step_memory(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("specs", "chunk_tokens", "kl"),
+    ("specs", "chunk_tokens", "graph_tokens", "kl"),
     [
-        ((ExitSpec(2), ExitSpec(4)), 32, 0.0),
-        ((ExitSpec(2), ExitSpec(4)), 512, 0.0),
-        ((ExitSpec(3, "layer"),), 128, 0.0),
-        ((ExitSpec(1, "norm", "shared"), ExitSpec(2, "norm", "shared")), 16, 0.0),
-        ((ExitSpec(2, "norm"),), 512, 0.0),
-        ((ExitSpec(2, "mlp", "low_rank"),), 512, 0.0),
-        ((ExitSpec(2),), 256, 1.0),
+        ((ExitSpec(2), ExitSpec(4)), 32, 512, 0.0),
+        ((ExitSpec(2), ExitSpec(4)), 512, 512, 0.0),
+        ((ExitSpec(2), ExitSpec(4)), 256, 1, 0.0),
+        ((ExitSpec(3, "layer"),), 128, 1, 0.0),
+        ((ExitSpec(1, "norm", "shared"), ExitSpec(2, "norm", "shared")), 16, 512, 0.0),
+        ((ExitSpec(2, "norm"),), 512, 512, 0.0),
+        ((ExitSpec(2, "mlp", "low_rank"),), 512, 512, 0.0),
+        ((ExitSpec(2, "mlp", "low_rank"),), 64, 200, 0.0),
+        ((ExitSpec(2),), 256, 512, 1.0),
     ],
 )
 def test_memory_of_a_real_step(
     dtype: str,
     specs: tuple[ExitSpec, ...],
     chunk_tokens: int,
+    graph_tokens: int,
     kl: float,
     groups: Groups,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(platform, "cached_bytes", lambda: 2**62)  # as an accelerator
+    monkeypatch.setattr(platform, "graph_tokens", lambda: graph_tokens)
     architecture = parse_architecture(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -172,6 +176,7 @@ def test_memory_of_a_real_step(
         sequence_length=256,
         microbatches=2,
         chunk_tokens=chunk_tokens,
+        graph_tokens=graph_tokens,
         top_k=loss.distillation.top_k if kl else 0,
         tempered=kl > 0,
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import LossConfig
+from megatron_ee.config.schema import DistillationConfig, LossConfig
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.testing.tuning import GLOBAL_BATCH, Case, prepare, random_batches
 from megatron_ee.tuning.schedule import Pipeline
@@ -56,6 +58,37 @@ def test_a_factor_scales_gradients_and_not_what_is_reported(make: Make) -> None:
         assert one.loss == other.loss and other.weight == one.weight / 2
         assert other.grad_norm == pytest.approx(one.grad_norm / 2)
     assert [exit_.weight for exit_ in whole.exits] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.6])
+def test_pieces_of_a_microbatch_add_up_to_the_whole(
+    kl: float, saved_model: Any, groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bodies that see tokens alone are cut, attention is not; 40 tokens are no multiple of 9."""
+    specs = (ExitSpec(1), ExitSpec(2, "layer"), ExitSpec(3, "norm", "low_rank"), ExitSpec(4, "embedding"))
+    loss = LossConfig(chunk_tokens=9, dynamic_token_weights=True, distillation=DistillationConfig(kl=kl, top_k=5))
+    case = Case("", "llama2", specs, (((1, 4), (1, 2, 3, 4)),), loss=loss)
+    path, _ = saved_model("llama2")
+    found, calls = [], Counter[int]()
+    for at_least in (10**6, 1):
+        monkeypatch.setattr(platform, "graph_tokens", lambda tokens=at_least: tokens)
+        pipeline, optimizer = prepare(path, case, groups)
+        for exit_ in pipeline.stage.exits:
+            exit_.register_forward_hook(lambda module, *_: calls.update([module.spec.layer]))
+        batches = random_batches(pipeline.stage.setup.architecture.vocab_size, 0, 0, 1, 2)
+        result = tuning_step(pipeline, optimizer, batches, loss, 1.0)
+        gradients = [p.main_grad.clone() for p in pipeline.stage.parameters() if p.requires_grad]
+        found.append((result, gradients))
+        tokens = [batch.tokens.numel() for batch in batches]
+        pieces = sum(-(-count // max(9, at_least)) for count in tokens)
+        assert calls == {1: pieces, 2: len(batches), 3: pieces, 4: pieces}
+        calls.clear()
+    (whole, expected), (cut, gradients) = found
+    assert whole.tokens == cut.tokens and cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
+    for one, other in zip(whole.exits, cut.exits, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+    for one, other in zip(expected, gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * one.abs().max()
 
 
 def test_a_loss_that_is_not_finite_is_told_by_exit_and_sequences(make: Make) -> None:
