@@ -21,7 +21,7 @@ from megatron_ee.checkpoint.loading import load_backbone
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.inference.assembly import SLACK, make_engine
-from megatron_ee.inference.compiled import CompiledSegments, compile_stage
+from megatron_ee.inference.compiled import CompiledStage, compile_stage
 from megatron_ee.inference.core import PASS_TOKENS
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import load_stage, open_released, pack_stage
@@ -50,8 +50,10 @@ def decoding(
             stage = load_stage(released, layout, dtype, groups, compiled=compiled)
         else:
             stage = _random_exits(directory, layers, dtype, groups, compiled)
-        segments = compile_stage(stage) if compiled else None
-        yield Decoding(directory, stage, make_engine(stage, memory=MEMORY, segments=segments), segments)
+        compiled_stage = compile_stage(stage) if compiled else None
+        yield Decoding(
+            directory, stage, make_engine(stage, memory=MEMORY, compiled_stage=compiled_stage), compiled_stage
+        )
 
 
 def _random_exits(directory: str, layers: Sequence[int], dtype: str, groups: Any, compiled: bool) -> Stage:
@@ -104,8 +106,8 @@ class _Recorder:
 class Decoding:
     """Runs and times one thing at a time. Prompts are lists of token ids."""
 
-    def __init__(self, directory: str, stage: Stage, engine: Engine, segments: CompiledSegments | None) -> None:
-        self._directory, self._stage, self._engine, self._segments = directory, stage, engine, segments
+    def __init__(self, directory: str, stage: Stage, engine: Engine, compiled_stage: CompiledStage | None) -> None:
+        self._directory, self._stage, self._engine, self._compiled = directory, stage, engine, compiled_stage
         self._peers: dict[str, Any] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -115,7 +117,7 @@ class Decoding:
         weights = [parameter for part in parts if part is not None for parameter in part.parameters()]
         return {
             "path": self._directory,
-            "compiled": self._segments is not None,
+            "compiled": self._compiled is not None,
             "layers": arch.num_layers,
             "hidden": arch.hidden_size,
             "vocab": arch.vocab_size,
@@ -250,7 +252,7 @@ class Decoding:
         """Median seconds of one chain, on a row of ``length`` positions."""
         from megatron_ee.inference.heads import Ask
 
-        runner = StageRunner(self._stage, SLACK, PASS_TOKENS, compiled=self._segments)
+        runner = StageRunner(self._stage, SLACK, PASS_TOKENS, compiled=self._compiled)
         final, limit = self._stage.setup.architecture.num_layers + 1, length + 64
         runner.open(1, limit)
         runner.run(Chain(0, final, (Work(1, length, (1,) * length),)))

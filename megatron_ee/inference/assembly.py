@@ -12,7 +12,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import UserError
-from megatron_ee.inference.compiled import CompiledSegments
+from megatron_ee.inference.compiled import CompiledStage
 from megatron_ee.inference.core import PASS_TOKENS, Core
 from megatron_ee.inference.engine import Engine, make_output
 from megatron_ee.inference.links import Places, StageLink
@@ -44,14 +44,16 @@ def engine_on_ranks(
     eos: frozenset[int] = frozenset(),
     memory: int | None = None,
     max_rows: int = MAX_ROWS,
-    segments: CompiledSegments | None = None,
+    compiled_stage: CompiledStage | None = None,
 ) -> Iterator[Engine | None]:
     """The engine on the first rank, for stages that are loaded; see ``open_engine``."""
     setup, groups = stage.setup, stage.setup.groups
     arch, index = setup.architecture, groups.pipeline.rank()
     total = min(groups.gather(int(MEMORY_SHARE * free_memory(groups)) if memory is None else memory))
     if groups.world.size() == 1:
-        engine = make_engine(stage, tokenizer=tokenizer, eos=eos, memory=total, max_rows=max_rows, segments=segments)
+        engine = make_engine(
+            stage, tokenizer=tokenizer, eos=eos, memory=total, max_rows=max_rows, compiled_stage=compiled_stage
+        )
         try:
             yield engine
         finally:
@@ -62,7 +64,7 @@ def engine_on_ranks(
     for source in range(groups.pipeline.size() - 1):
         connect(groups.pipeline, source, source + 1)
     neighbours = StageNeighbours(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, setup.dtype)
-    runner = StageRunner(stage, SLACK, PASS_TOKENS, neighbours, segments)
+    runner = StageRunner(stage, SLACK, PASS_TOKENS, neighbours, compiled_stage)
     if index > 0:
         serve_stage(runner, mail)
         mail.finish()
@@ -108,12 +110,14 @@ def make_engine(
     eos: frozenset[int] = frozenset(),
     memory: int | None = None,
     max_rows: int = MAX_ROWS,
-    segments: CompiledSegments | None = None,
+    compiled_stage: CompiledStage | None = None,
 ) -> Engine:
     """An engine for a stage that holds the whole model, on one process; arguments as for ``open_engine``."""
     layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
     total = int(MEMORY_SHARE * free_memory(stage.setup.groups)) if memory is None else memory
-    core = _core(stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS, compiled=segments)], total, max_rows)
+    core = _core(
+        stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS, compiled=compiled_stage)], total, max_rows
+    )
     return _engine(core, stage, specs, tokenizer, eos)
 
 

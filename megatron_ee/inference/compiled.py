@@ -1,7 +1,7 @@
-"""Layers between two exits as one compiled function, for a row that runs alone (``torch.compile``).
+"""Layers between two exits, and each exit, as one compiled function (``torch.compile``), for a row that runs alone.
 
 A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations to a layer
-that do little each. Compiled, those between the matrix products are fused, and a segment is one call.
+that do little each. Compiled, those between the matrix products are fused, and a segment or a head is one call.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError
+from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
 from megatron_ee.model.attention import Positions
+from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.model.stage import Stage
 from megatron_ee.progress import track
 
 FORMS = 64
-"""Compiled forms of ``Segment.forward`` at most: segments differ in length, passes over one token from longer ones."""
+"""Compiled forms of one ``forward`` at most: segments differ in length, passes over one token from longer ones."""
 WARM_POSITIONS = 8
 
 
@@ -78,8 +80,31 @@ class _Room:
         return attend_together(query, self.keys[:, :, :stop], self.values[:, :, :stop], self.mask)
 
 
-class CompiledSegments:
-    """Every segment of a stage, compiled."""
+class Head(nn.Module):
+    """An exit from what its rows' attention left, or the final exit where there is none."""
+
+    def __init__(self, stage: Stage, exit_: Exit | None) -> None:
+        super().__init__()
+        self.stage, self.exit_ = stage, exit_
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the head."""
+        head = self.stage.backbone.head if self.exit_ is None else self.exit_.head
+        assert head is not None, "no final exit here"
+        return head.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[tokens, 1, hidden]`` -> float32 logits ``[tokens, vocab]``, and ``likeliest`` of them."""
+        if self.exit_ is None:
+            logits = self.stage.final_logits(self.stage.final_features(x)[:, 0])
+        else:
+            logits = self.exit_.logits(self.exit_.rest(x)[:, 0])
+        return logits, likeliest(logits)
+
+
+class CompiledStage:
+    """Every segment and every head of a stage, compiled."""
 
     def __init__(self, stage: Stage) -> None:
         """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time.
@@ -101,13 +126,23 @@ class CompiledSegments:
             )
             for place, stop in zip(places, places[1:], strict=False)
         }  # fmt: skip
+        heads = {exit_.spec.layer: Head(stage, exit_) for exit_ in stage.exits}
+        if stage.backbone.head is not None and stage.backbone.final_norm is not None:
+            heads[stage.setup.architecture.num_layers + 1] = Head(stage, None)
+        self._heads = {
+            place: (torch.compile(head, fullgraph=True, dynamic=True), head.weight) for place, head in heads.items()
+        }
         from torch import _dynamo  # the compiler, which takes long to import
 
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
         try:
-            with track(len(self._segments), "segments", "compiling", enabled=stage.setup.groups.is_main) as bar:
+            parts = len(self._segments) + len(self._heads)
+            with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
                 for place, stop in self._segments:
                     self._warm(place, stop)
+                    bar.advance()
+                for place in self._heads:
+                    self._warm_head(place)
                     bar.advance()
         except Exception as error:  # of the tracer, of a compiler, of loading what it made
             line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -130,6 +165,23 @@ class CompiledSegments:
                 cache.extend(kept, kept)
             positions = self._stage.backbone.packed_positions(torch.arange(WARM_POSITIONS, stand, device=device))
             self.run(place, stop, kept.new_zeros(tokens, 1, arch.hidden_size), positions, caches, {})
+
+    @torch.inference_mode()
+    def _warm_head(self, place: int) -> None:
+        setup = self._stage.setup
+        for tokens in (1, 3):
+            shape = (tokens, 1, setup.architecture.hidden_size)
+            self.head(place, torch.zeros(shape, dtype=setup.dtype, device=platform.device()))
+
+    def head(self, place: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What ``Head`` makes of ``x`` at a place where rows wait; None where it is not compiled for so many tokens."""
+        if place not in self._heads:
+            return None
+        head, weight = self._heads[place]
+        if not platform.compiles(len(x), weight):
+            return None
+        with platform.own_products():
+            return head(x)  # type: ignore[no-any-return]
 
     def run(
         self, place: int, stop: int, h: Tensor, positions: Positions, caches: Mapping[int, LayerKV], masks: Masks
@@ -157,14 +209,14 @@ class CompiledSegments:
         return h
 
 
-def compile_stage(stage: Stage) -> CompiledSegments:
-    """Compile the layers of a loaded stage. Every rank calls this.
+def compile_stage(stage: Stage) -> CompiledStage:
+    """Compile layers and heads of a loaded stage. Every rank calls this.
 
     Raises:
         ConfigError: they cannot be compiled here.
     """
-    made: list[CompiledSegments] = []
-    stage.setup.groups.together(lambda: made.append(CompiledSegments(stage)))
+    made: list[CompiledStage] = []
+    stage.setup.groups.together(lambda: made.append(CompiledStage(stage)))
     return made[0]
 
 

@@ -88,7 +88,16 @@ def single(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", min(value, 3e38)))[0])
 
 
-def answer(logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]]) -> list[Answer]:
+def likeliest(logits: Tensor) -> Tensor:
+    """Of ``[tokens, vocab]`` float32 each token's likeliest successor and its probability, ``[2, tokens]`` float64."""
+    highest, top1 = logits.max(-1)
+    sure = (highest - logits.logsumexp(-1)).exp()
+    return torch.stack((top1.double(), sure.double()))
+
+
+def answer(
+    logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]], tops: Tensor | None = None
+) -> list[Answer]:
     """Answers of one head.
 
     Args:
@@ -96,9 +105,10 @@ def answer(logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor
         asks: of the rows.
         drafts: of each row, the distributions ``[vocab]`` that its proposals were drawn from; a ``draft`` that samples
             appends to a list here.
+        tops: ``likeliest`` of the logits, if that is known.
     """
     if all(ask.plain for ask in asks):
-        return _plain(logits, asks)
+        return _plain(likeliest(logits) if tops is None else tops, asks)
     found, start = [], 0
     for ask, draft in zip(asks, drafts, strict=True):
         found.append(_one(logits[start : start + ask.tokens], ask, draft))
@@ -106,11 +116,9 @@ def answer(logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor
     return found
 
 
-def _plain(logits: Tensor, asks: Sequence[Ask]) -> list[Answer]:
+def _plain(tops: Tensor, asks: Sequence[Ask]) -> list[Answer]:
     """Greedy rows: two numbers per position are all that leaves the device, at once."""
-    highest, top1 = logits.max(-1)
-    sure = (highest - logits.logsumexp(-1)).exp()
-    ids, shares = torch.stack((top1.double(), sure.double())).tolist()
+    ids, shares = tops.tolist()
     found, start, tokens = [], 0, [int(token) for token in ids]
     for ask in asks:
         stop = start + ask.tokens

@@ -117,9 +117,9 @@ def open_engine(
         with watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: place):
             layout = even_layout(released.model.architecture.num_layers, pipeline)
             stage = load_stage(released, layout, dtype, groups, candidates, compiled=compiled)
-            segments = compile_stage(stage) if compiled else None
+            compiled_stage = compile_stage(stage) if compiled else None
             with engine_on_ranks(
-                stage, layout, released.exits, released.tokenizer, released.eos, memory, max_rows, segments
+                stage, layout, released.exits, released.tokenizer, released.eos, memory, max_rows, compiled_stage
             ) as engine:
                 yield engine
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.inference.compiled import CompiledSegments
+from megatron_ee.inference.compiled import CompiledStage
 from megatron_ee.inference.heads import Answer, Ask, answer
 from megatron_ee.inference.rows import Flow, Row
 from megatron_ee.model.attention import Positions
@@ -83,7 +83,7 @@ class StageRunner:
         stage: with the embedding, or the final exit, where it is the first, or the last.
         rows: by number.
         links: to the stages before and behind; None where there are none.
-        compiled: its layers once more; None where they are not compiled.
+        compiled: its layers and heads once more; None where they are not compiled.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class StageRunner:
         slack: int,
         pass_tokens: int,
         links: Neighbours | None = None,
-        compiled: CompiledSegments | None = None,
+        compiled: CompiledStage | None = None,
     ) -> None:
         """``slack`` and ``pass_tokens``: as in ``Extent``."""
         self.stage, self.links, self.compiled = stage, links, compiled
@@ -211,8 +211,9 @@ class StageRunner:
         if exit_ is not None:
             x = tap if exit_.layer is None else exit_.attention_half(tap, flow.positions, flow.exit_caches(chain.stop))
             if asking:
-                logits = _exit_logits(exit_, exit_.rest(_newest(x, chain, flow))[:, 0], asking)
-                answers = self._answer(logits, chain, asking)
+                x = _newest(x, chain, flow)
+                known = self._compiled_head(chain.stop, x) if not _drafts(exit_, asking) else None
+                answers = self._answer(known or (_exit_logits(exit_, exit_.rest(x)[:, 0], asking), None), chain, asking)
         parts = [tap] if len(flow.rows) == 1 else tap.split(flow.counts)
         remaining = iter(answers)
         for work, row, part in zip(chain.works, flow.rows, parts, strict=True):
@@ -225,12 +226,17 @@ class StageRunner:
         asking = [work.ask for work in chain.works if work.ask is not None]
         if not asking:
             return []
-        z = self.stage.final_features(_newest(h, chain, flow))
-        return self._answer(self.stage.final_logits(z[:, 0]), chain, asking)
+        x = _newest(h, chain, flow)
+        known = self._compiled_head(self._final, x)
+        return self._answer(known or (self.stage.final_logits(self.stage.final_features(x)[:, 0]), None), chain, asking)
 
-    def _answer(self, logits: Tensor, chain: Chain, asking: Sequence[Ask]) -> list[Answer]:
+    def _compiled_head(self, place: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self.compiled is None else self.compiled.head(place, x)
+
+    def _answer(self, said: tuple[Tensor, Tensor | None], chain: Chain, asking: Sequence[Ask]) -> list[Answer]:
+        """From logits, and the likeliest tokens where they are known."""
         rows = [self.rows[work.row] for work in chain.works if work.ask is not None]
-        answers = answer(logits, asking, [row.drafts for row in rows])
+        answers = answer(said[0], asking, [row.drafts for row in rows], said[1])
         for row, ask in zip(rows, asking, strict=True):
             if ask.kind == "verify":
                 row.drafts = []
@@ -252,10 +258,16 @@ class StageRunner:
         return Positions(cos, sin)
 
 
+def _drafts(exit_: Exit, asking: Sequence[Ask]) -> list[bool]:
+    """Which rows choose from the exit's candidates alone; empty where none does."""
+    drafts = [exit_.candidates is not None and ask.kind == "draft" for ask in asking]
+    return drafts if any(drafts) else []
+
+
 def _exit_logits(exit_: Exit, z: Tensor, asking: Sequence[Ask]) -> Tensor:
     """Logits of one token of each row that asks, ``[rows, vocab]``; drafts are chosen from the candidates alone."""
-    drafts = [ask.kind == "draft" for ask in asking]
-    if exit_.candidates is None or not any(drafts):
+    drafts = _drafts(exit_, asking)
+    if exit_.candidates is None or not drafts:
         return exit_.logits(z)
     if all(drafts):
         return exit_.candidate_logits(z)

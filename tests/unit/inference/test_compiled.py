@@ -16,10 +16,11 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference import kv_cache
 from megatron_ee.inference.assembly import make_engine
-from megatron_ee.inference.compiled import CompiledSegments, check_compiler, compile_stage
+from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
+from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
@@ -39,22 +40,35 @@ def stage(exit_stage: MakeStage) -> Stage:
 
 
 class Watched:
-    """Compiled segments, and how often each was asked for: place, stop, tokens, whether it took the work."""
+    """A compiled stage, and how often each part was asked for.
 
-    def __init__(self, segments: CompiledSegments) -> None:
-        self._segments, self.seen = segments, Counter[tuple[int, int, int, bool]]()
+    Attributes:
+        seen: place, stop, tokens, whether it took the work.
+        heads: place and tokens.
+    """
+
+    def __init__(self, stage: CompiledStage) -> None:
+        self.stage = stage
+        self.seen, self.heads = Counter[tuple[int, int, int, bool]](), Counter[tuple[int, int]]()
 
     def run(self, place: int, stop: int, h: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-        done = self._segments.run(place, stop, h, *rest)
+        done = self.stage.run(place, stop, h, *rest)
         self.seen[place, stop, len(h), done is not None] += 1
+        return done
+
+    def head(self, place: int, x: torch.Tensor) -> Any:
+        self.heads[place, len(x)] += 1
+        done = self.stage.head(place, x)
+        assert done is not None  # in float32, always
         return done
 
 
 def answer(stage: Stage, watched: Any, *requests: Request) -> Any:
-    """What is said, and at which layers, and what the segments saw."""
+    """What is said, and at which layers."""
     if watched is not None:
         watched.seen.clear()
-    outputs = make_engine(stage, segments=watched).generate(requests)
+        watched.heads.clear()
+    outputs = make_engine(stage, compiled_stage=watched).generate(requests)
     return [[(token.id, token.layer) for token in one.tokens] for each in outputs for one in each]
 
 
@@ -70,6 +84,7 @@ def test_compiled_layers_are_the_eager_ones(stage: Stage, monkeypatch: pytest.Mo
         for mode in MODES:
             for prompt in PROMPTS:
                 check_mode(mode, prompt, stage, watched)
+        check_heads(stage, watched)
         check_caches(stage, watched)
         check_rows_together(stage, watched)
         check_growth(stage, watched, monkeypatch)
@@ -88,11 +103,27 @@ def check_mode(mode: str, prompt: list[int], stage: Stage, watched: Watched) -> 
     if mode == "full":
         assert taken[0, 2, 1] + left[0, 2, 1] == (39 if len(prompt) > 1 else 40)
 
+    # The exit after layer 2 and the final one, place 5; only a verdict on proposals takes more than one token at once.
+    assert {place for place, _ in watched.heads} == ({5} if mode == "full" else {2, 5})
+    assert any(tokens > 1 for _, tokens in watched.heads) == (mode == "speculative")
+
+
+def check_heads(stage: Stage, watched: Watched) -> None:
+    """Sampling and log-probabilities read the logits; a NaN comes through."""
+    request = Request(
+        PROMPTS[0], max_tokens=8, sampling=Sampling(temperature=0.8, seed=3), logprobs=2, **MODES["threshold"]
+    )
+    assert answer(stage, watched, request) == answer(stage, None, request)
+    assert watched.heads.total() > 8
+    with torch.inference_mode():
+        logits, tops = watched.head(2, torch.full((1, 1, stage.setup.architecture.hidden_size), torch.nan))
+    assert logits.isnan().all() and tops[1].isnan().all()
+
 
 def check_caches(stage: Stage, watched: Watched) -> None:
     caches = {}
-    for name, segments in (("compiled", watched), ("eager", None)):
-        engine = make_engine(stage, segments=segments)  # type: ignore[arg-type]
+    for name, compiled_stage in (("compiled", watched), ("eager", None)):
+        engine = make_engine(stage, compiled_stage=compiled_stage)  # type: ignore[arg-type]
         engine.submit(Request(PROMPTS[0], max_tokens=6, ignore_eos=True))
         for _ in range(4):
             engine.step()
