@@ -97,7 +97,7 @@ def open_engine(
         candidates: token ids that drafts are chosen from, such as ``data.indexed.frequent_tokens`` finds: a drafting
             exit then computes no other logits (FR-Spec, arXiv 2502.14856); the full model still emits any token. None
             for all.
-        compiled: compile the layers between exits; a row that runs alone then takes less time for each token.
+        compiled: compile the layers between exits, and the exits; a row that runs alone then waits less for each token.
 
     Raises:
         CheckpointError: a file cannot be read.
