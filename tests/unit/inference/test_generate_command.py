@@ -284,21 +284,24 @@ def test_drafts_frequent_tokens(command: Command, adapter: Path, tmp_path: Path)
 
 
 def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, ...]] = []
 
-    class Segments:
+    class Parts:
         def __init__(self, stage: Stage) -> None:
             assert stage.backbone.layers
 
         def run(self, place: int, stop: int, *_: Any) -> None:
             asked.append((place, stop))
 
-    monkeypatch.setattr("megatron_ee.inference.compiled.CompiledSegments", Segments)
+        def head(self, place: int, _: Any) -> None:
+            asked.append((place,))
+
+    monkeypatch.setattr("megatron_ee.inference.compiled.CompiledStage", Parts)
     said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 8, "--mode", "full"]
     monkeypatch.setenv("CXX", "/bin/sh")  # one that is there
     compiled, eager = command.json(*said, "--compile"), command.json(*said)
     assert compiled["token_ids"] == eager["token_ids"]
-    assert asked == [(0, 1), (1, 2), (2, 4)] * 8
+    assert asked == [(0, 1), (1, 2), (2, 4), (5,)] * 8
     monkeypatch.setenv("CXX", "/nowhere/c++")
     status, out, err = command.run(*said, "--compile")
     assert (status, out) == (2, "") and len(err.splitlines()) == 1
