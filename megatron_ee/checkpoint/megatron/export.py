@@ -130,9 +130,10 @@ def write_items(path: Path, parts: Sequence[Part], watch: Watch, on_bytes: OnByt
         for part, values in zip(parts, watch(_values(part) for part in parts), strict=True):
             length = _save(values, buffer)
             assert length == _saved_length(part.shape, values.dtype), "where items are follows from their shapes"
-            with buffer.getbuffer() as data:
-                write_all(fd, data[:length])
-                on_bytes(data[:length])
+            # Views that an exception kept alive would crash the garbage collector of Python 3.12.1.
+            with buffer.getbuffer() as data, data[:length] as item:
+                write_all(fd, item)
+                on_bytes(item)
 
 
 def _values(part: Part) -> Tensor:
