@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import resource
 import sys
@@ -192,6 +193,20 @@ def graph_tokens() -> int:
     On an accelerator going over these once more takes as long as computing them from some 500 tokens.
     """
     return 2048 if has_accelerator() else 1
+
+
+def zero_(tensor: torch.Tensor) -> None:
+    """Fill a contiguous tensor with zeros. On a CPU its memory goes back to the system until it is written again."""
+    page, begin = resource.getpagesize(), tensor.data_ptr()
+    first, end = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
+    if tensor.is_cpu and sys.platform == "linux" and end > first:
+        # In private memory of no file, as any allocator's is, the system gives out zeroed pages instead.
+        if ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED) == 0:
+            edges = tensor.view(torch.uint8).view(-1)
+            edges[: first - begin].zero_()
+            edges[end - begin :].zero_()
+            return
+    tensor.zero_()
 
 
 def return_freed_memory() -> None:

@@ -6,6 +6,7 @@ overlaps with the other exits' work. The backbone is in no wrapper: it has no gr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,9 @@ class ExitOptimizer:
                 )
         for adam in self._adams():
             prepare_adam(adam)
+        for buffer in (buffer for wrapper in self.wrappers.values() for buffer in wrapper.buffers):
+            # Between the update and its own exit's backward a gradient takes no memory then, where that can be.
+            buffer.reset = functools.partial(platform.zero_, buffer.grad_data)
         self.scheduler = _scheduler(self.optimizer, optimizer, schedule, steps)
 
     def _adams(self) -> Iterator[torch.optim.Optimizer]:

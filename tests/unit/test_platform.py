@@ -187,3 +187,25 @@ def test_attention_of_one_token(dtype: str, shared: int) -> None:
     found = platform.attend(query, keys, values)
     assert found.dtype == query.dtype
     torch.testing.assert_close(found.double(), weights @ values.double(), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("count", [1, 5_000, 300_000])
+def test_zeros(offset: int, count: int) -> None:
+    """Whole pages and what is left over at both ends; the neighbours stay."""
+    around = torch.ones(count + 6, device=platform.device())
+    inside = around[offset : offset + count]
+    platform.zero_(inside)
+    assert not inside.any() and around.sum() == 6
+    inside += 2
+    assert around.sum() == 6 + 2 * count
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.has_accelerator(), reason="of Linux, without a GPU")
+def test_zeros_take_no_memory() -> None:
+    import psutil
+
+    process, tensor = psutil.Process(), torch.ones(2**24)
+    before = process.memory_info().rss
+    platform.zero_(tensor)
+    assert before - process.memory_info().rss > 0.9 * tensor.nbytes
