@@ -201,7 +201,8 @@ def test_zeros(offset: int, count: int) -> None:
     assert around.sum() == 6 + 2 * count
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.has_accelerator(), reason="of Linux, without a GPU")
+@cpu_only
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 def test_zeros_take_no_memory() -> None:
     import psutil
 
