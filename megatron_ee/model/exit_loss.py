@@ -63,7 +63,7 @@ def exit_loss(
         low_rank: the trained correction of a ``low_rank`` head.
         dynamic: also weight each token by the exit's detached maximum probability (EE-LLM, arXiv 2312.04916).
         distillation: what each token's loss is where it is not the cross-entropy alone.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: tokens whose logits exist at one time, at most: see ``platform.logit_tokens``.
 
     Returns:
         The loss, a float32 scalar equal on all tensor-parallel ranks, and the detached statistics of each token: its
@@ -115,12 +115,16 @@ class _ExitLoss(torch.autograd.Function):
         nll = torch.empty(len(labels), dtype=torch.float32, device=z.device)
         confidence, top1 = torch.empty_like(nll), torch.empty_like(labels)
         loss = torch.zeros((), dtype=torch.float32, device=z.device)
+        at_once = platform.head_rows(weight)
         two_temperatures = distillation is not None and distillation.temperature != 1
-        scratch = _Scratch.allocate(z, weight, min(chunk_tokens, len(z)), needs_weight, two_temperatures)
+        at_most = min(chunk_tokens, platform.logit_tokens())
+        scratch = _Scratch.allocate(z, weight, min(at_most, len(z)), needs_weight, two_temperatures)
 
-        for start in range(0, len(z), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            logits = torch.mm(z[chunk], weight.t(), out=scratch.logits[: len(z[chunk])])
+        for start in range(0, len(z), at_most):
+            chunk = slice(start, start + at_most)
+            logits = scratch.logits[: len(z[chunk])]
+            for rows, columns in zip(weight.split(at_once), logits.split(at_once, dim=1), strict=True):
+                torch.mm(z[chunk], rows.t(), out=columns)
             for first in range(0, len(logits), scratch.rows):
                 run = logits[first : first + scratch.rows]
                 part = slice(start + first, start + first + len(run))
@@ -142,9 +146,9 @@ class _ExitLoss(torch.autograd.Function):
             if grad_hidden is not None and up is not None:
                 torch.mm(logits, up, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _accumulate_(grad_weight, logits, z[chunk], scratch.product)
+                _accumulate_(grad_weight, logits, z[chunk], scratch.product, scratch.exact_product)
             if grad_up is not None and hidden is not None:
-                _accumulate_(grad_up, logits, hidden[chunk], None)
+                _accumulate_(grad_up, logits, hidden[chunk], None, None)
 
         for partial in (grad_z, grad_hidden):
             if partial is not None and group.size() > 1:
@@ -176,7 +180,8 @@ class _Scratch:
             over its memory once, not for each operation.
         exact: ``[rows, padded_vocab / tp]`` float32, where that is not the model's dtype.
         tempered: as ``exact``, where distillation has another temperature than 1.
-        product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, where that is not float32.
+        product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, where that is not float32;
+            ``exact_product`` the same in float32.
     """
 
     logits: Tensor
@@ -184,6 +189,7 @@ class _Scratch:
     exact: Tensor | None
     tempered: Tensor | None
     product: Tensor | None
+    exact_product: Tensor | None
 
     @classmethod
     def allocate(cls, z: Tensor, weight: Tensor, chunk: int, needs_weight: bool, two_temperatures: bool) -> _Scratch:
@@ -193,7 +199,8 @@ class _Scratch:
         exact = logits.new_empty((rows, len(weight)), dtype=torch.float32) if narrow else None
         tempered = logits.new_empty((rows, len(weight)), dtype=torch.float32) if two_temperatures else None
         product = torch.empty_like(weight[:ROW_RUN]) if narrow and needs_weight else None
-        return cls(logits, rows, exact, tempered, product)
+        exact_product = None if product is None else torch.empty_like(product, dtype=torch.float32)
+        return cls(logits, rows, exact, tempered, product, exact_product)
 
     def widened(self, run: Tensor) -> Tensor:
         """``run``, some rows of ``logits``, in float32: itself, or a copy."""
@@ -285,15 +292,17 @@ def _gradient_sum(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32)
 
 
-def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor, product: Tensor | None) -> None:
-    """``total += grad_logits^T inputs``, summed in ``total``'s dtype; ``product`` is room for ``ROW_RUN`` rows."""
+def _accumulate_(
+    total: Tensor, grad_logits: Tensor, inputs: Tensor, product: Tensor | None, exact_product: Tensor | None
+) -> None:
+    """``total += grad_logits^T inputs``, summed in ``total``'s dtype; the last two are room for ``ROW_RUN`` rows."""
     if total.dtype == inputs.dtype:
         total.addmm_(grad_logits.t(), inputs)
         return
     # Run by run the product never exists as a whole, and stays in the CPU's cache, where converting it is quick.
     for rows, columns in zip(total.split(ROW_RUN), grad_logits.split(ROW_RUN, dim=1), strict=True):
-        out = None if product is None else product[: len(rows)]
-        rows += torch.mm(columns.t(), inputs, out=out).to(total.dtype)
+        part = torch.mm(columns.t(), inputs, out=None if product is None else product[: len(rows)])
+        rows += part if exact_product is None else exact_product[: len(rows)].copy_(part)
 
 
 def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor | None:

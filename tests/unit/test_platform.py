@@ -55,6 +55,28 @@ def test_megatron_core_is_imported_without_torchs_compiler() -> None:
     assert "megatron.core.distributed" in loaded and "torch._inductor.lowering" not in loaded
 
 
+OPTIMIZER = """
+import sys
+import torch
+from torch.optim import Optimizer
+from megatron_ee import platform
+CALL
+optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+optimizer.load_state_dict(optimizer.state_dict())
+optimizer.zero_grad()
+print(optimizer.param_groups[0]["lr"], "torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("spared", [True, False])
+def test_an_optimizer_does_not_load_torchs_compiler(spared: bool) -> None:
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = ", ".join(f"Optimizer.{name}" for name in names)
+    code = OPTIMIZER.replace("CALL", f"platform.without_compiler({methods})" if spared else "")
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert child.stdout.split() == ["0.5", str(not spared)]
+
+
 RETAINED = """
 import torch
 from megatron_ee import platform

@@ -124,6 +124,23 @@ def test_any_chunk_size_gives_the_same(chunk_tokens: int, setups: dict[torch.dty
         assert relative(leaf.grad, whole.leaves()[name].grad) < 1e-5, name
 
 
+def test_what_a_machine_takes_at_a_time_changes_nothing(
+    setups: dict[torch.dtype, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (Case(setups[torch.float32], tokens=500) for _ in range(2))
+    expected, _ = whole.loss()
+    expected.backward()
+    monkeypatch.setattr(platform, "logit_tokens", lambda: 7)
+    monkeypatch.setattr(platform, "head_rows", lambda head: 50)
+    with Largest(cut.head.weight) as largest:
+        loss, _ = cut.loss()
+    assert largest.numel == cut.z.numel() < 250 * VOCAB, largest.shape
+    loss.backward()
+    assert relative(loss, expected) < 1e-6
+    for name, leaf in cut.leaves().items():
+        assert relative(leaf.grad, whole.leaves()[name].grad) < 1e-5, name
+
+
 def test_masked_tokens_count_for_nothing(setups: dict[torch.dtype, Any]) -> None:
     case = Case(setups[torch.float32])
     loss, stats = case.loss()
