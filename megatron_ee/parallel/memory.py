@@ -226,7 +226,7 @@ def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -
 def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
     """Of the exit loss: the features' gradient, a chunk's logits, and some rows of a head's gradient.
 
-    As on an accelerator: on a CPU the float32 ones are of fewer tokens, see ``platform.cached_bytes``.
+    As on an accelerator: on a CPU both are of fewer tokens, see ``platform.logit_tokens`` and ``cached_bytes``.
     """
     rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
     narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0

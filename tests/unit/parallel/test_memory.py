@@ -155,7 +155,8 @@ def test_memory_of_a_real_step(
     groups: Groups,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(platform, "cached_bytes", lambda: 2**62)  # as an accelerator
+    for of_an_accelerator in ("cached_bytes", "logit_tokens"):
+        monkeypatch.setattr(platform, of_an_accelerator, lambda: 2**62)
     monkeypatch.setattr(platform, "graph_tokens", lambda: graph_tokens)
     architecture = parse_architecture(
         {
