@@ -177,7 +177,7 @@ class LossConfig:
         dynamic_token_weights: weight each token by the exit's own detached maximum probability.
         weight_warmup: shape of the rise of the exits' loss weights from 0, or ``none``.
         weight_warmup_fraction: share of the steps that this rise takes.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: tokens whose logits exist at one time; on a CPU 256 at most.
         distillation: learning from the final exit.
     """
 
