@@ -80,6 +80,7 @@ class ExitOptimizer:
         if not trained:
             trained = [nn.Module()]  # megatron-core's optimizer wants a module, also on a stage without exits
         self.groups, self._clip = groups, optimizer.clip_grad
+        platform.return_freed_memory(config.hidden_size)
         base = torch.optim.Optimizer
         platform.without_compiler(base.add_param_group, base.zero_grad, base.state_dict, base.load_state_dict)
         chosen = adam_class(optimizer.implementation, config.params_dtype)

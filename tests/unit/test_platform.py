@@ -85,7 +85,7 @@ CALL
 first = torch.ones(2**21)  # freed, it teaches glibc to keep such
 del first
 before = held()
-tensors = [torch.ones(2**21) for _ in range(20)]  # of 8 MB
+tensors = [torch.ones(2**21) for _ in range(20)]
 small = [torch.ones(2**12) for _ in range(100)]  # lie above them
 del tensors
 print(held() - before)
@@ -94,10 +94,11 @@ print(held() - before)
 
 @cpu_only
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_tensors_go_back_to_the_system() -> None:
-    code = RETAINED.replace("CALL", "platform.return_freed_memory()")
+@pytest.mark.parametrize(("hidden", "elements"), [(64, 2**21), (4096, 3 * 2**17)])  # of 8 and 1.5 MB
+def test_freed_tensors_go_back_to_the_system(hidden: int, elements: int) -> None:
+    code = RETAINED.replace("CALL", f"platform.return_freed_memory({hidden})").replace("2**21", str(elements))
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert int(child.stdout) < 20 * 2**20
+    assert int(child.stdout) < 20 * elements
 
 
 @cpu_only
