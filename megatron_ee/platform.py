@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import resource
 import sys
+import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,8 +99,7 @@ def free_memory(processes: int = 1) -> int:
 
 
 ONE_BY_ONE = 3 * 2**19
-"""Bytes that a CPU reads while oneDNN begins a product of bfloat16, some 50 us. torch's own product begins at once and
-reads a weight of one row twice as fast as oneDNN does, but once for each row."""
+"""Bytes that a CPU reads while oneDNN begins a product of bfloat16 whose weight it has to reorder first."""
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor | None:
@@ -115,41 +116,98 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
     return packed
 
 
+@functools.cache
+def packed_reads_faster() -> bool:
+    """Whether one row is multiplied with a packed weight faster than torch itself does with the plain one.
+
+    Processors differ, by a factor of two either way; this one is asked once, with a weight of 64 MB, in 0.1 s.
+    """
+    weight = torch.ones(4096, 8192, dtype=torch.bfloat16)
+    row, packed = weight[:1], pack(weight)
+    if packed is None:
+        return False
+    plain_seconds, packed_seconds = [], []
+    for _ in range(16):  # in turns, so that both see the same machine
+        plain_seconds.append(_seconds(lambda: _own_product(row, weight, None)))
+        packed_seconds.append(_seconds(lambda: _onednn_product(row, packed, None)))
+    return 1.2 * min(packed_seconds) < min(plain_seconds)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def takes_plain(rows: int, nbytes: int) -> bool:
+    """Whether so many rows are multiplied faster with a plain bfloat16 weight of so many bytes than with a packed one.
+
+    torch's own product begins at once, but reads the weight once for each row. oneDNN reads it once, and begins later,
+    by the time in which so many bytes are read.
+    """
+    return (rows - 0.5) * nbytes < 360_000 if packed_reads_faster() else (rows - 1) * nbytes < ONE_BY_ONE
+
+
 def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x weight^T + bias``: ``[rows, in]`` -> ``[rows, out]``.
 
     Args:
-        weight: as it is, or from ``pack``.
-        packed: the same from ``pack``, where there are both.
+        weight: as it is, or ``packed`` where there is no other.
+        packed: from ``pack``; None where it is not packed.
     """
+    both = packed is not weight
     if torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    if weight.is_mkldnn:
-        packed = weight
-    elif weight.is_cpu and weight.dtype == torch.bfloat16 and (len(x) - 1) * weight.nbytes < ONE_BY_ONE:
-        before = torch._C._get_mkldnn_enabled()  # as in own_products, which as a context takes longer than this all
-        torch._C._set_mkldnn_enabled(False)
-        try:
+        # The plain one is for single rows; what is compiled for more holds for any number.
+        if packed is None or (both and len(x) == 1):
             return F.linear(x, weight, bias)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
+        known: torch.Tensor = torch.ops.megatron_ee.packed_product(x, packed, bias)
+        return known
     if packed is None:
+        few = weight.is_cpu and weight.dtype == torch.bfloat16 and (len(x) - 1) * weight.nbytes < ONE_BY_ONE
+        return _own_product(x, weight, bias) if few else F.linear(x, weight, bias)
+    if both and takes_plain(len(x), weight.nbytes):
+        return _own_product(x, weight, bias)
+    return _packed_product(x, packed, bias)
+
+
+def _own_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    before = torch._C._get_mkldnn_enabled()  # as in own_products, which as a context takes longer than this all
+    torch._C._set_mkldnn_enabled(False)
+    try:
         return F.linear(x, weight, bias)
-    rows = x if len(x) > 2 else F.pad(x, (0, 0, 0, 4 - len(x)))  # one or two take longer than four
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return result[: len(x)]
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
-def compiles(tokens: int, weight: torch.Tensor) -> bool:
-    """Whether compiled code, which knows ``weight`` as it is, is the fastest for so many tokens.
+def _packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if len(x) > 2 or packed_reads_faster():
+        return _onednn_product(x, packed, bias)
+    # On other processors one or two rows take longer than four.
+    return _onednn_product(F.pad(x, (0, 0, 0, 4 - len(x))), packed, bias)[: len(x)].clone()
 
-    On a CPU it multiplies bfloat16 row by row, see ``ONE_BY_ONE``; what it spares elsewhere is worth twice as much.
+
+def _onednn_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return result
+
+
+# The compiler cannot look into packed weights: to it this is one operation.
+torch.library.define("megatron_ee::packed_product", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+torch.library.impl("megatron_ee::packed_product", "default", _packed_product)
+torch.library.register_fake("megatron_ee::packed_product", lambda x, packed, bias: x.new_empty(len(x), len(packed)))
+
+
+def compiles(tokens: int, weight: torch.Tensor, packed: torch.Tensor | None) -> bool:
+    """Whether compiled code is the fastest for so many tokens; ``weight`` and ``packed`` as in ``product``.
+
+    On a CPU it multiplies bfloat16 that is not packed row by row, see ``ONE_BY_ONE``; what it spares elsewhere is worth
+    twice as much.
     """
-    if not weight.is_cpu or weight.dtype != torch.bfloat16:
+    if packed is not None or not weight.is_cpu or weight.dtype != torch.bfloat16:
         return True
-    return not weight.is_mkldnn and (tokens - 1) * weight.nbytes < 2 * ONE_BY_ONE
+    return (tokens - 1) * weight.nbytes < 2 * ONE_BY_ONE
 
 
 @contextlib.contextmanager

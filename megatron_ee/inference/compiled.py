@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,12 @@ from megatron_ee.errors import ConfigError
 from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
 from megatron_ee.model.attention import Positions
+from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.model.stage import Stage
 from megatron_ee.progress import track
 
-FORMS = 64
-"""Compiled forms of one ``forward`` at most: segments differ in length, passes over one token from longer ones."""
 WARM_POSITIONS = 8
 
 
@@ -88,11 +89,11 @@ class Head(nn.Module):
         self.stage, self.exit_ = stage, exit_
 
     @property
-    def weight(self) -> Tensor:
-        """Of the head."""
+    def head(self) -> VocabHead:
+        """The matrix that it ends with."""
         head = self.stage.backbone.head if self.exit_ is None else self.exit_.head
         assert head is not None, "no final exit here"
-        return head.weight
+        return head
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[tokens, 1, hidden]`` -> float32 logits ``[tokens, vocab]``, and ``likeliest`` of them."""
@@ -113,28 +114,24 @@ class CompiledStage:
             ConfigError: it cannot be compiled here.
         """
         self._stage, layers = stage, dict(stage.backbone.numbered_layers())
-        self._largest = layers[max(layers)].mlp.gate_up.weight
+        self._largest = layers[max(layers)].mlp.gate_up
         halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
         first, last = min(layers) - 1, max(layers)
         places = sorted({first, last} | {exit_.spec.layer for exit_ in stage.exits})
         self._segments = {
-            (place, stop): torch.compile(
-                Segment(layers.get(place) if place in halves else None,
-                        [layers[number] for number in range(place + 1, stop + 1)],
-                        stop not in halves),
-                fullgraph=True, dynamic=True,
+            (place, stop): _compiled(
+                Segment(
+                    layers.get(place) if place in halves else None,
+                    [layers[number] for number in range(place + 1, stop + 1)],
+                    stop not in halves,
+                )
             )
             for place, stop in zip(places, places[1:], strict=False)
-        }  # fmt: skip
+        }
         heads = {exit_.spec.layer: Head(stage, exit_) for exit_ in stage.exits}
         if stage.backbone.head is not None and stage.backbone.final_norm is not None:
             heads[stage.setup.architecture.num_layers + 1] = Head(stage, None)
-        self._heads = {
-            place: (torch.compile(head, fullgraph=True, dynamic=True), head.weight) for place, head in heads.items()
-        }
-        from torch import _dynamo  # the compiler, which takes long to import
-
-        _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
+        self._heads = {place: (_compiled(head), head.head) for place, head in heads.items()}
         try:
             parts = len(self._segments) + len(self._heads)
             with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
@@ -177,8 +174,8 @@ class CompiledStage:
         """What ``Head`` makes of ``x`` at a place where rows wait; None where it is not compiled for so many tokens."""
         if place not in self._heads:
             return None
-        head, weight = self._heads[place]
-        if not platform.compiles(len(x), weight):
+        head, last = self._heads[place]
+        if not platform.compiles(len(x), last.weight, last.packed):
             return None
         with platform.own_products():
             return head(x)  # type: ignore[no-any-return]
@@ -193,7 +190,7 @@ class CompiledStage:
             masks: of the pass.
         """
         tokens, segment = len(h), self._segments.get((place, stop))
-        if segment is None or not platform.compiles(tokens, self._largest):
+        if segment is None or not platform.compiles(tokens, self._largest.weight, self._largest.packed):
             return None
         mine = [caches[number] for number in range(place + 1, stop + 1)]
         rooms = [cache.room(tokens) for cache in mine]
@@ -207,6 +204,23 @@ class CompiledStage:
         for cache in mine:
             cache.length += tokens
         return h
+
+
+def _compiled(module: Segment | Head) -> Callable[..., Any]:
+    """The ``forward`` of a module whose parts stay what they are.
+
+    torch keeps what it made with a function's code, and checks at every call which of it is right for the module:
+    a copy of the code for each spares these checks, which take half as long as a small model's layers.
+    """
+    code = type(module).forward.__code__.replace()
+    forward = MethodType(FunctionType(code, globals()), module)
+    return torch.compile(forward, fullgraph=True, dynamic=True, options={"guard_filter_fn": _on_arguments})
+
+
+def _on_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which checks are of arguments, rather than of modules or of what their code refers to."""
+    kept = (torch.compiler.skip_guard_on_all_nn_modules_unsafe, torch.compiler.skip_guard_on_globals_unsafe)
+    return [all(each) for each in zip(*(keep(guards) for keep in kept), strict=True)]
 
 
 def compile_stage(stage: Stage) -> CompiledStage:

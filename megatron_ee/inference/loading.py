@@ -173,13 +173,13 @@ def load_stage(
 
 
 def pack_stage(stage: Stage, *, compiled: bool = False) -> None:
-    """Pack the weights of a loaded stage for inference; beside them where memory allows, else in their place.
+    """Pack the weights of a loaded stage for inference; where both forms have their use, in two if memory allows.
 
-    Compiled code wants them as they are: with ``compiled`` they are then not packed. Every rank calls this.
+    Compiled code may want them as they are: with ``compiled`` they are otherwise not packed. Every rank calls this.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
     keep = weights < PACKED_SHARE * free_memory(stage.setup.groups)
-    if keep or not compiled:
+    if keep or not compiled or platform.packed_reads_faster():
         stage.pack(keep=keep)
 
 

@@ -40,10 +40,8 @@ class ColumnLinear(ColumnParallelLinear):
     backbone, gets none computed, which spares a matrix product and a reduction.
 
     Attributes:
-        packed: the weight once more, see ``Stage.pack``.
+        packed: the weight as products take it, see ``Stage.pack``.
     """
-
-    packed: Tensor | None = None
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(
@@ -55,6 +53,7 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=setup.groups.tensor,
         )
         mark_sharded(self.weight, 0)
+        self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[seq, batch, in]`` (``[seq / tp, ...]`` with sequence parallelism) -> ``[seq, batch, out / tp]``."""
@@ -69,10 +68,8 @@ class RowLinear(RowParallelLinear):
     """Linear whose input features are spread over the tensor-parallel ranks; the output is summed over them.
 
     Attributes:
-        packed: the weight once more, see ``Stage.pack``.
+        packed: the weight as products take it, see ``Stage.pack``.
     """
-
-    packed: Tensor | None = None
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(
@@ -86,13 +83,14 @@ class RowLinear(RowParallelLinear):
             tp_group=setup.groups.tensor,
         )
         mark_sharded(self.weight, 1)
+        self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[seq, batch, in / tp]`` -> ``[seq, batch, out]`` (``[seq / tp, ...]`` with sequence parallelism)."""
         alone = self.tp_group.size() == 1
         if alone and not (torch.is_grad_enabled() and self.weight.requires_grad):
             return product(x, self.weight, self.bias, self.packed)
-        if self.packed is None and not self.weight.is_mkldnn:
+        if self.packed is None:
             return super().forward(x)[0]
         part = product(x, self.weight, None, self.packed)
         summed = reduce_from_tensor_model_parallel_region(part, group=self.tp_group)

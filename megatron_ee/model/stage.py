@@ -75,19 +75,27 @@ class Stage(nn.Module):
         For inference alone: what is packed in place can neither be trained nor saved.
 
         Args:
-            keep: keep the weights as they are too, for single tokens: as much memory again. Otherwise the exits' own
-                heads, which mostly read single tokens, and a head that the embedding shares are left as they are.
+            keep: keep weights as they are too where single tokens take those: up to as much memory again. Otherwise the
+                packed ones take their place, but for a head that the embedding shares, and for exits' own heads, which
+                mostly read single tokens.
         """
-        linears = [module for module in self.modules() if isinstance(module, (ColumnLinear, RowLinear))]
-        heads = [module for module in self.modules() if isinstance(module, VocabHead)]
-        if not keep:
-            heads = [] if self.setup.architecture.tied or self.backbone.head is None else [self.backbone.head]
-        for module in (*linears, *heads):
-            packed = platform.pack(module.weight)
-            if packed is not None and keep:
+        for module in self.modules():
+            if not isinstance(module, (ColumnLinear, RowLinear, VocabHead)):
+                continue
+            weight, packed = module.weight, platform.pack(module.weight)
+            if packed is None:
+                continue
+            embeds = self.backbone.embedding is not None and weight is self.backbone.embedding.weight
+            both = platform.takes_plain(1, weight.nbytes)
+            if both and keep:
                 module.packed = packed
-            elif packed is not None:
+            elif keep or (not embeds and not (both and self._reads_single(module))):
                 module.weight = nn.Parameter(packed, requires_grad=False)
+                module.packed = module.weight
+
+    def _reads_single(self, module: nn.Module) -> bool:
+        """Whether a linear mostly reads single tokens: an exit's head does."""
+        return isinstance(module, VocabHead) and module is not self.backbone.head
 
     @property
     def exits(self) -> list[Exit]:

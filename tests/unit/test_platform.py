@@ -168,9 +168,11 @@ def test_host_buffers_are_locked_as_long_as_they_live(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 70])
 @pytest.mark.parametrize("form", ["plain", "packed", "both"])
-@pytest.mark.parametrize("at_once", [0, 2**40], ids=["oneDNN", "row by row"])
-def test_products(rows: int, form: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "ONE_BY_ONE", at_once)
+@pytest.mark.parametrize("plain", [False, True], ids=["oneDNN", "row by row"])
+def test_products(rows: int, form: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "packed_reads_faster", lambda: not plain)
+    monkeypatch.setattr(platform, "takes_plain", lambda *_: plain)
+    monkeypatch.setattr(platform, "ONE_BY_ONE", 2**40 if plain else 0)
     generator = torch.Generator().manual_seed(rows)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 48), (96, 48), (96,)))
     x, weight, bias = (tensor.to(platform.device(), torch.bfloat16) for tensor in (x, weight, bias))
@@ -181,10 +183,30 @@ def test_products(rows: int, form: str, at_once: int, monkeypatch: pytest.Monkey
     for given, exact in ((None, expected), (bias, expected + bias.double())):
         first = packed if form == "packed" else weight
         assert first is not None
-        found = platform.product(x, first, given, packed if form == "both" else None)
+        found = platform.product(x, first, given, packed)
         assert found.shape == (rows, 96) and found.dtype == torch.bfloat16
         torch.testing.assert_close(found.double(), exact, atol=0.02, rtol=2**-7)
     assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()
+
+
+def test_which_form_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = 8 * 2**20, 2**17
+    monkeypatch.setattr(platform, "packed_reads_faster", lambda: True)
+    assert platform.takes_plain(1, small) and not platform.takes_plain(4, small) and not platform.takes_plain(1, large)
+    monkeypatch.setattr(platform, "packed_reads_faster", lambda: False)
+    assert platform.takes_plain(4, small) and platform.takes_plain(1, large) and not platform.takes_plain(2, large)
+
+
+@pytest.mark.parametrize("slower", ["_own_product", "_onednn_product"])
+def test_the_processor_is_asked_what_it_reads_faster(slower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if platform.pack(torch.zeros(8, 8, dtype=torch.bfloat16)) is None:
+        pytest.skip("this processor has no packed form")
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    for name in ("_own_product", "_onednn_product"):
+        seconds = 2.0 if name == slower else 1.0
+        monkeypatch.setattr(platform, name, lambda *_, seconds=seconds: clock.__setitem__(0, clock[0] + seconds))
+    assert platform.packed_reads_faster.__wrapped__() == (slower == "_own_product")
 
 
 def test_exact_products_are_left_alone() -> None:

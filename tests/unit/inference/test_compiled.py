@@ -18,6 +18,7 @@ from megatron_ee.inference import kv_cache
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
+from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
@@ -154,16 +155,51 @@ def check_growth(stage: Stage, watched: Watched, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(platform.has_accelerator(), reason="of products on a CPU")
-def test_bfloat16_on_a_cpu(stage: Stage) -> None:
+def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "packed_reads_faster", lambda: False)
     small, large = (torch.zeros(size, 1024, dtype=torch.bfloat16) for size in (16, 8192))
-    assert platform.compiles(1, large) and not platform.compiles(2, large)
-    assert platform.compiles(8, small) and platform.compiles(8, large.float())
-    packed = platform.pack(small)
-    assert packed is None or not platform.compiles(1, packed)
+    assert platform.compiles(1, large, None) and not platform.compiles(2, large, None)
+    assert platform.compiles(8, small, None) and platform.compiles(8, large.float(), None)
+    packed = platform.pack(large)
+    assert packed is None or platform.compiles(8, large, packed)
     before = torch._C._get_mkldnn_enabled()
     with platform.own_products():
         assert not torch._C._get_mkldnn_enabled()
     assert torch._C._get_mkldnn_enabled() == before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
+    mlp = stage.backbone.layers["1"].mlp
+    if platform.pack(mlp.down.weight) is None:
+        pytest.skip("this processor has no packed form")
+    # Some are kept in both forms, and some packed alone.
+    monkeypatch.setattr(platform, "takes_plain", lambda rows, nbytes: rows == 1 and nbytes < mlp.gate_up.weight.nbytes)
+    stage.pack(keep=True)
+    assert mlp.gate_up.weight.is_mkldnn and not mlp.down.weight.is_mkldnn
+    watched = Watched(compile_stage(stage))
+    compiled, eager = (StageRunner(stage, 4, 64, compiled=each) for each in (watched, None))  # type: ignore[arg-type]
+    stop = 7
+    for runner in (compiled, eager):
+        runner.open(1, 100)
+        runner.run(Chain(0, 5, (Work(1, stop, tuple(PROMPTS[0])),)))
+    for tokens in (1, 2, 5, 1):
+        stop += tokens
+        ours, theirs = (after_two_layers(runner, tokens, stop) for runner in (compiled, eager))
+        torch.testing.assert_close(ours, theirs, atol=0.03 * float(theirs.abs().max()), rtol=0)
+        assert watched.seen[0, 2, tokens, True] > 0
+        with torch.inference_mode():
+            logits, expected = watched.head(2, theirs)[0], stage.exits[0].logits(stage.exits[0].rest(theirs)[:, 0])
+        torch.testing.assert_close(logits, expected, atol=0.03 * float(expected.abs().max()), rtol=0)
+    torch.compiler.reset()
+
+
+@torch.inference_mode()
+def after_two_layers(runner: StageRunner, tokens: int, stop: int) -> torch.Tensor:
+    """Of new tokens of row 1."""
+    h = runner.stage.backbone.embed(torch.arange(tokens, device=platform.device())[None])
+    return runner._advance(0, 2, h, runner._flow([runner.rows[1]], [tokens], [stop]))
 
 
 def test_room() -> None:

@@ -112,21 +112,34 @@ def test_statistics_of_the_final_exit(tokens: Tensor, saved_model: Any, load_sta
 
 
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("plain_first", [True, False])
 @pytest.mark.parametrize("family", ["llama3.2-tied", "qwen2"])
 def test_packed_weights_say_the_same(
-    family: str, keep: bool, tokens: Tensor, saved_model: Any, load_stage: Any
+    family: str,
+    plain_first: bool,
+    keep: bool,
+    tokens: Tensor,
+    saved_model: Any,
+    load_stage: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever head an exit has, for one token and for several, and for some tokens of the vocabulary."""
     exits = [ExitSpec(1), ExitSpec(2, "norm", "shared"), ExitSpec(3, "layer", "low_rank", rank=4)]
     plain, packed = (load_stage(saved_model(family)[0], exits, dtype=torch.bfloat16) for _ in range(2))
     for exit_ in (*plain.exits, *packed.exits):
         exit_.restrict(torch.tensor([3, 4, 40, 99], device=platform.device()))
+    monkeypatch.setattr(platform, "takes_plain", lambda rows, _: plain_first and rows == 1)
     packed.pack(keep=keep)
     if platform.pack(plain.backbone.layers["1"].mlp.down.weight) is None:
         assert all(map(torch.equal, plain.parameters(), packed.parameters()))
         return
     linear = packed.backbone.layers["1"].mlp.down
-    assert (linear.packed is not None) == keep == (not linear.weight.is_mkldnn)
+    assert linear.packed is not None and linear.weight.is_mkldnn == (not (keep and plain_first))
+    # An exit's own head reads single tokens; one that is the embedding too stays there as it is.
+    own, final = packed.exits[0].head, packed.backbone.head
+    assert (own.packed is None) == (plain_first and not keep)
+    assert not packed.backbone.embedding.weight.is_mkldnn
+    assert (final.packed is None) == (family == "llama3.2-tied" and not keep)
 
     @torch.no_grad()
     def logits(stage: Stage, ids: Tensor) -> list[Tensor]:
