@@ -162,7 +162,7 @@ def product(
         # The plain one is for single rows; what is compiled for more holds for any number.
         if packed is None or (both and len(x) == 1):
             return F.linear(x, weight, bias)
-        known: torch.Tensor = torch.ops.megatron_ee.packed_product(x, packed, bias)
+        known: torch.Tensor = torch.ops.megatron_ee.packed_product(x, packed, bias, len(weight))
         return known
     if packed is None:
         few = weight.is_cpu and weight.dtype == torch.bfloat16 and (len(x) - 1) * weight.nbytes < ONE_BY_ONE
@@ -193,10 +193,11 @@ def _onednn_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | 
     return result
 
 
-# The compiler cannot look into packed weights: to it this is one operation.
-torch.library.define("megatron_ee::packed_product", "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
-torch.library.impl("megatron_ee::packed_product", "default", _packed_product)
-torch.library.register_fake("megatron_ee::packed_product", lambda x, packed, bias: x.new_empty(len(x), len(packed)))
+# The compiler cannot look into packed weights: to it this is one operation. It takes their shape for one that changes,
+# so that their number of rows is given once more.
+torch.library.define("megatron_ee::packed_product", "(Tensor x, Tensor packed, Tensor? bias, int out) -> Tensor")
+torch.library.impl("megatron_ee::packed_product", "default", lambda *given: _packed_product(*given[:3]))
+torch.library.register_fake("megatron_ee::packed_product", lambda x, packed, bias, out: x.new_empty(x.shape[0], out))
 
 
 def compiles(tokens: int, weight: torch.Tensor, packed: torch.Tensor | None) -> bool:

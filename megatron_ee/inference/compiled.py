@@ -27,7 +27,34 @@ from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.model.stage import Stage
 from megatron_ee.progress import track
 
+FORMS = 64
+"""Compiled forms of a segment at most: other numbers of tokens and caches with other room may be cases of their own."""
 WARM_POSITIONS = 8
+Said = tuple[Tensor, Tensor]
+"""Float32 logits ``[tokens, vocab]``, and ``likeliest`` of them."""
+
+
+class Head(nn.Module):
+    """An exit from what its rows' attention left, or the final exit where there is none."""
+
+    def __init__(self, stage: Stage, exit_: Exit | None) -> None:
+        super().__init__()
+        self.stage, self.exit_ = stage, exit_
+
+    @property
+    def head(self) -> VocabHead:
+        """The matrix that it ends with."""
+        head = self.stage.backbone.head if self.exit_ is None else self.exit_.head
+        assert head is not None, "no final exit here"
+        return head
+
+    def forward(self, x: Tensor) -> Said:
+        """``[tokens, 1, hidden]`` -> float32 logits ``[tokens, vocab]``, and ``likeliest`` of them."""
+        if self.exit_ is None:
+            logits = self.stage.final_logits(self.stage.final_features(x)[:, 0])
+        else:
+            logits = self.exit_.logits(self.exit_.rest(x)[:, 0])
+        return logits, likeliest(logits)
 
 
 class Segment(nn.Module):
@@ -37,16 +64,20 @@ class Segment(nn.Module):
         lead: the layer whose MLP half comes first, where rows wait between its halves; None for none.
         layers: all that follow.
         trail: whether the last of them runs its MLP half too.
+        head: what is asked at the next place; None for nothing. Each call of compiled code takes a small model as long
+            as a layer, so that the two are one.
     """
 
-    def __init__(self, lead: DecoderLayer | None, layers: Sequence[DecoderLayer], trail: bool) -> None:
+    def __init__(
+        self, lead: DecoderLayer | None, layers: Sequence[DecoderLayer], trail: bool, head: Head | None
+    ) -> None:
         super().__init__()
-        self.lead, self.layers, self.trail = lead, nn.ModuleList(layers), trail
+        self.lead, self.layers, self.trail, self.head = lead, nn.ModuleList(layers), trail, head
 
     def forward(
         self, h: Tensor, positions: Positions, mask: Tensor | None, start: int, keys: list[Tensor], values: list[Tensor]
-    ) -> Tensor:
-        """The tap at the next place from the one at this, ``[tokens, 1, hidden]``.
+    ) -> tuple[Tensor, Said | None]:
+        """The tap at the next place from the one at this, ``[tokens, 1, hidden]``, and what ``head`` makes of it.
 
         Args:
             mask: as ``shared_mask`` makes it; None for one token.
@@ -61,7 +92,7 @@ class Segment(nn.Module):
             h = layer.attention_half(h, positions, _Room(keys[number], values[number], start, mask))
             if self.trail or number + 1 < len(self.layers):
                 h = layer.mlp_half(h)
-        return h
+        return h, None if self.head is None else self.head(h)
 
 
 @dataclass
@@ -81,31 +112,8 @@ class _Room:
         return attend_together(query, self.keys[:, :, :stop], self.values[:, :, :stop], self.mask)
 
 
-class Head(nn.Module):
-    """An exit from what its rows' attention left, or the final exit where there is none."""
-
-    def __init__(self, stage: Stage, exit_: Exit | None) -> None:
-        super().__init__()
-        self.stage, self.exit_ = stage, exit_
-
-    @property
-    def head(self) -> VocabHead:
-        """The matrix that it ends with."""
-        head = self.stage.backbone.head if self.exit_ is None else self.exit_.head
-        assert head is not None, "no final exit here"
-        return head
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[tokens, 1, hidden]`` -> float32 logits ``[tokens, vocab]``, and ``likeliest`` of them."""
-        if self.exit_ is None:
-            logits = self.stage.final_logits(self.stage.final_features(x)[:, 0])
-        else:
-            logits = self.exit_.logits(self.exit_.rest(x)[:, 0])
-        return logits, likeliest(logits)
-
-
 class CompiledStage:
-    """Every segment and every head of a stage, compiled."""
+    """Every segment and every head of a stage, compiled; for one token also each segment together with its head."""
 
     def __init__(self, stage: Stage) -> None:
         """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time.
@@ -118,25 +126,35 @@ class CompiledStage:
         halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
         first, last = min(layers) - 1, max(layers)
         places = sorted({first, last} | {exit_.spec.layer for exit_ in stage.exits})
+        heads = {exit_.spec.layer: Head(stage, exit_) for exit_ in stage.exits}
+        final = stage.setup.architecture.num_layers + 1
+        if stage.backbone.head is not None and stage.backbone.final_norm is not None:
+            heads[final] = Head(stage, None)
+        self._heads = {place: (_compiled(head), head.head) for place, head in heads.items()}
+        # A head reads what a segment leaves, but for that of a ``layer`` exit, whose own layer comes between.
+        readers = {exit_.spec.layer: exit_.spec.layer for exit_ in stage.exits if exit_.layer is None}
+        if final in heads and last not in heads:
+            readers[last] = final
         self._segments = {
-            (place, stop): _compiled(
+            (place, stop, asked): _compiled(
                 Segment(
                     layers.get(place) if place in halves else None,
                     [layers[number] for number in range(place + 1, stop + 1)],
                     stop not in halves,
+                    None if asked is None else heads[asked],
                 )
             )
             for place, stop in zip(places, places[1:], strict=False)
+            for asked in ((None, readers[stop]) if stop in readers else (None,))
         }
-        heads = {exit_.spec.layer: Head(stage, exit_) for exit_ in stage.exits}
-        if stage.backbone.head is not None and stage.backbone.final_norm is not None:
-            heads[stage.setup.architecture.num_layers + 1] = Head(stage, None)
-        self._heads = {place: (_compiled(head), head.head) for place, head in heads.items()}
+        from torch import _dynamo  # the compiler, which takes long to import
+
+        _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
         try:
             parts = len(self._segments) + len(self._heads)
             with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
-                for place, stop in self._segments:
-                    self._warm(place, stop)
+                for place, stop, asked in self._segments:
+                    self._warm(place, stop, asked)
                     bar.advance()
                 for place in self._heads:
                     self._warm_head(place)
@@ -148,20 +166,20 @@ class CompiledStage:
             ) from error
 
     @torch.inference_mode()
-    def _warm(self, place: int, stop: int) -> None:
-        """Once for one token, and once for more where that is compiled too."""
+    def _warm(self, place: int, stop: int, asked: int | None) -> None:
+        """Once for one token, and once for more, at whose end nothing is asked."""
         arch, device = self._stage.setup.architecture, platform.device()
         kept = torch.zeros(
             WARM_POSITIONS, arch.num_kv_heads, arch.head_dim, dtype=self._stage.setup.dtype, device=device
         )
-        for tokens in (1, 3):
+        for tokens in (1, 3) if asked is None else (1,):
             stand = WARM_POSITIONS + tokens
             # With room to spare: what is compiled for a cache that is just full holds for no other.
             caches = {number: LayerKV(Extent(2 * stand)) for number in range(place + 1, stop + 1)}
             for cache in caches.values():
                 cache.extend(kept, kept)
             positions = self._stage.backbone.packed_positions(torch.arange(WARM_POSITIONS, stand, device=device))
-            self.run(place, stop, kept.new_zeros(tokens, 1, arch.hidden_size), positions, caches, {})
+            self.run(place, stop, asked, kept.new_zeros(tokens, 1, arch.hidden_size), positions, caches, {})
 
     @torch.inference_mode()
     def _warm_head(self, place: int) -> None:
@@ -170,7 +188,7 @@ class CompiledStage:
             shape = (tokens, 1, setup.architecture.hidden_size)
             self.head(place, torch.zeros(shape, dtype=setup.dtype, device=platform.device()))
 
-    def head(self, place: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def head(self, place: int, x: Tensor) -> Said | None:
         """What ``Head`` makes of ``x`` at a place where rows wait; None where it is not compiled for so many tokens."""
         if place not in self._heads:
             return None
@@ -181,15 +199,27 @@ class CompiledStage:
             return head(x)  # type: ignore[no-any-return]
 
     def run(
-        self, place: int, stop: int, h: Tensor, positions: Positions, caches: Mapping[int, LayerKV], masks: Masks
-    ) -> Tensor | None:
+        self,
+        place: int,
+        stop: int,
+        asked: int | None,
+        h: Tensor,
+        positions: Positions,
+        caches: Mapping[int, LayerKV],
+        masks: Masks,
+    ) -> tuple[Tensor, Said | None] | None:
         """From one place to another, if that is a segment, and the row's caches have room and hide nothing; else None.
 
         Args:
+            asked: place of the head that is to read the one token at the end; None for none.
             caches: the row's, by layer.
             masks: of the pass.
+
+        Returns:
+            The tap there, and what the head made of it: None too where it has to be asked by itself.
         """
-        tokens, segment = len(h), self._segments.get((place, stop))
+        tokens, parts = len(h), self._segments
+        segment = parts.get((place, stop, asked if tokens == 1 else None)) or parts.get((place, stop, None))
         if segment is None or not platform.compiles(tokens, self._largest.weight, self._largest.packed):
             return None
         mine = [caches[number] for number in range(place + 1, stop + 1)]
@@ -200,10 +230,10 @@ class CompiledStage:
         if tokens > 1:
             mask = shared_mask(masks, (start, start + tokens, 0, None), h, arch.num_heads // arch.num_kv_heads)
         with platform.own_products():
-            h = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
+            done = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
         for cache in mine:
             cache.length += tokens
-        return h
+        return done  # type: ignore[no-any-return]
 
 
 def _compiled(module: Segment | Head) -> Callable[..., Any]:

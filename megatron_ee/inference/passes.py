@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.inference.compiled import CompiledStage
+from megatron_ee.inference.compiled import CompiledStage, Said
 from megatron_ee.inference.heads import Answer, Ask, answer
 from megatron_ee.inference.rows import Flow, Row
 from megatron_ee.model.attention import Positions
@@ -139,8 +139,9 @@ class StageRunner:
         rows = [self.rows[work.row] for work in chain.works]
         h, flow = self._enter(chain, rows)
         place, last = chain.start, min(chain.stop, self._final - 1)
+        known: Said | None = None
         for stop in sorted({layer for layer in self._exits if place < layer < last} | ({last} - {place})):
-            h = self._advance(place, stop, h, flow)
+            h, known = self._advance(place, stop, h, flow, self._asked(chain) if stop == last else None)
             exit_ = self._exits.get(stop)
             if exit_ is not None and (stop < chain.stop or chain.sends):
                 if exit_.layer is not None:
@@ -155,7 +156,8 @@ class StageRunner:
             for row in rows:
                 row.drafts = []
             return
-        answers = self._final_head(chain, h, flow) if chain.stop == self._final else self._exit_head(chain, h, flow)
+        head = self._final_head if chain.stop == self._final else self._exit_head
+        answers = head(chain, h, flow, known)
         if answers:
             self._answers.append(answers)
 
@@ -171,10 +173,21 @@ class StageRunner:
         h = parts[0] if len(parts) == 1 else torch.cat(parts)
         return h, self._flow(rows, counts, [work.stop for work in chain.works])
 
-    def _advance(self, place: int, stop: int, h: Tensor, flow: Flow) -> Tensor:
-        """From the tap at one place to the tap at the next."""
+    def _asked(self, chain: Chain) -> int | None:
+        """Place of the head that one row asks about one token, with its whole vocabulary; None for another question."""
+        work, exit_ = chain.works[0], self._exits.get(chain.stop)
+        if len(chain.works) > 1 or work.ask is None or work.ask.tokens > 1 or _drafts(exit_, [work.ask]):
+            return None
+        return chain.stop
+
+    def _advance(self, place: int, stop: int, h: Tensor, flow: Flow, asked: int | None) -> tuple[Tensor, Said | None]:
+        """From the tap at one place to the tap at the next, with what the head there says of it if that is known too.
+
+        Args:
+            asked: see ``CompiledStage.run``.
+        """
         if self.compiled is not None and len(flow.rows) == 1:
-            done = self.compiled.run(place, stop, h, flow.positions, flow.rows[0].caches, flow.masks)
+            done = self.compiled.run(place, stop, asked, h, flow.positions, flow.rows[0].caches, flow.masks)
             if done is not None:
                 return done
         h = self._leave_exit(place, h)
@@ -182,7 +195,7 @@ class StageRunner:
             h = self._layers[number].attention_half(h, flow.positions, flow.caches(number))
             if number < stop or not self._halves(stop):
                 h = self._layers[number].mlp_half(h)
-        return h
+        return h, None
 
     def _halves(self, place: int) -> bool:
         """Whether rows wait there between a layer's halves, where an ``mlp`` exit reads."""
@@ -204,15 +217,16 @@ class StageRunner:
             counts.append(sum(map(len, mine)))
         return torch.cat(parts), self._flow(flow.rows, counts, flow.stops)
 
-    def _exit_head(self, chain: Chain, tap: Tensor, flow: Flow) -> list[Answer]:
-        """Answers of the exit at the end of a chain; then the tokens wait there."""
+    def _exit_head(self, chain: Chain, tap: Tensor, flow: Flow, known: Said | None) -> list[Answer]:
+        """Answers of the exit at the end of a chain, if they are not known; then the tokens wait there."""
         exit_, asking = self._exits.get(chain.stop), [work.ask for work in chain.works if work.ask is not None]
         answers: list[Answer] = []
         if exit_ is not None:
             x = tap if exit_.layer is None else exit_.attention_half(tap, flow.positions, flow.exit_caches(chain.stop))
             if asking:
                 x = _newest(x, chain, flow)
-                known = self._compiled_head(chain.stop, x) if not _drafts(exit_, asking) else None
+                if known is None and not _drafts(exit_, asking):
+                    known = self._compiled_head(chain.stop, x)
                 answers = self._answer(known or (_exit_logits(exit_, exit_.rest(x)[:, 0], asking), None), chain, asking)
         parts = [tap] if len(flow.rows) == 1 else tap.split(flow.counts)
         remaining = iter(answers)
@@ -222,15 +236,15 @@ class StageRunner:
                 row.held.setdefault(chain.stop, []).append(part)
         return answers
 
-    def _final_head(self, chain: Chain, h: Tensor, flow: Flow) -> list[Answer]:
+    def _final_head(self, chain: Chain, h: Tensor, flow: Flow, known: Said | None) -> list[Answer]:
         asking = [work.ask for work in chain.works if work.ask is not None]
         if not asking:
             return []
         x = _newest(h, chain, flow)
-        known = self._compiled_head(self._final, x)
+        known = known or self._compiled_head(self._final, x)
         return self._answer(known or (self.stage.final_logits(self.stage.final_features(x)[:, 0]), None), chain, asking)
 
-    def _compiled_head(self, place: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _compiled_head(self, place: int, x: Tensor) -> Said | None:
         return None if self.compiled is None else self.compiled.head(place, x)
 
     def _answer(self, said: tuple[Tensor, Tensor | None], chain: Chain, asking: Sequence[Ask]) -> list[Answer]:
@@ -258,9 +272,9 @@ class StageRunner:
         return Positions(cos, sin)
 
 
-def _drafts(exit_: Exit, asking: Sequence[Ask]) -> list[bool]:
+def _drafts(exit_: Exit | None, asking: Sequence[Ask]) -> list[bool]:
     """Which rows choose from the exit's candidates alone; empty where none does."""
-    drafts = [exit_.candidates is not None and ask.kind == "draft" for ask in asking]
+    drafts = [exit_ is not None and exit_.candidates is not None and ask.kind == "draft" for ask in asking]
     return drafts if any(drafts) else []
 
 

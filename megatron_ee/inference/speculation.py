@@ -24,7 +24,7 @@ MEMORY = 0.97
 TRIALS = 3
 """Rounds that each choice is given at first."""
 EXPLORE = 48
-"""Rounds after which a choice that is not the best is tried again."""
+"""Rounds after which one of the choices that are not the best is tried again: each in turn."""
 SMOOTH = 0.2
 
 
@@ -137,7 +137,7 @@ class Drafter:
         choices = [*exits, *([0] if may_rest and length is None else [])]
         records = {layer: self._records.setdefault((layer, size), _Record()) for layer in choices}
         new = [layer for layer in choices if records[layer].rounds < TRIALS]
-        stale = [layer for layer in choices if self._rounds - records[layer].last > EXPLORE]
+        stale = [layer for layer in choices if self._rounds - records[layer].last > EXPLORE * (len(choices) - 1)]
         best = max(choices, key=lambda layer: records[layer].rate)
         layer = (new or stale or [best])[0]
         if layer == 0:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee import platform
@@ -83,6 +84,8 @@ class Backbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
         assert self.embedding is not None, "this stage has no embedding"
+        if self.setup.groups.tensor.size() == 1:  # there is nothing to be summed over ranks, which costs more than this
+            return F.embedding(tokens.t(), self.embedding.weight)
         hidden = self.embedding(tokens)
         if self.setup.config.sequence_parallel:
             return hidden

@@ -45,16 +45,21 @@ class Watched:
 
     Attributes:
         seen: place, stop, tokens, whether it took the work.
-        heads: place and tokens.
+        heads: place and tokens, of those that were asked with a segment too.
     """
 
     def __init__(self, stage: CompiledStage) -> None:
         self.stage = stage
         self.seen, self.heads = Counter[tuple[int, int, int, bool]](), Counter[tuple[int, int]]()
+        self.together = 0
 
-    def run(self, place: int, stop: int, h: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-        done = self.stage.run(place, stop, h, *rest)
+    def run(self, place: int, stop: int, asked: int | None, h: torch.Tensor, *rest: Any) -> Any:
+        done = self.stage.run(place, stop, asked, h, *rest)
         self.seen[place, stop, len(h), done is not None] += 1
+        if done is not None and done[1] is not None:
+            assert asked is not None and len(h) == len(done[1][0]) == 1
+            self.heads[asked, 1] += 1
+            self.together += 1
         return done
 
     def head(self, place: int, x: torch.Tensor) -> Any:
@@ -89,6 +94,7 @@ def test_compiled_layers_are_the_eager_ones(stage: Stage, monkeypatch: pytest.Mo
         check_caches(stage, watched)
         check_rows_together(stage, watched)
         check_growth(stage, watched, monkeypatch)
+        assert watched.together > 100
     torch.compiler.reset()
 
 
@@ -170,6 +176,8 @@ def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
 def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import _dynamo
+
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     mlp = stage.backbone.layers["1"].mlp
     if platform.pack(mlp.down.weight) is None:
@@ -184,9 +192,10 @@ def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monk
     for runner in (compiled, eager):
         runner.open(1, 100)
         runner.run(Chain(0, 5, (Work(1, stop, tuple(PROMPTS[0])),)))
-    for tokens in (1, 2, 5, 1):
+    for tokens in (1, 2, 5, 9, 1):
         stop += tokens
-        ours, theirs = (after_two_layers(runner, tokens, stop) for runner in (compiled, eager))
+        with _dynamo.config.patch(error_on_recompile=True):
+            ours, theirs = (after_two_layers(runner, tokens, stop) for runner in (compiled, eager))
         torch.testing.assert_close(ours, theirs, atol=0.03 * float(theirs.abs().max()), rtol=0)
         assert watched.seen[0, 2, tokens, True] > 0
         with torch.inference_mode():
@@ -199,7 +208,7 @@ def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monk
 def after_two_layers(runner: StageRunner, tokens: int, stop: int) -> torch.Tensor:
     """Of new tokens of row 1."""
     h = runner.stage.backbone.embed(torch.arange(tokens, device=platform.device())[None])
-    return runner._advance(0, 2, h, runner._flow([runner.rows[1]], [tokens], [stop]))
+    return runner._advance(0, 2, h, runner._flow([runner.rows[1]], [tokens], [stop]), None)[0]
 
 
 def test_room() -> None:
