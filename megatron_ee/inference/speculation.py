@@ -14,8 +14,8 @@ from typing import TypeVar
 
 K = TypeVar("K")
 
-MAX_LENGTH = 8
-"""Longest draft that is chosen: a pass over more tokens no longer costs about as much as one over a single one."""
+MAX_LENGTH = 16
+"""Longest draft that is chosen. Text that repeats itself has drafts stand that long; elsewhere none is."""
 BINS = 10
 PRIOR = 4.0
 """Observations that the prior counts for: that a proposal stands as often as its exit is sure of it."""

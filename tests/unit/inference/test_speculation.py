@@ -169,7 +169,7 @@ def test_no_choice_is_given_up_for_good(agrees: dict[int, float]) -> None:
     assert Counter(plan.exit for plan in plans[: 3 * TRIALS]) == {4: TRIALS, 8: TRIALS, 0: TRIALS}
     for layer in (0, *EXITS):
         tried = [number for number, plan in enumerate(plans) if plan.exit == layer]
-        assert max(b - a for a, b in zip(tried, [*tried[1:], len(plans)], strict=True)) <= EXPLORE + 3
+        assert max(b - a for a, b in zip(tried, [*tried[1:], len(plans)], strict=True)) <= (len(agrees) * EXPLORE) + 3
 
 
 def test_a_fixed_exit_may_not_rest() -> None:
