@@ -84,7 +84,8 @@ class Backbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
         assert self.embedding is not None, "this stage has no embedding"
-        if self.setup.groups.tensor.size() == 1:  # there is nothing to be summed over ranks, which costs more than this
+        if torch.is_inference_mode_enabled() and self.setup.groups.tensor.size() == 1:
+            # A token of its own waits longer for megatron-core's sum over ranks than for all of this.
             return F.embedding(tokens.t(), self.embedding.weight)
         hidden = self.embedding(tokens)
         if self.setup.config.sequence_parallel:
