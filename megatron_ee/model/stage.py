@@ -82,14 +82,16 @@ class Stage(nn.Module):
         for module in self.modules():
             if not isinstance(module, (ColumnLinear, RowLinear, VocabHead)):
                 continue
-            weight, packed = module.weight, platform.pack(module.weight)
+            weight = module.weight
+            embeds = self.backbone.embedding is not None and weight is self.backbone.embedding.weight
+            if not keep and (embeds or (self._reads_single(module) and platform.takes_plain(1, weight.nbytes))):
+                continue
+            packed = platform.pack(weight)
             if packed is None:
                 continue
-            embeds = self.backbone.embedding is not None and weight is self.backbone.embedding.weight
-            both = platform.takes_plain(1, weight.nbytes)
-            if both and keep:
+            if keep and platform.takes_plain(1, weight.nbytes):
                 module.packed = packed
-            elif keep or (not embeds and not (both and self._reads_single(module))):
+            else:
                 module.weight = nn.Parameter(packed, requires_grad=False)
                 module.packed = module.weight
 
