@@ -1,4 +1,4 @@
-"""Device, dtype and communication backend: the only module that knows CPU from GPU.
+"""Device, dtype and communication backend: what differs between CPU and GPU (with ``model.kernels``).
 
 megatron-core is written for CUDA. Where no accelerator is present, a small stand-in lets its unchanged code run on
 the CPU with gloo: ``stand_in`` replaces a few ``torch.cuda`` functions for as long as it is open, which costs nothing
@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import mmap
 import os
 import resource
 import sys
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from megatron_ee.errors import UserError
@@ -96,147 +93,6 @@ def free_memory(processes: int = 1) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available) // processes
-
-
-ONE_BY_ONE = 3 * 2**19
-"""Bytes that a CPU reads while oneDNN begins a product of bfloat16 whose weight it has to reorder first."""
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor | None:
-    """A linear's weight ``[out, in]`` as ``product`` multiplies it fastest; None where it is best left as it is.
-
-    On a CPU, oneDNN otherwise reorders a bfloat16 weight at every product. Measured on two cores, weights of 2 to 11
-    MB, a whole layer: 1.3 times as fast with one row, 1.5 times with four.
-    """
-    if not weight.is_cpu or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return None
-    if os.uname().machine != "x86_64" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None  # other processors have another library behind oneDNN, which nobody has tried here
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-    return packed
-
-
-@functools.cache
-def packed_reads_faster() -> bool:
-    """Whether one row is multiplied with a packed weight as fast as torch itself does it with the plain one, or faster.
-
-    Processors differ, by a factor of two either way; this one is asked once, with a weight of 64 MB, in 0.1 s. Where
-    others load its memory the two come out alike: it has to be the plain one's clear advantage.
-    """
-    weight = torch.ones(4096, 8192, dtype=torch.bfloat16)
-    row, packed = weight[:1], pack(weight)
-    if packed is None:
-        return False
-    plain_seconds, packed_seconds = [], []
-    for _ in range(16):  # in turns, so that both see the same machine
-        plain_seconds.append(_seconds(lambda: _own_product(row, weight, None)))
-        packed_seconds.append(_seconds(lambda: _onednn_product(row, packed, None)))
-    return min(packed_seconds) < 1.2 * min(plain_seconds)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def takes_plain(rows: int, nbytes: int) -> bool:
-    """Whether so many rows are multiplied faster with a plain bfloat16 weight of so many bytes than with a packed one.
-
-    torch's own product begins at once, but reads the weight once for each row. oneDNN reads it once, and begins later,
-    by the time in which so many bytes are read.
-    """
-    return (rows - 0.5) * nbytes < 360_000 if packed_reads_faster() else (rows - 1) * nbytes < ONE_BY_ONE
-
-
-def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``x weight^T + bias``: ``[rows, in]`` -> ``[rows, out]``.
-
-    Args:
-        weight: as it is, or ``packed`` where there is no other.
-        packed: from ``pack``; None where it is not packed.
-    """
-    both = packed is not weight
-    if torch.compiler.is_compiling():
-        # The plain one is for single rows; what is compiled for more holds for any number.
-        if packed is None or (both and len(x) == 1):
-            return F.linear(x, weight, bias)
-        known: torch.Tensor = torch.ops.megatron_ee.packed_product(x, packed, bias, len(weight))
-        return known
-    if packed is None:
-        few = weight.is_cpu and weight.dtype == torch.bfloat16 and (len(x) - 1) * weight.nbytes < ONE_BY_ONE
-        return _own_product(x, weight, bias) if few else F.linear(x, weight, bias)
-    if both and takes_plain(len(x), weight.nbytes):
-        return _own_product(x, weight, bias)
-    return _packed_product(x, packed, bias)
-
-
-def _own_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    before = torch._C._get_mkldnn_enabled()  # as in own_products, which as a context takes longer than this all
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        return F.linear(x, weight, bias)
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-
-
-def _packed_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if len(x) > 2 or packed_reads_faster():
-        return _onednn_product(x, packed, bias)
-    # On other processors one or two rows take longer than four.
-    return _onednn_product(F.pad(x, (0, 0, 0, 4 - len(x))), packed, bias)[: len(x)].clone()
-
-
-def _onednn_product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return result
-
-
-# The compiler cannot look into packed weights: to it this is one operation. It takes their shape for one that changes,
-# so that their number of rows is given once more.
-torch.library.define("megatron_ee::packed_product", "(Tensor x, Tensor packed, Tensor? bias, int out) -> Tensor")
-torch.library.impl("megatron_ee::packed_product", "default", lambda *given: _packed_product(*given[:3]))
-torch.library.register_fake("megatron_ee::packed_product", lambda x, packed, bias, out: x.new_empty(x.shape[0], out))
-
-
-def compiles(tokens: int, weight: torch.Tensor, packed: torch.Tensor | None) -> bool:
-    """Whether compiled code is the fastest for so many tokens; ``weight`` and ``packed`` as in ``product``.
-
-    On a CPU it multiplies bfloat16 that is not packed row by row, see ``ONE_BY_ONE``; what it spares elsewhere is worth
-    twice as much.
-    """
-    if packed is not None or not weight.is_cpu or weight.dtype != torch.bfloat16:
-        return True
-    return (tokens - 1) * weight.nbytes < 2 * ONE_BY_ONE
-
-
-@contextlib.contextmanager
-def own_products() -> Iterator[None]:
-    """Let the products of compiled code with one row be torch's own, not oneDNN's, as ``product`` has them."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-
-
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Attention of one token to all that is kept of its row.
-
-    Args:
-        query: ``[1, kv_heads, queries per key-value head, head_dim]``.
-        keys: ``[1, kv_heads, kept, head_dim]``; ``values`` too.
-
-    Returns:
-        As ``query``.
-    """
-    if query.is_cpu and query.dtype == torch.bfloat16 and query.shape[2] == 1:
-        # A single query takes 1.5 to 1.8 times as long as two (measured with 16 to 32 heads over 100 to 2000 keys).
-        return F.scaled_dot_product_attention(query.expand(-1, -1, 2, -1), keys, values)[:, :, :1]
-    return F.scaled_dot_product_attention(query, keys, values)
 
 
 def cached_bytes() -> int:

@@ -28,6 +28,7 @@ from megatron_ee.inference.loading import load_stage, open_released, pack_stage
 from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
+from megatron_ee.model import kernels
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.balance import even_layout
@@ -144,15 +145,15 @@ class Decoding:
     def matvec_rate(self) -> float:
         """Bytes of a large matrix per second that a bare product with one vector reads now, in the model's dtype.
 
-        The fastest product that this machine has, see ``platform.product``.
+        The fastest product that this machine has, see ``kernels.product``.
         """
         if "matrix" not in self._peers:
             rows = MATVEC_BYTES // (4096 * self._stage.setup.dtype.itemsize)
             matrix = torch.randn(rows, 4096, device=platform.device()).to(self._stage.setup.dtype)
-            self._peers["matrix"] = matrix, platform.pack(matrix)
+            self._peers["matrix"] = matrix, kernels.pack(matrix)
         matrix, packed = self._peers["matrix"]
         vector = torch.randn(1, 4096, device=platform.device()).to(matrix.dtype)
-        times = [seconds(lambda: platform.product(vector, matrix, packed=packed)) for _ in range(5)]
+        times = [seconds(lambda: kernels.product(vector, matrix, packed=packed)) for _ in range(5)]
         return MATVEC_BYTES / statistics.median(times)
 
     def ours(self, prompts: Sequence[Sequence[int]], tokens: int, **options: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megatron_ee import platform
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
+from megatron_ee.model import kernels
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exits import Exit
@@ -109,7 +110,10 @@ class _Room:
         stop = self.start + query.shape[0]
         self.keys[0, :, self.start : stop] = key.transpose(0, 1)
         self.values[0, :, self.start : stop] = value.transpose(0, 1)
-        return attend_together(query, self.keys[:, :, :stop], self.values[:, :, :stop], self.mask)
+        keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
+        if len(query) == 1:
+            return kernels.attend(query, keys, values).reshape(1, -1)
+        return attend_together(query, keys, values, self.mask)
 
 
 class CompiledStage:
@@ -193,9 +197,9 @@ class CompiledStage:
         if place not in self._heads:
             return None
         head, last = self._heads[place]
-        if not platform.compiles(len(x), last.weight, last.packed):
+        if not kernels.compiles(len(x), last.weight, last.packed):
             return None
-        with platform.own_products():
+        with kernels.own_products():
             return head(x)  # type: ignore[no-any-return]
 
     def run(
@@ -220,7 +224,7 @@ class CompiledStage:
         """
         tokens, parts = len(h), self._segments
         segment = parts.get((place, stop, asked if tokens == 1 else None)) or parts.get((place, stop, None))
-        if segment is None or not platform.compiles(tokens, self._largest.weight, self._largest.packed):
+        if segment is None or not kernels.compiles(tokens, self._largest.weight, self._largest.packed):
             return None
         mine = [caches[number] for number in range(place + 1, stop + 1)]
         rooms = [cache.room(tokens) for cache in mine]
@@ -229,7 +233,7 @@ class CompiledStage:
         start, arch, mask = mine[0].length, self._stage.setup.architecture, None
         if tokens > 1:
             mask = shared_mask(masks, (start, start + tokens, 0, None), h, arch.num_heads // arch.num_kv_heads)
-        with platform.own_products():
+        with kernels.own_products():
             done = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
         for cache in mine:
             cache.length += tokens

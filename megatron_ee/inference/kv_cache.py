@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ee import platform
+from megatron_ee.model import kernels
 from megatron_ee.model.attention import visible_keys
 
 CHUNK = 256
@@ -159,7 +159,7 @@ class PackedCaches:
         if count == 1:
             if window is not None and cache.length - cache.first > window:
                 keys, values = keys[:, :, -window:], values[:, :, -window:]
-            return platform.attend(query, keys, values).reshape(1, -1)
+            return kernels.attend(query, keys, values).reshape(1, -1)
         if start == 0 and (window is None or count <= window):
             # Whole prompts: causal order needs no mask, and none of what it hides is computed.
             heads = query.flatten(1, 2).transpose(0, 1)[None]

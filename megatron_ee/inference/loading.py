@@ -21,6 +21,7 @@ from megatron_ee.inference.assembly import MAX_ROWS, engine_on_ranks, free_memor
 from megatron_ee.inference.compiled import check_compiler, compile_stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.prompts import check_ids, end_of_text
+from megatron_ee.model import kernels
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.balance import even_layout
@@ -179,7 +180,7 @@ def pack_stage(stage: Stage, *, compiled: bool = False) -> None:
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
     keep = weights < PACKED_SHARE * free_memory(stage.setup.groups)
-    if keep or not compiled or platform.packed_reads_faster():
+    if keep or not compiled or kernels.packed_reads_faster():
         stage.pack(keep=keep)
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.model import kernels
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
@@ -41,7 +41,7 @@ class Candidates:
     Attributes:
         local: ``[n]`` int64, rows of this rank's head.
         rows: ``[n, hidden]``, these rows, the trained part of a ``low_rank`` head added.
-        packed: the same from ``platform.pack``.
+        packed: the same from ``kernels.pack``.
         left_out: ``[vocab]`` bool, the tokens that are not among any rank's.
     """
 
@@ -173,7 +173,7 @@ class Exit(nn.Module):
         if self.down is not None and self.up is not None:
             rows = torch.addmm(rows.float(), self.up[local].float(), self.down.float()).to(rows.dtype)
         left_out = torch.ones(self.setup.architecture.vocab_size, dtype=torch.bool, device=ids.device)
-        self.candidates = Candidates(local, rows, platform.pack(rows) if len(rows) else None, left_out)
+        self.candidates = Candidates(local, rows, kernels.pack(rows) if len(rows) else None, left_out)
         left_out[ids] = False
 
     def candidate_logits(self, z: Tensor) -> Tensor:

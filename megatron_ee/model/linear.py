@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee import platform
+from megatron_ee.model import kernels
 
 with platform.quiet_imports():
     from megatron.core.tensor_parallel import (
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``, ``[..., in]`` -> ``[..., out]``, as one product of matrices; see ``platform.product``.
+    """``x weight^T + bias``, ``[..., in]`` -> ``[..., out]``, as one product of matrices; see ``kernels.product``.
 
     A batch of one may have given ``[seq, 1, in]`` strides over which ``F.linear`` would go token by token.
     """
-    result = platform.product(x.flatten(0, -2), weight, bias, packed)
+    result = kernels.product(x.flatten(0, -2), weight, bias, packed)
     return result.view(*x.shape[:-1], result.shape[-1])
 
 

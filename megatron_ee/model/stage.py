@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.model import kernels
 from megatron_ee.model.backbone import Backbone, VocabHead
 from megatron_ee.model.exit_loss import exit_statistics
 from megatron_ee.model.exits import Exit
@@ -84,12 +85,12 @@ class Stage(nn.Module):
                 continue
             weight = module.weight
             embeds = self.backbone.embedding is not None and weight is self.backbone.embedding.weight
-            if not keep and (embeds or (self._reads_single(module) and platform.takes_plain(1, weight.nbytes))):
+            if not keep and (embeds or (self._reads_single(module) and kernels.takes_plain(1, weight.nbytes))):
                 continue
-            packed = platform.pack(weight)
+            packed = kernels.pack(weight)
             if packed is None:
                 continue
-            if keep and platform.takes_plain(1, weight.nbytes):
+            if keep and kernels.takes_plain(1, weight.nbytes):
                 module.packed = packed
             else:
                 module.weight = nn.Parameter(packed, requires_grad=False)

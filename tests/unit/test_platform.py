@@ -166,73 +166,9 @@ def test_host_buffers_are_locked_as_long_as_they_live(monkeypatch: pytest.Monkey
         platform.host_buffer(4096)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 70])
-@pytest.mark.parametrize("form", ["plain", "packed", "both"])
-@pytest.mark.parametrize("plain", [False, True], ids=["oneDNN", "row by row"])
-def test_products(rows: int, form: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "packed_reads_faster", lambda: not plain)
-    monkeypatch.setattr(platform, "takes_plain", lambda *_: plain)
-    monkeypatch.setattr(platform, "ONE_BY_ONE", 2**40 if plain else 0)
-    generator = torch.Generator().manual_seed(rows)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 48), (96, 48), (96,)))
-    x, weight, bias = (tensor.to(platform.device(), torch.bfloat16) for tensor in (x, weight, bias))
-    packed = None if form == "plain" else platform.pack(weight)
-    if form != "plain" and packed is None:
-        pytest.skip("this device has no packed form")
-    expected = x.double() @ weight.double().t()
-    for given, exact in ((None, expected), (bias, expected + bias.double())):
-        first = packed if form == "packed" else weight
-        assert first is not None
-        found = platform.product(x, first, given, packed)
-        assert found.shape == (rows, 96) and found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.double(), exact, atol=0.02, rtol=2**-7)
-    assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()
-
-
-def test_which_form_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    large, small = 8 * 2**20, 2**17
-    monkeypatch.setattr(platform, "packed_reads_faster", lambda: True)
-    assert platform.takes_plain(1, small) and not platform.takes_plain(4, small) and not platform.takes_plain(1, large)
-    monkeypatch.setattr(platform, "packed_reads_faster", lambda: False)
-    assert platform.takes_plain(4, small) and platform.takes_plain(1, large) and not platform.takes_plain(2, large)
-
-
-@pytest.mark.parametrize(("plain", "packed"), [(2.0, 1.0), (1.0, 1.0), (1.0, 2.0)])
-def test_the_processor_is_asked_what_it_reads_faster(
-    plain: float, packed: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if platform.pack(torch.zeros(8, 8, dtype=torch.bfloat16)) is None:
-        pytest.skip("this processor has no packed form")
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    for name, seconds in (("_own_product", plain), ("_onednn_product", packed)):
-        monkeypatch.setattr(platform, name, lambda *_, seconds=seconds: clock.__setitem__(0, clock[0] + seconds))
-    assert platform.packed_reads_faster.__wrapped__() == (packed <= plain)
-
-
-def test_exact_products_are_left_alone() -> None:
-    weight, x = torch.randn(96, 48, device=platform.device()), torch.randn(1, 48, device=platform.device())
-    assert platform.pack(weight) is None
-    assert torch.equal(platform.product(x, weight), torch.nn.functional.linear(x, weight))
-
-
 def test_processes_share_the_memory() -> None:
     whole, part = platform.free_memory(), platform.free_memory(4 * max(1, torch.cuda.device_count()))
     assert 0.2 * whole < part < 0.3 * whole
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shared", [1, 3])
-def test_attention_of_one_token(dtype: str, shared: int) -> None:
-    generator = torch.Generator().manual_seed(shared)
-    sizes = ((1, 4, shared, 16), (1, 4, 50, 16), (1, 4, 50, 16))
-    query, keys, values = (torch.randn(size, generator=generator) for size in sizes)
-    query, keys, values = (each.to(platform.device(), platform.DTYPES[dtype]) for each in (query, keys, values))
-    weights = (query.double() @ keys.double().transpose(-1, -2) / 4).softmax(-1)
-    tolerance = 1e-5 if dtype == "float32" else 0.02
-    found = platform.attend(query, keys, values)
-    assert found.dtype == query.dtype
-    torch.testing.assert_close(found.double(), weights @ values.double(), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("offset", [0, 3])

@@ -22,6 +22,7 @@ from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
+from megatron_ee.model import kernels
 from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
@@ -162,14 +163,15 @@ def check_growth(stage: Stage, watched: Watched, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(platform.has_accelerator(), reason="of products on a CPU")
 def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "packed_reads_faster", lambda: False)
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     small, large = (torch.zeros(size, 1024, dtype=torch.bfloat16) for size in (16, 8192))
-    assert platform.compiles(1, large, None) and not platform.compiles(2, large, None)
-    assert platform.compiles(8, small, None) and platform.compiles(8, large.float(), None)
-    packed = platform.pack(large)
-    assert packed is None or platform.compiles(8, large, packed)
+    assert kernels.compiles(1, large, None) and not kernels.compiles(2, large, None)
+    assert kernels.compiles(8, small, None) and kernels.compiles(8, large.float(), None)
+    assert kernels.compiles(8, large, large)  # packed
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    assert kernels.compiles(15, large, None) and not kernels.compiles(16, large, None)
     before = torch._C._get_mkldnn_enabled()
-    with platform.own_products():
+    with kernels.own_products():
         assert not torch._C._get_mkldnn_enabled()
     assert torch._C._get_mkldnn_enabled() == before
 
@@ -180,10 +182,10 @@ def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monk
 
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     mlp = stage.backbone.layers["1"].mlp
-    if platform.pack(mlp.down.weight) is None:
+    if kernels.pack(mlp.down.weight) is None:
         pytest.skip("this processor has no packed form")
     # Some are kept in both forms, and some packed alone.
-    monkeypatch.setattr(platform, "takes_plain", lambda rows, nbytes: rows == 1 and nbytes < mlp.gate_up.weight.nbytes)
+    monkeypatch.setattr(kernels, "takes_plain", lambda rows, nbytes: rows == 1 and nbytes < mlp.gate_up.weight.nbytes)
     stage.pack(keep=True)
     assert mlp.gate_up.weight.is_mkldnn and not mlp.down.weight.is_mkldnn
     watched = Watched(compile_stage(stage))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.model import kernels
 from megatron_ee.model.stage import Stage
 from megatron_ee.testing.models import FAMILIES
 
@@ -128,9 +129,9 @@ def test_packed_weights_say_the_same(
     plain, packed = (load_stage(saved_model(family)[0], exits, dtype=torch.bfloat16) for _ in range(2))
     for exit_ in (*plain.exits, *packed.exits):
         exit_.restrict(torch.tensor([3, 4, 40, 99], device=platform.device()))
-    monkeypatch.setattr(platform, "takes_plain", lambda rows, _: plain_first and rows == 1)
+    monkeypatch.setattr(kernels, "takes_plain", lambda rows, _: plain_first and rows == 1)
     packed.pack(keep=keep)
-    if platform.pack(plain.backbone.layers["1"].mlp.down.weight) is None:
+    if kernels.pack(plain.backbone.layers["1"].mlp.down.weight) is None:
         assert all(map(torch.equal, plain.parameters(), packed.parameters()))
         return
     linear = packed.backbone.layers["1"].mlp.down

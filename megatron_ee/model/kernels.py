@@ -1,0 +1,191 @@
+"""Products and attention of a few tokens, by the fastest way that torch has for them on this processor.
+
+On an accelerator, and in float32, that is what torch itself takes. In bfloat16 CPUs are of two kinds. For those with
+instructions of that type, oneDNN multiplies several rows while it reads a weight once, which it first reorders at every
+product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row, so that many
+rows are multiplied faster in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ONE_BY_ONE = 3 * 2**19
+"""Bytes that a CPU reads while oneDNN begins a product of bfloat16 whose weight it has to reorder first."""
+BEGIN = 360_000
+"""Bytes that a CPU reads while oneDNN begins a product with a packed weight, where it reads those faster."""
+WIDENED_ROWS = 16
+"""Rows from which on a CPU without instructions of bfloat16 multiplies faster in float32 (measured with AVX2)."""
+WIDENED_BYTES = 4 * 2**20
+"""Bytes of a weight that are made float32 at a time."""
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """A linear's weight ``[out, in]`` as ``product`` multiplies it fastest; None where it is best left as it is.
+
+    Measured on two cores, weights of 2 to 11 MB, a whole layer: 1.3 times as fast with one row, 1.5 times with four.
+    """
+    if not (_reordered(weight) and multiplies_bfloat16()) or os.uname().machine != "x86_64":
+        return None  # other processors have another library behind oneDNN, which nobody has tried here
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return packed
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 that oneDNN uses."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _reordered(weight: Tensor) -> bool:
+    """Whether a product with a plain weight is one of those that begin late, or go row by row."""
+    return weight.is_cpu and weight.dtype == torch.bfloat16
+
+
+@functools.cache
+def packed_reads_faster() -> bool:
+    """Whether one row is multiplied with a packed weight as fast as torch itself does it with the plain one, or faster.
+
+    Processors differ, by a factor of two either way; this one is asked once, with a weight of 64 MB, in 0.1 s. Where
+    others load its memory the two come out alike: it has to be the plain one's clear advantage.
+    """
+    weight = torch.ones(4096, 8192, dtype=torch.bfloat16)
+    row, packed = weight[:1], pack(weight)
+    if packed is None:
+        return False
+    plain_seconds, packed_seconds = [], []
+    for _ in range(16):  # in turns, so that both see the same machine
+        plain_seconds.append(_seconds(lambda: _own_product(row, weight, None)))
+        packed_seconds.append(_seconds(lambda: _onednn_product(row, packed, None)))
+    return min(packed_seconds) < 1.2 * min(plain_seconds)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def takes_plain(rows: int, nbytes: int) -> bool:
+    """Whether so many rows are multiplied faster with a plain bfloat16 weight of so many bytes than with a packed one.
+
+    torch's own product begins at once, but reads the weight once for each row. oneDNN reads it once, and begins later.
+    """
+    return (rows - 0.5) * nbytes < BEGIN if packed_reads_faster() else (rows - 1) * nbytes < ONE_BY_ONE
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``: ``[rows, in]`` -> ``[rows, out]``.
+
+    Args:
+        weight: as it is, or ``packed`` where there is no other.
+        packed: from ``pack``; None where it is not packed.
+    """
+    both = packed is not weight
+    if torch.compiler.is_compiling():
+        # The plain one is for single rows; what is compiled for more holds for any number.
+        if packed is None or (both and len(x) == 1):
+            return F.linear(x, weight, bias)
+        known: Tensor = torch.ops.megatron_ee.packed_product(x, packed, bias, len(weight))
+        return known
+    if packed is not None:
+        plain = both and takes_plain(len(x), weight.nbytes)
+        return _own_product(x, weight, bias) if plain else _packed_product(x, packed, bias)
+    if not _reordered(weight):
+        return F.linear(x, weight, bias)
+    if multiplies_bfloat16():
+        few = (len(x) - 1) * weight.nbytes < ONE_BY_ONE
+        return _own_product(x, weight, bias) if few else F.linear(x, weight, bias)
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return F.linear(x, weight, bias) if learns or len(x) < WIDENED_ROWS else _widened_product(x, weight, bias)
+
+
+def _own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    before = torch._C._get_mkldnn_enabled()  # as in own_products, which as a context takes longer than this all
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    if len(x) > 2 or packed_reads_faster():
+        return _onednn_product(x, packed, bias)
+    # On other processors one or two rows take longer than four.
+    return _onednn_product(F.pad(x, (0, 0, 0, 4 - len(x))), packed, bias)[: len(x)].clone()
+
+
+def _onednn_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return result
+
+
+def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32, rounded at the end; a part of the weight at a time, that the caches hold it."""
+    wide, result = x.float(), x.new_empty(len(x), len(weight))
+    at_once = max(1, WIDENED_BYTES // (4 * weight.shape[1]))
+    room = wide.new_empty(min(at_once, len(weight)), weight.shape[1])
+    for start in range(0, len(weight), at_once):
+        part = weight[start : start + at_once]
+        some = None if bias is None else bias[start : start + at_once].float()
+        result[:, start : start + at_once] = F.linear(wide, room[: len(part)].copy_(part), some)
+    return result
+
+
+# The compiler cannot look into packed weights: to it this is one operation. It takes their shape for one that changes,
+# so that their number of rows is given once more.
+torch.library.define("megatron_ee::packed_product", "(Tensor x, Tensor packed, Tensor? bias, int out) -> Tensor")
+torch.library.impl("megatron_ee::packed_product", "default", lambda *given: _packed_product(*given[:3]))
+torch.library.register_fake("megatron_ee::packed_product", lambda x, packed, bias, out: x.new_empty(x.shape[0], out))
+
+
+def compiles(tokens: int, weight: Tensor, packed: Tensor | None) -> bool:
+    """Whether compiled code is the fastest for so many tokens; ``weight`` and ``packed`` as in ``product``.
+
+    On a CPU it multiplies bfloat16 that is not packed row by row; what it spares elsewhere is worth twice as much as
+    ``ONE_BY_ONE``.
+    """
+    if packed is not None or not _reordered(weight):
+        return True
+    if not multiplies_bfloat16():
+        return tokens < WIDENED_ROWS
+    return (tokens - 1) * weight.nbytes < 2 * ONE_BY_ONE
+
+
+@contextlib.contextmanager
+def own_products() -> Iterator[None]:
+    """Let the products of compiled code with one row be torch's own, not oneDNN's, as ``product`` has them."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of one token to all that is kept of its row.
+
+    Args:
+        query: ``[1, kv_heads, queries per key-value head, head_dim]``.
+        keys: ``[1, kv_heads, kept, head_dim]``; ``values`` too.
+
+    Returns:
+        As ``query``.
+    """
+    if not (query.is_cpu and query.dtype == torch.bfloat16 and query.shape[2] == 1):
+        return F.scaled_dot_product_attention(query, keys, values)
+    if torch.compiler.is_compiling():
+        # Fused, as sums of products in float32: 2 to 5 times as fast as torch's kernel with 100 to 4000 keys.
+        scores = (query.float() * keys.float()).sum(-1, keepdim=True) * query.shape[-1] ** -0.5
+        return (scores.softmax(-2) * values.float()).sum(-2, keepdim=True).to(query.dtype)
+    # A single query takes 1.5 to 1.8 times as long as two (measured with 16 to 32 heads over 100 to 2000 keys).
+    return F.scaled_dot_product_attention(query.expand(-1, -1, 2, -1), keys, values)[:, :, :1]

@@ -1,0 +1,96 @@
+"""Products and attention of a few tokens: whatever way a processor takes, they say the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ee import platform
+from megatron_ee.model import kernels
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 70])
+@pytest.mark.parametrize("form", ["plain", "packed", "both"])
+@pytest.mark.parametrize("plain", [False, True], ids=["oneDNN", "row by row"])
+def test_products(rows: int, form: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "packed_reads_faster", lambda: not plain)
+    monkeypatch.setattr(kernels, "takes_plain", lambda *_: plain)
+    monkeypatch.setattr(kernels, "ONE_BY_ONE", 2**40 if plain else 0)
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 48), (96, 48), (96,)))
+    x, weight, bias = (tensor.to(platform.device(), torch.bfloat16) for tensor in (x, weight, bias))
+    packed = None if form == "plain" else kernels.pack(weight)
+    if form != "plain" and packed is None:
+        pytest.skip("this device has no packed form")
+    expected = x.double() @ weight.double().t()
+    for given, exact in ((None, expected), (bias, expected + bias.double())):
+        first = packed if form == "packed" else weight
+        assert first is not None
+        found = kernels.product(x, first, given, packed)
+        assert found.shape == (rows, 96) and found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, atol=0.02, rtol=2**-7)
+    assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 70])
+def test_products_without_instructions_of_bfloat16(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows are multiplied in float32, some of the weight's rows at a time, the last ones fewer."""
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "WIDENED_BYTES", 40 * 4 * 48)
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 48), (96, 48), (96,)))
+    x, weight, bias = (tensor.to(platform.device(), torch.bfloat16) for tensor in (x, weight, bias))
+    expected = x.double() @ weight.double().t()
+    for given, exact in ((None, expected), (bias, expected + bias.double())):
+        found = kernels.product(x, weight, given)
+        torch.testing.assert_close(found.double(), exact, atol=1e-5 if rows >= 16 else 0.02, rtol=2**-7)
+    for learnt in (x, weight):
+        learnt.requires_grad_()
+        kernels.product(x, weight, bias).sum().backward()
+        assert learnt.grad is not None and learnt.grad.any()
+
+
+def test_which_form_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = 8 * 2**20, 2**17
+    monkeypatch.setattr(kernels, "packed_reads_faster", lambda: True)
+    assert kernels.takes_plain(1, small) and not kernels.takes_plain(4, small) and not kernels.takes_plain(1, large)
+    monkeypatch.setattr(kernels, "packed_reads_faster", lambda: False)
+    assert kernels.takes_plain(4, small) and kernels.takes_plain(1, large) and not kernels.takes_plain(2, large)
+
+
+@pytest.mark.parametrize(("plain", "packed"), [(2.0, 1.0), (1.0, 1.0), (1.0, 2.0)])
+def test_the_processor_is_asked_what_it_reads_faster(
+    plain: float, packed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels.pack(torch.zeros(8, 8, dtype=torch.bfloat16)) is None:
+        pytest.skip("this processor has no packed form")
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    for name, seconds in (("_own_product", plain), ("_onednn_product", packed)):
+        monkeypatch.setattr(kernels, name, lambda *_, seconds=seconds: clock.__setitem__(0, clock[0] + seconds))
+    assert kernels.packed_reads_faster.__wrapped__() == (packed <= plain)
+
+
+def test_exact_products_are_left_alone() -> None:
+    weight, x = torch.randn(96, 48, device=platform.device()), torch.randn(1, 48, device=platform.device())
+    assert kernels.pack(weight) is None
+    assert torch.equal(kernels.product(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_attention_of_one_token(dtype: str, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(shared)
+    sizes = ((1, 4, shared, 16), (1, 4, 50, 16), (1, 4, 50, 16))
+    query, keys, values = (torch.randn(size, generator=generator) for size in sizes)
+    query, keys, values = (each.to(platform.device(), platform.DTYPES[dtype]) for each in (query, keys, values))
+    weights = (query.double() @ keys.double().transpose(-1, -2) / 4).softmax(-1)
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    expected = weights @ values.double()
+    found = kernels.attend(query, keys, values)
+    assert found.dtype == query.dtype and found.shape == query.shape
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as the compiler is given it
+    found = kernels.attend(query, keys, values)
+    assert found.dtype == query.dtype and found.shape == query.shape
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
