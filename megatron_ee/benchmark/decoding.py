@@ -6,15 +6,15 @@ import contextlib
 import os
 import statistics
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_ee import platform
+from megatron_ee.benchmark.chains import Recorder, TracePolicy, seconds_alone
 from megatron_ee.benchmark.machine import SEED, seconds
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_backbone
@@ -25,18 +25,17 @@ from megatron_ee.inference.compiled import CompiledStage, compile_stage
 from megatron_ee.inference.core import PASS_TOKENS
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import load_stage, open_released, pack_stage
-from megatron_ee.inference.passes import Chain, StageRunner, Work
+from megatron_ee.inference.passes import StageRunner
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.model import kernels
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import Stage
+from megatron_ee.model.stage import LINEARS, Stage
 from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import process_groups
 
 MEMORY = 2 * 2**30  # bytes of keys and values
 MATVEC_BYTES = 256 * 2**20  # of a matrix that no cache holds
-LEAVES, STAYS = 1e-6, 2.0
 
 
 @contextlib.contextmanager
@@ -70,38 +69,6 @@ def _random_exits(directory: str, layers: Sequence[int], dtype: str, groups: Any
         initialise_exit(exit_, model, SEED)
     pack_stage(stage, compiled=compiled)
     return stage
-
-
-class TracePolicy(ExitPolicy):
-    """Leaves where a trace says so, whatever the exits say: by token, the layer that emits it."""
-
-    def __init__(self, layers: Sequence[int], exits: Sequence[int]) -> None:
-        super().__init__(max_deferred=8)
-        decisions = deque(LEAVES if layer == exit_ else STAYS for layer in layers for exit_ in exits if exit_ <= layer)
-        object.__setattr__(self, "_decisions", decisions)
-
-    def at(self, layer: int) -> float:
-        """The next decision; exits are asked in order."""
-        return self._decisions.popleft() if self._decisions else STAYS  # type: ignore[attr-defined, no-any-return]
-
-
-@dataclass
-class _Recorder:
-    """A runner that notes which chains ran, with the tokens that each started with."""
-
-    runner: StageRunner
-    seen: Counter[tuple[int, int, bool, int]] = field(default_factory=Counter)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.runner, name)
-
-    def run(self, chain: Chain) -> None:
-        tokens = sum(len(work.tokens) for work in chain.works)
-        if chain.start > 0:
-            tokens = sum(len(tap) for work in chain.works for tap in self.runner.rows[work.row].held[chain.start])
-        asked = any(work.ask is not None for work in chain.works)
-        self.seen[chain.start, chain.stop, asked, tokens] += 1
-        self.runner.run(chain)
 
 
 class Decoding:
@@ -155,6 +122,24 @@ class Decoding:
         vector = torch.randn(1, 4096, device=platform.device()).to(matrix.dtype)
         times = [seconds(lambda: kernels.product(vector, matrix, packed=packed)) for _ in range(5)]
         return MATVEC_BYTES / statistics.median(times)
+
+    def products_seconds(self) -> float:
+        """Seconds that the products of one token in full mode take now, one after another with nothing between."""
+        backbone = self._stage.backbone
+        assert backbone.head is not None
+        modules = (*backbone.layers.modules(), backbone.head)
+        linears = [module for module in modules if isinstance(module, LINEARS)]
+        vectors = {
+            size: torch.randn(1, size, device=platform.device()).to(self._stage.setup.dtype)
+            for size in {linear.weight.shape[1] for linear in linears}
+        }
+
+        @torch.inference_mode()
+        def run() -> None:
+            for linear in linears:
+                kernels.product(vectors[linear.weight.shape[1]], linear.weight, packed=linear.packed)
+
+        return statistics.median(seconds(run) for _ in range(3))
 
     def ours(self, prompts: Sequence[Sequence[int]], tokens: int, **options: Any) -> dict[str, Any]:
         """One batch through the engine; options of ``Request``. Times in seconds, ``decode`` without the prompts."""
@@ -239,38 +224,17 @@ class Decoding:
         Returns:
             ``seconds`` of decoding, ``chains`` (the sum over chains of each one's time alone), ``count`` of chains.
         """
-        recorder = _Recorder(self._engine._core.links[0])  # type: ignore[arg-type, union-attr]
+        recorder = Recorder(self._engine._core.links[0])  # type: ignore[arg-type, union-attr]
         self._engine._core.links = [recorder]  # type: ignore[misc, union-attr, list-item]
         try:
             done = self.mixed([prompt], len(trace), [trace])
         finally:
             self._engine._core.links = [recorder.runner]  # type: ignore[misc, union-attr]
         chains = Counter({key: count for key, count in recorder.seen.items() if key[3] < len(prompt)})
-        middle = len(prompt) + len(trace) // 2
-        alone = sum(count * self._alone(middle, *key) for key, count in chains.items())
-        return {"seconds": done["decode"], "chains": alone, "count": chains.total()}
-
-    def _alone(self, length: int, start: int, stop: int, asked: bool, tokens: int) -> float:
-        """Median seconds of one chain, on a row of ``length`` positions."""
-        from megatron_ee.inference.heads import Ask
-
         runner = StageRunner(self._stage, SLACK, PASS_TOKENS, compiled=self._compiled)
-        final, limit = self._stage.setup.architecture.num_layers + 1, length + 64
-        runner.open(1, limit)
-        runner.run(Chain(0, final, (Work(1, length, (1,) * length),)))
-        shape = (tokens, 1, self._stage.setup.architecture.hidden_size)
-        ask = Ask("emit" if stop == final else "leave", length, threshold=STAYS) if asked else None
-        work = Work(1, length + tokens, (1,) * tokens if start == 0 else (), ask)
-        times = []
-        for _ in range(7):
-            row = runner.rows[1]
-            row.held.clear()
-            row.crop(length)
-            if start > 0:
-                row.held[start] = [torch.randn(shape, device=platform.device()).to(self._stage.setup.dtype)]
-            times.append(seconds(lambda: runner.run(Chain(start, stop, (work,)))))
-            runner._answers.clear()
-        return statistics.median(times)
+        alone = seconds_alone(runner, len(prompt) + len(trace) // 2, list(chains))
+        total = sum(count * alone[key] for key, count in chains.items())
+        return {"seconds": done["decode"], "chains": total, "count": chains.total()}
 
     def _run(self, requests: Sequence[Request]) -> dict[str, Any]:
         started = time.perf_counter()

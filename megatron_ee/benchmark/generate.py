@@ -32,6 +32,7 @@ class FullMode:
         ratio: ours over theirs.
         bandwidth_share: bytes of weights that ours reads per second while decoding, as a share of what a bare
             matrix-vector product reads; at batch 1 only.
+        products_share: time that the model's own products take one after another, as a share of decoding; likewise.
         same: whether both said the same (in bfloat16 they need not).
     """
 
@@ -40,6 +41,7 @@ class FullMode:
     transformers: float
     ratio: float
     bandwidth_share: float | None
+    products_share: float | None
     same: bool
 
 
@@ -200,20 +202,22 @@ def _depth(directory: str) -> int:
 def _full(worker: Worker, load: Load, batches: Sequence[int], result: GenerateBenchmark) -> None:
     for batch in batches:
         prompts = worker.call("prompts", load.texts, batch, load.prompt_tokens)
-        ours, theirs, rates, decode = [], [], [], []
+        ours, theirs, rates, products, decode = [], [], [], [], []
         for number in range(1 + load.repeats):  # the first is not measured: it loads and warms
             mine = worker.call("full", prompts, load.tokens)
             peer = worker.call("transformers", prompts, load.tokens)
-            rate = worker.call("matvec_rate")
+            rate, bare = worker.call("matvec_rate"), worker.call("products_seconds")
             if number > 0:
                 ours.append(mine["seconds"])
                 theirs.append(peer["seconds"])
                 rates.append(rate)
+                products.append(bare)
                 decode.append(mine["decode"])
-        share = None
+        share = products_share = None
         if batch == 1:
-            read = result.model["bytes_per_token"] * (load.tokens - 1)
-            share = read / statistics.median(decode) / statistics.median(rates)
+            token = statistics.median(decode) / (load.tokens - 1)
+            share = result.model["bytes_per_token"] / token / statistics.median(rates)
+            products_share = statistics.median(products) / token
         count, mine_seconds, peer_seconds = batch * load.tokens, statistics.median(ours), statistics.median(theirs)
         result.full.append(
             FullMode(
@@ -222,6 +226,7 @@ def _full(worker: Worker, load: Load, batches: Sequence[int], result: GenerateBe
                 count / peer_seconds,
                 peer_seconds / mine_seconds,
                 share,
+                products_share,
                 mine["ids"] == peer["ids"],
             )
         )

@@ -23,13 +23,13 @@ def print_generate(result: GenerateBenchmark, console: Console) -> None:
     if result.full:
         table = make_table(
             "Full mode against transformers' generate",
-            ("batch", "speed", "tokens/s", "", "share of a bare", "same"),
-            ("", "/ theirs", "ours", "theirs", "product's bandwidth", "output"),
+            ("batch", "speed", "tokens/s", "", "share of a bare", "share of its", "same"),
+            ("", "/ theirs", "ours", "theirs", "product's bandwidth", "own products", "output"),
         )
         for full in result.full:
-            share = "-" if full.bandwidth_share is None else f"{full.bandwidth_share:.2f}"
+            shares = ("-" if share is None else f"{share:.2f}" for share in (full.bandwidth_share, full.products_share))
             speeds = (f"{full.ratio:.2f}x", f"{full.ours:,.1f}", f"{full.transformers:,.1f}")
-            table.add_row(str(full.batch), *speeds, share, "yes" if full.same else "no")
+            table.add_row(str(full.batch), *speeds, *shares, "yes" if full.same else "no")
         console.print(table)
     if result.speculative:
         table = make_table(

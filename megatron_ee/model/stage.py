@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
 
 
+LINEARS = (ColumnLinear, RowLinear, VocabHead)
+"""Modules whose ``weight`` is multiplied with, and can be packed."""
+
+
 class Stage(nn.Module):
     """Layers and exits of one pipeline rank.
 
@@ -81,7 +85,7 @@ class Stage(nn.Module):
                 mostly read single tokens.
         """
         for module in self.modules():
-            if not isinstance(module, (ColumnLinear, RowLinear, VocabHead)):
+            if not isinstance(module, LINEARS):
                 continue
             weight = module.weight
             embeds = self.backbone.embedding is not None and weight is self.backbone.embedding.weight

@@ -39,7 +39,8 @@ def test_full_mode_says_what_transformers_says(result: GenerateBenchmark) -> Non
         assert full.same, "in float32 both are greedy over the same logits"
         assert full.ratio == pytest.approx(full.ours / full.transformers)
     assert result.full[0].bandwidth_share is not None and result.full[0].bandwidth_share > 0
-    assert result.full[1].bandwidth_share is None
+    assert result.full[0].products_share is not None and result.full[0].products_share > 0
+    assert result.full[1].bandwidth_share is None and result.full[1].products_share is None
 
 
 def test_speculation_keeps_the_output(result: GenerateBenchmark) -> None:
