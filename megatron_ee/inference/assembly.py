@@ -19,6 +19,7 @@ from megatron_ee.inference.links import Places, StageLink
 from megatron_ee.inference.memory import Budget, stage_memory
 from megatron_ee.inference.messages import Mail, share
 from megatron_ee.inference.passes import StageRunner
+from megatron_ee.inference.prefixes import Prefixes
 from megatron_ee.inference.remote import Leader, RemoteStage, StageNeighbours, follow, serve_stage
 from megatron_ee.inference.requests import MAX_DRAFT
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
@@ -45,6 +46,7 @@ def engine_on_ranks(
     memory: int | None = None,
     max_rows: int = MAX_ROWS,
     compiled_stage: CompiledStage | None = None,
+    prefix_rows: int = 0,
 ) -> Iterator[Engine | None]:
     """The engine on the first rank, for stages that are loaded; see ``open_engine``."""
     setup, groups = stage.setup, stage.setup.groups
@@ -52,7 +54,13 @@ def engine_on_ranks(
     total = min(groups.gather(int(MEMORY_SHARE * free_memory(groups)) if memory is None else memory))
     if groups.world.size() == 1:
         engine = make_engine(
-            stage, tokenizer=tokenizer, eos=eos, memory=total, max_rows=max_rows, compiled_stage=compiled_stage
+            stage,
+            tokenizer=tokenizer,
+            eos=eos,
+            memory=total,
+            max_rows=max_rows,
+            compiled_stage=compiled_stage,
+            prefix_rows=prefix_rows,
         )
         try:
             yield engine
@@ -71,7 +79,7 @@ def engine_on_ranks(
         yield None
         return
     others = [RemoteStage(mail, number) for number in range(1, groups.pipeline.size())]
-    core = _core(stage, layout, specs, [runner, *others], total, max_rows)
+    core = _core(stage, layout, specs, [runner, *others], total, max_rows, prefix_rows)
     if peers.size() > 1:
         core.times = lambda seconds: float(share([seconds], peers)[0])
     if peers.rank() > 0:
@@ -111,13 +119,13 @@ def make_engine(
     memory: int | None = None,
     max_rows: int = MAX_ROWS,
     compiled_stage: CompiledStage | None = None,
+    prefix_rows: int = 0,
 ) -> Engine:
     """An engine for a stage that holds the whole model, on one process; arguments as for ``open_engine``."""
     layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
     total = int(MEMORY_SHARE * free_memory(stage.setup.groups)) if memory is None else memory
-    core = _core(
-        stage, layout, specs, [StageRunner(stage, SLACK, PASS_TOKENS, compiled=compiled_stage)], total, max_rows
-    )
+    runner = StageRunner(stage, SLACK, PASS_TOKENS, compiled=compiled_stage)
+    core = _core(stage, layout, specs, [runner], total, max_rows, prefix_rows)
     return _engine(core, stage, specs, tokenizer, eos)
 
 
@@ -147,6 +155,7 @@ def _core(
     links: Sequence[StageLink],
     memory: int,
     max_rows: int,
+    prefix_rows: int,
 ) -> Core:
     arch, setup = stage.setup.architecture, stage.setup
     kept = [
@@ -166,7 +175,8 @@ def _core(
     budget = Budget(memory, kept, SLACK, PASS_TOKENS)
     acceptance = {spec.layer: Acceptance() for spec in specs}
     drafter = Drafter(Costs(head_layers(arch, specs)), acceptance)
-    return Core(links, places, budget, max_rows, drafter, synchronize=platform.synchronize)
+    prefixes = Prefixes(prefix_rows, min((window for window in arch.windows if window is not None), default=None))
+    return Core(links, places, budget, max_rows, drafter, prefixes, synchronize=platform.synchronize)
 
 
 def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[int, float]:

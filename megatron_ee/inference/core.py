@@ -16,6 +16,7 @@ from megatron_ee.inference.links import Places, StageLink
 from megatron_ee.inference.memory import Budget
 from megatron_ee.inference.outputs import Output
 from megatron_ee.inference.passes import Chain, Work
+from megatron_ee.inference.prefixes import Prefix, Prefixes
 from megatron_ee.inference.requests import Token
 from megatron_ee.inference.scheduling import choose_place, next_stop
 from megatron_ee.inference.speculation import Drafter
@@ -44,6 +45,7 @@ class Core:
         budget: memory of keys and values.
         max_rows: rows in work at a time.
         drafter: what speculative rows go by.
+        prefixes: what ended rows leave to others.
         times: gives every rank the first one's seconds; None where there is one rank.
         synchronize: waits for the device, so that a clock measures it.
     """
@@ -53,6 +55,7 @@ class Core:
     budget: Budget
     max_rows: int
     drafter: Drafter
+    prefixes: Prefixes = field(default_factory=Prefixes)
     times: Callable[[float], float] | None = None
     synchronize: Callable[[], None] = lambda: None
     running: dict[int, Output] = field(default_factory=dict)
@@ -75,7 +78,14 @@ class Core:
         if output is None:
             self.queue = deque(each for each in self.queue if each.number != number)
             return
-        self._close(number)
+        gone = [number]
+        if not output.in_flight and output.failed is None:
+            gone = self.prefixes.keep(_prefix(output))
+            if number not in gone:
+                for link in self.links:
+                    link.keep(number, output.complete)
+        for row in gone:
+            self._close(row)
 
     @property
     def idle(self) -> bool:
@@ -94,15 +104,31 @@ class Core:
     def _admit(self) -> None:
         while self.queue and len(self.running) < self.max_rows:
             output = self.queue[0]
-            if not self.budget.claim(output.number, output.settings.limit, output.known):
-                return
-            self.queue.popleft()
-            self.running[output.number] = output
             leader = None if output.waits_for is None else self.running[output.waits_for]
             if leader is not None and leader.run >= len(output.settings.prompt) - 1:
                 output.waits_for = None  # it is past where others may join
+            source = None
+            if output.waits_for is None:
+                others = (_prefix(each) for each in self.running.values() if not each.in_flight)
+                source = self.prefixes.longest(output.ids, others)
+            if not self._claim(output, output.known):
+                return
+            self.queue.popleft()
             for link in self.links:
                 link.open(output.number, output.settings.limit)
+            if source is not None and (source.row in self.running or source.row in self.prefixes.rows):
+                output.run = output.reused = len(source.ids)
+                for link in self.links:
+                    link.copy(source.row, output.number, output.run)
+            self.running[output.number] = output
+
+    def _claim(self, output: Output, length: int) -> bool:
+        """Claim room for a row, at the expense of those that are kept for others."""
+        while not self.budget.claim(output.number, output.settings.limit, length):
+            if not self.prefixes.rows:
+                return False
+            self._close(self.prefixes.evict())
+        return True
 
     def _close(self, number: int) -> None:
         for link in self.links:
@@ -113,7 +139,7 @@ class Core:
         """Room for a row to have ``length`` positions, at the expense of younger ones; False where it has to wait."""
         if output.number not in self.running:  # set aside for one before it
             return False
-        while not self.budget.claim(output.number, output.settings.limit, length):
+        while not self._claim(output, length):
             youngest = next((each for each in reversed(self.running.values()) if not each.in_flight), None)
             if youngest is None:
                 return False
@@ -251,7 +277,7 @@ class Core:
             return
         for each in waiting:
             for link in self.links:
-                link.copy(leader.number, each.number)
+                link.copy(leader.number, each.number, leader.run)
             each.run, each.waits_for = leader.run, None
         self._no_longer_leads(leader.number)  # those still in line run it themselves
 
@@ -299,3 +325,8 @@ class Core:
             if sends:
                 self.links[index + 1].receive([output.number])
         output.deferred.clear()
+
+
+def _prefix(output: Output) -> Prefix:
+    """What a row that is not in flight could leave to others."""
+    return Prefix(output.number, tuple(output.ids[: output.complete]))

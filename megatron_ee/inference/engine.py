@@ -200,9 +200,9 @@ class Engine:
             taken.append(token)
             text += front.push(token, is_eos=token.id in output.settings.eos)
             if front.text is not None and front.text.stopped is not None:
-                del output.tokens[len(front.pieces) :]
                 if output.finish is None:
                     self._core.remove(output.number)
+                del output.tokens[len(front.pieces) :]  # after every rank has removed the same
                 output.finish = "stop"
                 break
         if output.finish is None:

@@ -103,14 +103,19 @@ class LayerKV:
         assert self.first <= length, f"position {length} is no longer kept"
         self.length = min(self.length, length)
 
-    def copy(self) -> LayerKV:
-        """One that goes on by itself from here."""
-        other = LayerKV(self.extent)
-        other.length, other.first = self.length, self.first
-        if self._kept is not None:
-            key, value = self._kept
-            other._kept = key.clone(), value.clone()
-        return other
+    def begin(self, other: LayerKV, length: int) -> None:
+        """Let this one, which is empty, begin with a copy of another's first ``length`` positions."""
+        assert self.length == 0 and other.first <= length <= other.length, "no such positions to begin with"
+        if length == 0:
+            return
+        count = length - other.first
+        room = max(self.extent.room(length), count)
+        copies = []
+        for theirs in other.kept():
+            mine = theirs.new_empty((1, theirs.shape[1], room, theirs.shape[3]))
+            mine[:, :, :count] = theirs[:, :, :count]
+            copies.append(mine)
+        self.first, self.length, self._kept = other.first, length, (copies[0], copies[1])
 
     def _grow(self, like: Tensor, stop: int) -> None:
         """Room for the positions up to ``stop``, what is kept moved there, what no token can see left behind."""

@@ -25,8 +25,11 @@ class StageLink(Protocol):
     def crop(self, row: int, length: int) -> None:
         """Take back the positions of a row from ``length`` on."""
 
-    def copy(self, row: int, other: int) -> None:
-        """Let row ``other`` go on from where ``row`` is."""
+    def copy(self, row: int, other: int, length: int) -> None:
+        """Let row ``other``, which is empty, begin with the first ``length`` positions of ``row``."""
+
+    def keep(self, row: int, length: int) -> None:
+        """Keep of a row that has ended its first ``length`` positions, to be copied, and no more."""
 
     def run(self, chain: Chain) -> None:
         """Start a chain."""

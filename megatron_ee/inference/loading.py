@@ -82,6 +82,7 @@ def open_engine(
     max_rows: int = MAX_ROWS,
     candidates: Sequence[int] | None = None,
     compiled: bool = False,
+    prefix_rows: int = 0,
 ) -> Iterator[Engine | None]:
     """Load a model over all processes of the run and give an engine for it.
 
@@ -99,6 +100,9 @@ def open_engine(
             exit then computes no other logits (FR-Spec, arXiv 2502.14856); the full model still emits any token. None
             for all.
         compiled: compile the layers between exits, and the exits; a row that runs alone then waits less for each token.
+        prefix_rows: rows whose keys and values are kept when they have ended, at most, while the memory is not needed:
+            a request that begins with the same tokens, as the next message of a chat does, begins with a copy of them.
+            It then rounds as the other did, where passes of other sizes round differently.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -107,6 +111,8 @@ def open_engine(
     check_parallel(released.model.architecture, tensor, pipeline, world_size())
     if dtype not in platform.DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is unknown; possible: {', '.join(platform.DTYPES)}")
+    if type(prefix_rows) is not int or prefix_rows < 0:
+        raise ConfigError(f"prefix_rows: must be a whole number from 0 on, not {prefix_rows!r}")
     if compiled:
         check_compiler(tensor)
     if candidates is not None:
@@ -120,7 +126,15 @@ def open_engine(
             stage = load_stage(released, layout, dtype, groups, candidates, compiled=compiled)
             compiled_stage = compile_stage(stage) if compiled else None
             with engine_on_ranks(
-                stage, layout, released.exits, released.tokenizer, released.eos, memory, max_rows, compiled_stage
+                stage,
+                layout,
+                released.exits,
+                released.tokenizer,
+                released.eos,
+                memory,
+                max_rows,
+                compiled_stage,
+                prefix_rows,
             ) as engine:
                 yield engine
 

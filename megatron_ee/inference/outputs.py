@@ -69,6 +69,7 @@ class Output:
         carried: that it ends with: the newest and those that joined on the way.
         age: chains of others that it has let pass.
         waits_for: row whose keys and values of the prompt it will copy.
+        reused: positions that it has begun with, copied from a row of another request.
         products: decoder layers run for tokens after the prompt, layers of exits included.
         rounds: verifications so far.
         proposed: proposals judged.
@@ -98,6 +99,7 @@ class Output:
     age: int = 0
     in_flight: bool = False
     waits_for: int | None = None
+    reused: int = 0
     products: int = 0
     rounds: int = 0
     proposed: int = 0
@@ -119,6 +121,12 @@ class Output:
     def known(self) -> int:
         """Number of ``ids``."""
         return len(self.settings.prompt) + len(self.tokens) + len(self.proposals)
+
+    @property
+    def complete(self) -> int:
+        """Positions that every layer has run; for an output that is not in flight."""
+        waiting = self.carried if self.place > 0 else 0
+        return self.run - sum(self.deferred.values()) - waiting
 
     @property
     def prefilling(self) -> bool:
@@ -279,7 +287,7 @@ class Output:
         """Forget all that was run: it will be run again, with the same result."""
         self.run = self.place = self.stage = self.age = 0
         self.proposals, self.sure, self.doubt, self.plan = [], [], None, None
-        self.deferred, self.waits_for = {}, None
+        self.deferred, self.waits_for, self.reused = {}, None, 0
 
 
 DEFAULT_LENGTH = 3

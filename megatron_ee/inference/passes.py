@@ -116,9 +116,13 @@ class StageRunner:
         """See ``StageLink``."""
         self.rows[row].crop(length)
 
-    def copy(self, row: int, other: int) -> None:
+    def copy(self, row: int, other: int, length: int) -> None:
         """See ``StageLink``."""
-        self.rows[other] = self.rows[row].copy()
+        self.rows[other].begin(self.rows[row], length)
+
+    def keep(self, row: int, length: int) -> None:
+        """See ``StageLink``."""
+        self.rows[row].keep(length)
 
     @torch.inference_mode()
     def receive(self, rows: Sequence[int]) -> None:

@@ -55,9 +55,13 @@ class RemoteStage:
         """See ``StageLink``."""
         self._calls.append(["crop", row, length])
 
-    def copy(self, row: int, other: int) -> None:
+    def copy(self, row: int, other: int, length: int) -> None:
         """See ``StageLink``."""
-        self._calls.append(["copy", row, other])
+        self._calls.append(["copy", row, other, length])
+
+    def keep(self, row: int, length: int) -> None:
+        """See ``StageLink``."""
+        self._calls.append(["keep", row, length])
 
     def receive(self, rows: Sequence[int]) -> None:
         """See ``StageLink``."""

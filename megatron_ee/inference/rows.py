@@ -46,14 +46,15 @@ class Row:
         for cache in self.all_caches:
             cache.crop(length)
 
-    def copy(self) -> Row:
-        """One that goes on by itself from here."""
-        assert not self.held, "a row is copied when nothing waits"
-        other = Row.__new__(Row)
-        other.caches = {number: cache.copy() for number, cache in self.caches.items()}
-        other.exit_caches = {number: cache.copy() for number, cache in self.exit_caches.items()}
-        other.held, other.drafts = {}, []
-        return other
+    def begin(self, other: Row, length: int) -> None:
+        """Let this row, which is empty, begin with a copy of another's first ``length`` positions."""
+        for mine, theirs in zip(self.all_caches, other.all_caches, strict=True):
+            mine.begin(theirs, length)
+
+    def keep(self, length: int) -> None:
+        """Nothing will go on from here: forget what waits, and the positions from ``length`` on."""
+        self.held, self.drafts = {}, []
+        self.crop(length)
 
 
 @dataclass

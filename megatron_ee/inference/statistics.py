@@ -15,14 +15,15 @@ def row_statistics(output: Output) -> dict[str, Any]:
 
     ``mean_exit_layer`` is over all tokens. ``layers_per_token`` is what was paid: decoder layers run, those of deferred
     tokens, rejected proposals and ``layer`` exits included, per token after the first. ``acceptance_rate`` is the share
-    of proposals that stood, of those that were judged. Times are in seconds; ``tokens_per_second`` leaves out the
-    prompt and the first token.
+    of proposals that stood, of those that were judged. ``reused_tokens`` are those whose keys and values came from
+    another request. Times are in seconds; ``tokens_per_second`` leaves out the prompt and the first token.
     """
     count = len(output.tokens)
     first, last = output.first_at, output.last_at
     spent = last - first if first is not None and last is not None else 0.0
     return {
         "prompt_tokens": len(output.settings.prompt),
+        "reused_tokens": output.reused,
         "tokens": count,
         "tokens_by_layer": _by_layer(Counter(token.layer for token in output.tokens)),
         "mean_exit_layer": sum(token.layer for token in output.tokens) / count if count else None,
@@ -46,6 +47,7 @@ class Totals:
     tokens: int = 0
     later: int = 0
     prompt_tokens: int = 0
+    reused: int = 0
     products: int = 0
     proposed: int = 0
     stood: int = 0
@@ -59,6 +61,7 @@ class Totals:
             self.tokens += len(output.tokens)
             self.later += max(len(output.tokens) - 1, 0)
             self.prompt_tokens += len(output.settings.prompt)
+            self.reused += output.reused
             self.products += output.products
             self.proposed += output.proposed
             self.stood += output.stood
@@ -71,6 +74,7 @@ class Totals:
         return {
             "outputs": self.outputs,
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused,
             "tokens": self.tokens,
             "tokens_by_layer": _by_layer(self.by_layer),
             "mean_exit_layer": self.by_layer.total() and sum(k * n for k, n in self.by_layer.items()) / self.tokens,

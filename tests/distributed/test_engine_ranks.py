@@ -15,7 +15,7 @@ import torch
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.inference import core, kv_cache, memory
+from megatron_ee.inference import core, kv_cache, memory, prefixes
 from megatron_ee.inference.assembly import engine_on_ranks
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import ExitPolicy
@@ -84,15 +84,17 @@ def told(completion: Completion) -> tuple[list[int], list[int], str]:
     return [t.id for t in completion.tokens], [t.layer for t in completion.tokens], completion.finish_reason
 
 
-def generate(directory: str, tensor: int, pipeline: int, batched: bool) -> Any:
-    """Answers on one rank, by request and sample."""
-    with engine_of(directory, tensor, pipeline) as engine:
+def generate(directory: str, tensor: int, pipeline: int, batched: bool, prefix_rows: int = 0) -> Any:
+    """Answers on one rank, by request and sample, and how many tokens were reused."""
+    prefixes.LEAST = 2
+    with engine_of(directory, tensor, pipeline, prefix_rows=prefix_rows) as engine:
         if engine is None:
             return None
         asked, found = requests(), []
         for some in [asked] if batched else [[request] for request in asked]:
             found += engine.generate(some)
-        return [[told(completion) for completion in completions] for completions in found]
+        answers = [[told(completion) for completion in completions] for completions in found]
+        return answers, engine.statistics()["reused_tokens"]
 
 
 def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: range) -> Any:
@@ -104,9 +106,10 @@ def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: rang
     """
     kv_cache.CHUNK = memory.CHUNK = 4
     core.PASS_TOKENS = 7
+    prefixes.LEAST = 2
     found: list[tuple[int, int, int, bool, Any]] = []
     everything = requests()
-    with engine_of(directory, tensor, pipeline, memory=kept, max_rows=6) as engine:
+    with engine_of(directory, tensor, pipeline, memory=kept, max_rows=6, prefix_rows=2) as engine:
         for seed in seeds if engine is not None else ():
             assert engine is not None
             chance, asked, cancelled = random.Random(seed), dict[int, int](), set[int]()
@@ -148,7 +151,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(directory: str) -> Any:
-    return run_ranks(1, generate, directory, 1, 1, False)[0]
+    return run_ranks(1, generate, directory, 1, 1, False)[0][0]
 
 
 def adaptive(index: int) -> bool:
@@ -157,12 +160,24 @@ def adaptive(index: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "batched"),
-    [(1, 1, True), (2, 1, False), (2, 1, True), (1, 2, True), (1, 4, False), (2, 2, True)],
+    ("tensor", "pipeline", "batched", "prefix_rows"),
+    [
+        (1, 1, True, 0),
+        (2, 1, False, 0),
+        (2, 1, True, 3),
+        (1, 2, True, 0),
+        (1, 4, False, 3),
+        (2, 2, True, 0),
+        (2, 2, False, 2),
+    ],
 )
-def test_equals_one_process(tensor: int, pipeline: int, batched: bool, directory: str, alone: Any) -> None:
-    first, *others = run_ranks(tensor * pipeline, generate, directory, tensor, pipeline, batched)
+def test_equals_one_process(
+    tensor: int, pipeline: int, batched: bool, prefix_rows: int, directory: str, alone: Any
+) -> None:
+    found, *others = run_ranks(tensor * pipeline, generate, directory, tensor, pipeline, batched, prefix_rows)
     assert all(other is None for other in others)
+    first, reused = found
+    assert (reused > 0) == (prefix_rows > 0)
     for index, (ours, theirs) in enumerate(zip(first, alone, strict=True)):
         if adaptive(index):
             ours, theirs = ([(tokens, end) for tokens, _, end in each] for each in (ours, theirs))

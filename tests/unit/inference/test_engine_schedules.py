@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import megatron_ee.inference.core as core_module
 import megatron_ee.inference.kv_cache as kv_cache
 import megatron_ee.inference.memory as memory
+import megatron_ee.inference.prefixes as prefixes
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
@@ -76,16 +77,20 @@ def small(alone: list[Told]) -> Iterator[None]:
         patch.setattr(kv_cache, "CHUNK", 4)
         patch.setattr(memory, "CHUNK", 4)
         patch.setattr(core_module, "PASS_TOKENS", 7)
+        patch.setattr(prefixes, "LEAST", 2)
         yield
 
 
 class Run:
     """An engine under observation."""
 
-    def __init__(self, stage: Stage, max_rows: int, rows: int, spare: int) -> None:
+    def __init__(self, stage: Stage, max_rows: int, rows: int, spare: int, kept: int = 0) -> None:
         budget = self._core(make_engine(stage)).budget
         self.engine = make_engine(
-            stage, max_rows=max_rows, memory=rows * budget.needed(32, 32) + budget.needed(spare, spare)
+            stage,
+            max_rows=max_rows,
+            memory=rows * budget.needed(32, 32) + budget.needed(spare, spare),
+            prefix_rows=kept,
         )
         self.core = self._core(self.engine)
         self.asked: dict[int, int] = {}
@@ -117,7 +122,8 @@ class Run:
                     self.ends[key] = event
             core = self.core
             assert core.budget.used <= core.budget.total and len(core.running) <= core.max_rows
-            assert set(core.links[0].rows) == set(core.running) == set(core.budget._claims)
+            assert len(core.prefixes.rows) <= core.prefixes.most
+            assert set(core.links[0].rows) == {*core.running, *core.prefixes.rows} == set(core.budget._claims)
 
     def finish(self, alone: list[Told]) -> None:
         """Run out, and compare."""
@@ -127,7 +133,8 @@ class Run:
             self.step(1)
         assert self.engine.idle, "it runs in circles"
         core = self.core
-        assert core.budget.used == 0 and not core.links[0].rows and not core.queue and not self.engine._front
+        assert not core.running and not core.queue and not self.engine._front
+        assert core.prefixes.most or (core.budget.used == 0 and not core.links[0].rows)
         assert set(self.ends) == {(n, i) for n, index in self.asked.items() for i in range(REQUESTS[index].samples)}
         for (number, sample), end in self.ends.items():
             index = self.asked[number]
@@ -158,15 +165,26 @@ EVERYTHING = [("submit", index) for index in range(len(REQUESTS))]
     max_rows=st.integers(1, 6),
     rows=st.integers(1, 3),
     spare=st.integers(0, 20),
+    kept=st.sampled_from([0, 1, 3]),
 )
-@example(actions=EVERYTHING, max_rows=20, rows=1, spare=0)
-@example(actions=EVERYTHING[::-1], max_rows=4, rows=2, spare=8)
-@example(actions=[*EVERYTHING, ("step", 40), *[("cancel", n) for n in range(11)]], max_rows=5, rows=2, spare=0)
-@example(actions=[("submit", 4), ("step", 3), ("submit", 4), ("step", 9), ("submit", 8)], max_rows=3, rows=1, spare=9)
+@example(actions=EVERYTHING, max_rows=20, rows=1, spare=0, kept=0)
+@example(actions=EVERYTHING[::-1], max_rows=4, rows=2, spare=8, kept=0)
+@example(actions=[*EVERYTHING, ("step", 400), *EVERYTHING[::-1]], max_rows=6, rows=3, spare=8, kept=3)
+@example(actions=[*EVERYTHING, ("step", 40), *[("cancel", n) for n in range(11)]], max_rows=5, rows=2, spare=0, kept=2)
+@example(
+    actions=[("submit", 4), ("step", 3), ("submit", 4), ("step", 9), ("submit", 8)], max_rows=3, rows=1, spare=9, kept=0
+)
 def test_any_schedule(
-    actions: list[tuple[str, int]], max_rows: int, rows: int, spare: int, stage: Stage, alone: list[Told], small: None
+    actions: list[tuple[str, int]],
+    max_rows: int,
+    rows: int,
+    spare: int,
+    kept: int,
+    stage: Stage,
+    alone: list[Told],
+    small: None,
 ) -> None:
-    run = Run(stage, max_rows, rows, spare)
+    run = Run(stage, max_rows, rows, spare, kept)
     for name, argument in actions:
         getattr(run, name)(argument)
     run.finish(alone)

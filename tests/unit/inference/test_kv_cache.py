@@ -113,11 +113,18 @@ def test_what_is_no_longer_kept_cannot_be_cropped_to() -> None:
 def test_a_copy_goes_on_by_itself() -> None:
     cache = LayerKV(Extent(50))
     first, ours, theirs = run_of(10, 0), run_of(5, 1), run_of(5, 2)
-    empty = cache.copy()
     cache.extend(*first)
-    other = cache.copy()
+    other, shorter, empty = (LayerKV(Extent(limit)) for limit in (50, 20, 50))
+    other.begin(cache, 10)
+    shorter.begin(cache, 7)
+    empty.begin(LayerKV(Extent(50)), 0)
     assert torch.equal(cache.extend(*ours)[0], kept_form(torch.cat([first[0], ours[0]])))
     assert other.length == 10
+    with pytest.raises(AssertionError, match="no such positions"):
+        LayerKV(Extent(50)).begin(other, 11)
+    with pytest.raises(AssertionError, match="no such positions"):
+        other.begin(cache, 3)
+    assert torch.equal(shorter.extend(*theirs)[0], kept_form(torch.cat([first[0][:7], theirs[0]])))
     assert torch.equal(other.extend(*theirs)[0], kept_form(torch.cat([first[0], theirs[0]])))
     assert torch.equal(cache.kept()[0], kept_form(torch.cat([first[0], ours[0]])))
     assert torch.equal(empty.extend(*ours)[1], kept_form(ours[1]))
