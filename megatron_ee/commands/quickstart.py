@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="text or jsonl to evaluate on")
     result.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
     result.add_argument("--steps", type=at_least(1), default=160, metavar="N", help="tuning steps (default: 160)")
-    result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default: bfloat16)")
+    about = "dtype of the model (default: bfloat16, or float32 on a CPU that has no instructions for it)"
+    result.add_argument("--dtype", choices=DTYPES, help=about)
     result.add_argument("--prompt", metavar="TEXT", help="text to continue (default: how held-out texts begin)")
     result.add_argument("--started", type=float, metavar="TIME", help=argparse.SUPPRESS)
     return result
@@ -47,8 +48,10 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """The cycle; tables, plot, sample and the paths of all it made."""
     from megatron_ee.checkpoint.loading import open_model
+    from megatron_ee.model import kernels
 
     started = arguments.started or time.time()
+    arguments.dtype = arguments.dtype or ("float32" if kernels.is_slow("bfloat16") else "bfloat16")
     out, base = arguments.out, arguments.base
     model = open_model(base)
     before = model.digest(fresh=True)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ee import platform
+from megatron_ee.model import kernels
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation, SoftTargets
 from megatron_ee.model.metrics import TokenStats
@@ -124,7 +125,7 @@ class _ExitLoss(torch.autograd.Function):
             chunk = slice(start, start + at_most)
             logits = scratch.logits[: len(z[chunk])]
             for rows, columns in zip(weight.split(at_once), logits.split(at_once, dim=1), strict=True):
-                torch.mm(z[chunk], rows.t(), out=columns)
+                kernels.write_product(columns, z[chunk], rows)
             for first in range(0, len(logits), scratch.rows):
                 run = logits[first : first + scratch.rows]
                 part = slice(start + first, start + first + len(run))

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ee import platform
+
 ONE_BY_ONE = 3 * 2**19
 """Bytes that a CPU reads while oneDNN begins a product of bfloat16 whose weight it has to reorder first."""
 BEGIN = 360_000
@@ -44,9 +46,18 @@ def multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def is_slow(dtype: str) -> bool:
+    """Whether tuning in a dtype takes several times as long here as in float32: bfloat16 does, on CPUs of that kind."""
+    return dtype == "bfloat16" and not platform.has_accelerator() and not multiplies_bfloat16()
+
+
 def _reordered(weight: Tensor) -> bool:
     """Whether a product with a plain weight is one of those that begin late, or go row by row."""
     return weight.is_cpu and weight.dtype == torch.bfloat16
+
+
+def _widens(rows: int, weight: Tensor) -> bool:
+    return rows >= WIDENED_ROWS and _reordered(weight) and not multiplies_bfloat16()
 
 
 @functools.cache
@@ -100,11 +111,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
         return _own_product(x, weight, bias) if plain else _packed_product(x, packed, bias)
     if not _reordered(weight):
         return F.linear(x, weight, bias)
-    if multiplies_bfloat16():
-        few = (len(x) - 1) * weight.nbytes < ONE_BY_ONE
-        return _own_product(x, weight, bias) if few else F.linear(x, weight, bias)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return F.linear(x, weight, bias) if learns or len(x) < WIDENED_ROWS else _widened_product(x, weight, bias)
+    if _widens(len(x), weight) and not learns:
+        return _widened_product(x, weight, bias)
+    few = (len(x) - 1) * weight.nbytes < ONE_BY_ONE
+    return _own_product(x, weight, bias) if few and multiplies_bfloat16() else F.linear(x, weight, bias)
+
+
+def write_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """``x weight^T`` into ``out``, ``[rows, out]``, which is no part of a graph."""
+    if _widens(len(x), weight):
+        out.copy_(_widened_product(x, weight, None))
+    else:
+        torch.mm(x, weight.t(), out=out)
 
 
 def _own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from megatron_ee.config.load import config_to_dict
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
 from megatron_ee.errors import ConfigError
+from megatron_ee.model import kernels
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.model.stage import Stage, build_stage
 from megatron_ee.parallel.adam import adam_class
@@ -183,10 +184,13 @@ def _backbone_digest(model: SavedModel) -> str:
 
 
 def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
-    """Print what each stage holds and does, where there is more than one process."""
+    """Print what each stage holds and does, where there are several processes, and of a dtype that costs much time."""
     if groups.is_main and groups.world.size() > 1:
         plan = plan_run(config, inputs.layout, inputs.model.architecture, inputs.specs, groups.world.size())
         print_plan(plan)
+    if groups.is_main and kernels.is_slow(config.model.dtype):
+        slow = "model.dtype: this CPU has no instructions for bfloat16; tuning in float32 is several times as fast"
+        print(slow, file=sys.stderr, flush=True)
 
 
 def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int) -> None:

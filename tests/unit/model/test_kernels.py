@@ -44,10 +44,21 @@ def test_products_without_instructions_of_bfloat16(rows: int, monkeypatch: pytes
     for given, exact in ((None, expected), (bias, expected + bias.double())):
         found = kernels.product(x, weight, given)
         torch.testing.assert_close(found.double(), exact, atol=1e-5 if rows >= 16 else 0.02, rtol=2**-7)
+    out = torch.empty(rows, 96, dtype=torch.bfloat16, device=x.device)
+    kernels.write_product(out, x, weight)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5 if rows >= 16 else 0.02, rtol=2**-7)
     for learnt in (x, weight):
         learnt.requires_grad_()
         kernels.product(x, weight, bias).sum().backward()
         assert learnt.grad is not None and learnt.grad.any()
+
+
+@pytest.mark.skipif(platform.has_accelerator(), reason="of CPUs")
+def test_which_dtype_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    assert kernels.is_slow("bfloat16") and not kernels.is_slow("float32")
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
+    assert not kernels.is_slow("bfloat16")
 
 
 def test_which_form_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:

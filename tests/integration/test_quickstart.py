@@ -1,0 +1,60 @@
+"""``megatron-ee quickstart``: the whole cycle on a tiny model, in the dtype that this machine is fast in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ee import platform
+from megatron_ee.commands.main import main
+from megatron_ee.model import kernels
+
+cpu_only = pytest.mark.skipif(platform.has_accelerator(), reason="of CPUs")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    line = json.dumps({"text": "a quick brown fox jumps over the lazy dog, and some words follow " * 20})
+    path.write_text(f"{line}\n" * 60, encoding="utf-8")
+    return path
+
+
+@cpu_only
+@pytest.mark.parametrize("instructions", [True, False])
+def test_cycle(
+    instructions: bool,
+    project: Any,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(project.cache))
+    if not instructions:
+        monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    fast = kernels.multiplies_bfloat16()
+    out = tmp_path / "out"
+    given = ["--base", project.model, "--data", text, "--held-out", text, "--out", out, "--steps", 2]
+    assert main(["quickstart", *map(str, given)]) == 0
+    assert json.loads((out / "tune.yaml").read_text())["model"]["dtype"] == ("bfloat16" if fast else "float32")
+    report = json.loads((out / "report.json").read_text())
+    assert report["backbone_sha256_before"] == report["backbone_sha256_after"]
+    shown = capsys.readouterr()
+    assert "backbone unchanged" in shown.out and "model.dtype" not in shown.err
+    assert shown.out.count("$ megatron-ee") == 5
+
+
+@cpu_only
+def test_a_slow_dtype_is_told(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    for dtype in ("bfloat16", "float32"):
+        config = project.config(tmp_path / "run.yaml", tuning={"steps": 1}, model={"dtype": dtype})
+        assert main(["tune", "--config", str(config), "--output", str(tmp_path / dtype)]) == 0
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("model.dtype: ")]
+        assert len(told) == (dtype == "bfloat16")
