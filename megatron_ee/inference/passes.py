@@ -116,6 +116,7 @@ class StageRunner:
         """See ``StageLink``."""
         self.rows[row].crop(length)
 
+    @torch.inference_mode()  # as all that rows hold: code that is compiled for it holds for nothing else
     def copy(self, row: int, other: int, length: int) -> None:
         """See ``StageLink``."""
         self.rows[other].begin(self.rows[row], length)

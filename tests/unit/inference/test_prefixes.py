@@ -138,7 +138,7 @@ def test_a_chat_goes_on_from_where_it_was(
     assert before.statistics["reused_tokens"] == 0
 
 
-def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage, small: None) -> None:
+def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(1, "layer"), ExitSpec(2)])
     engine = make_engine(stage, prefix_rows=2)
     ask(engine, LONG, mode="threshold", policy=ExitPolicy(0.06))
@@ -153,6 +153,7 @@ def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage, sm
     assert output.reused == 30
     for ours, theirs in zip(row.all_caches, reference.rows[1].all_caches, strict=True):
         for mine, other in zip(ours.kept(), theirs.kept(), strict=True):
+            assert mine.is_inference() == other.is_inference(), "compiled layers would be compiled again"
             stop = min(ours.length, theirs.length)
             assert stop >= 32
             torch.testing.assert_close(mine[:, :, :stop], other[:, :, :stop], atol=1e-5, rtol=0)
