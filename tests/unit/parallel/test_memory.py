@@ -17,6 +17,7 @@ from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DistillationConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from megatron_ee.data.loader import Batch
+from megatron_ee.model import kernels
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage, build_stage
 from megatron_ee.parallel.groups import Groups
@@ -158,6 +159,7 @@ def test_memory_of_a_real_step(
     for of_an_accelerator in ("cached_bytes", "logit_tokens"):
         monkeypatch.setattr(platform, of_an_accelerator, lambda: 2**62)
     monkeypatch.setattr(platform, "graph_tokens", lambda: graph_tokens)
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     architecture = parse_architecture(
         {
             "architectures": ["LlamaForCausalLM"],
