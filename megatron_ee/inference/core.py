@@ -80,10 +80,11 @@ class Core:
             return
         gone = [number]
         if not output.in_flight and output.failed is None:
-            gone = self.prefixes.keep(_prefix(output))
+            prefix = _prefix(output)
+            gone = self.prefixes.keep(prefix)
             if number not in gone:
                 for link in self.links:
-                    link.keep(number, output.complete)
+                    link.keep(number, len(prefix.ids))
         for row in gone:
             self._close(row)
 
@@ -107,11 +108,14 @@ class Core:
             leader = None if output.waits_for is None else self.running[output.waits_for]
             if leader is not None and leader.run >= len(output.settings.prompt) - 1:
                 output.waits_for = None  # it is past where others may join
+            fits = self.budget.claim(output.number, output.settings.limit, output.known)
+            if not fits and not self.prefixes.rows:  # as in every turn while it waits
+                return
             source = None
-            if output.waits_for is None:
+            if output.waits_for is None:  # known before others go for its sake: it is then the last of them
                 others = (_prefix(each) for each in self.running.values() if not each.in_flight)
                 source = self.prefixes.longest(output.ids, others)
-            if not self._claim(output, output.known):
+            if not fits and not self._claim(output, output.known):
                 return
             self.queue.popleft()
             for link in self.links:

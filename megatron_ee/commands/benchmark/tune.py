@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 
 from megatron_ee.commands import DTYPES, at_least
-from megatron_ee.commands.benchmark.options import repeats_option, show
+from megatron_ee.commands.benchmark.options import adder, repeats_option, shape_of, shape_options, show
 
 DESCRIPTION = """Time the tuning step against plain PyTorch doing the same work (the transformers model frozen, the same
 exits as ordinary modules), and the exit loss alone against torch's own, interleaved, on a random model made for
 this."""
 HELP = "the tuning step and its loss"
+SHAPE = {"hidden": 768, "layers": 12, "vocab": 32000}
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
     """Add what it takes."""
     whole = at_least(1)
-    options.add_argument("--hidden", type=whole, default=768, metavar="N", help="hidden size (default: 768)")
-    options.add_argument("--layers", type=whole, default=12, metavar="N", help="layers (default: 12)")
-    options.add_argument("--ffn", type=whole, metavar="N", help="MLP size (default: 8/3 of the hidden size)")
-    options.add_argument("--heads", type=whole, metavar="N", help="attention heads (default: one per 64 of hidden)")
-    options.add_argument("--vocab", type=at_least(2), default=32000, metavar="N", help="vocabulary (default: 32000)")
+    shape_options(adder(options, SHAPE))
     options.add_argument(
         "--sequence-length", type=at_least(2), default=2048, metavar="N", help="tokens per step (default: 2048)"
     )
@@ -48,18 +45,10 @@ def add_options(options: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure; a table or JSON to stdout."""
     from megatron_ee.benchmark.report import print_tune
-    from megatron_ee.benchmark.shape import Shape, default_ffn
     from megatron_ee.benchmark.tune import benchmark_tune
 
-    shape = Shape(
-        hidden=arguments.hidden,
-        layers=arguments.layers,
-        ffn=arguments.ffn or default_ffn(arguments.hidden),
-        heads=arguments.heads or max(1, arguments.hidden // 64),
-        vocab=arguments.vocab,
-    )
     result = benchmark_tune(
-        shape,
+        shape_of(arguments, SHAPE),
         tokens=arguments.sequence_length,
         exits=arguments.exits,
         dtypes=arguments.dtype,
