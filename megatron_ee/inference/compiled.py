@@ -155,6 +155,8 @@ class CompiledStage:
 
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
         try:
+            if kernels.builds_product(self._largest.weight):
+                kernels.build_product()
             parts = len(self._segments) + len(self._heads)
             with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
                 for place, stop, asked in self._segments:
@@ -248,7 +250,9 @@ def _compiled(module: Segment | Head) -> Callable[..., Any]:
     """
     code = type(module).forward.__code__.replace()
     forward = MethodType(FunctionType(code, globals()), module)
-    return torch.compile(forward, fullgraph=True, dynamic=True, options={"guard_filter_fn": _on_arguments})
+    # Nor does each operation in it check what it is given.
+    options: dict[str, Any] = {"guard_filter_fn": _on_arguments, "size_asserts": False}
+    return torch.compile(forward, fullgraph=True, dynamic=True, options=options)
 
 
 def _on_arguments(guards: Sequence[Any]) -> list[bool]:

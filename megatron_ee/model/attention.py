@@ -175,4 +175,5 @@ def rotate(x: Tensor, positions: Positions) -> Tensor:
     ``[seq, batch, kv_heads, heads per group, head_dim]`` -> the same shape.
     """
     first, second = x.chunk(2, dim=-1)
-    return x * positions.cos + torch.cat((-second, first), dim=-1) * positions.sin
+    cos, sin = positions.cos.chunk(2, dim=-1)[0], positions.sin.chunk(2, dim=-1)[0]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

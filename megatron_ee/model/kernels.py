@@ -2,8 +2,8 @@
 
 On an accelerator, and in float32, that is what torch itself takes. In bfloat16 CPUs are of two kinds. For those with
 instructions of that type, oneDNN multiplies several rows while it reads a weight once, which it first reorders at every
-product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row, so that many
-rows are multiplied faster in float32.
+product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row. Many rows are
+multiplied faster in float32 there, and few with a product of our own where a compiler may be used: ``build_product``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,47 @@ def pack(weight: Tensor) -> Tensor | None:
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 that oneDNN uses."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+_built = False
+"""Whether few rows of bfloat16 are multiplied by ``bfloat16_product.cpp``."""
+
+
+def build_product() -> None:
+    """Compile ``bfloat16_product.cpp`` and load it; from then on ``product`` takes it for few rows.
+
+    It takes ten seconds; what was made lies on disk for the next time. Measured with AVX2 on two cores, weights of 2 to
+    11 MB one after another: 1.2 times as fast as torch with one row, 1.7 times with four, twice with eight.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails.
+    """
+    global _built
+    if not hasattr(torch.ops.megatron_ee, "bfloat16_product"):
+        _load_product()
+    _built = True
+
+
+def _load_product() -> None:
+    from torch.utils import cpp_extension  # takes long to import
+
+    # By its instructions: processors of several kinds may share the directory that keeps it.
+    kind = torch.backends.cpu.get_cpu_capability()
+    flags = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mfma"]}.get(kind, [])
+    cpp_extension.load(
+        f"megatron_ee_bfloat16_product_{kind.lower()}",
+        [str(Path(__file__).with_name("bfloat16_product.cpp"))],
+        extra_cflags=["-O3", "-fopenmp", *flags],
+        is_python_module=False,
+    )
+    torch.library.register_fake(
+        "megatron_ee::bfloat16_product", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
+    )
+
+
+def builds_product(weight: Tensor) -> bool:
+    """Whether ``build_product`` makes products with such a weight faster here."""
+    return sys.platform == "linux" and _is_cpu_bfloat16(weight) and not multiplies_bfloat16()
 
 
 def is_slow(dtype: str) -> bool:
@@ -102,6 +145,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
     """
     both = packed is not weight
     if torch.compiler.is_compiling():
+        if packed is None and _built and _is_cpu_bfloat16(weight):
+            return _built_product(x, weight, bias)
         # The plain one is for single rows; what is compiled for more holds for any number.
         if packed is None or (both and len(x) == 1):
             return F.linear(x, weight, bias)
@@ -115,6 +160,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if _widens(len(x), weight) and not learns:
         return _widened_product(x, weight, bias)
+    if _built and not learns and not multiplies_bfloat16():
+        return _built_product(x, weight, bias)
     few = (len(x) - 1) * weight.nbytes < ONE_BY_ONE
     return _own_product(x, weight, bias) if few and multiplies_bfloat16() else F.linear(x, weight, bias)
 
@@ -148,6 +195,11 @@ def _onednn_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+def _built_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.megatron_ee.bfloat16_product(x, weight, bias)
+    return result
+
+
 def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In float32, rounded at the end; a part of the weight at a time, that the caches hold it."""
     wide, result = x.float(), x.new_empty(len(x), len(weight))
@@ -170,8 +222,8 @@ torch.library.register_fake("megatron_ee::packed_product", lambda x, packed, bia
 def compiles(tokens: int, weight: Tensor, packed: Tensor | None) -> bool:
     """Whether compiled code is the fastest for so many tokens; ``weight`` and ``packed`` as in ``product``.
 
-    On a CPU it multiplies bfloat16 that is not packed row by row; what it spares elsewhere is worth twice as much as
-    ``ONE_BY_ONE``.
+    Where a CPU would multiply bfloat16 that is not packed row by row, what it spares elsewhere is worth twice as much
+    as ``ONE_BY_ONE``.
     """
     if packed is not None or not _is_cpu_bfloat16(weight):
         return True
@@ -205,7 +257,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, keys, values)
     if torch.compiler.is_compiling():
         # Fused, as sums of products in float32: 2 to 5 times as fast as torch's kernel with 100 to 4000 keys.
-        scores = (query.float() * keys.float()).sum(-1, keepdim=True) * query.shape[-1] ** -0.5
-        return (scores.softmax(-2) * values.float()).sum(-2, keepdim=True).to(query.dtype)
+        # Scaled last: the compiler takes the usual order for a softmax, and then looks for infinities.
+        scores = (query.float() * keys.float()).sum(-1, keepdim=True)
+        shares = ((scores - scores.amax(-2, keepdim=True)) * query.shape[-1] ** -0.5).exp()
+        context = (shares * values.float()).sum(-2, keepdim=True) / shares.sum(-2, keepdim=True)
+        return context.to(query.dtype)
     # A single query takes 1.5 to 1.8 times as long as two (measured with 16 to 32 heads over 100 to 2000 keys).
     return F.scaled_dot_product_attention(query.expand(-1, -1, 2, -1), keys, values)[:, :, :1]

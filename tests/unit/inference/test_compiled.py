@@ -178,8 +178,6 @@ def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
 def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch import _dynamo
-
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     mlp = stage.backbone.layers["1"].mlp
     if kernels.pack(mlp.down.weight) is None:
@@ -188,13 +186,35 @@ def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monk
     monkeypatch.setattr(kernels, "takes_plain", lambda rows, nbytes: rows == 1 and nbytes < mlp.gate_up.weight.nbytes)
     stage.pack(keep=True)
     assert mlp.gate_up.weight.is_mkldnn and not mlp.down.weight.is_mkldnn
+    check_products(stage, (1, 2, 5, 9, 1))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+@pytest.mark.skipif(platform.has_accelerator(), reason="of products on a CPU")
+def test_products_of_our_own_are_compiled_too(
+    saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_built", False)  # as it is from then on, but for what other tests find
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        check_products(stage, (1, 2, 5, 15, 1))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    # Four in each of two layers, eagerly and compiled, for each number of tokens.
+    assert kernels._built and calls["megatron_ee::bfloat16_product"] >= 5 * 2 * 2 * 4
+
+
+def check_products(stage: Stage, counts: Sequence[int]) -> None:
+    """Compiled and eager layers and heads over such numbers of tokens say the same."""
+    from torch import _dynamo
+
     watched = Watched(compile_stage(stage))
     compiled, eager = (StageRunner(stage, 4, 64, compiled=each) for each in (watched, None))  # type: ignore[arg-type]
     stop = 7
     for runner in (compiled, eager):
         runner.open(1, 100)
         runner.run(Chain(0, 5, (Work(1, stop, tuple(PROMPTS[0])),)))
-    for tokens in (1, 2, 5, 9, 1):
+    for tokens in counts:
         stop += tokens
         with _dynamo.config.patch(error_on_recompile=True):
             ours, theirs = (after_two_layers(runner, tokens, stop) for runner in (compiled, eager))

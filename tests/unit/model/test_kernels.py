@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -51,6 +53,40 @@ def test_products_without_instructions_of_bfloat16(rows: int, monkeypatch: pytes
         learnt.requires_grad_()
         kernels.product(x, weight, bias).sum().backward()
         assert learnt.grad is not None and learnt.grad.any()
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the product of our own, for this test alone."""
+    if platform.has_accelerator() or shutil.which("g++") is None:
+        pytest.skip("it is for CPUs, and needs a C++ compiler")
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "_built", False)
+    kernels.build_product()
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 15])
+@pytest.mark.parametrize("size", [5, 16, 80, 133])
+def test_products_of_our_own(rows: int, size: int) -> None:
+    """Any number of features, rows that do not lie together, and sums that are rounded once."""
+    generator = torch.Generator().manual_seed(rows)
+    wide, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 2 * size), (33, size), (33,)))
+    wide, weight, bias = (tensor.to(torch.bfloat16) for tensor in (wide, weight, bias))
+    weight[1] = torch.inf  # beside the first row's end
+    x = wide[:, :size]
+    expected = x.double() @ weight.double().t()
+    for given, exact in ((None, expected), (bias, expected + bias.double())):
+        ours = torch.ops.megatron_ee.bfloat16_product(x, weight, given)
+        found = kernels.product(x, weight, given)
+        assert torch.equal(found.view(torch.int16), ours.view(torch.int16))
+        kept = [0, *range(2, 33)]
+        torch.testing.assert_close(found[:, kept].double(), exact[:, kept], atol=1e-4, rtol=2**-8)
+    weight = weight[2:].requires_grad_()
+    kernels.product(x, weight).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+    with pytest.raises(RuntimeError, match=f"x has {size} features, the weight takes {size - 1}"):
+        torch.ops.megatron_ee.bfloat16_product(x, weight.detach()[:, 1:], None)
 
 
 @pytest.mark.skipif(platform.has_accelerator(), reason="of CPUs")
