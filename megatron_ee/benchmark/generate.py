@@ -202,22 +202,20 @@ def _depth(directory: str) -> int:
 def _full(worker: Worker, load: Load, batches: Sequence[int], result: GenerateBenchmark) -> None:
     for batch in batches:
         prompts = worker.call("prompts", load.texts, batch, load.prompt_tokens)
-        ours, theirs, rates, products, decode = [], [], [], [], []
+        ours, theirs, shares, products_shares = [], [], [], []
         for number in range(1 + load.repeats):  # the first is not measured: it loads and warms
+            rates = [worker.call("matvec_rate")]
             mine = worker.call("full", prompts, load.tokens)
+            rates.append(worker.call("matvec_rate"))
+            bare = worker.call("products_seconds")
             peer = worker.call("transformers", prompts, load.tokens)
-            rate, bare = worker.call("matvec_rate"), worker.call("products_seconds")
             if number > 0:
+                token = mine["decode"] / (load.tokens - 1)
                 ours.append(mine["seconds"])
                 theirs.append(peer["seconds"])
-                rates.append(rate)
-                products.append(bare)
-                decode.append(mine["decode"])
-        share = products_share = None
-        if batch == 1:
-            token = statistics.median(decode) / (load.tokens - 1)
-            share = result.model["bytes_per_token"] / token / statistics.median(rates)
-            products_share = statistics.median(products) / token
+                # With what the machine reads just then: it is seldom the same a minute later.
+                shares.append(result.model["bytes_per_token"] / token / statistics.fmean(rates))
+                products_shares.append(bare / token)
         count, mine_seconds, peer_seconds = batch * load.tokens, statistics.median(ours), statistics.median(theirs)
         result.full.append(
             FullMode(
@@ -225,8 +223,8 @@ def _full(worker: Worker, load: Load, batches: Sequence[int], result: GenerateBe
                 count / mine_seconds,
                 count / peer_seconds,
                 peer_seconds / mine_seconds,
-                share,
-                products_share,
+                statistics.median(shares) if batch == 1 else None,
+                statistics.median(products_shares) if batch == 1 else None,
                 mine["ids"] == peer["ids"],
             )
         )
