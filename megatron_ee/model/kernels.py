@@ -69,20 +69,38 @@ def build_product() -> None:
 
 
 def _load_product() -> None:
+    import ninja
     from torch.utils import cpp_extension  # takes long to import
 
     # By its instructions: processors of several kinds may share the directory that keeps it.
     kind = torch.backends.cpu.get_cpu_capability()
     flags = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mfma"]}.get(kind, [])
-    cpp_extension.load(
-        f"megatron_ee_bfloat16_product_{kind.lower()}",
-        [str(Path(__file__).with_name("bfloat16_product.cpp"))],
-        extra_cflags=["-O3", "-fopenmp", *flags],
-        is_python_module=False,
-    )
+    # A Python that runs without its environment's PATH has ninja all the same; and torch.compile takes g++ too.
+    path = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
+    with _environment(PATH=path, CXX=os.environ.get("CXX", "g++")):
+        cpp_extension.load(
+            f"megatron_ee_bfloat16_product_{kind.lower()}",
+            [str(Path(__file__).with_name("bfloat16_product.cpp"))],
+            extra_cflags=["-O3", "-fopenmp", *flags],
+            is_python_module=False,
+        )
     torch.library.register_fake(
         "megatron_ee::bfloat16_product", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
     )
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def builds_product(weight: Tensor) -> bool:
