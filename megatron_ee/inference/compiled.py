@@ -20,7 +20,7 @@ from megatron_ee import platform
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
-from megatron_ee.model import kernels
+from megatron_ee.model import bfloat16_product, kernels
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exits import Exit
@@ -155,8 +155,8 @@ class CompiledStage:
 
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
         try:
-            if kernels.builds_product(self._largest.weight):
-                kernels.build_product()
+            if kernels.gains_from_ours(self._largest.weight):
+                bfloat16_product.build()
             parts = len(self._segments) + len(self._heads)
             with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
                 for place, stop, asked in self._segments:

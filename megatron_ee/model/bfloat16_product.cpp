@@ -84,20 +84,19 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::opt
   for (int64_t row = 0; row < rows; ++row) {
     widen(given->const_data_ptr<at::BFloat16>() + row * size, size, from + row * stride);
   }
-  at::parallel_for(0, features, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t feature = begin; feature < end; ++feature) {
-      const at::BFloat16* const line = weights + feature * size;
-      const float start = added ? static_cast<float>(added[feature]) : 0;
-      for (int64_t row = 0; row < rows;) {
-        float sums[4];
-        const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        const auto several = taken == 4 ? dot<4, 1> : taken == 2 ? dot<2, 2> : dot<1, 4>;
-        several(line, from + row * stride, size, stride, sums);
-        for (int64_t each = 0; each < taken; ++each) to[(row + each) * features + feature] = start + sums[each];
-        row += taken;
-      }
+#pragma omp parallel for schedule(static) num_threads(at::get_num_threads())
+  for (int64_t feature = 0; feature < features; ++feature) {
+    const at::BFloat16* const line = weights + feature * size;
+    const float start = added ? static_cast<float>(added[feature]) : 0;
+    for (int64_t row = 0; row < rows;) {
+      float sums[4];
+      const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const auto several = taken == 4 ? dot<4, 1> : taken == 2 ? dot<2, 2> : dot<1, 4>;
+      several(line, from + row * stride, size, stride, sums);
+      for (int64_t each = 0; each < taken; ++each) to[(row + each) * features + feature] = start + sums[each];
+      row += taken;
     }
-  });
+  }
   return result;
 }
 

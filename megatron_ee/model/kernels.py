@@ -3,7 +3,7 @@
 On an accelerator, and in float32, that is what torch itself takes. In bfloat16 CPUs are of two kinds. For those with
 instructions of that type, oneDNN multiplies several rows while it reads a weight once, which it first reorders at every
 product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row. Many rows are
-multiplied faster in float32 there, and few with a product of our own where a compiler may be used: ``build_product``.
+multiplied faster in float32 there, and few with a product of our own once it is built: ``bfloat16_product``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ee import platform
+from megatron_ee.model import bfloat16_product
 
 ONE_BY_ONE = 3 * 2**19
 """Bytes that a CPU reads while oneDNN begins a product of bfloat16 whose weight it has to reorder first."""
@@ -49,62 +49,8 @@ def multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-_built = False
-"""Whether few rows of bfloat16 are multiplied by ``bfloat16_product.cpp``."""
-
-
-def build_product() -> None:
-    """Compile ``bfloat16_product.cpp`` and load it; from then on ``product`` takes it for few rows.
-
-    It takes ten seconds; what was made lies on disk for the next time. Measured with AVX2 on two cores, weights of 2 to
-    11 MB one after another: 1.2 times as fast as torch with one row, 1.7 times with four, twice with eight.
-
-    Raises:
-        RuntimeError: there is no compiler, or it fails.
-    """
-    global _built
-    if not hasattr(torch.ops.megatron_ee, "bfloat16_product"):
-        _load_product()
-    _built = True
-
-
-def _load_product() -> None:
-    import ninja
-    from torch.utils import cpp_extension  # takes long to import
-
-    # By its instructions: processors of several kinds may share the directory that keeps it.
-    kind = torch.backends.cpu.get_cpu_capability()
-    flags = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mfma"]}.get(kind, [])
-    # A Python that runs without its environment's PATH has ninja all the same; and torch.compile takes g++ too.
-    path = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
-    with _environment(PATH=path, CXX=os.environ.get("CXX", "g++")):
-        cpp_extension.load(
-            f"megatron_ee_bfloat16_product_{kind.lower()}",
-            [str(Path(__file__).with_name("bfloat16_product.cpp"))],
-            extra_cflags=["-O3", "-fopenmp", *flags],
-            is_python_module=False,
-        )
-    torch.library.register_fake(
-        "megatron_ee::bfloat16_product", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
-    )
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def builds_product(weight: Tensor) -> bool:
-    """Whether ``build_product`` makes products with such a weight faster here."""
+def gains_from_ours(weight: Tensor) -> bool:
+    """Whether few rows are multiplied faster with such a weight once ``bfloat16_product`` is built."""
     return sys.platform == "linux" and _is_cpu_bfloat16(weight) and not multiplies_bfloat16()
 
 
@@ -163,8 +109,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
     """
     both = packed is not weight
     if torch.compiler.is_compiling():
-        if packed is None and _built and _is_cpu_bfloat16(weight):
-            return _built_product(x, weight, bias)
+        if packed is None and bfloat16_product.built and _is_cpu_bfloat16(weight):
+            return bfloat16_product.product(x, weight, bias)
         # The plain one is for single rows; what is compiled for more holds for any number.
         if packed is None or (both and len(x) == 1):
             return F.linear(x, weight, bias)
@@ -178,8 +124,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if _widens(len(x), weight) and not learns:
         return _widened_product(x, weight, bias)
-    if _built and not learns and not multiplies_bfloat16():
-        return _built_product(x, weight, bias)
+    if bfloat16_product.built and not learns and not multiplies_bfloat16():
+        return bfloat16_product.product(x, weight, bias)
     few = (len(x) - 1) * weight.nbytes < ONE_BY_ONE
     return _own_product(x, weight, bias) if few and multiplies_bfloat16() else F.linear(x, weight, bias)
 
@@ -210,11 +156,6 @@ def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 def _onednn_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return result
-
-
-def _built_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.megatron_ee.bfloat16_product(x, weight, bias)
     return result
 
 

@@ -22,7 +22,7 @@ from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model import kernels
+from megatron_ee.model import bfloat16_product, kernels
 from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
@@ -194,14 +194,14 @@ def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monk
 def test_products_of_our_own_are_compiled_too(
     saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_built", False)  # as it is from then on, but for what other tests find
+    monkeypatch.setattr(bfloat16_product, "built", False)  # as it is from then on, but for what other tests find
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         check_products(stage, (1, 2, 5, 15, 1))
     calls = {event.key: event.count for event in profile.key_averages()}
     # Four in each of two layers, eagerly and compiled, for each number of tokens.
-    assert kernels._built and calls["megatron_ee::bfloat16_product"] >= 5 * 2 * 2 * 4
+    assert bfloat16_product.built and calls["megatron_ee::bfloat16_product"] >= 5 * 2 * 2 * 4
 
 
 def check_products(stage: Stage, counts: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ee import platform
-from megatron_ee.model import kernels
+from megatron_ee.model import bfloat16_product, kernels
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 70])
@@ -61,8 +61,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
     if platform.has_accelerator() or shutil.which("g++") is None:
         pytest.skip("it is for CPUs, and needs a C++ compiler")
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(kernels, "_built", False)
-    kernels.build_product()
+    monkeypatch.setattr(bfloat16_product, "built", False)
+    bfloat16_product.build()
 
 
 @pytest.mark.usefixtures("built")
@@ -77,7 +77,7 @@ def test_products_of_our_own(rows: int, size: int) -> None:
     x = wide[:, :size]
     expected = x.double() @ weight.double().t()
     for given, exact in ((None, expected), (bias, expected + bias.double())):
-        ours = torch.ops.megatron_ee.bfloat16_product(x, weight, given)
+        ours = bfloat16_product.product(x, weight, given)
         found = kernels.product(x, weight, given)
         assert torch.equal(found.view(torch.int16), ours.view(torch.int16))
         kept = [0, *range(2, 33)]
@@ -86,7 +86,7 @@ def test_products_of_our_own(rows: int, size: int) -> None:
     kernels.product(x, weight).sum().backward()
     assert weight.grad is not None and weight.grad.any()
     with pytest.raises(RuntimeError, match=f"x has {size} features, the weight takes {size - 1}"):
-        torch.ops.megatron_ee.bfloat16_product(x, weight.detach()[:, 1:], None)
+        bfloat16_product.product(x, weight.detach()[:, 1:], None)
 
 
 @pytest.mark.skipif(platform.has_accelerator(), reason="of CPUs")
