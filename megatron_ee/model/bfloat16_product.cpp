@@ -1,12 +1,13 @@
 // Products of a few bfloat16 rows with a weight, summed in float32: for CPUs that have no instructions of that type.
 //
-// One row of the weight after another is read, from its beginning to its end, once for all rows of x: a CPU fetches one
-// such stream ahead of its use, but not several that lie a row apart.
+// The weight is read once for all rows of x, from its beginning to its end: a CPU fetches one such stream ahead of its
+// use. Two of its rows at a time are two streams, which it does not, so that they are asked for.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -41,18 +42,22 @@ void widen(const at::BFloat16* x, int64_t size, float* to) {
   for (int64_t rest = size - size % PAIRS; rest < size; ++rest) to[rest] = x[rest];
 }
 
-// Sums of products of one row of the weight with ROWS rows of x, which lie a stride apart, each in PARTS that need not
-// wait for each other. A bfloat16 is the upper half of a float32.
-template <int ROWS, int PARTS>
+// Sums of products of FEATURES rows of the weight with ROWS rows of x, which lie a stride apart: [row][feature]. Each is
+// made in parts that need not wait for each other, eight vectors in all. A bfloat16 is the upper half of a float32.
+template <int ROWS, int FEATURES>
 void dot(const at::BFloat16* weight, const float* x, int64_t size, int64_t stride, float* sums) {
-  Floats lower[ROWS][PARTS] = {}, upper[ROWS][PARTS] = {};
+  constexpr int PARTS = 8 / (ROWS * FEATURES);
+  Floats terms[ROWS][FEATURES][PARTS] = {};
   int64_t at = 0;
   const auto step = [&](int part) {
-    const Words words = load<Words>(weight + at);
-    const Floats even = reinterpret_cast<Floats>(words << 16), odd = reinterpret_cast<Floats>(words & 0xffff0000u);
-    for (int row = 0; row < ROWS; ++row) {
-      lower[row][part] += even * load<Floats>(x + row * stride + at);
-      upper[row][part] += odd * load<Floats>(x + row * stride + at + LANES);
+    if (FEATURES > 1) __builtin_prefetch(weight + FEATURES * (size + at));  // of the next rows as much as is used here
+    for (int feature = 0; feature < FEATURES; ++feature) {
+      const Words words = load<Words>(weight + feature * size + at);
+      const Floats even = reinterpret_cast<Floats>(words << 16), odd = reinterpret_cast<Floats>(words & 0xffff0000u);
+      for (int row = 0; row < ROWS; ++row) {
+        terms[row][feature][part] += even * load<Floats>(x + row * stride + at);
+        terms[row][feature][part] += odd * load<Floats>(x + row * stride + at + LANES);
+      }
     }
     at += PAIRS;
   };
@@ -61,10 +66,38 @@ void dot(const at::BFloat16* weight, const float* x, int64_t size, int64_t strid
   }
   while (at + PAIRS <= size) step(0);
   for (int row = 0; row < ROWS; ++row) {
-    Floats terms = lower[row][0] + upper[row][0];
-    for (int part = 1; part < PARTS; ++part) terms += lower[row][part] + upper[row][part];
-    sums[row] = sum(terms);
-    for (int64_t rest = at; rest < size; ++rest) sums[row] += static_cast<float>(weight[rest]) * x[row * stride + rest];
+    for (int feature = 0; feature < FEATURES; ++feature) {
+      for (int part = 1; part < PARTS; ++part) terms[row][feature][0] += terms[row][feature][part];
+      float& found = sums[row * FEATURES + feature] = sum(terms[row][feature][0]);
+      for (int64_t rest = at; rest < size; ++rest) {
+        found += static_cast<float>(weight[feature * size + rest]) * x[row * stride + rest];
+      }
+    }
+  }
+}
+
+struct Sizes {
+  int64_t rows, size, stride, features;
+};
+
+// All rows of x with FEATURES rows of the weight, to places of as many neighbours in each row.
+template <int FEATURES>
+void multiply(
+    const at::BFloat16* weight, const at::BFloat16* bias, const float* x, const Sizes& sizes, at::BFloat16* to) {
+  for (int64_t row = 0; row < sizes.rows;) {
+    float sums[4 * FEATURES];
+    const int64_t taken = std::min<int64_t>(sizes.rows - row, 4);
+    const auto several = taken == 4   ? dot<4, FEATURES>
+                         : taken == 3 ? dot<3, FEATURES>
+                         : taken == 2 ? dot<2, FEATURES>
+                                      : dot<1, FEATURES>;
+    several(weight, x + row * sizes.stride, sizes.size, sizes.stride, sums);
+    for (int64_t each = 0; each < taken; ++each, ++row) {
+      for (int feature = 0; feature < FEATURES; ++feature) {
+        const float added = bias ? static_cast<float>(bias[feature]) : 0;
+        to[row * sizes.features + feature] = sums[each * FEATURES + feature] + added;
+      }
+    }
   }
 }
 
@@ -84,17 +117,18 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::opt
   for (int64_t row = 0; row < rows; ++row) {
     widen(given->const_data_ptr<at::BFloat16>() + row * size, size, from + row * stride);
   }
-#pragma omp parallel for schedule(static) num_threads(at::get_num_threads())
-  for (int64_t feature = 0; feature < features; ++feature) {
-    const at::BFloat16* const line = weights + feature * size;
-    const float start = added ? static_cast<float>(added[feature]) : 0;
-    for (int64_t row = 0; row < rows;) {
-      float sums[4];
-      const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      const auto several = taken == 4 ? dot<4, 1> : taken == 2 ? dot<2, 2> : dot<1, 4>;
-      several(line, from + row * stride, size, stride, sums);
-      for (int64_t each = 0; each < taken; ++each) to[(row + each) * features + feature] = start + sums[each];
-      row += taken;
+  const Sizes sizes{rows, size, stride, features};
+  // Several rows of x are read half as often for two features at a time; with one it is the weight that takes long.
+  const int64_t pairs = rows == 1 ? 0 : features / 2;
+#pragma omp parallel num_threads(at::get_num_threads())
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t at = 0; at < 2 * pairs; at += 2) {
+      multiply<2>(weights + at * size, added ? added + at : nullptr, from, sizes, to + at);
+    }
+#pragma omp for schedule(static)
+    for (int64_t at = 2 * pairs; at < features; ++at) {
+      multiply<1>(weights + at * size, added ? added + at : nullptr, from, sizes, to + at);
     }
   }
   return result;

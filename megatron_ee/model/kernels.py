@@ -28,6 +28,8 @@ BEGIN = 360_000
 """Bytes that a CPU reads while oneDNN begins a product with a packed weight, where it reads those faster."""
 WIDENED_ROWS = 16
 """Rows from which on a CPU without instructions of bfloat16 multiplies faster in float32 (measured with AVX2)."""
+OUR_ROWS = 64
+"""The same where ``bfloat16_product`` is built: from there on that takes as long."""
 WIDENED_BYTES = 4 * 2**20
 """Bytes of a weight that are made float32 at a time."""
 
@@ -65,7 +67,8 @@ def _is_cpu_bfloat16(weight: Tensor) -> bool:
 
 
 def _widens(rows: int, weight: Tensor) -> bool:
-    return rows >= WIDENED_ROWS and _is_cpu_bfloat16(weight) and not multiplies_bfloat16()
+    few = OUR_ROWS if bfloat16_product.built else WIDENED_ROWS
+    return rows >= few and _is_cpu_bfloat16(weight) and not multiplies_bfloat16()
 
 
 @functools.cache
@@ -187,7 +190,7 @@ def compiles(tokens: int, weight: Tensor, packed: Tensor | None) -> bool:
     if packed is not None or not _is_cpu_bfloat16(weight):
         return True
     if not multiplies_bfloat16():
-        return tokens < WIDENED_ROWS
+        return not _widens(tokens, weight)
     return (tokens - 1) * weight.nbytes < 2 * ONE_BY_ONE
 
 

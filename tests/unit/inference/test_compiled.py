@@ -169,7 +169,9 @@ def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.compiles(8, small, None) and kernels.compiles(8, large.float(), None)
     assert kernels.compiles(8, large, large)  # packed
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
-    assert kernels.compiles(15, large, None) and not kernels.compiles(16, large, None)
+    for built, few in ((False, 15), (True, 63)):
+        monkeypatch.setattr(bfloat16_product, "built", built)
+        assert kernels.compiles(few, large, None) and not kernels.compiles(few + 1, large, None)
     before = torch._C._get_mkldnn_enabled()
     with kernels.own_products():
         assert not torch._C._get_mkldnn_enabled()
@@ -198,7 +200,7 @@ def test_products_of_our_own_are_compiled_too(
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        check_products(stage, (1, 2, 5, 15, 1))
+        check_products(stage, (1, 2, 5, 20, 1))
     calls = {event.key: event.count for event in profile.key_averages()}
     # Four in each of two layers, eagerly and compiled, for each number of tokens.
     assert bfloat16_product.built and calls["megatron_ee::bfloat16_product"] >= 5 * 2 * 2 * 4
