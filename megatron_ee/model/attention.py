@@ -175,5 +175,6 @@ def rotate(x: Tensor, positions: Positions) -> Tensor:
     ``[seq, batch, kv_heads, heads per group, head_dim]`` -> the same shape.
     """
     first, second = x.chunk(2, dim=-1)
+    # Both halves turn by the same angles. Put together last: what the compiler has to write it does not compute again.
     cos, sin = positions.cos.chunk(2, dim=-1)[0], positions.sin.chunk(2, dim=-1)[0]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
