@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_ee", "megatron_ee.*"]),
-    package_data={"megatron_ee.model": ["*.cpp"]},
+    package_data={"megatron_ee.model": ["*.cpp", "*.h"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.14",

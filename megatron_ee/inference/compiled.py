@@ -6,9 +6,10 @@ that do little each. Compiled, those between the matrix products are fused, and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
@@ -25,6 +26,7 @@ from megatron_ee.model.attention import Positions
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.stage import Stage
 from megatron_ee.progress import track
 
@@ -154,9 +156,7 @@ class CompiledStage:
         from torch import _dynamo  # the compiler, which takes long to import
 
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
-        try:
-            if kernels.gains_from_ours(self._largest.weight):
-                bfloat16_product.build()
+        with _in_one_line():
             parts = len(self._segments) + len(self._heads)
             with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
                 for place, stop, asked in self._segments:
@@ -165,11 +165,6 @@ class CompiledStage:
                 for place in self._heads:
                     self._warm_head(place)
                     bar.advance()
-        except Exception as error:  # of the tracer, of a compiler, of loading what it made
-            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ConfigError(
-                f"compile: the layers cannot be compiled here ({line.strip()[:300]}); leave it out"
-            ) from error
 
     @torch.inference_mode()
     def _warm(self, place: int, stop: int, asked: int | None) -> None:
@@ -201,7 +196,7 @@ class CompiledStage:
         head, last = self._heads[place]
         if not kernels.compiles(len(x), last.weight, last.packed):
             return None
-        with kernels.own_products():
+        with kernels.torch_products():
             return head(x)  # type: ignore[no-any-return]
 
     def run(
@@ -235,7 +230,7 @@ class CompiledStage:
         start, arch, mask = mine[0].length, self._stage.setup.architecture, None
         if tokens > 1:
             mask = shared_mask(masks, (start, start + tokens, 0, None), h, arch.num_heads // arch.num_kv_heads)
-        with kernels.own_products():
+        with kernels.torch_products():
             done = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
         for cache in mine:
             cache.length += tokens
@@ -259,6 +254,34 @@ def _on_arguments(guards: Sequence[Any]) -> list[bool]:
     """Which checks are of arguments, rather than of modules or of what their code refers to."""
     kept = (torch.compiler.skip_guard_on_all_nn_modules_unsafe, torch.compiler.skip_guard_on_globals_unsafe)
     return [all(each) for each in zip(*(keep(guards) for keep in kept), strict=True)]
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the tracer, of a compiler, of loading what it made
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(
+            f"compile: the layers cannot be compiled here ({line.strip()[:300]}); leave it out"
+        ) from error
+
+
+def build_product(setup: ModelSetup) -> None:
+    """Where that is faster, have few rows multiplied by ``bfloat16_product``. Every rank calls this, before it packs.
+
+    Raises:
+        ConfigError: it cannot be compiled here.
+    """
+    if bfloat16_product.built or not kernels.gains_from_ours(setup.dtype):
+        return
+
+    def build() -> None:
+        with _in_one_line(), track(1, "parts", "compiling the product", enabled=setup.groups.is_main) as bar:
+            bfloat16_product.build()
+            bar.advance()
+
+    setup.groups.together(build)
 
 
 def compile_stage(stage: Stage) -> CompiledStage:

@@ -1,12 +1,18 @@
 """The product of a few bfloat16 rows that ``bfloat16_product.cpp`` makes, once it is built on this machine.
 
-For CPUs without instructions of bfloat16. With AVX2 on two cores, and weights of 2 to 11 MB one after another, it is
-1.2 times as fast as torch with one row; four rows take 1.4 times as long as one, which take torch four times as long.
+For CPUs that multiply bfloat16 by tiles (AMX), and for those without any instructions of that type. Measured on two
+cores, weights of 2 to 25 MB one after another:
+
+- with AMX it reads up to 16 rows' weight 1.05 to 1.2 times as fast as oneDNN one that was packed for it, and takes 7 us
+  for a small one, oneDNN 19;
+- with AVX2 it is 1.2 times as fast as torch with one row; four rows take 1.4 times as long as one, which take torch
+  four times as long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +20,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+FLAGS = {
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx512f", "-mfma"],
+    "AMX": ["-mavx512f", "-mfma", "-mamx-tile", "-mamx-bf16"],
+}
+"""Of the compiler, by the kind of processor; others take what it does by itself."""
 built = False
 """Whether ``product`` may be called."""
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this processor multiplies bfloat16 by tiles (AMX), and the system lets it."""
+    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
 
 
 def build() -> None:
@@ -43,8 +61,8 @@ def _load() -> None:
     from torch.utils import cpp_extension  # takes long to import
 
     # By its instructions: processors of several kinds may share the directory that keeps it.
-    kind = torch.backends.cpu.get_cpu_capability()
-    flags = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mfma"]}.get(kind, [])
+    kind = "AMX" if has_tiles() else torch.backends.cpu.get_cpu_capability()
+    flags = FLAGS.get(kind, [])
     # A Python that runs without its environment's PATH has ninja all the same; and torch.compile takes g++ too.
     path = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
     with _environment(PATH=path, CXX=os.environ.get("CXX", "g++")):

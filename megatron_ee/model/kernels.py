@@ -2,8 +2,9 @@
 
 On an accelerator, and in float32, that is what torch itself takes. In bfloat16 CPUs are of two kinds. For those with
 instructions of that type, oneDNN multiplies several rows while it reads a weight once, which it first reorders at every
-product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row. Many rows are
-multiplied faster in float32 there, and few with a product of our own once it is built: ``bfloat16_product``.
+product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row, and many rows
+are multiplied faster in float32. With tiles (AMX), and without any such instructions, few rows are multiplied fastest
+with a product of our own, ``bfloat16_product``; once it is built, weights stay as they are.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ BEGIN = 360_000
 WIDENED_ROWS = 16
 """Rows from which on a CPU without instructions of bfloat16 multiplies faster in float32 (measured with AVX2)."""
 OUR_ROWS = 64
-"""The same where ``bfloat16_product`` is built: from there on that takes as long."""
+"""Rows from which on ``bfloat16_product`` takes as long as float32 (measured with AVX2), or as oneDNN (with AMX)."""
 WIDENED_BYTES = 4 * 2**20
 """Bytes of a weight that are made float32 at a time."""
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """A linear's weight ``[out, in]`` as ``product`` multiplies it fastest; None where it is best left as it is.
+    """A linear's weight ``[out, in]`` as oneDNN multiplies it fastest; None where it is best left as it is.
 
     Measured on two cores, weights of 2 to 11 MB, a whole layer: 1.3 times as fast with one row, 1.5 times with four.
     """
-    if not (_is_cpu_bfloat16(weight) and multiplies_bfloat16()) or os.uname().machine != "x86_64":
+    if bfloat16_product.built or not (_is_cpu_bfloat16(weight) and multiplies_bfloat16()):
+        return None
+    if os.uname().machine != "x86_64":
         return None  # other processors have another library behind oneDNN, which nobody has tried here
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return packed
@@ -51,9 +54,11 @@ def multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def gains_from_ours(weight: Tensor) -> bool:
-    """Whether few rows are multiplied faster with such a weight once ``bfloat16_product`` is built."""
-    return sys.platform == "linux" and _is_cpu_bfloat16(weight) and not multiplies_bfloat16()
+def gains_from_ours(dtype: torch.dtype) -> bool:
+    """Whether few rows of a dtype are multiplied faster on this device once ``bfloat16_product`` is built."""
+    if sys.platform != "linux" or platform.has_accelerator() or dtype != torch.bfloat16:
+        return False
+    return bfloat16_product.has_tiles() or not multiplies_bfloat16()
 
 
 def is_slow(dtype: str) -> bool:
@@ -84,7 +89,7 @@ def packed_reads_faster() -> bool:
         return False
     plain_seconds, packed_seconds = [], []
     for _ in range(16):  # in turns, so that both see the same machine
-        plain_seconds.append(_seconds(lambda: _own_product(row, weight, None)))
+        plain_seconds.append(_seconds(lambda: _torch_product(row, weight, None)))
         packed_seconds.append(_seconds(lambda: _onednn_product(row, packed, None)))
     return min(packed_seconds) < 1.2 * min(plain_seconds)
 
@@ -111,8 +116,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
         packed: from ``pack``; None where it is not packed.
     """
     both = packed is not weight
+    ours = packed is None and bfloat16_product.built and _is_cpu_bfloat16(weight)
     if torch.compiler.is_compiling():
-        if packed is None and bfloat16_product.built and _is_cpu_bfloat16(weight):
+        if ours:
             return bfloat16_product.product(x, weight, bias)
         # The plain one is for single rows; what is compiled for more holds for any number.
         if packed is None or (both and len(x) == 1):
@@ -121,16 +127,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
         return known
     if packed is not None:
         plain = both and takes_plain(len(x), weight.nbytes)
-        return _own_product(x, weight, bias) if plain else _packed_product(x, packed, bias)
+        return _torch_product(x, weight, bias) if plain else _packed_product(x, packed, bias)
     if not _is_cpu_bfloat16(weight):
         return F.linear(x, weight, bias)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if ours and len(x) < OUR_ROWS and not learns:
+        return bfloat16_product.product(x, weight, bias)
     if _widens(len(x), weight) and not learns:
         return _widened_product(x, weight, bias)
-    if bfloat16_product.built and not learns and not multiplies_bfloat16():
-        return bfloat16_product.product(x, weight, bias)
     few = (len(x) - 1) * weight.nbytes < ONE_BY_ONE
-    return _own_product(x, weight, bias) if few and multiplies_bfloat16() else F.linear(x, weight, bias)
+    return _torch_product(x, weight, bias) if few and multiplies_bfloat16() else F.linear(x, weight, bias)
 
 
 def write_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -141,8 +147,8 @@ def write_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
         torch.mm(x, weight.t(), out=out)
 
 
-def _own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    before = torch._C._get_mkldnn_enabled()  # as in own_products, which as a context takes longer than this all
+def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    before = torch._C._get_mkldnn_enabled()  # as in ``torch_products``, which as a context takes longer than this all
     torch._C._set_mkldnn_enabled(False)
     try:
         return F.linear(x, weight, bias)
@@ -189,13 +195,15 @@ def compiles(tokens: int, weight: Tensor, packed: Tensor | None) -> bool:
     """
     if packed is not None or not _is_cpu_bfloat16(weight):
         return True
+    if bfloat16_product.built:
+        return tokens < OUR_ROWS
     if not multiplies_bfloat16():
         return not _widens(tokens, weight)
     return (tokens - 1) * weight.nbytes < 2 * ONE_BY_ONE
 
 
 @contextlib.contextmanager
-def own_products() -> Iterator[None]:
+def torch_products() -> Iterator[None]:
     """Let the products of compiled code with one row be torch's own, not oneDNN's, as ``product`` has them."""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)

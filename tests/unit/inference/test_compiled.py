@@ -16,14 +16,14 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference import kv_cache
 from megatron_ee.inference.assembly import make_engine
-from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
+from megatron_ee.inference.compiled import CompiledStage, build_product, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
 from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model import bfloat16_product, kernels
-from megatron_ee.model.stage import Stage
+from megatron_ee.model.stage import LINEARS, Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 
@@ -164,22 +164,24 @@ def check_growth(stage: Stage, watched: Watched, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(platform.has_accelerator(), reason="of products on a CPU")
 def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(bfloat16_product, "built", False)
     small, large = (torch.zeros(size, 1024, dtype=torch.bfloat16) for size in (16, 8192))
     assert kernels.compiles(1, large, None) and not kernels.compiles(2, large, None)
     assert kernels.compiles(8, small, None) and kernels.compiles(8, large.float(), None)
     assert kernels.compiles(8, large, large)  # packed
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
-    for built, few in ((False, 15), (True, 63)):
+    for instructions, built, few in ((False, False, 15), (False, True, 63), (True, True, 63)):
+        monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda instructions=instructions: instructions)
         monkeypatch.setattr(bfloat16_product, "built", built)
         assert kernels.compiles(few, large, None) and not kernels.compiles(few + 1, large, None)
     before = torch._C._get_mkldnn_enabled()
-    with kernels.own_products():
+    with kernels.torch_products():
         assert not torch._C._get_mkldnn_enabled()
     assert torch._C._get_mkldnn_enabled() == before
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
 def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16_product, "built", False)
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     mlp = stage.backbone.layers["1"].mlp
     if kernels.pack(mlp.down.weight) is None:
@@ -199,6 +201,9 @@ def test_products_of_our_own_are_compiled_too(
     monkeypatch.setattr(bfloat16_product, "built", False)  # as it is from then on, but for what other tests find
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
+    build_product(stage.setup)
+    stage.pack(keep=True)
+    assert all(module.packed is None for module in stage.modules() if isinstance(module, LINEARS))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         check_products(stage, (1, 2, 5, 20, 1))
     calls = {event.key: event.count for event in profile.key_averages()}

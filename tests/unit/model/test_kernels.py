@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
 
 from megatron_ee import platform
 from megatron_ee.model import bfloat16_product, kernels
+
+
+@pytest.fixture(autouse=True)
+def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the product of our own, whatever other tests have built."""
+    monkeypatch.setattr(bfloat16_product, "built", False)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 70])
@@ -38,7 +45,6 @@ def test_products(rows: int, form: str, plain: bool, monkeypatch: pytest.MonkeyP
 def test_products_without_instructions_of_bfloat16(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rows are multiplied in float32, some of the weight's rows at a time, the last ones fewer."""
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(bfloat16_product, "built", False)
     monkeypatch.setattr(kernels, "WIDENED_BYTES", 40 * 4 * 48)
     generator = torch.Generator().manual_seed(rows)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 48), (96, 48), (96,)))
@@ -57,23 +63,22 @@ def test_products_without_instructions_of_bfloat16(rows: int, monkeypatch: pytes
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> None:
+def built(not_built: None) -> None:
     """With the product of our own, for this test alone."""
     if platform.has_accelerator() or shutil.which("g++") is None:
         pytest.skip("it is for CPUs, and needs a C++ compiler")
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(bfloat16_product, "built", False)
     bfloat16_product.build()
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 63])
-@pytest.mark.parametrize("size", [5, 16, 80, 133])
-def test_products_of_our_own(rows: int, size: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 17, 32, 33, 63])
+@pytest.mark.parametrize("size", [5, 16, 32, 80, 96, 133])
+@pytest.mark.parametrize("features", [13, 16, 33])
+def test_products_of_our_own(rows: int, size: int, features: int) -> None:
     """Any number of features, rows that do not lie together, and sums that are rounded once."""
     generator = torch.Generator().manual_seed(rows)
-    wide, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 2 * size), (33, size), (33,)))
-    wide, weight, bias = (tensor.to(torch.bfloat16) for tensor in (wide, weight, bias))
+    sizes = ((rows, 2 * size), (features, size), (features,))
+    wide, weight, bias = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in sizes)
     weight[1] = torch.inf  # beside the first row's end
     x = wide[:, :size]
     expected = x.double() @ weight.double().t()
@@ -81,13 +86,33 @@ def test_products_of_our_own(rows: int, size: int) -> None:
         ours = bfloat16_product.product(x, weight, given)
         found = kernels.product(x, weight, given)
         assert torch.equal(found.view(torch.int16), ours.view(torch.int16))
-        kept = [0, *range(2, 33)]
+        kept = [0, *range(2, features)]
         torch.testing.assert_close(found[:, kept].double(), exact[:, kept], atol=1e-4, rtol=2**-8)
+    assert kernels.pack(weight) is None
     weight = weight[2:].requires_grad_()
     kernels.product(x, weight).sum().backward()
     assert weight.grad is not None and weight.grad.any()
     with pytest.raises(RuntimeError, match=f"x has {size} features, the weight takes {size - 1}"):
         bfloat16_product.product(x, weight.detach()[:, 1:], None)
+
+
+@pytest.mark.usefixtures("built")
+def test_a_row_by_tiles_is_the_same_whatever_is_beside_it() -> None:
+    if not bfloat16_product.has_tiles():
+        pytest.skip("this processor has no tiles")
+    x, weight = torch.randn(40, 200).to(torch.bfloat16), torch.randn(50, 200).to(torch.bfloat16)
+    alone = torch.cat([bfloat16_product.product(row, weight, None) for row in x.split(1)])
+    assert torch.equal(bfloat16_product.product(x, weight, None), alone)
+
+
+@pytest.mark.skipif(platform.has_accelerator() or sys.platform != "linux", reason="of CPUs")
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("instructions", [False, True])
+def test_where_our_own_is_built(tiles: bool, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16_product, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: instructions)
+    assert kernels.gains_from_ours(torch.bfloat16) == (tiles or not instructions)
+    assert not kernels.gains_from_ours(torch.float32)
 
 
 @pytest.mark.skipif(platform.has_accelerator(), reason="of CPUs")
@@ -114,7 +139,7 @@ def test_the_processor_is_asked_what_it_reads_faster(
         pytest.skip("this processor has no packed form")
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    for name, seconds in (("_own_product", plain), ("_onednn_product", packed)):
+    for name, seconds in (("_torch_product", plain), ("_onednn_product", packed)):
         monkeypatch.setattr(kernels, name, lambda *_, seconds=seconds: clock.__setitem__(0, clock[0] + seconds))
     assert kernels.packed_reads_faster.__wrapped__() == (packed <= plain)
 
