@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_ee", "megatron_ee.*"]),
-    package_data={"megatron_ee.model": ["*.cpp", "*.h"]},
+    package_data={"megatron_ee.model.bfloat16": ["*.cpp", "*.h"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.14",
@@ -31,7 +31,7 @@ setup(
         "pyyaml>=6,<7",
         "numpy>=1.26,<3",
         "psutil>=6,<8",
-        "ninja>=1.11,<2",  # builds megatron_ee/model/bfloat16_product.cpp where layers are compiled
+        "ninja>=1.11,<2",  # builds megatron_ee/model/bfloat16 where layers are compiled
         "rich>=13.9,<16",
         "tensorboard>=2.18,<3",
         "matplotlib>=3.9,<4",

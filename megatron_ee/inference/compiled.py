@@ -21,7 +21,7 @@ from megatron_ee import platform
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
-from megatron_ee.model import bfloat16_product, kernels
+from megatron_ee.model import bfloat16, kernels
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exits import Exit
@@ -114,7 +114,7 @@ class _Room:
         self.values[0, :, self.start : stop] = value.transpose(0, 1)
         keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
         if len(query) == 1:
-            return kernels.attend(query, keys, values).reshape(1, -1)
+            return kernels.attend(query, [keys], [values])
         return attend_together(query, keys, values, self.mask)
 
 
@@ -268,17 +268,17 @@ def _in_one_line() -> Iterator[None]:
 
 
 def build_product(setup: ModelSetup) -> None:
-    """Where that is faster, have few rows multiplied by ``bfloat16_product``. Every rank calls this, before it packs.
+    """Where that is faster, have few rows multiplied by ``bfloat16``. Every rank calls this, before it packs.
 
     Raises:
         ConfigError: it cannot be compiled here.
     """
-    if bfloat16_product.built or not kernels.gains_from_ours(setup.dtype):
+    if bfloat16.built or not kernels.gains_from_ours(setup.dtype):
         return
 
     def build() -> None:
         with _in_one_line(), track(1, "parts", "compiling the product", enabled=setup.groups.is_main) as bar:
-            bfloat16_product.build()
+            bfloat16.build()
             bar.advance()
 
     setup.groups.together(build)

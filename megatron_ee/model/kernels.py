@@ -4,7 +4,7 @@ On an accelerator, and in float32, that is what torch itself takes. In bfloat16 
 instructions of that type, oneDNN multiplies several rows while it reads a weight once, which it first reorders at every
 product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row, and many rows
 are multiplied faster in float32. With tiles (AMX), and without any such instructions, few rows are multiplied fastest
-with a product of our own, ``bfloat16_product``; once it is built, weights stay as they are.
+with a product of our own, ``bfloat16``; once it is built, weights stay as they are.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.model import bfloat16_product
+from megatron_ee.model import bfloat16
 
 ONE_BY_ONE = 3 * 2**19
 """Bytes that a CPU reads while oneDNN begins a product of bfloat16 whose weight it has to reorder first."""
@@ -30,7 +30,7 @@ BEGIN = 360_000
 WIDENED_ROWS = 16
 """Rows from which on a CPU without instructions of bfloat16 multiplies faster in float32 (measured with AVX2)."""
 OUR_ROWS = 64
-"""Rows from which on ``bfloat16_product`` takes as long as float32 (measured with AVX2), or as oneDNN (with AMX)."""
+"""Rows from which on ``bfloat16`` takes as long as float32 (measured with AVX2), or as oneDNN (with AMX)."""
 WIDENED_BYTES = 4 * 2**20
 """Bytes of a weight that are made float32 at a time."""
 
@@ -40,7 +40,7 @@ def pack(weight: Tensor) -> Tensor | None:
 
     Measured on two cores, weights of 2 to 11 MB, a whole layer: 1.3 times as fast with one row, 1.5 times with four.
     """
-    if bfloat16_product.built or not (_is_cpu_bfloat16(weight) and multiplies_bfloat16()):
+    if bfloat16.built or not (_is_cpu_bfloat16(weight) and multiplies_bfloat16()):
         return None
     if os.uname().machine != "x86_64":
         return None  # other processors have another library behind oneDNN, which nobody has tried here
@@ -55,10 +55,10 @@ def multiplies_bfloat16() -> bool:
 
 
 def gains_from_ours(dtype: torch.dtype) -> bool:
-    """Whether few rows of a dtype are multiplied faster on this device once ``bfloat16_product`` is built."""
+    """Whether few rows of a dtype are multiplied faster on this device once ``bfloat16`` is built."""
     if sys.platform != "linux" or platform.has_accelerator() or dtype != torch.bfloat16:
         return False
-    return bfloat16_product.has_tiles() or not multiplies_bfloat16()
+    return bfloat16.has_tiles() or not multiplies_bfloat16()
 
 
 def is_slow(dtype: str) -> bool:
@@ -67,12 +67,12 @@ def is_slow(dtype: str) -> bool:
 
 
 def _is_cpu_bfloat16(weight: Tensor) -> bool:
-    """Whether a product with a plain weight is one that begins late or goes row by row."""
+    """Whether it is of the kind that torch multiplies late or row by row: what is said here of dtypes is of these."""
     return weight.is_cpu and weight.dtype == torch.bfloat16
 
 
 def _widens(rows: int, weight: Tensor) -> bool:
-    few = OUR_ROWS if bfloat16_product.built else WIDENED_ROWS
+    few = OUR_ROWS if bfloat16.built else WIDENED_ROWS
     return rows >= few and _is_cpu_bfloat16(weight) and not multiplies_bfloat16()
 
 
@@ -116,10 +116,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
         packed: from ``pack``; None where it is not packed.
     """
     both = packed is not weight
-    ours = packed is None and bfloat16_product.built and _is_cpu_bfloat16(weight)
+    ours = packed is None and bfloat16.built and _is_cpu_bfloat16(weight)
     if torch.compiler.is_compiling():
         if ours:
-            return bfloat16_product.product(x, weight, bias)
+            return bfloat16.product(x, weight, bias)
         # The plain one is for single rows; what is compiled for more holds for any number.
         if packed is None or (both and len(x) == 1):
             return F.linear(x, weight, bias)
@@ -132,7 +132,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tenso
         return F.linear(x, weight, bias)
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if ours and len(x) < OUR_ROWS and not learns:
-        return bfloat16_product.product(x, weight, bias)
+        return bfloat16.product(x, weight, bias)
     if _widens(len(x), weight) and not learns:
         return _widened_product(x, weight, bias)
     few = (len(x) - 1) * weight.nbytes < ONE_BY_ONE
@@ -195,7 +195,7 @@ def compiles(tokens: int, weight: Tensor, packed: Tensor | None) -> bool:
     """
     if packed is not None or not _is_cpu_bfloat16(weight):
         return True
-    if bfloat16_product.built:
+    if bfloat16.built:
         return tokens < OUR_ROWS
     if not multiplies_bfloat16():
         return not _widens(tokens, weight)
@@ -213,17 +213,24 @@ def torch_products() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of one token to all that is kept of its row.
+def attend(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Attention of one token of each row to all that is kept of the row.
 
     Args:
-        query: ``[1, kv_heads, queries per key-value head, head_dim]``.
-        keys: ``[1, kv_heads, kept, head_dim]``; ``values`` too.
+        query: ``[rows, kv_heads, queries per key-value head, head_dim]``.
+        keys: of each row, ``[1, kv_heads, kept, head_dim]``; ``values`` too.
 
     Returns:
-        As ``query``.
+        ``[rows, heads * head_dim]``.
     """
-    if not (query.is_cpu and query.dtype == torch.bfloat16 and query.shape[2] == 1):
+    if bfloat16.built and _is_cpu_bfloat16(query) and query.shape[-1] % bfloat16.HEAD_FEATURES == 0:
+        return bfloat16.attend(query, keys, values)
+    parts = [_attend(*each) for each in zip(query.split(1), keys, values, strict=True)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(len(query), -1)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    if not (_is_cpu_bfloat16(query) and query.shape[2] == 1):
         return F.scaled_dot_product_attention(query, keys, values)
     if torch.compiler.is_compiling():
         # Fused, as sums of products in float32: 2 to 5 times as fast as torch's kernel with 100 to 4000 keys.

@@ -22,7 +22,7 @@ from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model import bfloat16_product, kernels
+from megatron_ee.model import bfloat16, kernels
 from megatron_ee.model.stage import LINEARS, Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
@@ -164,14 +164,14 @@ def check_growth(stage: Stage, watched: Watched, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(platform.has_accelerator(), reason="of products on a CPU")
 def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(bfloat16_product, "built", False)
+    monkeypatch.setattr(bfloat16, "built", False)
     small, large = (torch.zeros(size, 1024, dtype=torch.bfloat16) for size in (16, 8192))
     assert kernels.compiles(1, large, None) and not kernels.compiles(2, large, None)
     assert kernels.compiles(8, small, None) and kernels.compiles(8, large.float(), None)
     assert kernels.compiles(8, large, large)  # packed
     for instructions, built, few in ((False, False, 15), (False, True, 63), (True, True, 63)):
         monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda instructions=instructions: instructions)
-        monkeypatch.setattr(bfloat16_product, "built", built)
+        monkeypatch.setattr(bfloat16, "built", built)
         assert kernels.compiles(few, large, None) and not kernels.compiles(few + 1, large, None)
     before = torch._C._get_mkldnn_enabled()
     with kernels.torch_products():
@@ -181,7 +181,7 @@ def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
 def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bfloat16_product, "built", False)
+    monkeypatch.setattr(bfloat16, "built", False)
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     mlp = stage.backbone.layers["1"].mlp
     if kernels.pack(mlp.down.weight) is None:
@@ -198,7 +198,7 @@ def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monk
 def test_products_of_our_own_are_compiled_too(
     saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bfloat16_product, "built", False)  # as it is from then on, but for what other tests find
+    monkeypatch.setattr(bfloat16, "built", False)  # as it is from then on, but for what other tests find
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     build_product(stage.setup)
@@ -208,7 +208,7 @@ def test_products_of_our_own_are_compiled_too(
         check_products(stage, (1, 2, 5, 20, 1))
     calls = {event.key: event.count for event in profile.key_averages()}
     # Four in each of two layers, eagerly and compiled, for each number of tokens.
-    assert bfloat16_product.built and calls["megatron_ee::bfloat16_product"] >= 5 * 2 * 2 * 4
+    assert bfloat16.built and calls["megatron_ee::bfloat16_product"] >= 5 * 2 * 2 * 4
 
 
 def check_products(stage: Stage, counts: Sequence[int]) -> None:

@@ -7,15 +7,16 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.model import bfloat16_product, kernels
+from megatron_ee.model import bfloat16, kernels
 
 
 @pytest.fixture(autouse=True)
 def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the product of our own, whatever other tests have built."""
-    monkeypatch.setattr(bfloat16_product, "built", False)
+    monkeypatch.setattr(bfloat16, "built", False)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 70])
@@ -67,7 +68,7 @@ def built(not_built: None) -> None:
     """With the product of our own, for this test alone."""
     if platform.has_accelerator() or shutil.which("g++") is None:
         pytest.skip("it is for CPUs, and needs a C++ compiler")
-    bfloat16_product.build()
+    bfloat16.build()
 
 
 @pytest.mark.usefixtures("built")
@@ -83,7 +84,7 @@ def test_products_of_our_own(rows: int, size: int, features: int) -> None:
     x = wide[:, :size]
     expected = x.double() @ weight.double().t()
     for given, exact in ((None, expected), (bias, expected + bias.double())):
-        ours = bfloat16_product.product(x, weight, given)
+        ours = bfloat16.product(x, weight, given)
         found = kernels.product(x, weight, given)
         assert torch.equal(found.view(torch.int16), ours.view(torch.int16))
         kept = [0, *range(2, features)]
@@ -93,23 +94,23 @@ def test_products_of_our_own(rows: int, size: int, features: int) -> None:
     kernels.product(x, weight).sum().backward()
     assert weight.grad is not None and weight.grad.any()
     with pytest.raises(RuntimeError, match=f"x has {size} features, the weight takes {size - 1}"):
-        bfloat16_product.product(x, weight.detach()[:, 1:], None)
+        bfloat16.product(x, weight.detach()[:, 1:], None)
 
 
 @pytest.mark.usefixtures("built")
 def test_a_row_by_tiles_is_the_same_whatever_is_beside_it() -> None:
-    if not bfloat16_product.has_tiles():
+    if not bfloat16.has_tiles():
         pytest.skip("this processor has no tiles")
     x, weight = torch.randn(40, 200).to(torch.bfloat16), torch.randn(50, 200).to(torch.bfloat16)
-    alone = torch.cat([bfloat16_product.product(row, weight, None) for row in x.split(1)])
-    assert torch.equal(bfloat16_product.product(x, weight, None), alone)
+    alone = torch.cat([bfloat16.product(row, weight, None) for row in x.split(1)])
+    assert torch.equal(bfloat16.product(x, weight, None), alone)
 
 
 @pytest.mark.skipif(platform.has_accelerator() or sys.platform != "linux", reason="of CPUs")
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("instructions", [False, True])
 def test_where_our_own_is_built(tiles: bool, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bfloat16_product, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(bfloat16, "has_tiles", lambda: tiles)
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: instructions)
     assert kernels.gains_from_ours(torch.bfloat16) == (tiles or not instructions)
     assert not kernels.gains_from_ours(torch.float32)
@@ -150,20 +151,59 @@ def test_exact_products_are_left_alone() -> None:
     assert torch.equal(kernels.product(x, weight), torch.nn.functional.linear(x, weight))
 
 
+KEPT = (50, 1, 7)
+
+
+def rows_with_caches(shared: int, size: int, dtype: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Queries of three rows, and keys and values in rooms that are larger."""
+    generator = torch.Generator().manual_seed(shared)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(platform.device(), platform.DTYPES[dtype])
+
+    keys, values = ([draw(1, 4, kept + 3, size)[:, :, :kept] for kept in KEPT] for _ in range(2))
+    return draw(len(KEPT), 4, shared, size), keys, values
+
+
+def exact_attention(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    parts = []
+    for row, key, value in zip(query.double(), keys, values, strict=True):
+        shares = (row @ key[0].double().transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+        parts.append((shares @ value[0].double()).flatten())
+    return torch.stack(parts)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shared", [1, 3])
-def test_attention_of_one_token(dtype: str, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(shared)
-    sizes = ((1, 4, shared, 16), (1, 4, 50, 16), (1, 4, 50, 16))
-    query, keys, values = (torch.randn(size, generator=generator) for size in sizes)
-    query, keys, values = (each.to(platform.device(), platform.DTYPES[dtype]) for each in (query, keys, values))
-    weights = (query.double() @ keys.double().transpose(-1, -2) / 4).softmax(-1)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_attention_of_one_token(dtype: str, shared: int, compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = rows_with_caches(shared, 16, dtype)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # as the compiler is given it
+    found = kernels.attend(*given)
+    assert found.dtype == given[0].dtype
     tolerance = 1e-5 if dtype == "float32" else 0.02
-    expected = weights @ values.double()
+    torch.testing.assert_close(found.double(), exact_attention(*given), atol=tolerance, rtol=0)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("shared", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("size", [8, 16, 48, 64, 80, 128])
+def test_attention_of_our_own(shared: int, size: int) -> None:
+    """Rounded once; whatever rows are together; heads that it does not take are left to torch."""
+    query, keys, values = rows_with_caches(shared, size, "bfloat16")
     found = kernels.attend(query, keys, values)
-    assert found.dtype == query.dtype and found.shape == query.shape
-    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as the compiler is given it
-    found = kernels.attend(query, keys, values)
-    assert found.dtype == query.dtype and found.shape == query.shape
-    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+    ours = size % bfloat16.HEAD_FEATURES == 0
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        found.double(), exact_attention(query, keys, values), atol=1e-4 if ours else 0.02, rtol=2**-8
+    )
+    alone = [kernels.attend(*each) for each in zip(query.split(1), zip(keys), zip(values), strict=True)]
+    assert torch.equal(found, torch.cat(alone))
+    if not ours:
+        with pytest.raises(RuntimeError, match=f"heads of {size} features; they have to be a multiple of 16"):
+            bfloat16.attend(query, keys, values)
+        return
+    with pytest.raises(RuntimeError, match="keys or values of 2 rows, for 3"):
+        bfloat16.attend(query, keys, values[:2])
+    with pytest.raises(RuntimeError, match="do not lie together"):
+        bfloat16.attend(query, keys, [each[..., ::2] for each in values])

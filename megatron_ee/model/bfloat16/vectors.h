@@ -21,7 +21,7 @@ constexpr int64_t LANES = 8;
 constexpr int64_t PAIRS = 2 * LANES;  // bfloat16 in a vector of words
 
 template <typename Vector>
-Vector load(const void* from) {
+Vector take(const void* from) {
   Vector vector;
   std::memcpy(&vector, from, sizeof(Vector));
   return vector;
@@ -53,11 +53,11 @@ void dot(const at::BFloat16* weight, const float* x, int64_t size, int64_t strid
   const auto step = [&](int part) {
     if (FEATURES > 1) __builtin_prefetch(weight + FEATURES * (size + at));  // of the next rows as much as is used here
     for (int feature = 0; feature < FEATURES; ++feature) {
-      const Words words = load<Words>(weight + feature * size + at);
+      const Words words = take<Words>(weight + feature * size + at);
       const Floats even = reinterpret_cast<Floats>(words << 16), odd = reinterpret_cast<Floats>(words & 0xffff0000u);
       for (int row = 0; row < ROWS; ++row) {
-        terms[row][feature][part] += even * load<Floats>(x + row * stride + at);
-        terms[row][feature][part] += odd * load<Floats>(x + row * stride + at + LANES);
+        terms[row][feature][part] += even * take<Floats>(x + row * stride + at);
+        terms[row][feature][part] += odd * take<Floats>(x + row * stride + at + LANES);
       }
     }
     at += PAIRS;

@@ -1,4 +1,4 @@
-"""The product of a few bfloat16 rows that ``bfloat16_product.cpp`` makes, once it is built on this machine.
+"""Products and attention of a few bfloat16 rows on CPUs, in C++ that is built on the machine it runs on.
 
 For CPUs that multiply bfloat16 by tiles (AMX), and for those without any instructions of that type. Measured on two
 cores, weights of 2 to 25 MB one after another:
@@ -14,20 +14,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+HEAD_FEATURES = 16
+"""``attend`` takes heads of a multiple of it."""
 FLAGS = {
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX512": ["-mavx512f", "-mfma"],
-    "AMX": ["-mavx512f", "-mfma", "-mamx-tile", "-mamx-bf16"],
+    "AVX2": ["-mavx2", "-mfma", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
+    "AVX512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    ],
 }
-"""Of the compiler, by the kind of processor; others take what it does by itself."""
+"""Of the compiler, by what torch takes of the processor; others take what it does by itself."""
+TILES = ["-mamx-tile", "-mamx-bf16"]
 built = False
-"""Whether ``product`` may be called."""
+"""Whether ``product`` and ``attend`` may be called."""
 
 
 @functools.cache
@@ -37,7 +42,7 @@ def has_tiles() -> bool:
 
 
 def build() -> None:
-    """Compile it and load it. It takes ten seconds; what was made lies on disk for the next time.
+    """Compile it and load it. It takes half a minute; what was made lies on disk for the next time.
 
     Raises:
         RuntimeError: torch cannot build it.
@@ -56,24 +61,41 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+def attend(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Attention of one token of each row to what is kept of the row; scores and sums in float32. No gradient.
+
+    Args:
+        query: ``[rows, kv_heads, queries per key-value head, head_dim]``; ``head_dim`` is a multiple of
+            ``HEAD_FEATURES``.
+        keys: of each row, ``[1, kv_heads, kept, head_dim]``; ``values`` too.
+
+    Returns:
+        ``[rows, heads * head_dim]``.
+    """
+    result: Tensor = torch.ops.megatron_ee.bfloat16_attention(query, keys, values)
+    return result
+
+
 def _load() -> None:
     import ninja
     from torch.utils import cpp_extension  # takes long to import
 
     # By its instructions: processors of several kinds may share the directory that keeps it.
-    kind = "AMX" if has_tiles() else torch.backends.cpu.get_cpu_capability()
-    flags = FLAGS.get(kind, [])
+    kind = torch.backends.cpu.get_cpu_capability()
+    name = f"megatron_ee_bfloat16_{kind.lower()}{'_tiles' if has_tiles() else ''}"
+    flags = [*FLAGS.get(kind, []), *(TILES if has_tiles() else [])]
     # A Python that runs without its environment's PATH has ninja all the same; and torch.compile takes g++ too.
     path = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
     with _environment(PATH=path, CXX=os.environ.get("CXX", "g++")):
         cpp_extension.load(
-            f"megatron_ee_bfloat16_product_{kind.lower()}",
-            [str(Path(__file__).with_suffix(".cpp"))],
+            name,
+            [str(Path(__file__).with_name("operations.cpp"))],
             extra_cflags=["-O3", "-fopenmp", *flags],
             is_python_module=False,
         )
+    torch.library.register_fake("megatron_ee::bfloat16_product", lambda x, weight, _: x.new_empty(len(x), len(weight)))
     torch.library.register_fake(
-        "megatron_ee::bfloat16_product", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])
+        "megatron_ee::bfloat16_attention", lambda query, *_: query.new_empty(len(query), query[0].numel())
     )
 
 

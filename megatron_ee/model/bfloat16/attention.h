@@ -1,0 +1,141 @@
+// Attention of one token of each row to all that is kept of it: sums and shares in float32, rounded once.
+//
+// Every sum goes in one order, so that a row's context is the same bits whatever is beside it.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "vectors.h"
+
+namespace attention {
+
+using vectors::Floats;
+using vectors::LANES;
+using vectors::PAIRS;
+using vectors::Words;
+constexpr int TOGETHER = 4;  // queries, for which a key or value is read once
+
+inline Floats even(Words words) { return reinterpret_cast<Floats>(words << 16); }
+inline Floats odd(Words words) { return reinterpret_cast<Floats>(words & 0xffff0000u); }
+
+// Up to TOGETHER queries of one key-value head of one row.
+struct Queries {
+  const at::BFloat16 *keys, *values;  // [kept, size], of the head
+  int64_t kept, size;
+  float* wide;       // [queries, size], see ``widen``
+  float* scores;     // [queries, kept]
+  at::BFloat16* to;  // [queries, size]
+};
+
+// Products of COUNT queries with KEYS keys from ``key`` on.
+template <int COUNT, int KEYS>
+void score(const Queries& queries, int64_t key) {
+  Floats terms[COUNT][KEYS][2] = {};
+  for (int64_t at = 0; at < queries.size; at += PAIRS) {
+    for (int each = 0; each < KEYS; ++each) {
+      const Words words = vectors::take<Words>(queries.keys + (key + each) * queries.size + at);
+      for (int query = 0; query < COUNT; ++query) {
+        const float* const wide = queries.wide + query * queries.size + at;
+        terms[query][each][0] += even(words) * vectors::take<Floats>(wide);
+        terms[query][each][1] += odd(words) * vectors::take<Floats>(wide + LANES);
+      }
+    }
+  }
+  for (int query = 0; query < COUNT; ++query) {
+    for (int each = 0; each < KEYS; ++each) {
+      queries.scores[query * queries.kept + key + each] = vectors::sum(terms[query][each][0] + terms[query][each][1]);
+    }
+  }
+}
+
+// WIDTH times PAIRS features from ``at`` on of each query's sum of the values, each times its key's share.
+template <int COUNT, int WIDTH>
+void mix(const Queries& queries, int64_t at) {
+  Floats terms[COUNT][WIDTH][2] = {};
+  for (int64_t key = 0; key < queries.kept; ++key) {
+    for (int each = 0; each < WIDTH; ++each) {
+      const Words words = vectors::take<Words>(queries.values + key * queries.size + at + each * PAIRS);
+      for (int query = 0; query < COUNT; ++query) {
+        const float share = queries.scores[query * queries.kept + key];
+        terms[query][each][0] += even(words) * share;
+        terms[query][each][1] += odd(words) * share;
+      }
+    }
+  }
+  for (int query = 0; query < COUNT; ++query) {
+    for (int64_t place = 0; place < WIDTH * PAIRS; ++place) {
+      queries.to[query * queries.size + at + place] = terms[query][place / PAIRS][place % 2][place % PAIRS / 2];
+    }
+  }
+}
+
+// Scores become shares of one.
+inline void share(float* scores, int64_t kept, int64_t size) {
+  using Vector = at::vec::Vectorized<float>;
+  const auto larger = [](Vector one, Vector other) { return at::vec::maximum(one, other); };
+  const auto both = [](Vector one, Vector other) { return one + other; };
+  const Vector most(at::vec::reduce_all<float>(larger, scores, kept)), scale(1 / std::sqrt(static_cast<float>(size)));
+  at::vec::map<float>([&](Vector score) { return ((score - most) * scale).exp_u20(); }, scores, scores, kept);
+  const Vector total(at::vec::reduce_all<float>(both, scores, kept));
+  at::vec::map<float>([&](Vector part) { return part / total; }, scores, scores, kept);
+}
+
+template <int COUNT>
+void attend(const Queries& queries) {
+  constexpr int EACH = TOGETHER / COUNT;
+  int64_t key = 0, at = 0;
+  for (; key + EACH <= queries.kept; key += EACH) score<COUNT, EACH>(queries, key);
+  for (; key < queries.kept; ++key) score<COUNT, 1>(queries, key);
+  for (int query = 0; query < COUNT; ++query) share(queries.scores + query * queries.kept, queries.kept, queries.size);
+  for (; at + EACH * PAIRS <= queries.size; at += EACH * PAIRS) mix<COUNT, EACH>(queries, at);
+  for (; at < queries.size; at += PAIRS) mix<COUNT, 1>(queries, at);
+}
+
+// query [rows, kv_heads, queries per key-value head, head_dim], and of each row keys and values [1, kv_heads, kept,
+// head_dim], all bfloat16: [rows, heads * head_dim].
+inline at::Tensor attention(const at::Tensor& query, at::TensorList keys, at::TensorList values) {
+  const int64_t rows = query.size(0), groups = query.size(1), shared = query.size(2), size = query.size(3);
+  TORCH_CHECK(size % PAIRS == 0, "heads of ", size, " features; they have to be a multiple of ", PAIRS);
+  const auto given = query.expect_contiguous();
+  const at::Tensor result = at::empty({rows, groups * shared * size}, query.options());
+  int64_t longest = 0;
+  for (const at::TensorList all : {keys, values}) {
+    TORCH_CHECK(static_cast<int64_t>(all.size()) == rows, "keys or values of ", all.size(), " rows, for ", rows);
+    for (const at::Tensor& kept : all) {
+      TORCH_CHECK(kept.stride(2) == size && kept.stride(3) == 1, "a head's keys or values do not lie together");
+      longest = std::max(longest, kept.size(2));
+    }
+  }
+  const at::BFloat16* const from = given->const_data_ptr<at::BFloat16>();
+  at::BFloat16* const to = result.mutable_data_ptr<at::BFloat16>();
+  const int64_t parts = (shared + TOGETHER - 1) / TOGETHER;  // of a key-value head's queries
+#pragma omp parallel num_threads(at::get_num_threads())
+  {
+    std::vector<float> wide(TOGETHER * size), scores(TOGETHER * longest);
+#pragma omp for schedule(dynamic)
+    for (int64_t number = 0; number < rows * groups * parts; ++number) {
+      const int64_t row = number / (groups * parts), group = number / parts % groups, part = number % parts;
+      const auto head = [&](at::TensorList all) {
+        return all[row].const_data_ptr<at::BFloat16>() + group * all[row].stride(1);
+      };
+      const int64_t place = ((row * groups + group) * shared + part * TOGETHER) * size;
+      const int64_t count = std::min<int64_t>(shared - part * TOGETHER, TOGETHER);
+      for (int64_t each = 0; each < count; ++each) {
+        vectors::widen(from + place + each * size, size, wide.data() + each * size);
+      }
+      const auto several = count == 4 ? attend<4> : count == 3 ? attend<3> : count == 2 ? attend<2> : attend<1>;
+      several({head(keys), head(values), keys[row].size(2), size, wide.data(), scores.data(), to + place});
+    }
+  }
+  return result;
+}
+
+}  // namespace attention
