@@ -111,10 +111,11 @@ class Decoding:
             found.append(ids[start : start + length])
         return [ids for ids in found if len(ids) == length]
 
-    def matvec_rate(self) -> float:
+    def matvec_rates(self) -> tuple[float, float]:
         """Bytes of a large matrix per second that a bare product with one vector reads now, in the model's dtype.
 
-        The fastest product that this machine has, see ``kernels.product``.
+        Returns:
+            of ``torch.mv``, and of the fastest product that this package knows here.
         """
         if "matrix" not in self._peers:
             rows = MATVEC_BYTES // (4096 * self._stage.setup.dtype.itemsize)
@@ -122,8 +123,9 @@ class Decoding:
             self._peers["matrix"] = matrix, kernels.pack(matrix)
         matrix, packed = self._peers["matrix"]
         vector = torch.randn(1, 4096, device=platform.device()).to(matrix.dtype)
-        times = [seconds(lambda: kernels.product(vector, matrix, packed=packed)) for _ in range(5)]
-        return MATVEC_BYTES / statistics.median(times)
+        plain = statistics.median(seconds(lambda: torch.mv(matrix, vector[0])) for _ in range(5))
+        ours = statistics.median(seconds(lambda: kernels.product(vector, matrix, packed=packed)) for _ in range(5))
+        return MATVEC_BYTES / plain, MATVEC_BYTES / min(plain, ours)
 
     def products_seconds(self) -> float:
         """Seconds that the products of one token in full mode take now, one after another with nothing between."""

@@ -30,8 +30,9 @@ class FullMode:
 
     Attributes:
         ratio: ours over theirs.
-        bandwidth_share: bytes of weights that ours reads per second while decoding, as a share of what a bare
-            matrix-vector product reads; at batch 1 only.
+        bandwidth_share: bytes of weights that ours reads per second while decoding, as a share of what ``torch.mv``
+            reads; at batch 1 only.
+        fastest_share: the same, of the fastest product that this package knows here.
         products_share: time that the model's own products take one after another, as a share of decoding; likewise.
         same: whether both said the same (in bfloat16 they need not).
     """
@@ -41,6 +42,7 @@ class FullMode:
     transformers: float
     ratio: float
     bandwidth_share: float | None
+    fastest_share: float | None
     products_share: float | None
     same: bool
 
@@ -202,11 +204,12 @@ def _depth(directory: str) -> int:
 def _full(worker: Worker, load: Load, batches: Sequence[int], result: GenerateBenchmark) -> None:
     for batch in batches:
         prompts = worker.call("prompts", load.texts, batch, load.prompt_tokens)
-        ours, theirs, shares, products_shares = [], [], [], []
+        ours, theirs, products_shares = [], [], []
+        shares: list[list[float]] = [[], []]
         for number in range(1 + load.repeats):  # the first is not measured: it loads and warms
-            rates = [worker.call("matvec_rate")]
+            before = worker.call("matvec_rates")
             mine = worker.call("full", prompts, load.tokens)
-            rates.append(worker.call("matvec_rate"))
+            after = worker.call("matvec_rates")
             bare = worker.call("products_seconds")
             peer = worker.call("transformers", prompts, load.tokens)
             if number > 0:
@@ -214,17 +217,22 @@ def _full(worker: Worker, load: Load, batches: Sequence[int], result: GenerateBe
                 ours.append(mine["seconds"])
                 theirs.append(peer["seconds"])
                 # With what the machine reads just then: it is seldom the same a minute later.
-                shares.append(result.model["bytes_per_token"] / token / statistics.fmean(rates))
+                for share, *rates in zip(shares, before, after, strict=True):
+                    share.append(result.model["bytes_per_token"] / token / statistics.fmean(rates))
                 products_shares.append(bare / token)
         count, mine_seconds, peer_seconds = batch * load.tokens, statistics.median(ours), statistics.median(theirs)
+        bandwidth, fastest, products = (
+            statistics.median(share) if batch == 1 else None for share in (*shares, products_shares)
+        )
         result.full.append(
             FullMode(
                 batch,
                 count / mine_seconds,
                 count / peer_seconds,
                 peer_seconds / mine_seconds,
-                statistics.median(shares) if batch == 1 else None,
-                statistics.median(products_shares) if batch == 1 else None,
+                bandwidth,
+                fastest,
+                products,
                 mine["ids"] == peer["ids"],
             )
         )

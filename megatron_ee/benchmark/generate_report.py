@@ -23,11 +23,12 @@ def print_generate(result: GenerateBenchmark, console: Console) -> None:
     if result.full:
         table = make_table(
             "Full mode against transformers' generate",
-            ("batch", "speed", "tokens/s", "", "share of a bare", "share of its", "same"),
-            ("", "/ theirs", "ours", "theirs", "product's bandwidth", "own products", "output"),
+            ("batch", "speed", "tokens/s", "", "bandwidth", "", "its products", "same"),
+            ("", "/ theirs", "ours", "theirs", "/ torch.mv", "/ fastest", "/ decoding", "output"),
         )
         for full in result.full:
-            shares = ("-" if share is None else f"{share:.2f}" for share in (full.bandwidth_share, full.products_share))
+            measured = (full.bandwidth_share, full.fastest_share, full.products_share)
+            shares = ("-" if share is None else f"{share:.2f}" for share in measured)
             speeds = (f"{full.ratio:.2f}x", f"{full.ours:,.1f}", f"{full.transformers:,.1f}")
             table.add_row(str(full.batch), *speeds, *shares, "yes" if full.same else "no")
         console.print(table)

@@ -38,9 +38,10 @@ def test_full_mode_says_what_transformers_says(result: GenerateBenchmark) -> Non
     for full in result.full:
         assert full.same, "in float32 both are greedy over the same logits"
         assert full.ratio == pytest.approx(full.ours / full.transformers)
-    assert result.full[0].bandwidth_share is not None and result.full[0].bandwidth_share > 0
-    assert result.full[0].products_share is not None and result.full[0].products_share > 0
-    assert result.full[1].bandwidth_share is None and result.full[1].products_share is None
+    one, two = result.full
+    assert one.bandwidth_share is not None and one.fastest_share is not None and one.products_share is not None
+    assert 0 < one.fastest_share <= one.bandwidth_share and one.products_share > 0
+    assert two.bandwidth_share is two.fastest_share is two.products_share is None
 
 
 def test_speculation_keeps_the_output(result: GenerateBenchmark) -> None:
