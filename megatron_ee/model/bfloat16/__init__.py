@@ -93,9 +93,12 @@ def _load() -> None:
             extra_cflags=["-O3", "-fopenmp", *flags],
             is_python_module=False,
         )
-    torch.library.register_fake("megatron_ee::bfloat16_product", lambda x, weight, _: x.new_empty(len(x), len(weight)))
+    # For the compiler. A length is a plain number, which it would take for the only one.
     torch.library.register_fake(
-        "megatron_ee::bfloat16_attention", lambda query, *_: query.new_empty(len(query), query[0].numel())
+        "megatron_ee::bfloat16_product", lambda x, weight, _: x.new_empty(x.shape[0], weight.shape[0])
+    )
+    torch.library.register_fake(
+        "megatron_ee::bfloat16_attention", lambda query, *_: query.new_empty(query.shape[0], query[0].numel())
     )
 
 

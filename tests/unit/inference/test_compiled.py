@@ -274,3 +274,21 @@ def test_what_cannot_be_compiled_is_one_line(stage: Stage, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(ConfigError, match=r"^compile: .* \(CppCompileError: C\+\+ compile error\); leave it out$"):
         compile_stage(stage)
+
+
+def test_the_product_is_built_where_it_gains(
+    saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {dtype: load_stage(saved_model("qwen2")[0], [], dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+    def fail() -> None:
+        raise RuntimeError("Error building extension: [1/2] g++ is too old\nmany\nmore")
+
+    monkeypatch.setattr(bfloat16, "built", False)
+    monkeypatch.setattr(bfloat16, "build", fail)
+    monkeypatch.setattr(kernels, "gains_from_ours", lambda dtype: dtype == torch.bfloat16)
+    build_product(stages[torch.float32].setup)
+    with pytest.raises(ConfigError, match=r"^compile: .* \(Error building extension: .*too old\); leave it out$"):
+        build_product(stages[torch.bfloat16].setup)
+    monkeypatch.setattr(bfloat16, "built", True)
+    build_product(stages[torch.bfloat16].setup)
