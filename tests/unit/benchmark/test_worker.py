@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,9 @@ class Subject:
 
     def refuse(self) -> None:
         raise UserError("the file is not good")
+
+    def wait(self) -> None:
+        time.sleep(300)
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -87,3 +92,31 @@ def test_the_child_ends_with_the_context_whatever_happens() -> None:
         raise KeyError
     time.sleep(0.1)
     assert not os.path.exists(f"/proc/{pids[0]}") or sys.platform != "linux"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_child_ends_with_a_parent_that_is_killed_while_it_works() -> None:
+    script = f"""
+from megatron_ee.benchmark.worker import start_worker
+with start_worker("it", {HERE!r}, 0) as worker:
+    print(worker.call("process"), flush=True)
+    worker.call("wait")
+"""
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent), *sys.path)))}
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | path)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 30
+    while running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
