@@ -18,7 +18,6 @@ from megatron_ee.benchmark.worker import Worker, quiet_enough, start_worker
 from megatron_ee.progress import track
 
 _PACKAGE = "megatron_ee.benchmark"
-PARTS = ("full", "speculative", "threshold", "overhead", "batch")
 _POSITIONS = 2048
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 BATCHES = (1, 4, 16)

@@ -8,17 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.benchmark.generate import (
-    PARTS,
-    GenerateBenchmark,
-    Load,
-    _departure,
-    _trace,
-    _traced,
-    benchmark_generate,
-)
+from megatron_ee.benchmark.generate import GenerateBenchmark, Load, _departure, _trace, _traced, benchmark_generate
 from megatron_ee.benchmark.generate_report import print_generate
 from megatron_ee.benchmark.shape import Shape
+from megatron_ee.commands.benchmark.generate import PARTS
 
 EXITS = 2
 LAYERS = 4
