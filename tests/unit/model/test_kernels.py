@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 
@@ -108,11 +109,13 @@ def test_a_row_by_tiles_is_the_same_whatever_is_beside_it() -> None:
 
 @pytest.mark.skipif(platform.has_accelerator() or sys.platform != "linux", reason="of CPUs")
 @pytest.mark.parametrize("tiles", [False, True])
-@pytest.mark.parametrize("instructions", [False, True])
-def test_where_our_own_is_built(tiles: bool, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("onednn", "instructions"), [(False, False), (True, False), (True, True)])
+def test_where_our_own_is_built(tiles: bool, onednn: bool, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bfloat16, "has_tiles", lambda: tiles)
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: instructions)
-    assert kernels.gains_from_ours(torch.bfloat16) == (tiles or not instructions)
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    here = os.uname().machine == "x86_64"
+    assert kernels.gains_from_ours(torch.bfloat16) == (here and (tiles or not instructions))
     assert not kernels.gains_from_ours(torch.float32)
 
 
