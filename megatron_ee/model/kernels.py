@@ -60,7 +60,7 @@ def gains_from_ours(dtype: torch.dtype) -> bool:
         return False  # nobody has tried others
     if platform.has_accelerator() or dtype != torch.bfloat16:
         return False
-    # Where AVX-512 does not know bfloat16, oneDNN makes do with other instructions: it takes twice as long for two rows.
+    # Where AVX-512 does not know bfloat16, oneDNN makes do with other instructions: two rows take twice as long.
     return bfloat16.has_tiles() or not (multiplies_bfloat16() and torch.cpu._is_avx512_bf16_supported())
 
 
