@@ -1,7 +1,8 @@
-"""Layers between two exits, and each exit, as one compiled function (``torch.compile``), for a row that runs alone.
+"""Layers as compiled functions (``torch.compile``): for a row that runs alone all those between two exits, and each exit.
 
 A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations to a layer
-that do little each. Compiled, those between the matrix products are fused, and a segment or a head is one call.
+that do little each. Compiled, those between the matrix products are fused, and a segment or a head is one call. For rows
+that run together, what lies between two layers' attentions is one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.heads import likeliest
-from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
+from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches, attend_together, shared_mask
 from megatron_ee.model import bfloat16, kernels
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.backbone import VocabHead
@@ -98,6 +99,39 @@ class Segment(nn.Module):
         return h, None if self.head is None else self.head(h)
 
 
+class Between(nn.Module):
+    """What lies between one layer's attention and the next one's, for tokens of any rows.
+
+    Attention itself is not compiled: each number of rows would be a case of its own. The modules are arguments, so
+    that one code serves all layers, which are alike.
+    """
+
+    def forward(
+        self,
+        h: Tensor,
+        context: Tensor | None,
+        positions: Positions,
+        done: DecoderLayer | None,
+        lead: DecoderLayer | None,
+        ahead: DecoderLayer | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """``[tokens, 1, hidden]`` after as much, and what is to attend next; arguments that are None are left out.
+
+        Args:
+            context: what the attention of ``done`` made, ``[tokens, heads * head_dim]``.
+            lead: whose MLP half follows.
+            ahead: whose attention comes next.
+        """
+        if done is not None and context is not None:
+            h = h + done.attention.output(context[:, None])
+        if lead is not None:
+            h = lead.mlp_half(h)
+        if ahead is None:
+            return h, None
+        query, key, value = ahead.attention.project(ahead.attention_norm(h), positions)
+        return h, (query[:, 0], key[:, 0], value[:, 0])
+
+
 @dataclass
 class _Room:
     """One layer's cache, with room for the tokens: a ``LayerCache`` that knows no lengths but the one it is told."""
@@ -119,7 +153,10 @@ class _Room:
 
 
 class CompiledStage:
-    """Every segment and every head of a stage, compiled; for one token also each segment together with its head."""
+    """Every segment and every head of a stage, compiled, and what lies between attentions for rows that run together.
+
+    For one token each segment is compiled together with its head too.
+    """
 
     def __init__(self, stage: Stage) -> None:
         """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time.
@@ -128,8 +165,8 @@ class CompiledStage:
             ConfigError: it cannot be compiled here.
         """
         self._stage, layers = stage, dict(stage.backbone.numbered_layers())
-        self._largest = layers[max(layers)].mlp.gate_up
-        halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
+        self._layers, self._largest = layers, layers[max(layers)].mlp.gate_up
+        halves = self._halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
         first, last = min(layers) - 1, max(layers)
         places = sorted({first, last} | {exit_.spec.layer for exit_ in stage.exits})
         heads = {exit_.spec.layer: Head(stage, exit_) for exit_ in stage.exits}
@@ -153,11 +190,12 @@ class CompiledStage:
             for place, stop in zip(places, places[1:], strict=False)
             for asked in ((None, readers[stop]) if stop in readers else (None,))
         }
+        self._between: dict[tuple[bool, bool, bool], Callable[..., Any]] = {}
         from torch import _dynamo  # the compiler, which takes long to import
 
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
         with _in_one_line():
-            parts = len(self._segments) + len(self._heads)
+            parts = len(self._segments) + len(self._heads) + 1
             with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
                 for place, stop, asked in self._segments:
                     self._warm(place, stop, asked)
@@ -165,6 +203,9 @@ class CompiledStage:
                 for place in self._heads:
                     self._warm_head(place)
                     bar.advance()
+                for place, stop in zip(places, places[1:], strict=False):
+                    self._warm_together(place, stop)
+                bar.advance()
 
     @torch.inference_mode()
     def _warm(self, place: int, stop: int, asked: int | None) -> None:
@@ -181,6 +222,13 @@ class CompiledStage:
                 cache.extend(kept, kept)
             positions = self._stage.backbone.packed_positions(torch.arange(WARM_POSITIONS, stand, device=device))
             self.run(place, stop, asked, kept.new_zeros(tokens, 1, arch.hidden_size), positions, caches, {})
+
+    @torch.inference_mode()
+    def _warm_together(self, place: int, stop: int) -> None:
+        arch, device = self._stage.setup.architecture, platform.device()
+        positions = self._stage.backbone.packed_positions(torch.arange(3, device=device))
+        h = torch.zeros(3, 1, arch.hidden_size, dtype=self._stage.setup.dtype, device=device)
+        self.run_together(place, stop, h, positions, lambda _: PackedCaches([LayerKV(Extent(3))], [3]))
 
     @torch.inference_mode()
     def _warm_head(self, place: int) -> None:
@@ -236,8 +284,44 @@ class CompiledStage:
             cache.length += tokens
         return done  # type: ignore[no-any-return]
 
+    def run_together(
+        self,
+        place: int,
+        stop: int,
+        h: Tensor,
+        positions: Positions,
+        caches: Callable[[int], PackedCaches],
+    ) -> Tensor | None:
+        """From one place to another with tokens of any rows, ``[tokens, 1, hidden]``; None where eager layers are best.
 
-def _compiled(module: Segment | Head) -> Callable[..., Any]:
+        Args:
+            caches: of the rows, by layer.
+        """
+        if len(h) == 1 or not kernels.compiles(len(h), self._largest.weight, self._largest.packed):
+            return None
+        done, context = None, None
+        lead: DecoderLayer | None = self._layers[place] if place in self._halves else None
+        for number in range(place + 1, stop + 1):
+            ahead = self._layers[number]
+            h, (query, key, value) = self._run_between(h, context, positions, done, lead, ahead)
+            context = caches(number).attend(query, key, value, ahead.attention.window)
+            done = lead = ahead
+        lead = None if stop in self._halves else lead
+        return self._run_between(h, context, positions, done, lead, None)[0]  # type: ignore[no-any-return]
+
+    def _run_between(
+        self, h: Tensor, context: Tensor | None, positions: Positions, *layers: DecoderLayer | None
+    ) -> Any:
+        """Each case as a code of its own, made when it is first met: see ``_compiled``."""
+        done, lead, ahead = (layer is not None for layer in layers)
+        between = self._between.get((done, lead, ahead))
+        if between is None:
+            between = self._between[done, lead, ahead] = _compiled(Between())
+        with kernels.torch_products():
+            return between(h, context, positions, *layers)
+
+
+def _compiled(module: Segment | Between | Head) -> Callable[..., Any]:
     """The ``forward`` of a module whose parts stay what they are.
 
     torch keeps what it made with a function's code, and checks at every call which of it is right for the module:

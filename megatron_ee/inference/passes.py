@@ -195,6 +195,10 @@ class StageRunner:
             done = self.compiled.run(place, stop, asked, h, flow.positions, flow.rows[0].caches, flow.masks)
             if done is not None:
                 return done
+        if self.compiled is not None:
+            after = self.compiled.run_together(place, stop, h, flow.positions, flow.caches)
+            if after is not None:
+                return after, None
         h = self._leave_exit(place, h)
         for number in range(place + 1, stop + 1):
             h = self._layers[number].attention_half(h, flow.positions, flow.caches(number))

@@ -144,19 +144,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """``[seq, batch, hidden]`` -> the same shape: the attention's output before the residual is added."""
-        qkv = self.qkv(x)
-        seq, batch, _ = qkv.shape
-        qkv = qkv.view(seq, batch, -1, self.queries_per_group + 2, self.head_dim)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = qkv[..., :-2, :], qkv[..., -2:-1, :]
-            rotated = rotate(torch.cat((self.q_layernorm(query), self.k_layernorm(key)), dim=-2), positions)
-        else:
-            rotated = rotate(qkv[..., :-1, :], positions)
-        query, key, value = rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
+        query, key, value = self.project(x, positions)
+        seq, batch = query.shape[:2]
         if cache is not None:
-            tokens = seq * batch
             context = cache.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self.window)
-            return self.output(context.view(tokens, 1, -1))
+            return self.output(context.view(seq * batch, 1, -1))
         mask = positions.mask(self.window)
         context = F.scaled_dot_product_attention(
             query.reshape(seq, batch, -1, self.head_dim).permute(1, 2, 0, 3),
@@ -167,6 +159,21 @@ class Attention(nn.Module):
             enable_gqa=self.queries_per_group > 1,
         )
         return self.output(context.permute(2, 0, 1, 3).reshape(seq, batch, -1))
+
+    def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[seq, batch, kv_heads, queries per group, head_dim]`` of ``[seq, batch, hidden]``, keys and values.
+
+        The latter ``[seq, batch, kv_heads, head_dim]``. All but the values are rotated.
+        """
+        qkv = self.qkv(x)
+        seq, batch, _ = qkv.shape
+        qkv = qkv.view(seq, batch, -1, self.queries_per_group + 2, self.head_dim)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = qkv[..., :-2, :], qkv[..., -2:-1, :]
+            rotated = rotate(torch.cat((self.q_layernorm(query), self.k_layernorm(key)), dim=-2), positions)
+        else:
+            rotated = rotate(qkv[..., :-1, :], positions)
+        return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
 
 
 def rotate(x: Tensor, positions: Positions) -> Tensor:

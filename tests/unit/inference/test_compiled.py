@@ -47,12 +47,19 @@ class Watched:
     Attributes:
         seen: place, stop, tokens, whether it took the work.
         heads: place and tokens, of those that were asked with a segment too.
+        rows: as ``seen``, of tokens that were not a segment's.
     """
 
     def __init__(self, stage: CompiledStage) -> None:
         self.stage = stage
         self.seen, self.heads = Counter[tuple[int, int, int, bool]](), Counter[tuple[int, int]]()
+        self.rows = Counter[tuple[int, int, int, bool]]()
         self.together = 0
+
+    def run_together(self, place: int, stop: int, h: torch.Tensor, *rest: Any) -> Any:
+        done = self.stage.run_together(place, stop, h, *rest)
+        self.rows[place, stop, len(h), done is not None] += 1
+        return done
 
     def run(self, place: int, stop: int, asked: int | None, h: torch.Tensor, *rest: Any) -> Any:
         done = self.stage.run(place, stop, asked, h, *rest)
@@ -145,11 +152,21 @@ def check_caches(stage: Stage, watched: Watched) -> None:
 
 
 def check_rows_together(stage: Stage, watched: Watched) -> None:
+    from torch import _dynamo
+
     requests = [Request(prompt, max_tokens=8, ignore_eos=True) for prompt in PROMPTS]
     longest = replace(requests[0], max_tokens=12)
     assert answer(stage, watched, *requests, longest) == answer(stage, None, *requests, longest)
     # The last tokens of the longest are alone, and compiled.
     assert 0 < sum(count for (place, *_, taken), count in watched.seen.items() if taken and place == 0) <= 4
+    together = {(place, stop, tokens) for (place, stop, tokens, taken) in watched.rows if taken}
+    assert {(0, 2, 3), (2, 4, 3)} <= together
+    watched.rows.clear()
+    mixed = [Request(prompt, max_tokens=16, ignore_eos=True, **mode) for prompt in PROMPTS for mode in MODES.values()]
+    with _dynamo.config.patch(error_on_recompile=True):  # one code for all layers, and for any number of tokens
+        assert answer(stage, watched, *mixed) == answer(stage, None, *mixed)
+    # Of some rows several tokens that were deferred, and of others one.
+    assert len({tokens for (place, _, tokens, taken) in watched.rows if taken and place == 2}) > 3
 
 
 def check_growth(stage: Stage, watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
