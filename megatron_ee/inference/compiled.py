@@ -1,8 +1,8 @@
-"""Layers as compiled functions (``torch.compile``): for a row that runs alone all those between two exits, and each exit.
+"""Layers as compiled functions (``torch.compile``).
 
 A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations to a layer
-that do little each. Compiled, those between the matrix products are fused, and a segment or a head is one call. For rows
-that run together, what lies between two layers' attentions is one.
+that do little each. Compiled, those between the matrix products are fused. For a row that runs alone a segment between
+two exits, or a head, is one call; for rows that run together, what lies between two layers' attentions is.
 """
 
 from __future__ import annotations
