@@ -284,7 +284,7 @@ def test_drafts_frequent_tokens(command: Command, adapter: Path, tmp_path: Path)
 
 
 def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, ...]] = []
+    asked: list[tuple[Any, ...]] = []
 
     class Parts:
         def __init__(self, stage: Stage) -> None:
@@ -292,6 +292,9 @@ def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch:
 
         def run(self, place: int, stop: int, *_: Any) -> None:
             asked.append((place, stop))
+
+        def run_together(self, place: int, stop: int, *_: Any) -> None:
+            asked.append((place, stop, "of any rows"))
 
         def head(self, place: int, _: Any) -> None:
             asked.append((place,))
@@ -301,7 +304,8 @@ def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch:
     monkeypatch.setenv("CXX", "/bin/sh")  # one that is there
     compiled, eager = command.json(*said, "--compile"), command.json(*said)
     assert compiled["token_ids"] == eager["token_ids"]
-    assert asked == [(0, 1), (1, 2), (2, 4), (5,)] * 8
+    segments = [(0, 1), (1, 2), (2, 4)]
+    assert asked == [*(each for one in segments for each in (one, (*one, "of any rows"))), (5,)] * 8
     monkeypatch.setenv("CXX", "/nowhere/c++")
     status, out, err = command.run(*said, "--compile")
     assert (status, out) == (2, "") and len(err.splitlines()) == 1
