@@ -11,6 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+LEAVING = 10.0  # seconds for a rank that has answered: what it started itself ends with it, unless it is killed
 PRELOADED = ("torch", "megatron_ee.tuning.run", "megatron_ee.evaluation.evaluate", "megatron_ee.testing.models")
 
 
@@ -56,6 +57,8 @@ class Ranks:
             answers.append(_answer(pipe, self._timeout if all(good for good, _ in answers) else 5))
         problems = [f"rank {rank}:\n{value}" for rank, (good, value) in enumerate(answers) if not good]
         assert not problems, "\n".join(problems)
+        for process in self.processes:
+            process.join(LEAVING)
         return [value for _, value in answers]
 
 
