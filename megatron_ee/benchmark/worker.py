@@ -6,9 +6,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +14,7 @@ from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_ee.children import follow
 from megatron_ee.errors import UserError
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -130,8 +129,7 @@ def start_worker(name: str, make: str, *arguments: Any, wait: bool = True, alone
 
 def _serve(connection: Connection, make: str, arguments: tuple[Any, ...], alone: bool) -> None:
     """The child: make the object, then answer calls until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow(multiprocessing.parent_process())
     for variable in _LAUNCHER:  # a world of its own, whoever started the parent
         os.environ.pop(variable, None)
     # Threads sleep where they wait, in every child alike. By default GNU OpenMP's spin, but much less in a process that
@@ -150,14 +148,6 @@ def _serve(connection: Connection, make: str, arguments: tuple[Any, ...], alone:
             raise
         except Exception:
             connection.send(("error", traceback.format_exc()))
-
-
-def _end_with_parent() -> None:
-    """Also in the middle of a call, and if the parent was killed: what still measures would disturb others."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _answer(connection: Connection, subject: Any) -> None:

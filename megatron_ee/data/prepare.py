@@ -7,8 +7,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ee.children import follow
 from megatron_ee.data.encode import Encoded, EncodeOptions, PieceEncoder
 from megatron_ee.data.indexed import CorpusMetadata, file_of
 from megatron_ee.data.read import JSON_LINES, Piece, check_inputs, read_pieces
@@ -142,18 +141,9 @@ _encoder: PieceEncoder | None = None  # of this worker process
 
 def _start_worker(options: EncodeOptions) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow(multiprocessing.parent_process())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = PieceEncoder(options)
-
-
-def _end_with_parent() -> None:
-    """A worker would wait for work forever where the main process was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode(piece: Piece) -> Encoded:
