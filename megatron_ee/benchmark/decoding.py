@@ -21,7 +21,7 @@ from megatron_ee.checkpoint.loading import load_backbone
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.inference.assembly import SLACK, make_engine
-from megatron_ee.inference.compiled import CompiledStage, build_product, compile_stage
+from megatron_ee.inference.compiled import CompiledStage, build_operations, compile_stage
 from megatron_ee.inference.core import PASS_TOKENS
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import load_stage, open_released, pack_stage
@@ -63,7 +63,7 @@ def _random_exits(directory: str, layers: Sequence[int], dtype: str, groups: Any
     model = open_model(directory)
     setup = build_setup(model.architecture, platform.DTYPES[dtype], groups)
     if compiled:
-        build_product(setup)
+        build_operations(setup)
     specs = [ExitSpec(layer, "mlp", "own") for layer in layers]
     stage = Stage(setup, range(1, model.architecture.num_layers + 1), specs, final_exit=True)
     load_backbone(stage, model)

@@ -166,7 +166,7 @@ class CompiledStage:
         """
         self._stage, layers = stage, dict(stage.backbone.numbered_layers())
         self._layers, self._largest = layers, layers[max(layers)].mlp.gate_up
-        halves = self._halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
+        self._halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
         first, last = min(layers) - 1, max(layers)
         places = sorted({first, last} | {exit_.spec.layer for exit_ in stage.exits})
         heads = {exit_.spec.layer: Head(stage, exit_) for exit_ in stage.exits}
@@ -181,9 +181,9 @@ class CompiledStage:
         self._segments = {
             (place, stop, asked): _compiled(
                 Segment(
-                    layers.get(place) if place in halves else None,
+                    layers.get(place) if place in self._halves else None,
                     [layers[number] for number in range(place + 1, stop + 1)],
-                    stop not in halves,
+                    stop not in self._halves,
                     None if asked is None else heads[asked],
                 )
             )
@@ -351,8 +351,8 @@ def _in_one_line() -> Iterator[None]:
         ) from error
 
 
-def build_product(setup: ModelSetup) -> None:
-    """Where that is faster, have few rows multiplied by ``bfloat16``. Every rank calls this, before it packs.
+def build_operations(setup: ModelSetup) -> None:
+    """Where that is faster, let ``bfloat16`` multiply and attend. Every rank calls this, before it packs.
 
     Raises:
         ConfigError: it cannot be compiled here.
@@ -361,7 +361,7 @@ def build_product(setup: ModelSetup) -> None:
         return
 
     def build() -> None:
-        with _in_one_line(), track(1, "parts", "compiling the product", enabled=setup.groups.is_main) as bar:
+        with _in_one_line(), track(1, "parts", "compiling operations", enabled=setup.groups.is_main) as bar:
             bfloat16.build()
             bar.advance()
 

@@ -18,7 +18,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.assembly import MAX_ROWS, engine_on_ranks, free_memory
-from megatron_ee.inference.compiled import build_product, check_compiler, compile_stage
+from megatron_ee.inference.compiled import build_operations, check_compiler, compile_stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.prompts import check_ids, end_of_text
 from megatron_ee.model import kernels
@@ -169,7 +169,7 @@ def load_stage(
     layers = layout.stages[index].layers
     setup = build_setup(arch, platform.DTYPES[dtype], groups)
     if compiled:
-        build_product(setup)
+        build_operations(setup)
     specs = [spec for spec in released.exits if spec.layer in layers]
     stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
     total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())

@@ -42,7 +42,7 @@ def has_tiles() -> bool:
 
 
 def build() -> None:
-    """Compile it and load it. It takes half a minute; what was made lies on disk for the next time.
+    """Compile it and load it. It takes ten seconds; what was made lies on disk for the next time.
 
     Raises:
         RuntimeError: torch cannot build it.

@@ -17,14 +17,13 @@
 
 namespace attention {
 
+using vectors::even;
 using vectors::Floats;
 using vectors::LANES;
+using vectors::odd;
 using vectors::PAIRS;
 using vectors::Words;
 constexpr int TOGETHER = 4;  // queries, for which a key or value is read once
-
-inline Floats even(Words words) { return reinterpret_cast<Floats>(words << 16); }
-inline Floats odd(Words words) { return reinterpret_cast<Floats>(words & 0xffff0000u); }
 
 // Up to TOGETHER queries of one key-value head of one row.
 struct Queries {

@@ -77,6 +77,7 @@ void dot(const at::BFloat16* weight, int64_t size, const Chunk* chunks, float (*
   }
   const auto line = [&](int chunk) { return chunks[chunk].rows * 4; };
   const auto pairs = [&](int chunk, int64_t at) { return chunks[chunk].pairs + at * chunks[chunk].rows; };
+  // Instructions name their tiles: what follows cannot be one piece of code for both parts.
   const auto even = [&](const at::BFloat16* from, int64_t stride, int64_t at) {
     _tile_loadd(4, from, stride * 2);
     _tile_loadd(6, pairs(0, at), line(0));
@@ -121,7 +122,7 @@ void dot(const at::BFloat16* weight, int64_t size, const Chunk* chunks, float (*
   }
 }
 
-// See ``product`` in bfloat16_product.cpp; all contiguous, and at least FEATURES rows of the weight.
+// See ``product`` in operations.cpp; all contiguous, and at least FEATURES rows of the weight.
 inline void product(const at::Tensor& x, const at::Tensor& weight, const at::BFloat16* bias, const at::Tensor& result) {
   const int64_t rows = x.size(0), size = x.size(1), features = weight.size(0);
   const at::BFloat16* const values = x.const_data_ptr<at::BFloat16>();

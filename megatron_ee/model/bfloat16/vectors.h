@@ -27,6 +27,10 @@ Vector take(const void* from) {
   return vector;
 }
 
+// Of a vector of words the bfloat16 at even and at odd places; one is the upper half of a float32.
+inline Floats even(Words words) { return reinterpret_cast<Floats>(words << 16); }
+inline Floats odd(Words words) { return reinterpret_cast<Floats>(words & 0xffff0000u); }
+
 inline float sum(Floats terms) {
   const float* each = reinterpret_cast<const float*>(&terms);
   return ((each[0] + each[4]) + (each[1] + each[5])) + ((each[2] + each[6]) + (each[3] + each[7]));
@@ -44,7 +48,7 @@ inline void widen(const at::BFloat16* x, int64_t size, float* to) {
 }
 
 // Sums of products of FEATURES rows of the weight with ROWS rows of x, which lie a stride apart: [row][feature]. Each is
-// made in parts that need not wait for each other, eight vectors in all. A bfloat16 is the upper half of a float32.
+// made in parts that need not wait for each other, eight vectors in all.
 template <int ROWS, int FEATURES>
 void dot(const at::BFloat16* weight, const float* x, int64_t size, int64_t stride, float* sums) {
   constexpr int PARTS = 8 / (ROWS * FEATURES);
@@ -54,10 +58,9 @@ void dot(const at::BFloat16* weight, const float* x, int64_t size, int64_t strid
     if (FEATURES > 1) __builtin_prefetch(weight + FEATURES * (size + at));  // of the next rows as much as is used here
     for (int feature = 0; feature < FEATURES; ++feature) {
       const Words words = take<Words>(weight + feature * size + at);
-      const Floats even = reinterpret_cast<Floats>(words << 16), odd = reinterpret_cast<Floats>(words & 0xffff0000u);
       for (int row = 0; row < ROWS; ++row) {
-        terms[row][feature][part] += even * take<Floats>(x + row * stride + at);
-        terms[row][feature][part] += odd * take<Floats>(x + row * stride + at + LANES);
+        terms[row][feature][part] += even(words) * take<Floats>(x + row * stride + at);
+        terms[row][feature][part] += odd(words) * take<Floats>(x + row * stride + at + LANES);
       }
     }
     at += PAIRS;
@@ -102,7 +105,7 @@ void multiply(
   }
 }
 
-// See ``product`` in bfloat16_product.cpp; all contiguous.
+// See ``product`` in operations.cpp; all contiguous.
 inline void product(const at::Tensor& x, const at::Tensor& weight, const at::BFloat16* bias, const at::Tensor& result) {
   const int64_t rows = x.size(0), size = x.size(1), features = weight.size(0);
   // Rows that lie a power of two apart would push each other out of the cache.

@@ -16,7 +16,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference import kv_cache
 from megatron_ee.inference.assembly import make_engine
-from megatron_ee.inference.compiled import CompiledStage, build_product, check_compiler, compile_stage
+from megatron_ee.inference.compiled import CompiledStage, build_operations, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
 from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
@@ -218,7 +218,7 @@ def test_products_of_our_own_are_compiled_too(
     monkeypatch.setattr(bfloat16, "built", False)  # as it is from then on, but for what other tests find
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
-    build_product(stage.setup)
+    build_operations(stage.setup)
     stage.pack(keep=True)
     assert all(module.packed is None for module in stage.modules() if isinstance(module, LINEARS))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -304,8 +304,8 @@ def test_the_product_is_built_where_it_gains(
     monkeypatch.setattr(bfloat16, "built", False)
     monkeypatch.setattr(bfloat16, "build", fail)
     monkeypatch.setattr(kernels, "gains_from_ours", lambda dtype: dtype == torch.bfloat16)
-    build_product(stages[torch.float32].setup)
+    build_operations(stages[torch.float32].setup)
     with pytest.raises(ConfigError, match=r"^compile: .* \(Error building extension: .*too old\); leave it out$"):
-        build_product(stages[torch.bfloat16].setup)
+        build_operations(stages[torch.bfloat16].setup)
     monkeypatch.setattr(bfloat16, "built", True)
-    build_product(stages[torch.bfloat16].setup)
+    build_operations(stages[torch.bfloat16].setup)
