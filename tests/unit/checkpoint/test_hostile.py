@@ -39,7 +39,7 @@ from megatron_ee.testing.hostile import (
 from megatron_ee.testing.hostile_cases import ADAPTERS, CONFIGS, DESCRIBED, HEADERS, MANIFESTS, MODELS, PARALLELS
 
 MEMORY = 256 * 2**20  # bytes that a refusal may take beside what the process has
-SECONDS = 30.0  # of the processor: comparing each with each takes longer
+SECONDS = 3.0
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def test_many_pieces_are_opened_at_once(tmp_path: Path) -> None:
     start = time.process_time()
     with little_memory():
         assert open_checkpoint(directory).shape("more") == (1, 20_000)
-    assert time.process_time() - start < SECONDS
+    assert time.process_time() - start < 2 * SECONDS
 
 
 def test_names_that_look_alike_are_not_mixed_up(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ParallelConfig, StageConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.parallel.balance import PRECISION, _Search, balance, even_layout, resolve_layout
+from megatron_ee.parallel.balance import PRECISION, _fullest, _Search, balance, even_layout, resolve_layout
 from megatron_ee.parallel.costs import exit_flops, final_exit_flops, last_layer, layer_flops
 from megatron_ee.parallel.layout import Layout, StageLayout, parse_layout
 
@@ -108,6 +108,14 @@ def test_few_rounds_make_it_even_for_a_large_model(stages: int, kinds: str, monk
     layers, exits = costs(model, specs, False)
     share = (sum(layers) + sum(exits.values())) / stages
     assert busiest(layout, layers, exits) < 1.12 * max(share, *exits.values())
+
+
+def test_many_exits_are_put_together_without_trying_every_choice() -> None:
+    draw = random.Random(2)
+    costs = {layer: draw.randint(10**6, 10**7) for layer in range(1, 101)}
+    room = sum(costs.values()) // 3
+    kept = _fullest(costs, room)  # of 2^100 choices
+    assert 0.9 * room < sum(costs[layer] for layer in kept) <= room and len(set(kept)) == len(kept)
 
 
 def test_exits_move_to_stages_of_their_own_only_where_that_helps() -> None:
