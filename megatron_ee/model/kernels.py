@@ -3,8 +3,8 @@
 On an accelerator, and in float32, that is what torch itself takes. In bfloat16 CPUs are of two kinds. For those with
 instructions of that type, oneDNN multiplies several rows while it reads a weight once, which it first reorders at every
 product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row, and many rows
-are multiplied faster in float32. With tiles (AMX), and without any such instructions, few rows are multiplied fastest
-with a product of our own, ``bfloat16``; once it is built, weights stay as they are.
+are multiplied faster in float32. On both, few rows are multiplied fastest with a product of our own, ``bfloat16``; once
+it is built, weights stay as they are.
 """
 
 from __future__ import annotations
@@ -58,10 +58,7 @@ def gains_from_ours(dtype: torch.dtype) -> bool:
     """Whether few rows of a dtype are multiplied faster on this device once ``bfloat16`` is built."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return False  # nobody has tried others
-    if platform.has_accelerator() or dtype != torch.bfloat16:
-        return False
-    # Where AVX-512 does not know bfloat16, oneDNN makes do with other instructions: two rows take twice as long.
-    return bfloat16.has_tiles() or not (multiplies_bfloat16() and torch.cpu._is_avx512_bf16_supported())
+    return dtype == torch.bfloat16 and not platform.has_accelerator()
 
 
 def is_slow(dtype: str) -> bool:

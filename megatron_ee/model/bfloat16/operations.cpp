@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
-#include "vectors.h"
+#include "products.h"
 #ifdef __AMX_BF16__
 #include "tiles.h"
 #endif
@@ -27,7 +27,7 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::opt
     return result;
   }
 #endif
-  vectors::product(*given, *lines, added, result);
+  products::product(*given, *lines, added, result);
   return result;
 }
 
