@@ -21,16 +21,18 @@ from megatron_ee.checkpoint.loading import load_backbone
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.inference.assembly import SLACK, make_engine
-from megatron_ee.inference.compiled import CompiledStage, build_operations, compile_stage
+from megatron_ee.inference.compiled import CompiledStage, compile_stage
 from megatron_ee.inference.core import PASS_TOKENS
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.loading import load_stage, open_released, pack_stage
+from megatron_ee.inference.loading import build_operations, load_stage, open_released
 from megatron_ee.inference.passes import StageRunner
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.model import kernels
+from megatron_ee.model.backbone import VocabHead
+from megatron_ee.model.linear import ColumnLinear, RowLinear
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import LINEARS, Stage
+from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import process_groups
 
@@ -47,29 +49,27 @@ def decoding(
         if adapter is not None:
             released = open_released(directory, adapter)
             layout = even_layout(released.model.architecture.num_layers, 1)
-            stage = load_stage(released, layout, dtype, groups, compiled=compiled)
+            stage = load_stage(released, layout, dtype, groups)
         else:
-            stage = _random_exits(directory, layers, dtype, groups, compiled)
+            stage = _random_exits(directory, layers, dtype, groups)
         compiled_stage = compile_stage(stage) if compiled else None
         yield Decoding(
             directory, stage, make_engine(stage, memory=MEMORY, compiled_stage=compiled_stage), compiled_stage
         )
 
 
-def _random_exits(directory: str, layers: Sequence[int], dtype: str, groups: Any, compiled: bool) -> Stage:
+def _random_exits(directory: str, layers: Sequence[int], dtype: str, groups: Any) -> Stage:
     """The model with ``mlp`` exits that are copies of its own parts, as before any tuning."""
     from megatron_ee.checkpoint.loading import open_model
 
     model = open_model(directory)
     setup = build_setup(model.architecture, platform.DTYPES[dtype], groups)
-    if compiled:
-        build_operations(setup)
+    build_operations(setup)
     specs = [ExitSpec(layer, "mlp", "own") for layer in layers]
     stage = Stage(setup, range(1, model.architecture.num_layers + 1), specs, final_exit=True)
     load_backbone(stage, model)
     for exit_ in stage.exits:
         initialise_exit(exit_, model, SEED)
-    pack_stage(stage, compiled=compiled)
     return stage
 
 
@@ -120,11 +120,11 @@ class Decoding:
         if "matrix" not in self._peers:
             rows = MATVEC_BYTES // (4096 * self._stage.setup.dtype.itemsize)
             matrix = torch.randn(rows, 4096, device=platform.device()).to(self._stage.setup.dtype)
-            self._peers["matrix"] = matrix, kernels.pack(matrix)
-        matrix, packed = self._peers["matrix"]
+            self._peers["matrix"] = matrix
+        matrix = self._peers["matrix"]
         vector = torch.randn(1, 4096, device=platform.device()).to(matrix.dtype)
         plain = statistics.median(seconds(lambda: torch.mv(matrix, vector[0])) for _ in range(5))
-        ours = statistics.median(seconds(lambda: kernels.product(vector, matrix, packed=packed)) for _ in range(5))
+        ours = statistics.median(seconds(lambda: kernels.product(vector, matrix)) for _ in range(5))
         return MATVEC_BYTES / plain, MATVEC_BYTES / min(plain, ours)
 
     def products_seconds(self) -> float:
@@ -132,7 +132,7 @@ class Decoding:
         backbone = self._stage.backbone
         assert backbone.head is not None
         modules = (*backbone.layers.modules(), backbone.head)
-        linears = [module for module in modules if isinstance(module, LINEARS)]
+        linears = [module for module in modules if isinstance(module, (ColumnLinear, RowLinear, VocabHead))]
         vectors = {
             size: torch.randn(1, size, device=platform.device()).to(self._stage.setup.dtype)
             for size in {linear.weight.shape[1] for linear in linears}
@@ -141,7 +141,7 @@ class Decoding:
         @torch.inference_mode()
         def run() -> None:
             for linear in linears:
-                kernels.product(vectors[linear.weight.shape[1]], linear.weight, packed=linear.packed)
+                kernels.product(vectors[linear.weight.shape[1]], linear.weight)
 
         return statistics.median(seconds(run) for _ in range(3))
 

@@ -22,12 +22,11 @@ from megatron_ee import platform
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches, attend_together, shared_mask
-from megatron_ee.model import bfloat16, kernels
+from megatron_ee.model import kernels
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
-from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.stage import Stage
 from megatron_ee.progress import track
 
@@ -165,7 +164,7 @@ class CompiledStage:
             ConfigError: it cannot be compiled here.
         """
         self._stage, layers = stage, dict(stage.backbone.numbered_layers())
-        self._layers, self._largest = layers, layers[max(layers)].mlp.gate_up
+        self._layers, self._largest = layers, layers[max(layers)].mlp.gate_up.weight
         self._halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
         first, last = min(layers) - 1, max(layers)
         places = sorted({first, last} | {exit_.spec.layer for exit_ in stage.exits})
@@ -173,7 +172,7 @@ class CompiledStage:
         final = stage.setup.architecture.num_layers + 1
         if stage.backbone.head is not None and stage.backbone.final_norm is not None:
             heads[final] = Head(stage, None)
-        self._heads = {place: (_compiled(head), head.head) for place, head in heads.items()}
+        self._heads = {place: (_compiled(head), head.head.weight) for place, head in heads.items()}
         # A head reads what a segment leaves, but for that of a ``layer`` exit, whose own layer comes between.
         readers = {exit_.spec.layer: exit_.spec.layer for exit_ in stage.exits if exit_.layer is None}
         if final in heads and last not in heads:
@@ -241,8 +240,8 @@ class CompiledStage:
         """What ``Head`` makes of ``x`` at a place where rows wait; None where it is not compiled for so many tokens."""
         if place not in self._heads:
             return None
-        head, last = self._heads[place]
-        if not kernels.compiles(len(x), last.weight, last.packed):
+        head, weight = self._heads[place]
+        if not kernels.compiles(len(x), weight):
             return None
         with kernels.torch_products():
             return head(x)  # type: ignore[no-any-return]
@@ -269,7 +268,7 @@ class CompiledStage:
         """
         tokens, parts = len(h), self._segments
         segment = parts.get((place, stop, asked if tokens == 1 else None)) or parts.get((place, stop, None))
-        if segment is None or not kernels.compiles(tokens, self._largest.weight, self._largest.packed):
+        if segment is None or not kernels.compiles(tokens, self._largest):
             return None
         mine = [caches[number] for number in range(place + 1, stop + 1)]
         rooms = [cache.room(tokens) for cache in mine]
@@ -297,7 +296,7 @@ class CompiledStage:
         Args:
             caches: of the rows, by layer.
         """
-        if len(h) == 1 or not kernels.compiles(len(h), self._largest.weight, self._largest.packed):
+        if len(h) == 1 or not kernels.compiles(len(h), self._largest):
             return None
         done, context = None, None
         lead: DecoderLayer | None = self._layers[place] if place in self._halves else None
@@ -349,23 +348,6 @@ def _in_one_line() -> Iterator[None]:
         raise ConfigError(
             f"compile: the layers cannot be compiled here ({line.strip()[:300]}); leave it out"
         ) from error
-
-
-def build_operations(setup: ModelSetup) -> None:
-    """Where that is faster, let ``bfloat16`` multiply and attend. Every rank calls this, before it packs.
-
-    Raises:
-        ConfigError: it cannot be compiled here.
-    """
-    if bfloat16.built or not kernels.gains_from_ours(setup.dtype):
-        return
-
-    def build() -> None:
-        with _in_one_line(), track(1, "parts", "compiling operations", enabled=setup.groups.is_main) as bar:
-            bfloat16.build()
-            bar.advance()
-
-    setup.groups.together(build)
 
 
 def compile_stage(stage: Stage) -> CompiledStage:

@@ -17,12 +17,12 @@ from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError
-from megatron_ee.inference.assembly import MAX_ROWS, engine_on_ranks, free_memory
-from megatron_ee.inference.compiled import build_operations, check_compiler, compile_stage
+from megatron_ee.inference.assembly import MAX_ROWS, engine_on_ranks
+from megatron_ee.inference.compiled import check_compiler, compile_stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.prompts import check_ids, end_of_text
-from megatron_ee.model import kernels
-from megatron_ee.model.setup import build_setup
+from megatron_ee.model import bfloat16, kernels
+from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups, world_size
@@ -32,8 +32,6 @@ from megatron_ee.progress import track
 
 SILENCE_SECONDS = 60
 """After which a rank that gives no sign of life counts as lost."""
-PACKED_SHARE = 0.25
-"""Of the memory that is free then: weights that take less are kept in two forms, see ``Stage.pack``."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def open_engine(
         place = f"stage {groups.pipeline.rank()}"
         with watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: place):
             layout = even_layout(released.model.architecture.num_layers, pipeline)
-            stage = load_stage(released, layout, dtype, groups, candidates, compiled=compiled)
+            stage = load_stage(released, layout, dtype, groups, candidates)
             compiled_stage = compile_stage(stage) if compiled else None
             with engine_on_ranks(
                 stage,
@@ -161,15 +159,12 @@ def load_stage(
     dtype: str,
     groups: Groups,
     candidates: Sequence[int] | None = None,
-    *,
-    compiled: bool = False,
 ) -> Stage:
     """This rank's layers of the backbone, and the adapter's exits after them; see ``open_engine``."""
     index, arch = groups.pipeline.rank(), released.model.architecture
     layers = layout.stages[index].layers
     setup = build_setup(arch, platform.DTYPES[dtype], groups)
-    if compiled:
-        build_operations(setup)
+    build_operations(setup)
     specs = [spec for spec in released.exits if spec.layer in layers]
     stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
     total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
@@ -185,19 +180,22 @@ def load_stage(
         ids = torch.tensor(sorted(set(candidates)), device=platform.device())
         for exit_ in stage.exits:
             exit_.restrict(ids)
-    pack_stage(stage, compiled=compiled)
     return stage
 
 
-def pack_stage(stage: Stage, *, compiled: bool = False) -> None:
-    """Pack the weights of a loaded stage for inference; where both forms have their use, in two if memory allows.
+def build_operations(setup: ModelSetup) -> None:
+    """Let ``bfloat16`` multiply and attend where that is faster; every rank calls this, before it runs a stage.
 
-    Compiled code may want them as they are: with ``compiled`` they are otherwise not packed. Every rank calls this.
+    Where it cannot be built torch does the same, which takes longer, and a line says so.
     """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
-    keep = weights < PACKED_SHARE * free_memory(stage.setup.groups)
-    if keep or not compiled or kernels.packed_reads_faster():
-        stage.pack(keep=keep)
+    if bfloat16.built or not kernels.gains_from_ours(setup.dtype) or bfloat16.find():
+        return
+    with track(1, "parts", "compiling operations", enabled=setup.groups.is_main) as bar:
+        try:
+            bfloat16.build()
+        except RuntimeError as error:
+            bar.note(f"bfloat16 will be slower than it could be, by up to half: {error}")
+        bar.advance()
 
 
 def _digest(released: SavedModel) -> str:

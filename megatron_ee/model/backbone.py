@@ -31,7 +31,6 @@ class VocabHead(nn.Module):
         weight: ``[padded_vocab / tp, hidden]``.
         start: first token id of this rank's rows.
         valid: how many of the rows are real tokens; the others are padding.
-        packed: the weight as products take it, see ``Stage.pack``.
     """
 
     def __init__(self, setup: ModelSetup) -> None:
@@ -41,7 +40,6 @@ class VocabHead(nn.Module):
         self.valid = max(0, min(rows, setup.architecture.vocab_size - self.start))
         self.weight = nn.Parameter(torch.empty(rows, setup.architecture.hidden_size, dtype=setup.dtype))
         mark_sharded(self.weight, 0)
-        self.packed: Tensor | None = None
 
 
 class Backbone(nn.Module):

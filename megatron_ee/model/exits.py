@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.model import kernels
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
@@ -41,13 +40,11 @@ class Candidates:
     Attributes:
         local: ``[n]`` int64, rows of this rank's head.
         rows: ``[n, hidden]``, these rows, the trained part of a ``low_rank`` head added.
-        packed: the same from ``kernels.pack``.
         left_out: ``[vocab]`` bool, the tokens that are not among any rank's.
     """
 
     local: Tensor
     rows: Tensor
-    packed: Tensor | None
     left_out: Tensor
 
 
@@ -155,7 +152,7 @@ class Exit(nn.Module):
 
     def logits(self, z: Tensor) -> Tensor:
         """``[..., hidden]`` -> float32 logits ``[..., vocab]``, the whole vocabulary on every rank."""
-        logits = product(z, self.head.weight, packed=self.head.packed)
+        logits = product(z, self.head.weight)
         low_rank = self._low_rank(z)
         if low_rank is not None:
             logits = logits + F.linear(low_rank.hidden, low_rank.up)
@@ -163,23 +160,20 @@ class Exit(nn.Module):
 
     @torch.no_grad()
     def restrict(self, ids: Tensor) -> None:
-        """Choose the tokens of ``candidate_logits``: distinct ``ids`` ``[n]`` int64. Their rows of the head are copied.
-
-        To be called before the weights are packed.
-        """
+        """Choose the tokens of ``candidate_logits``: distinct ``ids`` ``[n]`` int64; their rows are copied."""
         start = self.head.start
         local = ids[(ids >= start) & (ids < start + self.head.valid)] - start
         rows = self.head.weight[local]
         if self.down is not None and self.up is not None:
             rows = torch.addmm(rows.float(), self.up[local].float(), self.down.float()).to(rows.dtype)
         left_out = torch.ones(self.setup.architecture.vocab_size, dtype=torch.bool, device=ids.device)
-        self.candidates = Candidates(local, rows, kernels.pack(rows) if len(rows) else None, left_out)
+        self.candidates = Candidates(local, rows, left_out)
         left_out[ids] = False
 
     def candidate_logits(self, z: Tensor) -> Tensor:
         """As ``logits``, but of the tokens that ``restrict`` chose alone; the others' are -inf and cost nothing."""
         assert self.candidates is not None, "no candidates were chosen"
-        found = product(z, self.candidates.rows, packed=self.candidates.packed)
+        found = product(z, self.candidates.rows)
         logits = found.new_full((*z.shape[:-1], len(self.head.weight)), -torch.inf)
         return self.setup.gather_vocabulary(logits.index_copy_(-1, self.candidates.local, found)).float()
 

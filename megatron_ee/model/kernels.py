@@ -13,8 +13,7 @@ import contextlib
 import functools
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,28 +23,13 @@ from megatron_ee import platform
 from megatron_ee.model import bfloat16
 
 ONE_BY_ONE = 3 * 2**19
-"""Bytes that a CPU reads while oneDNN begins a product of bfloat16 whose weight it has to reorder first."""
-BEGIN = 360_000
-"""Bytes that a CPU reads while oneDNN begins a product with a packed weight, where it reads those faster."""
+"""Bytes that a CPU reads while oneDNN begins a product of bfloat16, whose weight it has to reorder first."""
 WIDENED_ROWS = 16
 """Rows from which on a CPU without instructions of bfloat16 multiplies faster in float32 (measured with AVX2)."""
 OUR_ROWS = 64
 """Rows from which on ``bfloat16`` takes as long as float32 (measured with AVX2), or as oneDNN (with AMX)."""
 WIDENED_BYTES = 4 * 2**20
 """Bytes of a weight that are made float32 at a time."""
-
-
-def pack(weight: Tensor) -> Tensor | None:
-    """A linear's weight ``[out, in]`` as oneDNN multiplies it fastest; None where it is best left as it is.
-
-    Measured on two cores, weights of 2 to 11 MB, a whole layer: 1.3 times as fast with one row, 1.5 times with four.
-    """
-    if bfloat16.built or not (_is_cpu_bfloat16(weight) and multiplies_bfloat16()):
-        return None
-    if os.uname().machine != "x86_64":
-        return None  # other processors have another library behind oneDNN, which nobody has tried here
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-    return packed
 
 
 @functools.cache
@@ -76,67 +60,20 @@ def _widens(rows: int, weight: Tensor) -> bool:
     return rows >= few and _is_cpu_bfloat16(weight) and not multiplies_bfloat16()
 
 
-@functools.cache
-def packed_reads_faster() -> bool:
-    """Whether one row is multiplied with a packed weight as fast as torch itself does it with the plain one, or faster.
-
-    Processors differ, by a factor of two either way; this one is asked once, with a weight of 64 MB, in 0.1 s. Where
-    others load its memory the two come out alike: it has to be the plain one's clear advantage.
-    """
-    weight = torch.ones(4096, 8192, dtype=torch.bfloat16)
-    row, packed = weight[:1], pack(weight)
-    if packed is None:
-        return False
-    plain_seconds, packed_seconds = [], []
-    for _ in range(16):  # in turns, so that both see the same machine
-        plain_seconds.append(_seconds(lambda: _torch_product(row, weight, None)))
-        packed_seconds.append(_seconds(lambda: _onednn_product(row, packed, None)))
-    return min(packed_seconds) < 1.2 * min(plain_seconds)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def takes_plain(rows: int, nbytes: int) -> bool:
-    """Whether so many rows are multiplied faster with a plain bfloat16 weight of so many bytes than with a packed one.
-
-    torch's own product begins at once, but reads the weight once for each row. oneDNN reads it once, and begins later.
-    """
-    return (rows - 0.5) * nbytes < BEGIN if packed_reads_faster() else (rows - 1) * nbytes < ONE_BY_ONE
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``: ``[rows, in]`` -> ``[rows, out]``.
-
-    Args:
-        weight: as it is, or ``packed`` where there is no other.
-        packed: from ``pack``; None where it is not packed.
-    """
-    both = packed is not weight
-    ours = packed is None and bfloat16.built and _is_cpu_bfloat16(weight)
-    if torch.compiler.is_compiling():
-        if ours:
-            return bfloat16.product(x, weight, bias)
-        # The plain one is for single rows; what is compiled for more holds for any number.
-        if packed is None or (both and len(x) == 1):
-            return F.linear(x, weight, bias)
-        known: Tensor = torch.ops.megatron_ee.packed_product(x, packed, bias, len(weight))
-        return known
-    if packed is not None:
-        plain = both and takes_plain(len(x), weight.nbytes)
-        return _torch_product(x, weight, bias) if plain else _packed_product(x, packed, bias)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``: ``[rows, in]`` -> ``[rows, out]``."""
     if not _is_cpu_bfloat16(weight):
         return F.linear(x, weight, bias)
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if ours and len(x) < OUR_ROWS and not learns:
+    if torch.compiler.is_compiling():
+        return bfloat16.product(x, weight, bias) if bfloat16.built else F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return F.linear(x, weight, bias)
+    if bfloat16.built and len(x) < OUR_ROWS:
         return bfloat16.product(x, weight, bias)
-    if _widens(len(x), weight) and not learns:
+    if _widens(len(x), weight):
         return _widened_product(x, weight, bias)
-    few = (len(x) - 1) * weight.nbytes < ONE_BY_ONE
-    return _torch_product(x, weight, bias) if few and multiplies_bfloat16() else F.linear(x, weight, bias)
+    with torch_products() if (len(x) - 1) * weight.nbytes < ONE_BY_ONE else contextlib.nullcontext():
+        return F.linear(x, weight, bias)
 
 
 def write_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -145,27 +82,6 @@ def write_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
         out.copy_(_widened_product(x, weight, None))
     else:
         torch.mm(x, weight.t(), out=out)
-
-
-def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    before = torch._C._get_mkldnn_enabled()  # as in ``torch_products``, which as a context takes longer than this all
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        return F.linear(x, weight, bias)
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-
-
-def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    if len(x) > 2 or packed_reads_faster():
-        return _onednn_product(x, packed, bias)
-    # On other processors one or two rows take longer than four.
-    return _onednn_product(F.pad(x, (0, 0, 0, 4 - len(x))), packed, bias)[: len(x)].clone()
-
-
-def _onednn_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return result
 
 
 def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -180,20 +96,12 @@ def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-# The compiler cannot look into packed weights: to it this is one operation. It takes their shape for one that changes,
-# so that their number of rows is given once more.
-torch.library.define("megatron_ee::packed_product", "(Tensor x, Tensor packed, Tensor? bias, int out) -> Tensor")
-torch.library.impl("megatron_ee::packed_product", "default", lambda *given: _packed_product(*given[:3]))
-torch.library.register_fake("megatron_ee::packed_product", lambda x, packed, bias, out: x.new_empty(x.shape[0], out))
+def compiles(tokens: int, weight: Tensor) -> bool:
+    """Whether compiled code is the fastest for so many tokens.
 
-
-def compiles(tokens: int, weight: Tensor, packed: Tensor | None) -> bool:
-    """Whether compiled code is the fastest for so many tokens; ``weight`` and ``packed`` as in ``product``.
-
-    Where a CPU would multiply bfloat16 that is not packed row by row, what it spares elsewhere is worth twice as much
-    as ``ONE_BY_ONE``.
+    Where a CPU would multiply bfloat16 row by row, what it spares elsewhere is worth twice as much as ``ONE_BY_ONE``.
     """
-    if packed is not None or not _is_cpu_bfloat16(weight):
+    if not _is_cpu_bfloat16(weight):
         return True
     if bfloat16.built:
         return tokens < OUR_ROWS

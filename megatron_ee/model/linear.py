@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``, ``[..., in]`` -> ``[..., out]``, as one product of matrices; see ``kernels.product``.
 
     A batch of one may have given ``[seq, 1, in]`` strides over which ``F.linear`` would go token by token.
     """
-    result = kernels.product(x.flatten(0, -2), weight, bias, packed)
+    result = kernels.product(x.flatten(0, -2), weight, bias)
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
@@ -39,9 +39,6 @@ class ColumnLinear(ColumnParallelLinear):
 
     Differs from megatron-core's in one point: an input that needs no gradient, a tap or anything in the frozen
     backbone, gets none computed, which spares a matrix product and a reduction.
-
-    Attributes:
-        packed: the weight as products take it, see ``Stage.pack``.
     """
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
@@ -54,7 +51,6 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=setup.groups.tensor,
         )
         mark_sharded(self.weight, 0)
-        self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[seq, batch, in]`` (``[seq / tp, ...]`` with sequence parallelism) -> ``[seq, batch, out / tp]``."""
@@ -62,15 +58,11 @@ class ColumnLinear(ColumnParallelLinear):
             return super().forward(x)[0]
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return product(x, self.weight, self.bias, self.packed)
+        return product(x, self.weight, self.bias)
 
 
 class RowLinear(RowParallelLinear):
-    """Linear whose input features are spread over the tensor-parallel ranks; the output is summed over them.
-
-    Attributes:
-        packed: the weight as products take it, see ``Stage.pack``.
-    """
+    """Linear whose input features are spread over the tensor-parallel ranks; the output is summed over them."""
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(
@@ -84,17 +76,14 @@ class RowLinear(RowParallelLinear):
             tp_group=setup.groups.tensor,
         )
         mark_sharded(self.weight, 1)
-        self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``[seq, batch, in / tp]`` -> ``[seq, batch, out]`` (``[seq / tp, ...]`` with sequence parallelism)."""
-        alone = self.tp_group.size() == 1
-        if alone and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return product(x, self.weight, self.bias, self.packed)
-        if self.packed is None:
+        if self.sequence_parallel or (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
             return super().forward(x)[0]
-        part = product(x, self.weight, None, self.packed)
-        summed = reduce_from_tensor_model_parallel_region(part, group=self.tp_group)
+        if self.tp_group.size() == 1:
+            return product(x, self.weight, self.bias)
+        summed = reduce_from_tensor_model_parallel_region(product(x, self.weight), group=self.tp_group)
         return summed if self.bias is None else summed + self.bias
 
 

@@ -10,21 +10,16 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.model import kernels
 from megatron_ee.model.backbone import Backbone, VocabHead
 from megatron_ee.model.exit_loss import exit_statistics
 from megatron_ee.model.exits import Exit
-from megatron_ee.model.linear import ColumnLinear, RowLinear, product
+from megatron_ee.model.linear import product
 from megatron_ee.model.metrics import TokenStats
 from megatron_ee.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import Positions
     from megatron_ee.model.setup import ModelSetup
-
-
-LINEARS = (ColumnLinear, RowLinear, VocabHead)
-"""Modules whose ``weight`` is multiplied with, and can be packed."""
 
 
 class Stage(nn.Module):
@@ -74,36 +69,6 @@ class Stage(nn.Module):
             head.weight = self.backbone.embedding.weight
         return head
 
-    def pack(self, *, keep: bool) -> None:
-        """Give the weights the form that is fastest for a few tokens at a time, where this device has one.
-
-        For inference alone: what is packed in place can neither be trained nor saved.
-
-        Args:
-            keep: keep weights as they are too where single tokens take those: up to as much memory again. Otherwise the
-                packed ones take their place, but for a head that the embedding shares, and for exits' own heads, which
-                mostly read single tokens.
-        """
-        for module in self.modules():
-            if not isinstance(module, LINEARS):
-                continue
-            weight = module.weight
-            embeds = self.backbone.embedding is not None and weight is self.backbone.embedding.weight
-            if not keep and (embeds or (self._reads_single(module) and kernels.takes_plain(1, weight.nbytes))):
-                continue
-            packed = kernels.pack(weight)
-            if packed is None:
-                continue
-            if keep and kernels.takes_plain(1, weight.nbytes):
-                module.packed = packed
-            else:
-                module.weight = nn.Parameter(packed, requires_grad=False)
-                module.packed = module.weight
-
-    def _reads_single(self, module: nn.Module) -> bool:
-        """Whether a linear mostly reads single tokens: an exit's head does."""
-        return isinstance(module, VocabHead) and module is not self.backbone.head
-
     @property
     def exits(self) -> list[Exit]:
         """The exits hosted here, in the order of their layers."""
@@ -152,7 +117,7 @@ class Stage(nn.Module):
         """``[..., hidden]`` -> float32 logits of the final exit ``[..., vocab]``, the same on every rank."""
         head = self.backbone.head
         assert head is not None, "no final exit here"
-        return self.setup.gather_vocabulary(product(z, head.weight, packed=head.packed)).float()
+        return self.setup.gather_vocabulary(product(z, head.weight)).float()
 
 
 def build_stage(setup: ModelSetup, layout: Layout, specs: Sequence[ExitSpec], *, final_exit: bool = False) -> Stage:

@@ -15,13 +15,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
+import platform
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+NAME = "megatron_ee_bfloat16"
+SOURCES = Path(__file__).parent
 HEAD_FEATURES = 16
 """``attend`` takes heads of a multiple of it."""
 FLAGS = {
@@ -49,18 +56,26 @@ def has_pairs() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def find() -> bool:
+    """Load what was built before, by this version of it and of torch and for such a processor; whether there is any."""
+    if not _is_loaded():
+        try:
+            torch.ops.load_library(_kept())
+        except OSError:  # there is none, or it was made on another system
+            return False
+    _begin()
+    return True
+
+
 def build() -> None:
-    """Compile it and load it. It takes ten seconds; what was made lies on disk for the next time.
+    """Compile it, in ten seconds, and load it. What was made lies on disk for ``find``.
 
     Raises:
-        RuntimeError: torch cannot build it.
-        OSError: there is no compiler.
-        subprocess.CalledProcessError: the compiler does not work.
+        RuntimeError: it cannot be built; in one line, why.
     """
-    global built
-    if not hasattr(torch.ops.megatron_ee, "bfloat16_product"):
-        _load()
-    built = True
+    if not _is_loaded():
+        _compile()
+    _begin()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,30 +99,68 @@ def attend(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> T
     return result
 
 
-def _load() -> None:
+def _compile() -> None:
     import ninja
     from torch.utils import cpp_extension  # takes long to import
 
-    # By its instructions: processors of several kinds may share the directory that keeps it.
-    kind = torch.backends.cpu.get_cpu_capability()
-    name = f"megatron_ee_bfloat16_{kind.lower()}{'_pairs' if has_pairs() else ''}{'_tiles' if has_tiles() else ''}"
-    flags = [*FLAGS.get(kind, []), *(PAIRS if has_pairs() else []), *(TILES if has_tiles() else [])]
     # A Python that runs without its environment's PATH has ninja all the same; and torch.compile takes g++ too.
     path = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
-    with _environment(PATH=path, CXX=os.environ.get("CXX", "g++")):
-        cpp_extension.load(
-            name,
-            [str(Path(__file__).with_name("operations.cpp"))],
-            extra_cflags=["-O3", "-fopenmp", *flags],
-            is_python_module=False,
-        )
-    # For the compiler. A length is a plain number, which it would take for the only one.
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"there is no C++ compiler ({compiler}); install one, or set CXX")
+    # In a directory of its own: torch locks the usual one, for ever where a process is killed.
+    with tempfile.TemporaryDirectory() as directory, _environment(PATH=path, CXX=compiler):
+        try:
+            cpp_extension.load(
+                NAME,
+                [str(SOURCES / "operations.cpp")],
+                extra_cflags=["-O3", "-fopenmp", *_flags()],
+                build_directory=directory,
+                is_python_module=False,
+            )
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise RuntimeError(f"its operations cannot be compiled here ({line})") from error
+        with contextlib.suppress(OSError):  # where it cannot be kept, it is built each time
+            _keep(Path(directory) / f"{NAME}.so")
+
+
+def _is_loaded() -> bool:
+    return hasattr(torch.ops.megatron_ee, "bfloat16_product")
+
+
+def _begin() -> None:
+    """Say what the compiler has to know; from now on it is called."""
+    global built
+    # A length is a plain number, which the compiler would take for the only one.
     torch.library.register_fake(
         "megatron_ee::bfloat16_product", lambda x, weight, _: x.new_empty(x.shape[0], weight.shape[0])
     )
     torch.library.register_fake(
         "megatron_ee::bfloat16_attention", lambda query, *_: query.new_empty(query.shape[0], query[0].numel())
     )
+    built = True
+
+
+def _flags() -> list[str]:
+    kind = torch.backends.cpu.get_cpu_capability()
+    return [*FLAGS.get(kind, []), *(PAIRS if has_pairs() else []), *(TILES if has_tiles() else [])]
+
+
+def _kept() -> Path:
+    """Where it lies, under a name of all that it is made of: processors of several kinds may share the directory."""
+    made_of = [path.read_bytes() for path in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")))]
+    made_of.append(" ".join((torch.__version__, platform.machine(), *_flags())).encode())
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(root) / NAME / f"{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+
+
+def _keep(library: Path) -> None:
+    """Copy it to where it is looked for, at once: others may be looking, or making it too."""
+    kept = _kept()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as directory:
+        Path(shutil.copy(library, directory)).replace(kept)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model import bfloat16, kernels
-from megatron_ee.model.stage import LINEARS, Stage
+from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 
@@ -183,31 +183,16 @@ def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(bfloat16, "built", False)
     small, large = (torch.zeros(size, 1024, dtype=torch.bfloat16) for size in (16, 8192))
-    assert kernels.compiles(1, large, None) and not kernels.compiles(2, large, None)
-    assert kernels.compiles(8, small, None) and kernels.compiles(8, large.float(), None)
-    assert kernels.compiles(8, large, large)  # packed
+    assert kernels.compiles(1, large) and not kernels.compiles(2, large)
+    assert kernels.compiles(8, small) and kernels.compiles(8, large.float())
     for instructions, built, few in ((False, False, 15), (False, True, 63), (True, True, 63)):
         monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda instructions=instructions: instructions)
         monkeypatch.setattr(bfloat16, "built", built)
-        assert kernels.compiles(few, large, None) and not kernels.compiles(few + 1, large, None)
+        assert kernels.compiles(few, large) and not kernels.compiles(few + 1, large)
     before = torch._C._get_mkldnn_enabled()
     with kernels.torch_products():
         assert not torch._C._get_mkldnn_enabled()
     assert torch._C._get_mkldnn_enabled() == before
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
-def test_packed_weights_are_compiled_too(saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bfloat16, "built", False)
-    stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
-    mlp = stage.backbone.layers["1"].mlp
-    if kernels.pack(mlp.down.weight) is None:
-        pytest.skip("this processor has no packed form")
-    # Some are kept in both forms, and some packed alone.
-    monkeypatch.setattr(kernels, "takes_plain", lambda rows, nbytes: rows == 1 and nbytes < mlp.gate_up.weight.nbytes)
-    stage.pack(keep=True)
-    assert mlp.gate_up.weight.is_mkldnn and not mlp.down.weight.is_mkldnn
-    check_products(stage, (1, 2, 5, 9, 1))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
@@ -219,8 +204,6 @@ def test_products_of_our_own_are_compiled_too(
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
     build_operations(stage.setup)
-    stage.pack(keep=True)
-    assert all(module.packed is None for module in stage.modules() if isinstance(module, LINEARS))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         check_products(stage, (1, 2, 5, 20, 1))
     calls = {event.key: event.count for event in profile.key_averages()}
@@ -291,21 +274,3 @@ def test_what_cannot_be_compiled_is_one_line(stage: Stage, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(ConfigError, match=r"^compile: .* \(CppCompileError: C\+\+ compile error\); leave it out$"):
         compile_stage(stage)
-
-
-def test_the_product_is_built_where_it_gains(
-    saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stages = {dtype: load_stage(saved_model("qwen2")[0], [], dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-
-    def fail() -> None:
-        raise RuntimeError("Error building extension: [1/2] g++ is too old\nmany\nmore")
-
-    monkeypatch.setattr(bfloat16, "built", False)
-    monkeypatch.setattr(bfloat16, "build", fail)
-    monkeypatch.setattr(kernels, "gains_from_ours", lambda dtype: dtype == torch.bfloat16)
-    build_operations(stages[torch.float32].setup)
-    with pytest.raises(ConfigError, match=r"^compile: .* \(Error building extension: .*too old\); leave it out$"):
-        build_operations(stages[torch.bfloat16].setup)
-    monkeypatch.setattr(bfloat16, "built", True)
-    build_operations(stages[torch.bfloat16].setup)

@@ -20,24 +20,16 @@ def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bfloat16, "built", False)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9, 70])
-@pytest.mark.parametrize("form", ["plain", "packed", "both"])
-@pytest.mark.parametrize("plain", [False, True], ids=["oneDNN", "row by row"])
-def test_products(rows: int, form: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "packed_reads_faster", lambda: not plain)
-    monkeypatch.setattr(kernels, "takes_plain", lambda *_: plain)
-    monkeypatch.setattr(kernels, "ONE_BY_ONE", 2**40 if plain else 0)
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 70])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_products(rows: int, one_by_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ONE_BY_ONE", 2**40 if one_by_one else 0)
     generator = torch.Generator().manual_seed(rows)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 48), (96, 48), (96,)))
     x, weight, bias = (tensor.to(platform.device(), torch.bfloat16) for tensor in (x, weight, bias))
-    packed = None if form == "plain" else kernels.pack(weight)
-    if form != "plain" and packed is None:
-        pytest.skip("this device has no packed form")
     expected = x.double() @ weight.double().t()
     for given, exact in ((None, expected), (bias, expected + bias.double())):
-        first = packed if form == "packed" else weight
-        assert first is not None
-        found = kernels.product(x, first, given, packed)
+        found = kernels.product(x, weight, given)
         assert found.shape == (rows, 96) and found.dtype == torch.bfloat16
         torch.testing.assert_close(found.double(), exact, atol=0.02, rtol=2**-7)
     assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()
@@ -90,7 +82,6 @@ def test_products_of_our_own(rows: int, size: int, features: int) -> None:
         assert torch.equal(found.view(torch.int16), ours.view(torch.int16))
         kept = [0, *range(2, features)]
         torch.testing.assert_close(found[:, kept].double(), exact[:, kept], atol=1e-4, rtol=2**-8)
-    assert kernels.pack(weight) is None
     weight = weight[2:].requires_grad_()
     kernels.product(x, weight).sum().backward()
     assert weight.grad is not None and weight.grad.any()
@@ -121,30 +112,8 @@ def test_which_dtype_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernels.is_slow("bfloat16")
 
 
-def test_which_form_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    large, small = 8 * 2**20, 2**17
-    monkeypatch.setattr(kernels, "packed_reads_faster", lambda: True)
-    assert kernels.takes_plain(1, small) and not kernels.takes_plain(4, small) and not kernels.takes_plain(1, large)
-    monkeypatch.setattr(kernels, "packed_reads_faster", lambda: False)
-    assert kernels.takes_plain(4, small) and kernels.takes_plain(1, large) and not kernels.takes_plain(2, large)
-
-
-@pytest.mark.parametrize(("plain", "packed"), [(2.0, 1.0), (1.0, 1.0), (1.0, 2.0)])
-def test_the_processor_is_asked_what_it_reads_faster(
-    plain: float, packed: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if kernels.pack(torch.zeros(8, 8, dtype=torch.bfloat16)) is None:
-        pytest.skip("this processor has no packed form")
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    for name, seconds in (("_torch_product", plain), ("_onednn_product", packed)):
-        monkeypatch.setattr(kernels, name, lambda *_, seconds=seconds: clock.__setitem__(0, clock[0] + seconds))
-    assert kernels.packed_reads_faster.__wrapped__() == (packed <= plain)
-
-
 def test_exact_products_are_left_alone() -> None:
     weight, x = torch.randn(96, 48, device=platform.device()), torch.randn(1, 48, device=platform.device())
-    assert kernels.pack(weight) is None
     assert torch.equal(kernels.product(x, weight), torch.nn.functional.linear(x, weight))
 
 
