@@ -16,8 +16,9 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference import kv_cache
 from megatron_ee.inference.assembly import make_engine
-from megatron_ee.inference.compiled import CompiledStage, build_operations, check_compiler, compile_stage
+from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
+from megatron_ee.inference.loading import build_operations
 from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
