@@ -83,7 +83,7 @@ class Segment(nn.Module):
         """The tap at the next place from the one at this, ``[tokens, 1, hidden]``, and what ``head`` makes of it.
 
         Args:
-            mask: as ``shared_mask`` makes it; None for one token.
+            mask: as ``shared_mask`` makes it; None where ``kernels.attend`` takes the tokens.
             start: positions that each layer has run.
             keys: of each layer, ``[1, kv_heads, room, head_dim]``; the tokens' own are written into them.
             values: as ``keys``.
@@ -146,7 +146,7 @@ class _Room:
         self.keys[0, :, self.start : stop] = key.transpose(0, 1)
         self.values[0, :, self.start : stop] = value.transpose(0, 1)
         keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
-        if len(query) == 1:
+        if self.mask is None:
             return kernels.attend(query, [keys], [values])
         return attend_together(query, keys, values, self.mask)
 
@@ -275,7 +275,7 @@ class CompiledStage:
         if None in rooms:
             return None
         start, arch, mask = mine[0].length, self._stage.setup.architecture, None
-        if tokens > 1:
+        if tokens > 1 and not kernels.attends_several(tokens, h, arch.head_dim):
             mask = shared_mask(masks, (start, start + tokens, 0, None), h, arch.num_heads // arch.num_kv_heads)
         with kernels.torch_products():
             done = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]

@@ -122,19 +122,28 @@ def torch_products() -> Iterator[None]:
 
 
 def attend(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """Attention of one token of each row to all that is kept of the row.
+    """Attention of the newest token of each row to all that is kept of it; of several where ``attends_several``.
 
     Args:
-        query: ``[rows, kv_heads, queries per key-value head, head_dim]``.
-        keys: of each row, ``[1, kv_heads, kept, head_dim]``; ``values`` too.
+        query: ``[rows * tokens, kv_heads, queries per key-value head, head_dim]``, one row after another.
+        keys: of each row, ``[1, kv_heads, kept, head_dim]``, its tokens' at the end; ``values`` too.
 
     Returns:
-        ``[rows, heads * head_dim]``.
+        ``[rows * tokens, heads * head_dim]``.
     """
-    if bfloat16.built and _is_cpu_bfloat16(query) and query.shape[-1] % bfloat16.HEAD_FEATURES == 0:
+    if _attends(query, query.shape[-1]):
         return bfloat16.attend(query, keys, values)
     parts = [_attend(*each) for each in zip(query.split(1), keys, values, strict=True)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(len(query), -1)
+
+
+def attends_several(tokens: int, like: Tensor, head_dim: int) -> bool:
+    """Whether ``attend`` takes so many tokens of a row, in causal order: where torch does not have tiles for them."""
+    return _attends(like, head_dim) and not bfloat16.has_tiles() and tokens < OUR_ROWS
+
+
+def _attends(like: Tensor, head_dim: int) -> bool:
+    return bfloat16.built and _is_cpu_bfloat16(like) and head_dim % bfloat16.HEAD_FEATURES == 0
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -85,15 +85,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attend(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """Attention of one token of each row to what is kept of the row; scores and sums in float32. No gradient.
+    """Attention of rows' newest tokens to what is kept up to them; scores and sums in float32. No gradient.
 
     Args:
-        query: ``[rows, kv_heads, queries per key-value head, head_dim]``; ``head_dim`` is a multiple of
-            ``HEAD_FEATURES``.
-        keys: of each row, ``[1, kv_heads, kept, head_dim]``; ``values`` too.
+        query: ``[rows * tokens, kv_heads, queries per key-value head, head_dim]``, as many tokens of each row;
+            ``head_dim`` is a multiple of ``HEAD_FEATURES``.
+        keys: of each row, ``[1, kv_heads, kept, head_dim]``, its tokens' at the end; ``values`` too.
 
     Returns:
-        ``[rows, heads * head_dim]``.
+        ``[rows * tokens, heads * head_dim]``.
     """
     result: Tensor = torch.ops.megatron_ee.bfloat16_attention(query, keys, values)
     return result

@@ -1,6 +1,6 @@
-// Attention of one token of each row to all that is kept of it: sums and shares in float32, rounded once.
+// Attention of rows' newest tokens to all that is kept up to them: sums and shares in float32, rounded once.
 //
-// Every sum goes in one order, so that a row's context is the same bits whatever is beside it.
+// Every sum goes in one order, so that a token's context is the same bits whatever is beside it.
 
 #pragma once
 
@@ -28,10 +28,11 @@ constexpr int TOGETHER = 4;  // queries, for which a key or value is read once
 // Up to TOGETHER queries of one key-value head of one row.
 struct Queries {
   const at::BFloat16 *keys, *values;  // [kept, size], of the head
-  int64_t kept, size;
-  float* wide;       // [queries, size], see ``widen``
-  float* scores;     // [queries, kept]
-  at::BFloat16* to;  // [queries, size]
+  int64_t kept, size;                 // as many as the last of them sees
+  float* wide;                        // [queries, size], see ``widen``
+  float* scores;                      // [queries, kept]
+  int64_t seen[TOGETHER];             // by each
+  at::BFloat16* to[TOGETHER];         // [size] each
 };
 
 // Products of COUNT queries with KEYS keys from ``key`` on.
@@ -71,7 +72,7 @@ void mix(const Queries& queries, int64_t at) {
   }
   for (int query = 0; query < COUNT; ++query) {
     for (int64_t place = 0; place < WIDTH * PAIRS; ++place) {
-      queries.to[query * queries.size + at + place] = terms[query][place / PAIRS][place % 2][place % PAIRS / 2];
+      queries.to[query][at + place] = terms[query][place / PAIRS][place % 2][place % PAIRS / 2];
     }
   }
 }
@@ -93,45 +94,57 @@ void attend(const Queries& queries) {
   int64_t key = 0, at = 0;
   for (; key + EACH <= queries.kept; key += EACH) score<COUNT, EACH>(queries, key);
   for (; key < queries.kept; ++key) score<COUNT, 1>(queries, key);
-  for (int query = 0; query < COUNT; ++query) share(queries.scores + query * queries.kept, queries.kept, queries.size);
+  for (int query = 0; query < COUNT; ++query) {
+    float* const scores = queries.scores + query * queries.kept;
+    share(scores, queries.seen[query], queries.size);
+    std::fill(scores + queries.seen[query], scores + queries.kept, 0.0f);
+  }
   for (; at + EACH * PAIRS <= queries.size; at += EACH * PAIRS) mix<COUNT, EACH>(queries, at);
   for (; at < queries.size; at += PAIRS) mix<COUNT, 1>(queries, at);
 }
 
-// query [rows, kv_heads, queries per key-value head, head_dim], and of each row keys and values [1, kv_heads, kept,
-// head_dim], all bfloat16: [rows, heads * head_dim].
+// query [rows * tokens, kv_heads, queries per key-value head, head_dim], as many tokens of each row, and of each row keys
+// and values [1, kv_heads, kept, head_dim], which end with its tokens', all bfloat16: [rows * tokens, heads * head_dim].
 inline at::Tensor attention(const at::Tensor& query, at::TensorList keys, at::TensorList values) {
-  const int64_t rows = query.size(0), groups = query.size(1), shared = query.size(2), size = query.size(3);
+  const int64_t rows = keys.size(), groups = query.size(1), shared = query.size(2), size = query.size(3);
   TORCH_CHECK(size % PAIRS == 0, "heads of ", size, " features; they have to be a multiple of ", PAIRS);
+  TORCH_CHECK(rows > 0 && values.size() == keys.size(), "keys of ", rows, " rows, and values of ", values.size());
+  TORCH_CHECK(query.size(0) % rows == 0, query.size(0), " tokens of ", rows, " rows: not as many of each");
+  const int64_t tokens = query.size(0) / rows;
   const auto given = query.expect_contiguous();
-  const at::Tensor result = at::empty({rows, groups * shared * size}, query.options());
+  const at::Tensor result = at::empty({rows * tokens, groups * shared * size}, query.options());
   int64_t longest = 0;
   for (const at::TensorList all : {keys, values}) {
-    TORCH_CHECK(static_cast<int64_t>(all.size()) == rows, "keys or values of ", all.size(), " rows, for ", rows);
     for (const at::Tensor& kept : all) {
       TORCH_CHECK(kept.stride(2) == size && kept.stride(3) == 1, "a head's keys or values do not lie together");
+      TORCH_CHECK(kept.size(2) >= tokens, "keys or values of ", kept.size(2), " positions, for ", tokens, " tokens");
       longest = std::max(longest, kept.size(2));
     }
   }
   const at::BFloat16* const from = given->const_data_ptr<at::BFloat16>();
   at::BFloat16* const to = result.mutable_data_ptr<at::BFloat16>();
-  const int64_t parts = (shared + TOGETHER - 1) / TOGETHER;  // of a key-value head's queries
+  const int64_t parts = (tokens * shared + TOGETHER - 1) / TOGETHER;  // of the queries of a row's key-value head
 #pragma omp parallel num_threads(at::get_num_threads())
   {
     std::vector<float> wide(TOGETHER * size), scores(TOGETHER * longest);
 #pragma omp for schedule(dynamic)
     for (int64_t number = 0; number < rows * groups * parts; ++number) {
-      const int64_t row = number / (groups * parts), group = number / parts % groups, part = number % parts;
+      const int64_t row = number / (groups * parts), group = number / parts % groups;
+      const int64_t first = number % parts * TOGETHER, count = std::min<int64_t>(tokens * shared - first, TOGETHER);
+      const int64_t kept = keys[row].size(2);
       const auto head = [&](at::TensorList all) {
         return all[row].const_data_ptr<at::BFloat16>() + group * all[row].stride(1);
       };
-      const int64_t place = ((row * groups + group) * shared + part * TOGETHER) * size;
-      const int64_t count = std::min<int64_t>(shared - part * TOGETHER, TOGETHER);
+      Queries queries{head(keys), head(values), 0, size, wide.data(), scores.data()};
       for (int64_t each = 0; each < count; ++each) {
-        vectors::widen(from + place + each * size, size, wide.data() + each * size);
+        const int64_t token = (first + each) / shared, query_head = (first + each) % shared;
+        const int64_t place = (((row * tokens + token) * groups + group) * shared + query_head) * size;
+        vectors::widen(from + place, size, queries.wide + each * size);
+        queries.to[each] = to + place;
+        queries.kept = queries.seen[each] = kept - tokens + 1 + token;
       }
       const auto several = count == 4 ? attend<4> : count == 3 ? attend<3> : count == 2 ? attend<2> : attend<1>;
-      several({head(keys), head(values), keys[row].size(2), size, wide.data(), scores.data(), to + place});
+      several(queries);
     }
   }
   return result;

@@ -169,7 +169,33 @@ def test_attention_of_our_own(shared: int, size: int) -> None:
         with pytest.raises(RuntimeError, match=f"heads of {size} features; they have to be a multiple of 16"):
             bfloat16.attend(query, keys, values)
         return
-    with pytest.raises(RuntimeError, match="keys or values of 2 rows, for 3"):
+    with pytest.raises(RuntimeError, match="keys of 3 rows, and values of 2"):
         bfloat16.attend(query, keys, values[:2])
     with pytest.raises(RuntimeError, match="do not lie together"):
         bfloat16.attend(query, keys, [each[..., ::2] for each in values])
+    with pytest.raises(RuntimeError, match="3 tokens of 2 rows"):
+        bfloat16.attend(query, keys[:2], values[:2])
+    with pytest.raises(RuntimeError, match="keys or values of 1 positions, for 3 tokens"):
+        bfloat16.attend(query, keys[1:2], values[1:2])
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("shared", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [2, 5, 7, 17])
+def test_attention_of_several_tokens_of_a_row(shared: int, tokens: int) -> None:
+    """Each attends as it would alone, with nothing after it."""
+    generator = torch.Generator().manual_seed(tokens)
+    query = torch.randn(2 * tokens, 4, shared, 32, generator=generator).bfloat16()
+    keys, values = (
+        [torch.randn(1, 4, kept + 3, 32, generator=generator).bfloat16()[:, :, :kept] for kept in (17, 40)]
+        for _ in range(2)
+    )
+    alone = [
+        [each[:, :, : each.shape[2] - tokens + 1 + token] for each in kept for token in range(tokens)]
+        for kept in (keys, values)
+    ]
+    found = kernels.attend(query, keys, values)
+    assert torch.equal(found, kernels.attend(query, *alone))
+    torch.testing.assert_close(found.double(), exact_attention(query, *alone), atol=1e-4, rtol=2**-8)
+    assert kernels.attends_several(tokens, query, 32) == (not bfloat16.has_tiles())
+    assert not kernels.attends_several(64, query, 32) and not kernels.attends_several(tokens, query, 40)
