@@ -171,7 +171,7 @@ class PackedCaches:
         keys, values = cache.extend(key, value)
         if count == 1:
             keys, values = _last((keys, values), window)
-        hidden = window is not None and count > 1 and keys.shape[2] > window
+        hidden = window is not None and keys.shape[2] > window
         if count == 1 or (not hidden and kernels.attends_several(count, query, query.shape[-1])):
             return kernels.attend(query, [keys], [values])
         if start == 0 and (window is None or count <= window):

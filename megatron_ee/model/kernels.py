@@ -1,10 +1,9 @@
-"""Products and attention of a few tokens, by the fastest way that torch has for them on this processor.
+"""Products and attention of a few tokens, by the fastest way that there is for them on this processor.
 
-On an accelerator, and in float32, that is what torch itself takes. In bfloat16 CPUs are of two kinds. For those with
-instructions of that type, oneDNN multiplies several rows while it reads a weight once, which it first reorders at every
-product unless that was done beforehand: ``pack``. On others torch goes over the weight once for each row, and many rows
-are multiplied faster in float32. On both, few rows are multiplied fastest with a product of our own, ``bfloat16``; once
-it is built, weights stay as they are.
+On an accelerator, and in float32, that is what torch itself takes. In bfloat16 CPUs multiply few rows fastest with a
+product of our own, ``bfloat16``, and let few tokens attend with it, where it was built. The rest is torch's, in two
+ways: on CPUs with instructions of that type oneDNN reads a weight once for all rows, but reorders it first; on others
+torch goes over the weight once for each row, and many rows are multiplied faster in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ ONE_BY_ONE = 3 * 2**19
 WIDENED_ROWS = 16
 """Rows from which on a CPU without instructions of bfloat16 multiplies faster in float32 (measured with AVX2)."""
 OUR_ROWS = 64
-"""Rows from which on ``bfloat16`` takes as long as float32 (measured with AVX2), or as oneDNN (with AMX)."""
+"""Rows from which on ``bfloat16`` takes as long as float32 (measured with AVX2), or as oneDNN (with AMX, AVX-512)."""
 WIDENED_BYTES = 4 * 2**20
 """Bytes of a weight that are made float32 at a time."""
 
