@@ -63,6 +63,12 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error that is not ours says first, shortened; its kind where it says nothing."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.strip()[:300]
+
+
 def shown(value: object) -> str:
     """``repr`` of a value that came from a file, shortened: it may be megabytes long or deeply nested."""
     return _SHORT.repr(value)

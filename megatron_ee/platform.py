@@ -13,6 +13,7 @@ import ctypes
 import mmap
 import os
 import resource
+import shutil
 import sys
 import warnings
 import weakref
@@ -37,6 +38,12 @@ def has_accelerator() -> bool:
 def device() -> torch.device:
     """The device this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else torch.device("cpu")
+
+
+def cpp_compiler() -> tuple[str, bool]:
+    """The C++ compiler that torch is to take, ``CXX`` or g++, and whether it is there."""
+    compiler = os.environ.get("CXX", "g++")
+    return compiler, shutil.which(compiler) is not None
 
 
 def communication_backend() -> str:

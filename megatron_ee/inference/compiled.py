@@ -8,8 +8,6 @@ two exits, or a head, is one call; for rows that run together, what lies between
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ee import platform
-from megatron_ee.errors import ConfigError
+from megatron_ee.errors import ConfigError, first_line
 from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches, attend_together, shared_mask
 from megatron_ee.model import kernels
@@ -344,10 +342,7 @@ def _in_one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the tracer, of a compiler, of loading what it made
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(
-            f"compile: the layers cannot be compiled here ({line.strip()[:300]}); leave it out"
-        ) from error
+        raise ConfigError(f"compile: the layers cannot be compiled here ({first_line(error)}); leave it out") from error
 
 
 def compile_stage(stage: Stage) -> CompiledStage:
@@ -369,8 +364,8 @@ def check_compiler(tensor: int) -> None:
     """
     if tensor > 1:
         raise ConfigError(f"compile: layers that {tensor} ranks share are not compiled; leave it out, or use one")
-    compiler = os.environ.get("CXX", "g++")
-    if not platform.has_accelerator() and shutil.which(compiler) is None:
+    compiler, there = platform.cpp_compiler()
+    if not (platform.has_accelerator() or there):
         raise ConfigError(
             f"compile: on a CPU it needs a C++ compiler, and there is no {compiler}; install one, or set CXX"
         )

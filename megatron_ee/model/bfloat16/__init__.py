@@ -17,7 +17,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +25,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.errors import first_line
 
 NAME = "megatron_ee_bfloat16"
 SOURCES = Path(__file__).parent
@@ -105,8 +107,8 @@ def _compile() -> None:
 
     # A Python that runs without its environment's PATH has ninja all the same; and torch.compile takes g++ too.
     path = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    compiler, there = platform.cpp_compiler()
+    if not there:
         raise RuntimeError(f"there is no C++ compiler ({compiler}); install one, or set CXX")
     # In a directory of its own: torch locks the usual one, for ever where a process is killed.
     with tempfile.TemporaryDirectory() as directory, _environment(PATH=path, CXX=compiler):
@@ -119,8 +121,7 @@ def _compile() -> None:
                 is_python_module=False,
             )
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise RuntimeError(f"its operations cannot be compiled here ({line})") from error
+            raise RuntimeError(f"its operations cannot be compiled here ({first_line(error)})") from error
         with contextlib.suppress(OSError):  # where it cannot be kept, it is built each time
             _keep(Path(directory) / f"{NAME}.so")
 
@@ -150,7 +151,7 @@ def _flags() -> list[str]:
 def _kept() -> Path:
     """Where it lies, under a name of all that it is made of: processors of several kinds may share the directory."""
     made_of = [path.read_bytes() for path in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")))]
-    made_of.append(" ".join((torch.__version__, platform.machine(), *_flags())).encode())
+    made_of.append(" ".join((torch.__version__, os.uname().machine, *_flags())).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     return Path(root) / NAME / f"{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
 
