@@ -18,9 +18,9 @@
 
 namespace products {
 
-constexpr int ROWS = 4;  // of x at a time, at most
-
 #ifdef __AVX512BF16__
+constexpr int ROWS = 6;  // of x at a time, at most: with FEATURES of the weight they fill the registers
+
 // By instructions of bfloat16. Every sum goes in one order: a row's result is the same bits whatever is beside it.
 struct Arithmetic {
   using Value = at::BFloat16;
@@ -36,8 +36,10 @@ struct Arithmetic {
   }
   template <int COUNT>
   static void sum(const Terms* terms, float* sums) {
-    static_assert(COUNT <= 16);
-    if constexpr (COUNT == 1) {
+    if constexpr (COUNT > 16) {
+      sum<16>(terms, sums);
+      sum<COUNT - 16>(terms + 16, sums + 16);
+    } else if constexpr (COUNT == 1) {
       const __m512 twos = _mm512_add_ps(terms[0], _mm512_shuffle_ps(terms[0], terms[0], 0x4e));
       const __m512 fours = _mm512_add_ps(twos, _mm512_shuffle_ps(twos, twos, 0xb1));
       const __m512 eights = _mm512_add_ps(fours, _mm512_shuffle_f32x4(fours, fours, 0xb1));
@@ -63,6 +65,8 @@ struct Arithmetic {
   }
 };
 #else
+constexpr int ROWS = 4;
+
 // In float32.
 struct Arithmetic {
   using Value = float;

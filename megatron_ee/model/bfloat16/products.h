@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "arithmetic.h"
 
@@ -32,9 +33,10 @@ struct Ahead {
   int64_t lines;
 };
 
-// Sums of products of FEATURES rows of the weight with COUNT rows of x: [row][feature].
+// Sums of products of FEATURES rows of the weight with COUNT rows of x: [row][feature]. Where it is not inlined, calling
+// it takes a third of the time that a row of a small weight takes.
 template <int COUNT, int FEATURES>
-void dot(const Operands& given, Ahead& ahead, float* sums) {
+__attribute__((always_inline)) inline void dot(const Operands& given, Ahead& ahead, float* sums) {
   constexpr int SUMS = COUNT * FEATURES, PARTS = Arithmetic::parts(SUMS);
   const at::BFloat16* const weight = given.weight;
   const Value* const x = given.x;
@@ -69,26 +71,41 @@ void dot(const Operands& given, Ahead& ahead, float* sums) {
   }
 }
 
+// ``dot`` with as many rows of x as are taken, from one on.
+template <int FEATURES, int... BEFORE>
+void several(int64_t taken, const Operands& given, Ahead& ahead, float* sums, std::integer_sequence<int, BEFORE...>) {
+  ((taken == BEFORE + 1 ? dot<BEFORE + 1, FEATURES>(given, ahead, sums) : void()), ...);
+}
+
 // All rows of x with FEATURES rows of the weight, to neighbouring places of each row of what is made.
 template <int FEATURES>
 void multiply(Operands given, int64_t rows, const at::BFloat16* bias, at::BFloat16* to, int64_t features) {
   // Evenly by all passes over these rows, so that fetching goes on beside products.
-  const int64_t passes = (rows + ROWS - 1) / ROWS, lines = FEATURES * STEP / LINE;
+  int64_t passes = (rows + ROWS - 1) / ROWS;
+  const int64_t lines = FEATURES * STEP / LINE;
   Ahead ahead{given.weight + FEATURES * given.size, FEATURES == 1 ? 0 : std::max<int64_t>(1, lines / passes)};
-  for (int64_t row = 0; row < rows; row += ROWS, given.x += ROWS * given.stride) {
+  for (int64_t row = 0, taken; row < rows; row += taken, --passes) {
     float sums[ROWS * FEATURES];
-    const int64_t taken = std::min<int64_t>(rows - row, ROWS);
-    const auto several = taken == 4   ? dot<4, FEATURES>
-                         : taken == 3 ? dot<3, FEATURES>
-                         : taken == 2 ? dot<2, FEATURES>
-                                      : dot<1, FEATURES>;
-    several(given, ahead, sums);
+    taken = (rows - row + passes - 1) / passes;  // as many in each: one that is left over would read all for itself
+    several<FEATURES>(taken, given, ahead, sums, std::make_integer_sequence<int, ROWS>());
     for (int64_t each = 0; each < taken; ++each) {
       for (int feature = 0; feature < FEATURES; ++feature) {
         const float added = bias ? static_cast<float>(bias[feature]) : 0;
         to[(row + each) * features + feature] = sums[each * FEATURES + feature] + added;
       }
     }
+    given.x += taken * given.stride;
+  }
+}
+
+// One row: it is the weight that takes long, read by each thread from one place on.
+inline void multiply_one(const Operands& given, const at::BFloat16* bias, at::BFloat16* to, int64_t features) {
+#pragma omp parallel for schedule(static) num_threads(at::get_num_threads())
+  for (int64_t at = 0; at < features; ++at) {
+    float sum;
+    Ahead ahead{};
+    dot<1, 1>({given.weight + at * given.size, given.x, given.size, given.stride}, ahead, &sum);
+    to[at] = sum + (bias ? static_cast<float>(bias[at]) : 0);
   }
 }
 
@@ -104,9 +121,9 @@ inline void product(const at::Tensor& x, const at::Tensor& weight, const at::BFl
   for (int64_t row = 0; row < rows; ++row) {
     Arithmetic::lay(x.const_data_ptr<at::BFloat16>() + row * size, size, from + row * stride);
   }
+  if (rows == 1) return multiply_one({weights, from, size, stride}, bias, to, features);
   constexpr int TOGETHER = Arithmetic::FEATURES;
-  // With one row it is the weight that takes long.
-  const int64_t together = rows == 1 ? 0 : features / TOGETHER * TOGETHER;
+  const int64_t together = features / TOGETHER * TOGETHER;
 #pragma omp parallel num_threads(at::get_num_threads())
   {
 #pragma omp for schedule(static) nowait
