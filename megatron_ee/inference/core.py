@@ -192,13 +192,13 @@ class Core:
             chosen = [output for output in chosen if self._make_room(output, output.run + 1)]
             chosen = [output for output in chosen if output.number in self.running]
         if chosen:
-            self._start(stage, place, chosen, [output.ids[output.run :] if place == 0 else [] for output in chosen])
+            self._start(stage, place, chosen, [output.ids_from(output.run) if place == 0 else [] for output in chosen])
 
     def _run_prompts(self, prompts: Sequence[Output]) -> None:
         """Run the next tokens of prompts, oldest first, up to ``PASS_TOKENS`` in all."""
         chosen, tokens, left = [], [], PASS_TOKENS
         for output in prompts:
-            behind = output.ids[output.run :]
+            behind = output.ids_from(output.run)
             # Others copy the prompt but for its last token; one that goes on decides on the newest as usual.
             forks = any(each.waits_for == output.number for each in self.running.values())
             if len(behind) > 1 and (output.tokens or forks):

@@ -113,9 +113,18 @@ class Output:
     @property
     def ids(self) -> list[int]:
         """Prompt, emitted tokens (or those that it follows) and proposals."""
+        return self.ids_from(0)
+
+    def ids_from(self, start: int) -> list[int]:
+        """Those of ``ids`` from a position on: a step that asked for all would take the longer the longer they are."""
         settings = self.settings
-        said = settings.follow[: len(self.tokens)] if settings.follow else [token.id for token in self.tokens]
-        return [*settings.prompt, *said, *self.proposals]
+        said = max(0, start - len(settings.prompt))
+        if settings.follow:
+            tokens = list(settings.follow[said : len(self.tokens)])
+        else:
+            tokens = [token.id for token in self.tokens[said:]]
+        made = max(0, start - len(settings.prompt) - len(self.tokens))
+        return [*settings.prompt[start:], *tokens, *self.proposals[made:]]
 
     @property
     def known(self) -> int:
