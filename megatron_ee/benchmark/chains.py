@@ -26,7 +26,7 @@ class TracePolicy(ExitPolicy):
     """Leaves where a trace says so, whatever the exits say: by token, the layer that emits it."""
 
     def __init__(self, layers: Sequence[int], exits: Sequence[int]) -> None:
-        super().__init__(max_deferred=8)
+        super().__init__(patience=0)
         decisions = deque(LEAVES if layer == exit_ else STAYS for layer in layers for exit_ in exits if exit_ <= layer)
         object.__setattr__(self, "_decisions", decisions)
 

@@ -26,7 +26,7 @@ from megatron_ee.inference.core import PASS_TOKENS
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import build_operations, load_stage, open_released
 from megatron_ee.inference.passes import StageRunner
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.policy import MAX_DEFERRED, ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.model import kernels
 from megatron_ee.model.backbone import VocabHead
@@ -93,6 +93,7 @@ class Decoding:
             "vocab": arch.vocab_size,
             "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
             "exits": [exit_.spec.layer for exit_ in self._stage.exits],
+            "max_deferred": MAX_DEFERRED,
             "bytes_per_token": sum(parameter.numel() * parameter.element_size() for parameter in weights),
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -315,29 +315,30 @@ def _departure(said: Sequence[int], truth: Sequence[int]) -> int:
     return next((number for number, pair in enumerate(zip(said, truth, strict=False)) if pair[0] != pair[1]), len(said))
 
 
-def _trace(exits: Sequence[int], final: int, tokens: int, seed: int) -> list[int]:
-    """Layers that emit, at random but for the rule that the first token and every ninth early one run all layers."""
-    chance, layers, early = random.Random(seed), [final], 0
+def _trace(model: Mapping[str, Any], tokens: int, seed: int) -> list[int]:
+    """Layers that emit, at random but for the rule that the first token and one after so many early ones run all."""
+    chance, layers, early = random.Random(seed), [model["layers"]], 0
     while len(layers) < tokens:
-        layer = final if early == 8 else chance.choice([*exits, final])
-        early = 0 if layer == final else early + 1
+        at_all = early == model["max_deferred"]
+        layer = model["layers"] if at_all else chance.choice([*model["exits"], model["layers"]])
+        early = 0 if layer == model["layers"] else early + 1
         layers.append(layer)
     return layers
 
 
-def _traced(result: GenerateBenchmark, tokens: int, seed: int) -> list[int]:
+def _traced(model: Mapping[str, Any], tokens: int, seed: int) -> list[int]:
     """A trace for the tokens whose exits are asked, which the first is not, nor one that the cap makes run on."""
     early, asked = 0, []
-    for layer in _trace(result.model["exits"], result.model["layers"], tokens, seed)[1:]:
-        if early < 8:
+    for layer in _trace(model, tokens, seed)[1:]:
+        if early < model["max_deferred"]:
             asked.append(layer)
-        early = 0 if layer == result.model["layers"] else early + 1
+        early = 0 if layer == model["layers"] else early + 1
     return asked
 
 
 def _overhead(worker: Worker, load: Load, result: GenerateBenchmark) -> None:
     (prompt,) = worker.call("prompts", load.texts, 1, load.prompt_tokens)
-    runs = [worker.call("overhead", prompt, _traced(result, load.tokens, 1)) for _ in range(1 + load.repeats)][1:]
+    runs = [worker.call("overhead", prompt, _traced(result.model, load.tokens, 1)) for _ in range(1 + load.repeats)][1:]
     best = sorted(runs, key=lambda run: run["seconds"] / run["chains"])[len(runs) // 2]
     result.overhead = Overhead(best["seconds"], best["chains"], best["count"], best["seconds"] / best["chains"])
 
@@ -345,7 +346,7 @@ def _overhead(worker: Worker, load: Load, result: GenerateBenchmark) -> None:
 def _batch(worker: Worker, load: Load, result: GenerateBenchmark) -> None:
     for rows in BATCHES:
         prompts = worker.call("prompts", load.texts, rows, load.prompt_tokens)
-        traces = [_traced(result, load.tokens, seed) for seed in range(len(prompts))]
+        traces = [_traced(result.model, load.tokens, seed) for seed in range(len(prompts))]
         mixed, full = [], []
         for number in range(1 + load.repeats):
             ours = worker.call("mixed", prompts, load.tokens, traces)["seconds"]

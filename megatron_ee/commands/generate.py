@@ -72,8 +72,15 @@ def _add_exits(group: Any) -> None:
     add("--thresholds", type=_by_layer, default={}, metavar="K=X,...", help="other ones for some exits: 8=0.8,16=0.95")
     add("--measure", default="probability", metavar="M", help="of confidence: probability (default), margin or entropy")
     add("--exits", type=_layers, metavar="K,...", help="layers of the exits to use (default: all)")
-    add("--max-deferred", type=at_least(0), default=8, metavar="N", help="early tokens in a row (default: 8)")
+    add("--max-deferred", type=at_least(0), default=15, metavar="N", help="early tokens in a row (default: 15)")
     add("--min-full", type=at_least(1), default=1, metavar="N", help="tokens at the start that run all layers")
+    add(
+        "--patience",
+        type=at_least(0),
+        default=6,
+        metavar="N",
+        help="tokens in a row that stay before an exit is asked less; 0 asks always (default: 6)",
+    )
     add("--draft-exit", type=at_least(1), metavar="K", help="exit that drafts (default: chosen while it runs)")
     add("--draft-length", type=at_least(0), metavar="N", help="proposals at a time (default: chosen while it runs)")
     add(
@@ -158,7 +165,7 @@ def _policy(arguments: argparse.Namespace) -> ExitPolicy:
     from megatron_ee.inference.policy import ExitPolicy
 
     threshold = 0.9 if arguments.threshold is None else arguments.threshold
-    names = ("thresholds", "measure", "max_deferred", "min_full")
+    names = ("thresholds", "measure", "max_deferred", "min_full", "patience")
     return ExitPolicy(threshold, **{name: getattr(arguments, name) for name in names})
 
 

@@ -58,6 +58,8 @@ class Output:
         place: where its newest token is: 0 when it has yet to start.
         stage: that holds it there.
         since_full: how many of the last tokens left before the last layer.
+        stayed: by exit that was asked, how many tokens in a row have stayed there, and the position that the last of
+            them asked about.
         proposals: not yet verified.
         sure: confidence of each.
         doubt: proposal after them that was not worth making, and its confidence.
@@ -87,6 +89,7 @@ class Output:
     place: int = 0
     stage: int = 0
     since_full: int = 0
+    stayed: dict[int, tuple[int, int]] = field(default_factory=dict)
     proposals: list[int] = field(default_factory=list)
     sure: list[float] = field(default_factory=list)
     doubt: tuple[int, float] | None = None
@@ -179,8 +182,15 @@ class Output:
         if self.prefilling:
             return ()
         if settings.mode == "threshold":
-            return settings.exits if settings.policy.may_leave(len(self.tokens), self.since_full) else ()
+            if not settings.policy.may_leave(len(self.tokens), self.since_full):
+                return ()
+            return tuple(layer for layer in settings.exits if not self._rests(layer)) if self.stayed else settings.exits
         return (self.plan.exit,) if self.plan is not None and self.drafts else ()
+
+    def _rests(self, layer: int) -> bool:
+        """Whether an exit is not asked about the newest token, as too many before it have stayed there."""
+        stayed, last = self.stayed.get(layer, (0, self.known))
+        return last < self.known <= last + self.settings.policy.rest(stayed)
 
     def ask(self, place: int, final: int) -> Ask | None:
         """What the head at ``place`` is asked about the newest token."""
@@ -222,7 +232,10 @@ class Output:
             self._propose(answer.tokens[0], answer.confidences[0], place, last)
             return []
         if ask.kind == "leave":
+            stayed, asked_at = self.stayed.pop(place, (0, -1))
             if not answer.tokens:
+                # A row that was set aside meanwhile asks about the same position again.
+                self.stayed[place] = (stayed + (asked_at != ask.position), ask.position)
                 return []
             # An exit after the last layer leaves nothing to fill: it counts as a full pass.
             self.since_full = self.since_full + 1 if place < last else 0

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.inference.compiled import CompiledStage, Said
+from megatron_ee.inference.compiled import CompiledStage
 from megatron_ee.inference.heads import Answer, Ask, answer
 from megatron_ee.inference.rows import Flow, Row
+from megatron_ee.inference.segments import Said
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer

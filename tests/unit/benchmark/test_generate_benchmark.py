@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 
@@ -81,11 +80,10 @@ def test_departure() -> None:
 
 
 def test_traces_keep_the_rules_of_threshold_mode() -> None:
-    layers = _trace([1, 2], 4, 200, seed=1)
+    model = {"exits": [1, 2], "layers": 4, "max_deferred": 5}
+    layers = _trace(model, 200, seed=1)
     assert layers[0] == 4 and set(layers) == {1, 2, 4}
     runs = "".join("." if layer == 4 else "x" for layer in layers).split(".")
-    assert max(map(len, runs)) <= 8
-    model: Any = {"exits": [1, 2], "layers": 4}
-    asked = _traced(GenerateBenchmark({}, model), 200, seed=1)
-    # The first token asks no exit, and one after eight early ones neither.
-    assert len(asked) == 199 - sum(len(run) == 8 for run in runs[:-1])
+    assert max(map(len, runs)) == 5
+    # The first token asks no exit, and one after five early ones neither.
+    assert len(_traced(model, 200, seed=1)) == 199 - sum(len(run) == 5 for run in runs[:-1])

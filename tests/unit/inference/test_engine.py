@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,18 +56,25 @@ def must_emit(logits: dict[int, Tensor], prompt: int, count: int, policy: ExitPo
     """Token, layer and confidence at each position, decided from the logits of every head there."""
     found: list[tuple[int, int, float]] = []
     deferred = 0
+    exits = sorted(logits)[:-1]
+    stayed, rests = dict.fromkeys(exits, 0), dict.fromkeys(exits, 0)
     for emitted in range(count):
         at = prompt - 1 + emitted
-        for layer in [*sorted(logits)[:-1], LAYERS + 1]:
+        resting = [layer for layer in exits if rests[layer]]
+        rests = {layer: max(0, left - 1) for layer, left in rests.items()}
+        for layer in [*exits, LAYERS + 1]:
             final = layer == LAYERS + 1
-            if not final and (emitted < policy.min_full or deferred >= policy.max_deferred):
+            if not final and (emitted < policy.min_full or deferred >= policy.max_deferred or layer in resting):
                 continue
             row = logits[layer][at]
             sure = float(confidences(row[None], policy.measure))
             if final or sure >= policy.at(layer):
                 deferred = deferred + 1 if layer < LAYERS else 0
                 found.append((int(row.argmax()), min(layer, LAYERS), sure))
+                stayed[layer] = 0
                 break
+            stayed[layer] += 1
+            rests[layer] = policy.rest(stayed[layer])
     return found
 
 
@@ -108,14 +116,16 @@ def test_emits_what_computing_everything_anew_emits(
         ExitPolicy(thresholds={1: 1.5}),
         ExitPolicy(thresholds={1: 1e-9, 2: 1.5, 3: 1.5}),
         ExitPolicy(min_full=7),
-        ExitPolicy(measure="margin", thresholds={2: 0.02}, min_full=3, max_deferred=3),
+        ExitPolicy(patience=1),
+        ExitPolicy(patience=0),
+        ExitPolicy(measure="margin", thresholds={2: 0.02}, min_full=3, max_deferred=3, patience=2),
     ],
-    ids=["margin", "entropy", "none at 1", "all at 1", "min_full", "everything"],
+    ids=["margin", "entropy", "none at 1", "all at 1", "min_full", "impatient", "patient", "everything"],
 )
 def test_the_whole_policy_counts(policy: ExitPolicy, exit_stage: MakeStage, every_logit: EveryLogit) -> None:
     stage = exit_stage("llama3.1", BODIES["mixed"])
     threshold = some_threshold(stage, policy.measure)
-    policy = ExitPolicy(threshold, policy.thresholds, policy.measure, policy.max_deferred, policy.min_full)
+    policy = replace(policy, threshold=threshold)
     [ours] = generate(stage, threshold_request(policy))
     logits = every_logit(stage, [*PROMPT, *ids_of(ours)])
     assert_emits(ours.tokens, must_emit(logits, len(PROMPT), TOKENS, policy))
@@ -304,6 +314,9 @@ def test_heads_are_computed_for_one_position_and_only_while_asked(
     assert heads_of(3, **threshold(ExitPolicy(2.0)), exits=(2,)) == [final, *[one, final] * 2]
     assert heads_of(5, **threshold(ExitPolicy(1e-9, max_deferred=1))) == [final, one, final, one, final]
     assert heads_of(3, **threshold(ExitPolicy(1e-9, min_full=2))) == [final, final, one]
+    impatient = threshold(ExitPolicy(2.0, patience=2))  # asked, asked, not, asked, and then not for three tokens
+    asked = [(one, final), (one, final), (final,), (one, final), (final,), (final,), (final,), (one, final)]
+    assert heads_of(9, **impatient, exits=(2,)) == [final, *(head for heads in asked for head in heads)]
     drafted = heads_of(5, mode="speculative", draft=Draft(2, 3))
     assert drafted[:5] == [final, one, one, one, ("final_logits", 4)]
 

@@ -28,8 +28,8 @@ REQUESTS = [
     Request([5, 17, 99], max_tokens=14),
     Request(list(range(30, 50)), max_tokens=9, sampling=DRAWN),
     Request([9], "threshold", ExitPolicy(0.08, max_deferred=3), exits=SOUND, max_tokens=17),
-    Request([9, 8, 7, 6, 5], "threshold", ExitPolicy(0.03, {1: 0.2}, "margin"), exits=SOUND, max_tokens=12),
-    Request([3] * 11, "threshold", ExitPolicy(0.05), exits=(2,), sampling=DRAWN, samples=2, max_tokens=10),
+    Request([9, 8, 7, 6, 5], "threshold", ExitPolicy(0.03, {1: 0.2}, "margin", patience=1), exits=SOUND, max_tokens=12),
+    Request([3] * 11, "threshold", ExitPolicy(0.05, patience=2), exits=(2,), sampling=DRAWN, samples=2, max_tokens=10),
     Request([5, 17, 99, 42], "speculative", draft=Draft(2, 3), max_tokens=16),
     Request([64, 3, 2], "speculative", draft=Draft(1, 2), sampling=DRAWN, max_tokens=13),
     Request([7, 7, 8], "speculative", exits=SOUND, max_tokens=15),  # adaptive

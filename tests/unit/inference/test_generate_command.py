@@ -134,6 +134,11 @@ def test_several_prompts_and_samples(command: Command, adapter: Path) -> None:
 def test_options_reach_the_request(command: Command, adapter: Path, byte_model: Path) -> None:
     common = ("--adapter", adapter, "--prompt", PROMPT, "--ignore-eos", "--max-tokens", 12)
     assert set(command.json(*common, "--threshold", 0.01, "--exits", "2")["layers"]) == {2, 4}
+    always, rests = (
+        command.json(*common, "--threshold", 0.025, "--exits", "2", "--patience", patience)["layers"]
+        for patience in (0, 1)
+    )
+    assert always.count(2) > rests.count(2) > 0
     assert command.json(*common, "--threshold", 1e-9, "--max-deferred", 2)["layers"][:4] == [4, 1, 1, 4]
     assert command.json(*common, "--threshold", 1e-9, "--min-full", 5)["layers"][:6] == [4] * 5 + [1]
     assert set(command.json(*common, "--threshold", 1e-9, "--thresholds", "1=1.5")["layers"]) == {2, 4}
@@ -231,6 +236,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("EXITS", "--exits", "3"), "--exits: there is no exit after layer 3; there are: 1, 2"),
     (("EXITS", "--exits", "a"), "argument --exits: must be layers such as 8,16, not 'a'"),
     (("EXITS", "--max-deferred", -1), "argument --max-deferred: must be at least 0, not -1"),
+    (("EXITS", "--patience", -1), "argument --patience: must be at least 0, not -1"),
     (("EXITS", "--min-full", 0), "argument --min-full: must be at least 1, not 0"),
     (
         ("EXITS", "--mode", "speculative", "--draft-exit", 3),

@@ -21,6 +21,12 @@ def test_the_first_tokens_run_all_layers() -> None:
     assert [ExitPolicy(0.5).may_leave(emitted, 0) for emitted in range(3)] == [False, True, True]
 
 
+def test_an_exit_rests_the_longer_the_more_have_stayed() -> None:
+    policy = ExitPolicy(0.5, patience=3)
+    assert [policy.rest(stayed) for stayed in (0, 1, 2, 3, 4, 5, 6, 7, 99)] == [0, 0, 0, 1, 3, 7, 15, 15, 15]
+    assert [ExitPolicy(0.5, patience=0).rest(stayed) for stayed in (0, 1, 99)] == [0, 0, 0]
+
+
 def test_an_exit_may_have_its_own_threshold() -> None:
     policy = ExitPolicy(0.5, {2: 0.7, 9: 1.5})
     assert [policy.at(layer) for layer in (1, 2, 9, 10)] == [0.5, 0.7, 1.5, 0.5]
@@ -54,6 +60,8 @@ def test_measures() -> None:
         ({"max_deferred": 1.5}, "max_deferred: must be a whole number from 0 to 255, not 1.5"),
         ({"max_deferred": None}, "max_deferred: must be a whole number from 0 to 255, not None"),
         ({"min_full": 0}, "min_full: must be a whole number, 1 or more, not 0"),
+        ({"patience": -1}, "patience: must be a whole number, 0 or more, not -1; 0 asks exits always"),
+        ({"patience": 2.0}, "patience: must be a whole number, 0 or more, not 2.0; 0 asks exits always"),
         ({"min_full": "2"}, "min_full: must be a whole number, 1 or more, not '2'"),
     ],
 )
