@@ -103,6 +103,8 @@ class StageRunner:
         self._exits = {exit_.spec.layer: exit_ for exit_ in stage.exits}
         self._layers: dict[int, DecoderLayer] = dict(stage.backbone.numbered_layers())
         self._final = stage.setup.architecture.num_layers + 1
+        self._stops: dict[tuple[int, int], list[int]] = {}
+        self._words = stage.backbone.whole_embedding()
         self._table = stage.backbone.packed_positions(torch.arange(0, device=platform.device()))
 
     def open(self, row: int, limit: int) -> None:
@@ -146,7 +148,7 @@ class StageRunner:
         h, flow = self._enter(chain, rows)
         place, last = chain.start, min(chain.stop, self._final - 1)
         known: Said | None = None
-        for stop in sorted({layer for layer in self._exits if place < layer < last} | ({last} - {place})):
+        for stop in self._between(place, last):
             h, known = self._advance(place, stop, h, flow, self._asked(chain) if stop == last else None)
             exit_ = self._exits.get(stop)
             if exit_ is not None and (stop < chain.stop or chain.sends):
@@ -167,17 +169,30 @@ class StageRunner:
         if answers:
             self._answers.append(answers)
 
+    def _between(self, place: int, last: int) -> list[int]:
+        """Where tokens that go from one place to another come by an exit, and the other."""
+        stops = self._stops.get((place, last))
+        if stops is None:
+            stops = sorted({layer for layer in self._exits if place < layer < last} | ({last} - {place}))
+            self._stops[place, last] = stops
+        return stops
+
     def _enter(self, chain: Chain, rows: list[Row]) -> tuple[Tensor, Flow]:
         """The tokens that start: embedded, or those that wait there."""
         if chain.start == 0:
-            ids = [token for work in chain.works for token in work.tokens]
-            h = self.stage.backbone.embed(torch.tensor([ids], device=platform.device()))
+            h = self._embed([token for work in chain.works for token in work.tokens])
             return h, self._flow(rows, [len(work.tokens) for work in chain.works], [w.stop for w in chain.works])
         taps = [row.held.pop(chain.start) for row in rows]
         counts = [sum(map(len, held)) for held in taps]
         parts = [tap for held in taps for tap in held]
         h = parts[0] if len(parts) == 1 else torch.cat(parts)
         return h, self._flow(rows, counts, [work.stop for work in chain.works])
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        """``[tokens, 1, hidden]``."""
+        if len(ids) == 1 and self._words is not None:
+            return self._words[ids[0] : ids[0] + 1].unsqueeze(1)  # no tensor of ids to make, nor to send to a device
+        return self.stage.backbone.embed(torch.tensor([ids], device=platform.device()))
 
     def _asked(self, chain: Chain) -> int | None:
         """Place of the head that one row asks about one token, with its whole vocabulary; None for another question."""

@@ -82,14 +82,21 @@ class Backbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
         assert self.embedding is not None, "this stage has no embedding"
-        if torch.is_inference_mode_enabled() and self.setup.groups.tensor.size() == 1:
-            # A token of its own waits longer for megatron-core's sum over ranks than for all of this.
-            return F.embedding(tokens.t(), self.embedding.weight)
+        whole = self.whole_embedding() if torch.is_inference_mode_enabled() else None
+        if whole is not None:  # a token of its own waits longer for megatron-core's sum over ranks than for all of this
+            return F.embedding(tokens.t(), whole)
         hidden = self.embedding(tokens)
         if self.setup.config.sequence_parallel:
             return hidden
         # Not contiguous(): with one row that keeps the strides of [batch, seq], and products over them are slow.
         return hidden.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+    def whole_embedding(self) -> Tensor | None:
+        """``[padded_vocab, hidden]``, or None where other stages or ranks have it, or a part of it."""
+        if self.embedding is None or self.setup.groups.tensor.size() > 1:
+            return None
+        weight: Tensor = self.embedding.weight
+        return weight
 
     def numbered_layers(self) -> Iterable[tuple[int, DecoderLayer]]:
         """The layers held here with their numbers, in order."""
