@@ -77,9 +77,9 @@ def _add_exits(group: Any) -> None:
     add(
         "--patience",
         type=at_least(0),
-        default=6,
+        default=4,
         metavar="N",
-        help="tokens in a row that stay before an exit is asked less; 0 asks always (default: 6)",
+        help="tokens in a row that stay before an exit is asked less; 0 asks always (default: 4)",
     )
     add("--draft-exit", type=at_least(1), metavar="K", help="exit that drafts (default: chosen while it runs)")
     add("--draft-length", type=at_least(0), metavar="N", help="proposals at a time (default: chosen while it runs)")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_ee.inference.heads import Answer, Ask, single
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.policy import ExitPolicy, rest
 from megatron_ee.inference.requests import Draft, FinishReason, Mode, Token
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.inference.speculation import Drafter, Plan
+from megatron_ee.inference.speculation import TRIALS, Drafter, Plan
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Output:
         sure: confidence of each.
         doubt: proposal after them that was not worth making, and its confidence.
         plan: of the round in work.
+        vain: rounds in a row whose drafts brought nothing.
+        rests: rounds that are to be without a draft for that.
         rows: that shared its passes when it began.
         began: when that was; seconds of some clock.
         spent: seconds of it, this row's share.
@@ -94,6 +96,8 @@ class Output:
     sure: list[float] = field(default_factory=list)
     doubt: tuple[int, float] | None = None
     plan: Plan | None = None
+    vain: int = 0
+    rests: int = 0
     rows: int = 1
     began: float = 0.0
     spent: float = 0.0
@@ -165,10 +169,14 @@ class Output:
         exits, length = list(self.settings.drafting), self.settings.draft.length
         if not self.settings.sampling.greedy:  # what is drawn depends on the draft: timing must not decide on it
             exits, length = exits[:1], DEFAULT_LENGTH if length is None else length
+        may_rest = length is None and self.settings.draft.exit is None
         if length is not None and len(exits) == 1:
             plan = Plan(exits[0], length)
+        elif may_rest and self.rests > 0:
+            plan, self.rests = Plan(), self.rests - 1
         else:
-            plan = self.drafter.plan(exits, rows, length, may_rest=self.settings.draft.exit is None)
+            # What other rows' text was like says little of this one's: it begins with drafts.
+            plan = self.drafter.plan(exits, rows, length, may_rest=may_rest and self.rounds >= TRIALS)
         self.rows, self.began, self.spent = rows, now, 0.0
         # The last token needs no proposal, and no position may lie beyond the limit.
         most = min(self.settings.max_tokens - len(self.tokens) - 1, self.settings.limit - self.known - 1)
@@ -280,6 +288,8 @@ class Output:
         self.proposed += judged
         self.stood += stood
         if self.plan.exit:
+            self.vain = 0 if stood else self.vain + 1
+            self.rests = rest(self.vain)
             acceptance = self.drafter.acceptance[self.plan.exit]
             for number in range(judged):
                 acceptance.observe(self.sure[number], number < stood)

@@ -22,7 +22,7 @@ PRIOR = 4.0
 MEMORY = 0.97
 """What an observation still counts for after the next: the text changes, and with it what the exits know."""
 TRIALS = 3
-"""Rounds that each choice is given at first."""
+"""Rounds that each choice is given at first, and drafts at the beginning of each row."""
 EXPLORE = 48
 """Rounds after which one of the choices that are not the best is tried again: each in turn."""
 SMOOTH = 0.2
