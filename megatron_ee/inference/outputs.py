@@ -296,7 +296,7 @@ class Output:
             if self.doubt is not None and stood == made:
                 acceptance.observe(self.doubt[1], self.doubt[0] == emitted[-1])
         if self.spent > 0:
-            self.drafter.learn(self.plan, self.rows, len(emitted), self.spent)
+            self.drafter.learn(self.plan, self.rows, made, len(emitted), self.spent)
         self.proposals, self.sure, self.doubt = [], [], None
 
     def _emit(self, tokens: Sequence[Token]) -> list[Token]:

@@ -23,7 +23,7 @@ MEMORY = 0.97
 """What an observation still counts for after the next: the text changes, and with it what the exits know."""
 TRIALS = 3
 """Rounds that each choice is given at first, and drafts at the beginning of each row."""
-EXPLORE = 48
+EXPLORE = 24
 """Rounds after which one of the choices that are not the best is tried again: each in turn."""
 SMOOTH = 0.2
 
@@ -93,7 +93,10 @@ class Plan:
 
 @dataclass
 class _Record:
-    """Tokens that rounds of one kind brought, and seconds that they took; older ones count for less."""
+    """Tokens that rounds of one kind brought, and seconds that they took.
+
+    A round counts for the less the more there were since, of any kind: what one that is tried again brings is new.
+    """
 
     rounds: int = 0
     last: int = 0
@@ -101,9 +104,10 @@ class _Record:
     seconds: float = 0.0
 
     def add(self, tokens: int, seconds: float, now: int) -> None:
+        left = MEMORY ** (now - self.last)
         self.rounds, self.last = self.rounds + 1, now
-        self.tokens = MEMORY * self.tokens + tokens
-        self.seconds = MEMORY * self.seconds + seconds
+        self.tokens = left * self.tokens + tokens
+        self.seconds = left * self.seconds + seconds
 
     @property
     def rate(self) -> float:
@@ -122,6 +126,7 @@ class Drafter:
     costs: Costs
     acceptance: dict[int, Acceptance]
     _records: dict[tuple[int, int], _Record] = field(default_factory=dict)
+    _sizes: set[tuple[int, int, int]] = field(default_factory=set)
     _rounds: int = 0
 
     def plan(self, exits: Sequence[int], rows: int, length: int | None = None, *, may_rest: bool = True) -> Plan:
@@ -147,10 +152,17 @@ class Drafter:
         # A proposal brings its chance of standing, for the time of one more token through the exit.
         return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, rows) * records[best].rate)
 
-    def learn(self, plan: Plan, rows: int, tokens: int, seconds: float) -> None:
-        """A round brought so many tokens, in a row's share of the time."""
+    def learn(self, plan: Plan, rows: int, proposals: int, tokens: int, seconds: float) -> None:
+        """A round of so many proposals brought so many tokens, in a row's share of the time.
+
+        The first of each size tells nothing: it is often slow (kernels chosen, code compiled).
+        """
         self._rounds += 1
-        self._records.setdefault((plan.exit, bucket(rows)), _Record()).add(tokens, seconds, self._rounds)
+        record = self._records.setdefault((plan.exit, bucket(rows)), _Record())
+        size = (plan.exit, bucket(rows), bucket(proposals + 1))
+        if size in self._sizes:
+            record.add(tokens, seconds, self._rounds)
+        self._sizes.add(size)
 
 
 def bucket(tokens: int) -> int:

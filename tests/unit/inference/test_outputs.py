@@ -59,16 +59,16 @@ def drafter_that_rests() -> Drafter:
     """It has learnt from others that drafts do not pay."""
     drafter = Drafter(Costs({EXIT: 1.0, LAST + 1: 1.0}), {EXIT: Acceptance()})
     for _ in range(20):
-        drafter.learn(Plan(EXIT, 4), 1, 1, 1.2)
-        drafter.learn(Plan(), 1, 1, 1.0)
+        drafter.learn(Plan(EXIT, 4), 1, 4, 1, 1.2)
+        drafter.learn(Plan(), 1, 0, 1, 1.0)
     return drafter
 
 
 def test_rounds_after_drafts_in_vain_are_without_one_for_longer_and_longer() -> None:
     drafter = drafter_that_rests()
     for _ in range(200):
-        drafter.learn(Plan(EXIT, 4), 1, 9, 0.1)  # so good that the drafter itself does not rest
-    drafter.learn(Plan(), 1, 1, 1.0)  # nor tries it for 48 rounds
+        drafter.learn(Plan(EXIT, 4), 1, 4, 9, 0.1)  # so good that the drafter itself does not rest
+    drafter.learn(Plan(), 1, 0, 1, 1.0)  # nor tries it for some rounds
     output = Output(1, settings_of(mode="speculative"), drafter)
     runs = [(drafted, len(list(run))) for drafted, run in groupby(drafts(output, 45, stands=False))]
     assert runs == [(True, 4), (False, 1), (True, 1), (False, 3), (True, 1), (False, 7), (True, 1), (False, 15)] + [
