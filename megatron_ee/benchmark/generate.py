@@ -54,6 +54,7 @@ class Way:
         name: of the way.
         tokens_per_second: at batch 1.
         speedup: over our own full mode.
+        decoding: the same without the prompts; None where it is not known.
         acceptance: share of the proposals that stood; None where it is not known.
         layers_per_token: decoder layers run per token.
         same: share of the prompts for which the whole output is full mode's.
@@ -62,6 +63,7 @@ class Way:
     name: str
     tokens_per_second: float
     speedup: float
+    decoding: float | None
     acceptance: float | None
     layers_per_token: float | None
     same: float
@@ -259,14 +261,17 @@ def _speculative(worker: Worker, load: Load, result: GenerateBenchmark, assistan
         **{f"transformers, exit {k} as assistant_model": ("transformers", (None, p)) for k, p in assistants.items()},
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
+    decoding: dict[str, list[float]] = {name: [] for name in ways}
     last: dict[str, list[dict[str, Any]]] = {}
     for number in range(1 + load.repeats):
         for name, (method, arguments) in ways.items():
             runs = [worker.call(method, [prompt], load.tokens, *arguments) for prompt in prompts]
             if number > 0:
                 times[name].append(sum(run["seconds"] for run in runs))
+                if method != "transformers":
+                    decoding[name].append(sum(run["decode"] for run in runs))
             last[name] = runs
-    plain = statistics.median(times["full mode"])
+    plain, alone = statistics.median(times["full mode"]), statistics.median(decoding["full mode"])
     for name, runs in last.items():
         same = [mine["ids"] == full["ids"] for mine, full in zip(runs, last["full mode"], strict=True)]
         known = [run["acceptance"] for run in runs if run.get("acceptance") is not None]
@@ -277,6 +282,7 @@ def _speculative(worker: Worker, load: Load, result: GenerateBenchmark, assistan
                 name,
                 len(prompts) * load.tokens / elapsed,
                 plain / elapsed,
+                alone / statistics.median(decoding[name]) if decoding[name] else None,
                 statistics.fmean(known) if known else None,
                 statistics.fmean(depth) if depth else None,
                 statistics.fmean(same),

@@ -35,13 +35,14 @@ def print_generate(result: GenerateBenchmark, console: Console) -> None:
     if result.speculative:
         table = make_table(
             "The full model's output, one prompt at a time",
-            ("", "speed", "tokens/s", "proposals", "layers", "same"),
-            ("", "/ full", "", "that stood", "per token", "output"),
+            ("", "speed", "decoding", "tokens/s", "proposals", "layers", "same"),
+            ("", "/ full", "/ full", "", "that stood", "per token", "output"),
         )
         for way in result.speculative:
             table.add_row(
                 way.name,
                 f"{way.speedup:.2f}x",
+                "-" if way.decoding is None else f"{way.decoding:.2f}x",
                 f"{way.tokens_per_second:,.1f}",
                 "-" if way.acceptance is None else f"{way.acceptance:.0%}",
                 "-" if way.layers_per_token is None else f"{way.layers_per_token:.1f}",

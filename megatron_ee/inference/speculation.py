@@ -14,8 +14,9 @@ from typing import TypeVar
 
 K = TypeVar("K")
 
-MAX_LENGTH = 16
-"""Longest draft that is chosen. Text that repeats itself has drafts stand that long; elsewhere none is."""
+MAX_LENGTH = 15
+"""Longest draft that is chosen: 16 tokens are verified together, which is what tiles take at a time. Text that repeats
+itself has drafts stand that long; elsewhere none is."""
 BINS = 10
 PRIOR = 4.0
 """Observations that the prior counts for: that a proposal stands as often as its exit is sure of it."""
