@@ -148,7 +148,7 @@ class StageRunner:
         h, flow = self._enter(chain, rows)
         place, last = chain.start, min(chain.stop, self._final - 1)
         known: Said | None = None
-        for stop in self._between(place, last):
+        for stop in self._on_the_way(place, last):
             h, known = self._advance(place, stop, h, flow, self._asked(chain) if stop == last else None)
             exit_ = self._exits.get(stop)
             if exit_ is not None and (stop < chain.stop or chain.sends):
@@ -169,7 +169,7 @@ class StageRunner:
         if answers:
             self._answers.append(answers)
 
-    def _between(self, place: int, last: int) -> list[int]:
+    def _on_the_way(self, place: int, last: int) -> list[int]:
         """Where tokens that go from one place to another come by an exit, and the other."""
         stops = self._stops.get((place, last))
         if stops is None:

@@ -33,8 +33,8 @@ struct Ahead {
   int64_t lines;
 };
 
-// Sums of products of FEATURES rows of the weight with COUNT rows of x: [row][feature]. Where it is not inlined, calling
-// it takes a third of the time that a row of a small weight takes.
+// Sums of products of FEATURES rows of the weight with COUNT rows of x: [row][feature]. Always inlined: with one row of x
+// calls took a tenth to a fifth of the time.
 template <int COUNT, int FEATURES>
 __attribute__((always_inline)) inline void dot(const Operands& given, Ahead& ahead, float* sums) {
   constexpr int SUMS = COUNT * FEATURES, PARTS = Arithmetic::parts(SUMS);

@@ -26,7 +26,9 @@ def settings_of(**fields: Any) -> Settings:
 
 
 @given(IDS, IDS, IDS, st.booleans())
-def test_ids_from_a_position_are_the_last_of_all(prompt, said, proposals, follows):
+def test_ids_from_a_position_are_the_last_of_all(
+    prompt: list[int], said: list[int], proposals: list[int], follows: bool
+) -> None:
     given_instead = tuple(9 - token for token in said) if follows else ()
     settings = settings_of(prompt=tuple(prompt), follow=given_instead)
     output = Output(1, settings, tokens=[Token(token, 2, 0.5) for token in said], proposals=proposals)
