@@ -127,7 +127,7 @@ class Drafter:
     costs: Costs
     acceptance: dict[int, Acceptance]
     _records: dict[tuple[int, int], _Record] = field(default_factory=dict)
-    _sizes: set[tuple[int, int, int]] = field(default_factory=set)
+    _times: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _rounds: int = 0
 
     def plan(self, exits: Sequence[int], rows: int, length: int | None = None, *, may_rest: bool = True) -> Plan:
@@ -156,14 +156,16 @@ class Drafter:
     def learn(self, plan: Plan, rows: int, proposals: int, tokens: int, seconds: float) -> None:
         """A round of so many proposals brought so many tokens, in a row's share of the time.
 
-        The first of each size tells nothing: it is often slow (kernels chosen, code compiled).
+        What counts is how long such a round takes as a rule; the first of each size is often slow (kernels chosen,
+        code compiled) and does not count at all.
         """
         self._rounds += 1
         record = self._records.setdefault((plan.exit, bucket(rows)), _Record())
         size = (plan.exit, bucket(rows), bucket(proposals + 1))
-        if size in self._sizes:
-            record.add(tokens, seconds, self._rounds)
-        self._sizes.add(size)
+        known = size in self._times
+        _smooth(self._times, size, seconds)
+        if known:
+            record.add(tokens, self._times[size], self._rounds)
 
 
 def bucket(tokens: int) -> int:
