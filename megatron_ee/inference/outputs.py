@@ -66,6 +66,7 @@ class Output:
         plan: of the round in work.
         vain: rounds in a row whose drafts brought nothing.
         rests: rounds that are to be without a draft for that.
+        lost: whether the round in work follows so many.
         rows: that shared its passes when it began.
         began: when that was; seconds of some clock.
         spent: seconds of it, this row's share.
@@ -98,6 +99,7 @@ class Output:
     plan: Plan | None = None
     vain: int = 0
     rests: int = 0
+    lost: bool = False
     rows: int = 1
     began: float = 0.0
     spent: float = 0.0
@@ -170,10 +172,13 @@ class Output:
         if not self.settings.sampling.greedy:  # what is drawn depends on the draft: timing must not decide on it
             exits, length = exits[:1], DEFAULT_LENGTH if length is None else length
         may_rest = length is None and self.settings.draft.exit is None
+        self.lost = may_rest and rest(self.vain) > 0
         if length is not None and len(exits) == 1:
             plan = Plan(exits[0], length)
-        elif may_rest and self.rests > 0:
+        elif self.lost and self.rests > 0:
             plan, self.rests = Plan(), self.rests - 1
+        elif self.lost:  # each exit in turn: it may be another that knows this text
+            plan = self.drafter.plan([exits[self.vain % len(exits)]], rows, may_rest=False)
         else:
             # What other rows' text was like says little of this one's: it begins with drafts.
             plan = self.drafter.plan(exits, rows, length, may_rest=may_rest and self.rounds >= TRIALS)
@@ -295,7 +300,8 @@ class Output:
                 acceptance.observe(self.sure[number], number < stood)
             if self.doubt is not None and stood == made:
                 acceptance.observe(self.doubt[1], self.doubt[0] == emitted[-1])
-        if self.spent > 0:
+        # What a row says of exits that know nothing of its text would count for more than those of rows that draft.
+        if self.spent > 0 and (stood or not self.lost):
             self.drafter.learn(self.plan, self.rows, made, len(emitted), self.spent)
         self.proposals, self.sure, self.doubt = [], [], None
 

@@ -151,7 +151,8 @@ class Drafter:
         if length is not None:
             return Plan(layer, length)
         # A proposal brings its chance of standing, for the time of one more token through the exit.
-        return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, rows) * records[best].rate)
+        plain = self._records.get((0, size), _Record())
+        return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, rows) * max(records[best].rate, plain.rate))
 
     def learn(self, plan: Plan, rows: int, proposals: int, tokens: int, seconds: float) -> None:
         """A round of so many proposals brought so many tokens, in a row's share of the time.
@@ -182,5 +183,5 @@ def _bin(confidence: float) -> int:
 
 def _smooth(table: dict[K, float], key: K, value: float) -> None:
     old = table.get(key)
-    # The first one is often slow (caches, kernels chosen): faster ones count at once.
-    table[key] = value if old is None or value < 0.7 * old else old + SMOOTH * (value - old)
+    # The first one is often slow (caches, kernels chosen): faster ones count at once, and slower ones by and by.
+    table[key] = value if old is None or value < 0.7 * old else old + SMOOTH * (min(value, 2 * old) - old)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -78,6 +80,30 @@ def test_rounds_after_drafts_in_vain_are_without_one_for_longer_and_longer() -> 
         (False, 11),
     ]
     assert all(drafts(output, 10, stands=True)[5:])
+
+
+def test_a_row_that_rests_says_nothing_of_exits_until_a_draft_stands() -> None:
+    drafter = drafter_that_rests()
+    output = Output(1, settings_of(mode="speculative"), drafter, vain=9, rests=3)
+    before = deepcopy(drafter)
+    assert drafts(output, 5, stands=False) == [False] * 3 + [True, False]
+    assert drafter == replace(before, acceptance=drafter.acceptance)
+    output.rests = 0
+    assert drafts(output, 1, stands=True) == [True]
+    assert drafter != replace(before, acceptance=drafter.acceptance)
+
+
+def test_a_row_that_rests_tries_each_exit_in_turn() -> None:
+    layers = (EXIT, EXIT + 1)
+    drafter = Drafter(Costs({layer: 1.0 for layer in (*layers, LAST + 1)}), {layer: Acceptance() for layer in layers})
+    output = Output(1, settings_of(mode="speculative", exits=layers, drafting=layers), drafter)
+    tried = []
+    for vain in (9, 10, 11):
+        output.vain, output.rests, output.plan = vain, 0, None
+        output.begin_round(1, 0.0)
+        assert output.plan is not None
+        tried.append(output.plan.exit)
+    assert tried == [EXIT + 1, EXIT, EXIT + 1]
 
 
 def test_a_row_begins_with_drafts_whatever_became_of_others() -> None:
