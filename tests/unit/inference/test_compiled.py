@@ -31,7 +31,7 @@ MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 PROMPTS = [[5, 17, 99, 42, 3, 77, 120], [9]]
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
-    "threshold": {"mode": "threshold", "policy": ExitPolicy(0.3)},
+    "threshold": {"mode": "threshold", "policy": ExitPolicy(0.3, patience=0)},
     "speculative": {"mode": "speculative", "draft": Draft(2, 3)},
 }
 

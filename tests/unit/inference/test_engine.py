@@ -100,7 +100,7 @@ def test_emits_what_computing_everything_anew_emits(
     stage = exit_stage(family, BODIES[bodies])
     threshold = some_threshold(stage)
     for cap in (MAX_DEFERRED, 2):
-        policy = ExitPolicy(threshold, max_deferred=cap)
+        policy = ExitPolicy(threshold, max_deferred=cap, patience=0)
         [ours] = generate(stage, threshold_request(policy))
         logits = every_logit(stage, [*PROMPT, *ids_of(ours)])
         assert_emits(ours.tokens, must_emit(logits, len(PROMPT), TOKENS, policy))
