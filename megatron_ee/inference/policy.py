@@ -89,7 +89,7 @@ class ExitPolicy:
 
     def rest(self, stayed: int) -> int:
         """Tokens that an exit is not asked about, once so many in a row have stayed."""
-        return rest(stayed, self.patience) if self.patience > 0 else 0
+        return rest(stayed, self.patience)
 
     def at(self, layer: int) -> float:
         """Least confidence at the exit after ``layer``."""
@@ -97,8 +97,11 @@ class ExitPolicy:
 
 
 def rest(vain: int, patience: int = PATIENCE) -> int:
-    """How many times not to try what has been in vain so many times in a row: 1, 3, 7 and then 15 beyond patience."""
-    return 0 if vain < patience else (1 << min(vain - patience + 1, DOUBLINGS)) - 1
+    """How many times not to try what has been in vain so many times in a row: 1, 3, 7 and then 15 beyond patience.
+
+    A patience of 0 has no end.
+    """
+    return 0 if patience == 0 or vain < patience else (1 << min(vain - patience + 1, DOUBLINGS)) - 1
 
 
 def confidences(logits: Tensor, measure: Measure) -> Tensor:

@@ -20,7 +20,9 @@ from megatron_ee.checkpoint.loading import load_backbone, open_model
 from megatron_ee.commands.main import main
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.prompts import encode_prompt
+from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import process_groups
@@ -129,6 +131,14 @@ def test_several_prompts_and_samples(command: Command, adapter: Path) -> None:
     for number, (prompt, seed) in enumerate((("one", 5), ("one", 6), ("two", 5), ("two", 6))):
         alone = command.json(*drawn, "--prompt", prompt, "--seed", seed)
         assert result["outputs"][number]["token_ids"] == alone["token_ids"]
+
+
+def test_defaults_are_the_requests_own() -> None:
+    """They are written out for the command, which reads its options without torch."""
+    from megatron_ee.commands.generate import _policy, _sampling, parser
+
+    arguments = parser().parse_args(["--model", "m", "--prompt", "p"])
+    assert _policy(arguments) == ExitPolicy() and _sampling(arguments) == Sampling()
 
 
 def test_options_reach_the_request(command: Command, adapter: Path, byte_model: Path) -> None:
