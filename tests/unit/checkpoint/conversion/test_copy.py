@@ -229,9 +229,11 @@ def test_memory_is_a_constant(model: Path, tmp_path: Path) -> None:
     (source / "weights" / "model.safetensors").rename(source / "model.safetensors")
     (tmp_path / "out").mkdir()
     arguments = [sys.executable, "-c", PEAK, str(source), str(model), str(tmp_path / "out")]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    # What glibc would keep of freed buffers varies with the threads' timing: it gives buffers back at once here.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
     assert sum(path.stat().st_size for path in (tmp_path / "out" / "back").iterdir()) > 200e6
-    assert int(result.stdout) < 24 * PIECE  # its buffers, and what the allocator keeps of freed ones, which varies
+    assert int(result.stdout) < 10 * PIECE
 
 
 def _zeros(directory: Path) -> tuple[Any, ...]:
