@@ -66,7 +66,6 @@ class Output:
         plan: of the round in work.
         vain: rounds in a row whose drafts brought nothing.
         rests: rounds that are to be without a draft for that.
-        lost: whether the round in work follows so many.
         rows: that shared its passes when it began.
         began: when that was; seconds of some clock.
         spent: seconds of it, this row's share.
@@ -99,7 +98,6 @@ class Output:
     plan: Plan | None = None
     vain: int = 0
     rests: int = 0
-    lost: bool = False
     rows: int = 1
     began: float = 0.0
     spent: float = 0.0
@@ -164,6 +162,17 @@ class Output:
         fixed = settings.draft.length is not None and len(settings.drafting) == 1
         return settings.mode == "speculative" and settings.sampling.greedy and not fixed
 
+    @property
+    def may_rest(self) -> bool:
+        """Whether rounds without drafts may be chosen: timing may decide, and the request does not."""
+        draft = self.settings.draft
+        return self.settings.sampling.greedy and draft.length is None and draft.exit is None
+
+    @property
+    def lost(self) -> bool:
+        """Whether so many rounds in a row have brought nothing that it rests from drafts between them."""
+        return self.may_rest and rest(self.vain) > 0
+
     def begin_round(self, rows: int, now: float) -> None:
         """Speculative mode: decide on the next round, where none is in work."""
         if self.settings.mode != "speculative" or self.plan is not None or self.drafter is None:
@@ -171,8 +180,6 @@ class Output:
         exits, length = list(self.settings.drafting), self.settings.draft.length
         if not self.settings.sampling.greedy:  # what is drawn depends on the draft: timing must not decide on it
             exits, length = exits[:1], DEFAULT_LENGTH if length is None else length
-        may_rest = length is None and self.settings.draft.exit is None
-        self.lost = may_rest and rest(self.vain) > 0
         if length is not None and len(exits) == 1:
             plan = Plan(exits[0], length)
         elif self.lost and self.rests > 0:
@@ -181,7 +188,7 @@ class Output:
             plan = self.drafter.plan([exits[self.vain % len(exits)]], rows, may_rest=False)
         else:
             # What other rows' text was like says little of this one's: it begins with drafts.
-            plan = self.drafter.plan(exits, rows, length, may_rest=may_rest and self.rounds >= TRIALS)
+            plan = self.drafter.plan(exits, rows, length, may_rest=self.may_rest and self.rounds >= TRIALS)
         self.rows, self.began, self.spent = rows, now, 0.0
         # The last token needs no proposal, and no position may lie beyond the limit.
         most = min(self.settings.max_tokens - len(self.tokens) - 1, self.settings.limit - self.known - 1)
@@ -287,7 +294,7 @@ class Output:
     def _judge(self, emitted: Sequence[int]) -> None:
         """Learn from what became of a round's proposals, which are no longer any."""
         assert self.plan is not None and self.drafter is not None
-        stood, made = len(emitted) - 1, len(self.proposals)
+        stood, made, lost = len(emitted) - 1, len(self.proposals), self.lost
         judged = min(stood + 1, made)
         self.rounds += 1
         self.proposed += judged
@@ -301,7 +308,7 @@ class Output:
             if self.doubt is not None and stood == made:
                 acceptance.observe(self.doubt[1], self.doubt[0] == emitted[-1])
         # What a row says of exits that know nothing of its text would count for more than those of rows that draft.
-        if self.spent > 0 and (stood or not self.lost):
+        if self.spent > 0 and (stood or not lost):
             self.drafter.learn(self.plan, self.rows, made, len(emitted), self.spent)
         self.proposals, self.sure, self.doubt = [], [], None
 
