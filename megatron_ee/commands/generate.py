@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,14 +117,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (arguments.draft_vocabulary is None) != (arguments.draft_corpus is None):
         raise ConfigError("--draft-vocabulary and --draft-corpus belong together: how many tokens, and frequent where")
-    if arguments.html is not None and (len(arguments.prompt) > 1 or arguments.samples > 1 or arguments.compare):
-        raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode")
+    if arguments.html is not None:
+        _check_page(arguments)
     try:
         policy, sampling = _policy(arguments), _sampling(arguments)
         for settings in (policy, sampling):
             settings.check()  # at once: opening the model may mean to hash it
         released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
         requests = [_request(arguments, prompt, released, policy, sampling) for prompt in arguments.prompt]
+        if arguments.compare and not released.exits:
+            raise ConfigError("compare: needs exits; give their adapter with --adapter")
         arch = released.model.architecture
         check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
         if arguments.compile:
@@ -151,6 +154,21 @@ def run(arguments: argparse.Namespace) -> int:
         if engine is not None:
             (_compare if arguments.compare else _show)(arguments, requests, engine)
     return 0
+
+
+def _check_page(arguments: argparse.Namespace) -> None:
+    """Refuse ``--html`` where there is not one output to show, or no file can be written to."""
+    from megatron_ee.parallel.groups import launched_rank
+
+    page: Path = arguments.html
+    if len(arguments.prompt) > 1 or arguments.samples > 1 or arguments.compare:
+        raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode")
+    if launched_rank() > 0:  # maybe on another machine, where nothing is written
+        return
+    if page.is_dir():
+        raise ConfigError(f"--html: {page} is a directory; name a file")
+    if not (page.parent.is_dir() and os.access(page.parent, os.W_OK)):
+        raise ConfigError(f"--html: {page} cannot be written: {page.parent} is no directory that may be written to")
 
 
 def _candidates(arguments: argparse.Namespace, vocab_size: int) -> list[int] | None:
@@ -219,20 +237,19 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
     for _, output in shown:
         if output.finish_reason == "context":
             print("megatron-ee generate: stopped at the end of the model's context", file=sys.stderr)
-    if arguments.html is not None:
+    if arguments.json:
+        outputs = [_described(output) for _, output in shown]
+        print(json.dumps(outputs[0] if len(outputs) == 1 else {"outputs": outputs, "statistics": engine.statistics()}))
+    else:
+        for prompt, output in shown:
+            print_layers(Console(highlight=False), prompt, output.pieces, [token.layer for token in output.tokens])
+    if arguments.html is not None:  # last: where it fails, the answer is there
         from megatron_ee.checkpoint.atomic import write_file
 
         prompt, output = shown[0]
         tokens = output.tokens
         page = html_layers(prompt, output.pieces, [t.layer for t in tokens], [t.confidence for t in tokens])
         write_file(arguments.html, page.encode())
-    if arguments.json:
-        outputs = [_described(output) for _, output in shown]
-        print(json.dumps(outputs[0] if len(outputs) == 1 else {"outputs": outputs, "statistics": engine.statistics()}))
-        return
-    for prompt, output in shown:
-        layers = [token.layer for token in output.tokens]
-        print_layers(Console(highlight=False), prompt, output.pieces, layers)
 
 
 def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:
@@ -241,8 +258,6 @@ def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Eng
     from megatron_ee.inference.compare import compare_modes
     from megatron_ee.tables import make_console
 
-    if not engine.exits:
-        raise ConfigError("--compare: needs exits; give their adapter with --adapter")
     results = compare_modes(engine, requests)
     if arguments.json:
         print(json.dumps({each.mode: _mode(each) for each in results}))

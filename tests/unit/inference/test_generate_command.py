@@ -338,6 +338,24 @@ def test_refuses_in_one_line(arguments: tuple[object, ...], message: str, comman
     assert message in err and err.startswith("megatron-ee generate: error: ")
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--compare",), "--compare: needs exits; give their adapter with --adapter"),
+        (("--html", "/"), "--html: / is a directory; name a file"),
+        (("--html", f"{__file__}/a.html"), f"{__file__}/a.html cannot be written: {__file__} is no directory that may"),
+        (("--html", "/nowhere/a.html"), "--html: /nowhere/a.html cannot be written: /nowhere is no directory that may"),
+    ],
+)
+def test_refuses_before_the_model_is_loaded(
+    arguments: tuple[str, ...], message: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_ee.inference.loading.open_engine", lambda *_, **__: pytest.fail("loaded"))
+    status, out, err = command.run("--prompt", PROMPT, *arguments)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert message in err
+
+
 def test_refuses_another_number_of_processes(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, out, err = command.run("--prompt", PROMPT)
