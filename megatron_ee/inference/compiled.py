@@ -72,7 +72,9 @@ class CompiledStage:
         from torch import _dynamo  # the compiler, which takes long to import
 
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
-        with _in_one_line():
+        # The norms' epsilon is the only number with a fraction. Taken for a variable, as by default, each trace is made
+        # twice: its constancy is found at the end of the first.
+        with _in_one_line(), _dynamo.config.patch(specialize_float=True):
             parts = len(self._segments) + len(self._heads) + 1
             with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
                 for place, stop, asked in self._segments:
