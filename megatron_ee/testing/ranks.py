@@ -24,7 +24,7 @@ class Ranks:
         processes: in order of rank.
     """
 
-    def __init__(self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> None:
+    def __init__(self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 900) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         self._timeout, port = timeout, free_port()
@@ -62,7 +62,7 @@ class Ranks:
         return [value for _, value in answers]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 900) -> list[Any]:
     """``function(*arguments)`` on every rank, to its end; results in order of rank.
 
     Raises:

@@ -21,7 +21,7 @@ TUNE = ["--hidden", "32", "--layers", "4", "--vocab", "200", "--sequence-length"
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "megatron_ee", "benchmark", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=280)
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=900)
 
 
 @pytest.mark.slow

@@ -26,8 +26,6 @@ from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model import bfloat16, kernels
 from megatron_ee.model.stage import Stage
 
-pytestmark = pytest.mark.timeout(1200)  # compiling takes minutes on a slow processor that is shared
-
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 
 PROMPTS = [[5, 17, 99, 42, 3, 77, 120], [9]]

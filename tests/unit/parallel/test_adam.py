@@ -36,8 +36,6 @@ from megatron_ee.testing.project import saved_tensors
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import STEPS, Case, Outcome, tune_cases
 
-pytestmark = pytest.mark.timeout(900)  # DeepSpeed is compiled once per machine, by the first of these tests
-
 Make = Callable[..., tuple[nn.Module, ExitOptimizer]]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -263,7 +261,7 @@ def test_deepspeed_across_data_parallel_ranks(deepspeed: str, saved_model: Any, 
     single, half = case("deepspeed_cpu", "float32"), case("deepspeed_cpu", "bfloat16")
     native = case("torch", "float32")
     two, again, one = tmp_path / "two", tmp_path / "again", tmp_path / "one"
-    run_ranks(2, tune, models, [single, half], two, None, deepspeed, timeout=800)
+    run_ranks(2, tune, models, [single, half], two, None, deepspeed)
     run_ranks(2, tune, models, [single, half], again, two, deepspeed)
     run_ranks(1, tune, models, [native], one, None, deepspeed)
     run_ranks(1, tune, models, [single], one, two, deepspeed)  # resharded
