@@ -95,7 +95,10 @@ def test_compiled_layers_are_the_eager_ones(stage: Stage, monkeypatch: pytest.Mo
     from torch import _dynamo
 
     with _dynamo.config.patch(recompile_limit=_dynamo.config.recompile_limit):  # which compiling raises
+        done = _dynamo.utils.counters
+        done.clear()
         watched = Watched(compile_stage(stage))
+        assert done["aot_autograd"]["total"] == done["stats"]["unique_graphs"] > 0  # nothing was traced twice
         for mode in MODES:
             for prompt in PROMPTS:
                 check_mode(mode, prompt, stage, watched)
