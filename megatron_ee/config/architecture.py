@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ FAMILIES = {
 MAX_LAYERS = 10_000
 """Far beyond any model: a hostile number of layers must not cost memory before it is refused."""
 MAX_FILE = 16 * 2**20  # bytes; released files have a few KiB
+_OUTSIDE_OUTPUTS = ("family", "max_positions", "tied")
+"""Fields that alone change no output: the first two only name and limit, and the weights show what is tied."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,27 @@ class Architecture:
     qk_norm: bool
     tied: bool
     windows: tuple[int | None, ...]
+
+
+def outputs_digest(architecture: Architecture) -> str:
+    """SHA-256 (hex) of the settings that decide what given weights compute: rope, epsilon, windows, sizes, biases.
+
+    Equal digests and equal weights give equal outputs. ``family``, ``max_positions`` and ``tied`` do not count. A
+    field at its default does not count either, so a new field with a default leaves the digests of older models as
+    they were. The digest is stored in files: do not change how it is computed.
+    """
+    text = json.dumps(_settings(architecture), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _settings(value: Architecture | Rope) -> dict[str, Any]:
+    """Fields by name that count for ``outputs_digest``."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        setting = getattr(value, field.name)
+        if field.name not in _OUTSIDE_OUTPUTS and setting != field.default:
+            found[field.name] = _settings(setting) if isinstance(setting, Rope) else setting
+    return found
 
 
 def read_architecture(directory: str | Path) -> Architecture:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ee.config.architecture import FAMILIES, Architecture, Rope, parse_architecture, read_architecture
+from megatron_ee.config.architecture import (
+    FAMILIES,
+    Architecture,
+    Rope,
+    outputs_digest,
+    parse_architecture,
+    read_architecture,
+)
 from megatron_ee.errors import CheckpointError
 
 LLAMA2_7B = {
@@ -258,6 +266,28 @@ def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
 def test_bad_windows(changes: dict[str, Any], words: list[str]) -> None:
     text = refusal({**QWEN25_7B, "use_sliding_window": True, **changes})
     assert all(word in text for word in words), text
+
+
+def test_the_digest_of_outputs_changes_with_what_changes_outputs_only() -> None:
+    arch, llama2 = parse_architecture(LLAMA31_8B), parse_architecture(LLAMA2_7B)
+    # Stored in adapters and caches: these values must never change.
+    assert outputs_digest(arch) == "ff4c9a716e1b1cd29fee756d6fd36b04f95ad72504f3ac67a14f1d44cf43f723"
+    assert outputs_digest(llama2) == "0f18be6d4aa4dd049acb5e602a159f5e5cd5876c70dbee3705094b9aedbd6201"
+    same = {"family": "mistral", "max_positions": 7, "tied": True}
+    assert outputs_digest(dataclasses.replace(arch, **same)) == outputs_digest(arch)
+    rope = [
+        {field.name: "x" if field.name == "kind" else getattr(arch.rope, field.name) + 1}
+        for field in dataclasses.fields(Rope)
+    ]
+    changed = [{"rope": dataclasses.replace(arch.rope, **change)} for change in rope]
+    for field in dataclasses.fields(Architecture):
+        value = getattr(arch, field.name)
+        if field.name not in same and isinstance(value, (bool, int, float)):
+            changed.append({field.name: not value if isinstance(value, bool) else value * 2})
+    changed.append({"windows": (4096, *arch.windows[1:])})
+    assert len(changed) == len(dataclasses.fields(Rope)) + len(dataclasses.fields(Architecture)) - len(same) - 1
+    digests = {outputs_digest(dataclasses.replace(arch, **change)) for change in changed}
+    assert len(digests | {outputs_digest(arch)}) == len(changed) + 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
