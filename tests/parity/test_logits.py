@@ -153,6 +153,51 @@ def test_older_rope_spellings(
     assert torch.equal(stage_logits(load_stage(rewritten), tokens), stage_logits(load_stage(path), tokens))
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_TYPE = {"type": "llama3", **{key: LLAMA3[key] for key in LLAMA3 if key != "rope_type"}}
+INSIDE, BESIDE = {"original_max_position_embeddings": 16}, {"original_max_position_embeddings": 40}
+LINEAR = {"type": "linear", "factor": 3.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"rope_scaling": {**kind, **INSIDE}, "rope_theta": 5000.0} for kind in (LLAMA3, LLAMA3_TYPE)),
+        *(
+            {key: {**LLAMA3_TYPE, **INSIDE}, **BESIDE, "rope_theta": 5000}
+            for key in ("rope_scaling", "rope_parameters")
+        ),
+        *({key: LLAMA3, **BESIDE, "rope_theta": 5000.0} for key in ("rope_scaling", "rope_parameters")),
+        *({key: LLAMA3, "rope_theta": 5000.0} for key in ("rope_scaling", "rope_parameters")),
+        {"rope_parameters": {**LLAMA3, **INSIDE, "rope_theta": 5000.0}, "rope_theta": 70.0},
+        {"rope_scaling": {**LLAMA3, **INSIDE, "rope_theta": 5000.0}, "rope_theta": 70.0},
+        {"rope_scaling": {**LLAMA3, **INSIDE}, "rope_parameters": {**LINEAR, "rope_theta": 70.0}},
+        {"rope_scaling": {**LLAMA3, **INSIDE}, "rope_parameters": {**LINEAR, "rope_theta": 70.0}, "rope_theta": 5000.0},
+        {"rope_scaling": LINEAR, "rope_parameters": {**LLAMA3, **INSIDE, "rope_theta": 70.0}, **BESIDE},
+        *({"rope_scaling": empty, "rope_parameters": {**LINEAR, "rope_theta": 70.0}} for empty in (None, {})),
+        {"rope_scaling": LINEAR, **BESIDE},
+        {"rope_scaling": {"rope_type": "linear", "type": "llama3", "factor": 2}},
+        {"rope_scaling": {"rope_theta": 70.0}, "rope_theta": 5000.0},
+        {"rope_scaling": {"factor": 3.0}},
+        {},
+    ],
+    ids=str,
+)
+def test_rope_settings_in_several_places(
+    settings: dict[str, Any], tmp_path: Path, saved_model: SavedModel, load_stage: LoadStage
+) -> None:
+    import transformers
+
+    def edit(config: dict[str, Any]) -> None:
+        del config["rope_parameters"]
+        config.update(settings)
+
+    path = edited_copy(saved_model("llama3.1")[0], tmp_path / "edited", edit)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    tokens = make_tokens(rows=1, length=100)
+    assert_close(stage_logits(load_stage(path), tokens), reference_logits(reference, tokens))
+
+
 def test_llama3_scaling_beyond_the_original_positions(
     tmp_path: Path, saved_model: SavedModel, load_stage: LoadStage
 ) -> None:

@@ -199,6 +199,40 @@ def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, window: 
     assert ours.windows == tuple(size if kind == "sliding_attention" else None for kind in types)
 
 
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("LlamaForCausalLM", "num_key_value_heads"),
+        ("LlamaForCausalLM", "head_dim"),
+        ("MistralForCausalLM", "head_dim"),
+        ("MistralForCausalLM", "sliding_window"),
+        ("Qwen2ForCausalLM", "num_key_value_heads"),
+        ("Qwen3ForCausalLM", "num_key_value_heads"),
+        ("Qwen3ForCausalLM", "sliding_window"),
+    ],
+)
+def test_a_null_means_what_transformers_takes_it_for(name: str, key: str, tmp_path: Path) -> None:
+    import transformers
+
+    config = {"architectures": [name], "model_type": FAMILIES[name], "hidden_size": 512, "intermediate_size": 96}
+    config |= {"num_hidden_layers": 30, "num_attention_heads": 16, "vocab_size": 131, "use_sliding_window": True}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 8, key: None}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    ours = read_architecture(tmp_path)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == getattr(theirs, "head_dim", 512 // 16)
+    assert (ours.windows[-1] is None) == (getattr(theirs, "sliding_window", None) is None)
+
+
+def test_the_context_of_linear_scaling_is_the_stretched_one() -> None:
+    # vLLM, _get_and_verify_max_len: times the factor, but not for llama3. Vicuna 1.5 16k states 4096 and a factor of 4.
+    linear = {"rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert parse_architecture({**LLAMA2_7B, **linear}).max_positions == 16384
+    assert parse_architecture({**LLAMA2_7B, "rope_parameters": linear["rope_scaling"]}).max_positions == 16384
+    assert parse_architecture({**LLAMA2_7B, "rope_scaling": {"type": "linear", "factor": 1.5}}).max_positions == 6144
+    assert parse_architecture(LLAMA31_8B).max_positions == 131072
+
+
 def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
     assert parse_architecture({k: v for k, v in MISTRAL_7B.items() if k != "architectures"}).family == "mistral"
 
@@ -213,6 +247,8 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
         ({"architectures": "LlamaForCausalLM"}, ["architectures"]),
         ({"architectures": [None]}, ["architectures"]),
         ({"architectures": None, "model_type": ["llama"]}, ["not supported"]),
+        ({"model_type": "mistral"}, ["model_type 'mistral'", "LlamaForCausalLM"]),
+        ({"model_type": ["llama"]}, ["model_type"]),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Llama"}}, ["auto_map"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
@@ -224,6 +260,13 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, ["rope factor"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["rope factor", "-1"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e300}}, ["rope factor 1e+300", "4096"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-5}}, ["rope factor 1e-05", "4096"]),
+        ({"rope_scaling": {"rope_type": "su"}}, ["'su'"]),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            ["'yarn'"],
+        ),
         ({"rope_scaling": "linear"}, ["rope_scaling"]),
         ({"rope_scaling": [1, 2]}, ["rope_scaling"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters"]),
@@ -259,6 +302,11 @@ def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
         ({"layer_types": ["full_attention"]}, ["layer_types", "28"]),
         ({"layer_types": ["chunked_attention"] * 28}, ["layer_types"]),
         ({"layer_types": 28}, ["layer_types"]),
+        (
+            {"layer_types": ["sliding_attention"] * 28, "use_sliding_window": False},
+            ["layer_types", "use_sliding_window"],
+        ),
+        ({"layer_types": ["sliding_attention"] * 28, "sliding_window": None}, ["layer_types", "sliding_window"]),
         ({"layer_types": [["full_attention"]] * 28}, ["layer_types"]),
         ({"max_window_layers": "all"}, ["max_window_layers"]),
     ],
@@ -288,6 +336,14 @@ def test_the_digest_of_outputs_changes_with_what_changes_outputs_only() -> None:
     assert len(changed) == len(dataclasses.fields(Rope)) + len(dataclasses.fields(Architecture)) - len(same) - 1
     digests = {outputs_digest(dataclasses.replace(arch, **change)) for change in changed}
     assert len(digests | {outputs_digest(arch)}) == len(changed) + 1
+
+
+def test_windows_of_mistral_are_those_of_all_layers() -> None:
+    kinds = ["sliding_attention"] * 31 + ["full_attention"]
+    assert "layer_types" in refusal({**MISTRAL_7B, "layer_types": kinds})
+    assert parse_architecture({**MISTRAL_7B, "layer_types": kinds[:1] * 32}).windows == (4096,) * 32
+    unlimited = {**MISTRAL_7B, "sliding_window": None, "layer_types": kinds[-1:] * 32}
+    assert parse_architecture(unlimited).windows == (None,) * 32
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
