@@ -24,7 +24,7 @@ from megatron_ee.checkpoint.atomic import new_file, write_all
 from megatron_ee.checkpoint.conversion.contents import Contents
 from megatron_ee.checkpoint.conversion.outputs import OnBytes, Output, OutputFile, Part, Watch, Written, split_parts
 from megatron_ee.checkpoint.megatron.names import LAYERS, fuse, parameters
-from megatron_ee.checkpoint.megatron.settings import to_args
+from megatron_ee.checkpoint.megatron.settings import check_expressible, to_args
 from megatron_ee.checkpoint.megatron.torch_dist import COMMON, RELEASED, SETTINGS, TRACKER
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
@@ -68,11 +68,12 @@ def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> Output:
         shard: bytes of tensors per file, at most.
 
     Raises:
-        CheckpointError: there is no backbone, or Megatron cannot hold its dtypes together.
+        CheckpointError: there is no backbone, or Megatron cannot express it or hold its dtypes together.
     """
     arch = contents.architecture
     if arch is None or not contents.backbone:
         raise CheckpointError(f"{contents.source}: holds exits but no backbone; give the model with --model")
+    check_expressible(arch, str(contents.source))
     vocabulary = -(-arch.vocab_size // DIVISIBLE) * DIVISIBLE
     shapes, parts = _plan(contents, arch, vocabulary)
     runs = list(split_parts(parts, shard))

@@ -15,6 +15,7 @@ from megatron_ee.errors import CheckpointError, shown
 
 LLAMA3_CONTEXT = 8192  # positions before Llama 3's scaling, fixed in Megatron with the two factors below
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
+STRETCHED = "rotary_seq_len_interpolation_factor"  # linear scaling
 _MUST_BE: dict[str, Any] = {
     "swiglu": True,
     "normalization": "RMSNorm",
@@ -103,7 +104,7 @@ def derive_config(args: Args, dtype: torch.dtype) -> dict[str, Any]:
         "num_key_value_heads": args.need("num_query_groups", int) if grouped else heads,
         "head_dim": args.get("kv_channels", hidden // max(1, heads), int),
         "hidden_act": "silu",
-        "max_position_embeddings": args.need("max_position_embeddings", int),
+        "max_position_embeddings": _positions(args),
         "rms_norm_eps": args.need("layernorm_epsilon", float) if eps is None else eps,
         "tie_word_embeddings": not args.get("untie_embeddings_and_output_weights", False, bool),
         # Not the padded one, of which nothing tells how much is padding.
@@ -124,7 +125,7 @@ def _family(args: Args) -> dict[str, Any]:
         name, more = "Qwen3", {"attention_bias": False}
     elif qkv_biases and not biases and not norms:
         name, more = "Qwen2", {}
-    elif windows and not qkv_biases:
+    elif windows and not qkv_biases and "full_attention" not in windows.get("layer_types", ()):
         name, more = "Mistral", {}
     elif not windows and not norms:
         name, more = "Llama", {"attention_bias": biases, "mlp_bias": biases}
@@ -155,14 +156,22 @@ def _windows(args: Args) -> dict[str, Any]:
     return found
 
 
+def _positions(args: Args) -> int:
+    """Megatron states the context as it is used; ``config.json`` with linear scaling states it before scaling."""
+    used = int(args.need("max_position_embeddings", int))
+    factor = args.get(STRETCHED, 1.0, (int, float))
+    if not 0 < factor < float("inf"):
+        raise CheckpointError(f"{args.where}: {STRETCHED} is {shown(factor)}, which cannot be used; give --config DIR")
+    before = int(used / factor)
+    return before if int(before * factor) >= used else before + 1
+
+
 def _rope(args: Args) -> dict[str, Any]:
-    stretched = args.get("rotary_seq_len_interpolation_factor", None, (int, float))
+    stretched = args.get(STRETCHED, None, (int, float))
     scaling: dict[str, Any] | None = None
     if args.get("use_rope_scaling", False, bool):
         if stretched is not None:
-            raise CheckpointError(
-                f"{args.where}: use_rope_scaling with rotary_seq_len_interpolation_factor is not supported"
-            )
+            raise CheckpointError(f"{args.where}: use_rope_scaling with {STRETCHED} is not supported")
         scaling = {
             "rope_type": "llama3",
             "factor": float(args.get("rope_scaling_factor", 8.0, (int, float))),

@@ -54,10 +54,38 @@ def bridge_args(content: Any, where: str) -> Args:
     return Args(where, values)
 
 
-def to_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
-    """Megatron-LM's arguments for a model, as far as it has any; ``--use-checkpoint-args`` takes them from there.
+def check_expressible(arch: Architecture, where: str) -> None:
+    """Refuse a model that megatron-core's ``GPTModel`` cannot be configured to compute.
 
-    It has none for other frequencies of Llama 3's rope scaling than the released models'.
+    Args:
+        arch: of the model.
+        where: names it in errors.
+
+    Raises:
+        CheckpointError: naming the setting.
+    """
+    biases = arch.qkv_bias, arch.output_bias, arch.mlp_bias
+    if biases not in ((False, False, False), (True, False, False), (True, True, True)):
+        have = "attention_bias without mlp_bias" if arch.output_bias else "mlp_bias without attention_bias"
+        raise CheckpointError(
+            f"{where}: has {have}, which Megatron cannot express: its add_bias_linear is one switch for both; convert "
+            "the model --to hf or --to parallel"
+        )
+    rope = arch.rope
+    frequencies = rope.low_freq_factor, rope.high_freq_factor, rope.original_positions
+    if rope.kind == "llama3" and frequencies != (LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT):
+        raise CheckpointError(
+            f"{where}: rope scaling has low_freq_factor {rope.low_freq_factor:g}, high_freq_factor "
+            f"{rope.high_freq_factor:g} and original_max_position_embeddings {rope.original_positions}, which Megatron "
+            f"cannot express: it has {LLAMA3_LOW:g}, {LLAMA3_HIGH:g} and {LLAMA3_CONTEXT} built in; convert the model "
+            "--to hf or --to parallel"
+        )
+
+
+def to_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
+    """Megatron-LM's arguments for a model; ``--use-checkpoint-args`` takes them from there.
+
+    They say all of a model that passes ``check_expressible``.
     """
     windows = sorted({window for window in arch.windows if window is not None})
     args: dict[str, Any] = {
@@ -86,7 +114,7 @@ def to_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
         "rotary_seq_len_interpolation_factor": arch.rope.factor if arch.rope.kind == "linear" else None,
         "use_rope_scaling": arch.rope.kind == "llama3",
         "rope_scaling_factor": arch.rope.factor if arch.rope.kind == "llama3" else 8.0,
-        "add_bias_linear": arch.output_bias or arch.mlp_bias,
+        "add_bias_linear": arch.mlp_bias,
         "add_qkv_bias": arch.qkv_bias,
         "qk_layernorm": arch.qk_norm,
         "untie_embeddings_and_output_weights": not arch.tied,

@@ -49,7 +49,7 @@ def released(tmp_path: Path, saved_model: SavedModel) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     path = tmp_path / 'it\'s a "model"'
-    saved_model("llama3.1")[1].save_pretrained(path)
+    saved_model("llama2")[1].save_pretrained(path)
     words = ["<unk>", "<s>", "</s>", "Once", "upon", "a", "time", *(f"word{n}" for n in range(124))]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch_dist_helpers import FAMILIES, Exported, Model, assert_equal
+from torch_dist_helpers import Exported, Model, assert_equal
 
+from megatron_ee.checkpoint.conversion.formats import open_contents
+from megatron_ee.checkpoint.megatron.export import to_torch_dist
 from megatron_ee.checkpoint.megatron.legacy_args import Args, derive_config
-from megatron_ee.checkpoint.megatron.settings import to_args
+from megatron_ee.checkpoint.megatron.settings import check_expressible, to_args
 from megatron_ee.checkpoint.megatron.torch_dist import open_torch_dist
-from megatron_ee.config.architecture import parse_architecture, read_architecture
+from megatron_ee.config.architecture import Architecture, parse_architecture, read_architecture
 from megatron_ee.errors import CheckpointError
-from megatron_ee.testing.models import LLAMA3_ROPE
+from megatron_ee.testing.models import FAMILIES as TINY
+from megatron_ee.testing.models import LLAMA3_ROPE, SHAPE
 
 BRIDGE = {
     "_target_": "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider",
@@ -128,10 +132,70 @@ def test_a_configuration_of_another_model_is_refused(copied: Path, saved_model: 
         open_torch_dist(copied, trust=True, config=wider)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES | {"mistral": {}, "qwen2-window": {}, "llama3.1": {}}))
-def test_megatrons_arguments_say_all_of_a_model(family: str, saved_model: Callable[..., Model]) -> None:
-    llama3 = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
-    changes = {"rope_parameters": llama3} if family == "llama3.1" else FAMILIES.get(family, {})
-    arch = read_architecture(saved_model(family, **changes)[0])
-    config = derive_config(Args("args", to_args(arch, 256)), torch.float32)
-    assert parse_architecture(config) == arch
+def changed(family: str, **changes: Any) -> Architecture:
+    """Architecture of a tiny model's configuration, changed."""
+    prefix, differences = TINY[family]
+    config = {**SHAPE, **differences, **changes, "architectures": [f"{prefix}ForCausalLM"]}
+    if "rope_parameters" not in changes:
+        config.pop("rope_parameters", None)
+    return parse_architecture(config)
+
+
+LLAMA3 = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
+EXPRESSED: list[tuple[str, dict[str, Any]]] = [
+    *((family, {"tie_word_embeddings": tied}) for family in sorted(TINY) for tied in (False, True)),
+    ("llama3.1", {"rope_scaling": LLAMA3}),
+    ("llama2", {"rope_scaling": {"type": "linear", "factor": 3.3}, "max_position_embeddings": 10}),
+    ("mistral", {"rope_scaling": {"type": "linear", "factor": 1.5}, "max_position_embeddings": 67}),
+    ("qwen2", {"rope_theta": 10_000.5, "head_dim": 20}),
+    *((family, {"head_dim": 40}) for family in ("llama2", "mistral", "qwen3")),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    *(
+        (family, {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2})
+        for family in ("qwen2", "qwen3")
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), EXPRESSED, ids=str)
+def test_megatrons_arguments_say_all_of_a_model(family: str, changes: dict[str, Any]) -> None:
+    arch = changed(family, **changes)
+    check_expressible(arch, "model")
+    read = parse_architecture(derive_config(Args("args", to_args(arch, 256)), torch.float32))
+    # Without a window Mistral is Llama under another name.
+    assert dataclasses.replace(read, family=arch.family) == arch
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama2", {"attention_bias": True}, "attention_bias"),
+        ("llama2", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("llama3.1", {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 32}}, "original_max_position"),
+        ("llama3.1", {"rope_scaling": {**LLAMA3, "high_freq_factor": 8.0}}, "high_freq_factor 8"),
+    ],
+)
+def test_what_megatron_cannot_express_is_not_written(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_expressible(changed(family, **changes), "model")
+    assert str(caught.value).startswith("model: ")
+
+
+def test_an_export_is_checked_before_anything_is_written(saved_model: Callable[..., Model]) -> None:
+    path, _ = saved_model("llama2", attention_bias=True)
+    with pytest.raises(CheckpointError, match="attention_bias without mlp_bias, which Megatron cannot express"):
+        to_torch_dist(open_contents(path))
+
+
+def test_windows_of_some_layers_without_norms_or_biases_are_of_no_family() -> None:
+    args = to_args(changed("mistral"), 256) | {"window_attn_skip_freq": [1, 0, 1, 0]}
+    with pytest.raises(CheckpointError, match="window_size are together those of no supported family"):
+        derive_config(Args("args", args), torch.float32)
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf")])
+def test_factors_that_stretch_nothing(factor: float) -> None:
+    args = to_args(changed("llama2"), 256) | {"rotary_seq_len_interpolation_factor": factor}
+    with pytest.raises(CheckpointError, match="rotary_seq_len_interpolation_factor"):
+        derive_config(Args("args", args), torch.float32)
