@@ -54,12 +54,19 @@ def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpe
 
 
 def layer_number(position: int | float, num_layers: int, key: str) -> int:
-    """A layer number, or a fraction of the depth rounded to the nearest layer."""
-    if isinstance(position, float) and not position.is_integer():
+    """A layer number (int), or a fraction of the depth (float) rounded to the nearest layer.
+
+    Raises:
+        ConfigError: naming ``key``, for a layer outside the model or a float that is no fraction, such as 1.0, which
+            may mean the first layer or the whole depth.
+    """
+    if isinstance(position, float):
         if not 0 < position < 1:
-            raise ConfigError(f"{key}: a fraction must lie between 0 and 1, not {position}")
+            raise ConfigError(
+                f"{key}: {position} is neither a layer (a whole number, 1 to {num_layers}) nor a fraction of the depth "
+                "(above 0 and below 1)"
+            )
         return max(1, round(position * num_layers))
-    layer = int(position)
-    if not 1 <= layer <= num_layers:
-        raise ConfigError(f"{key}: {layer} is outside the model, which has layers 1 to {num_layers}")
-    return layer
+    if not 1 <= position <= num_layers:
+        raise ConfigError(f"{key}: {position} is outside the model, which has layers 1 to {num_layers}")
+    return position

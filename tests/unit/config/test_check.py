@@ -66,6 +66,10 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
     ("block", "values", "message"),
     [
         ("exits", [], "exits: at least one exit is needed"),
+        *(
+            ("exits", [{"layer": layer}], f"exits[0].layer: {layer} is neither a layer (a whole number, 1 to 8) nor")
+            for layer in (1.0, 4.0, 0.0, -0.5, 1.5)
+        ),
         ("exits", [{"layer": 9}], "exits[0].layer: 9 is outside the model, which has layers 1 to 8"),
         ("exits", [{"layer": 4}, {"layer": 0.5}], "exits[1].layer: there is already an exit after layer 4"),
         ("exits", [{"layer": 4, "weight": 0}], "exits[0].weight: must be a positive number, not 0.0"),
