@@ -7,7 +7,8 @@ memory is spent.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from megatron_ee.checkpoint.safetensors_file import TensorEntry, read_header
@@ -26,12 +27,15 @@ class HFDirectory:
     Attributes:
         path: the directory.
         files: its safetensors files, in the order of their names.
-        tensors: every tensor of these files by name, also those that the index does not mention.
+        tensors: every tensor of these files by name, also those that the index does not mention. One that several
+            files hold is the one in the file that the index names.
+        absent: names that the index lists and no file holds, with the file that it names.
     """
 
     path: Path
     files: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
+    absent: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> HFDirectory:
@@ -59,7 +63,7 @@ class HFDirectory:
         files = {name: directory / name for name in sorted(set(placed.values()))}
         for file in files.values():
             check_confined(file, root, index)
-        return cls(directory, tuple(files.values()), _join_shards(index, placed, files))
+        return cls(directory, tuple(files.values()), *_join_shards(index, placed, files))
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -79,20 +83,26 @@ def _read_index(index: Path) -> dict[str, str]:
     return placed
 
 
-def _join_shards(index: Path, placed: dict[str, str], files: dict[str, Path]) -> dict[str, TensorEntry]:
+def _join_shards(
+    index: Path, placed: dict[str, str], files: dict[str, Path]
+) -> tuple[dict[str, TensorEntry], dict[str, Path]]:
+    """``HFDirectory.tensors`` and ``absent`` of the shards ``files``."""
     tensors: dict[str, TensorEntry] = {}
-    for file in files.values():
+    others: dict[str, str] = {}  # where a tensor is that the index places in another file
+    for name, file in files.items():
         for tensor, entry in read_header(file).items():
-            if tensor in tensors:
+            if placed.get(tensor, name) != name:
+                others[tensor] = file.name
+            elif tensor in tensors:
                 both = f"{tensors[tensor].path.name} and {file.name}"
-                raise CheckpointError(f"{index}: tensor {tensor!r} is in both {both}")
-            tensors[tensor] = entry
-    for tensor, name in placed.items():
-        if tensor not in tensors:
-            raise CheckpointError(f"{files[name]}: tensor {tensor!r} is missing, which {INDEX} places there")
-        if tensors[tensor].path != files[name]:
-            raise CheckpointError(f"{index}: tensor {tensor!r} is in {tensors[tensor].path.name}, not in {name}")
-    return tensors
+                raise CheckpointError(f"{index}: tensor {tensor!r} is in both {both}, and the index names neither")
+            else:
+                tensors[tensor] = entry
+    absent = {tensor: files[name] for tensor, name in placed.items() if tensor not in tensors}
+    for tensor, file in absent.items():
+        if tensor in others:
+            raise CheckpointError(f"{index}: tensor {tensor!r} is in {others[tensor]}, not in {file.name}")
+    return tensors, absent
 
 
 def _nothing_usable(directory: Path) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.digest import backbone_digest
-from megatron_ee.checkpoint.hf_directory import HFDirectory
+from megatron_ee.checkpoint.hf_directory import INDEX, HFDirectory
 from megatron_ee.checkpoint.manifest import MANIFEST
 from megatron_ee.checkpoint.names import (
+    EMBEDDING,
+    LM_HEAD,
     Block,
     Source,
     backbone_sources,
@@ -27,7 +30,7 @@ from megatron_ee.checkpoint.names import (
 )
 from megatron_ee.checkpoint.parallel import EXITS, open_parallel
 from megatron_ee.checkpoint.store import Checkpoint
-from megatron_ee.checkpoint.tensors import StoredTensor, stored
+from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
 from megatron_ee.config.architecture import Architecture, read_architecture
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.exits import Exit
@@ -44,7 +47,7 @@ class SavedModel:
 
     Attributes:
         path: the directory.
-        architecture: from ``config.json``.
+        architecture: from ``config.json``; ``tied`` is what the tensors say.
         weights: every weight by released name.
         non_weights: known tensors beside them that hold no weight of their own.
         checkpoint: the parallel checkpoint; None for a Hugging Face directory.
@@ -74,12 +77,17 @@ def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
     """
     path = Path(path)
     checkpoint = open_parallel(path, verify=verify) if os.path.isfile(path / MANIFEST) else None
-    architecture = read_architecture(path)
+    architecture, directory = read_architecture(path), None
     if checkpoint is not None:
         tensors = {key: tensor for key, tensor in checkpoint.tensors().items() if not key.startswith(EXITS)}
     else:
-        tensors = {name: stored(entry) for name, entry in HFDirectory.open(path).tensors.items()}
+        directory = HFDirectory.open(path)
+        tensors = {name: stored(entry) for name, entry in directory.tensors.items()}
+    architecture, tensors = _resolve_head(architecture, tensors)
     expected = expected_tensors(architecture)
+    for name, file in (directory.absent if directory is not None else {}).items():
+        if name not in tensors and not is_non_weight(name, architecture):
+            raise CheckpointError(f"{file}: tensor {name!r} is missing, which {INDEX} places there")
     for name, tensor in tensors.items():
         if name not in expected and not is_non_weight(name, architecture):
             raise CheckpointError(f"{tensor.files[-1]}: unknown tensor {name!r} for a {architecture.family} model")
@@ -96,6 +104,21 @@ def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
             raise CheckpointError(f"{where} has dtype {tensors[name].dtype}; expected a floating one")
     others = {name: tensor for name, tensor in tensors.items() if name not in expected}
     return SavedModel(path, architecture, {name: tensors[name] for name in expected}, others, checkpoint)
+
+
+def _resolve_head(
+    architecture: Architecture, tensors: dict[str, StoredTensor]
+) -> tuple[Architecture, dict[str, StoredTensor]]:
+    """Whether the head is tied, by the tensors rather than ``config.json``, and the tensors; as transformers ties them.
+
+    A head that differs from the input embedding is kept: the model was tuned so. Where there is a head alone, it is
+    the embedding too.
+    """
+    if not architecture.tied or LM_HEAD not in tensors:
+        return architecture, tensors
+    if EMBEDDING not in tensors:
+        return architecture, {EMBEDDING if name == LM_HEAD else name: tensor for name, tensor in tensors.items()}
+    return dataclasses.replace(architecture, tied=same_values(tensors[EMBEDDING], tensors[LM_HEAD])), tensors
 
 
 def _listed(files: Iterable[Path]) -> str:

@@ -69,8 +69,8 @@ LAYER: dict[str, tuple[tuple[str, ...], Kind]] = {
     "mlp.down.bias": (("mlp.down_proj.bias",), "whole"),
 }
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-NON_WEIGHTS = ("rotary_emb.inv_freq",)
-"""Endings of released tensors that hold no weight; every family's old releases have this one."""
+NON_WEIGHTS = ("inv_freq", "cos_cached", "sin_cached")
+"""Endings of released tensors that hold no weight: rotary tables, which old releases saved under several prefixes."""
 
 
 def layer_source(parameter: str, prefix: str) -> Source:

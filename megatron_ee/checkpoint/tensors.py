@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,21 @@ class StoredTensor:
         for slab in self.slabs():
             digest.update(tensor_bytes(slab))
         return digest.hexdigest()
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors are equal, bit by bit where their dtypes are, else in float64.
+
+    Both are read a few MiB at a time, up to the first difference.
+
+    Raises:
+        CheckpointError: one cannot be read, or their dtypes differ and one is not a floating one.
+    """
+    if first.shape != second.shape:
+        return False
+    dtype = first.dtype if first.dtype == second.dtype else torch.float64
+    slabs = [dataclasses.replace(tensor, dtype=dtype).slabs() for tensor in (first, second)]
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(*slabs, strict=True))
 
 
 def stored(entry: TensorEntry) -> StoredTensor:

@@ -207,11 +207,6 @@ MODELS: Cases = {
         both(lambda d: (d / SHARDS[0]).rename(d / "caf\u00e9.safetensors"), _place("cafe\u0301.safetensors")),
         "is missing",
     ),
-    "one file by two names": (_place(f"./{SHARDS[0]}"), "is in both"),
-    "one file by a link": (
-        both(lambda directory: (directory / "x.safetensors").symlink_to(SHARDS[0]), _place("x.safetensors")),
-        "is in both",
-    ),
     "tensor in the other shard": (_place(SHARDS[1]), "is in"),
     "tensor that is nowhere": (
         edit(INDEX, lambda c: c["weight_map"].update(nowhere=SHARDS[0])),

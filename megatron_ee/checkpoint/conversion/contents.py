@@ -31,7 +31,7 @@ class Contents:
         backbone_sha256: the hash of the backbone that the exits were made for; None where there are none, or where
             the exits come with their backbone in a format that does not state it.
         steps: tuning steps behind the exits.
-        notes: lines for a person, on what was given up in editing.
+        notes: lines for a person, on what was changed or given up.
     """
 
     source: Path

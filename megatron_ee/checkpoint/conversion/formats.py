@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_ee.checkpoint.adapter import DESCRIPTION, Adapter, has_exits, open_adapter
@@ -12,6 +13,8 @@ from megatron_ee.checkpoint.loading import SavedModel, open_model
 from megatron_ee.checkpoint.manifest import MANIFEST
 from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.store import open_checkpoint
+from megatron_ee.config.architecture import read_architecture
+from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -68,6 +71,7 @@ def _has(path: Path, name: str) -> bool:
 
 def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
     exits = open_adapter(model.path, verify=verify) if has_exits(model) else None
+    corrected, notes = _corrected_config(model)
     return Contents(
         source=model.path,
         format=kind + (" with exits" if exits else ""),
@@ -76,11 +80,25 @@ def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
         non_weights=model.non_weights,
         exits=exits.exits if exits else (),
         exit_tensors=exits.weights if exits else {},
-        assets=released_assets(model.path),
+        assets={**released_assets(model.path), **corrected},
         base_model=_origin(model, exits),
         backbone_sha256=exits.backbone_sha256 if exits else None,
         steps=exits.steps if exits else 0,
+        notes=notes,
     )
+
+
+def _corrected_config(model: SavedModel) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """``config.json`` as the tensors have it, where it ties a head that is another one, and a line that says so.
+
+    transformers compares the two as ``open_model`` does, but others, such as vLLM, go by ``config.json`` alone.
+    """
+    path = model.path / "config.json"
+    if model.architecture.tied or not read_architecture(model.path).tied:
+        return {}, ()
+    text = json.dumps({**read_json(path), "tie_word_embeddings": False}, indent=2) + "\n"
+    note = f"{path}: ties a head that differs from the embedding; what is written has tie_word_embeddings false"
+    return {path.name: text.encode("utf-8")}, (note,)
 
 
 def _origin(model: SavedModel, exits: Adapter | None) -> str:

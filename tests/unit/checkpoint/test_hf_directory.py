@@ -103,12 +103,43 @@ def test_index_that_is_not_json(tmp_path: Path, content: str) -> None:
 
 def test_shards_that_contradict_the_index(tmp_path: Path) -> None:
     placed = sharded(tmp_path)
-    write_index(tmp_path, placed | {"d": SECOND})
-    assert refusal(tmp_path) == f"{tmp_path / SECOND}: tensor 'd' is missing, which {INDEX} places there"
     write_index(tmp_path, placed | {"b": SECOND})
     assert f"tensor 'b' is in {FIRST}, not in {SECOND}" in refusal(tmp_path)
     save_file({"c": torch.ones(5), "a": torch.ones(2, 3)}, tmp_path / SECOND)
-    assert f"tensor 'a' is in both {FIRST} and {SECOND}" in refusal(tmp_path)
+    write_index(tmp_path, {"b": FIRST, "c": SECOND})
+    assert f"tensor 'a' is in both {FIRST} and {SECOND}, and the index names neither" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("place", [FIRST, SECOND])
+def test_a_tensor_of_two_files_is_the_one_that_the_index_names(place: str, tmp_path: Path) -> None:
+    placed = sharded(tmp_path)
+    save_file({"c": torch.ones(5), "a": torch.zeros(7)}, tmp_path / SECOND)
+    write_index(tmp_path, placed | {"a": place})
+    opened = HFDirectory.open(tmp_path)
+    assert opened.tensors["a"].path == tmp_path / place
+    assert opened.tensors["a"].shape == {FIRST: (2, 3), SECOND: (7,)}[place]
+
+
+def test_what_the_index_lists_and_no_file_holds(tmp_path: Path) -> None:
+    write_index(tmp_path, sharded(tmp_path) | {"d": SECOND})
+    opened = HFDirectory.open(tmp_path)
+    assert opened.absent == {"d": tmp_path / SECOND} and set(opened.tensors) == {"a", "b", "c"}
+
+
+def test_other_entries_and_orders_of_an_index(tmp_path: Path) -> None:
+    """Shards in folders and of names that sort otherwise than they were written, and an index that says more."""
+    files = ("z.safetensors", "part/b.safetensors", "model-10-of-9.safetensors")
+    (tmp_path / "part").mkdir()
+    for number, name in enumerate(files):
+        save_file({str(number): torch.ones(number + 1)}, tmp_path / name)
+    placed = {str(number): name for number, name in enumerate(files)}
+    more = {"total_size": "24", "mergekit_version": "0.0.4", "parameters": None}
+    for content in ({"metadata": more, "weight_map": placed, "extra": []}, {"metadata": None, "weight_map": placed}):
+        (tmp_path / INDEX).write_text(json.dumps(content))
+        opened = HFDirectory.open(tmp_path)
+        assert {name: entry.path for name, entry in opened.tensors.items()} == {
+            name: tmp_path / file for name, file in placed.items()
+        }
 
 
 def test_missing_and_truncated_shards(tmp_path: Path) -> None:

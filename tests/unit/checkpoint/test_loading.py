@@ -82,13 +82,56 @@ def test_exits_get_their_values_too(saved_model: Any, load_stage: Any) -> None:
 # ------------------------------------------------------------------------------------------- what is accepted
 
 
-def test_rotary_buffers_of_old_releases(copied: Any) -> None:
-    directory = copied()
-    edit_tensors(
-        directory,
-        lambda t: t.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}),
-    )
-    assert len(open_model(directory).weights) == 3 + 4 * 9
+ROTARY = {
+    **{f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(4)},
+    **{
+        f"model.layers.3.self_attn.rotary_emb.{name}": torch.ones(1, 1, 128, 16)
+        for name in ("cos_cached", "sin_cached")
+    },
+    "model.rotary_emb.inv_freq": torch.ones(8, dtype=torch.float16),
+    "model.rotary_emb.original_inv_freq": torch.ones(8),
+    "rotary_emb._cos_cached": torch.ones(128, 16),
+    "model.rotary_pos_emb.sin_cached": torch.ones(128, 16, dtype=torch.bfloat16),
+}
+
+
+def test_rotary_tables_of_old_releases(copied: Any) -> None:
+    model = open_model(edit_tensors(copied(), lambda t: t.update(ROTARY)))
+    assert len(model.weights) == 3 + 4 * 9 and model.non_weights.keys() == ROTARY.keys()
+
+
+def test_an_index_may_list_tensors_without_weights_that_are_nowhere(copied: Any) -> None:
+    directory = copied("llama3.2-tied", shard="50KB")
+    shard = min(directory.glob("model-*.safetensors")).name
+    absent = dict.fromkeys(["lm_head.weight", *ROTARY], shard)
+    edit_json(directory / "model.safetensors.index.json", lambda c: c["weight_map"].update(absent))
+    model = open_model(directory)
+    assert model.architecture.tied and "lm_head.weight" not in model.weights and not model.non_weights
+
+
+@pytest.mark.parametrize("name", ["model.norm.bias", "lm_head.weight"])
+def test_an_index_that_lists_weights_that_are_nowhere(name: str, copied: Any) -> None:
+    directory = copied(shard="50KB")
+    shard = min(directory.glob("model-*.safetensors"))
+    if name == "lm_head.weight":
+        (place,) = (file for file in directory.glob("model-*.safetensors") if name in load_file(file))
+        tensors = load_file(place)
+        save_file({key: value for key, value in tensors.items() if key != name} or {"x.inv_freq": torch.ones(1)}, place)
+    edit_json(directory / "model.safetensors.index.json", lambda c: c["weight_map"].update({name: shard.name}))
+    assert refusal(directory) == f"{shard}: tensor {name!r} is missing, which model.safetensors.index.json places there"
+
+
+def test_an_index_decides_which_file_a_tensor_is_from(copied: Any) -> None:
+    directory = copied(shard="50KB")
+    index = directory / "model.safetensors.index.json"
+    place = json.loads(index.read_text())["weight_map"][Q0]
+    wanted = load_file(directory / place)[Q0]
+    for name in ("a.safetensors", "z.safetensors"):  # before and after it
+        save_file({Q0: torch.zeros_like(wanted), f"{name}.inv_freq": torch.ones(1)}, directory / name)
+        edit_json(index, lambda c, name=name: c["weight_map"].update({f"{name}.inv_freq": name}))
+    out = torch.empty_like(wanted)
+    open_model(directory).weights[Q0].read(out, (0, 0))
+    assert torch.equal(out, wanted)
 
 
 def test_a_tied_duplicate_of_the_head(copied: Any, load_stage: Any) -> None:

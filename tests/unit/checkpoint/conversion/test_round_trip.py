@@ -110,7 +110,7 @@ def test_resharded_from_layout_to_layout(family: Callable[[str], Path], tmp_path
 
 
 def test_sharded_sources_and_known_non_weights(family: Callable[[str], Path], tmp_path: Path) -> None:
-    """A tied model whose file repeats the head, and old releases' rotary frequencies: carried along, whatever dtype."""
+    """A tied model whose file repeats the head, and old releases' rotary tables: carried along, whatever dtype."""
     source = tmp_path / "source"
     source.mkdir()
     original = family("llama3.2-tied")
@@ -118,6 +118,8 @@ def test_sharded_sources_and_known_non_weights(family: Callable[[str], Path], tm
     tensors = tensors_of(original)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.4.self_attn.rotary_emb.inv_freq"] = torch.arange(4, dtype=torch.float16)
+    tensors["model.layers.0.self_attn.rotary_emb.cos_cached"] = torch.rand(1, 1, 64, 8)
+    tensors["model.rotary_emb.sin_cached"] = torch.rand(64, 8).bfloat16()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     parallel = converted(open_contents(source), tmp_path / "parallel", tensor=4, stages=[2, 3])
