@@ -77,6 +77,8 @@ def test_logits(family: str, saved_model: SavedModel, load_stage: LoadStage) -> 
         ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
         ("llama2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}}),
+        ("llama2", {"attention_bias": True}),
+        ("llama2", {"mlp_bias": True, "hidden_act": "swish"}),
     ],
 )
 def test_logits_of_other_shapes(
