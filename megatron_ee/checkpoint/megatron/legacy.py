@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.conversion.contents import Contents
-from megatron_ee.checkpoint.megatron.legacy_args import EarlyExit, check_agreement, derive_config, early_exits
+from megatron_ee.checkpoint.megatron.legacy_args import (
+    EarlyExit,
+    check_agreement,
+    derive_config,
+    differing_settings,
+    early_exits,
+)
 from megatron_ee.checkpoint.megatron.legacy_names import OLD, Place, find_place, spell
 from megatron_ee.checkpoint.megatron.legacy_ranks import Ranks, Stage, read_ranks
 from megatron_ee.checkpoint.megatron.opening import (
@@ -83,6 +89,7 @@ def open_legacy(path: Path, *, trust: bool, config: Path | None = None, verify: 
         assets=model.assets,
         base_model=str(directory.resolve()),
         steps=ranks.iteration,
+        notes=model.notes,
     )
 
 
@@ -91,7 +98,7 @@ def _model(ranks: Ranks, config: Path | None) -> Model:
     if config is not None:
         model = given_model(config)
         check_agreement(args, model.architecture, model.where)
-        return model
+        return dataclasses.replace(model, notes=differing_settings(args, model.architecture, model.where))
     if not args.values:
         raise CheckpointError(f"{args.where}: has no args, which would tell the model's shape; give --config DIR")
     stage, embedding = ranks.stages[0], Place("backbone", "embedding.weight")

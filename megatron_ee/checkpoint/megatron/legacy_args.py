@@ -215,6 +215,35 @@ def check_agreement(args: Args, arch: Architecture, config: str) -> None:
             )
 
 
+def differing_settings(args: Args, arch: Architecture, config: str) -> tuple[str, ...]:
+    """Lines for a person on settings that no tensor's shape shows and that the arguments state otherwise.
+
+    The configuration counts: whoever gives one may know that the arguments are a converter's defaults.
+
+    Args:
+        arch: of the configuration.
+        config: names it.
+    """
+    rope = arch.rope
+    windows = [window for window in arch.windows if window is not None]
+    ours: dict[str, Any] = {
+        "norm_epsilon": arch.norm_eps,
+        "rotary_base": rope.theta,
+        STRETCHED: rope.factor if rope.kind == "linear" else None,
+        "use_rope_scaling": rope.kind == "llama3",
+        "window_size": (windows[0] - 1, 0) if windows else None,
+    }
+    if rope.kind == "llama3" and args.values.get("use_rope_scaling"):
+        ours["rope_scaling_factor"] = rope.factor
+    lines = []
+    for name, value in ours.items():
+        found = args.values.get(name, value)
+        found = tuple(found) if isinstance(found, list) else found
+        if found != value and (name, found, value) != ("window_size", (-1, 0), None):
+            lines.append(f"{args.where}: {name} is {shown(found)}, but {shown(value)} by {config}, which is used")
+    return tuple(lines)
+
+
 @dataclass(frozen=True)
 class EarlyExit:
     """An exit of EE-LLM.

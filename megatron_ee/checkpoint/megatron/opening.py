@@ -25,11 +25,13 @@ class Model:
         architecture: its shape.
         assets: its small files, ``config.json`` among them.
         where: the file that says so.
+        notes: lines for a person.
     """
 
     architecture: Architecture
     assets: Mapping[str, Path | bytes]
     where: str
+    notes: tuple[str, ...] = ()
 
 
 def require_trust(path: Path, trust: bool) -> None:

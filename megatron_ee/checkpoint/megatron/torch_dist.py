@@ -18,7 +18,7 @@ import yaml
 from megatron_ee.checkpoint.conversion.contents import Contents
 from megatron_ee.checkpoint.conversion.formats import released_assets
 from megatron_ee.checkpoint.megatron.guarded import Inert
-from megatron_ee.checkpoint.megatron.legacy_args import Args, check_agreement, derive_config
+from megatron_ee.checkpoint.megatron.legacy_args import Args, check_agreement, derive_config, differing_settings
 from megatron_ee.checkpoint.megatron.metadata import METADATA, Metadata, open_tensor, read_metadata, tensor_dtype
 from megatron_ee.checkpoint.megatron.names import EMBEDDING_KEY, Parameter, fused_shape, parse_key, released_parts
 from megatron_ee.checkpoint.megatron.opening import (
@@ -90,6 +90,7 @@ def open_torch_dist(path: Path, *, trust: bool, config: Path | None, verify: boo
         backbone=backbone,
         assets=model.assets,
         base_model=str(directory.resolve()),
+        notes=model.notes,
     )
 
 
@@ -121,6 +122,7 @@ def _describe(directory: Path, config: Path | None, dtype: torch.dtype) -> Model
         model = given_model(config)
         if args is not None:
             check_agreement(args, model.architecture, model.where)
+            return dataclasses.replace(model, notes=differing_settings(args, model.architecture, model.where))
         return model
     if args is None:
         raise CheckpointError(

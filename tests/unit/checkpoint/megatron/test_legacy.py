@@ -228,6 +228,14 @@ def test_without_config_the_arguments_tell_the_same(saved_model: SavedModel, tmp
     assert read_architecture(tmp_path) == read_architecture(directory)
 
 
+def test_settings_that_a_given_configuration_has_otherwise_are_told(saved_model: SavedModel, tmp_path: Path) -> None:
+    directory, model = saved_model("mistral")
+    folder = write_legacy(tmp_path, model, Layout(), rotary_base=500_000, window_size=(7, 0))
+    notes = open_legacy(folder, trust=True, config=directory).notes
+    assert [note.split(": ")[1].split(" ")[0] for note in notes] == ["rotary_base", "window_size"]
+    assert open_legacy(write_legacy(tmp_path, model, Layout(), iteration=6), trust=True, config=directory).notes == ()
+
+
 def test_the_derived_configuration_is_one_that_transformers_reads(saved_model: SavedModel, tmp_path: Path) -> None:
     import transformers
 

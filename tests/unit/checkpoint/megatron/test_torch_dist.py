@@ -23,6 +23,7 @@ from megatron_ee.checkpoint.conversion.contents import Contents
 from megatron_ee.checkpoint.conversion.convert import Request, Target, prepare, write
 from megatron_ee.checkpoint.conversion.copy import write_output
 from megatron_ee.checkpoint.conversion.formats import open_contents
+from megatron_ee.checkpoint.conversion.to_hf import to_hf
 from megatron_ee.checkpoint.failpoints import VARIABLE
 from megatron_ee.checkpoint.megatron import export
 from megatron_ee.checkpoint.megatron.export import to_torch_dist
@@ -33,6 +34,7 @@ from megatron_ee.config.schema import ExitConfig
 from megatron_ee.errors import CheckpointError
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.testing.gpt import gpt_logits, gpt_model, load_gpt, save_gpt
+from megatron_ee.testing.models import FAMILIES as TINY
 from megatron_ee.testing.ranks import Ranks
 
 LAYOUTS: dict[str, dict[str, Any] | None] = {
@@ -123,6 +125,24 @@ def test_export_and_import_give_the_same_bits(
             tensor.read(box[0], (7, 5))
             found.backbone[name].read(box[1], (7, 5))
             assert torch.equal(*box), name
+
+
+@pytest.mark.parametrize("family", sorted({*TINY} - {"llama3.1", "llama-biases"}))
+def test_an_export_without_its_config_is_the_same_model_in_transformers(
+    family: str, saved_model: Callable[..., Model], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    changes = {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0}}
+    path, reference = saved_model(family, **changes)
+    write_output(to_torch_dist(open_contents(path)), tmp_path / "megatron")
+    shutil.rmtree(tmp_path / "megatron" / "release" / "huggingface")
+    write_output(to_hf(open_contents(tmp_path / "megatron", trust=True)), tmp_path / "hf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    tokens = torch.randint(131, (1, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again(tokens, use_cache=False).logits, reference(tokens, use_cache=False).logits)
+    assert read_architecture(tmp_path / "hf").max_positions == read_architecture(path).max_positions
 
 
 def test_prefixes_of_wrappers_are_taken_off(exported: Exported, tmp_path: Path) -> None:

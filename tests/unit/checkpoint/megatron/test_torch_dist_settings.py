@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch_dist_helpers import Exported, Model, assert_equal
 
 from megatron_ee.checkpoint.conversion.formats import open_contents
 from megatron_ee.checkpoint.megatron.export import to_torch_dist
-from megatron_ee.checkpoint.megatron.legacy_args import Args, derive_config
+from megatron_ee.checkpoint.megatron.legacy_args import Args, derive_config, differing_settings
 from megatron_ee.checkpoint.megatron.settings import check_expressible, to_args
 from megatron_ee.checkpoint.megatron.torch_dist import open_torch_dist
 from megatron_ee.config.architecture import Architecture, parse_architecture, read_architecture
@@ -161,6 +162,7 @@ EXPRESSED: list[tuple[str, dict[str, Any]]] = [
 def test_megatrons_arguments_say_all_of_a_model(family: str, changes: dict[str, Any]) -> None:
     arch = changed(family, **changes)
     check_expressible(arch, "model")
+    assert differing_settings(Args("args", to_args(arch, 256)), arch, "config.json") == ()
     read = parse_architecture(derive_config(Args("args", to_args(arch, 256)), torch.float32))
     # Without a window Mistral is Llama under another name.
     assert dataclasses.replace(read, family=arch.family) == arch
@@ -192,6 +194,28 @@ def test_windows_of_some_layers_without_norms_or_biases_are_of_no_family() -> No
     args = to_args(changed("mistral"), 256) | {"window_attn_skip_freq": [1, 0, 1, 0]}
     with pytest.raises(CheckpointError, match="window_size are together those of no supported family"):
         derive_config(Args("args", args), torch.float32)
+
+
+def test_settings_that_a_given_configuration_has_otherwise_are_told(
+    saved_model: Callable[..., Model], copied: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(saved_model("llama2", num_key_value_heads=2)[0], tmp_path / "config"))
+    assert open_torch_dist(copied, trust=True, config=path).notes == ()
+    config = json.loads((path / "config.json").read_text())
+    config |= {"rms_norm_eps": 1e-3, "rope_parameters": {**LLAMA3, "rope_theta": 70.0}}
+    (path / "config.json").write_text(json.dumps(config))
+    found = open_torch_dist(copied, trust=True, config=path)
+    assert found.architecture == read_architecture(path)
+    assert [note.removeprefix(f"{copied / 'common.pt'}: ").split(" ")[0] for note in found.notes] == [
+        "norm_epsilon",
+        "rotary_base",
+        "use_rope_scaling",
+    ]
+    assert f"is 1e-05, but 0.001 by {path / 'config.json'}, which is used" in found.notes[0]
+    windows = changed("mistral")
+    args = to_args(windows, 256) | {"window_size": [7, 0], "rotary_seq_len_interpolation_factor": 2.0}
+    lines = differing_settings(Args("args", args), windows, "config.json")
+    assert [line.split(" ")[1] for line in lines] == ["rotary_seq_len_interpolation_factor", "window_size"]
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf")])
