@@ -134,6 +134,41 @@ def graph_tokens() -> int:
     return 2048 if has_accelerator() else 1
 
 
+@contextlib.contextmanager
+def tuning_attention() -> Iterator[None]:
+    """While open, scaled dot product attention takes the fastest kernel for tuning: flash, then cuDNN's.
+
+    Every microbatch has the same shape, so that cuDNN plans once for each kind of layer.
+    """
+    with _attention_kernels("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        yield
+
+
+@contextlib.contextmanager
+def inference_attention() -> Iterator[None]:
+    """While open, scaled dot product attention takes the fastest kernel for inference, but never cuDNN's.
+
+    cuDNN plans anew for each shape, and the number of keys grows with every token.
+    """
+    with _attention_kernels("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        yield
+
+
+@contextlib.contextmanager
+def _attention_kernels(*names: str) -> Iterator[None]:
+    """Allow these kernels alone, the first one that can take a call; on a CPU torch's own choice stands.
+
+    The setting is the process's. Backward takes the kernel of its forward pass.
+    """
+    if not has_accelerator():
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True):
+        yield
+
+
 def zero_(tensor: torch.Tensor) -> None:
     """Fill a contiguous tensor with zeros. On a CPU its memory goes back to the system until it is written again."""
     page, begin = resource.getpagesize(), tensor.data_ptr()

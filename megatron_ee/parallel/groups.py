@@ -93,8 +93,6 @@ def joined_processes(timeout_minutes: float = 10) -> Iterator[dist.ProcessGroup]
     platform.quiet_runtime()
     platform.return_freed_memory()
     if platform.has_accelerator():
-        # As megatron-core asks for: what is queued first starts first, so that its collectives overlap with products.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend, timeout = platform.communication_backend(), timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:

@@ -106,6 +106,7 @@ class Pipeline:
         self._pupils = [Outbox(groups.teacher, host, torch.int32) for host in taught]
         self._lessons = Inbox(groups.teacher, last, torch.int32) if top_k and self.index in hosts else None
 
+    @platform.tuning_attention()
     def run(
         self,
         batches: Sequence[Batch],

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn import attention
 
 from megatron_ee import platform
 from megatron_ee.errors import UserError
@@ -37,6 +38,26 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     held = torch.ones(2**20, device=platform.device())
     assert before > 0 and platform.peak_memory() >= before
     assert held.numel() * 4 < platform.peak_memory() < 2**40
+
+
+@pytest.mark.parametrize(
+    "name, kernels",
+    [("tuning_attention", "flash cudnn efficient math"), ("inference_attention", "flash efficient math")],
+)
+def test_attention_kernels_and_their_order_on_an_accelerator(
+    name: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enabled() -> list[str]:
+        backends = attention._cur_sdpa_kernel_backends(with_priority=True)
+        return [backend.name.removesuffix("_ATTENTION").lower() for backend in backends]
+
+    before = enabled()
+    with getattr(platform, name)():
+        assert enabled() == before or platform.has_accelerator(), "a CPU keeps torch's choice"
+    monkeypatch.setattr(platform, "has_accelerator", lambda: True)
+    with getattr(platform, name)():
+        assert " ".join(enabled()) == kernels
+    assert enabled() == before
 
 
 @cpu_only
