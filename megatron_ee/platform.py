@@ -57,6 +57,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A host tensor on this process's device. The host does not wait for the copy, which starts from page-locked memory.
+
+    Each call takes one copy and some microseconds: put what is needed together into one tensor.
+    """
+    return tensor.pin_memory().to(device(), non_blocking=True) if has_accelerator() else tensor
+
+
+def loads_kernels_lazily() -> bool:
+    """Whether the first use of a kernel loads it, for which the device may have to finish all queued work."""
+    return has_accelerator()
+
+
 def host_buffer(nbytes: int) -> torch.Tensor:
     """Bytes in host memory, uint8 [nbytes]; page-locked where there is an accelerator, so that it copies there itself.
 

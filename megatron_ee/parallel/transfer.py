@@ -4,6 +4,8 @@ One message per pair of stages and microbatch, always in the order of the microb
 no tags. Receives are posted ahead of their turn, and a send is not waited for until its memory is needed again, so
 that transfer overlaps computing; buffers are made once and used in turn. megatron-core's own transfer reaches
 neighbours only and always waits.
+
+A posted receive occupies the device until its message arrives. Whoever posts one must not have to send anything first.
 """
 
 from __future__ import annotations
@@ -41,36 +43,33 @@ class Inbox:
             group: the communicator.
             source: rank in it.
             dtype: of all messages.
-            ahead: receives posted before their turn, at least 1.
+            ahead: messages that may be expected beside the one that is taken, at least 1.
             held: messages still read when a later one is taken.
         """
-        self._group, self._source, self._dtype, self._ahead = group, source, dtype, ahead
+        self._group, self._source, self._dtype = group, source, dtype
         self._buffers: list[Tensor] = [_nothing(dtype)] * (ahead + held + 1)
         self._sizes: list[int] = []
         self._posted: list[dist.Work] = []
         self._taken = 0
 
     def begin(self, sizes: Sequence[int]) -> None:
-        """Expect messages of these numbers of elements; the first ones are posted now."""
+        """Get ready for messages of these numbers of elements, in this order."""
         self._sizes, self._posted, self._taken = list(sizes), [], 0
         self._buffers = _room(self._buffers, max(sizes, default=0), self._dtype)
-        for _ in range(self._ahead):
-            self._post()
 
-    def take(self) -> Tensor:
-        """The next message, flat. It is overwritten ``held + 1`` takes later."""
-        number = self._taken
-        self._posted[number].wait()
-        self._taken += 1
-        self._post()
-        return self._buffer(number)
-
-    def _post(self) -> None:
-        number = len(self._posted)
-        if number < len(self._sizes):
+    def post(self, count: int) -> None:
+        """Post receives until the first ``count`` messages have one; at most ``ahead`` of them not taken yet."""
+        for number in range(len(self._posted), min(count, len(self._sizes))):
             work = dist.irecv(self._buffer(number), group=self._group, group_src=self._source)
             assert work is not None
             self._posted.append(work)
+
+    def take(self) -> Tensor:
+        """The next message, flat, whose receive was posted. It is overwritten ``held + 1`` takes later."""
+        number = self._taken
+        self._posted[number].wait()
+        self._taken += 1
+        return self._buffer(number)
 
     def _buffer(self, number: int) -> Tensor:
         return self._buffers[number % len(self._buffers)][: self._sizes[number]]

@@ -8,6 +8,7 @@ are stages behind it before it works on the first one, by when its verdict has a
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +91,8 @@ class Pipeline:
         hosts = [index for index, place in enumerate(layout.stages) if place.exits and index != last]
         self.lag = layout.depth(last) - layout.depth(self.index) if top_k and self.index in hosts else 0
         self._top_k = top_k
+        # Warm-up is for messages in both directions: those that only go forward cannot wait in a circle.
+        self._needs_warm_up = bool(top_k and hosts) and platform.loads_kernels_lazily()
         self._inboxes, self._outboxes = [], []
         for message in layout.messages():
             connect(groups.pipeline, message.source, message.target)
@@ -97,7 +100,7 @@ class Pipeline:
             ahead = max(1, layout.depth(message.target) - layout.depth(message.source) + 1)
             if message.target == self.index:
                 box = Inbox(groups.pipeline, message.source, dtype, ahead=ahead, held=self.lag)
-                self._inboxes.append((message, box))
+                self._inboxes.append((message, box, ahead))
             if message.source == self.index:
                 self._outboxes.append((message, Outbox(groups.pipeline, message.target, dtype, ahead=ahead)))
         for host in hosts if top_k else []:
@@ -127,15 +130,21 @@ class Pipeline:
         ends = at_end is not None and self.index == self.layout.last_layered
         needs_h = ends or any(message.hidden for message, _ in self._outboxes)
         waiting: deque[tuple[Microbatch, Teacher | None]] = deque()
+        if taught and self._needs_warm_up:
+            self._needs_warm_up = False
+            self._warm_up(batches[0], exits_work, at_end)
+        data = on_device(batches)
         self._expect(batches, taught)
         lag = self.lag if taught else 0
         for turn in range(len(batches) + lag):
             if turn < len(batches):  # fill and steady state: one more microbatch through the layers
-                h, taps, positions = self._receive(turn, batches[turn])
+                h, taps, positions = self._receive(turn, batches[turn], data[turn])
                 with self._event("forward", turn):
                     h, own = self.stage.run_layers(h, positions, to_end=needs_h)
                 self._send(turn, h, own)
-                micro = Microbatch(turn, batches[turn], positions, *to_device(batches[turn]), self._hosted(own | taps))
+                micro = Microbatch(
+                    turn, batches[turn], positions, data[turn].labels, data[turn].mask, self._hosted(own | taps)
+                )
                 del own, taps  # but for the hosted ones they are gone before the next microbatch's
                 teacher = None
                 if ends and at_end is not None:
@@ -145,6 +154,9 @@ class Pipeline:
                         self._teach(turn, teacher)
                 del h  # taps are all that the exits' work needs
                 waiting.append((micro, teacher))
+            if taught and self._lessons is not None:
+                # A verdict depends on what this stage sends of its microbatch: all of it is under way by now.
+                self._lessons.post(min(turn, turn - lag + 1) + 1)
             if turn >= lag:  # steady state and drain: the exits' work on one whose teacher has arrived
                 micro, teacher = waiting.popleft()
                 if taught and self._lessons is not None:
@@ -159,24 +171,55 @@ class Pipeline:
         boxes = [(False, box) for _, box in self._outboxes] + [(True, box) for box in self._pupils]
         return [Traffic(box.target, verdicts, box.messages, box.bytes) for verdicts, box in boxes]
 
+    def _warm_up(
+        self,
+        batch: Batch,
+        exits_work: Callable[[Microbatch, Teacher | None], None],
+        at_end: Callable[[Microbatch, Tensor], Teacher | None] | None,
+    ) -> None:
+        """Compute one microbatch without messages and without a token that counts, before any receive is posted.
+
+        CUDA loads a kernel when it is first used, and may wait for the device then. A device that waits for a message
+        which depends on what this rank has yet to send would never be done. Afterwards all kernels are loaded and
+        memory is allocated. Gradients and sums are left as they were.
+        """
+        (data,), shape = on_device([batch]), self._shape(batch)
+        positions = self.stage.backbone.positions(batch.tokens.shape[1])
+        zeros = torch.zeros(shape, dtype=self.stage.setup.dtype, device=platform.device())
+        h = zeros
+        if self.stage.backbone.embedding is not None:
+            with torch.no_grad():
+                h = self.stage.backbone.embed(data.tokens)
+        ends = at_end is not None and self.index == self.layout.last_layered
+        h, own = self.stage.run_layers(h, positions, to_end=True)
+        taps = {exit_.spec.layer: own.get(exit_.spec.layer, zeros) for exit_ in self.stage.exits}
+        micro = Microbatch(-1, batch, positions, data.labels, torch.zeros_like(data.mask), taps)
+        teacher = at_end(micro, h) if ends and at_end is not None else None
+        if self._lessons is not None:
+            ids = torch.arange(self._top_k, device=platform.device()).expand(len(data.labels), -1)
+            teacher = Teacher(ids, torch.full(ids.shape, -math.log(self._top_k), device=platform.device()))
+        exits_work(micro, teacher)
+
     def _expect(self, batches: Sequence[Batch], taught: bool) -> None:
-        """Post the first receives."""
-        for message, inbox in self._inboxes:
+        """Post the first receives of h and taps."""
+        for message, inbox, ahead in self._inboxes:
             tensors = message.hidden + len(message.taps)
             inbox.begin([tensors * self._shape(batch).numel() for batch in batches])
+            inbox.post(ahead)
         if taught and self._lessons is not None:
             self._lessons.begin([2 * batch.tokens.numel() * self._top_k for batch in batches])
 
-    def _receive(self, number: int, batch: Batch) -> tuple[Tensor, dict[int, Tensor], Positions]:
+    def _receive(self, number: int, batch: Batch, data: DeviceBatch) -> tuple[Tensor, dict[int, Tensor], Positions]:
         """h and taps as they come in, and the positions of the pass."""
         positions = self.stage.backbone.positions(batch.tokens.shape[1])
         if self.stage.backbone.embedding is not None:
             with torch.no_grad(), self._event("forward", number):
-                return self.stage.backbone.embed(batch.tokens.to(platform.device())), {}, positions
+                return self.stage.backbone.embed(data.tokens), {}, positions
         h, taps = torch.empty(0), dict[int, Tensor]()
-        for message, inbox in self._inboxes:
+        for message, inbox, ahead in self._inboxes:
             with self._event("receive", number):
                 parts = iter(inbox.take().view(-1, *self._shape(batch)).unbind())
+                inbox.post(number + 1 + ahead)
             if message.hidden:
                 h = next(parts)
             taps |= dict(zip(message.taps, parts, strict=True))
@@ -224,7 +267,28 @@ def one_stage(stage: Stage) -> Pipeline:
     return Pipeline(stage, Layout((place,)), specs)
 
 
-def to_device(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Labels int64 and mask float32 of a microbatch, ``[seq * batch]``, sequence-major as hidden states are."""
-    labels, mask = (tensor.t().reshape(-1).to(platform.device()) for tensor in (batch.labels, batch.mask))
-    return labels, mask.float()
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A microbatch's data on the device.
+
+    Attributes:
+        tokens: ``[batch, seq]`` int64.
+        labels: ``[seq * batch]`` int64, sequence-major as hidden states are.
+        mask: ``[seq * batch]`` float32.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def on_device(batches: Sequence[Batch]) -> list[DeviceBatch]:
+    """The data of some microbatches on the device, in three copies for all of them."""
+    sizes = [batch.labels.numel() for batch in batches]
+    tokens = platform.to_device(torch.cat([batch.tokens.reshape(-1) for batch in batches])).split(sizes)
+    labels = platform.to_device(torch.cat([batch.labels.t().reshape(-1) for batch in batches])).split(sizes)
+    mask = platform.to_device(torch.cat([batch.mask.t().reshape(-1) for batch in batches])).float().split(sizes)
+    return [
+        DeviceBatch(its_tokens.view(batch.tokens.shape), *rest)
+        for batch, its_tokens, *rest in zip(batches, tokens, labels, mask, strict=True)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DistillationConfig, LossConfig
 from megatron_ee.parallel import transfer
@@ -83,6 +85,78 @@ def test_nothing_but_the_teacher_goes_backward(
     hosts = [index for index, (_, exits) in enumerate(stages) if exits and index != last]
     taught = [(True, last, host, 2 * microbatch * 4) for host in hosts] if loss is TEACHER else []
     assert sorted(backward) == sorted(taught * 12)
+
+
+def message_order(path: Path, case: Case, warm_up: bool) -> tuple[list[tuple[str, bool, int]], list[str], list[Any]]:
+    """What this rank did in one step, in order: sends, receives posted and exits' forwards, then its final weights.
+
+    A send or receive is its kind, whether it is the teacher's, and its microbatch.
+    """
+    happened: list[tuple[str, bool, int]] = []
+    counts: Counter[tuple[str, bool, int]] = Counter()
+    forwards: list[str] = []
+
+    def record(kind: str, group: dist.ProcessGroup, peer: int) -> None:
+        lessons = group is groups_of_run[0].teacher
+        happened.append((kind, lessons, counts[kind, lessons, peer]))
+        counts[kind, lessons, peer] += 1
+
+    class Recording:
+        def __getattr__(self, name: str) -> Any:
+            return {"isend": isend, "irecv": irecv}.get(name) or getattr(dist, name)
+
+    def isend(tensor: torch.Tensor, *, group: dist.ProcessGroup, group_dst: int) -> Any:
+        record("send", group, group_dst)
+        return dist.isend(tensor, group=group, group_dst=group_dst)
+
+    def irecv(tensor: torch.Tensor, *, group: dist.ProcessGroup, group_src: int) -> Any:
+        record("receive", group, group_src)
+        return dist.irecv(tensor, group=group, group_src=group_src)
+
+    groups_of_run: list[Any] = []
+
+    def watch(pipeline: schedule.Pipeline) -> None:
+        groups_of_run.append(pipeline.stage.setup.groups)
+        for exit_ in pipeline.stage.exits:
+            exit_.register_forward_pre_hook(lambda *_: forwards.append(f"after {len(happened)} messages"))
+
+    transfer.dist = Recording()  # type: ignore[attr-defined]
+    lazily, platform.loads_kernels_lazily = platform.loads_kernels_lazily, lambda: warm_up
+    try:
+        for pipeline, _, _ in _steps(path, case, 1, watch):
+            trained = [p.detach().tolist() for p in pipeline.stage.parameters() if p.requires_grad]
+            return happened, forwards, trained
+    finally:
+        transfer.dist, platform.loads_kernels_lazily = dist, lazily  # type: ignore[attr-defined]
+    raise AssertionError
+
+
+THIRDS = (((1, 1), (1,)), ((2, 3), (2, 3)), ((4, 4), (4,)))
+
+
+@pytest.mark.parametrize("stages", [THIRDS, MIXED], ids=["thirds", "late"])
+def test_a_verdict_is_awaited_only_after_what_it_depends_on_was_sent(
+    stages: Any, saved_model: Callable[..., tuple[Path, Any]]
+) -> None:
+    """With a warm-up and without: it computes before the first receive is posted, and changes nothing."""
+    path, _ = saved_model("llama2")
+    case = Case("", "llama2", SPECS, stages, loss=TEACHER)
+    cold = run_ranks(len(stages), message_order, path, case, False)
+    warm = run_ranks(len(stages), message_order, path, case, True)
+    for rank, (happened, forwards, trained) in enumerate(cold):
+        sources = {message.source for message in case.layout.messages()}
+        received = [number for kind, lessons, number in happened if kind == "receive" and lessons]
+        hosts = bool(stages[rank][1]) and rank != case.layout.last_layered
+        assert received == (list(range(12)) if hosts else [])
+        for place, (kind, lessons, number) in enumerate(happened):
+            if kind == "receive" and lessons and rank in sources:
+                assert ("send", False, number) in happened[:place]
+        warm_happened, warm_forwards, warm_trained = warm[rank]
+        assert sorted(warm_happened) == sorted(happened)
+        assert warm_trained == trained
+        extra = len(stages[rank][1])
+        assert len(warm_forwards) == len(forwards) + extra
+        assert set(warm_forwards[:extra]) == {"after 0 messages"} or not extra
 
 
 SLOW = 0.25
