@@ -58,7 +58,7 @@ def synchronize() -> None:
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """A host tensor on this process's device. The host does not wait for the copy, which starts from page-locked memory.
+    """A host tensor on this process's device, through page-locked memory: the host does not wait for the copy.
 
     Each call takes one copy and some microseconds: put what is needed together into one tensor.
     """
@@ -70,10 +70,14 @@ def loads_kernels_lazily() -> bool:
     return has_accelerator()
 
 
-def host_buffer(nbytes: int) -> torch.Tensor:
+def host_buffer(nbytes: int, instead: str = "checkpoint.asynchronous to false") -> torch.Tensor:
     """Bytes in host memory, uint8 [nbytes]; page-locked where there is an accelerator, so that it copies there itself.
 
-    Not ``pin_memory=True``, which rounds up to a power of two.
+    Not ``pin_memory=True``, which rounds up to a power of two. The memory is unlocked when this tensor object is gone:
+    keep it for as long as its views.
+
+    Args:
+        instead: which setting does without the buffer, for the error.
 
     Raises:
         UserError: the system does not let this process lock so much.
@@ -84,8 +88,7 @@ def host_buffer(nbytes: int) -> torch.Tensor:
         status = int(runtime.cudaHostRegister(pointer, nbytes, 0))
         if status != 0:
             raise UserError(
-                f"{nbytes / 1e9:.1f} GB of host memory cannot be page-locked for saves in the background (CUDA error "
-                f"{status}); set checkpoint.asynchronous to false"
+                f"{nbytes / 1e9:.1f} GB of host memory cannot be page-locked (CUDA error {status}); set {instead}"
             )
         weakref.finalize(buffer, runtime.cudaHostUnregister, pointer).atexit = False
     return buffer

@@ -31,13 +31,15 @@ class VocabHead(nn.Module):
         weight: ``[padded_vocab / tp, hidden]``.
         start: first token id of this rank's rows.
         valid: how many of the rows are real tokens; the others are padding.
+        vocabulary: real tokens of all ranks.
     """
 
     def __init__(self, setup: ModelSetup) -> None:
         super().__init__()
         rows = setup.padded_vocab // setup.groups.tensor.size()
         self.start = setup.groups.tensor.rank() * rows
-        self.valid = max(0, min(rows, setup.architecture.vocab_size - self.start))
+        self.vocabulary = setup.architecture.vocab_size
+        self.valid = max(0, min(rows, self.vocabulary - self.start))
         self.weight = nn.Parameter(torch.empty(rows, setup.architecture.hidden_size, dtype=setup.dtype))
         mark_sharded(self.weight, 0)
 

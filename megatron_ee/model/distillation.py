@@ -150,14 +150,12 @@ def teacher_top_k(
         log_total[part] = highest + logits.sub_(highest).exp_().sum(dim=1, keepdim=True).log()
     ids += head.start
 
-    vocabulary = head.valid
     if group.size() > 1:
-        vocabulary = int(_gathered(torch.full((1, 1), head.valid, device=z.device), group).sum())
         values, ids, log_total = (_gathered(tensor, group) for tensor in (values, ids, log_total))
         # Ranks hold ascending ids, so a stable sort keeps the lower one first.
         values, order = values.sort(dim=1, descending=True, stable=True)
         ids = ids.gather(1, order)
-    k = min(k, vocabulary)
+    k = min(k, head.vocabulary)
     return Teacher(ids[:, :k].contiguous(), values[:, :k] - log_total.logsumexp(dim=1, keepdim=True))
 
 

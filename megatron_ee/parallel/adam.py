@@ -181,26 +181,29 @@ class HostAdam(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._mains: list[tuple[Tensor, Tensor]] = []  # (shard, its main weights)
         self._staging: list[Tensor] = []
+        self._buffer = platform.host_buffer(0)  # what both lie in
         self._inner: Optimizer | None = None
 
     @torch.no_grad()
     def allocate(self) -> None:
         """Make the host's tensors, the main weights equal to the shards."""
-        pinned = platform.has_accelerator()  # copies to and from the device are asynchronous only then
+        sizes = [shard.numel() for group in self.param_groups for shard in group["params"]]
+        if not sizes:
+            return
+        largest = max(sizes)
+        self._buffer = platform.host_buffer(4 * (sum(sizes) + 2 * largest), f"{KEY} to auto")
+        *rooms, first, second = self._buffer.view(torch.float32).split([*sizes, largest, largest])
+        self._staging, room = [first, second], iter(rooms)
         groups = []
         for group in self.param_groups:
             mains = []
             for shard in group["params"]:
-                main = torch.empty(shard.numel(), device="cpu", pin_memory=pinned).copy_(shard)
+                main = next(room).copy_(shard)
                 moments = {name: torch.zeros(shard.numel(), device="cpu") for name in ("exp_avg", "exp_avg_sq")}
                 self.state[shard] = {"master_param": main, **moments}
                 mains.append(main)
             self._mains += zip(group["params"], mains, strict=True)
             groups.append({**group, "params": mains, "bias_correction": False})
-        if not self._mains:
-            return
-        largest = max(main.numel() for _, main in self._mains)
-        self._staging = [torch.empty(largest, device="cpu", pin_memory=pinned) for _ in range(2)]
         self._inner = _load_deepspeed()(groups, adamw_mode=True)  # type: ignore[call-arg]
         for shard, main in self._mains:
             state = self.state[shard]

@@ -150,12 +150,11 @@ class ExitOptimizer:
         """
         first = self.groups.tensor.rank() == 0
         own = set(exit_.parameters())
-        squares = [torch.zeros((), dtype=torch.float64, device=platform.device())]
+        runs = [torch.zeros(1, device=platform.device())]
         for parameter, start, stop in self._updated_ranges():
-            if parameter in own and (first or getattr(parameter, "tensor_model_parallel", False)):
-                for run in parameter.main_grad.view(-1)[start:stop].split(NORM_RUN):  # type: ignore[attr-defined]
-                    squares.append(run.norm().double().square())
-        return torch.stack(squares).sum()
+            if parameter in own and stop > start and (first or getattr(parameter, "tensor_model_parallel", False)):
+                runs += parameter.main_grad.view(-1)[start:stop].split(NORM_RUN)  # type: ignore[attr-defined]
+        return torch.stack(torch._foreach_norm(runs)).double().square().sum()  # type: ignore[attr-defined]
 
     def step(self, grad_norm: float) -> None:
         """Clip, update, advance the schedule.

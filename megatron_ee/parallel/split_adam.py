@@ -82,6 +82,7 @@ class SplitAdam(Optimizer):
         shards = [shard for group in self.param_groups for shard in group["params"]]
         longest = min(run, max((len(shard) for shard in shards), default=0))
         scratch = torch.empty(longest, dtype=torch.float32, device=platform.device())
+        count = torch.empty((), dtype=torch.float32, device=platform.device())  # which the update adds one to
         for group in self.param_groups:
             steps = group.get("step", 0)
             group["step"] = steps + 1
@@ -91,18 +92,17 @@ class SplitAdam(Optimizer):
                 state = self.state[shard]
                 wholes = (shard, state["master_param"], shard.decoupled_grad, state["exp_avg"], state["exp_avg_sq"])
                 for parts in zip(*(tensor.split(run) for tensor in wholes), strict=True):
-                    _update_(parts, scratch[: len(parts[0])], steps, options)
+                    _update_(parts, scratch[: len(parts[0])], count.fill_(steps), options)
 
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
         """What megatron-core asks a fused Adam with main weights for; here ``master_param`` are the remainders."""
         return self.state[parameter][name]  # type: ignore[no-any-return]
 
 
-def _update_(parts: Sequence[Tensor], scratch: Tensor, steps: int, options: dict[str, float]) -> None:
-    """One step, after ``steps``, of some elements' weights, remainders, gradients and moments."""
+def _update_(parts: Sequence[Tensor], scratch: Tensor, count: Tensor, options: dict[str, float]) -> None:
+    """One step, after ``count`` (float32 scalar, on the device), of some weights, remainders, gradients and moments."""
     weight, remainder, gradient, exp_avg, exp_avg_sq = parts
     main = join(weight, remainder, scratch)
-    count = torch.tensor(float(steps), device=main.device)  # which the update adds one to
     adamw(
         [main], [gradient], [exp_avg], [exp_avg_sq], [], [count],
         fused=True, amsgrad=False, maximize=False, **options,  # type: ignore[arg-type]

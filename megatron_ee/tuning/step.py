@@ -176,7 +176,9 @@ def _over_all_ranks(
 
 def _bad_parts(parts: Sequence[tuple[int, range, Tensor]]) -> list[tuple[int, list[int]]]:
     """Exit and sequences of each microbatch whose loss is not finite."""
-    return [(layer, list(sequences)) for layer, sequences, part in parts if not torch.isfinite(part)]
+    finite = torch.stack([total for _, _, total in parts]).isfinite().tolist() if parts else []
+    pairs = zip(parts, finite, strict=True)
+    return [(layer, list(sequences)) for (layer, sequences, _), fine in pairs if not fine]
 
 
 def _sequences(batches: Sequence[Batch], groups: Groups) -> range:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
@@ -157,6 +158,51 @@ def test_a_verdict_is_awaited_only_after_what_it_depends_on_was_sent(
         extra = len(stages[rank][1])
         assert len(warm_forwards) == len(forwards) + extra
         assert set(warm_forwards[:extra]) == {"after 0 messages"} or not extra
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that the host reads from tensors one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def host_traffic(path: Path, case: Case) -> tuple[int, int]:
+    """Values that the host read, and copies that it started, in the second step of this rank."""
+    copies, to_device = [0], platform.to_device
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        copies[0] += 1
+        return to_device(tensor)
+
+    platform.to_device = counted
+    try:
+        for pipeline, optimizer, groups in _steps(path, case, 1):
+            copies[0] = 0
+            vocab = pipeline.stage.setup.architecture.vocab_size
+            batches = random_batches(vocab, 1, groups.data.rank(), groups.data.size(), case.micro_batch_size)
+            with HostReads() as reads:
+                tuning_step(pipeline, optimizer, batches, case.loss, 1.0)
+            return reads.count, copies[0]
+    finally:
+        platform.to_device = to_device
+    raise AssertionError
+
+
+def test_host_traffic_does_not_grow_with_the_microbatches(saved_model: Callable[..., tuple[Path, Any]]) -> None:
+    path, _ = saved_model("llama2")
+    found = []
+    for size in (1, 6):
+        case = Case("", "llama2", SPECS, (((1, 4), (1, 2, 3, 4)),), tensor=2, micro_batch_size=size, loss=TEACHER)
+        found += run_ranks(2, host_traffic, path, case)
+    reads, copies = zip(*found, strict=True)
+    assert len(set(reads)) == 1
+    assert set(copies) == {3}, "tokens, labels and mask"
 
 
 SLOW = 0.25

@@ -232,6 +232,33 @@ def test_deepspeed_keeps_its_state_in_host_memory(deepspeed: str, make: Make) ->
     assert count == 3 * (37 * 29 + 37 + 1)
 
 
+def test_deepspeeds_page_locked_memory_is_one_buffer_of_the_size_that_is_needed(
+    deepspeed: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffers, real = [], platform.host_buffer
+
+    def host_buffer(nbytes: int, *instead: str) -> torch.Tensor:
+        buffers.append((nbytes, *instead))
+        return real(nbytes, *instead)
+
+    monkeypatch.setattr(platform, "host_buffer", host_buffer)
+    make("deepspeed_cpu")
+    weights, largest = 37 * 29 + 37 + 1, 37 * 29  # main weights, and room for two gradients
+    assert buffers == [(0,), (4 * (weights + 2 * largest), "optimizer.implementation to auto")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_makes_no_tensor_from_a_number_of_the_host(
+    dtype: torch.dtype, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each would be a copy that the host waits for."""
+    module, optimizer = make("torch", dtype)
+    step(module, optimizer, range(1))
+    optimizer.zero_gradients()
+    monkeypatch.setattr(torch, "tensor", None)
+    optimizer.step(1.0)
+
+
 def test_stage_that_trains_nothing(deepspeed: str, groups: Any) -> None:
     from megatron.core.transformer import TransformerConfig
 
