@@ -15,6 +15,7 @@ import os
 import resource
 import shutil
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -57,17 +58,56 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """A host tensor on this process's device, through page-locked memory: the host does not wait for the copy.
+def to_device(tensor: torch.Tensor, where: torch.device | None = None) -> torch.Tensor:
+    """A host tensor on a device, through page-locked memory: the host does not wait for the copy.
 
     Each call takes one copy and some microseconds: put what is needed together into one tensor.
+
+    Args:
+        where: by default this process's device.
     """
-    return tensor.pin_memory().to(device(), non_blocking=True) if has_accelerator() else tensor
+    where = device() if where is None else where
+    return tensor.pin_memory().to(where, non_blocking=True) if queues_work(where) else tensor
 
 
 def loads_kernels_lazily() -> bool:
     """Whether the first use of a kernel loads it, for which the device may have to finish all queued work."""
     return has_accelerator()
+
+
+class DeviceTimer:
+    """Measures the device work that is queued between its creation and ``stop``. The host waits in ``seconds`` alone.
+
+    Only for work of the current stream: nothing that other processes have to do is waited for.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._end = _mark()
+
+    def stop(self) -> None:
+        """All that is measured has been queued."""
+        self._end = _mark()
+
+    def seconds(self) -> float:
+        """How long the work took; waits until it is done."""
+        if isinstance(self._end, float):
+            return float(self._end - self._start)
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) / 1000
+
+
+def _mark() -> Any:
+    """This point of the current stream; of the clock where there is no accelerator."""
+    if not has_accelerator():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def queues_work(device: torch.device) -> bool:
+    """Whether operations on a device are only queued: reading a result then waits for all that is queued before it."""
+    return device.type != "cpu"
 
 
 def host_buffer(nbytes: int, instead: str = "checkpoint.asynchronous to false") -> torch.Tensor:

@@ -176,7 +176,7 @@ def _core(
     acceptance = {spec.layer: Acceptance() for spec in specs}
     drafter = Drafter(Costs(head_layers(arch, specs)), acceptance)
     prefixes = Prefixes(prefix_rows, min((window for window in arch.windows if window is not None), default=None))
-    return Core(links, places, budget, max_rows, drafter, prefixes, synchronize=platform.synchronize)
+    return Core(links, places, budget, max_rows, drafter, prefixes)
 
 
 def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[int, float]:

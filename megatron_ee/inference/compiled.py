@@ -74,7 +74,7 @@ class CompiledStage:
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
         # The norms' epsilon is the only number with a fraction. Taken for a variable, as by default, each trace is made
         # twice: its constancy is found at the end of the first.
-        with _in_one_line(), _dynamo.config.patch(specialize_float=True):
+        with _in_one_line(), _dynamo.config.patch(specialize_float=True), platform.inference_attention():
             parts = len(self._segments) + len(self._heads) + 1
             with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
                 for place, stop, asked in self._segments:

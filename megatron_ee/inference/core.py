@@ -10,7 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from megatron_ee import platform
 from megatron_ee.inference.heads import Ask
 from megatron_ee.inference.links import Places, StageLink
 from megatron_ee.inference.memory import Budget
@@ -25,14 +27,25 @@ PASS_TOKENS = 512
 """Tokens of a prompt that run at a time: as many as products need to be fast, few enough that others wait little."""
 
 
+class Timer(Protocol):
+    """Measures device work, as ``platform.DeviceTimer`` does."""
+
+    def stop(self) -> None:
+        """All that is measured has been started."""
+
+    def seconds(self) -> float:
+        """How long it took; waits until it is done."""
+
+
 @dataclass
 class _Flight:
-    """A chain whose answers are to come."""
+    """A chain whose answers are to come; ``timer``: of its device work, None where nobody plans by it."""
 
     stage: int
     chain: Chain
     outputs: list[Output]
     asks: list[Ask | None]
+    timer: Timer | None
 
 
 @dataclass
@@ -47,7 +60,7 @@ class Core:
         drafter: what speculative rows go by.
         prefixes: what ended rows leave to others.
         times: gives every rank the first one's seconds; None where there is one rank.
-        synchronize: waits for the device, so that a clock measures it.
+        start_timer: starts to measure the device work of a chain.
     """
 
     links: Sequence[StageLink]
@@ -57,7 +70,7 @@ class Core:
     drafter: Drafter
     prefixes: Prefixes = field(default_factory=Prefixes)
     times: Callable[[float], float] | None = None
-    synchronize: Callable[[], None] = lambda: None
+    start_timer: Callable[[], Timer] = platform.DeviceTimer
     running: dict[int, Output] = field(default_factory=dict)
     queue: deque[Output] = field(default_factory=deque)
     set_aside: int = 0
@@ -226,29 +239,39 @@ class Core:
             asks.append(ask)
             self._count(output, place, stop, len(new))
         chain = Chain(place, stop, tuple(works), sends=stop == end != final and not any(asks))
-        self._timed(stage, chain, outputs)
+        timer = self._run(stage, chain, outputs)
         if any(asks):
             for output in outputs:
                 output.in_flight = True
-            self._flights.append(_Flight(stage, chain, outputs, asks))
+            self._flights.append(_Flight(stage, chain, outputs, asks, timer))
         else:
             self._passed(stage, chain, outputs)
 
-    def _timed(self, stage: int, chain: Chain, outputs: Sequence[Output]) -> None:
-        """Run a chain; how long it took is learnt where somebody plans by it."""
-        if stage > 0 or not any(output.plans_by_time for output in outputs):
+    def _run(self, stage: int, chain: Chain, outputs: Sequence[Output]) -> Timer | None:
+        """Run a chain, with a timer where somebody plans by how long it takes.
+
+        The timer is read with the answers. To wait here could be for ever: where the chain sends, the stage behind
+        receives only once it is told to.
+        """
+        wanted = len(self.links) == 1 or _asks_all_from_tokens(chain)
+        if stage > 0 or not wanted or not any(output.plans_by_time for output in outputs):
             self.links[stage].run(chain)
-            return
-        self.synchronize()
-        started = time.perf_counter()
+            return None
+        timer = self.start_timer()
         self.links[stage].run(chain)
-        self.synchronize()
-        seconds = time.perf_counter() - started
+        timer.stop()
+        return timer
+
+    def _learn_time(self, flight: _Flight) -> None:
+        """Of a chain whose answers are here, so that nothing is left to wait for."""
+        if flight.timer is None:
+            return
+        chain, seconds = flight.chain, flight.timer.seconds()
         seconds = seconds if self.times is None else self.times(seconds)
         if len(self.links) == 1:
-            for output in outputs:
-                output.spent += seconds / len(outputs)
-        if chain.start == 0 and all(work.ask is not None for work in chain.works):
+            for output in flight.outputs:
+                output.spent += seconds / len(flight.outputs)
+        if _asks_all_from_tokens(chain):
             self.drafter.costs.observe(chain.stop, len(chain.works), seconds)
 
     def _count(self, output: Output, place: int, stop: int, new: int) -> None:
@@ -291,6 +314,7 @@ class Core:
         """Take the oldest answers."""
         flight = self._flights.popleft()
         answers = iter(self.links[flight.stage].answers())
+        self._learn_time(flight)
         emitted = []
         for output, ask in zip(flight.outputs, flight.asks, strict=True):
             output.in_flight = False
@@ -329,6 +353,11 @@ class Core:
             if sends:
                 self.links[index + 1].receive([output.number])
         output.deferred.clear()
+
+
+def _asks_all_from_tokens(chain: Chain) -> bool:
+    """Whether each row of a chain starts from tokens and asks: the costs of such chains are learnt."""
+    return chain.start == 0 and all(work.ask is not None for work in chain.works)
 
 
 def _prefix(output: Output) -> Prefix:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_ee import platform
 from megatron_ee.inference.policy import Measure, confidences
-from megatron_ee.inference.sampling import Sampling, draw, penalised, probabilities, uniform, verify
+from megatron_ee.inference.sampling import Proposals, Sampling, check_mass, penalised, probabilities, verify
 
 Kind = Literal["leave", "draft", "emit", "verify"]
 
@@ -98,7 +100,7 @@ def likeliest(logits: Tensor) -> Tensor:
 def answer(
     logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]], tops: Tensor | None = None
 ) -> list[Answer]:
-    """Answers of one head.
+    """Answers of one head. One transfer from the device, for all rows together, is all that is waited for.
 
     Args:
         logits: ``[sum of the asks' tokens, vocab]`` float32, finite or not.
@@ -107,27 +109,121 @@ def answer(
             appends to a list here.
         tops: ``likeliest`` of the logits, if that is known.
     """
+    tops = likeliest(logits) if tops is None else tops
     if all(ask.plain for ask in asks):
-        return _plain(likeliest(logits) if tops is None else tops, asks)
-    found, start = [], 0
-    for ask, draft in zip(asks, drafts, strict=True):
-        found.append(_one(logits[start : start + ask.tokens], ask, draft))
-        start += ask.tokens
-    return found
+        chosen, shares = tops.tolist()
+        ids, parts = [int(token) for token in chosen], _spans(asks)
+        return [_greedy(ask, ids[part], shares[part]) for ask, part in zip(asks, parts, strict=True)]
+    return _read(_queue(logits, asks, drafts, tops), asks)
 
 
-def _plain(tops: Tensor, asks: Sequence[Ask]) -> list[Answer]:
-    """Greedy rows: two numbers per position are all that leaves the device, at once."""
-    ids, shares = tops.tolist()
-    found, start, tokens = [], 0, [int(token) for token in ids]
-    for ask in asks:
-        stop = start + ask.tokens
-        found.append(_greedy(ask, tokens[start:stop], shares[start:stop]))
-        start = stop
+@dataclass(frozen=True)
+class _Queued:
+    """What is to be read of one head, on the device.
+
+    Attributes:
+        chosen: each token's likeliest successor after the penalty, ``[tokens]``.
+        shares: by measure, each token's confidence ``[tokens]``.
+        verified: what ``verify`` gave for the rows that sample; None where no row does.
+        logprobs: of the tokens of rows that want them: log-probability of the emitted one ``[tokens, 1]``, and of the
+            likeliest, ``[tokens, most]``, with their ids; None where no row does.
+    """
+
+    chosen: Tensor
+    shares: dict[Measure, Tensor]
+    verified: tuple[Tensor, Tensor, Tensor] | None
+    logprobs: tuple[Tensor, Tensor, Tensor] | None
+
+
+def _queue(logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]], tops: Tensor) -> _Queued:
+    """Start all that the rows ask for, whether or not they leave: to know that first would take one more transfer."""
+    seen = [(*ask.seen, *ask.proposals[:number]) for ask in asks for number in range(ask.tokens)]
+    after = penalised(logits, seen, [ask.sampling.repetition_penalty for ask in asks for _ in range(ask.tokens)])
+    chosen = tops[0] if after is logits else after.argmax(-1)
+    measures = {ask.measure for ask in asks}
+    shares = {each: tops[1] if each == "probability" else confidences(logits, each) for each in measures}
+    verified = _verify(after, asks, drafts)
+    most = max((ask.logprobs for ask in asks if ask.logprobs is not None), default=None)
+    if most is None:
+        return _Queued(chosen, shares, verified, None)
+    emitted = chosen.long()
+    if verified is not None:
+        emitted = _replace(emitted, asks, verified[1])
+    wanted = [ask.logprobs is not None for ask in asks]
+    scores = _rows(logits, asks, wanted).log_softmax(-1)
+    own = scores.gather(1, _rows(emitted, asks, wanted)[:, None])
+    best = scores.topk(min(most, scores.shape[1]))
+    return _Queued(chosen, shares, verified, (own, best.values, best.indices))
+
+
+def _verify(
+    logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What ``verify`` gives for the rows that sample, of logits after the penalty; their drafts are taken up."""
+    sampled = [not ask.sampling.greedy for ask in asks]
+    if not any(sampled):
+        return None
+    mine = [(ask, draft) for ask, draft, draws in zip(asks, drafts, sampled, strict=True) if draws]
+    target = probabilities(_rows(logits, asks, sampled), [ask.sampling for ask, _ in mine for _ in range(ask.tokens)])
+    proposed = [q for ask, draft in mine if ask.kind == "verify" for q in draft]
+    purposes = ["draft" if ask.kind == "draft" else "target" for ask, _ in mine]
+    proposals = [
+        Proposals(ask.proposals, ask.sampling.seed, ask.position, purpose)
+        for (ask, _), purpose in zip(mine, purposes, strict=True)
+    ]
+    for (ask, draft), rows in zip(mine, target.split([ask.tokens for ask, _ in mine]), strict=True):
+        if ask.kind == "draft":
+            assert isinstance(draft, list)
+            draft.append(rows[0])
+    return verify(target, torch.stack(proposed) if proposed else target[:0], proposals)
+
+
+def _replace(chosen: Tensor, asks: Sequence[Ask], tokens: Tensor) -> Tensor:
+    """``chosen`` ``[tokens]`` with those of rows that sample taken from ``tokens``, as ``verify`` gives them."""
+    places, row = [], 0
+    for ask, part in zip(asks, _spans(asks), strict=True):
+        if not ask.sampling.greedy:
+            places += [(part.start + number, row, number) for number in range(ask.tokens)]
+            row += 1
+    where, rows, numbers = platform.to_device(torch.tensor(places), chosen.device).unbind(1)
+    return chosen.index_copy(0, where, tokens[rows, numbers])
+
+
+def _read(queued: _Queued, asks: Sequence[Ask]) -> list[Answer]:
+    """In one transfer."""
+    tensors = [queued.chosen, *queued.shares.values(), *(queued.verified or ()), *(queued.logprobs or ())]
+    numbers = torch.cat([tensor.double().flatten() for tensor in tensors]).tolist()
+    lists = iter(_cut(numbers, [tensor.numel() for tensor in tensors]))
+    chosen = [int(token) for token in next(lists)]
+    shares = {measure: next(lists) for measure in queued.shares}
+    drawn: Iterator[tuple[float, list[float], float]] = iter(())
+    if queued.verified is not None:
+        stood, tokens, masses = (next(lists) for _ in queued.verified)
+        drawn = zip(stood, _cut(tokens, [queued.verified[1].shape[1]] * len(stood)), masses, strict=True)
+    logprobs: Iterator[LogProbs] = iter(())
+    if queued.logprobs is not None:
+        own, values, ids = (next(lists) for _ in queued.logprobs)
+        sizes = [queued.logprobs[1].shape[1]] * len(own)
+        likely = (
+            dict(zip(map(int, i), v, strict=True)) for i, v in zip(_cut(ids, sizes), _cut(values, sizes), strict=True)
+        )
+        logprobs = map(LogProbs, own, likely)
+    found = []
+    for ask, part in zip(asks, _spans(asks), strict=True):
+        sure = shares[ask.measure][part]
+        own_drawn = None if ask.sampling.greedy else next(drawn)
+        own_logprobs = [] if ask.logprobs is None else [next(logprobs) for _ in range(ask.tokens)]
+        if own_drawn is None:
+            one = _greedy(ask, chosen[part], sure)
+        else:
+            one = _drawn(ask, sure, *own_drawn)
+        given = (LogProbs(each.emitted, _first(each.top, ask.logprobs)) for each in own_logprobs[: len(one.tokens)])
+        found.append(replace(one, logprobs=tuple(given)))
     return found
 
 
 def _greedy(ask: Ask, tokens: list[int], shares: list[float]) -> Answer:
+    """One row: the likeliest successor of each token, and its confidence."""
     if any(share != share for share in shares):
         return Answer(finite=False)
     if ask.kind == "leave" and not shares[-1] >= ask.threshold:
@@ -138,41 +234,34 @@ def _greedy(ask: Ask, tokens: list[int], shares: list[float]) -> Answer:
     return Answer(tuple(tokens[: count + 1]), tuple(shares[: count + 1]))
 
 
-def _one(logits: Tensor, ask: Ask, draft: Sequence[Tensor]) -> Answer:
-    """One row, ``[tokens, vocab]``."""
-    shares = confidences(logits, ask.measure).tolist()
+def _drawn(ask: Ask, shares: list[float], stood: float, tokens: list[float], mass: float) -> Answer:
+    """One row that samples: ``verify``'s results of it."""
     if any(share != share for share in shares):  # as for greedy rows: a single -inf is a token that cannot be chosen
         return Answer(finite=False)
     if ask.kind == "leave" and not shares[-1] >= ask.threshold:
         return Answer()
-    sampling, position = ask.sampling, ask.position
-    chosen = [
-        penalised(row, (*ask.seen, *ask.proposals[:number]), sampling.repetition_penalty)
-        for number, row in enumerate(logits)
-    ]
-    if sampling.greedy:
-        emitted = _greedy(ask, [int(row.argmax()) for row in chosen], shares).tokens
-    elif ask.kind == "verify":
-        target = torch.stack([probabilities(row, sampling) for row in chosen])
-        stood, token = verify(target, torch.stack(list(draft)), ask.proposals, sampling.seed, position)
-        emitted = (*ask.proposals[:stood], token)
-    else:
-        distribution = probabilities(chosen[-1], sampling)
-        if ask.kind == "draft":
-            assert isinstance(draft, list)
-            draft.append(distribution)
-        purpose = "draft" if ask.kind == "draft" else "target"
-        emitted = (draw(distribution, uniform(sampling.seed, position, purpose)),)
-    return Answer(emitted, tuple(shares[: len(emitted)]), _logprobs(logits, emitted, ask.logprobs))
+    check_mass(mass)
+    count = int(stood) + 1
+    return Answer(tuple(int(token) for token in tokens[:count]), tuple(shares[:count]))
 
 
-def _logprobs(logits: Tensor, emitted: Sequence[int], top: int | None) -> tuple[LogProbs, ...]:
-    if top is None:
-        return ()
-    found = []
-    for row, token in zip(logits, emitted, strict=False):
-        scores = row.log_softmax(-1)
-        best = scores.topk(min(top, len(scores)))
-        likeliest = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        found.append(LogProbs(float(scores[token]), likeliest))
-    return tuple(found)
+def _spans(asks: Sequence[Ask]) -> list[slice]:
+    """Where each row's tokens are among all."""
+    ends = list(accumulate(ask.tokens for ask in asks))
+    return [slice(end - ask.tokens, end) for ask, end in zip(asks, ends, strict=True)]
+
+
+def _rows(tensor: Tensor, asks: Sequence[Ask], wanted: Sequence[bool]) -> Tensor:
+    """The tokens of some rows, ``[tokens, ...]``."""
+    if all(wanted):
+        return tensor
+    return torch.cat([tensor[part] for part, taken in zip(_spans(asks), wanted, strict=True) if taken])
+
+
+def _cut(values: list[float], sizes: Sequence[int]) -> list[list[float]]:
+    ends = list(accumulate(sizes))
+    return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _first(top: dict[int, float], count: int | None) -> dict[int, float]:
+    return dict(islice(top.items(), count))

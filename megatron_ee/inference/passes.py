@@ -141,6 +141,7 @@ class StageRunner:
         """See ``StageLink``."""
         return self._answers.popleft()
 
+    @platform.inference_attention()
     @torch.inference_mode()
     def run(self, chain: Chain) -> None:
         """Run a chain. Rows that did not leave at its end wait there, and so do those that did: their taps are kept."""
@@ -192,7 +193,7 @@ class StageRunner:
         """``[tokens, 1, hidden]``."""
         if len(ids) == 1 and self._words is not None:
             return self._words[ids[0] : ids[0] + 1].unsqueeze(1)  # no tensor of ids to make, nor to send to a device
-        return self.stage.backbone.embed(torch.tensor([ids], device=platform.device()))
+        return self.stage.backbone.embed(platform.to_device(torch.tensor([ids])))
 
     def _asked(self, chain: Chain) -> int | None:
         """Place of the head that one row asks about one token, with its whole vocabulary; None for another question."""

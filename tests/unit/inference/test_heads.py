@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from megatron_ee import platform
 from megatron_ee.inference.heads import Answer, Ask, LogProbs, answer, single
-from megatron_ee.inference.sampling import Sampling, draw, penalised, probabilities, uniform, verify
+from megatron_ee.inference.sampling import Sampling, uniform
+from megatron_ee.testing.one_row import draw, penalised, probabilities, verify
 
 LOGITS = torch.tensor([[0.6, 0.3, 0.1]]).log()
 DRAWN = Sampling(temperature=0.7, seed=5)
@@ -143,6 +147,45 @@ def test_log_probabilities_come_before_temperature_and_penalty() -> None:
     [logprobs] = found.logprobs
     assert logprobs == LogProbs(pytest.approx(math.log(0.3)), pytest.approx({0: math.log(0.6), 1: math.log(0.3)}))
     assert len(one(LOGITS, Ask("emit", 5, logprobs=100)).logprobs[0].top) == 3
+
+
+class Reads(TorchFunctionMode):
+    """Counts what has to wait for a device before the host goes on."""
+
+    NAMES = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        by_mask = name in ("__getitem__", "__setitem__") and getattr(args[1], "dtype", None) == torch.bool
+        if name in self.NAMES or by_mask:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_head_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows and tokens it has, and whatever they ask."""
+    monkeypatch.setattr(platform, "queues_work", lambda device: True)
+    monkeypatch.setattr(platform, "to_device", lambda tensor, where=None: tensor)
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(6))
+    drawn = Sampling(0.8, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    draft = [torch.full((50,), 0.02)] * 2
+    asks = [
+        Ask("emit", 4, drawn, seen=(1, 2, 3), logprobs=3),
+        Ask("verify", 7, drawn, proposals=(5, 6), seen=(1, 2)),
+        Ask("leave", 3, drawn, measure="entropy", threshold=single(0.5)),
+        Ask("draft", 9, drawn),
+        Ask("verify", 8, proposals=(3,), logprobs=0),
+        Ask("leave", 8, measure="margin", threshold=single(0.1)),
+    ]
+    for chosen in (asks, asks[4:], [Ask("emit", 1)] * 9):
+        with Reads() as reads:
+            drafts = [draft if ask.sampling == drawn and ask.kind == "verify" else [] for ask in chosen]
+            answer(logits[: sum(ask.tokens for ask in chosen)], chosen, drafts)
+        assert reads.found == {"tolist": 1}
 
 
 ASKS = {

@@ -14,8 +14,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_ee import platform
 from megatron_ee.errors import ConfigError
-from megatron_ee.inference.sampling import MAX_SEED, Sampling, draw, penalised, probabilities, uniform, verify
+from megatron_ee.inference import sampling as batched
+from megatron_ee.inference.sampling import MAX_SEED, Proposals, Sampling, uniform
+from megatron_ee.testing.one_row import draw, penalised, probabilities, verify
 
 BELOW_ONE = 1 - 2.0**-53  # the largest that uniform gives
 
@@ -113,7 +116,7 @@ def test_penalised_as_transformers(size: int, penalty: float) -> None:
 
 def test_no_penalty_gives_the_input_itself() -> None:
     logits = random_logits(5, 0)
-    assert penalised(logits, [1, 2], 1.0) is logits
+    assert batched.penalised(logits[None], [[1, 2]], [1.0]).data_ptr() == logits.data_ptr()
     assert torch.equal(penalised(logits, [], 1.5), logits)
 
 
@@ -216,6 +219,69 @@ def test_logits_are_not_written_into() -> None:
     for sampling in (Sampling(), Sampling(0.7, top_k=5, top_p=0.8, min_p=0.1)):
         probabilities(logits, sampling)
     assert torch.equal(logits, before)
+
+
+# -- rows together
+
+
+MIXED = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=1.3, top_k=3),
+    Sampling(temperature=1.0, top_p=0.6),
+    Sampling(temperature=0.4, top_k=40, top_p=0.9, min_p=0.1),
+    Sampling(),
+    Sampling(temperature=2.0, top_k=10**12, min_p=0.5),
+]
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 32])
+def test_rows_together_are_those_alone(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched, "SORTED_ROWS", at_once)
+    logits = torch.stack([random_logits(60, seed) for seed in range(len(MIXED))])
+    seen = [[3, 3, 5], [], [7], [0, 59], [1], [2]]
+    penalties = [1.0, 2.0, 1.5, 0.5, 3.0, 1.0]
+    after = batched.penalised(logits, seen, penalties)
+    found = batched.probabilities(after, MIXED)
+    for row, settings_ in enumerate(MIXED):
+        alone = penalised(logits[row], seen[row], penalties[row])
+        assert torch.equal(after[row], alone)
+        torch.testing.assert_close(found[row], probabilities(alone, settings_), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [1.0, 0.05, 8.0, None])
+def test_top_p_of_a_device_is_that_of_a_cpu(kind: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sorts everything, where a CPU sorts what is near the border."""
+    logits = torch.stack([random_logits(3000, seed, kind or 1.0) for seed in range(4)])
+    logits = logits.round() if kind is None else logits
+    each = [Sampling(1.0, top_p=0.9), Sampling(1.0), Sampling(0.5, top_p=0.3), Sampling(1.0, top_p=1e-9)]
+    here = batched.probabilities(logits, each)
+    monkeypatch.setattr(platform, "queues_work", lambda device: True)
+    monkeypatch.setattr(platform, "to_device", lambda tensor, where=None: tensor)
+    there = batched.probabilities(logits, each)
+    differ = ((here > 0) != (there > 0)).sum(-1)
+    assert differ.max() <= 1  # sums that are rounded otherwise may put the border one token further
+    torch.testing.assert_close(here[differ == 0], there[differ == 0], rtol=1e-6, atol=0)
+    assert (differ == 0).sum() >= 3
+
+
+def test_rounds_of_several_lengths_are_verified_together() -> None:
+    p, q = (make_table(seed, PLAIN, size=8) for seed in (21, 22))
+    for seed in range(60):
+        proposals, targets, drafts, ends = [], [], [], []
+        for count, at in ((2, 4), (0, 11), (3, 8)):
+            start = sum(map(len, drafts))
+            rows = q[start : start + count]
+            tokens = [draw(row, uniform(seed + count, at + i, "draft")) for i, row in enumerate(rows)]
+            before = sum(map(len, targets))
+            targets.append(p[before : before + count + 1])
+            drafts.append(rows)
+            proposals.append(Proposals(tokens, seed + count, at))
+            ends.append(verify(targets[-1], rows, tokens, seed + count, at))
+        stood, tokens, masses = batched.verify(torch.cat(targets), torch.cat(drafts), proposals)
+        for row, (count, following) in enumerate(ends):
+            assert int(stood[row]) == count and int(tokens[row, count]) == following
+            assert tokens[row, :count].tolist() == list(proposals[row].tokens[:count])
+            assert float(masses[row]) == pytest.approx(1, abs=1e-5) or count < len(proposals[row].tokens)
 
 
 # -- uniform and draw

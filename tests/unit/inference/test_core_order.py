@@ -1,0 +1,103 @@
+"""The order in which a core starts work, tells other stages, and waits for the device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+
+from megatron_ee.inference.core import Core
+from megatron_ee.inference.engine import make_output
+from megatron_ee.inference.heads import Answer, Ask
+from megatron_ee.inference.links import Places
+from megatron_ee.inference.memory import Budget, StageMemory
+from megatron_ee.inference.outputs import Settings
+from megatron_ee.inference.passes import Chain
+from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.requests import Draft
+from megatron_ee.inference.sampling import Sampling
+from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
+
+LAYERS, EXIT = 4, 1
+
+
+class Recorder:
+    """A stage that runs nothing and finds that every proposal stands."""
+
+    def __init__(self, stage: int, log: list[str]) -> None:
+        self.stage, self.log = stage, log
+        self.asked: list[list[Ask]] = []
+
+    def run(self, chain: Chain) -> None:
+        self.log.append(f"{'send' if chain.sends else 'run'} {self.stage}")
+        asks = [work.ask for work in chain.works if work.ask is not None]
+        if asks:
+            self.asked.append(asks)
+
+    def receive(self, rows: Sequence[int]) -> None:
+        self.log.append(f"receive {self.stage}")
+
+    def answers(self) -> list[Answer]:
+        self.log.append(f"answers {self.stage}")
+        found = []
+        for ask in self.asked.pop(0):
+            tokens = (*ask.proposals, 7)
+            found.append(Answer(tokens, (0.9,) * len(tokens)))
+        return found
+
+    def open(self, row: int, limit: int) -> None: ...
+    def close(self, row: int) -> None: ...
+    def crop(self, row: int, length: int) -> None: ...
+    def copy(self, row: int, other: int, length: int) -> None: ...
+    def keep(self, row: int, length: int) -> None: ...
+
+
+class Timer:
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def stop(self) -> None: ...
+
+    def seconds(self) -> float:
+        self.log.append("wait")
+        return 0.01
+
+
+def run_speculative(stages: int) -> list[str]:
+    """What a core does for one request of speculative mode whose drafts are planned by time."""
+    log: list[str] = []
+    final = LAYERS + 1
+    ends = (final,) if stages == 1 else (LAYERS // 2, final)
+    costs = Costs({EXIT: 1.0, final: 1.0})
+    core = Core(
+        [Recorder(stage, log) for stage in range(stages)],
+        Places(ends),
+        Budget(10**9, [StageMemory(8, (None,))], 16, 512),
+        max_rows=4,
+        drafter=Drafter(costs, {EXIT: Acceptance()}),
+        start_timer=lambda: Timer(log),
+    )
+    settings = Settings(
+        0, 0, tuple(range(700)), "speculative", ExitPolicy(), Draft(), (EXIT,), Sampling(), 60, 900, drafting=(EXIT,)
+    )
+    core.add([make_output(core, 0, settings)])
+    for _ in range(200):
+        if core.idle:
+            return log
+        core.advance()
+    raise AssertionError("the request does not end")
+
+
+def test_a_stage_is_told_to_receive_right_after_the_send() -> None:
+    """Before the host waits for anything: a device that sends is not done before the other side receives."""
+    log = run_speculative(stages=2)
+    sends = [after for before, after in itertools.pairwise(log) if before == "send 0"]
+    assert len(sends) > 3 and set(sends) == {"receive 1"}
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_device_time_is_read_with_the_answers_alone(stages: int) -> None:
+    log = run_speculative(stages)
+    before = [before for before, after in itertools.pairwise(log) if after == "wait"]
+    assert len(before) > 3 and set(before) == {"answers 0"}
