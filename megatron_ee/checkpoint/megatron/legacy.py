@@ -22,7 +22,7 @@ from megatron_ee.checkpoint.megatron.legacy_args import (
     differing_settings,
     early_exits,
 )
-from megatron_ee.checkpoint.megatron.legacy_names import OLD, Place, find_place, spell
+from megatron_ee.checkpoint.megatron.legacy_names import OLD, TIED_HEAD, Place, find_place, spell
 from megatron_ee.checkpoint.megatron.legacy_ranks import Ranks, Stage, read_ranks
 from megatron_ee.checkpoint.megatron.opening import (
     TRACKER,
@@ -45,7 +45,7 @@ from megatron_ee.checkpoint.names import (
     expected_tensors,
     layer_source,
 )
-from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.checkpoint.tensors import StoredTensor, same_values
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, shown
 
@@ -53,7 +53,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def open_legacy(path: Path, *, trust: bool, config: Path | None = None, verify: bool = True) -> Contents:
-    """Open a legacy checkpoint of Megatron-LM or EE-LLM. No bytes of tensors are read; optimizer state is left out.
+    """Open a legacy checkpoint of Megatron-LM or EE-LLM. Optimizer state is left out.
+
+    No bytes of tensors are read, but for the last stage's copy of a tied embedding, which must be one.
 
     Args:
         path: directory of one iteration, or of all, of which the latest is taken.
@@ -79,6 +81,8 @@ def open_legacy(path: Path, *, trust: bool, config: Path | None = None, verify: 
     exits = early_exits(ranks.args, arch)
     specs = tuple(sorted((each.spec for each in exits), key=lambda spec: spec.layer))
     found = _tensors(ranks, model, exits)
+    if arch.tied:
+        _check_tied_head(ranks, model, found[EMBEDDING])
     return Contents(
         source=directory,
         format=f"{'EE-LLM' if specs else 'Megatron legacy'} checkpoint",
@@ -134,6 +138,20 @@ def _tensors(ranks: Ranks, model: Model, exits: Sequence[EarlyExit]) -> dict[str
             key = shown(next(iter(keys.values())))
             raise CheckpointError(f"{stage.files[0].path}: key {key} has no place in the model of {model.where}")
     return found
+
+
+def _check_tied_head(ranks: Ranks, model: Model, embedding: StoredTensor) -> None:
+    """Refuse a head that is said to be tied and yet differs from the embedding."""
+    last = ranks.stages[-1]
+    source, shapes = Source((LM_HEAD,), "vocabulary"), {LM_HEAD: embedding.shape}
+    for key in last.values[0]:
+        if find_place(key, tied=True) == TIED_HEAD:
+            head = _join(last, key, source, shapes, model, ranks.tensor)[LM_HEAD]
+            if not same_values(embedding, head):
+                raise CheckpointError(
+                    f"{last.files[0].path}: key {shown(key)} differs from the embedding that {model.where} ties it to; "
+                    "if this head is the model's, give a config.json with tie_word_embeddings false by --config"
+                )
 
 
 def _places(stage: Stage, tied: bool) -> dict[Place, str]:

@@ -86,8 +86,8 @@ def find_place(key: str, tied: bool) -> Place | None:
     """
     if key.endswith(_NO_WEIGHT):
         return Place("known", key)
-    if tied and key in ("word_embeddings_for_head.weight", "output_layer.weight"):
-        return TIED_HEAD
+    if key in ("word_embeddings_for_head.weight", "output_layer.weight"):
+        return TIED_HEAD if tied else Place("backbone", "head.weight")
     if not key.startswith(OLD):
         return _in_tables(key, r"decoder\.layers\.(\d+)\.(.+)", {**CORE_LAYER, **CORE_FUSED}, CORE_MODEL)
     key = key.removeprefix(OLD).replace("layernorm", "norm").replace(".attention.", ".self_attention.")

@@ -236,6 +236,32 @@ def test_settings_that_a_given_configuration_has_otherwise_are_told(saved_model:
     assert open_legacy(write_legacy(tmp_path, model, Layout(), iteration=6), trust=True, config=directory).notes == ()
 
 
+@pytest.mark.parametrize("spelling", ["old", "core"])
+def test_a_head_that_is_tied_to_another_tensor(spelling: str, saved_model: SavedModel, tmp_path: Path) -> None:
+    directory, model = saved_model("llama3.2-tied")
+    folder = write_legacy(tmp_path, model, Layout(2, 2, spelling=spelling), untie_embeddings_and_output_weights=None)
+    path = folder / "mp_rank_01_001/model_optim_rng.pt"  # the last rows of the vocabulary, and those that pad it
+
+    def change(row: int) -> Callable[[dict[str, Any]], None]:
+        def edit(content: dict[str, Any]) -> None:
+            part = content["model"]
+            head = part["word_embeddings_for_head"]["weight"] if spelling == "old" else part["output_layer.weight"]
+            head[row, -1] += 1
+
+        return edit
+
+    rewrite(path, change(-1))
+    assert open_legacy(folder, trust=True, config=directory).architecture == read_architecture(directory)
+    rewrite(path, change(2))
+    text = message(tmp_path, config=directory)
+    assert str(folder / "mp_rank_00_001") in text and "differs from the embedding" in text and "--config" in text
+    config = json.loads((directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    backbone = open_legacy(folder, trust=True, config=tmp_path / "config.json").backbone
+    difference = whole(backbone["lm_head.weight"]) - whole(backbone["model.embed_tokens.weight"])
+    assert difference.nonzero().tolist() == [[80 + 2, 63]]
+
+
 def test_the_derived_configuration_is_one_that_transformers_reads(saved_model: SavedModel, tmp_path: Path) -> None:
     import transformers
 
