@@ -143,6 +143,23 @@ def test_a_tied_duplicate_of_the_head(copied: Any, load_stage: Any) -> None:
     assert stage.backbone.head.weight is stage.backbone.embedding.weight
 
 
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (torch.ones(130, 64), "has shape [130, 64], but config.json makes it [131, 64]"),
+        (torch.ones(131, 64, dtype=torch.int32), "is I32 and cannot be read as"),
+        (torch.ones(131, 64, dtype=torch.float8_e4m3fn), None),
+    ],
+)
+def test_a_tied_model_with_another_head(head: Tensor, words: str | None, copied: Any) -> None:
+    directory = edit_tensors(copied("llama3.2-tied"), lambda t: t.update({"lm_head.weight": head}))
+    if words is None:
+        assert not open_model(directory).architecture.tied
+    else:
+        text = refusal(directory)
+        assert "'lm_head.weight'" in text and words in text
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_floating_dtype(dtype: torch.dtype, copied: Any, saved_model: Any, load_stage: Any) -> None:
     directory = edit_tensors(copied(), lambda t: t.update({name: v.to(dtype) for name, v in t.items()}))
