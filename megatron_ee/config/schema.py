@@ -214,7 +214,7 @@ class ValidationConfig:
     Attributes:
         interval: steps between validations; 0 validates only before the first step and at the end.
         sequences: largest number of sequences validated; 0 takes the whole corpus.
-        thresholds: confidences of the early-exit sweep.
+        thresholds: confidences of the early-exit sweep; empty for no sweep.
     """
 
     interval: int = 1000

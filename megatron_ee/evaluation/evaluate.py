@@ -78,7 +78,7 @@ def evaluate(
         sequences: largest number of windows, 0 for all.
         batch_size: windows at a time.
         dtype: of the model.
-        thresholds: of the sweep; default as for validation while tuning.
+        thresholds: of the sweep, empty for none; default as for validation while tuning.
         verify: check what is read against its checksums, where there are any.
 
     Raises:
@@ -136,7 +136,7 @@ def make_validator(
 
 
 def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> None:
-    """Write ``path.json`` and the plot of the sweep, ``path.png``.
+    """Write ``path.json`` and, where exits were swept, the plot of the sweep, ``path.png``.
 
     Raises:
         CheckpointError: they cannot be written.
@@ -144,7 +144,7 @@ def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path.with_suffix(".json"), report_dict(quality, exits))
-        if quality.exits:
+        if quality.exits and quality.sweep:
             plot_sweep(quality, path.with_suffix(".png"))
     except OSError as error:
         raise CheckpointError(f"{path}.json: cannot be written: {error.strerror}") from None

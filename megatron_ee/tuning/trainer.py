@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_ee.checkpoint.adapter import extract_adapter, save_adapter
 from megatron_ee.checkpoint.saving import Saver, group_saver
+from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import MicrobatchStream
 from megatron_ee.errors import UserError
@@ -128,9 +131,12 @@ class Trainer:
             return
         quality, done = self.validate(self.pipeline, self.progress.step), self.progress
         log.validation(done.step, quality)
-        weights = {spec.layer: spec.weight for spec in self.pipeline.specs}
-        loss = sum(weights[exit_.layer] * exit_.loss for exit_ in quality.exits) / sum(weights.values())
-        if done.step > 0 and (done.best_loss is None or loss < done.best_loss):
+        loss = validation_loss(quality, self.pipeline.specs)
+        if self._groups.is_main and (not_finite := _not_finite(quality)):
+            best = "" if math.isfinite(loss) else "; these exits are not kept as adapter-best"
+            line = f"validation after step {done.step}: the loss is not finite at {not_finite}{best}"
+            print(line, file=sys.stderr, flush=True)
+        if done.step > 0 and math.isfinite(loss) and (done.best_loss is None or loss < done.best_loss):
             done.best_loss, done.best_step = loss, done.step
             self._save_adapter("adapter-best", {"validation_loss": loss})
 
@@ -172,6 +178,19 @@ class Trainer:
             steps=self.progress.step,
             extra=extra,
         )
+
+
+def validation_loss(quality: Quality, specs: Sequence[ExitSpec]) -> float:
+    """Mean validation loss of the exits, weighted by their loss weights; ``adapter-best`` has the lowest."""
+    weights = {spec.layer: spec.weight for spec in specs}
+    return sum(weights[exit_.layer] * exit_.loss for exit_ in quality.exits) / sum(weights.values())
+
+
+def _not_finite(quality: Quality) -> str:
+    """The exits whose loss is NaN or infinite, for the user; empty where there is none."""
+    losses = [(f"the exit after layer {exit_.layer}", exit_.loss) for exit_ in quality.exits]
+    losses.append(("the final exit", quality.final_loss))
+    return ", ".join(f"{name} ({loss})" for name, loss in losses if not math.isfinite(loss))
 
 
 def _losses(result: StepResult) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.evaluation.evaluate import write_quality
 from megatron_ee.evaluation.report import (
     comparison_dict,
     print_comparison,
@@ -25,13 +26,13 @@ from megatron_ee.tables import make_console
 EXITS = (ExitSpec(2), ExitSpec(4, body="layer", head="low_rank"))
 
 
-def quality(first_loss: float = 3.0) -> Quality:
+def quality(first_loss: float = 3.0, thresholds: tuple[float, ...] = (0.75, 0.99)) -> Quality:
     """Four tokens: exit 2 agrees on half of them, exit 4 on all; the final exit is right on three."""
     labels = torch.tensor([1, 2, 3, 4])
     final = FinalStats(torch.full((4,), 2.0), torch.tensor([1, 2, 3, 9]))
     first = TokenStats(torch.full((4,), first_loss), torch.tensor([0.9, 0.3, 0.8, 0.6]), torch.tensor([1, 7, 8, 9]))
     second = TokenStats(torch.full((4,), 2.5), torch.tensor([0.9, 0.7, 0.7, 0.7]), torch.tensor([1, 2, 3, 9]))
-    accumulator = QualityAccumulator((2, 4), 8, (0.75, 0.99), body_layers=[0, 1])
+    accumulator = QualityAccumulator((2, 4), 8, thresholds, body_layers=[0, 1])
     accumulator.update([first, second], final, labels, torch.ones(4, dtype=torch.bool))
     return accumulator.result()
 
@@ -139,3 +140,13 @@ def test_other_exits_are_refused() -> None:
         report_dict(quality(), EXITS[:1])
     with pytest.raises(ValueError, match="not"):
         print_quality(quality(), (ExitSpec(2), ExitSpec(5)))
+
+
+def test_without_thresholds_there_is_no_sweep(tmp_path: Path) -> None:
+    unswept = quality(thresholds=())
+    write_quality(unswept, EXITS, tmp_path / "step-0")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0.json"]
+    assert json.loads((tmp_path / "step-0.json").read_text())["sweep"] == []
+    assert len(plain(unswept, EXITS)) < len(plain(quality(), EXITS)) - 4
+    write_quality(quality(), EXITS, tmp_path / "step-1")
+    assert (tmp_path / "step-1.png").is_file()
