@@ -22,12 +22,12 @@ from megatron_ee.checkpoint.digest import file_sha256, is_sha256
 from megatron_ee.checkpoint.gathering import gather_tensors
 from megatron_ee.checkpoint.loading import SavedModel, load_frozen_norms
 from megatron_ee.checkpoint.manifest import MANIFEST, encode
-from megatron_ee.checkpoint.names import Source, blocks, exit_saved_sources
+from megatron_ee.checkpoint.names import Source, blocks, exit_saved_sources, exit_tensors
 from megatron_ee.checkpoint.parallel import EXITS
 from megatron_ee.checkpoint.safetensors_file import read_header, write_safetensors
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, stored
-from megatron_ee.config.architecture import MAX_LAYERS
+from megatron_ee.config.architecture import MAX_LAYERS, Architecture, changed_settings, output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Body, Head
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
@@ -39,6 +39,8 @@ VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
 INCLUDED = "adapter"
 """Where exits lie in a Hugging Face directory that has some."""
+SETTINGS = "model_settings"
+"""Entry of a description, or of a checkpoint's metadata: the backbone's settings that decide what it computes."""
 MAX_DESCRIPTION = 2**20  # bytes
 
 
@@ -53,6 +55,7 @@ class Adapter:
         base_model: where that backbone was.
         steps: tuning steps behind it.
         weights: every tensor by name.
+        settings: ``output_settings`` of that backbone's architecture; None in one that does not record them.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Adapter:
     base_model: str
     steps: int
     weights: dict[str, StoredTensor]
+    settings: Mapping[str, Any] | None = None
 
 
 def save_adapter(
@@ -72,7 +76,8 @@ def save_adapter(
     base_model: str,
     backbone_sha256: str,
     steps: int,
-    extra: dict[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapter directory ``path``; an older one there is replaced in one move. Every rank calls this.
 
@@ -84,6 +89,7 @@ def save_adapter(
         base_model: where the backbone is.
         backbone_sha256: its hash.
         steps: tuning steps behind the exits.
+        settings: ``output_settings`` of its architecture; None where they are not known.
         extra: further entries of the description.
 
     Raises:
@@ -94,9 +100,8 @@ def save_adapter(
     def write() -> None:
         with replace_directory(path) as directory:
             write_safetensors(directory / WEIGHTS, gathered.shapes, {"format": "pt"}, content=gathered.whole)
-            description = describe_exits(
-                specs, base_model, backbone_sha256, steps, file_sha256(directory / WEIGHTS), extra
-            )
+            digest = file_sha256(directory / WEIGHTS)
+            description = describe_exits(specs, base_model, backbone_sha256, steps, digest, settings, extra)
             write_json(directory / DESCRIPTION, description)
 
     groups.together(write if groups.is_main else gathered.send)
@@ -119,7 +124,8 @@ def extract_adapter(checkpoint: Path, path: Path) -> None:
             directory / WEIGHTS, shapes, {"format": "pt"}, content=lambda name: adapter.weights[name].slabs()
         )
         digest = file_sha256(directory / WEIGHTS)
-        description = describe_exits(adapter.exits, adapter.base_model, adapter.backbone_sha256, adapter.steps, digest)
+        about = (adapter.base_model, adapter.backbone_sha256, adapter.steps, digest, adapter.settings)
+        description = describe_exits(adapter.exits, *about)
         write_json(directory / DESCRIPTION, description)
 
 
@@ -129,13 +135,18 @@ def describe_exits(
     backbone_sha256: str | None,
     steps: int,
     weights_sha256: str,
+    settings: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Content of an adapter's ``exits.json``, with its own digest; ``weights_sha256`` is ``exits.safetensors``'s."""
+    """Content of an adapter's ``exits.json``, with its own digest; ``weights_sha256`` is ``exits.safetensors``'s.
+
+    ``settings``: ``output_settings`` of the backbone's architecture, where they are known.
+    """
     content = {
         "version": VERSION,
         "base_model": base_model,
         "backbone_sha256": backbone_sha256,
+        **({SETTINGS: dict(settings)} if settings is not None else {}),
         "steps": steps,
         "exits": [dataclasses.asdict(spec) for spec in specs],
         "files": {WEIGHTS: weights_sha256},
@@ -211,11 +222,14 @@ def _describe(
             raise ValueError(f"steps must be a whole number, not {shown(steps)}")
         if not isinstance(base_model, str) or not is_sha256(backbone):
             raise ValueError("base_model must be a path and backbone_sha256 a SHA-256")
+        settings = content.get(SETTINGS)
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError(f"{SETTINGS} must be an object")
         _check_kinds(exits, weights)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{where}: not a description of exits: {reason}") from None
-    return Adapter(directory, exits, backbone, printable(base_model), steps, weights)
+    return Adapter(directory, exits, backbone, printable(base_model), steps, weights, settings)
 
 
 def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor]) -> None:
@@ -257,6 +271,8 @@ def find_exits(
     if path is None and not has_exits(model):
         return None
     adapter = open_adapter(model.path if path is None else path, verify=verify)
+    check_settings(adapter, model)
+    check_fits(adapter, adapter.exits, model.architecture)
     if adapter.path != model.path:  # a parallel checkpoint's manifest vouches for both
         check_backbone(adapter, digest(), model.path)
     return adapter
@@ -282,6 +298,37 @@ def check_backbone(adapter: Adapter, backbone_sha256: str, model: str | Path) ->
         )
 
 
+def check_settings(adapter: Adapter, model: SavedModel) -> None:
+    """Refuse a model whose settings compute something else than those that the adapter was made for.
+
+    An adapter that does not record them is accepted.
+
+    Raises:
+        CheckpointError: naming the settings that differ.
+    """
+    changed = (
+        changed_settings(adapter.settings, output_settings(model.architecture)) if adapter.settings is not None else ""
+    )
+    if changed:
+        raise CheckpointError(
+            f"{adapter.path}: made for other settings of the model than those in {model.path / 'config.json'}: "
+            f"{changed}; restore that file, or tune exits for the new settings"
+        )
+
+
+def check_fits(adapter: Adapter, specs: Iterable[ExitSpec], architecture: Architecture) -> None:
+    """Refuse an adapter without these exits, or whose tensors do not fit the model; reads no weights.
+
+    Raises:
+        CheckpointError: naming the exit or the tensor.
+    """
+    known = {spec.layer: spec for spec in adapter.exits}
+    for spec in specs:
+        _check_same_kind(spec, known.get(spec.layer), adapter)
+        for name, (shape, _) in exit_tensors(spec, architecture).items():
+            _named_tensor(adapter, name, shape)
+
+
 def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> None:
     """Fill exits from an adapter, and what they hold frozen from the model.
 
@@ -302,15 +349,19 @@ def _read(parameter: Tensor, source: Source, exit_: Exit, adapter: Adapter) -> N
     if source.kind == "vocabulary":
         parameter.zero_()
     for block in blocks(parameter, source, setup.architecture, setup.groups.tensor.rank(), setup.groups.tensor.size()):
-        tensor = adapter.weights.get(block.name)
-        if tensor is None:
-            raise CheckpointError(f"{adapter.path}: tensor {block.name!r} is missing")
-        if tensor.shape != block.shape:
-            raise CheckpointError(
-                f"{tensor.files[-1]}: tensor {block.name!r} has shape {list(tensor.shape)}, "
-                f"but this model makes it {list(block.shape)}"
-            )
-        tensor.read(block.tensor, block.offset)
+        _named_tensor(adapter, block.name, block.shape).read(block.tensor, block.offset)
+
+
+def _named_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """The adapter's tensor ``name``, which must be there and have this shape."""
+    tensor = adapter.weights.get(name)
+    if tensor is None:
+        raise CheckpointError(f"{adapter.path}: tensor {name!r} is missing")
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{tensor.files[-1]}: tensor {name!r} has shape {list(tensor.shape)}, but this model makes it {list(shape)}"
+        )
+    return tensor
 
 
 def _check_same_kind(wanted: ExitSpec, found: ExitSpec | None, adapter: Adapter) -> None:

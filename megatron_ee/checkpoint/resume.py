@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,20 @@ from megatron_ee.errors import CheckpointError, DamagedError
 from megatron_ee.parallel.agreement import Gather, together
 
 T = TypeVar("T")
+
+
+def newest_readable(parent: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint | None:
+    """The newest ``step-N`` of ``parent`` whose manifest and headers are whole; None where there is none.
+
+    For what its metadata says. ``load_latest`` may still find its tensors damaged and take an earlier one.
+
+    Raises:
+        CheckpointError: one cannot be read for another reason than damage.
+    """
+    for _, path in reversed(numbered_directories(parent)):
+        with contextlib.suppress(DamagedError):
+            return open_checkpoint(path, verify=verify)
+    return None
 
 
 def load_latest(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,29 @@ def outputs_digest(architecture: Architecture) -> str:
     """
     text = json.dumps(_settings(architecture), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def output_settings(architecture: Architecture) -> dict[str, Any]:
+    """What ``outputs_digest`` is made of, as JSON holds it, with ``rope.theta`` and the like in one flat object."""
+    found: dict[str, Any] = {}
+    for name, setting in json.loads(json.dumps(_settings(architecture))).items():
+        found |= {f"{name}.{part}": each for part, each in setting.items()} if name == "rope" else {name: setting}
+    return found
+
+
+def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """How two ``output_settings`` differ, as ``norm_eps (1e-05 against 1e-06)``; empty where they are equal.
+
+    ``recorded`` may come from a file that is not trusted.
+    """
+    names = sorted(name for name in recorded.keys() | current.keys() if recorded.get(name) != current.get(name))
+    return ", ".join(f"{name[:40]} ({_setting(recorded, name)} against {_setting(current, name)})" for name in names)
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> str:
+    """The value for the user; one that is left out is the field's default."""
+    defaults = {f"rope.{field.name}": field.default for field in dataclasses.fields(Rope)}
+    return shown(settings[name] if name in settings else defaults.get(name))
 
 
 def _settings(value: Architecture | Rope) -> dict[str, Any]:

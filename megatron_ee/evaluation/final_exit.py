@@ -18,6 +18,7 @@ from megatron_ee import platform
 from megatron_ee.checkpoint.digest import cache_directory
 from megatron_ee.checkpoint.loading import SavedModel, load_backbone
 from megatron_ee.checkpoint.safetensors_file import read_header, read_into, write_safetensors
+from megatron_ee.config.architecture import outputs_digest
 from megatron_ee.data.loader import ValidationWindows
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.metrics import FinalStats
@@ -26,6 +27,9 @@ from megatron_ee.model.stage import build_stage
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.progress import track
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
+
+VERSION = 1
+"""Part of the cache's key: raise it where the same model and data come to give another result."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,10 @@ def final_exit(
     batch_size: int,
     chunk_tokens: int,
 ) -> FinalExit:
-    """From the cache, by the hashes of backbone and data, or computed and put there. Every rank calls this.
+    """From the cache, by what decides it, or computed and put there. Every rank calls this.
+
+    It is decided by the backbone's hash and settings, the data and the dtype. Results of other layouts, batch and chunk
+    sizes differ by rounding only, and are taken.
 
     Args:
         setup: of the run.
@@ -71,7 +78,8 @@ def final_exit(
     """
     groups = setup.groups
     rank, size = groups.data.rank(), groups.data.size()
-    key = (digest, windows.fingerprint, str(setup.dtype), rank, size)
+    settings = outputs_digest(model.architecture)
+    key = (VERSION, digest, settings, windows.fingerprint, str(setup.dtype), rank, size)
     path = cache_directory() / "final-exit" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
     shape = (len(range(rank, len(windows), size)), windows.sequence_length)
     cached = _read(path, shape)

@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, check_backbone, load_exits, open_adapter
+from megatron_ee.checkpoint.adapter import (
+    SETTINGS,
+    Adapter,
+    check_backbone,
+    check_fits,
+    check_settings,
+    load_exits,
+    open_adapter,
+)
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
-from megatron_ee.checkpoint.resume import load_latest
+from megatron_ee.checkpoint.resume import load_latest, newest_readable
 from megatron_ee.checkpoint.store import Checkpoint
+from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_to_dict
@@ -40,7 +49,7 @@ from megatron_ee.tuning.interrupt import watch_signals
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.plan_table import print_plan
 from megatron_ee.tuning.schedule import Pipeline
-from megatron_ee.tuning.state import Progress, load_state
+from megatron_ee.tuning.state import Progress, check_same_run, load_state
 from megatron_ee.tuning.status import reported_status, write_failed
 from megatron_ee.tuning.trainer import Trainer, Validate
 
@@ -110,13 +119,19 @@ class _Inputs:
 def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Callable[..., SavedModel]) -> _Inputs:
     verify = config.checkpoint.verify
     model = open_model(config.model.path, verify=verify)
-    specs = check_run(config, model.architecture, world_size())
+    arch = model.architecture
+    specs = check_run(config, arch, world_size())
     # Refused here where this machine does not have it.
     adam_class(config.optimizer.implementation, platform.DTYPES[config.model.dtype])
     distillation = config.loss.distillation.kl > 0
-    layout = resolve_layout(config.parallel, specs, model.architecture, config.data.sequence_length, distillation)
+    layout = resolve_layout(config.parallel, specs, arch, config.data.sequence_length, distillation)
+    if init_adapter is not None:
+        described = open_adapter(init_adapter, verify=False)
+        check_settings(described, model)
+        check_fits(described, specs, arch)
+    blend, windows = open_data(config.data, arch.vocab_size, config.validation.sequences)
+    # Hashed last: what its description and the data show takes no time.
     adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None
-    blend, windows = open_data(config.data, model.architecture.vocab_size, config.validation.sequences)
     return _Inputs(model, specs, layout, adapter, blend, windows)
 
 
@@ -131,7 +146,13 @@ def _prepare(
 ) -> Trainer:
     """Load the backbone and the exits, and go back to where the run was; ``progress`` is brought up to that."""
     model, specs, layout = inputs.model, inputs.specs, inputs.layout
+    description = _description(config, specs, model)
+    if resume:
+        _check_resumable(config, output, description, groups)
     digest = groups.together(lambda: _backbone_digest(model) if groups.is_main else "")[0]
+    description["backbone_sha256"] = digest
+    if resume:
+        _check_resumable(config, output, description, groups)
     if inputs.adapter is not None:
         check_backbone(inputs.adapter, digest, config.model.path)
     dtype, distillation = platform.DTYPES[config.model.dtype], config.loss.distillation
@@ -144,7 +165,6 @@ def _prepare(
     stage = build_stage(setup, layout, specs, final_exit=distillation.kl > 0)
     _load(stage, model, inputs.adapter, config.tuning.seed)
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, config.tuning.steps)
-    description = _description(config, specs, digest)
     if resume:
         _resume(config, output, stage, optimizer, description, progress)
     if groups.is_main:
@@ -210,6 +230,17 @@ def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int) -
     groups.together(load)
 
 
+def _check_resumable(config: RunConfig, output: Path, description: dict[str, Any], groups: Groups) -> None:
+    """Refuse to go on from another run's checkpoint, as far as ``description`` shows it, before anything is loaded."""
+
+    def check() -> None:
+        found = newest_readable(output / "checkpoints", verify=config.checkpoint.verify)
+        if found is not None:
+            check_same_run(found, description)
+
+    groups.together(lambda: check() if groups.is_main else None)
+
+
 def _resume(
     config: RunConfig,
     output: Path,
@@ -248,10 +279,11 @@ def _resume(
     report(f"going on after step {progress.step}")
 
 
-def _description(config: RunConfig, specs: tuple[ExitSpec, ...], digest: str) -> dict[str, Any]:
+def _description(config: RunConfig, specs: tuple[ExitSpec, ...], model: SavedModel) -> dict[str, Any]:
+    """What identifies a run, but for the backbone's hash."""
     return {
         "base_model": str(Path(config.model.path).resolve()),
-        "backbone_sha256": digest,
+        SETTINGS: output_settings(model.architecture),
         "dtype": config.model.dtype,
         "exits": [dataclasses.asdict(spec) for spec in specs],
         "config": config_to_dict(config),

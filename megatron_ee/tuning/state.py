@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ee.checkpoint.adapter import SETTINGS
 from megatron_ee.checkpoint.atomic import prune
 from megatron_ee.checkpoint.names import Source, blocks, exit_saved_sources
 from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.checkpoint.writing import Piece
+from megatron_ee.config.architecture import changed_settings
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.optimizer import ExitOptimizer
@@ -98,18 +100,36 @@ def saved_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]) -> Progress:
-    """Put a checkpoint's content in place, whatever layout it was made in.
+def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another backbone, dtype or exits, from its metadata alone.
+
+    Args:
+        description: as for ``save_state``; what it leaves out is not compared.
 
     Raises:
-        CheckpointError: it is damaged, or of another backbone or other exits.
+        CheckpointError: naming what differs.
     """
-    for key in ("backbone_sha256", "exits", "dtype"):
-        if checkpoint.metadata.get(key) != description[key]:
+    recorded, found = checkpoint.metadata.get(SETTINGS), description.get(SETTINGS)
+    if isinstance(recorded, dict) and found is not None and (changed := changed_settings(recorded, found)):
+        raise CheckpointError(
+            f"{checkpoint.path}: made with other settings of the model: {changed}; restore its config.json, or start "
+            "anew"
+        )
+    for key in ("exits", "dtype", "backbone_sha256"):
+        if key in description and checkpoint.metadata.get(key) != description[key]:
             raise CheckpointError(
                 f"{checkpoint.path}: made with another {key}; resume with the configuration it was started with, "
                 f"or start anew with --init-adapter"
             )
+
+
+def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]) -> Progress:
+    """Put a checkpoint's content in place, whatever layout it was made in.
+
+    Raises:
+        CheckpointError: it is damaged, or of another backbone, dtype or exits (see ``check_same_run``).
+    """
+    check_same_run(checkpoint, description)
     progress, counters = _read_progress(checkpoint)
     # The weights last: making Adam's first state moves them.
     pieces = [*_state_pieces(stage, optimizer), *_weight_pieces(stage, None)]

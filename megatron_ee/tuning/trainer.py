@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.checkpoint.adapter import extract_adapter, save_adapter
+from megatron_ee.checkpoint.adapter import SETTINGS, extract_adapter, save_adapter
 from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
@@ -176,6 +176,7 @@ class Trainer:
             base_model=self.description["base_model"],
             backbone_sha256=self.description["backbone_sha256"],
             steps=self.progress.step,
+            settings=self.description[SETTINGS],
             extra=extra,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
@@ -30,6 +31,7 @@ class Contents:
         base_model: where the exits' backbone is.
         backbone_sha256: the hash of the backbone that the exits were made for; None where there are none, or where
             the exits come with their backbone in a format that does not state it.
+        settings: ``output_settings`` of that backbone's architecture; None where they are not known.
         steps: tuning steps behind the exits.
         notes: lines for a person, on what was changed or given up.
     """
@@ -44,5 +46,6 @@ class Contents:
     assets: Mapping[str, Path | bytes] = field(default_factory=dict)
     base_model: str = ""
     backbone_sha256: str | None = None
+    settings: Mapping[str, Any] | None = None
     steps: int = 0
     notes: tuple[str, ...] = ()

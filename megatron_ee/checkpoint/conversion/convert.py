@@ -19,6 +19,7 @@ from megatron_ee.checkpoint.conversion.to_adapter import to_adapter
 from megatron_ee.checkpoint.conversion.to_hf import SHARD, to_hf
 from megatron_ee.checkpoint.conversion.to_parallel import even_stages, to_parallel
 from megatron_ee.checkpoint.digest import backbone_digest
+from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import resolve_exits
 from megatron_ee.config.schema import ExitConfig, Head
 from megatron_ee.errors import CheckpointError, ConfigError
@@ -101,7 +102,8 @@ def prepare(request: Request) -> tuple[Contents, Contents]:
         contents = shallow_model(contents, request.exit)
     elif contents.exits and contents.backbone_sha256 is None and request.to in ("adapter", "hf", "parallel"):
         # Whoever loads these exits later must be able to tell whether they fit.
-        contents = dataclasses.replace(contents, backbone_sha256=backbone_hash(contents))
+        settings = output_settings(contents.architecture) if contents.architecture is not None else None
+        contents = dataclasses.replace(contents, backbone_sha256=backbone_hash(contents), settings=settings)
     return found, contents
 
 
@@ -166,6 +168,6 @@ def _with_backbone(found: Contents, request: Request) -> Contents:
     model = open_contents(place, trust=request.trust, config=request.config, verify=request.verify)
     if not model.backbone:
         raise CheckpointError(f"{place}: holds no backbone; give the model with --model")
-    plain = dataclasses.replace(model, exits=(), exit_tensors={}, backbone_sha256=None)
+    plain = dataclasses.replace(model, exits=(), exit_tensors={}, backbone_sha256=None, settings=None)
     merged = merge_exits(plain, [found], lambda: backbone_hash(plain))
     return dataclasses.replace(merged, base_model=model.base_model)  # the model may have moved

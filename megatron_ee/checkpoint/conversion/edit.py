@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ee.checkpoint.conversion.contents import Contents
 from megatron_ee.checkpoint.derived import copied, low_rank_sum
 from megatron_ee.checkpoint.initialise import random_tensor
 from megatron_ee.checkpoint.names import exit_tensors, head_name
 from megatron_ee.checkpoint.tensors import StoredTensor
-from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.architecture import Architecture, changed_settings, output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Head
 from megatron_ee.errors import CheckpointError, ConfigError
@@ -23,10 +24,13 @@ def check_exits(contents: Contents) -> None:
     Where there is no architecture, as in an adapter, only that every tensor belongs to one of the exits.
 
     Raises:
-        CheckpointError: an exit is outside the model or not in order; a tensor is missing, unknown, mis-shaped or not
-            floating. The message names it.
+        CheckpointError: an exit is outside the model or not in order; the exits are made for other settings of the
+            model; a tensor is missing, unknown, mis-shaped or not floating. The message names it.
     """
     layers, arch = [spec.layer for spec in contents.exits], contents.architecture
+    made_for = contents.settings
+    if arch is not None and made_for is not None and (changed := changed_settings(made_for, output_settings(arch))):
+        raise CheckpointError(f"{contents.source}: its exits are made for other settings of the model: {changed}")
     if layers != sorted(set(layers)):
         raise CheckpointError(f"{contents.source}: exits after layers {layers}: expected one each, in their order")
     last = arch.num_layers if arch is not None else max(layers, default=1)
@@ -97,7 +101,7 @@ def drop_exits(contents: Contents, layers: Collection[int]) -> Contents:
         raise ConfigError(f"{contents.source}: without the exits after {_listed(layers)} nothing is left; keep one")
     tensors = {name: each for name, each in contents.exit_tensors.items() if _owner(name, layers) is None}
     left = replace(contents, exits=exits, exit_tensors=tensors)
-    return left if exits else replace(left, backbone_sha256=None, steps=0)
+    return left if exits else replace(left, backbone_sha256=None, settings=None, steps=0)
 
 
 def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha256: Callable[[], str]) -> Contents:
@@ -129,6 +133,9 @@ def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha25
                 )
             owners[spec.layer] = each.source
     first = _one_backbone(contents, adapters)
+    settings = _one_kind_of_settings((contents, *adapters))
+    for each in adapters:  # one at a time, so that no tensor of one can pass for another's
+        check_exits(replace(each, architecture=contents.architecture or each.architecture))
     if contents.backbone:
         found = backbone_sha256()
         if found != first.backbone_sha256:
@@ -136,8 +143,6 @@ def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha25
                 f"{_made_for(first)}, but {contents.source} is {found[:16]}...; exits fit only the weights that they "
                 "were tuned on"
             )
-    for each in adapters:  # one at a time, so that no tensor of one can pass for another's
-        check_exits(replace(each, architecture=contents.architecture or each.architecture))
     parts = (contents, *adapters)
     return replace(
         contents,
@@ -145,6 +150,7 @@ def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha25
         exit_tensors={name: tensor for each in parts for name, tensor in each.exit_tensors.items()},
         base_model=contents.base_model or first.base_model,
         backbone_sha256=first.backbone_sha256,
+        settings=settings,
         steps=max(each.steps for each in parts if each.exits),
     )
 
@@ -162,6 +168,22 @@ def _one_backbone(contents: Contents, adapters: Sequence[Contents]) -> Contents:
         if each.backbone_sha256 != parts[0].backbone_sha256:
             raise CheckpointError(f"{_made_for(each)}, but {_made_for(parts[0])}; exits of two models do not mix")
     return parts[0]
+
+
+def _one_kind_of_settings(parts: Sequence[Contents]) -> Mapping[str, Any] | None:
+    """The model settings that all exits are made for; exits that do not record any fit all."""
+    first: Contents | None = None
+    for each in parts:
+        if not each.exits or each.settings is None:
+            continue
+        first = first or each
+        assert first.settings is not None
+        if changed := changed_settings(first.settings, each.settings):
+            raise CheckpointError(
+                f"{each.source}: made for other settings of the model than {first.source}: {changed}; exits of two "
+                "models do not mix"
+            )
+    return None if first is None else first.settings
 
 
 def _made_for(contents: Contents) -> str:

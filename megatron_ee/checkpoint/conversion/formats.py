@@ -83,6 +83,7 @@ def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
         assets={**released_assets(model.path), **corrected},
         base_model=_origin(model, exits),
         backbone_sha256=exits.backbone_sha256 if exits else None,
+        settings=exits.settings if exits else None,
         steps=exits.steps if exits else 0,
         notes=notes,
     )
@@ -126,6 +127,7 @@ def _of_exits(adapter: Adapter, kind: str) -> Contents:
         },
         base_model=adapter.base_model,
         backbone_sha256=adapter.backbone_sha256,
+        settings=adapter.settings,
         steps=adapter.steps,
     )
 

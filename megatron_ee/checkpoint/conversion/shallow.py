@@ -68,6 +68,7 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
         exit_tensors={},
         assets={**contents.assets, CONFIG: text.encode("utf-8")},
         backbone_sha256=None,
+        settings=None,
     )
 
 

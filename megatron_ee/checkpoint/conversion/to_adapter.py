@@ -42,5 +42,6 @@ def describe(contents: Contents, directory: Path, prefix: str = "") -> dict[str,
         contents.backbone_sha256,
         contents.steps,
         file_sha256(directory / WEIGHTS),
+        contents.settings,
     )
     return {prefix + DESCRIPTION: json.dumps(content, indent=2).encode() + b"\n"}

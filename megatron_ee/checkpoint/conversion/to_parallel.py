@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron_ee.checkpoint.adapter import SETTINGS
 from megatron_ee.checkpoint.conversion.contents import Contents
 from megatron_ee.checkpoint.conversion.outputs import Output, OutputFile, Part, Written, split_parts
 from megatron_ee.checkpoint.manifest import MANIFEST, Box, ShardContent, manifest_bytes, piece_name
@@ -54,6 +55,7 @@ def to_parallel(contents: Contents, *, tensor: int = 1, stages: Sequence[int] = 
             "exits": [dataclasses.asdict(spec) for spec in contents.exits],
             "base_model": contents.base_model,
             "backbone_sha256": contents.backbone_sha256,
+            SETTINGS: contents.settings,
             "steps": contents.steps,
         }
         shards = [_shard(file, written[file.name]) for file in files]

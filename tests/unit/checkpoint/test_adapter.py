@@ -11,8 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ee.checkpoint.adapter import Adapter, check_backbone, load_exits, open_adapter, save_adapter
+from megatron_ee.checkpoint.adapter import (
+    Adapter,
+    check_backbone,
+    find_exits,
+    load_exits,
+    open_adapter,
+    save_adapter,
+)
 from megatron_ee.checkpoint.loading import open_model
+from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.stage import Stage
@@ -127,6 +135,28 @@ def test_another_backbone_is_refused(saved: Path) -> None:
     assert "models/base" in text and "models/other" in text
 
 
+def test_a_model_with_other_settings_is_refused_by_their_names(saved: Path, saved_model: Any, load_stage: Any) -> None:
+    path, _ = saved_model("llama2")
+    stage, model = load_stage(path, [ExitSpec(2, "norm", "shared")]), open_model(path)
+    save(stage, saved, settings=output_settings(model.architecture))
+    assert find_exits(model, saved, lambda: HASH) is not None
+    theta = {"rope_type": "default", "rope_theta": 20_000.0}
+    other = open_model(saved_model("llama2", rms_norm_eps=1e-6, rope_parameters=theta)[0])
+    text = refusal(find_exits, other, saved, lambda: pytest.fail("hashed"))
+    assert "norm_eps (1e-05 against 1e-06), rope.theta (10000.0 against 20000.0);" in text
+    assert str(saved) in text and str(other.path) in text and "hidden_size" not in text
+    longer = open_model(saved_model("llama2", max_position_embeddings=256)[0])
+    assert find_exits(longer, saved, lambda: HASH) is not None, "this changes no output"
+    save(stage, saved)
+    assert find_exits(other, saved, lambda: HASH) is not None, "an adapter that does not record them is accepted"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_hashed(saved: Path, saved_model: Any, load_stage: Any) -> None:
+    model = open_model(saved_model("llama3.1", intermediate_size=96)[0])
+    text = refusal(find_exits, model, saved, lambda: pytest.fail("hashed"))
+    assert "exits.3.mlp" in text and "shape" in text
+
+
 @pytest.mark.parametrize(
     "spec, words",
     [
@@ -192,6 +222,7 @@ def test_a_tensor_that_is_missing_from_the_file(saved: Path, saved_model: Any, l
         lambda c: c.pop("files"),
         lambda c: c.update(files={}),
         lambda c: c.pop("backbone_sha256"),
+        lambda c: c.update(model_settings=[1]),
         lambda c: c.update(steps="many"),
         lambda c: c.update(exits=[]),
         lambda c: c.update(exits=5),

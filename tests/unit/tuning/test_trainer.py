@@ -72,6 +72,7 @@ def run(saved_model: Any, groups: Any, tmp_path: Path) -> Callable[..., Trainer]
         description = {
             "base_model": str(path),
             "backbone_sha256": "ab" * 32,
+            "model_settings": {},
             "dtype": "float32",
             "exits": [dataclasses.asdict(spec) for spec in SPECS],
         }

@@ -21,6 +21,7 @@ from megatron_ee.checkpoint.conversion.edit import add_exits, change_heads, chec
 from megatron_ee.checkpoint.conversion.formats import open_contents
 from megatron_ee.checkpoint.names import blocks, exit_saved_sources
 from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.model.exits import Exit
@@ -252,6 +253,20 @@ def test_exits_of_another_backbone_are_refused(model: Contents, adapter: Any) ->
     # The exits already there may be the ones that do not belong to the backbone.
     text = refusal(CheckpointError, merge_exits, exited, [ours], lambda: other)
     assert HASH[:16] in text and other[:16] in text
+
+
+def test_exits_for_other_settings_of_the_model_are_refused(model: Contents, adapter: Any) -> None:
+    assert model.architecture is not None
+    same = output_settings(model.architecture)
+    first, second, unknown = adapter(ExitSpec(1)), adapter(ExitSpec(3)), adapter(ExitSpec(4, "norm"))
+    first, second = replace(first, settings=same), replace(second, settings={**same, "norm_eps": 1e-6})
+    text = refusal(CheckpointError, merge_exits, model, [second], not_asked)
+    assert str(second.source) in text and "norm_eps (1e-06 against 1e-05)" in text
+    text = refusal(CheckpointError, merge_exits, first, [second], not_asked)
+    assert all(word in text for word in (str(first.source), str(second.source), "norm_eps"))
+    for contents, others, asked in ((model, [first, unknown], lambda: HASH), (unknown, [first], not_asked)):
+        assert merge_exits(contents, others, asked).settings == same
+    assert drop_exits(merge_exits(model, [first], lambda: HASH), [1]).settings is None
 
 
 def test_what_cannot_be_merged(model: Contents, adapter: Any) -> None:
