@@ -257,25 +257,30 @@ def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor])
         raise ValueError(f"tensor {shown(min(stray))} belongs to no exit that is described")
 
 
-def find_exits(
-    model: SavedModel, path: str | Path | None, digest: Callable[[], str], *, verify: bool = True
-) -> Adapter | None:
-    """The exits at ``path``, or else those that lie with the model, if there are any; made for this model.
+def find_exits(model: SavedModel, path: str | Path | None, *, verify: bool = True) -> Adapter | None:
+    """The exits at ``path``, or else those that lie with the model, if there are any.
 
-    Args:
-        digest: gives the model's hash; called only where it is needed.
+    Everything but the backbone's hash is compared with the model: ``check_hash`` does that.
 
     Raises:
-        CheckpointError: they cannot be used, or were made for another backbone.
+        CheckpointError: they cannot be used, or do not fit the model or its settings.
     """
     if path is None and not has_exits(model):
         return None
     adapter = open_adapter(model.path if path is None else path, verify=verify)
     check_settings(adapter, model)
     check_fits(adapter, adapter.exits, model.architecture)
+    return adapter
+
+
+def check_hash(adapter: Adapter, model: SavedModel, digest: Callable[[], str]) -> None:
+    """Refuse exits that were made for another backbone; ``digest`` gives the model's hash, where it is needed.
+
+    Raises:
+        CheckpointError: the hashes differ.
+    """
     if adapter.path != model.path:  # a parallel checkpoint's manifest vouches for both
         check_backbone(adapter, digest(), model.path)
-    return adapter
 
 
 def has_exits(model: SavedModel) -> bool:

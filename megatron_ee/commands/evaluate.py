@@ -32,6 +32,16 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="sequences at once (default: 1)")
     result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default: bfloat16)")
+    result.add_argument(
+        "--tensor", type=at_least(1), default=1, metavar="N", help="processes that share each layer (default: 1)"
+    )
+    result.add_argument(
+        "--pipeline",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="stages of layers (default: 1); data parallelism takes the processes that are left",
+    )
     result.add_argument("--no-verify", action="store_true", help="do not check what is read against its checksums")
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     result.add_argument(
@@ -60,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         sequences=arguments.sequences,
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
+        tensor=arguments.tensor,
+        pipeline=arguments.pipeline,
         verify=not arguments.no_verify,
     )
     if launched_rank() > 0:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import find_exits, load_exits
+from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, load_exits
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig, ValidationConfig
 from megatron_ee.data.indexed import open_corpus
@@ -22,13 +26,18 @@ from megatron_ee.evaluation.quality import measure
 from megatron_ee.evaluation.report import print_quality, report_dict
 from megatron_ee.model.quality import Quality
 from megatron_ee.model.setup import ModelSetup, build_setup
-from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.groups import process_groups
-from megatron_ee.parallel.layout import Layout
+from megatron_ee.model.stage import Stage, build_stage
+from megatron_ee.parallel.agreement import each_own
+from megatron_ee.parallel.balance import even_layout
+from megatron_ee.parallel.groups import Groups, gather_objects, joined_processes, model_groups, world_size
+from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.progress import track
-from megatron_ee.tuning.schedule import Pipeline, one_stage
+from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.trainer import Validate
 
+SILENCE_SECONDS = 60
+"""After which a rank that gives no sign of life counts as lost."""
 DEFAULT_SEQUENCE_LENGTH = 2048
 
 
@@ -66,9 +75,11 @@ def evaluate(
     batch_size: int = 1,
     dtype: str = "bfloat16",
     thresholds: Sequence[float] | None = None,
+    tensor: int = 1,
+    pipeline: int = 1,
     verify: bool = True,
 ) -> Evaluation:
-    """Score the final exit, and the exits of ``adapter``, on a corpus.
+    """Score the final exit, and the exits of ``adapter``, on a corpus. Every rank calls this and gets the result.
 
     Args:
         model: Hugging Face directory or parallel checkpoint.
@@ -79,33 +90,117 @@ def evaluate(
         batch_size: windows at a time.
         dtype: of the model.
         thresholds: of the sweep, empty for none; default as for validation while tuning.
+        tensor: ranks that share each layer.
+        pipeline: stages. Data parallelism takes the ranks that are left.
         verify: check what is read against its checksums, where there are any.
 
     Raises:
-        ConfigError: the sequence is longer than the model's positions.
+        ConfigError: the sequence is longer than the model's positions, or the ranks do not fit the model.
         CheckpointError: the model or the adapter cannot be used, or they do not belong together.
         DataError: the corpus cannot be used.
     """
-    released = open_model(model, verify=verify)
-    arch = released.architecture
+    with joined_processes() as control:
+        gather = partial(gather_objects, group=control)
+        subject = each_own(
+            gather, lambda: _open_subject(model, adapter, data, sequence_length, sequences, tensor, pipeline, verify)
+        )
+        saved = subject.model
+        with model_groups(control, tensor, pipeline) as groups, _watched(groups):
+            _check_adapter(subject, groups)
+            setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)
+            layout = _layout(saved.architecture.num_layers, subject.exits, pipeline)
+            stage = build_stage(setup, layout, subject.exits, final_exit=True)
+            groups.together(lambda: _load(stage, subject, groups))
+            quality = measure(
+                Pipeline(stage, layout, subject.exits),
+                subject.windows,
+                ValidationConfig().thresholds if thresholds is None else thresholds,
+                batch_size=batch_size,
+            )
+    where = None if subject.adapter is None else str(subject.adapter.path)
+    return Evaluation(quality, subject.exits, str(model), where, subject.windows.sequence_length)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated, opened and checked but for the backbone's hash; nothing of it takes much memory yet."""
+
+    model: SavedModel
+    adapter: Adapter | None
+    windows: ValidationWindows
+
+    @property
+    def exits(self) -> tuple[ExitSpec, ...]:
+        return self.adapter.exits if self.adapter is not None else ()
+
+
+def _open_subject(
+    model: str | Path,
+    adapter: str | Path | None,
+    data: str | Path,
+    sequence_length: int | None,
+    sequences: int,
+    tensor: int,
+    pipeline: int,
+    verify: bool,
+) -> _Subject:
+    saved = open_model(model, verify=verify)
+    arch = saved.architecture
+    _check_ranks(arch, tensor, pipeline, world_size())
     length = sequence_length or min(DEFAULT_SEQUENCE_LENGTH, arch.max_positions)
     if length > arch.max_positions:
         raise ConfigError(f"--sequence-length: {length} is more than the model's {arch.max_positions} positions")
-    opened = find_exits(released, adapter, released.digest, verify=verify)
     corpus = open_corpus(data)
     corpus.check_vocabulary(arch.vocab_size)
     windows = validation_windows([corpus], length, sequences)
-    specs = opened.exits if opened is not None else ()
-    with process_groups() as groups:
-        setup = build_setup(arch, platform.DTYPES[dtype], groups)
-        stage = Stage(setup, range(1, arch.num_layers + 1), specs, final_exit=True)
-        total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
-        with track(total, "B", "loading") as bar:
-            load_backbone(stage, released, bar.advance)
-        if opened is not None:
-            load_exits(stage.exits, opened, released)
-        quality = measure(one_stage(stage), windows, thresholds or ValidationConfig().thresholds, batch_size=batch_size)
-    return Evaluation(quality, specs, str(model), None if opened is None else str(opened.path), length)
+    return _Subject(saved, find_exits(saved, adapter, verify=verify), windows)
+
+
+def _check_ranks(arch: Architecture, tensor: int, pipeline: int, processes: int) -> None:
+    check_tensor(arch, tensor, "--tensor")
+    if pipeline > arch.num_layers:
+        raise ConfigError(f"--pipeline: {pipeline} stages are more than the model's {arch.num_layers} layers")
+    if processes % (tensor * pipeline):
+        raise ConfigError(
+            f"--tensor: {tensor} x --pipeline {pipeline} = {tensor * pipeline} processes hold one model, which does "
+            f"not divide the {processes} running; start a multiple with torchrun, or change the options"
+        )
+
+
+def _watched(groups: Groups) -> contextlib.AbstractContextManager[None]:
+    return watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}")
+
+
+def _check_adapter(subject: _Subject, groups: Groups) -> None:
+    """Refuse exits that were made for another backbone, which the first rank hashes."""
+    opened, total = subject.adapter, sum(entry.nbytes for entry in subject.model.weights.values())
+
+    def digest() -> str:
+        with track(total, "B", "hashing the backbone") as bar:
+            return subject.model.digest(advance=bar.advance)
+
+    groups.together(
+        lambda: check_hash(opened, subject.model, digest) if groups.is_main and opened is not None else None
+    )
+
+
+def _layout(num_layers: int, specs: Sequence[ExitSpec], pipeline: int) -> Layout:
+    """Layers spread evenly, each exit on the stage of its layer."""
+    stages = even_layout(num_layers, pipeline).stages
+    return Layout(
+        tuple(
+            StageLayout(stage.layers, tuple(spec.layer for spec in specs if spec.layer in stage.layers))
+            for stage in stages
+        )
+    )
+
+
+def _load(stage: Stage, subject: _Subject, groups: Groups) -> None:
+    total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
+    with track(total, "B", "loading", enabled=groups.is_main) as bar:
+        load_backbone(stage, subject.model, bar.advance)
+    if subject.adapter is not None:
+        load_exits(stage.exits, subject.adapter, subject.model)
 
 
 def make_validator(

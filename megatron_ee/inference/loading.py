@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, find_exits, load_exits
+from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, load_exits
 from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
@@ -63,9 +63,11 @@ def open_released(model: str | Path, adapter: str | Path | None, *, verify: bool
         DataError: the tokenizer cannot be used, or has tokens beyond the model's vocabulary.
     """
     released = open_model(model, verify=verify)
-    opened = find_exits(released, adapter, lambda: _digest(released), verify=verify)
+    opened = find_exits(released, adapter, verify=verify)
     tokenizer = load_tokenizer(model)
     tokenizer.fits(released.architecture.vocab_size)
+    if opened is not None:
+        check_hash(opened, released, lambda: _digest(released))
     return Released(Path(model), released, opened, tokenizer, end_of_text(Path(model), tokenizer))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.commands.main import main
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import validation_windows
+from megatron_ee.errors import ConfigError
+from megatron_ee.evaluation.evaluate import evaluate
 from megatron_ee.evaluation.final_exit import final_exit
 from megatron_ee.evaluation.quality import measure
 from megatron_ee.model.setup import build_setup
@@ -59,8 +63,10 @@ def close(found: Any, expected: Any) -> None:
         assert len(found) == len(expected)
         for pair in zip(found, expected, strict=True):
             close(*pair)
+    elif expected is None or isinstance(expected, str):
+        assert found == expected
     else:
-        assert found == expected if expected is None else found == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +83,34 @@ def test_quality_is_that_of_one_process(
     for there, cached in run_ranks(world_size, scored, *arguments, Case("", "", SPECS, stages, tensor, sequence)):
         close(there, alone[0])
         close(cached, alone[0])
+
+
+def evaluated(path: Path, adapter: Path, corpus: Path, cache: Path, tensor: int, pipeline: int) -> dict[str, Any]:
+    """On one rank: what ``evaluate`` finds."""
+    os.environ["MEGATRON_EE_CACHE"] = str(cache)
+    options: dict[str, Any] = {"sequence_length": 32, "sequences": 7, "dtype": "float32", "thresholds": THRESHOLDS}
+    return evaluate(
+        model=path, adapter=adapter, data=corpus, batch_size=2, tensor=tensor, pipeline=pipeline, **options
+    ).to_dict()
+
+
+def test_evaluate_over_ranks_equals_one_process(project: Project, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    exits = json.dumps([{"layer": s.layer, "body": s.body, "head": s.head, "rank": s.rank} for s in SPECS])
+    paths = ("--input", str(project.model), "--output", str(adapter))
+    assert main(["convert", *paths, "--to", "adapter", "--exits", exits]) == 0
+    arguments = (project.model, adapter, project.held_out, tmp_path / "cache")
+    (alone,) = run_ranks(1, evaluated, *arguments, 1, 1)
+    assert [exit_["layer"] for exit_ in alone["exits"]] == [1, 2, 3] and len(alone["sweep"]) == len(THRESHOLDS)
+    for world_size, tensor, pipeline in ((2, 1, 2), (4, 2, 1)):  # the second with two data-parallel copies
+        for found in run_ranks(world_size, evaluated, *arguments, tensor, pipeline):
+            close(found, alone)
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [({"tensor": 3}, "--tensor: 3"), ({"pipeline": 5}, "--pipeline: 5"), ({"tensor": 2}, "the 1 running")],
+)
+def test_evaluate_refuses_ranks_that_do_not_fit(options: dict[str, int], word: str, project: Project) -> None:
+    with pytest.raises(ConfigError, match=word):
+        evaluate(model=project.model, adapter=None, data=project.held_out, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megatron_ee.checkpoint.loading import SavedModel
 from megatron_ee.commands.main import main
 from megatron_ee.testing.command import Command
 from megatron_ee.testing.project import all_tensors, read_log
@@ -128,12 +130,62 @@ def test_output_of_another_run_is_not_overwritten(project: Any, tuned: Path, tmp
     assert (tuned / "log.jsonl").read_bytes() == before
 
 
-def test_resume_with_other_exits_is_refused(project: Any, tuned: Path, tmp_path: Path) -> None:
-    config = project.config(tmp_path / "run.yaml", exits=[{"layer": 1}])
-    done = project.run("tune", "--config", config, "--output", tuned, "--resume", check=False)
-    assert done.returncode == 1
-    assert "another exits" in done.stderr.splitlines()[-1]
+@pytest.fixture
+def refused(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What ``tune`` says when it refuses these options, in one line; nothing may be hashed or loaded before."""
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(project.cache))
+
+    def run(*options: object, hashes: bool = False, **changes: Any) -> str:
+        config = project.config(tmp_path / "run.yaml", **changes)
+        with monkeypatch.context() as patch:
+            if not hashes:
+                patch.setattr(SavedModel, "digest", lambda *_, **__: pytest.fail("hashed"))
+            patch.setattr("megatron_ee.tuning.run.build_stage", lambda *_, **__: pytest.fail("loaded"))
+            patch.setattr("megatron_ee.evaluation.final_exit.build_stage", lambda *_, **__: pytest.fail("loaded"))
+            assert main(["tune", "--config", str(config), *map(str, options)]) == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if "hashing" not in line]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+def changed_model(project: Any, path: Path, *, settings: dict[str, Any] | None = None, bias: float = 0.0) -> str:
+    """A copy of the project's model with other settings, and ``bias`` added to its final norm."""
+    shutil.copytree(project.model, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **(settings or {})}))
+    weights = load_file(path / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + bias}, path / "model.safetensors")
+    return str(path)
+
+
+def test_resume_from_another_run_is_refused_early(
+    refused: Callable[..., str], project: Any, tuned: Path, tmp_path: Path
+) -> None:
+    resume = ("--output", tuned, "--resume")
+    assert "another exits" in refused(*resume, exits=[{"layer": 1}])
+    assert "another dtype" in refused(*resume, model={"dtype": "bfloat16"})
+    other = changed_model(project, tmp_path / "settings", settings={"rms_norm_eps": 1e-6})
+    assert "norm_eps (1e-05 against 1e-06)" in refused(*resume, model={"path": other})
+    other = changed_model(project, tmp_path / "weights", bias=0.5)
+    assert "another backbone_sha256" in refused(*resume, model={"path": other}, hashes=True)
     assert (tuned / "checkpoints" / "step-12").is_dir()
+
+
+def test_an_adapter_that_does_not_fit_is_refused_early(
+    refused: Callable[..., str], project: Any, tuned: Path, tmp_path: Path
+) -> None:
+    start = ("--output", tmp_path / "run", "--init-adapter", tuned / "adapter")
+    assert "no exit after layer 4" in refused(*start, exits=[{"layer": 4}])
+    assert "body 'mlp'" in refused(*start, exits=[{"layer": 1, "body": "norm"}])
+    other = changed_model(project, tmp_path / "settings", settings={"rms_norm_eps": 1e-6})
+    assert "norm_eps (1e-05 against 1e-06)" in refused(*start, model={"path": other})
+    assert "/no/such/corpus" in refused(*start, data={"train": ["/no/such/corpus"]})
+    other = changed_model(project, tmp_path / "weights", bias=0.5)
+    assert "exits fit only the weights they were tuned on" in refused(*start, model={"path": other}, hashes=True)
 
 
 @pytest.mark.parametrize(
