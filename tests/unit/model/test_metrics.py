@@ -253,3 +253,23 @@ def test_shapes_that_do_not_fit() -> None:
         accumulator.update([FIRST], FINAL, LABELS, everything(4))
     with pytest.raises(ValueError, match="must be"):
         accumulator.update([FIRST, SECOND], FINAL, LABELS, everything(3))
+
+
+def test_a_bin_has_its_upper_edge_and_not_its_lower_one() -> None:
+    below, above, over = (
+        float(np.nextafter(np.float32(of), np.float32(to))) for of, to in ((0.5, 0), (0.5, 1), (1, 2))
+    )
+    confidence = torch.tensor([0.0, 0.25, below, 0.5, above, 0.75, 1.0, over])
+    tokens = torch.zeros(8, dtype=torch.int64)
+    accumulator = QualityAccumulator((1,), 4, (), bins=4)
+    accumulator.update(
+        [TokenStats(torch.ones(8), confidence, tokens)], FinalStats(torch.ones(8), tokens), tokens, everything(8)
+    )
+    bins = accumulator.result().exits[0].bins
+    assert [(bin_.lower, bin_.upper, bin_.tokens) for bin_ in bins] == [
+        (0.0, 0.25, 2),  # 0 has no bin below it
+        (0.25, 0.5, 2),
+        (0.5, 0.75, 2),
+        (0.75, 1.0, 2),  # rounding may lift a probability above 1
+    ]
+    assert bins[1].confidence == pytest.approx((below + 0.5) / 2, abs=1e-12)
