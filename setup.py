@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
+        "wandb": ["wandb>=0.31,<0.32"],
         "test": [
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",

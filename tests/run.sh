@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_env.sh
 
-make_environment "${MEGATRON_EE_TEST_VENV:-$PWD/.venv-test}" "[test,deepspeed]"
+make_environment "${MEGATRON_EE_TEST_VENV:-$PWD/.venv-test}" "[test,deepspeed,wandb]"
 
 # Two test processes with one thread each: more threads per process only fight over two cores.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1

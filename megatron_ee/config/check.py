@@ -18,6 +18,7 @@ from megatron_ee.config.schema import (
     RunConfig,
     ScheduleConfig,
     TuningConfig,
+    WandbConfig,
 )
 from megatron_ee.errors import ConfigError
 
@@ -40,6 +41,7 @@ def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1
     _check_loss(config.loss)
     _check_distillation(config.loss.distillation, architecture.vocab_size)
     _check_intervals(config)
+    _check_wandb(config.logging.wandb)
     _check_parallel(config.parallel, architecture, config.data.sequence_length)
     _check_batch(config.tuning, data_parallel_size(config.parallel, world_size))
     return exits
@@ -193,6 +195,12 @@ def _check_intervals(config: RunConfig) -> None:
     _at_least(0, "checkpoint.interval", config.checkpoint.interval)
     _at_least(2, "checkpoint.keep", config.checkpoint.keep)
     _at_least(1, "logging.interval", config.logging.interval)
+
+
+def _check_wandb(wandb: WandbConfig) -> None:
+    given = "name" if wandb.name else "mode" if wandb.mode != "offline" else ""
+    if given and not wandb.project:
+        raise ConfigError(f"logging.wandb.project: is empty, so logging.wandb.{given} has no effect; name a project")
 
 
 # Comparisons are written so that NaN fails them.

@@ -242,16 +242,34 @@ class CheckpointConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Weights & Biases (extra ``wandb``): the same figures as in TensorBoard. Off without a project.
+
+    Attributes:
+        project: the project that the run belongs to; empty turns it off.
+        name: of the run; empty takes the name of the output directory.
+        mode: ``offline`` writes to ``OUTPUT/wandb`` and sends nothing (``wandb sync`` uploads it later); ``online``
+            also sends while tuning.
+    """
+
+    project: str = ""
+    name: str = ""
+    mode: Literal["offline", "online"] = "offline"
+
+
+@dataclass
 class LoggingConfig:
     """What is written while tuning.
 
     Attributes:
-        interval: steps between lines of the JSONL log and TensorBoard points.
+        interval: steps between lines of the JSONL log and points in TensorBoard and wandb.
         tensorboard: write TensorBoard event files to ``OUTPUT/tensorboard``.
+        wandb: Weights & Biases.
     """
 
     interval: int = 1
     tensorboard: bool = True
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass

@@ -26,12 +26,13 @@ from megatron_ee.checkpoint.loading import SavedModel, open_model
 from megatron_ee.checkpoint.names import expected_tensors
 from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig
+from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig, WandbConfig
 from megatron_ee.errors import ConfigError
 from megatron_ee.parallel.balance import resolve_layout
 from megatron_ee.parallel.groups import world_size
 from megatron_ee.tuning.checks import LOG, checked
 from megatron_ee.tuning.run import MakeValidator, tune
+from megatron_ee.tuning.wandb_run import check_wandb
 
 DIRECTORY = "debug"
 """Where a debug run writes, under the output of the real one."""
@@ -72,6 +73,7 @@ def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator
     specs = check_run(config, model.architecture, parallel.tensor * parallel.pipeline)
     distillation = config.loss.distillation.kl > 0
     resolve_layout(parallel, specs, model.architecture, config.data.sequence_length, distillation)
+    check_wandb(config.logging.wandb)
     kept = choose_slice(specs, model.architecture.num_layers)
     small = cut_config(config, kept)
     _remove_earlier(output)
@@ -126,7 +128,7 @@ def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
             sequences=min(config.validation.sequences or VALIDATION_SEQUENCES, VALIDATION_SEQUENCES),
         ),
         checkpoint=dataclasses.replace(config.checkpoint, interval=0),
-        logging=dataclasses.replace(config.logging, interval=1),
+        logging=dataclasses.replace(config.logging, interval=1, wandb=WandbConfig()),
     )
 
 

@@ -1,4 +1,7 @@
-"""What a run leaves to look at: ``log.jsonl`` and TensorBoard, with one loss, weight and gradient norm per exit."""
+"""What a run leaves to look at: ``log.jsonl``, TensorBoard and wandb.
+
+All have one loss, weight and gradient norm per exit.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,20 +18,40 @@ from megatron_ee.config.schema import LoggingConfig
 from megatron_ee.errors import UserError, storage_errors
 from megatron_ee.model.quality import Quality, strict_json
 from megatron_ee.tuning.step import StepResult
+from megatron_ee.tuning.wandb_run import start_run
 
 LOG = "log.jsonl"
 
 
 class RunLog:
-    """Writes one JSON object per line, each flushed, and the same figures to TensorBoard.
+    """Writes one JSON object per line, each flushed, and the same figures to TensorBoard and wandb.
 
     A resumed run goes on in the same file: lines past the checkpoint's step are taken back first.
     """
 
-    def __init__(self, output: Path, config: LoggingConfig, step: int, *, enabled: bool = True) -> None:
-        """``step`` steps are done; ``enabled`` is False on processes that do not write."""
+    def __init__(
+        self,
+        output: Path,
+        config: LoggingConfig,
+        step: int,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        enabled: bool = True,
+    ) -> None:
+        """
+        Args:
+            output: the run's directory.
+            config: where to write.
+            step: steps done.
+            settings: the run's configuration, which wandb records.
+            enabled: False on processes that do not write.
+
+        Raises:
+            UserError: the log or wandb's run cannot be opened.
+        """
         self._file = None
         self._board: Any = None
+        self._wandb: Any = None
         self._where = path = output / LOG
         if not enabled:
             return
@@ -40,6 +64,8 @@ class RunLog:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        if config.wandb.project:
+            self._wandb = start_run(output, config.wandb, step, settings or {})
 
     def __enter__(self) -> RunLog:
         return self
@@ -51,6 +77,8 @@ class RunLog:
                 self._file.close()
             if self._board is not None:
                 self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if error is None else 1)
 
     def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
         """One finished step, counted from 1."""
@@ -90,6 +118,8 @@ class RunLog:
             with storage_errors(self._where.parent / "tensorboard", "write"):
                 for name, value in points.items():
                     self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**points, "step": step})
 
 
 def _take_back(path: Path, step: int) -> None:

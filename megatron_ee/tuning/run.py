@@ -52,6 +52,7 @@ from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.state import Progress, check_same_run, load_state
 from megatron_ee.tuning.status import reported_status, write_failed
 from megatron_ee.tuning.trainer import Trainer, Validate
+from megatron_ee.tuning.wandb_run import check_wandb
 
 MakeValidator = Callable[[RunConfig, ModelSetup, SavedModel, str, ValidationWindows, Layout], Validate]
 """Prepares validation before tuning takes its memory; gets the backbone's hash, the windows, and a layout of all
@@ -99,7 +100,8 @@ def tune(
             reported_status(output, steps, progress, interrupt, enabled=groups.is_main),
         ):
             trainer = _prepare(config, inputs, groups, output, resume, progress, make_validator)
-            with RunLog(output, config.logging, progress.step, enabled=groups.is_main) as log, around(trainer):
+            log = RunLog(output, config.logging, progress.step, settings=config_to_dict(config), enabled=groups.is_main)
+            with log, around(trainer):
                 trainer.run(log, interrupt)
     return 0
 
@@ -121,7 +123,8 @@ def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Calla
     model = open_model(config.model.path, verify=verify)
     arch = model.architecture
     specs = check_run(config, arch, world_size())
-    # Refused here where this machine does not have it.
+    # Refused here where this machine does not have them.
+    check_wandb(config.logging.wandb)
     adam_class(config.optimizer.implementation, platform.DTYPES[config.model.dtype])
     distillation = config.loss.distillation.kl > 0
     layout = resolve_layout(config.parallel, specs, arch, config.data.sequence_length, distillation)

@@ -225,10 +225,12 @@ def test_a_configuration_that_is_smaller_stays_so() -> None:
         "data": {"train": ["x"], "sequence_length": 16},
         "tuning": {"steps": 2, "global_batch_size": 1, "micro_batch_size": 1},
         "validation": {"sequences": 1},
+        "logging": {"wandb": {"project": "exits"}},
     }
     small = cut_config(config_from_dict(values), choose_slice([ExitSpec(1)], 4))
     assert (small.data.sequence_length, small.tuning.steps, small.validation.sequences) == (16, 2, 1)
     assert (small.tuning.global_batch_size, small.tuning.micro_batch_size) == (2, 1)
+    assert not small.logging.wandb.project, "a debug run is no run to keep"
     values["validation"]["sequences"] = 0  # all of them
     assert cut_config(config_from_dict(values), choose_slice([ExitSpec(1)], 4)).validation.sequences == 2
 

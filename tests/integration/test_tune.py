@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,19 +138,30 @@ def refused(
     """What ``tune`` says when it refuses these options, in one line; nothing may be hashed or loaded before."""
     monkeypatch.setenv("MEGATRON_EE_CACHE", str(project.cache))
 
-    def run(*options: object, hashes: bool = False, **changes: Any) -> str:
+    def run(*options: object, hashes: bool = False, status: int = 1, **changes: Any) -> str:
         config = project.config(tmp_path / "run.yaml", **changes)
         with monkeypatch.context() as patch:
             if not hashes:
                 patch.setattr(SavedModel, "digest", lambda *_, **__: pytest.fail("hashed"))
             patch.setattr("megatron_ee.tuning.run.build_stage", lambda *_, **__: pytest.fail("loaded"))
             patch.setattr("megatron_ee.evaluation.final_exit.build_stage", lambda *_, **__: pytest.fail("loaded"))
-            assert main(["tune", "--config", str(config), *map(str, options)]) == 1
+            assert main(["tune", "--config", str(config), *map(str, options)]) == status
         lines = [line for line in capsys.readouterr().err.splitlines() if "hashing" not in line]
         assert len(lines) == 1, lines
         return lines[0]
 
     return run
+
+
+def test_what_is_not_installed_is_refused_early(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("wandb", "deepspeed"):
+        monkeypatch.setitem(sys.modules, package, None)
+    output = ("--output", tmp_path / "run")
+    assert "logging.wandb.project: needs wandb" in refused(*output, status=2, logging={"wandb": {"project": "exits"}})
+    settings = {"implementation": "deepspeed_cpu"}
+    assert "optimizer.implementation" in refused(*output, status=2, optimizer=settings)
 
 
 def changed_model(project: Any, path: Path, *, settings: dict[str, Any] | None = None, bias: float = 0.0) -> str:

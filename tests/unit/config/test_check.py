@@ -101,6 +101,12 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         ("optimizer", {"clip_grad": -1}, "optimizer.clip_grad: must be a number of at least 0, not -1.0"),
         ("schedule", {"warmup_fraction": 1}, "schedule.warmup_fraction: must be at least 0 and below 1, not 1.0"),
         ("loss", {"weight_warmup_fraction": 1}, "loss.weight_warmup_fraction: must be at least 0 and below 1, not 1"),
+        (
+            "logging",
+            {"wandb": {"mode": "online"}},
+            "logging.wandb.project: is empty, so logging.wandb.mode",
+        ),
+        ("logging", {"wandb": {"name": "a"}}, "logging.wandb.project: is empty, so logging.wandb.name"),
         ("loss", {"chunk_tokens": 0}, "loss.chunk_tokens: must be at least 1, not 0"),
         ("validation", {"interval": -1}, "validation.interval: must be at least 0, not -1"),
         ("validation", {"sequences": -1}, "validation.sequences: must be at least 0, not -1"),

@@ -1,0 +1,97 @@
+"""A run's figures in Weights & Biases (extra ``wandb``), offline under ``OUTPUT/wandb`` unless asked otherwise.
+
+Figures, the configuration and wandb's own system metrics are recorded; no code and no terminal output.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.config.schema import WandbConfig
+from megatron_ee.errors import ConfigError, UserError, first_line, storage_errors
+from megatron_ee.parallel.groups import launched_rank
+
+DIRECTORY, RUN_ID = "wandb", "run_id"
+"""Under the run's output: where wandb writes, and in it the file with the id that a resumed run goes on under."""
+
+
+def check_wandb(config: WandbConfig) -> None:
+    """Refuse, before anything is loaded, what ``start_run`` could not do.
+
+    Raises:
+        ConfigError: wandb is not installed, or ``online`` without an API key.
+    """
+    if not config.project:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "logging.wandb.project: needs wandb, which is not installed; pip install 'megatron-ee[wandb]', or leave it "
+            "empty"
+        )
+    if config.mode == "online" and launched_rank() == 0:
+        wandb = _import()
+        try:
+            wandb.login()
+        except wandb.Error as error:
+            raise ConfigError(f"logging.wandb.mode: online: {first_line(error)}") from None
+
+
+def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[str, Any]) -> Any:
+    """The wandb run that this process logs to: the earlier one where ``step`` steps are done already.
+
+    Args:
+        output: the tuning run's directory.
+        config: with a project.
+        step: steps done.
+        settings: the run's configuration, recorded with it.
+
+    Raises:
+        UserError: wandb could not start it.
+        CheckpointError: ``output`` cannot be written.
+    """
+    wandb = _import()
+    try:
+        run = wandb.init(
+            project=config.project,
+            name=config.name or output.resolve().name,
+            mode=config.mode,
+            id=_run_id(output / DIRECTORY, step),
+            # wandb warns of it offline, where each part is a run directory of its own with the same id.
+            resume="allow" if config.mode == "online" else None,
+            dir=str(output),
+            config=dict(settings),
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+        )
+    except (wandb.Error, OSError) as error:
+        raise UserError(f"logging.wandb: the run cannot be started: {first_line(error)}") from None
+    # Not wandb's own step, which must not go back: a save in the background is reported some steps later.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    where = run.url if config.mode == "online" else f"{run.settings.sync_dir} (wandb sync uploads it)"
+    print(f"wandb: {where}", file=sys.stderr, flush=True)
+    return run
+
+
+def _import() -> Any:
+    # It reports its errors to its makers otherwise, in offline mode too.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return wandb
+
+
+def _run_id(directory: Path, step: int) -> str:
+    """The id of the run so far; a new one where it starts from the beginning."""
+    path = directory / RUN_ID
+    with storage_errors(path, "write"):
+        if step > 0 and path.is_file() and (known := path.read_text(encoding="utf-8").strip()):
+            return known
+        directory.mkdir(parents=True, exist_ok=True)
+        new = os.urandom(4).hex()
+        path.write_text(new + "\n", encoding="utf-8")
+    return new
