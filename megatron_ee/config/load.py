@@ -69,13 +69,15 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def parse_exits(text: str, key: str) -> list[ExitConfig]:
-    """The exits that a YAML list describes, as in a configuration.
+    """The exits that a YAML list describes, as in a configuration: at least one.
 
     Raises:
         ConfigError: as ``load_config``, naming ``key``.
     """
     values = _parse(text, list[ExitConfig], key)
     _check(list[ExitConfig], values, key)
+    if not values:
+        raise ConfigError(f"{key}: at least one exit is needed, such as [{{layer: 8}}]")
     return [ExitConfig(**value) for value in values]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ee.config import schema
-from megatron_ee.config.load import config_from_dict, config_help, config_to_dict, load_config
+from megatron_ee.config.load import config_from_dict, config_help, config_to_dict, load_config, parse_exits
 from megatron_ee.config.schema import CorpusConfig, ExitConfig, RunConfig, StageConfig
 from megatron_ee.errors import ConfigError
 
@@ -261,6 +262,13 @@ def test_saved_and_reloaded(tmp_path: Path) -> None:
 def test_any_exit_survives_json(exit_: ExitConfig) -> None:
     config = RunConfig(schema.ModelConfig("m"), [exit_], schema.DataConfig(["c"]))
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_a_list_of_exits_is_not_empty() -> None:
+    assert parse_exits("[{layer: 2, body: norm}]", "--exits") == [ExitConfig(2, "norm")]
+    for text, word in (("[]", "at least one exit"), ("", "expected a list"), ("[{}]", "exits[0].layer: missing")):
+        with pytest.raises(ConfigError, match=re.escape(word)):
+            parse_exits(text, "--exits")
 
 
 def _keys(kind: Any, prefix: str = "") -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ee.checkpoint.adapter import open_adapter
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import (
     CheckpointConfig,
@@ -72,7 +73,7 @@ def run(saved_model: Any, groups: Any, tmp_path: Path) -> Callable[..., Trainer]
         description = {
             "base_model": str(path),
             "backbone_sha256": "ab" * 32,
-            "model_settings": {},
+            "model_settings": {"norm_eps": 1e-5},
             "dtype": "float32",
             "exits": [dataclasses.asdict(spec) for spec in SPECS],
         }
@@ -102,6 +103,7 @@ def test_the_best_has_the_lowest_loss_weighted_over_the_exits(run: Callable[...,
     trainer = run(quality([0, 1]), quality([4, 2]), quality([2, 5]), quality([4, 1]), quality([2, 5]))
     assert best(tmp_path) == (2, 2.75)
     assert (trainer.progress.best_step, trainer.progress.best_loss) == (2, 2.75)
+    assert all(open_adapter(tmp_path / name).settings == {"norm_eps": 1e-5} for name in ("adapter", "adapter-best"))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
