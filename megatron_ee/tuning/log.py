@@ -18,7 +18,7 @@ from megatron_ee.config.schema import LoggingConfig
 from megatron_ee.errors import UserError, storage_errors
 from megatron_ee.model.quality import Quality, strict_json
 from megatron_ee.tuning.step import StepResult
-from megatron_ee.tuning.wandb_run import start_run
+from megatron_ee.tuning.wandb_run import WandbRun, start_run
 
 LOG = "log.jsonl"
 
@@ -51,7 +51,7 @@ class RunLog:
         """
         self._file = None
         self._board: Any = None
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         self._where = path = output / LOG
         if not enabled:
             return
@@ -78,7 +78,7 @@ class RunLog:
             if self._board is not None:
                 self._board.close()
             if self._wandb is not None:
-                self._wandb.finish(exit_code=0 if error is None else 1)
+                self._wandb.finish(failed=error is not None)
 
     def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
         """One finished step, counted from 1."""
@@ -119,7 +119,7 @@ class RunLog:
                 for name, value in points.items():
                     self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log({**points, "step": step})
+            self._wandb.log(points, step)
 
 
 def _take_back(path: Path, step: int) -> None:

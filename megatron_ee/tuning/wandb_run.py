@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,32 @@ def check_wandb(config: WandbConfig) -> None:
             raise ConfigError(f"logging.wandb.mode: online: {first_line(error)}") from None
 
 
-def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[str, Any]) -> Any:
-    """The wandb run that this process logs to: the earlier one where ``step`` steps are done already.
+class WandbRun:
+    """A wandb run that figures go to. Where it fails, a line says so, and tuning goes on without it."""
+
+    def __init__(self, run: Any) -> None:
+        self._run: Any = run
+
+    def log(self, points: Mapping[str, float], step: int) -> None:
+        """Record figures by name after ``step`` steps."""
+        self._try(lambda: self._run.log({**points, "step": step}))
+
+    def finish(self, *, failed: bool) -> None:
+        """Write what is left; ``failed``: the tuning run ended with an error."""
+        self._try(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:  # its service is a process of its own, which a signal to the job may have ended
+            self._run = None
+            print(f"wandb: nothing more is recorded: {first_line(error)}", file=sys.stderr, flush=True)
+
+
+def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[str, Any]) -> WandbRun:
+    """Start to log to wandb, to the earlier run where ``step`` steps are done already.
 
     Args:
         output: the tuning run's directory.
@@ -74,7 +98,7 @@ def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[st
     run.define_metric("*", step_metric="step")
     where = run.url if config.mode == "online" else f"{run.settings.sync_dir} (wandb sync uploads it)"
     print(f"wandb: {where}", file=sys.stderr, flush=True)
-    return run
+    return WandbRun(run)
 
 
 def _import() -> Any:

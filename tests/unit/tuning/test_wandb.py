@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from megatron_ee.errors import ConfigError
 from megatron_ee.model.quality import ExitQuality, Quality
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.step import ExitResult, StepResult
-from megatron_ee.tuning.wandb_run import check_wandb
+from megatron_ee.tuning.wandb_run import WandbRun, check_wandb
 
 Points = dict[str, list[tuple[int, float]]]
 LOGGING = LoggingConfig(wandb=WandbConfig(project="exits"))
@@ -112,9 +113,10 @@ def test_it_has_what_tensorboard_has_also_after_going_on(connections: list[bytes
         log_step(log, 1)
         log_step(log, 2)
         log.save(1, 0.25, 0.5)  # in the background, reported late
-    sys.modules["wandb"].teardown()  # the run goes on in another process
+    sys.modules["wandb"].teardown()  # as at the end of the process: all is on disk then
     with RunLog(output, LOGGING, 2) as log:
         log_step(log, 3)
+    sys.modules["wandb"].teardown()
     files = sorted(output.glob("wandb/offline-run-*/*.wandb"))
     ids, found = wandb_points(files)
     assert len(files) == 2 and ids == {(output / "wandb" / "run_id").read_text().strip()}
@@ -129,6 +131,21 @@ def test_it_has_what_tensorboard_has_also_after_going_on(connections: list[bytes
         pass
     assert (output / "wandb" / "run_id").read_text().strip() not in ids, "a run from the beginning is another one"
     assert connections == []
+
+
+def test_tuning_goes_on_where_wandb_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def log(points: dict[str, float]) -> None:
+        calls.append(points)
+        raise ConnectionError("the service has ended")
+
+    run = WandbRun(SimpleNamespace(log=log, finish=lambda **_: pytest.fail("after it failed")))
+    for step in (1, 2):
+        run.log({"loss": 3.0}, step)
+    run.finish(failed=False)
+    assert calls == [{"loss": 3.0, "step": 1}]
+    assert capsys.readouterr().err == "wandb: nothing more is recorded: the service has ended\n"
 
 
 def test_online_without_an_account_is_refused_early(connections: list[bytes]) -> None:
