@@ -1,10 +1,10 @@
 # megatron_ee on a CUDA machine.
 #
 #   docker build -t megatron-ee .
-#   docker build -t megatron-ee --build-arg TRANSFORMER_ENGINE=1 --build-arg APEX=1 .
+#   docker build -t megatron-ee --build-arg APEX=1 .
 #   docker run --gpus all --ipc host -v /models:/models -v "$PWD":/work megatron-ee tune --config run.yaml --output out
 #
-# The CUDA release of the base image, of TORCH's build and of TE_EXTRA belong together.
+# The CUDA releases of the base image and of TORCH's build belong together.
 ARG BASE_IMAGE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 FROM ${BASE_IMAGE}
 
@@ -19,18 +19,13 @@ ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu130
 RUN pip install --index-url ${TORCH_INDEX} ${TORCH}
 
-# Both are built against the torch above, for the architectures named here, and take a while: off by default.
-ARG TRANSFORMER_ENGINE=0
-ARG TE_EXTRA=core_cu13
+# NVIDIA's apex, which is not the package of that name on PyPI, is built against the torch above for the architectures
+# named here: Ampere, Ada, Hopper and Blackwell (10.0: B200, 12.0: RTX). That takes a while: off by default.
 ARG APEX=0
-ARG APEX_REF=master
-ARG CUDA_ARCHITECTURES="8.0;9.0"
+# master of 8 July 2026
+ARG APEX_REF=6424da3b4faa6c8f062da4a48c424fff3f02d42d
+ARG CUDA_ARCHITECTURES="8.0;8.6;8.9;9.0;10.0;12.0"
 ENV TORCH_CUDA_ARCH_LIST=${CUDA_ARCHITECTURES}
-RUN if [ "${TRANSFORMER_ENGINE}" = 1 ]; then \
-        pip install setuptools wheel packaging ninja pybind11 \
-        && pip install --no-build-isolation "transformer_engine[pytorch,${TE_EXTRA}]>=2.8,<3"; \
-    fi
-# NVIDIA's apex is not the package of that name on PyPI.
 RUN if [ "${APEX}" = 1 ]; then \
         pip install setuptools wheel packaging ninja \
         && git clone https://github.com/NVIDIA/apex /tmp/apex \

@@ -14,6 +14,7 @@ import mmap
 import os
 import resource
 import shutil
+import socket
 import sys
 import time
 import warnings
@@ -145,14 +146,23 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_name() -> str:
+    """Names the memory that this process computes in: its device's, or its machine's. Those that share it agree.
+
+    Numbers of devices do not tell: each process may see its own device alone, as number 0.
+    """
+    host = socket.gethostname()
+    return f"{host} {torch.cuda.get_device_properties(device()).uuid}" if has_accelerator() else host
+
+
 def free_memory(processes: int = 1) -> int:
     """Bytes that this process can still take: of its device, or of the machine where there is none.
 
     Args:
-        processes: of the run on this machine, which share its memory, or its devices.
+        processes: that share this memory: those with the same ``memory_name``.
     """
     if has_accelerator():
-        return int(torch.cuda.mem_get_info()[0]) // -(-processes // torch.cuda.device_count())
+        return int(torch.cuda.mem_get_info()[0]) // processes
     import psutil
 
     return int(psutil.virtual_memory().available) // processes

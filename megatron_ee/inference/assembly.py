@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -191,5 +190,5 @@ def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[i
 
 def free_memory(groups: Groups) -> int:
     """What this process can take for itself; every rank calls this."""
-    host = socket.gethostname()
-    return platform.free_memory(groups.gather(host).count(host))
+    name = platform.memory_name()
+    return platform.free_memory(groups.gather(name).count(name))

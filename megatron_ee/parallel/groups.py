@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 T = TypeVar("T")
+COLLECTIVE_MINUTES = 10.0
+"""After which a collective on the device that is not answered ends the run. The watchdog notices a lost rank sooner."""
 CONTROL_TIMEOUT = timedelta(hours=12)
 """The others wait this long while the first rank hashes a model from a slow disk; a lost rank is noticed otherwise."""
 
@@ -66,6 +68,14 @@ class Groups:
         return together(self.gather, work)
 
 
+def collective_minutes(silence_seconds: float) -> float:
+    """Time limit of collectives in a run whose watchdog waits ``silence_seconds`` for a sign of life.
+
+    It is the longer one: a lost rank is named before torch gives up on a collective, which names the ranks that wait.
+    """
+    return max(COLLECTIVE_MINUTES, 2 * silence_seconds / 60)
+
+
 def world_size() -> int:
     """Number of processes that the launcher started, before any group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -84,7 +94,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 @contextlib.contextmanager
-def joined_processes(timeout_minutes: float = 10) -> Iterator[dist.ProcessGroup]:
+def joined_processes(timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[dist.ProcessGroup]:
     """Meet the run's other processes; gives the group of all of them on the host.
 
     Started by torchrun or SLURM the process finds its peers through ``MASTER_ADDR`` and ``RANK``; started alone it
@@ -93,7 +103,8 @@ def joined_processes(timeout_minutes: float = 10) -> Iterator[dist.ProcessGroup]
     platform.quiet_runtime()
     platform.return_freed_memory()
     if platform.has_accelerator():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # A launcher may show each process all devices of its machine, or its own alone.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend, timeout = platform.communication_backend(), timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -106,20 +117,28 @@ def joined_processes(timeout_minutes: float = 10) -> Iterator[dist.ProcessGroup]
 
 
 @contextlib.contextmanager
-def model_groups(control: dist.ProcessGroup, tensor: int = 1, pipeline: int = 1) -> Iterator[Groups]:
-    """Form the groups of a run among processes that have met; they are gone with ``joined_processes``."""
+def model_groups(
+    control: dist.ProcessGroup, tensor: int = 1, pipeline: int = 1, timeout_minutes: float = COLLECTIVE_MINUTES
+) -> Iterator[Groups]:
+    """Form the groups of a run among processes that have met; they are gone with ``joined_processes``.
+
+    ``timeout_minutes``: as there, for those on the device.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
     with platform.quiet_imports():
         from megatron.core import parallel_state, tensor_parallel
         from megatron.core.process_groups_config import ProcessGroupCollection
 
     with platform.stand_in():
         try:
-            parallel_state.initialize_model_parallel(tensor, pipeline, create_gloo_process_groups=False)
+            parallel_state.initialize_model_parallel(
+                tensor, pipeline, create_gloo_process_groups=False, distributed_timeout_minutes=timeout_minutes
+            )
             # Its usual tracker wants CUDA generators; a frozen backbone has no dropout to draw for.
             tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
             collection = ProcessGroupCollection.use_mpu_process_groups()
             # No embedding is trained, so none has gradients to sum between the first stage and the last.
-            collection.embd = collection.pos_embd = _group_of([dist.get_rank()], control)
+            collection.embd = collection.pos_embd = _group_of([dist.get_rank()], control, timeout)
             stages = parallel_state.get_pipeline_model_parallel_group()
             world = dist.group.WORLD
             assert world is not None
@@ -128,7 +147,7 @@ def model_groups(control: dist.ProcessGroup, tensor: int = 1, pipeline: int = 1)
                 tensor=parallel_state.get_tensor_model_parallel_group(),
                 pipeline=stages,
                 data=parallel_state.get_data_parallel_group(),
-                teacher=_group_of(dist.get_process_group_ranks(stages), control),
+                teacher=_group_of(dist.get_process_group_ranks(stages), control, timeout),
                 world=world,
                 control=control,
                 saving=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
@@ -139,23 +158,27 @@ def model_groups(control: dist.ProcessGroup, tensor: int = 1, pipeline: int = 1)
 
 def host_group(group: dist.ProcessGroup, control: dist.ProcessGroup) -> dist.ProcessGroup:
     """The ranks of ``group`` once more, on the host, for small messages. Every rank of the run takes part."""
-    return _group_of(dist.get_process_group_ranks(group), control, "gloo")
+    return _group_of(dist.get_process_group_ranks(group), control, CONTROL_TIMEOUT, "gloo")
 
 
-def _group_of(ranks: list[int], control: dist.ProcessGroup, backend: str | None = None) -> dist.ProcessGroup:
+def _group_of(
+    ranks: list[int], control: dist.ProcessGroup, timeout: timedelta, backend: str | None = None
+) -> dist.ProcessGroup:
     """A group of ``ranks``, this rank's part of a partition. Every rank takes part in making all parts.
 
     torch can make a group among its members alone, but names it by the number of groups that each is in, which
     differs: the members then wait for each other under different names.
     """
     parts = sorted({tuple(part) for part in gather_objects(ranks, control)})
-    timeout = None if backend is None else CONTROL_TIMEOUT
     made = {part: dist.new_group(list(part), backend=backend, timeout=timeout) for part in parts}
     return made[tuple(ranks)]
 
 
 @contextlib.contextmanager
-def process_groups(tensor: int = 1, pipeline: int = 1, timeout_minutes: float = 10) -> Iterator[Groups]:
+def process_groups(tensor: int = 1, pipeline: int = 1, timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[Groups]:
     """``joined_processes`` and ``model_groups`` in one, where nothing has to be agreed on between them."""
-    with joined_processes(timeout_minutes) as control, model_groups(control, tensor, pipeline) as groups:
+    with (
+        joined_processes(timeout_minutes) as control,
+        model_groups(control, tensor, pipeline, timeout_minutes) as groups,
+    ):
         yield groups

@@ -99,6 +99,7 @@ def _run(
 ) -> None:
     faulthandler.dump_traceback_later(0.9 * timeout)  # where a rank hangs is what one wants to know
     os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",  # over gloo, on a machine with GPUs too
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

@@ -39,7 +39,14 @@ from megatron_ee.model.stage import Stage, build_stage
 from megatron_ee.parallel.adam import adam_class
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.balance import even_layout, resolve_layout
-from megatron_ee.parallel.groups import Groups, gather_objects, joined_processes, model_groups, world_size
+from megatron_ee.parallel.groups import (
+    Groups,
+    collective_minutes,
+    gather_objects,
+    joined_processes,
+    model_groups,
+    world_size,
+)
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.plan import plan_run
@@ -82,13 +89,14 @@ def tune(
     """
     progress = Progress()
     # Signals are watched from the start: loading takes long, and a stop there must not look like a crash.
-    with watch_signals() as interrupt, joined_processes() as control:
+    minutes = collective_minutes(config.parallel.timeout_seconds)
+    with watch_signals() as interrupt, joined_processes(minutes) as control:
         gather = partial(gather_objects, group=control)
         inputs = each_own(gather, lambda: _open_inputs(config, init_adapter, open_model))
 
         steps = config.tuning.steps
         with (
-            model_groups(control, config.parallel.tensor, config.parallel.pipeline) as groups,
+            model_groups(control, config.parallel.tensor, config.parallel.pipeline, minutes) as groups,
             watch_ranks(
                 groups.rank,
                 groups.world.size(),

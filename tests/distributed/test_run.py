@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ee.testing.project import Project, all_tensors, read_log
-from megatron_ee.testing.ranks import Ranks, free_port, run_command
+from megatron_ee.testing.ranks import Ranks, free_port, run_command, run_ranks
 
 PIPELINE = [{"layers": [1, 2], "exits": [1]}, {"layers": [3, 3]}, {"exits": [2, 3]}]
 
@@ -163,13 +163,21 @@ def test_a_bad_setting_is_said_once(project: Project, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def visible_devices() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_ranks_of_tests_see_no_gpu() -> None:
+    """They communicate over gloo, on a machine with GPUs too."""
+    assert run_ranks(1, visible_devices) == [""]
+
+
 def test_torchrun_starts_it(project: Project, tuned: Path, tmp_path: Path) -> None:
     """As a user starts it, and with a signal to one worker, after which torchrun itself ends with a failure or not."""
     config, output = project.config(tmp_path / "run.yaml", parallel={"tensor": 2}), tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     command += ["-m", "megatron_ee", "tune", "--config", config, "--output", output]
-    done = subprocess.run(
-        list(map(str, command)), env=project.environment(), capture_output=True, text=True, timeout=200
-    )
+    environment = {**project.environment(), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     close(read_log(output), read_log(tuned))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import attention
 
 from megatron_ee import platform
 from megatron_ee.errors import UserError
+from megatron_ee.inference.assembly import free_memory
 
 cpu_only = pytest.mark.skipif(platform.has_accelerator(), reason="the stand-in does nothing on a GPU")
 NAMES = ("current_device", "synchronize", "empty_cache")
@@ -187,8 +190,24 @@ def test_host_buffers_are_locked_as_long_as_they_live(monkeypatch: pytest.Monkey
         platform.host_buffer(4096)
 
 
+def test_processes_with_one_visible_device_each_do_not_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert platform.memory_name() == platform.memory_name()
+    monkeypatch.setattr(platform, "has_accelerator", lambda: True)
+    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 80))
+    names = []
+    for uuid in ("GPU-1", "GPU-2", "GPU-1"):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, uuid=uuid: SimpleNamespace(uuid=uuid))
+        names.append(platform.memory_name())
+    groups = SimpleNamespace(gather=lambda own: names)
+    assert names[0] == names[2] != names[1]
+    assert free_memory(groups) == 40  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-2"))
+    assert free_memory(groups) == 80  # type: ignore[arg-type]
+
+
 def test_processes_share_the_memory() -> None:
-    whole, part = platform.free_memory(), platform.free_memory(4 * max(1, torch.cuda.device_count()))
+    whole, part = platform.free_memory(), platform.free_memory(4)
     assert 0.2 * whole < part < 0.3 * whole
 
 
@@ -213,3 +232,35 @@ def test_zeros_take_no_memory() -> None:
     before = process.memory_info().rss
     platform.zero_(tensor)
     assert before - process.memory_info().rss > 0.9 * tensor.nbytes
+
+
+def test_a_timer_measures_what_lies_between() -> None:
+    timer = platform.DeviceTimer()
+    time.sleep(0.05)
+    timer.stop()
+    time.sleep(0.05)
+    assert 0.05 <= timer.seconds() < 0.1 or platform.has_accelerator()
+
+
+def test_a_timer_waits_for_its_events_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 250.0
+
+    monkeypatch.setattr(platform, "has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = platform.DeviceTimer()
+    timer.stop()
+    assert log == ["record", "record"]
+    assert timer.seconds() == 0.25 and log[2:] == ["wait"]

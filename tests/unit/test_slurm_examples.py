@@ -92,6 +92,7 @@ class Job:
             "SLURM_JOB_NODELIST": "node[7-8]",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_CPUS_PER_TASK": "4",
+            "SLURM_GPUS_ON_NODE": "2",
             "TASKS": str(self.tasks),
             "RECORD": str(self.record),
             "OUTPUT": str(self.output),
@@ -215,6 +216,22 @@ def test_srun_gives_each_task_its_rank(tmp_path: Path) -> None:
         assert arguments[:3] == ["-m", "megatron_ee", "tune"]
         tune_arguments(arguments[3:])
     assert "--kill-on-bad-exit=1" in job.arguments("srun")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_processes_get_threads_and_an_allocator(script: str, given: bool, tmp_path: Path) -> None:
+    """Unless the user has set them; the interfaces are the user's alone."""
+    job = Job(script, tmp_path, "finished")
+    names = ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    for name in names:
+        job.environment.pop(name, None)
+    if given:
+        job.environment |= dict.fromkeys(names, "7")
+    job.run()
+    found = job.variables(0)
+    threads = "2" if "torchrun" in script else "4"
+    expected = ["7"] * 4 if given else [threads, "expandable_segments:True", None, None]
+    assert [found.get(name) for name in names] == expected
 
 
 def test_slurm_is_told_to_warn_and_to_put_back(script: str) -> None:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from megatron_ee.parallel.groups import Groups, world_size
+from megatron_ee import platform
+from megatron_ee.parallel.groups import Groups, collective_minutes, joined_processes, world_size
 
 
 def test_a_world_of_one(groups: Groups) -> None:
@@ -25,6 +27,27 @@ def test_world_size_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -
     assert world_size() == 1
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert world_size() == 6
+
+
+def test_collectives_end_after_the_watchdog_has_named_a_lost_rank() -> None:
+    assert collective_minutes(60) == 10
+    assert collective_minutes(1200) == 40
+
+
+@pytest.mark.parametrize("visible, taken", [(8, 3), (2, 1), (1, 0)])
+def test_a_process_takes_one_of_the_devices_that_it_sees(
+    visible: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its machine's, or its own alone."""
+    found: list[int] = []
+    monkeypatch.setattr(platform, "has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with joined_processes():
+        assert found == [taken]
 
 
 def run(code: str, **environment: str) -> subprocess.Popen[str]:
@@ -72,10 +95,15 @@ def test_two_processes_find_each_other() -> None:
     code = """
 import torch, torch.distributed as dist
 from megatron_ee.parallel.groups import process_groups
-with process_groups(tensor=2) as groups:
+new_group, limits = dist.new_group, set()
+def recorded(*args, timeout=None, **kwargs):
+    limits.add(str(timeout))
+    return new_group(*args, timeout=timeout, **kwargs)
+dist.new_group = recorded
+with process_groups(tensor=2, timeout_minutes=7) as groups:
     total = torch.tensor(groups.rank + 1)
     dist.all_reduce(total, group=groups.tensor)
-    print(groups.rank, groups.is_main, groups.tensor.size(), groups.data.size(), int(total))
+    print(groups.rank, groups.is_main, groups.tensor.size(), groups.data.size(), int(total), *sorted(limits))
 """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,4 +112,7 @@ with process_groups(tensor=2) as groups:
     processes = [run(code, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
     outcomes = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outcomes
-    assert [out.split() for out, _ in outcomes] == [["0", "True", "2", "1", "3"], ["1", "False", "2", "1", "3"]]
+    # Each group has the run's time limit, but for those on the host.
+    limits = ["0:07:00", "12:00:00"]
+    expected = [["0", "True", "2", "1", "3", *limits], ["1", "False", "2", "1", "3", *limits]]
+    assert [out.split() for out, _ in outcomes] == expected
