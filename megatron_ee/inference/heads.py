@@ -204,10 +204,7 @@ def _read(queued: _Queued, asks: Sequence[Ask]) -> list[Answer]:
     if queued.logprobs is not None:
         own, values, ids = (next(lists) for _ in queued.logprobs)
         sizes = [queued.logprobs[1].shape[1]] * len(own)
-        likely = (
-            dict(zip(map(int, i), v, strict=True)) for i, v in zip(_cut(ids, sizes), _cut(values, sizes), strict=True)
-        )
-        logprobs = map(LogProbs, own, likely)
+        logprobs = map(LogProbs, own, map(_likely, _cut(ids, sizes), _cut(values, sizes)))
     found = []
     for ask, part in zip(asks, _spans(asks), strict=True):
         sure = shares[ask.measure][part]
@@ -261,6 +258,10 @@ def _rows(tensor: Tensor, asks: Sequence[Ask], wanted: Sequence[bool]) -> Tensor
 def _cut(values: list[float], sizes: Sequence[int]) -> list[list[float]]:
     ends = list(accumulate(sizes))
     return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _likely(ids: list[float], values: list[float]) -> dict[int, float]:
+    return dict(zip(map(int, ids), values, strict=True))
 
 
 def _first(top: dict[int, float], count: int | None) -> dict[int, float]:

@@ -104,13 +104,14 @@ def penalised(logits: Tensor, seen: Sequence[Collection[int]], penalties: Sequen
     Seen are the prompt's and the output's tokens so far; each counts once, however often it is there. ``logits`` is
     returned itself where nothing changes, and never written into.
     """
-    places: list[tuple[int, int, float]] = []
-    for row, (ids, penalty) in enumerate(zip(seen, penalties, strict=True)):
-        if penalty != 1:
-            places += [(row, token, penalty) for token in set(ids)]
-    if not places:
+    own = [list(set(ids)) if penalty != 1 else [] for ids, penalty in zip(seen, penalties, strict=True)]
+    tokens = [token for each in own for token in each]
+    if not tokens:
         return logits
-    rows, ids, factors = _on_device(places, logits).unbind(1)
+    numbered = torch.tensor([range(len(own)), penalties], dtype=torch.float64)
+    rows, factors = numbered.repeat_interleave(torch.tensor([len(each) for each in own]), dim=1)
+    table = torch.stack((rows, torch.tensor(tokens, dtype=torch.float64), factors))
+    rows, ids, factors = platform.to_device(table, logits.device)
     where, factors = (rows.long(), ids.long()), factors.float()
     values = logits[where]
     return logits.index_put(where, torch.where(values < 0, values * factors, values / factors))
