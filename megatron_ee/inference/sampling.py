@@ -262,6 +262,10 @@ def verify(target: Tensor, draft: Tensor, drafts: Sequence[Proposals]) -> tuple[
         ``draw`` gives it.
     """
     longest = max(len(each.tokens) for each in drafts)
+    if longest == 0:  # nothing to judge: each row's token is drawn from the target
+        numbers = _on_device([[uniform(each.seed, each.position, each.purpose)] for each in drafts], target)
+        token, mass = draw(target, numbers[:, 0])
+        return torch.zeros_like(token), token[:, None], mass
     table, p_row, q_row = [], 0, 0
     for each in drafts:
         count, start = len(each.tokens), each.position
@@ -276,8 +280,6 @@ def verify(target: Tensor, draft: Tensor, drafts: Sequence[Proposals]) -> tuple[
     sizes = [1, 1, 1, longest, longest, longest + 1]
     p_start, q_start, counts, ids, accept_u, follow_u = _on_device(table, target).split(sizes, dim=1)
     p_start, q_start, counts, ids = (each.long() for each in (p_start, q_start, counts, ids))
-    if len(draft) == 0:
-        draft = target.new_zeros(1, target.shape[1])  # to be looked at, and not used
     steps = torch.arange(longest, device=target.device)
     p_ids = target[(p_start + steps).clamp(max=len(target) - 1), ids]
     q_ids = draft[(q_start + steps).clamp(max=len(draft) - 1), ids]
