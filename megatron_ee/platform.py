@@ -176,30 +176,6 @@ def cached_bytes() -> int:
     return 2**62 if has_accelerator() else 4 * 2**20
 
 
-def head_rows(head: torch.Tensor) -> int:
-    """Rows of a head ``[vocab, hidden]`` that features should be multiplied with at a time.
-
-    MKL first copies its operands: of 2048 rows that takes a third of the memory, and the product 5% less time.
-    """
-    return len(head) if head.is_cuda else 2048
-
-
-def logit_tokens() -> int:
-    """Tokens whose logits should exist at a time at most.
-
-    On a CPU more take as long (float32) or spare a tenth of a head's time (bfloat16, two cores), for twice the memory.
-    """
-    return 2**62 if has_accelerator() else 256
-
-
-def graph_tokens() -> int:
-    """Tokens that an exit should work on at a time at least, for its weights' gradients to be worth adding up.
-
-    On an accelerator going over these once more takes as long as computing them from some 500 tokens.
-    """
-    return 2048 if has_accelerator() else 1
-
-
 @contextlib.contextmanager
 def tuning_attention() -> Iterator[None]:
     """While open, scaled dot product attention takes the fastest kernel for tuning: flash, then cuDNN's.

@@ -19,6 +19,7 @@ from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exit_loss import exit_loss
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import process_groups
+from megatron_ee.parallel.tiles import Tiles
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def losses(step: Step) -> Iterator[Losses]:
         setup = build_setup(architecture, platform.DTYPES[step.dtype], groups)
         with torch.device(platform.device()):
             head = VocabHead(setup)
-        yield Losses(step, head, groups.tensor)
+        yield Losses(step, head, groups.tensor, setup.tiles)
 
 
 class Losses:
@@ -39,10 +40,10 @@ class Losses:
     gradients in ``.grad``.
     """
 
-    def __init__(self, step: Step, head: VocabHead, group: dist.ProcessGroup) -> None:
+    def __init__(self, step: Step, head: VocabHead, group: dist.ProcessGroup, tiles: Tiles) -> None:
         device, hidden = platform.device(), step.shape.hidden
         generator = torch.Generator().manual_seed(SEED)
-        self._step, self._head, self._group = step, head, group
+        self._step, self._head, self._group, self._tiles = step, head, group, tiles
         with torch.no_grad():
             weight = torch.randn(step.shape.vocab, hidden, generator=generator) * hidden**-0.5
             head.weight.zero_()[: step.shape.vocab].copy_(weight)
@@ -83,7 +84,8 @@ class Losses:
     def _ours(self) -> Tensor:
         coefficient = torch.full((self._step.tokens,), 1 / self._step.tokens, device=self._z.device)
         group, chunk = self._group, self._step.chunk_tokens
-        return exit_loss(self._z, self._head, self._labels, coefficient, group, chunk_tokens=chunk)[0]
+        given = {"chunk_tokens": chunk, "tiles": self._tiles}
+        return exit_loss(self._z, self._head, self._labels, coefficient, group, **given)[0]  # type: ignore[arg-type]
 
     def _plain(self) -> Tensor:
         # Float32 logits, as every trainer takes the loss of a bf16 model.

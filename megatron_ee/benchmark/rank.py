@@ -168,7 +168,7 @@ class Rank:
         return {
             "before": self.held_before,
             "peak": platform.peak_memory(),
-            "graph_tokens": platform.graph_tokens(),
+            "graph_tokens": self.pipeline.stage.setup.tiles.graph_tokens,
         }
 
     def _tune(self) -> StepResult:

@@ -177,14 +177,15 @@ class LossConfig:
         dynamic_token_weights: weight each token by the exit's own detached maximum probability.
         weight_warmup: shape of the rise of the exits' loss weights from 0, or ``none``.
         weight_warmup_fraction: share of the steps that this rise takes.
-        chunk_tokens: tokens whose logits exist at one time; on a CPU 256 at most.
+        chunk_tokens: tokens whose logits exist at one time, at most. A CPU takes 256, a GPU as many as have 256 MiB of
+            logits in float32, but at least 512.
         distillation: learning from the final exit.
     """
 
     dynamic_token_weights: bool = False
     weight_warmup: Literal["none", "linear", "cosine"] = "none"
     weight_warmup_fraction: float = 0.1
-    chunk_tokens: int = 512
+    chunk_tokens: int = 4096
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
 

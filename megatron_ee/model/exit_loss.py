@@ -14,16 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ee import platform
 from megatron_ee.model import kernels
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation, SoftTargets
 from megatron_ee.model.metrics import TokenStats
+from megatron_ee.parallel.tiles import Tiles
 
 VOCAB_RUN = 128
 """Columns over which a maximum is taken first; the padded vocabulary is a multiple of it."""
 ROW_RUN = 2048
-"""Rows of a head whose gradient is computed in the model's dtype at a time."""
+"""Rows of a head whose gradient is computed in the model's dtype at a time, where it is."""
+CPU = Tiles()
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def exit_loss(
     dynamic: bool = False,
     distillation: Distillation | None = None,
     chunk_tokens: int = 512,
+    tiles: Tiles = CPU,
 ) -> tuple[Tensor, TokenStats]:
     """Weighted sum of the tokens' losses, differentiable once with respect to ``z``, the head and ``low_rank``.
 
@@ -64,7 +66,8 @@ def exit_loss(
         low_rank: the trained correction of a ``low_rank`` head.
         dynamic: also weight each token by the exit's detached maximum probability (EE-LLM, arXiv 2312.04916).
         distillation: what each token's loss is where it is not the cross-entropy alone.
-        chunk_tokens: tokens whose logits exist at one time, at most: see ``platform.logit_tokens``.
+        chunk_tokens: tokens whose logits exist at one time, at most; there are ``tiles.logit_tokens`` or fewer.
+        tiles: how much the device of ``z`` works on at a time.
 
     Returns:
         The loss, a float32 scalar equal on all tensor-parallel ranks, and the detached statistics of each token: its
@@ -72,7 +75,7 @@ def exit_loss(
     """
     hidden, up = (None, None) if low_rank is None else (low_rank.hidden, low_rank.up)
     loss, nll, confidence, top1 = _ExitLoss.apply(
-        z, head.weight, hidden, up, head, labels, coefficient, group, dynamic, distillation, chunk_tokens
+        z, head.weight, hidden, up, head, labels, coefficient, group, dynamic, distillation, chunk_tokens, tiles
     )
     return loss, TokenStats(nll, confidence, top1)
 
@@ -85,11 +88,13 @@ def exit_statistics(
     *,
     low_rank: LowRank | None = None,
     chunk_tokens: int = 512,
+    tiles: Tiles = CPU,
 ) -> TokenStats:
     """Loss, confidence and top-1 token of each token, without gradients; arguments as for ``exit_loss``."""
     with torch.no_grad():
         coefficient = torch.ones(len(labels), device=z.device)
-        return exit_loss(z, head, labels, coefficient, group, low_rank=low_rank, chunk_tokens=chunk_tokens)[1]
+        given = {"low_rank": low_rank, "chunk_tokens": chunk_tokens, "tiles": tiles}
+        return exit_loss(z, head, labels, coefficient, group, **given)[1]  # type: ignore[arg-type]
 
 
 class _ExitLoss(torch.autograd.Function):
@@ -107,6 +112,7 @@ class _ExitLoss(torch.autograd.Function):
         dynamic: bool,
         distillation: Distillation | None,
         chunk_tokens: int,
+        tiles: Tiles,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         needs_z, needs_weight, needs_hidden, needs_up = ctx.needs_input_grad[:4]
         grad_z = torch.empty_like(z) if needs_z else None
@@ -116,15 +122,14 @@ class _ExitLoss(torch.autograd.Function):
         nll = torch.empty(len(labels), dtype=torch.float32, device=z.device)
         confidence, top1 = torch.empty_like(nll), torch.empty_like(labels)
         loss = torch.zeros((), dtype=torch.float32, device=z.device)
-        at_once = platform.head_rows(weight)
         two_temperatures = distillation is not None and distillation.temperature != 1
-        at_most = min(chunk_tokens, platform.logit_tokens())
-        scratch = _Scratch.allocate(z, weight, min(at_most, len(z)), needs_weight, two_temperatures)
+        at_most = min(chunk_tokens, tiles.logit_tokens)
+        scratch = _Scratch.allocate(z, weight, min(at_most, len(z)), needs_weight, two_temperatures, tiles)
 
         for start in range(0, len(z), at_most):
             chunk = slice(start, start + at_most)
             logits = scratch.logits[: len(z[chunk])]
-            for rows, columns in zip(weight.split(at_once), logits.split(at_once, dim=1), strict=True):
+            for rows, columns in zip(weight.split(tiles.head_rows), logits.split(tiles.head_rows, dim=1), strict=True):
                 kernels.write_product(columns, z[chunk], rows)
             for first in range(0, len(logits), scratch.rows):
                 run = logits[first : first + scratch.rows]
@@ -135,21 +140,22 @@ class _ExitLoss(torch.autograd.Function):
                 exact[:, head.valid :] = -torch.inf
                 scale = coefficient[part]
                 soft = None if distillation is None else _soft_targets(distillation, part, head, scratch)
-                nll[part], confidence[part], top1[part] = _exponentiate_(exact, labels[part], head, group, soft)
+                label = _local_columns(labels[part], head)
+                nll[part], confidence[part], top1[part] = _exponentiate_(exact, label, head, group, soft)
                 if dynamic:
                     scale = scale * confidence[part]
                 loss += torch.dot(nll[part] if soft is None else soft.loss(nll[part]), scale)
                 if any(ctx.needs_input_grad[:4]):
-                    _logit_gradient_(exact, confidence[part], labels[part], scale, head, soft)
+                    _logit_gradient_(exact, confidence[part], label, scale, soft)
                     scratch.narrow_(run, exact)
             if grad_z is not None:
                 torch.mm(logits, weight, out=grad_z[chunk])
             if grad_hidden is not None and up is not None:
                 torch.mm(logits, up, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _accumulate_(grad_weight, logits, z[chunk], scratch.product, scratch.exact_product)
+                _accumulate_(grad_weight, logits, z[chunk], tiles, scratch)
             if grad_up is not None and hidden is not None:
-                _accumulate_(grad_up, logits, hidden[chunk], None, None)
+                _accumulate_(grad_up, logits, hidden[chunk], tiles, None)
 
         for partial in (grad_z, grad_hidden):
             if partial is not None and group.size() > 1:
@@ -168,7 +174,7 @@ class _ExitLoss(torch.autograd.Function):
         # Checked on the device: reading it here would make the host wait for every exit.
         torch._assert_async(grad_loss == 1, "an exit's loss is backpropagated as it is")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*gradients, *[None] * 7)
+        return (*gradients, *[None] * 8)
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,8 @@ class _Scratch:
             over its memory once, not for each operation.
         exact: ``[rows, padded_vocab / tp]`` float32, where that is not the model's dtype.
         tempered: as ``exact``, where distillation has another temperature than 1.
-        product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, where that is not float32;
-            ``exact_product`` the same in float32.
+        product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, where that is not float32
+            and the device does not add it up by itself; ``exact_product`` the same in float32.
     """
 
     logits: Tensor
@@ -193,13 +199,16 @@ class _Scratch:
     exact_product: Tensor | None
 
     @classmethod
-    def allocate(cls, z: Tensor, weight: Tensor, chunk: int, needs_weight: bool, two_temperatures: bool) -> _Scratch:
+    def allocate(
+        cls, z: Tensor, weight: Tensor, chunk: int, needs_weight: bool, two_temperatures: bool, tiles: Tiles
+    ) -> _Scratch:
         logits = z.new_empty((chunk, len(weight)))
-        rows = max(1, min(chunk, platform.cached_bytes() // (4 * len(weight))))
+        rows = max(1, min(chunk, tiles.cached_bytes // (4 * len(weight))))
         narrow = z.dtype != torch.float32
         exact = logits.new_empty((rows, len(weight)), dtype=torch.float32) if narrow else None
         tempered = logits.new_empty((rows, len(weight)), dtype=torch.float32) if two_temperatures else None
-        product = torch.empty_like(weight[:ROW_RUN]) if narrow and needs_weight else None
+        rounded = narrow and needs_weight and not tiles.sums_products
+        product = torch.empty_like(weight[:ROW_RUN]) if rounded else None
         exact_product = None if product is None else torch.empty_like(product, dtype=torch.float32)
         return cls(logits, rows, exact, tempered, product, exact_product)
 
@@ -221,9 +230,15 @@ def _soft_targets(distillation: Distillation, part: slice, head: VocabHead, scra
 
 
 def _exponentiate_(
-    logits: Tensor, labels: Tensor, head: VocabHead, group: dist.ProcessGroup, soft: SoftTargets | None
+    logits: Tensor,
+    label: tuple[Tensor, Tensor],
+    head: VocabHead,
+    group: dist.ProcessGroup,
+    soft: SoftTargets | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy, confidence and top-1 of each token over the whole vocabulary; ``soft`` is compared with it.
+
+    ``label``: see ``_local_columns``.
 
     Leaves exp(logit - highest) in ``logits``: probabilities, once multiplied by the confidence, which is the inverse
     of their sum. That product is left to whoever needs it, since a pass over them costs as much as adding them up.
@@ -237,7 +252,7 @@ def _exponentiate_(
         top1.masked_fill_(own < highest, torch.iinfo(top1.dtype).max)
         dist.all_reduce(top1, dist.ReduceOp.MIN, group=group)
     logits -= highest[:, None]
-    local, here = _local_columns(labels, head)
+    local, here = label
     target = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
     soft_sums = [] if soft is None else soft.read(logits)
     sums = (target, logits.exp_().sum(dim=1), *soft_sums)
@@ -265,13 +280,17 @@ def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logit_gradient_(
-    exponentials: Tensor, confidence: Tensor, labels: Tensor, scale: Tensor, head: VocabHead, soft: SoftTargets | None
+    exponentials: Tensor,
+    confidence: Tensor,
+    label: tuple[Tensor, Tensor],
+    scale: Tensor,
+    soft: SoftTargets | None,
 ) -> None:
     """Turn the exponentials into the gradient of the weighted loss with respect to the logits.
 
     Without ``soft`` that is ``scale * (probability - label)``.
     """
-    local, here = _local_columns(labels, head)
+    local, here = label
     own_scale, label_scale = (scale, scale) if soft is None else soft.scales(scale)
     exponentials *= (confidence * own_scale)[:, None]
     exponentials.scatter_add_(1, local[:, None], torch.where(here, -label_scale, 0.0)[:, None])
@@ -293,13 +312,15 @@ def _gradient_sum(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32)
 
 
-def _accumulate_(
-    total: Tensor, grad_logits: Tensor, inputs: Tensor, product: Tensor | None, exact_product: Tensor | None
-) -> None:
-    """``total += grad_logits^T inputs``, summed in ``total``'s dtype; the last two are room for ``ROW_RUN`` rows."""
+def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor, tiles: Tiles, scratch: _Scratch | None) -> None:
+    """``total += grad_logits^T inputs``, summed in ``total``'s dtype; ``scratch``: room for ``ROW_RUN`` rows."""
     if total.dtype == inputs.dtype:
         total.addmm_(grad_logits.t(), inputs)
         return
+    if tiles.sums_products:
+        torch.addmm(total, grad_logits.t(), inputs, out_dtype=total.dtype, out=total)
+        return
+    product, exact_product = (None, None) if scratch is None else (scratch.product, scratch.exact_product)
     # Run by run the product never exists as a whole, and stays in the CPU's cache, where converting it is quick.
     for rows, columns in zip(total.split(ROW_RUN), grad_logits.split(ROW_RUN, dim=1), strict=True):
         part = torch.mm(columns.t(), inputs, out=None if product is None else product[: len(rows)])

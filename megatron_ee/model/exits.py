@@ -141,14 +141,22 @@ class Exit(nn.Module):
             dynamic=dynamic,
             distillation=distillation,
             chunk_tokens=chunk_tokens,
+            tiles=self.setup.tiles,
         )
 
     @torch.no_grad()
     def statistics(self, tap: Tensor, positions: Positions, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
         """Loss, confidence and top-1 token of each token; arguments as for ``forward``."""
         z = self.features(tap, positions).flatten(0, 1)
-        group = self.setup.groups.tensor
-        return exit_statistics(z, self.head, labels, group, low_rank=self._low_rank(z), chunk_tokens=chunk_tokens)
+        return exit_statistics(
+            z,
+            self.head,
+            labels,
+            self.setup.groups.tensor,
+            low_rank=self._low_rank(z),
+            chunk_tokens=chunk_tokens,
+            tiles=self.setup.tiles,
+        )
 
     def logits(self, z: Tensor) -> Tensor:
         """``[..., hidden]`` -> float32 logits ``[..., vocab]``, the whole vocabulary on every rank."""

@@ -12,6 +12,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.model.linear import LayerSpec
 from megatron_ee.parallel.costs import padded_vocab
 from megatron_ee.parallel.groups import Groups
+from megatron_ee.parallel.tiles import Tiles, accelerator_tiles
 
 with platform.quiet_imports():
     from megatron.core.tensor_parallel import (
@@ -30,12 +31,14 @@ class ModelSetup:
         config: megatron-core's view of it.
         groups: process groups.
         spec: classes that layers are made of.
+        tiles: how much of an exit's work this device does at a time.
     """
 
     architecture: Architecture
     config: TransformerConfig
     groups: Groups
     spec: LayerSpec = field(default_factory=LayerSpec)
+    tiles: Tiles = field(default_factory=Tiles)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,4 +96,7 @@ def build_setup(
         gradient_accumulation_fusion=False,
         cuda_graph_scope=[],  # what its default, deprecated, is turned into with a warning
     )
-    return ModelSetup(architecture, config, groups)
+    tensor = groups.tensor.size()
+    rows = padded_vocab(architecture.vocab_size, tensor) // tensor
+    tiles = accelerator_tiles(rows) if platform.has_accelerator() else Tiles(cached_bytes=platform.cached_bytes())
+    return ModelSetup(architecture, config, groups, tiles=tiles)

@@ -105,8 +105,8 @@ class Stage(nn.Module):
         """Statistics of the final exit from h after the last layer; arguments as for ``Exit.statistics``."""
         assert self.backbone.final_norm is not None and self.backbone.head is not None, "no final exit here"
         z = self.final_features(h).flatten(0, 1)
-        group = self.setup.groups.tensor
-        return exit_statistics(z, self.backbone.head, labels, group, chunk_tokens=chunk_tokens)
+        group, tiles = self.setup.groups.tensor, self.setup.tiles
+        return exit_statistics(z, self.backbone.head, labels, group, chunk_tokens=chunk_tokens, tiles=tiles)
 
     def final_features(self, h: Tensor) -> Tensor:
         """h after the last layer -> what the final exit's head reads, ``[seq, batch, hidden]``."""

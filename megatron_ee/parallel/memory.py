@@ -16,10 +16,10 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.parallel.costs import VOCAB_MULTIPLE, padded_vocab
 from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.tiles import UPDATE_RUN, Tiles, accelerator_tiles
 
 FLOAT32 = 4
-HEAD_ROWS = 2048  # rows of a head's gradient that the exit loss computes in the model's dtype at a time
-GRAPH_TOKENS = 2048  # that an exit works on at a time at least: ``platform.graph_tokens`` of an accelerator
+TOP_RUN = 64  # columns that the teacher's search for the most probable tokens sorts together
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Workload:
         micro_batch_size: sequences per forward pass.
         sequence_length: tokens per sequence.
         microbatches: of one data-parallel rank in a step.
-        chunk_tokens: tokens whose logits exist at one time.
-        graph_tokens: tokens that an exit works on at a time at least, where its body allows that.
+        chunk_tokens: tokens whose logits exist at one time, at most; see also ``tiles``.
+        graph_tokens: tokens that an exit works on at a time at least, where its body allows that; by default an
+            accelerator's.
         top_k: tokens of the final exit's distribution that are kept for distillation; 0 without it.
         tempered: distillation at another temperature than 1.
         remainder: bytes that make a float32 main weight of a weight: 2, or 4 for those who keep it whole.
@@ -49,8 +50,8 @@ class Workload:
     micro_batch_size: int = 1
     sequence_length: int = 2048
     microbatches: int = 1
-    chunk_tokens: int = 512
-    graph_tokens: int = GRAPH_TOKENS
+    chunk_tokens: int = 4096
+    graph_tokens: int | None = None
     top_k: int = 0
     tempered: bool = False
     remainder: int = 2
@@ -72,7 +73,8 @@ class Memory:
         gradients: their float32 buffer.
         optimizer: two moments, and what makes float32 main weights of the model's where these are not; 0 where they
             are in host memory.
-        activations: at the peak: one microbatch in the frozen layers, or one exit's graph and the loss's scratch.
+        activations: at the peak: one microbatch in the frozen layers, or one exit's graph and the loss's scratch; or
+            the scratch of the optimizer's update, where that is more.
         transfer: buffers of what comes from other stages and goes to them.
     """
 
@@ -100,7 +102,10 @@ def stage_memory(
         trained=trained * workload.itemsize,
         gradients=trained * FLOAT32,
         optimizer=0 if workload.host_optimizer else -(-trained // workload.data) * per_weight,
-        activations=_activations(layout, index, architecture, specs, workload),
+        activations=max(
+            _activations(layout, index, architecture, specs, workload),
+            _update_bytes(architecture, _hosted(layout.stages[index], specs), trained, workload),
+        ),
         transfer=_transfer(layout, index, architecture, workload),
     )
 
@@ -175,17 +180,30 @@ def _activations(
     if workload.top_k:
         held += layout.lag(index) * len([layer for layer in stage.exits if layer in stage.layers])
     trained = [spec for spec in _hosted(stage, specs) if spec.trains]
-    peaks = [_exit_peak(architecture, spec, _of_a_graph(spec, workload)) for spec in trained]
+    peaks = [_exit_peak(architecture, spec, _of_a_graph(architecture, spec, workload)) for spec in trained]
     if stage.layers:
         peaks.append(hidden + _layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
-            peaks.append(3 * hidden + _chunk_logits(architecture, workload) * (FLOAT32 + workload.itemsize))
+            peaks.append(3 * hidden + _teacher_bytes(architecture, workload))
     return held * hidden + max(peaks, default=0)
 
 
-def _of_a_graph(spec: ExitSpec, workload: Workload) -> Workload:
+def _update_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], trained: int, workload: Workload) -> int:
+    """Of the split optimizer: main weights of some elements in float32, and the same once more when it splits them."""
+    if workload.itemsize == FLOAT32 or workload.remainder == FLOAT32 or workload.host_optimizer:
+        return 0
+    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+    head = rows * architecture.hidden_size if any(spec.head == "own" for spec in hosted) else 0
+    mlp = any(spec.body in ("mlp", "layer") for spec in hosted)
+    gate_and_up = 2 * architecture.ffn_size // workload.tensor * architecture.hidden_size if mlp else 0
+    return 2 * FLOAT32 * min(UPDATE_RUN, max(head, gate_and_up), -(-trained // workload.data))
+
+
+def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) -> Workload:
     """With the tokens that the exit works on at a time; see ``Exit.pieces``."""
-    tokens = max(workload.graph_tokens, workload.chunk_tokens)
+    tiles = _tiles(architecture, workload)
+    graph = tiles.graph_tokens if workload.graph_tokens is None else workload.graph_tokens
+    tokens = max(graph, min(workload.chunk_tokens, tiles.logit_tokens))
     if spec.body == "layer" or workload.sequence_parallel or tokens >= workload.tokens:
         return workload
     return dataclasses.replace(workload, micro_batch_size=1, sequence_length=tokens)
@@ -226,16 +244,15 @@ def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -
 def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
     """Of the exit loss: the features' gradient, a chunk's logits, and some rows of a head's gradient.
 
-    As on an accelerator: on a CPU both are of fewer tokens, see ``platform.logit_tokens`` and ``cached_bytes``.
+    As on an accelerator: on a CPU both are of fewer tokens, and a bfloat16 head's gradient takes some room; see
+    ``tiles``.
     """
     rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
     narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
     logits = _chunk_logits(architecture, workload)
     size = _gathered_bytes(architecture, workload) if spec.body != "embedding" else 0
     size += logits * (FLOAT32 * (1 + workload.tempered) + narrow)
-    size += min(workload.chunk_tokens, workload.tokens) * VOCAB_MULTIPLE * FLOAT32  # of the search for the maximum
-    if spec.head == "own" and narrow:
-        size += min(rows, HEAD_ROWS) * (narrow + FLOAT32) * architecture.hidden_size
+    size += logits // rows * VOCAB_MULTIPLE * FLOAT32  # of the search for the maximum
     if spec.head == "low_rank":
         size += 2 * workload.tokens * spec.rank * workload.itemsize
         size += max(logits, rows * spec.rank) * workload.itemsize
@@ -257,10 +274,23 @@ def _transfer(layout: Layout, index: int, architecture: Architecture, workload: 
     return size + 2 * verdicts * 2 * workload.tokens * workload.top_k * FLOAT32
 
 
+def _teacher_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Of the final exit's most probable tokens: a chunk's logits twice, and the columns among which they are sorted."""
+    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+    logits = _chunk_logits(architecture, workload)
+    sorted_columns = logits // rows * min(rows, TOP_RUN * workload.top_k)
+    candidates, values, order = FLOAT32, FLOAT32, 8
+    return logits * FLOAT32 + max(logits * workload.itemsize, sorted_columns * (candidates + values + order))
+
+
+def _tiles(architecture: Architecture, workload: Workload) -> Tiles:
+    return accelerator_tiles(padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor)
+
+
 def _chunk_logits(architecture: Architecture, workload: Workload) -> int:
     """Number of a chunk's logits on one rank."""
     rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
-    return min(workload.chunk_tokens, workload.tokens) * rows
+    return min(workload.chunk_tokens, _tiles(architecture, workload).logit_tokens, workload.tokens) * rows
 
 
 def _gathered_bytes(architecture: Architecture, workload: Workload) -> int:

@@ -17,9 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from megatron_ee import platform
-
-RUN = 2**24
-"""Elements at most whose main weights exist in float32 at one time."""
+from megatron_ee.parallel.tiles import UPDATE_RUN
 
 
 def join(weight: Tensor, remainder: Tensor, out: Tensor | None = None) -> Tensor:
@@ -78,7 +76,7 @@ class SplitAdam(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the shards, and count the step."""
-        run = max(1, min(RUN, platform.cached_bytes() // 16))
+        run = max(1, min(UPDATE_RUN, platform.cached_bytes() // 16))
         shards = [shard for group in self.param_groups for shard in group["params"]]
         longest = min(run, max((len(shard) for shard in shards), default=0))
         scratch = torch.empty(longest, dtype=torch.float32, device=platform.device())

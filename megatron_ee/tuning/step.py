@@ -80,7 +80,8 @@ def tuning_step(
     weights = {spec.layer: spec.weight * ramp for spec in pipeline.specs if spec.trains}
     sums = {layer: torch.zeros((), dtype=torch.float64, device=platform.device()) for layer in weights}
     trained = [exit_ for exit_ in stage.exits if exit_.spec.trains]
-    at_a_time = max(loss.chunk_tokens, platform.graph_tokens())
+    chunk = min(loss.chunk_tokens, stage.setup.tiles.logit_tokens)
+    at_a_time = max(chunk, stage.setup.tiles.graph_tokens)
 
     def train_exits(micro: Microbatch, teacher: Teacher | None) -> None:
         for exit_ in trained:
@@ -96,7 +97,7 @@ def tuning_step(
                         labels,
                         mask * (weights[layer] / tokens),
                         dynamic=loss.dynamic_token_weights,
-                        chunk_tokens=loss.chunk_tokens,
+                        chunk_tokens=chunk,
                         distillation=_distillation(loss, teacher, part),
                     )
                     exit_loss.backward()
@@ -108,7 +109,7 @@ def tuning_step(
         head, tensor, given = stage.backbone.head, stage.setup.groups.tensor, loss.distillation
         assert head is not None, "the last stage holds the final exit"
         z = stage.final_features(h).flatten(0, 1)
-        return teacher_top_k(z, head, tensor, given.top_k, given.temperature, chunk_tokens=loss.chunk_tokens)
+        return teacher_top_k(z, head, tensor, given.top_k, given.temperature, chunk_tokens=chunk)
 
     parts: list[tuple[int, range, Tensor]] = []
     optimizer.zero_gradients()

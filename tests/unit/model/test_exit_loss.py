@@ -18,6 +18,7 @@ from megatron_ee.model import kernels
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
 from megatron_ee.model.setup import build_setup
+from megatron_ee.parallel.tiles import Tiles, accelerator_tiles
 
 TOKENS, HIDDEN, VOCAB, RANK = 50, 64, 131, 6
 
@@ -125,16 +126,12 @@ def test_any_chunk_size_gives_the_same(chunk_tokens: int, setups: dict[torch.dty
         assert relative(leaf.grad, whole.leaves()[name].grad) < 1e-5, name
 
 
-def test_what_a_machine_takes_at_a_time_changes_nothing(
-    setups: dict[torch.dtype, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_machine_takes_at_a_time_changes_nothing(setups: dict[torch.dtype, Any]) -> None:
     whole, cut = (Case(setups[torch.float32], tokens=500) for _ in range(2))
     expected, _ = whole.loss()
     expected.backward()
-    monkeypatch.setattr(platform, "logit_tokens", lambda: 7)
-    monkeypatch.setattr(platform, "head_rows", lambda head: 50)
     with Largest(cut.head.weight) as largest:
-        loss, _ = cut.loss()
+        loss, _ = cut.loss(tiles=Tiles(logit_tokens=7, head_rows=50))
     assert largest.numel == cut.z.numel() < 250 * VOCAB, largest.shape
     loss.backward()
     assert relative(loss, expected) < 1e-6
@@ -207,6 +204,41 @@ def test_main_grad_takes_the_same_gradient(
             assert relative(main_grad, microbatch * once) < (1e-5 if dtype == torch.float32 else 1e-2)
             assert parameter.grad_added_to_main_grad
     assert relative(buffered.z.grad, 2 * plain.z.grad) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_an_accelerator_adds_up_a_heads_gradient_by_one_product_for_each_chunk(
+    setups: dict[torch.dtype, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, in float32, where a CPU rounds each chunk's products to bfloat16."""
+    products, plain = [], torch.addmm
+
+    def addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert out is total and out_dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16
+        products.append(a.shape)
+        return plain(total, a.float(), b.float(), out=out)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    exact, case = Case(setups[torch.float32], low_rank=True), Case(setups[torch.bfloat16], low_rank=True)
+    with torch.no_grad():
+        for name in ("z", "down", "up"):
+            getattr(exact, name).copy_(getattr(case, name))
+        exact.head.weight.copy_(case.head.weight)
+    exact.loss()[0].backward()
+    trained = {"weight": case.head.weight, "up": case.up}
+    for parameter in trained.values():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    rows = len(case.head.weight)
+    with Largest(case.head.weight, *(parameter.main_grad for parameter in trained.values())) as largest:
+        case.loss(chunk_tokens=25, tiles=accelerator_tiles(rows))[0].backward()
+    assert largest.numel <= rows * HIDDEN, "no product of the size of a head is kept in another dtype"
+    assert products == [(rows, 25)] * 4, "head and low rank, of two chunks"
+    for name, parameter in trained.items():
+        assert relative(parameter.main_grad, exact.leaves()[name].grad) < 1e-2, name
+
+
+def test_tiles_of_an_accelerator_grow_as_the_vocabulary_shrinks() -> None:
+    tokens = {rows: accelerator_tiles(rows).logit_tokens for rows in (4000, 32000, 128256, 262144)}
+    assert tokens == {4000: 16640, 32000: 2048, 128256: 512, 262144: 512}
 
 
 def test_a_heads_gradient_exists_once(setups: dict[torch.dtype, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_known_halves() -> None:
 
 @pytest.mark.parametrize("run", [2**24, 1, 7, 100])
 def test_a_step_is_torchs_bit_for_bit(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_adam, "RUN", run)
+    monkeypatch.setattr(split_adam, "UPDATE_RUN", run)
     generator = torch.Generator().manual_seed(1)
     sizes = (256, 24, 1) if run > 7 else (21, 7, 1)
     weights = [torch.randn(size, generator=generator).bfloat16().to(platform.device()) for size in sizes]

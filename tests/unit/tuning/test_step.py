@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DistillationConfig, LossConfig
 from megatron_ee.parallel.optimizer import ExitOptimizer
@@ -71,8 +71,9 @@ def test_pieces_of_a_microbatch_add_up_to_the_whole(
     path, _ = saved_model("llama2")
     found, calls = [], Counter[int]()
     for at_least in (10**6, 1):
-        monkeypatch.setattr(platform, "graph_tokens", lambda tokens=at_least: tokens)
         pipeline, optimizer = prepare(path, case, groups)
+        tiles = dataclasses.replace(pipeline.stage.setup.tiles, graph_tokens=at_least)
+        monkeypatch.setattr(pipeline.stage, "setup", dataclasses.replace(pipeline.stage.setup, tiles=tiles))
         for exit_ in pipeline.stage.exits:
             exit_.register_forward_hook(lambda module, *_: calls.update([module.spec.layer]))
         batches = random_batches(pipeline.stage.setup.architecture.vocab_size, 0, 0, 1, 2)

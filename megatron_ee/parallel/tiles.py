@@ -1,0 +1,51 @@
+"""How much of an exit's work is done at a time: a number for each kind of device, chosen where a stage is built.
+
+Pure: the plan asks for an accelerator's numbers on machines without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LOGITS = 2**26
+"""Logits that an accelerator works on at a time, 256 MiB in float32: far more than it takes to keep it busy."""
+UPDATE_RUN = 2**24
+"""Elements at most whose main weights the split optimizer puts together in float32 at a time."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How much is worked on at a time. The defaults are a CPU's.
+
+    Attributes:
+        logit_tokens: tokens whose logits exist at a time, at most. On a CPU more take as long (float32) or spare a
+            tenth of a head's time (bfloat16, two cores), for twice the memory.
+        graph_tokens: tokens that an exit works on at a time, at least, for its weights' gradients to be worth adding
+            up. On an accelerator adding them takes as long as computing them from some 500 tokens.
+        head_rows: rows of a head ``[vocab, hidden]`` that features are multiplied with at a time. MKL first copies its
+            operands: of 2048 rows that takes a third of the memory, and the product 5% less time.
+        cached_bytes: bytes that operations one after another work on, so that the next finds them in a cache.
+        sums_products: the device adds products of bfloat16 matrices to a float32 matrix (``addmm`` with ``out_dtype``).
+            Otherwise a product is rounded to bfloat16, some rows of it at a time, and then added.
+    """
+
+    logit_tokens: int = 256
+    graph_tokens: int = 512
+    head_rows: int = 2048
+    cached_bytes: int = 4 * 2**20
+    sums_products: bool = False
+
+
+def accelerator_tiles(vocabulary_rows: int) -> Tiles:
+    """An accelerator's, which has no use for small pieces: each costs it some launches.
+
+    Args:
+        vocabulary_rows: rows of a head on one tensor-parallel rank.
+    """
+    return Tiles(
+        logit_tokens=max(512, LOGITS // vocabulary_rows // 256 * 256),
+        graph_tokens=2048,
+        head_rows=vocabulary_rows,
+        cached_bytes=2**62,
+        sums_products=True,
+    )
