@@ -176,6 +176,14 @@ def cached_bytes() -> int:
     return 2**62 if has_accelerator() else 4 * 2**20
 
 
+def groups_heads(dtype: torch.dtype) -> bool:
+    """Whether a fused attention kernel takes fewer key-value heads than query heads (``enable_gqa``).
+
+    On a GPU those of 16-bit types do. The one for float32 does not: torch would compute all scores at once.
+    """
+    return not (has_accelerator() and dtype == torch.float32)
+
+
 @contextlib.contextmanager
 def tuning_attention() -> Iterator[None]:
     """While open, scaled dot product attention takes the fastest kernel for tuning: flash, then cuDNN's.

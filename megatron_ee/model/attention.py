@@ -15,6 +15,10 @@ from megatron_ee.config.architecture import Rope
 if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
 
+WINDOW_QUERIES = 512
+"""Queries whose attention to a sliding window is computed together: the fewer, the less of what a window hides is
+computed, and the smaller is the mask, but the more launches it takes."""
+
 
 class LayerCache(Protocol):
     """Where one layer keeps keys and values between passes, of one row or of several that run together."""
@@ -65,6 +69,25 @@ class Positions:
     length: int = 0
     key_valid: Tensor | None = None
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _bands: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def band(self, window: int, shared: int) -> Tensor:
+        """What consecutive queries add to their scores with the keys from ``window`` before the first one: 0 or -inf.
+
+        Args:
+            window: positions that a token sees, itself included; fewer than ``length``.
+            shared: queries of a token that share a key-value head, which follow one another.
+
+        Returns:
+            ``[queries * shared, queries + window]`` in the model's dtype, of as many queries as run together.
+        """
+        if (window, shared) not in self._bands:
+            queries = min(WINDOW_QUERIES, self.length - window)
+            key = torch.arange(queries + window, device=self.cos.device)
+            hidden = ~visible_keys(key[window:], key, window).repeat_interleave(shared, dim=0)
+            scores = torch.zeros(hidden.shape, dtype=self.cos.dtype, device=hidden.device)
+            self._bands[window, shared] = scores.masked_fill_(hidden, -torch.inf)
+        return self._bands[window, shared]
 
     def mask(self, window: int | None) -> Tensor | None:
         """Which keys each query sees, ``[batch or 1, 1, length, length]`` bool; None where causal order will do."""
@@ -133,6 +156,7 @@ class Attention(nn.Module):
         arch, spec = setup.architecture, setup.spec
         self.window, self.head_dim = window, arch.head_dim
         self.queries_per_group = arch.num_heads // arch.num_kv_heads
+        self.repeats_keys = setup.repeats_keys and self.queries_per_group > 1
         rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
         self.qkv = spec.column(setup, arch.hidden_size, rows, bias=arch.qkv_bias)
         self.output = spec.row(setup, arch.num_heads * arch.head_dim, arch.hidden_size, bias=arch.output_bias)
@@ -149,16 +173,37 @@ class Attention(nn.Module):
         if cache is not None:
             context = cache.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self.window)
             return self.output(context.view(seq * batch, 1, -1))
-        mask = positions.mask(self.window)
+        return self.output(self._attend(query, key, value, positions))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
+        """Context ``[seq, batch, heads * head_dim]`` of what ``project`` gives for whole rows."""
+        seq, shared = len(query), self.queries_per_group
+        if positions.key_valid is not None:
+            mask = positions.mask(self.window)
+            assert mask is not None, "padded rows have a mask"
+            return _attend_masked(query, key, value, mask.repeat_interleave(shared, dim=2))
+        window = seq if self.window is None else min(self.window, seq)
+        # A mask takes memory and rules out the fastest kernels. The first tokens see all before them and need none;
+        # the others go block by block, each with the keys that one of them sees.
+        parts = [self._attend_causal(query[:window], key[:window], value[:window])]
+        for start in range(window, seq, WINDOW_QUERIES):
+            stop = min(start + WINDOW_QUERIES, seq)
+            seen, count = slice(start - window, stop), stop - start
+            band = positions.band(window, shared)[: count * shared, : count + window]
+            parts.append(_attend_masked(query[start:stop], key[seen], value[seen], band))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.repeats_keys:
+            key, value = (each.repeat_interleave(self.queries_per_group, dim=2) for each in (key, value))
         context = F.scaled_dot_product_attention(
-            query.reshape(seq, batch, -1, self.head_dim).permute(1, 2, 0, 3),
+            query.flatten(2, 3).permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=mask is None and seq > 1,
-            enable_gqa=self.queries_per_group > 1,
+            is_causal=len(query) > 1,
+            enable_gqa=self.queries_per_group > 1 and not self.repeats_keys,
         )
-        return self.output(context.permute(2, 0, 1, 3).reshape(seq, batch, -1))
+        return context.permute(2, 0, 1, 3).flatten(2)
 
     def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[seq, batch, kv_heads, queries per group, head_dim]`` of ``[seq, batch, hidden]``, keys and values.
@@ -174,6 +219,25 @@ class Attention(nn.Module):
         else:
             rotated = rotate(qkv[..., :-1, :], positions)
         return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
+
+
+def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention with a mask, by a kernel that does without the scores of all queries and keys.
+
+    Such kernels want as many key-value heads as there are query heads. The queries that share one go as further tokens
+    of it: nothing is copied for them but the queries.
+
+    Args:
+        query: ``[queries, batch, kv_heads, queries per key-value head, head_dim]``.
+        key: ``[keys, batch, kv_heads, head_dim]``; ``value`` too.
+        mask: broadcast to ``[batch, kv_heads, queries * queries per key-value head, keys]``; bool, or added.
+
+    Returns:
+        ``[queries, batch, heads * head_dim]``.
+    """
+    folded = query.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    context = F.scaled_dot_product_attention(folded, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), mask)
+    return context.unflatten(2, (len(query), -1)).permute(2, 0, 1, 3, 4).flatten(2)
 
 
 def rotate(x: Tensor, positions: Positions) -> Tensor:

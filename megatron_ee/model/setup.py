@@ -32,6 +32,7 @@ class ModelSetup:
         groups: process groups.
         spec: classes that layers are made of.
         tiles: how much of an exit's work this device does at a time.
+        repeats_keys: whole rows attend to keys repeated for each query head, where no fused kernel groups them.
     """
 
     architecture: Architecture
@@ -39,6 +40,7 @@ class ModelSetup:
     groups: Groups
     spec: LayerSpec = field(default_factory=LayerSpec)
     tiles: Tiles = field(default_factory=Tiles)
+    repeats_keys: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,4 +101,4 @@ def build_setup(
     tensor = groups.tensor.size()
     rows = padded_vocab(architecture.vocab_size, tensor) // tensor
     tiles = accelerator_tiles(rows) if platform.has_accelerator() else Tiles(cached_bytes=platform.cached_bytes())
-    return ModelSetup(architecture, config, groups, tiles=tiles)
+    return ModelSetup(architecture, config, groups, tiles=tiles, repeats_keys=not platform.groups_heads(dtype))

@@ -19,6 +19,7 @@ from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.tiles import UPDATE_RUN, Tiles, accelerator_tiles
 
 FLOAT32 = 4
+WINDOW_QUERIES = 512  # that attend to a sliding window together
 TOP_RUN = 64  # columns that the teacher's search for the most probable tokens sorts together
 
 
@@ -185,7 +186,19 @@ def _activations(
         peaks.append(hidden + _layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
             peaks.append(3 * hidden + _teacher_bytes(architecture, workload))
-    return held * hidden + max(peaks, default=0)
+    return held * hidden + _band_bytes(architecture, stage, trained, workload) + max(peaks, default=0)
+
+
+def _band_bytes(architecture: Architecture, stage: StageLayout, trained: Sequence[ExitSpec], workload: Workload) -> int:
+    """Of the masks of sliding windows that are shorter than a sequence, which all layers and microbatches share."""
+    windows = {architecture.windows[layer - 1] for layer in stage.layers}
+    windows |= {architecture.windows[-1] for spec in trained if spec.body == "layer"}
+    shared, size = architecture.num_heads // architecture.num_kv_heads, 0
+    for window in windows:
+        if window is not None and window < workload.sequence_length:
+            queries = min(WINDOW_QUERIES, workload.sequence_length - window)
+            size += queries * shared * (queries + window) * workload.itemsize
+    return size
 
 
 def _update_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], trained: int, workload: Workload) -> int:

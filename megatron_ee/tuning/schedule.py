@@ -134,11 +134,14 @@ class Pipeline:
             self._needs_warm_up = False
             self._warm_up(batches[0], exits_work, at_end)
         data = on_device(batches)
+        # Microbatches share them, and the masks in them.
+        of_length = {length: self.stage.backbone.positions(length) for length in {b.tokens.shape[1] for b in batches}}
         self._expect(batches, taught)
         lag = self.lag if taught else 0
         for turn in range(len(batches) + lag):
             if turn < len(batches):  # fill and steady state: one more microbatch through the layers
-                h, taps, positions = self._receive(turn, batches[turn], data[turn])
+                positions = of_length[batches[turn].tokens.shape[1]]
+                h, taps = self._receive(turn, batches[turn], data[turn])
                 with self._event("forward", turn):
                     h, own = self.stage.run_layers(h, positions, to_end=needs_h)
                 self._send(turn, h, own)
@@ -209,12 +212,11 @@ class Pipeline:
         if taught and self._lessons is not None:
             self._lessons.begin([2 * batch.tokens.numel() * self._top_k for batch in batches])
 
-    def _receive(self, number: int, batch: Batch, data: DeviceBatch) -> tuple[Tensor, dict[int, Tensor], Positions]:
-        """h and taps as they come in, and the positions of the pass."""
-        positions = self.stage.backbone.positions(batch.tokens.shape[1])
+    def _receive(self, number: int, batch: Batch, data: DeviceBatch) -> tuple[Tensor, dict[int, Tensor]]:
+        """h and taps as they come in."""
         if self.stage.backbone.embedding is not None:
             with torch.no_grad(), self._event("forward", number):
-                return self.stage.backbone.embed(data.tokens), {}, positions
+                return self.stage.backbone.embed(data.tokens), {}
         h, taps = torch.empty(0), dict[int, Tensor]()
         for message, inbox, ahead in self._inboxes:
             with self._event("receive", number):
@@ -223,7 +225,7 @@ class Pipeline:
             if message.hidden:
                 h = next(parts)
             taps |= dict(zip(message.taps, parts, strict=True))
-        return h, taps, positions
+        return h, taps
 
     def _send(self, number: int, h: Tensor, taps: dict[int, Tensor]) -> None:
         for message, outbox in self._outboxes:

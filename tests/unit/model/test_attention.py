@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.architecture import Rope
 from megatron_ee.inference.kv_cache import Extent, LayerKV, PackedCaches
+from megatron_ee.model import attention as attention_module
 from megatron_ee.model.attention import (
+    Attention,
     Positions,
     make_positions,
     packed_positions,
@@ -106,6 +109,85 @@ def test_packed_positions_are_those_of_the_tokens() -> None:
 def test_masks_are_built_once() -> None:
     one = positions(4)
     assert one.mask(2) is one.mask(2) and one.mask(2) is not one.mask(3)
+
+
+@pytest.fixture
+def sdpa(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Calls of ``scaled_dot_product_attention``: heads and lengths of queries and keys, and the options."""
+    calls: list[dict[str, Any]] = []
+    real = F.scaled_dot_product_attention
+
+    def record(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        calls.append({"query": query.shape[1:3], "key": key.shape[1:3], "mask": attn_mask, **options})
+        return real(query, key, value, attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    return calls
+
+
+@pytest.mark.parametrize("block", [3, 512])
+@pytest.mark.parametrize("window", [None, 1, 4, 7, 19, 20, 64])
+@pytest.mark.parametrize("groups_of_heads", [1, 2, 4])
+def test_a_window_hides_keys_without_grouped_heads_beside_a_mask(
+    block: int,
+    window: int | None,
+    groups_of_heads: int,
+    sdpa: list[dict[str, Any]],
+    groups: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Value and gradients equal those of all scores; no mask covers the whole sequence."""
+    monkeypatch.setattr(attention_module, "WINDOW_QUERIES", block)
+    seq, batch, heads, size = 20, 2, 4, 8
+    own = object.__new__(Attention)
+    torch.nn.Module.__init__(own)
+    own.window, own.head_dim, own.queries_per_group, own.repeats_keys = window, size, heads // groups_of_heads, False
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    query, key = draw(seq, batch, groups_of_heads, own.queries_per_group, size), draw(seq, batch, groups_of_heads, size)
+    value, weight = draw(seq, batch, groups_of_heads, size), torch.randn(seq, batch, heads * size, generator=generator)
+    context = own._attend(query, key, value, positions(seq))
+    (context * weight).sum().backward()
+    calls, found = list(sdpa), [each.grad.clone() for each in (query, key, value)]
+
+    repeated = [each.repeat_interleave(own.queries_per_group, dim=2).permute(1, 2, 0, 3) for each in (key, value)]
+    where = torch.arange(seq)
+    scores = query.flatten(2, 3).permute(1, 2, 0, 3) @ repeated[0].mT / size**0.5
+    scores = scores.masked_fill(~visible_keys(where, where, window), -torch.inf)
+    expected = (scores.softmax(-1) @ repeated[1]).permute(2, 0, 1, 3).flatten(2)
+    for each in (query, key, value):
+        each.grad = None
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(context, expected, atol=1e-6, rtol=1e-5)
+    for ours, each in zip(found, (query, key, value), strict=True):
+        torch.testing.assert_close(ours, each.grad, atol=1e-5, rtol=1e-5)
+
+    seen = seq if window is None else min(window, seq)
+    assert calls[0]["mask"] is None and calls[0]["is_causal"] == (seen > 1) and calls[0]["query"][1] == seen
+    assert len(calls) == 1 + -(-(seq - seen) // block)
+    for call in calls[1:]:
+        assert not call.get("enable_gqa") and call["query"][0] == call["key"][0], "which would compute all scores"
+        assert call["key"][1] <= min(block, seq - seen) + seen
+
+
+def test_keys_are_repeated_where_no_kernel_groups_heads(
+    sdpa: list[dict[str, Any]], saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = saved_model("qwen3")
+    tokens = torch.randint(0, 64, (2, 12))
+    outputs = []
+    for grouped in (True, False):
+        monkeypatch.setattr(platform, "groups_heads", lambda dtype, grouped=grouped: grouped)
+        stage = load_stage(path, layers=range(1, 3))
+        h = stage.backbone.embed(tokens.to(platform.device()))
+        outputs.append(stage.run_layers(h, stage.backbone.positions(12))[0])
+        assert all(call["enable_gqa"] == grouped for call in sdpa)
+        assert all((call["query"][0] == call["key"][0]) != grouped for call in sdpa)
+        sdpa.clear()
+    torch.testing.assert_close(*outputs)
 
 
 @torch.no_grad()
