@@ -154,7 +154,8 @@ def _distillation(loss: LossConfig, teacher: Teacher | None, part: slice) -> Dis
 
 def _global_tokens(batches: Sequence[Batch], data: dist.ProcessGroup) -> int:
     """Unmasked tokens of the global batch, known before the first backward."""
-    count = torch.tensor(sum(batch.num_tokens for batch in batches), device=platform.device())
+    own = sum(batch.num_tokens for batch in batches)
+    count = torch.full((), own, dtype=torch.int64, device=platform.device())
     dist.all_reduce(count, group=data)
     # A batch without a single one has no loss: 1 keeps its zeros from becoming 0 / 0.
     return max(1, int(count))
