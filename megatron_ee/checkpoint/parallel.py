@@ -9,7 +9,7 @@ it can be loaded.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
@@ -35,8 +35,16 @@ def open_parallel(path: Path, *, verify: bool = True) -> Checkpoint:
     if not isinstance(assets, dict) or "config.json" not in assets:
         raise DamagedError(f"{path}: its manifest does not list its files")
     for name, digest in assets.items():
-        if Path(name).name != name or os.path.islink(path / name) or not os.path.isfile(path / name):
+        if not _is_plain_file(path, name):
             raise DamagedError(f"{path}/{name}: missing, or not a plain file; the checkpoint is not complete")
         if verify and file_sha256(path / name) != digest:
             raise DamagedError(f"{path / name}: damaged: its SHA-256 is not the one in the manifest")
     return checkpoint
+
+
+def _is_plain_file(directory: Path, name: str) -> bool:
+    """Whether ``name`` is a file in the directory or a folder of it, reached without links and detours."""
+    pure = PurePosixPath(name)
+    if str(pure) != name or pure.is_absolute() or ".." in pure.parts or not os.path.isfile(directory / name):
+        return False
+    return os.path.realpath(directory / name) == os.path.join(os.path.realpath(directory), name)

@@ -18,6 +18,8 @@ from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+ASSET_FOLDERS = ("additional_chat_templates",)
+"""Folders of a model's directory whose files belong to its tokenizer."""
 NOT_CARRIED = (*WEIGHT_FILES, ".index.json", ".py")
 MAX_ASSET = 256 * 2**20  # bytes; the largest tokenizers have a tenth of it
 
@@ -133,7 +135,8 @@ def _of_exits(adapter: Adapter, kind: str) -> Contents:
 
 
 def released_assets(directory: Path) -> dict[str, Path | bytes]:
-    """The small files of a model's directory: configuration, tokenizer, licence; no weights, no code, nothing hidden.
+    """The small files of a model's directory: configuration, tokenizer with its chat templates, licence; no weights,
+    no code, nothing hidden. Names are relative to the directory, with "/" between folder and file.
 
     Raises:
         CheckpointError: one leads outside the directory, or is too large to be what it seems.
@@ -141,7 +144,8 @@ def released_assets(directory: Path) -> dict[str, Path | bytes]:
     root = allowed_root(directory)
     found: dict[str, Path | bytes] = {}
     with storage_errors(directory, "list"):
-        paths = sorted(directory.iterdir())
+        folders = [directory, *(directory / name for name in ASSET_FOLDERS if (directory / name).is_dir())]
+        paths = [path for folder in folders for path in sorted(folder.iterdir())]
     for path in paths:
         if path.name.startswith(".") or path.name.endswith(NOT_CARRIED) or path.name == MANIFEST or path.is_dir():
             continue
@@ -149,5 +153,5 @@ def released_assets(directory: Path) -> dict[str, Path | bytes]:
             raise CheckpointError(f"{path}: not a plain file inside the model directory; refused")
         if path.stat().st_size > MAX_ASSET:
             raise CheckpointError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too many for a model's small files")
-        found[path.name] = path
+        found[path.relative_to(directory).as_posix()] = path
     return found

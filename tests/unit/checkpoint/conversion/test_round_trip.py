@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from megatron_ee.checkpoint.conversion.formats import open_contents
 from megatron_ee.checkpoint.conversion.to_hf import to_hf
 from megatron_ee.checkpoint.conversion.to_parallel import even_stages, to_parallel
 from megatron_ee.checkpoint.loading import open_model
+from megatron_ee.checkpoint.megatron.export import to_torch_dist
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.errors import CheckpointError, ConfigError
 
@@ -181,6 +184,45 @@ def test_code_and_links_are_not_carried(family: Callable[[str], Path], tmp_path:
     (source / "notes.txt").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match=r"notes\.txt: not a plain file inside the model directory"):
         open_contents(source)
+
+
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
+
+
+def test_chat_templates_survive_every_conversion(family: Callable[[str], Path], tmp_path: Path) -> None:
+    source, template = tmp_path / "source", b"{{ tools }}\n\xc3\xa9"
+    shutil.copytree(family("llama2"), source)
+    (source / TEMPLATE).parent.mkdir()
+    (source / TEMPLATE).write_bytes(template)
+    (source / "additional_chat_templates" / ".cache").write_text("x")
+    (source / "original").mkdir()
+    (source / "original" / "params.json").write_text("{}")
+    write_output(to_hf(open_contents(source)), tmp_path / "hf")
+    parallel = converted(open_contents(tmp_path / "hf"), tmp_path / "parallel", tensor=2)
+    write_output(to_torch_dist(open_contents(parallel)), tmp_path / "megatron")
+    write_output(to_hf(open_contents(tmp_path / "megatron", trust=True)), tmp_path / "back")
+    for directory in (tmp_path / "hf", parallel, tmp_path / "back"):
+        assert (directory / TEMPLATE).read_bytes() == template
+        assert os.listdir((directory / TEMPLATE).parent) == ["tool_use.jinja"]
+        assert not (directory / "original").exists()
+
+
+def test_chat_templates_are_files_of_the_directory(family: Callable[[str], Path], tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    shutil.copytree(family("llama2"), source)
+    (source / TEMPLATE).parent.mkdir()
+    (source / TEMPLATE).write_text("{{ tools }}")
+    parallel = converted(open_contents(source), tmp_path / "parallel")
+    open_contents(parallel)
+    (parallel / TEMPLATE).write_text("{{ x }}")
+    with pytest.raises(CheckpointError, match=r"tool_use.jinja: damaged"):
+        open_contents(parallel)
+    (source / TEMPLATE).parent.rename(elsewhere)
+    shutil.rmtree((parallel / TEMPLATE).parent)
+    for directory in (source, parallel):
+        (directory / TEMPLATE).parent.symlink_to(elsewhere)
+        with pytest.raises(CheckpointError, match=r"tool_use.jinja: .*not a plain file"):
+            open_contents(directory)
 
 
 def test_nothing_known(tmp_path: Path) -> None:
