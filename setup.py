@@ -26,7 +26,7 @@ setup(
         "transformers>=5.17,<6",
         "tokenizers>=0.22,<0.24",
         "safetensors>=0.6,<0.9",
-        "sentencepiece>=0.2,<0.3",
+        "sentencepiece>=0.2.3,<0.3",
         "jsonargparse[signatures]>=4.49,<5",
         "pyyaml>=6,<7",
         "numpy>=1.26,<3",

@@ -1,52 +1,79 @@
 """Chat conversations as tokens with a mask: the model's own template renders, only the assistant's tokens are trained.
 
-The whole conversation is rendered and tokenised once, as at inference; the assistant's turns are spans of its text,
-mapped to tokens by the tokenizer's offsets. So a tokenizer that splits a prefix otherwise than the whole does no harm.
-The spans are those the template marks with ``{% generation %}``, or else what each assistant message adds to the
-rendering of the messages before it.
+A conversation is rendered and tokenised once, as at inference; the assistant's turns are spans of its text, mapped to
+tokens by the tokenizer's offsets. So a tokenizer that splits a prefix otherwise than the whole does no harm. The spans
+are those the template marks with ``{% generation %}``. Without marks, a turn begins behind what the template writes
+before any answer (such as an empty thinking block), and ends where the rendering of the messages up to it ends.
+
+Some templates render a turn in another way once later ones follow: they drop its thinking block, for example. Such a
+turn is trained as the model says it, where it is the last: in a document that ends with it.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_ee.data.tokenizer import Tokenizer
+from megatron_ee.data.tokenizer_backends import Span
+from megatron_ee.data.tokenizer_files import DEFAULT_TEMPLATE, TOOLS_TEMPLATE
 from megatron_ee.errors import DataError
 
-Message = dict[str, Any]
-Span = tuple[int, int]
+Message = Mapping[str, Any]
+Document = tuple[list[int], list[bool]]
+"""Token ids, and which of them are labels to be trained on."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the mark as transformers recognises it
+_OTHER_ANSWER = "\ue000"  # of private use, so that neither a template nor an answer begins with it
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant's message.
+
+    Attributes:
+        text: the conversation up to it, rendered; it begins every rendering in which this turn looks the same.
+        span: its place in ``text``.
+    """
+
+    text: str
+    span: Span
 
 
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template.
 
+    Args:
+        tokenizer: whose special tokens the template writes.
+        template: replaces the tokenizer's own templates.
+
     Raises:
-        DataError: the tokenizer has no chat template, no end-of-text token, or cannot tell tokens' places in the text.
+        DataError: there is no chat template, or the tokenizer has no end-of-text token.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        hf = tokenizer.hf
-        if hf is None or not hf.chat_template:
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
+        if template is None and not tokenizer.templates:
             raise DataError(
                 f"{tokenizer.path}: the tokenizer has no chat template; give the directory of a chat model, "
-                "with chat_template in tokenizer_config.json or a chat_template.jinja"
+                "with chat_template in tokenizer_config.json or a chat_template.jinja, or give --chat-template"
             )
-        if not hf.is_fast:
-            raise DataError(f"{tokenizer.path}: chat data needs a tokenizer.json, which tells where each token stands")
         if tokenizer.eos_id is None:
             raise DataError(f"{tokenizer.path}: the tokenizer has no end-of-text token; set eos_token")
-        self._hf = hf
+        self._tokenizer = tokenizer
+        self._template = template
         self._eos_id: int = tokenizer.eos_id
-        self._special = tuple(t.content for t in hf.added_tokens_decoder.values() if t.special and t.content)
+        self._special = tuple(tokenizer.special)
 
-    def encode(self, messages: Sequence[Message], where: str, tools: Any = None) -> tuple[list[int], list[bool]]:
-        """Tokens of one conversation, ending with end-of-text, and which of them are labels to be trained on.
+    def encode(self, messages: Sequence[Message], where: str, tools: Any = None) -> list[Document]:
+        """A conversation as one or more documents, each ending with end-of-text.
+
+        There is one document, unless the template renders an assistant's turn in another way once later ones follow.
+        Each turn is trained in one of them.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each.
@@ -54,60 +81,76 @@ class ChatRenderer:
             tools: passed to the template.
 
         Raises:
-            DataError: malformed messages, a template that refuses them, renderings that are no prefixes of one
-                another, or no token to train on.
+            DataError: malformed messages, a template that refuses them or renders a turn's prompt in another way once
+                it is answered, or no token to train on.
         """
         check_messages(messages, where)
-        text, spans = self._render(messages, where, tools)
-        encoded = self._hf(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = list(encoded["input_ids"])
-        mask = _mask(encoded["offset_mapping"], spans)
-        if not any(mask):
-            raise DataError(f"{where}: no token of this conversation is an assistant's; nothing to train on")
-        self._end(ids, mask, text, encoded["offset_mapping"], trained=messages[-1]["role"] == "assistant")
-        return ids, mask
-
-    def _render(self, messages: Sequence[Message], where: str, tools: Any) -> tuple[str, list[Span]]:
-        """Text of the conversation and the spans of the assistant's turns in it."""
+        answered = messages[-1]["role"] == "assistant"
         # Asked for each time: a tokenizer may keep another template for conversations with tools.
-        if _GENERATION.search(self._hf.get_chat_template(tools=tools)):
-            return self._template(messages, where, tools, marks=True)
-        whole, _ = self._template(messages, where, tools)
-        spans: list[Span] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, _ = self._template(messages[:index], where, tools, prompt=True)
-            after, _ = self._template(messages[: index + 1], where, tools)
-            if not after.startswith(before) or not whole.startswith(after):
-                raise DataError(
-                    f"{where}: message {index + 1}: the chat template renders earlier messages differently once later "
-                    "ones follow, so the assistant's tokens cannot be told; use a template with {% generation %} marks"
-                )
-            spans.append((len(before), self._turn_end(after, len(before))))
-        return whole, spans
+        if _GENERATION.search(self._template or chosen_template(self._tokenizer, tools)):
+            text, spans = self._render(messages, where, tools, marks=True)
+            documents = [self._document(text, spans, answered)]
+        else:
+            documents = self._split(messages, where, tools, answered)
+        if not any(any(mask) for _, mask in documents):
+            raise DataError(f"{where}: no token of this conversation is an assistant's; nothing to train on")
+        return documents
 
-    def _template(
+    def _split(self, messages: Sequence[Message], where: str, tools: Any, answered: bool) -> list[Document]:
+        """The whole conversation, and the parts of it in which turns are rendered as nowhere else."""
+        turns = [self._turn(messages, i, where, tools) for i, m in enumerate(messages) if m["role"] == "assistant"]
+        text, _ = self._render(messages, where, tools)
+        documents: list[Document] = []
+        while turns:
+            spans = [turn.span for turn in turns if text.startswith(turn.text)]
+            if spans:
+                documents.append(self._document(text, spans, answered))
+            turns = [turn for turn in turns if not text.startswith(turn.text)]
+            if turns:
+                text, answered = turns[-1].text, True
+        return documents[::-1]
+
+    def _turn(self, messages: Sequence[Message], index: int, where: str, tools: Any) -> _Turn:
+        prompt, _ = self._render(messages[:index], where, tools, prompt=True)
+        text, _ = self._render(messages[: index + 1], where, tools)
+        if not text.startswith(prompt):
+            # The prompt may end with what this answer lacks, such as the opening of a thinking block.
+            history, _ = self._render(messages[:index], where, tools)
+            if _common(prompt, text) < _common(prompt, history):
+                raise self._ambiguous(where, index)
+        header = self._header(messages, index, where, tools)
+        if header is not None and text.startswith(header):
+            start = len(header)
+        elif text.startswith(prompt):  # the template writes this answer's beginning in another way, as its thinking
+            start = len(prompt)
+        else:
+            raise self._ambiguous(where, index)
+        return _Turn(text, (start, self._turn_end(text, start)))
+
+    def _header(self, messages: Sequence[Message], index: int, where: str, tools: Any) -> str | None:
+        """What the template writes before any plain answer; None where it shows none, as for calls of tools."""
+        other = [*messages[:index], {**messages[index], "content": _OTHER_ANSWER}]
+        try:
+            header, found, _ = self._render(other, where, tools)[0].partition(_OTHER_ANSWER)
+        except DataError:  # it refuses this message with a content
+            return None
+        return header if found else None
+
+    def _ambiguous(self, where: str, index: int) -> DataError:
+        return DataError(
+            f"{where}: message {index + 1}: the chat template renders the messages before it differently once it is "
+            "answered, so the assistant's tokens cannot be told; use a template with {% generation %} marks "
+            "(--chat-template)"
+        )
+
+    def _render(
         self, messages: Sequence[Message], where: str, tools: Any, prompt: bool = False, marks: bool = False
     ) -> tuple[str, list[Span]]:
-        """Rendered text, and with ``marks`` the spans between the template's generation marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        # As apply_chat_template does: templates handle a missing key better than None.
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            texts, spans = render_jinja_template(
-                conversations=[plain],
-                tools=tools,
-                chat_template=self._hf.get_chat_template(tools=tools),
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=prompt,
-                **self._hf.special_tokens_map,
-            )
+            return render_chat(self._tokenizer, messages, tools, template=self._template, prompt=prompt, marks=marks)
         except Exception as error:  # templates raise what they like
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{where}: the chat template refuses this conversation: {reason[:300]}") from None
-        return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
 
     def _turn_end(self, text: str, start: int) -> int:
         """Where the turn that ends ``text`` ends: the white space a template puts after an end-of-turn token is not
@@ -117,18 +160,76 @@ class ChatRenderer:
             return len(stripped)
         return len(text)
 
-    def _end(self, ids: list[int], mask: list[bool], text: str, offsets: Sequence[Span], trained: bool) -> None:
-        """Make the document end with one end-of-text token, a real label where the assistant spoke last."""
+    def _document(self, text: str, spans: Sequence[Span], answered: bool) -> Document:
+        """Tokens of a rendered conversation. It ends with one end-of-text token, a label where it ends an answer."""
+        ids, offsets = self._tokenizer.encode_spans(text)
+        mask = _mask(offsets, spans)
         end = len(text.rstrip())
         last = len(ids)
         while last and offsets[last - 1][0] >= end:
             last -= 1
         if last and ids[last - 1] == self._eos_id:
             del ids[last:], mask[last:]
-            mask[-1] = mask[-1] or trained
+            mask[-1] = mask[-1] or answered
         else:
             ids.append(self._eos_id)
-            mask.append(trained)
+            mask.append(answered)
+        return ids, mask
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Any = None,
+    *,
+    template: str | None = None,
+    prompt: bool = False,
+    marks: bool = False,
+) -> tuple[str, list[Span]]:
+    """A conversation in a chat template.
+
+    The template may be a stranger's: transformers renders it in jinja2's sandbox, without access to attributes that
+    begin with an underscore or to anything outside.
+
+    Args:
+        tokenizer: its template is used where ``template`` is None, and its special tokens.
+        tools: passed to the template.
+        prompt: end with what an answer of the assistant begins with.
+        marks: find the spans between the template's ``{% generation %}`` marks.
+
+    Returns:
+        The text, and with ``marks`` the spans.
+
+    Raises:
+        Exception: of any kind; a template is a program.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # As apply_chat_template does: templates handle a missing key better than None.
+    plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    texts, spans = render_jinja_template(
+        conversations=[plain],
+        tools=tools,
+        chat_template=chosen_template(tokenizer, tools) if template is None else template,
+        return_assistant_tokens_mask=marks,
+        add_generation_prompt=prompt,
+        **tokenizer.special_tokens,
+    )
+    return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
+
+
+def chosen_template(tokenizer: Tokenizer, tools: Any = None) -> str:
+    """The tokenizer's template for a conversation, which may be another one where there are tools.
+
+    Raises:
+        DataError: it has none for this conversation.
+    """
+    names = [TOOLS_TEMPLATE, DEFAULT_TEMPLATE] if tools is not None else [DEFAULT_TEMPLATE]
+    for name in names:
+        if name in tokenizer.templates:
+            return tokenizer.templates[name]
+    there = ", ".join(sorted(tokenizer.templates)) or "none"
+    raise DataError(f"{tokenizer.path}: has no chat template named {DEFAULT_TEMPLATE!r}, but: {there}")
 
 
 def check_messages(messages: Any, where: str) -> None:
@@ -146,6 +247,11 @@ def check_messages(messages: Any, where: str) -> None:
             raise DataError(
                 f"{where}: message {number}: content must be text, not {type(message.get('content')).__name__}"
             )
+
+
+def _common(*texts: str) -> int:
+    """Length of what all texts begin with."""
+    return len(os.path.commonprefix(texts))
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -25,6 +25,7 @@ class EncodeOptions:
     text_key: str
     chat: bool
     prepend_bos: bool
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PieceEncoder:
     def __init__(self, options: EncodeOptions) -> None:
         self.tokenizer = load_tokenizer(options.tokenizer_path)
         self._options = options
-        self._chat = ChatRenderer(self.tokenizer) if options.chat else None
+        self._chat = ChatRenderer(self.tokenizer, options.chat_template) if options.chat else None
         if self.tokenizer.eos_id is None:
             raise DataError(f"{options.tokenizer_path}: the tokenizer has no end-of-text token; set eos_token")
         self.eos_id: int = self.tokenizer.eos_id
@@ -71,8 +72,8 @@ class PieceEncoder:
         """Tokens of one piece.
 
         Raises:
-            DataError: invalid UTF-8 or JSON, a missing or ill-typed key, or an unusable conversation; with file and
-                line.
+            DataError: invalid UTF-8 or JSON, a missing or ill-typed key, an unusable conversation, or a token that the
+                model beside the tokenizer has no embedding for; with file and line.
         """
         return self._lines(piece) if piece.lines else self._text(piece)
 
@@ -83,6 +84,7 @@ class PieceEncoder:
         ids = [*self._start, *self.tokenizer.encode(text)] if piece.first else self.tokenizer.encode_continuation(text)
         if piece.last:
             ids.append(self.eos_id)
+        self._check_known(ids, str(piece.path))
         return Encoded(np.array(ids, dtype=np.int32), None, [len(ids)], piece.last)
 
     def _lines(self, piece: Piece) -> Encoded:
@@ -93,8 +95,9 @@ class PieceEncoder:
         for where, record in _records(piece):
             if self._chat is not None:
                 messages = _value(record, "messages", where)
-                document, document_mask = self._chat.encode(messages, where, record.get("tools"))
-                mask += document_mask
+                documents = self._chat.encode(messages, where, record.get("tools"))
+                for _, document_mask in documents:
+                    mask += document_mask
             else:
                 text = _value(record, self._options.text_key, where)
                 if not isinstance(text, str):
@@ -102,11 +105,23 @@ class PieceEncoder:
                 if not text:
                     skipped += 1
                     continue
-                document = [*self._start, *self.tokenizer.encode(text), self.eos_id]
-            ids += document
-            lengths.append(len(document))
+                documents = [([*self._start, *self.tokenizer.encode(text), self.eos_id], [])]
+            for document, _ in documents:
+                self._check_known(document, where)
+                ids += document
+                lengths.append(len(document))
         masks = np.array(mask, dtype=np.uint8) if self._chat is not None else None
         return Encoded(np.array(ids, dtype=np.int32), masks, lengths, True, skipped)
+
+    def _check_known(self, ids: list[int], where: str) -> None:
+        size = self.tokenizer.model_vocab_size
+        if size is None or self.tokenizer.vocab_size <= size:
+            return
+        wrong = self.tokenizer.beyond(ids, size)
+        if wrong is not None:
+            raise DataError(
+                f"{where}: {wrong}, which config.json gives; remove the token from the text or the template"
+            )
 
 
 def _records(piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:

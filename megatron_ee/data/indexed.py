@@ -41,6 +41,8 @@ class CorpusMetadata:
         trained_tokens: number of tokens that are labels to be trained on.
         sha256: of ``PREFIX.bin``.
         mask_sha256: of ``PREFIX.mask.bin``, or None without masks.
+        largest_id: the largest token id that occurs; None in older files.
+        largest_token: that token, as the tokenizer spells it.
     """
 
     tokenizer: str
@@ -51,6 +53,8 @@ class CorpusMetadata:
     trained_tokens: int
     sha256: str
     mask_sha256: str | None = None
+    largest_id: int | None = None
+    largest_token: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +103,22 @@ class Corpus:
         return np.memmap(file_of(self.prefix, ".bin"), dtype=self.tokens.index.dtype, mode="r")
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Check that the model knows every token.
+        """Check that the model knows every token. Tokens of the tokenizer that do not occur may be unknown.
 
         Raises:
-            DataError: the corpus's tokenizer, or without metadata one of its tokens, lies outside the vocabulary.
+            DataError: a token lies outside the vocabulary; names it.
         """
-        if self.metadata is not None:
-            size, what = self.metadata.vocab_size, f"its tokenizer {self.metadata.tokenizer} has"
+        metadata = self.metadata
+        if metadata is not None and metadata.vocab_size <= model_vocab_size:
+            return
+        if metadata is not None and metadata.largest_id is not None:
+            largest, token = metadata.largest_id, f"token {metadata.largest_token!r} (id {metadata.largest_id})"
         else:
-            size, what = int(self.every_token().max()) + 1, "it holds ids for"
-        if size > model_vocab_size:
+            largest = int(self.every_token().max())
+            token = f"token id {largest}"
+        if largest >= model_vocab_size:
             raise DataError(
-                f"{self.prefix}: {what} {size} tokens, but the model's vocabulary has only {model_vocab_size}; "
+                f"{self.prefix}: holds {token}, which is not in the model's vocabulary of {model_vocab_size} tokens; "
                 "prepare the data with the model's own tokenizer"
             )
 

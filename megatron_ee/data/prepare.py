@@ -18,6 +18,7 @@ from megatron_ee.children import follow
 from megatron_ee.data.encode import Encoded, EncodeOptions, PieceEncoder
 from megatron_ee.data.indexed import CorpusMetadata, file_of
 from megatron_ee.data.read import JSON_LINES, Piece, check_inputs, read_pieces
+from megatron_ee.data.tokenizer_files import read_template
 from megatron_ee.data.write import SUFFIXES, CorpusWriter
 from megatron_ee.errors import ConfigError, DataError
 from megatron_ee.progress import Progress, track
@@ -50,6 +51,7 @@ def prepare_corpus(
     workers: int | None = None,
     prepend_bos: bool = False,
     overwrite: bool = False,
+    chat_template: str | Path | None = None,
 ) -> PrepareResult:
     """Tokenise files into ``OUTPUT_PREFIX.bin/.idx/.json`` (and ``.mask.bin/.idx`` for chat data).
 
@@ -63,6 +65,7 @@ def prepare_corpus(
         workers: processes; default: as many as there are cores, one for little data. The result is the same.
         prepend_bos: begin each document with the beginning-of-text token (chat templates write their own).
         overwrite: replace an existing corpus.
+        chat_template: a jinja file that chat data is rendered with instead of the tokenizer's own template.
 
     Raises:
         DataError: an input, the tokenizer or the output is unusable; names the file and, where there is one, the line.
@@ -74,7 +77,8 @@ def prepare_corpus(
     for path in paths:
         if path.resolve() in {file_of(prefix, suffix).resolve() for suffix in SUFFIXES}:
             raise DataError(f"{path}: is an input, and --output {prefix} would overwrite it; choose another --output")
-    options = EncodeOptions(Path(tokenizer_path), text_key, chat, prepend_bos)
+    template = None if chat_template is None else read_template(Path(chat_template))
+    options = EncodeOptions(Path(tokenizer_path), text_key, chat, prepend_bos, template)
     encoder = PieceEncoder(options)  # a tokenizer that will not do is told before anything is read
     if workers is None:
         workers = _cores() if total >= _ONE_PROCESS_BYTES else 1
@@ -88,6 +92,8 @@ def prepare_corpus(
             tokenizer=str(tokenizer_path),
             vocab_size=encoder.tokenizer.vocab_size,
             eos_id=encoder.eos_id,
+            largest_id=writer.largest_id,
+            largest_token=encoder.tokenizer.name_of(writer.largest_id),
             **writer.finish(),
         )
         files = writer.commit(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
@@ -118,8 +124,12 @@ def _encode_all(
         return
     # Not forked from here: threads of the tokenizer library do not survive that. The server imports once for all.
     context = multiprocessing.get_context("forkserver")
-    slow_import = ["transformers.models.auto.tokenization_auto"] if encoder.tokenizer.hf is not None else []
-    context.set_forkserver_preload([__name__, *slow_import])
+    slow_imports = [
+        "tokenizers",
+        "sentencepiece",
+        *(["transformers.utils.chat_template_utils"] if options.chat else []),
+    ]
+    context.set_forkserver_preload([__name__, *slow_imports])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(options,))
     waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
     try:

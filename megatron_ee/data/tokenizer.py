@@ -1,13 +1,13 @@
-"""Tokenizers: Hugging Face directories and SentencePiece models behind one small interface."""
+"""Released tokenizers: exactly the one that lies with the model, in whatever form it was released."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
-from megatron_ee.config.untrusted import read_json
-from megatron_ee.errors import CheckpointError, DataError
+from megatron_ee.data.tokenizer_backends import Backend, SentencePieceBackend, Span, TokenizersBackend
+from megatron_ee.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from megatron_ee.errors import DataError
 
 _UNFINISHED = "\ufffd"  # decoders write it for bytes that are no character, or not yet
 _LONGEST = 4  # bytes, and so tokens, that a character is spread over at most
@@ -17,43 +17,51 @@ _CONTEXT, _MOST_CONTEXT = 8, 64  # tokens decoded together with the next: enough
 _JOINT = "\n"
 
 
-class Backend(Protocol):
-    """What a tokenizer library must offer; token ids are plain integers."""
-
-    vocab_size: int
-    eos_id: int | None
-    bos_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without special tokens added."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens included."""
-
-
 class Tokenizer:
     """A tokenizer and where it came from.
 
     Attributes:
         path: the file or directory it was loaded from.
-        vocab_size: one more than the largest token id, added tokens included.
+        vocab_size: one more than the largest token id, added tokens included. It may exceed the model's vocabulary.
         eos_id: end-of-text token, or None.
         bos_id: beginning-of-text token, or None.
-        hf: the transformers tokenizer underneath, or None for SentencePiece; chat templates need it.
+        special: the tokens that are no text, as the vocabulary spells them.
+        special_tokens: those of them that have a name (``bos_token``, ``eos_token`` and so on), for chat templates.
+        templates: chat templates by name.
+        model_vocab_size: rows of the model's embedding, or None where no ``config.json`` lies beside the tokenizer.
     """
 
-    def __init__(self, path: Path, backend: Backend, hf: Any = None) -> None:
+    def __init__(self, path: Path, backend: Backend, files: TokenizerFiles) -> None:
         self.path = path
         self.vocab_size = backend.vocab_size
-        self.eos_id = backend.eos_id
-        self.bos_id = backend.bos_id
-        self.hf = hf
+        self.special = backend.special
+        self.eos_id, self.bos_id = backend.eos_id, backend.bos_id
+        if self.eos_id is None and files.eos_ids:
+            self.eos_id = files.eos_ids[0]
+        if self.bos_id is None and "bos_token" not in files.special:
+            self.bos_id = files.bos_id
+        self.templates: Mapping[str, str] = files.templates
+        self.model_vocab_size = files.vocab_size
         self._backend = backend
         self._joint = backend.encode(_JOINT)
+        named = {name: content for name, content in files.special.items() if content is not None}
+        for name, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            content = None if token is None else backend.token_name(token)
+            if name not in named and content is not None:
+                named[name] = content
+        self.special_tokens: Mapping[str, str] = named
 
     def encode(self, text: str) -> list[int]:
         """Token ids; no beginning-of-text or end-of-text token is added."""
         return self._backend.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids with the special tokens that the tokenizer puts around a text, such as beginning-of-text."""
+        return self._backend.encode_prompt(text)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids of a rendered chat template, and the characters of ``text`` that each token stands for."""
+        return self._backend.encode_spans(text)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of text that goes on after a line end: without the space some tokenizers put before a text."""
@@ -63,7 +71,8 @@ class Tokenizer:
         return ids[size:] if ids[:size] == self._joint else self._backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids. Special tokens appear by their names."""
+        """Text of the ids. Special tokens appear by their names; ids that are no token, as in a padded vocabulary,
+        add nothing."""
         return self._backend.decode(list(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -77,17 +86,21 @@ class Tokenizer:
             pieces[-1] += stream.flush()
         return pieces
 
-    def fits(self, model_vocab_size: int) -> None:
-        """Check that every token id is in the model's vocabulary.
+    def name_of(self, token: int) -> str | None:
+        """A token as the vocabulary spells it; None where the id is no token."""
+        return self._backend.token_name(token)
 
-        Raises:
-            DataError: the tokenizer has ids beyond it.
+    def beyond(self, ids: Sequence[int], model_vocab_size: int) -> str | None:
+        """What is wrong with the first id that a model has no embedding for, in words; None where all are known.
+
+        A tokenizer may have more tokens than its model, such as a padding token that was added later. That does no
+        harm until one occurs.
         """
-        if self.vocab_size > model_vocab_size:
-            raise DataError(
-                f"{self.path}: the tokenizer has {self.vocab_size} tokens, but the model's vocabulary has only "
-                f"{model_vocab_size}; use the model's own tokenizer"
-            )
+        for token in ids:
+            if token >= model_vocab_size:
+                name = self.name_of(token)
+                return f"token {name!r} (id {token}) is not in the model's vocabulary of {model_vocab_size} tokens"
+        return None
 
 
 class Detokenizer:
@@ -100,15 +113,17 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         """``context``: tokens before the first one, whose text does not come out."""
-        self._decode = tokenizer.decode
+        self._decode, self._name_of = tokenizer.decode, tokenizer.name_of
         # The last tokens, and the number of characters of their text that have come out.
-        self._ids, text = self._tail(context)
+        self._ids, text = self._tail([token for token in context if self._name_of(token) is not None])
         self._given = len(text)
         self._waits = 0  # tokens since the last one that ended with a whole character
         self._limit = len(self._ids) + _CONTEXT
 
     def push(self, token: int) -> str:
         """The text that is certain once ``token`` is there; empty where it does not complete a character."""
+        if self._name_of(token) is None:  # padding of the vocabulary: many would push out what gives text its place
+            return ""
         self._ids.append(token)
         text = self._decode(self._ids)
         certain = len(text.rstrip(_UNFINISHED))
@@ -146,9 +161,11 @@ class Detokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a Hugging Face directory, or a SentencePiece ``.model`` file or a directory with only ``tokenizer.model``.
+    """Load the tokenizer of a Hugging Face directory, or a SentencePiece ``.model`` file alone.
 
-    Code from the directory is never run.
+    In a directory, ``tokenizer.json`` is the tokenizer if it is there, and else ``tokenizer.model``. Special tokens,
+    added tokens and chat templates come from the files beside it. A directory that has neither file, but the vocabulary
+    of an older tokenizer, is converted by transformers. Code from the directory is never run.
 
     Raises:
         DataError: nothing there, no tokenizer in it, or one that cannot be read.
@@ -156,120 +173,55 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such tokenizer; give a Hugging Face directory or a SentencePiece .model file")
-    if path.is_file():
-        if path.name == "tokenizer.json":
-            return _load_hf(path.parent)
-        return _load_sentencepiece(path)
-    if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
-        return _load_hf(path)
-    if (path / "tokenizer.model").is_file():
-        return _load_sentencepiece(path / "tokenizer.model")
+    if path.is_file() and path.name != "tokenizer.json":
+        return _of_sentencepiece(path, path, TokenizerFiles())
+    directory = path.parent if path.is_file() else path
+    files = read_tokenizer_files(directory)
+    if (directory / "tokenizer.json").is_file():
+        return _of_tokenizers(directory, files)
+    if (directory / "tokenizer.model").is_file():
+        return _of_sentencepiece(directory, directory / "tokenizer.model", files)
+    if (directory / "tokenizer_config.json").is_file():
+        return _of_transformers(directory, files)
     raise DataError(f"{path}: holds neither tokenizer.json, tokenizer_config.json nor tokenizer.model")
 
 
-class _HuggingFace:
-    def __init__(self, directory: Path, tokenizer: Any) -> None:
-        # Long texts are the rule here: no warning about the model's context.
-        tokenizer.model_max_length = int(1e30)
-        self._tokenizer = tokenizer
-        self._core = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        if self._core is not None:
-            self._core.no_truncation()
-            self._core.no_padding()
-        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
-        self.bos_id = tokenizer.bos_token_id
-        self.eos_id = tokenizer.eos_token_id
-        if self.eos_id is None:
-            self.eos_id = _eos_of_config(directory)
+def _of_tokenizers(directory: Path, files: TokenizerFiles) -> Tokenizer:
+    import tokenizers
 
-    def encode(self, text: str) -> list[int]:
-        if self._core is None:
-            return list(self._tokenizer.encode(text, add_special_tokens=False))
-        # The same ids without their places in the text: 1.5 times as fast.
-        return list(self._core.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        if self._core is not None:  # the same text ten times as fast: a stream decodes at each token
-            return str(self._core.decode(ids, skip_special_tokens=False))
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-class _SentencePiece:
-    def __init__(self, path: Path) -> None:
-        import sentencepiece
-
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        self.vocab_size = int(self._processor.vocab_size())
-        eos, bos = int(self._processor.eos_id()), int(self._processor.bos_id())
-        self.eos_id = eos if eos >= 0 else None
-        self.bos_id = bos if bos >= 0 else None
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.encode(text)
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        # Control tokens decode to nothing by themselves; name them, as Hugging Face does.
-        parts: list[str] = []
-        run: list[int] = []
-        for token in ids:
-            if self._processor.is_control(token):
-                parts += [self._processor.decode(run), self._processor.id_to_piece(token)]
-                run = []
-            else:
-                run.append(token)
-        return "".join([*parts, self._processor.decode(run)])
-
-
-def _load_sentencepiece(path: Path) -> Tokenizer:
     try:
-        backend = _SentencePiece(path)
+        core = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        return Tokenizer(directory, TokenizersBackend(core, files, directory), files)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exception, too
+        raise _unusable(directory, error) from None
+
+
+def _of_sentencepiece(path: Path, model: Path, files: TokenizerFiles) -> Tokenizer:
+    try:
+        return Tokenizer(path, SentencePieceBackend(model.read_bytes(), files), files)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a SentencePiece model: {_one_line(error)}") from None
-    return Tokenizer(path, backend)
+        raise DataError(f"{model}: not a SentencePiece model: {_one_line(error)}") from None
 
 
-def _load_hf(directory: Path) -> Tokenizer:
-    config = _json_object(directory / "tokenizer_config.json")
-    if config.get("auto_map"):
-        raise DataError(f"{directory / 'tokenizer_config.json'}: auto_map asks for code from the checkpoint; never run")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def _of_transformers(directory: Path, files: TokenizerFiles) -> Tokenizer:
+    from transformers import AutoTokenizer
 
     try:
-        if config or (directory / "config.json").is_file():
-            # Spelt out: left open, transformers would ask on the terminal.
-            hf = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        else:
-            hf = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
-        backend = _HuggingFace(directory, hf)
-        return Tokenizer(directory, backend, hf)
+        # Spelt out: left open, transformers would ask on the terminal.
+        hf = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        if not hf.is_fast:
+            raise DataError(f"{directory}: no tokenizer.json can be made of this tokenizer; add one")
+        return Tokenizer(directory, TokenizersBackend(hf.backend_tokenizer, files, directory), files)
     except DataError:
         raise
     except Exception as error:  # the libraries raise anything, bare Exception included, on a damaged file
-        raise DataError(f"{directory}: the tokenizer cannot be loaded: {_one_line(error)}") from None
+        raise _unusable(directory, error) from None
 
 
-def _eos_of_config(directory: Path) -> int | None:
-    """End-of-text id that the model's own configuration names, for tokenizers that do not say."""
-    for name in ("generation_config.json", "config.json"):
-        value = _json_object(directory / name).get("eos_token_id")
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    return None
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = read_json(path)
-    except CheckpointError as error:
-        raise DataError(str(error)) from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return value
+def _unusable(directory: Path, error: BaseException) -> DataError:
+    return DataError(f"{directory}: the tokenizer cannot be loaded: {_one_line(error)}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -40,6 +40,7 @@ class CorpusWriter:
         module = indexed_dataset()
         self._dtype = module.DType.optimal_dtype(vocab_size)
         self.documents = self.tokens = self.trained = 0
+        self.largest_id = 0  # of all tokens
         self._open_tokens = 0  # of the document that is not yet complete
         self._builders: list[Any] = []
         try:
@@ -73,6 +74,7 @@ class CorpusWriter:
                 self._open_tokens = 0
             begin += length
         self.tokens += len(encoded.ids)
+        self.largest_id = max(self.largest_id, int(encoded.ids.max(initial=0)))
         self.trained += len(encoded.ids) if encoded.mask is None else int(encoded.mask.sum())
 
     def finish(self) -> dict[str, Any]:

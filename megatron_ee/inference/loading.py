@@ -60,12 +60,11 @@ def open_released(model: str | Path, adapter: str | Path | None, *, verify: bool
 
     Raises:
         CheckpointError: the model or the adapter cannot be used, or they do not belong together.
-        DataError: the tokenizer cannot be used, or has tokens beyond the model's vocabulary.
+        DataError: the tokenizer cannot be used.
     """
     released = open_model(model, verify=verify)
     opened = find_exits(released, adapter, verify=verify)
     tokenizer = load_tokenizer(model)
-    tokenizer.fits(released.architecture.vocab_size)
     if opened is not None:
         check_hash(opened, released, lambda: _digest(released))
     return Released(Path(model), released, opened, tokenizer, end_of_text(Path(model), tokenizer))

@@ -6,19 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from megatron_ee.config.untrusted import read_json
+from megatron_ee.data.chat import render_chat
 from megatron_ee.data.tokenizer import Tokenizer
-from megatron_ee.errors import CheckpointError, ConfigError, DataError, shown
+from megatron_ee.data.tokenizer_files import eos_token_ids
+from megatron_ee.errors import ConfigError, DataError, shown
 from megatron_ee.inference.requests import Request
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids with the special tokens that the tokenizer puts around a text: for many a beginning-of-text token."""
-    if tokenizer.hf is not None:
-        return list(tokenizer.hf.encode(prompt))
-    # A bare SentencePiece model is of the Llama kind, whose texts begin with that token.
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return [*start, *tokenizer.encode(prompt)]
 
 
 def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, max_positions: int) -> tuple[int, ...]:
@@ -36,17 +28,26 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
             raise ConfigError(
                 f"prompt: is no text that can be encoded: character {error.start}: {error.reason}"
             ) from None
-        prompt = tuple(encode_prompt(tokenizer, request.prompt)) if request.prompt else ()
+        prompt = tuple(tokenizer.encode_prompt(request.prompt)) if request.prompt else ()
     elif isinstance(request.prompt, bytes) or not isinstance(request.prompt, Sequence):
         raise ConfigError(f"prompt: must be text or token ids, not {shown(request.prompt)}")
     else:
         prompt = tuple(cast("Sequence[int]", request.prompt))
     if not prompt:
         raise ConfigError("prompt: is empty; give text to continue")
+    if tokenizer is not None and all(type(token) is int for token in prompt):
+        _check_known(tokenizer, prompt, vocab_size)
     check_ids("prompt", prompt, vocab_size)
     if len(prompt) >= max_positions:
         raise ConfigError(f"prompt: has {len(prompt)} tokens, but the model has {max_positions} positions; shorten it")
     return prompt
+
+
+def _check_known(tokenizer: Tokenizer, prompt: Sequence[int], vocab_size: int) -> None:
+    """Name a token of the tokenizer that the model has no embedding for; other ids are ``check_ids``'s business."""
+    wrong = tokenizer.beyond([token for token in prompt if token < tokenizer.vocab_size], vocab_size)
+    if wrong is not None:
+        raise ConfigError(f"prompt: {wrong}; leave it out of the text and the chat template")
 
 
 def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -58,34 +59,24 @@ def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation in the model's own chat template, up to where the assistant's answer begins.
 
-    The template is the checkpoint's: transformers renders it in jinja2's sandbox, without access to attributes that
-    begin with an underscore or to anything outside.
-
     Raises:
         DataError: there is no template, or it fails on these messages.
     """
-    if tokenizer.hf is None or not tokenizer.hf.chat_template:
+    if not tokenizer.templates:
         raise DataError(f"{tokenizer.path}: the tokenizer has no chat template; give the prompt as text")
     try:
-        text = tokenizer.hf.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+        text, _ = render_chat(tokenizer, messages, prompt=True)
     except Exception as error:  # a template is a program: it may fail in any way
         raise DataError(f"{tokenizer.path}: the chat template fails on these messages: {error}") from None
-    return list(tokenizer.hf.encode(text, add_special_tokens=False))
+    return tokenizer.encode_spans(text)[0]
 
 
 def end_of_text(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end generation: what the model's configuration names (one or several), or else the tokenizer's own.
+    """Tokens that end generation: any that the model's configuration, its generation configuration or its tokenizer
+    names. The tokenizer's one ends a turn of the chat template where the others end a document, or the reverse.
 
     Raises:
-        CheckpointError: ``eos_token_id`` is not a token id or a list of them.
+        DataError: ``eos_token_id`` is not a token id or a list of them.
     """
-    for path in (directory / "generation_config.json", directory / "config.json"):
-        content = read_json(path) if path.is_file() else None
-        value = content.get("eos_token_id") if isinstance(content, dict) else None
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not all(type(token) is int for token in ids):
-            raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
-        return frozenset(ids)
-    return frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    return frozenset((*eos_token_ids(directory), *own))

@@ -21,7 +21,7 @@ CONVERSATION = [
 
 def encode(directory: Path, messages: Any = CONVERSATION) -> tuple[Any, list[int], list[bool]]:
     tokenizer = load_tokenizer(directory)
-    ids, mask = ChatRenderer(tokenizer).encode(messages, "chat.jsonl, line 1")
+    ((ids, mask),) = ChatRenderer(tokenizer).encode(messages, "chat.jsonl, line 1")
     assert len(ids) == len(mask)
     return tokenizer, ids, mask
 
@@ -49,8 +49,12 @@ def test_marks_and_prefixes_agree(make_hf: Callable[..., Path], templates: dict[
 
 
 def test_marks_agree_with_transformers_own_mask(make_hf: Callable[..., Path], templates: dict[str, str]) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer, ids, mask = encode(make_hf(templates["marks"]))
-    theirs = tokenizer.hf.apply_chat_template(CONVERSATION, return_assistant_tokens_mask=True, return_dict=True)
+    theirs = AutoTokenizer.from_pretrained(tokenizer.path).apply_chat_template(
+        CONVERSATION, return_assistant_tokens_mask=True, return_dict=True
+    )
     assert ids[:-1] == theirs["input_ids"]  # ours ends with end-of-text
     assert [int(m) for m in mask[:-1]] == theirs["assistant_masks"]
 
@@ -84,18 +88,122 @@ def test_tokenisation_that_is_no_prefix(make_hf: Callable[..., Path]) -> None:
     assert trained(tokenizer, ids, mask) == " quick dog<|endoftext|>"
 
 
-def test_a_template_that_rewrites_the_past_is_refused(make_hf: Callable[..., Path]) -> None:
-    # As reasoning models' templates do, it drops from earlier answers what it shows in the last.
+START = "{{ '<|im_start|>' + m['role'] + '\\n' }}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+# As Qwen3's: an answer without thinking shows an empty block, but only after the last question.
+DROPS_THINKING = (
+    "{% set ns = namespace(q=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.q = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}" + START + "{% if m['role'] == 'assistant' %}"
+    "{% set parts = m['content'].split('</think>') %}{% if loop.index0 > ns.q %}{{ '<think>\\n' + (parts[0].split("
+    "'<think>')[-1].strip() if parts | length > 1 else '') + '\\n</think>\\n\\n' }}{% endif %}{{ parts[-1].strip() }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+)
+# As R1's: the prompt opens a thinking block, of which a finished answer shows nothing.
+OPENS_THINKING = (
+    "{% for m in messages %}" + START + "{{ m['content'].split('</think>')[-1] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+ASK, ANSWER = {"role": "user", "content": "dog?"}, {"role": "assistant", "content": "the fox"}
+THOUGHT = {"role": "assistant", "content": "<think>\na dog\n</think>\n\nquick"}
+SHORT = "<|im_start|>user\ndog?<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>\n<|endoftext|>"
+
+
+def documents_of(directory: Path, messages: Any, template: str | None = None) -> list[tuple[str, str]]:
+    """Text and trained text of each document."""
+    tokenizer = load_tokenizer(directory)
+    documents = ChatRenderer(tokenizer, template).encode(messages, "chat.jsonl, line 1")
+    return [(tokenizer.decode(ids), trained(tokenizer, ids, mask)) for ids, mask in documents]
+
+
+def test_turns_that_look_otherwise_later_are_trained_where_they_are_last(make_hf: Callable[..., Path]) -> None:
+    directory = make_hf(DROPS_THINKING)
+    block, end = "<think>\n\n</think>\n\n", "<|im_end|><|endoftext|>"
+    assert documents_of(directory, [ASK, ANSWER, ASK, THOUGHT]) == [
+        (SHORT + block + "the fox" + END, "the fox" + end),  # the empty block is the template's, and not trained
+        (
+            f"{SHORT}the fox<|im_end|>\n{SHORT}<think>\na dog\n</think>\n\nquick{END}",
+            "<think>\na dog\n</think>\n\nquick" + end,
+        ),
+    ]
+    # Answers without a question between them look the same to the end, and stay in one document.
+    ((text, answers),) = documents_of(directory, [ASK, THOUGHT, ANSWER])
+    assert answers == "<think>\na dog\n</think>\n\nquick<|im_end|>the fox" + end
+    assert text.count("<think>") == 2
+    # The user has the last word: the whole conversation has nothing to train on.
+    assert [text for text, _ in documents_of(directory, [ASK, ANSWER, ASK])] == [SHORT + block + "the fox" + END]
+
+
+def test_a_prompt_that_opens_a_thinking_block(make_hf: Callable[..., Path]) -> None:
+    directory = make_hf(OPENS_THINKING)
+    ((text, answers),) = documents_of(directory, [ASK, ANSWER, ASK, THOUGHT])
+    assert text == f"{SHORT}the fox<|im_end|>\n{SHORT}\n\nquick{END}"
+    assert answers == "the fox<|im_end|>\n\nquick<|im_end|><|endoftext|>"
+    # An answer may begin as the opened block does.
+    ((_, answers),) = documents_of(directory, [ASK, {"role": "assistant", "content": "<b>fox"}])
+    assert answers == "<b>fox<|im_end|><|endoftext|>"
+    ((_, answers),) = documents_of(directory, [ASK, {"role": "assistant", "content": "<think>\nfox"}])
+    assert answers == "<think>\nfox<|im_end|><|endoftext|>"
+
+
+def test_every_turn_is_trained_once_and_as_the_model_would_say_it(make_hf: Callable[..., Path]) -> None:
+    """A mark that only the last answer has: each answer is trained with it, in a document of its own."""
     template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' and loop.last %}"
-        "{{ 'hm ' }}{% endif %}{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        "{% for m in messages %}"
+        + START
+        + "{{ m['content'] }}{% if loop.last and m['role'] == 'assistant' %}{{ ' dog' }}"
+        "{% else %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}" + PROMPT
     )
-    with pytest.raises(DataError, match=r"chat.jsonl, line 1: message 3: .*renders earlier messages differently"):
-        encode(make_hf(template))
-    # With one answer there is no past to rewrite.
-    tokenizer, ids, mask = encode(make_hf(template), CONVERSATION[:3])
-    assert trained(tokenizer, ids, mask).startswith("hm the quick")
+    messages = [ASK, ANSWER, ASK, {"role": "assistant", "content": "jumps"}]
+    documents = documents_of(make_hf(template), messages)
+    assert [answers for _, answers in documents] == ["the fox dog<|endoftext|>", "jumps dog<|endoftext|>"]
+
+
+def test_calls_of_tools_are_trained(make_hf: Callable[..., Path]) -> None:
+    """Templates show a call in place of a content, as Llama 3.1's, or refuse both together."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "fox"}}]}
+    for other in ("{{ 'no content' }}", "{% if m.content %}{{ raise_exception('both') }}{% endif %}"):
+        template = (
+            "{% for m in messages %}" + START + "{% if m.tool_calls %}{{ '(' + m.tool_calls[0].function.name + ')' }}"
+            f"{{% if m.content %}}{other}{{% endif %}}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+            "{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+        )
+        ((_, answers),) = documents_of(make_hf(template), [ASK, call])
+        assert answers == "(fox)<|im_end|><|endoftext|>"
+
+
+def test_a_template_that_rewrites_the_question_is_refused(make_hf: Callable[..., Path]) -> None:
+    template = (
+        "{% for m in messages %}{{ m['content'] + ('!' if messages[-1]['role'] == 'user' else '?') }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"line 1: message 2: .*renders the messages before it differently once it is"):
+        documents_of(make_hf(template), [ASK, ANSWER])
+
+
+def test_the_template_may_be_given(make_hf: Callable[..., Path], sp_model: Path, templates: dict[str, str]) -> None:
+    for directory in (make_hf(), make_hf(DROPS_THINKING)):
+        ((_, answers),) = documents_of(directory, [ASK, ANSWER], templates["prefixes"])
+        assert answers == "the fox<|im_end|><|endoftext|>"
+    # A bare SentencePiece model: the template's special tokens are ids, and the same text from a user's keyboard, too.
+    template = (
+        "{% for m in messages %}{{ bos_token + m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token + 'assistant:' }}{% endif %}"
+    )
+    tokenizer = load_tokenizer(sp_model)
+    ((ids, mask),) = ChatRenderer(tokenizer, template).encode([ASK, ANSWER], "line 1")
+    assert tokenizer.decode(ids) == "<s>user:dog?</s><s>assistant:the fox</s>"
+    assert (ids.count(tokenizer.bos_id), ids.count(tokenizer.eos_id)) == (2, 2)
+    assert trained(tokenizer, ids, mask) == "the fox</s>"
+
+
+def test_conversations_with_tools_have_their_own_template(make_hf: Callable[..., Path]) -> None:
+    default, tools = ("{% for m in messages %}{{ '" + mark + "' + m.content }}{% endfor %}" for mark in "AB")
+    directory = make_hf({"default": default, "tool_use": tools})
+    renderer = ChatRenderer(load_tokenizer(directory))
+    for value, expected in ((None, "the foxA"), ([{"type": "function"}], "the foxB")):
+        ((ids, mask),) = renderer.encode([ANSWER, {**ANSWER, "content": ""}], "line 1", tools=value)
+        assert trained(renderer._tokenizer, ids, mask).startswith(expected[:-1])
+        assert expected[-1] in renderer._tokenizer.decode(ids)
 
 
 def test_refused(make_hf: Callable[..., Path], templates: dict[str, str], sp_model: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 from megatron_ee.data.indexed import file_of, frequent_tokens, open_corpus
 from megatron_ee.data.prepare import prepare_corpus
+from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import DataError
 
 
@@ -69,16 +72,24 @@ def test_masks_must_match_the_tokens(write_corpus: Callable[..., Path]) -> None:
 
 def test_vocabulary(prefix: Path, sp_model: Path) -> None:
     corpus = open_corpus(prefix)
-    corpus.check_vocabulary(360)
-    with pytest.raises(DataError, match=rf"its tokenizer {sp_model} has 360 tokens, .* only 359"):
-        corpus.check_vocabulary(359)
+    largest = int(corpus.every_token().max())
+    corpus.check_vocabulary(largest + 1)
+    larger = dataclasses.replace(corpus.metadata, vocab_size=500)  # more tokens do no harm that do not occur
+    dataclasses.replace(corpus, metadata=larger).check_vocabulary(largest + 1)
+    name = re.escape(repr(load_tokenizer(sp_model).name_of(largest)))
+    message = rf"holds token {name} \(id {largest}\), .* model's vocabulary of {largest} tokens; prepare the data"
+    with pytest.raises(DataError, match=message):
+        corpus.check_vocabulary(largest)
+    older = dataclasses.replace(corpus.metadata, largest_id=None, largest_token=None)
+    with pytest.raises(DataError, match=rf"holds token id {largest}, "):
+        dataclasses.replace(corpus, metadata=older).check_vocabulary(largest)
 
 
 def test_datasets_of_other_tools(write_corpus: Callable[..., Path]) -> None:
     corpus = open_corpus(write_corpus("other", [[1, 2, 3], [70_000]]))
     assert corpus.metadata is None and corpus.masks is None and corpus.num_tokens == 4
     corpus.check_vocabulary(70_001)
-    with pytest.raises(DataError, match="70001 tokens"):
+    with pytest.raises(DataError, match="holds token id 70000, "):
         corpus.check_vocabulary(70_000)
 
 
@@ -97,7 +108,7 @@ def test_frequent_tokens(write_corpus: Callable[..., Path], monkeypatch: pytest.
     prefix = write_corpus("corpus", [[5, 5, 5, 9, 9], [2, 9, 7, 7]])
     assert frequent_tokens(prefix, 2, 10) == [5, 9]
     assert frequent_tokens(prefix, 100, 10) == [2, 5, 7, 9]
-    with pytest.raises(DataError, match="it holds ids for 10 tokens, but the model's vocabulary has only 9"):
+    with pytest.raises(DataError, match="holds token id 9, which is not in the model's vocabulary of 9"):
         frequent_tokens(prefix, 2, 9)
     monkeypatch.setattr("megatron_ee.data.indexed.COUNTED", 3)
     assert frequent_tokens(prefix, 2, 10) == [5]

@@ -214,7 +214,7 @@ def test_refused(write_corpus: Callable[..., Path]) -> None:
         r"/a: holds 20 tokens to train on, less than one sequence of 21; .*data.sequence_length",
         sequence_length=20,
     )
-    refuse(DataError, r"/a: it holds ids for 20 tokens, but the model's vocabulary has only 19", vocab=19)
+    refuse(DataError, r"/a: holds token id 19, which is not in the model's vocabulary of 19", vocab=19)
     refuse(DataError, "gone.idx: not found", train=[a + "/../gone"])
     refuse(ConfigError, "data.train: the weight of .*/a must be positive, not 0", train=[CorpusConfig(a, 0.0)])
     refuse(ConfigError, "data.train: name at least one", train=[])

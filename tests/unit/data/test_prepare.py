@@ -120,6 +120,60 @@ def test_chat_masks_lie_beside_the_tokens(
     assert corpus.metadata.mask_sha256 == sha256(file_of(prefix, ".mask.bin"))
 
 
+def test_a_given_template_and_conversations_in_several_documents(
+    make_hf: Callable[..., Path], tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% if loop.last and m.role == 'assistant' %}!{% endif %}|{% endfor %}"
+    )
+    fox, dog = ({"role": "assistant", "content": name} for name in ("fox", "dog"))
+    ask = {"role": "user", "content": "?"}
+    lines = write_lines("chat.jsonl", [{"messages": [ask, fox, ask, dog]}, {"messages": [ask, dog]}])
+    directory = make_hf("{{ raise_exception('never this one') }}")
+    for workers in (1, 2):
+        prefix = tmp_path / f"chat{workers}"
+        result = prepare_corpus([lines], directory, prefix, chat=True, workers=workers, chat_template=template)
+        decode = load_tokenizer(directory).decode
+        texts = [decode(document) for document in documents(prefix)]
+        assert texts == [f"{text}<|endoftext|>" for text in ("?|fox!|", "?|fox|?|dog!|", "?|dog!|")]
+        masks = open_corpus(prefix).masks
+        assert masks is not None and result.metadata.documents == len(masks) == 3
+        trained = [np.array(ids)[masks[i].astype(bool)].tolist() for i, ids in enumerate(documents(prefix))]
+        assert [decode(ids) for ids in trained] == [f"{text}!|<|endoftext|>" for text in ("fox", "dog", "dog")]
+    damaged = tmp_path / "damaged.jinja"
+    damaged.write_bytes(b"\xff")
+    for path, message in ((tmp_path / "none", "none: the chat template cannot be read"), (damaged, "is not UTF-8")):
+        with pytest.raises(DataError, match=message):
+            prepare_corpus([lines], directory, tmp_path / "no", chat=True, chat_template=path)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_token_that_the_model_does_not_have_is_refused_by_name(
+    chat: bool, make_hf: Callable[..., Path], tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    directory = make_hf("{% for m in messages %}{{ m.content }}{% endfor %}")
+    size = load_tokenizer(directory).vocab_size
+    (directory / "config.json").write_text(json.dumps({"vocab_size": size}))
+    (directory / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+    for text in ("fox", "fox<pad>"):
+        record = {"messages": [{"role": "assistant", "content": text}]} if chat else {"text": text}
+        lines = write_lines("a.jsonl", [record])
+        if text == "fox":
+            metadata = prepare_corpus([lines], directory, tmp_path / "out", chat=chat).metadata
+            assert metadata.vocab_size == size + 1 and metadata.largest_id == max(documents(tmp_path / "out")[0]) < size
+            open_corpus(tmp_path / "out").check_vocabulary(size)
+        else:
+            message = rf"a.jsonl, line 1: token '<pad>' \(id {size}\) is not in the model's vocabulary of {size} tokens"
+            with pytest.raises(DataError, match=message):
+                prepare_corpus([lines], directory, tmp_path / "other", chat=chat)
+    (directory / "config.json").unlink()  # a tokenizer without its model: only the model can tell
+    prefix = tmp_path / "other"
+    prepare_corpus([lines], directory, prefix, chat=chat)
+    with pytest.raises(DataError, match=rf"other: holds token '<pad>' \(id {size}\), which is not in the model's"):
+        open_corpus(prefix).check_vocabulary(size)
+
+
 def test_blank_and_empty_lines_are_passed_over(tmp_path: Path, sp_model: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fox"}\n\n   \n{"text": ""}\n{"text": "dog"}')
     result = prepare_corpus([tmp_path / "a.jsonl"], sp_model, tmp_path / "out")

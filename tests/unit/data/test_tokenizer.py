@@ -11,6 +11,13 @@ from hypothesis import strategies as st
 from megatron_ee.data.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from megatron_ee.errors import DataError
 
+
+def library_ids(directory: Path, text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+
+
 TEXT = "the naïve fox\n    jumps 漢字 😀 over"
 
 
@@ -180,7 +187,7 @@ def test_ids_are_those_of_transformers_whatever_truncation_is_saved(hf_dir: Path
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     text = TEXT * 20 + "<|im_end|>"
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode(text) == load_tokenizer(hf_dir).hf.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text) == library_ids(hf_dir, text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -192,7 +199,7 @@ def test_hugging_face_is_preferred(sp_model: Path, hf_dir: Path, tmp_path: Path)
     shutil.copytree(hf_dir, tmp_path, dirs_exist_ok=True)
     shutil.copy(sp_model, tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.hf is not None and tokenizer.encode(TEXT) == load_tokenizer(hf_dir).encode(TEXT)
+    assert tokenizer.encode(TEXT) == load_tokenizer(hf_dir).encode(TEXT) != load_tokenizer(sp_model).encode(TEXT)
 
 
 def test_end_of_text_from_the_model_configuration(hf_dir: Path, tmp_path: Path) -> None:
@@ -202,11 +209,22 @@ def test_end_of_text_from_the_model_configuration(hf_dir: Path, tmp_path: Path) 
     assert load_tokenizer(tmp_path).eos_id == 2
 
 
-def test_fits(hf_dir: Path) -> None:
+def test_tokens_beyond_the_models_vocabulary(hf_dir: Path) -> None:
     tokenizer = load_tokenizer(hf_dir)
-    tokenizer.fits(tokenizer.vocab_size)
-    with pytest.raises(DataError, match=rf"has {tokenizer.vocab_size} tokens.*only {tokenizer.vocab_size - 1}"):
-        tokenizer.fits(tokenizer.vocab_size - 1)
+    ids = tokenizer.encode("the fox<|im_end|>")
+    assert tokenizer.beyond(ids, max(ids) + 1) is None
+    assert tokenizer.beyond([*ids, 399], 399) == (
+        f"token {tokenizer.name_of(399)!r} (id 399) is not in the model's vocabulary of 399 tokens"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_a_padded_vocabulary_add_no_text(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    the, fox, padding = tokenizer.encode("the"), tokenizer.encode_continuation(" fox"), tokenizer.vocab_size + 7
+    assert tokenizer.decode([padding, *the, padding, padding, *fox, padding]) == "the fox"
+    assert joined(tokenizer, [], [padding, *the, *[padding] * 100, *fox]) == "the fox"
+    assert tokenizer.name_of(padding) is None
 
 
 def test_refused(tmp_path: Path, hf_dir: Path) -> None:
@@ -222,6 +240,10 @@ def test_refused(tmp_path: Path, hf_dir: Path) -> None:
     with pytest.raises(DataError, match="cannot be loaded") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": "first"}')
+    with pytest.raises(DataError, match="added_tokens.json: 'first': .*<pad>.* is no added token with its id"):
+        load_tokenizer(tmp_path)
 
 
 def test_code_in_the_directory_is_refused(tmp_path: Path, hf_dir: Path) -> None:

@@ -15,7 +15,6 @@ from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import ExitPolicy
-from megatron_ee.inference.prompts import encode_prompt
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model.stage import Stage
@@ -59,7 +58,7 @@ def ids_of(completion: Completion) -> list[int]:
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Of tokens behind the prompt."""
-    prompt = encode_prompt(tokenizer, PROMPT)
+    prompt = tokenizer.encode_prompt(PROMPT)
     return tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :]
 
 
@@ -162,7 +161,7 @@ def test_the_streamed_text_is_the_text(mode: str, engine: Engine, tokenizer: Tok
 
 @pytest.mark.parametrize("as_ids", [False, True])
 def test_echo_begins_with_the_prompt(as_ids: bool, engine: Engine, tokenizer: Tokenizer) -> None:
-    prompt: Any = encode_prompt(tokenizer, PROMPT) if as_ids else PROMPT
+    prompt: Any = tokenizer.encode_prompt(PROMPT) if as_ids else PROMPT
     plain, echoed = (answer(engine, prompt=prompt, echo=echo) for echo in (False, True))
     assert echoed.text == (tokenizer.decode(prompt) if as_ids else PROMPT) + plain.text
     assert (echoed.tokens, echoed.pieces) == (plain.tokens, plain.pieces)

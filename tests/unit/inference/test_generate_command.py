@@ -21,7 +21,6 @@ from megatron_ee.commands.main import main
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.inference.policy import ExitPolicy
-from megatron_ee.inference.prompts import encode_prompt
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
@@ -219,7 +218,7 @@ def test_chat(command: Command, byte_model: Path, tmp_path: Path, save_tokenizer
     chat = Command(path, command.capsys)
     result = chat.json("--prompt", "Hi", "--chat", "--max-tokens", 8, "--ignore-eos")
     tokenizer = load_tokenizer(path)
-    expected = [token for token in encode_prompt(tokenizer, "[user] Hi>") if token != 0]  # the template has no <s>
+    expected = [token for token in tokenizer.encode_prompt("[user] Hi>") if token != 0]  # the template has no <s>
     assert result["statistics"]["prompt_tokens"] == len(expected)
     status, _, err = command.run("--prompt", "Hi", "--chat")
     assert status == 1 and "the tokenizer has no chat template; give the prompt as text" in err
@@ -363,15 +362,21 @@ def test_refuses_another_number_of_processes(command: Command, monkeypatch: pyte
     assert "tensor x pipeline: 1 x 1 needs 1 processes, but there are 2; start as many with torchrun" in err
 
 
-def test_refuses_a_tokenizer_that_does_not_fit(
+def test_a_token_that_the_model_does_not_have_is_refused_where_it_occurs(
     command: Command, byte_model: Path, tmp_path: Path, save_tokenizer: SaveTokenizer
 ) -> None:
     path = tmp_path / "model"
     shutil.copytree(byte_model, path)
     save_tokenizer(path, extra=3)
-    status, _, err = command.run("--prompt", PROMPT, model=path)
-    assert status == 1 and len(err.splitlines()) == 1
-    assert "the tokenizer has 261 tokens, but the model's vocabulary has only 258" in err
+    extra = {"258": {"content": "<extra0>", "special": True}}
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": extra}))
+    assert command.run("--prompt", PROMPT, "--max-tokens", 2, model=path)[0] == 0
+    for more in ((), ("--chat",)):
+        (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        status, _, err = command.run("--prompt", f"{PROMPT}<extra0>", *more, model=path)
+        assert status == 2 and len(err.splitlines()) == 1
+        assert "--prompt: token '<extra0>' (id 258) is not in the model's vocabulary of 258 tokens" in err
 
 
 @pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])

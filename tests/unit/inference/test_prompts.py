@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from megatron_ee.data.tokenizer import load_tokenizer
-from megatron_ee.errors import CheckpointError, DataError
-from megatron_ee.inference.prompts import encode_chat, encode_prompt, end_of_text
+from megatron_ee.errors import DataError
+from megatron_ee.inference.prompts import encode_chat, end_of_text
 
 PROMPT = "Once upon a time"
 SaveTokenizer = Callable[..., None]
@@ -30,10 +30,10 @@ def test_the_prompt_is_encoded_as_transformers_does(
     from transformers import AutoTokenizer
 
     expected = AutoTokenizer.from_pretrained(byte_model)(PROMPT)["input_ids"]
-    assert encode_prompt(load_tokenizer(byte_model), PROMPT) == expected
+    assert load_tokenizer(byte_model).encode_prompt(PROMPT) == expected
     assert expected[0] == 0 and len(expected) == len(PROMPT) + 1
     save_tokenizer(tmp_path, bos=False)
-    assert encode_prompt(load_tokenizer(tmp_path), PROMPT) == expected[1:]
+    assert load_tokenizer(tmp_path).encode_prompt(PROMPT) == expected[1:]
 
 
 def test_a_bare_sentencepiece_model_begins_with_its_first_token(tmp_path: Path) -> None:
@@ -48,26 +48,27 @@ def test_a_bare_sentencepiece_model_begins_with_its_first_token(tmp_path: Path) 
         minloglevel=2,
     )
     tokenizer = load_tokenizer(tmp_path)
-    assert encode_prompt(tokenizer, PROMPT) == [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
+    assert tokenizer.encode_prompt(PROMPT) == [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
     with pytest.raises(DataError, match="the tokenizer has no chat template; give the prompt as text"):
         encode_chat(tokenizer, [{"role": "user", "content": PROMPT}])
 
 
-def test_the_configuration_says_what_ends_the_text(byte_model: Path, tmp_path: Path) -> None:
+def test_any_of_the_files_may_name_what_ends_the_text(byte_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(byte_model, path)
-    tokenizer = load_tokenizer(path)
     edit(path, "generation_config.json", eos_token_id=[7, 9])
-    assert end_of_text(path, tokenizer) == {7, 9}
+    edit(path, "config.json", eos_token_id=5)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.eos_id == 1
+    assert end_of_text(path, tokenizer) == {1, 5, 7, 9}
+    edit(path, "config.json", eos_token_id=[5, 6])
     edit(path, "generation_config.json", eos_token_id=7)
-    assert end_of_text(path, tokenizer) == {7}
+    assert end_of_text(path, tokenizer) == {1, 5, 6, 7}
     (path / "generation_config.json").unlink()
-    edit(path, "config.json", eos_token_id=[5])
-    assert end_of_text(path, tokenizer) == {5}
     edit(path, "config.json", eos_token_id=None)
-    assert end_of_text(path, tokenizer) == {1}  # the tokenizer's
+    assert end_of_text(path, tokenizer) == {1}
     edit(path, "generation_config.json", eos_token_id=["</s>"])
-    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id must be .*'</s>'"):
+    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id must be .*'</s>'"):
         end_of_text(path, tokenizer)
 
 
