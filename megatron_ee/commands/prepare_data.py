@@ -31,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
         help="lines of {\"messages\": [...]}: apply the model's chat template, train on the assistant's tokens only",
     )
     result.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="with --chat: a jinja file to use in place of the model's chat template",
+    )
+    result.add_argument(
         "--prepend-bos", action="store_true", help="begin each document with the beginning-of-text token"
     )
     result.add_argument(
@@ -45,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.chat and (arguments.text_key is not None or arguments.prepend_bos):
         option = "--prepend-bos" if arguments.prepend_bos else "--text-key"
         raise ConfigError(f"{option}: contradicts --chat, where the chat template decides; leave it out")
+    if arguments.chat_template is not None and not arguments.chat:
+        raise ConfigError("--chat-template: applies to chat data only; give --chat, too")
     from megatron_ee.data.prepare import prepare_corpus
 
     result = prepare_corpus(
@@ -56,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         prepend_bos=arguments.prepend_bos,
         overwrite=arguments.overwrite,
+        chat_template=arguments.chat_template,
     )
     skipped = f", {result.skipped} empty lines skipped" if result.skipped else ""
     print(f"{arguments.output}: {result.metadata.documents} documents, {result.metadata.tokens} tokens{skipped}")

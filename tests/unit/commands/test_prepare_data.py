@@ -37,3 +37,15 @@ def test_prepare_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*arguments, "--text-key", "body", "--overwrite", "--workers", "2"]) == 0
     assert main([*arguments, "--overwrite"]) == 1
     assert "text" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_chat_template_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, template = tmp_path / "chat.jsonl", tmp_path / "own.jinja"
+    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "exits"}]}) + "\n")
+    template.write_text("{% for m in messages %}{{ 'leave early ' + m.content }}{% endfor %}")
+    arguments = ["prepare-data", "--input", str(path), "--tokenizer", str(tokenizer(tmp_path / "tokenizer"))]
+    arguments += ["--output", str(tmp_path / "corpus"), "--chat-template", str(template)]
+    assert main(arguments) == 2
+    assert "--chat-template: applies to chat data only; give --chat, too" in capsys.readouterr().err
+    assert main([*arguments, "--chat"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'corpus'}: 1 documents, 4 tokens\n"
