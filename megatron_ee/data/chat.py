@@ -119,12 +119,17 @@ class ChatRenderer:
             if _common(prompt, text) < _common(prompt, history):
                 raise self._ambiguous(where, index)
         header = self._header(messages, index, where, tools)
-        if header is not None and text.startswith(header):
-            start = len(header)
-        elif text.startswith(prompt):  # the template writes this answer's beginning in another way, as its thinking
+        if header is not None and not text.startswith(header):
+            header = None  # the template writes this answer's beginning in another way, as its thinking
+        if text.startswith(prompt):
             start = len(prompt)
+        elif header is not None:
+            start = min(_common(prompt, text), len(header))
         else:
             raise self._ambiguous(where, index)
+        if header is not None:
+            # Most tokenizers join a space with the word that follows, the answer's first.
+            start = max(start, len(header.rstrip(" ")))
         return _Turn(text, (start, self._turn_end(text, start)))
 
     def _header(self, messages: Sequence[Message], index: int, where: str, tools: Any) -> str | None:

@@ -12,6 +12,7 @@ from megatron_ee.errors import CheckpointError, DataError, shown
 
 DEFAULT_TEMPLATE, TOOLS_TEMPLATE = "default", "tool_use"
 """Names of the chat templates for conversations without and with tools."""
+_ID_DIGITS = 9  # of a token id, at most: corpora hold ids as int32
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _added_tokens(directory: Path, settings: Mapping[str, Any], special: list[Ad
     tokens: dict[str, AddedToken] = {}
     for key, entry in entries:
         content = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(content, str) or not content or not key.isdecimal():
+        if not isinstance(content, str) or not content or not key.isdecimal() or len(key) > _ID_DIGITS:
             raise DataError(f"{where}: {shown(key)}: {shown(entry)} is no added token with its id")
         is_special = bool(entry.get("special")) or content in special_contents
         tokens[content] = _added_token(content, entry, special=is_special, id=int(key))

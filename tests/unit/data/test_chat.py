@@ -142,8 +142,27 @@ def test_a_prompt_that_opens_a_thinking_block(make_hf: Callable[..., Path]) -> N
     # An answer may begin as the opened block does.
     ((_, answers),) = documents_of(directory, [ASK, {"role": "assistant", "content": "<b>fox"}])
     assert answers == "<b>fox<|im_end|><|endoftext|>"
-    ((_, answers),) = documents_of(directory, [ASK, {"role": "assistant", "content": "<think>\nfox"}])
-    assert answers == "<think>\nfox<|im_end|><|endoftext|>"
+    ((_, answers),) = documents_of(directory, [ASK, {"role": "assistant", "content": "<think>fox"}])
+    assert answers == "<think>fox<|im_end|><|endoftext|>"
+
+
+def test_a_prompt_whose_opened_block_stays(make_hf: Callable[..., Path]) -> None:
+    """As QwQ's: what the prompt gives is not trained."""
+    template = OPENS_THINKING.replace(".split('</think>')[-1]", "")
+    ((_, answers),) = documents_of(make_hf(template), [ASK, THOUGHT])
+    assert answers == "a dog\n</think>\n\nquick<|im_end|><|endoftext|>"
+
+
+def test_the_first_word_of_an_answer_is_trained_with_the_space_before_it(fallback_dir: Path) -> None:
+    """Llama 2's template ends the prompt without the space that it writes before the answer."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + 'inst ' + m.content + ' inst' }}{% else %}"
+        "{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(fallback_dir)
+    ((ids, mask),) = ChatRenderer(tokenizer, template).encode([ASK, ANSWER, ASK, ANSWER], "line 1")
+    names = [tokenizer.name_of(token) for token, label in zip(ids, mask, strict=True) if label]
+    assert names == ["▁the", "▁fox", "▁", "</s>"] * 2
 
 
 def test_every_turn_is_trained_once_and_as_the_model_would_say_it(make_hf: Callable[..., Path]) -> None:

@@ -241,8 +241,13 @@ def test_refused(tmp_path: Path, hf_dir: Path) -> None:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "added_tokens.json").write_text('{"<pad>": "first"}')
-    with pytest.raises(DataError, match="added_tokens.json: 'first': .*<pad>.* is no added token with its id"):
+    for id_ in ('"first"', "-1", "9" * 10, "[1]"):
+        (tmp_path / "added_tokens.json").write_text(f'{{"<pad>": {id_}}}')
+        with pytest.raises(DataError, match="added_tokens.json: '.*': .*<pad>.* is no added token with its id"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(DataError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)
 
 
