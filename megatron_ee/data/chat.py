@@ -133,11 +133,12 @@ class ChatRenderer:
         return _Turn(text, (start, self._turn_end(text, start)))
 
     def _header(self, messages: Sequence[Message], index: int, where: str, tools: Any) -> str | None:
-        """What the template writes before any plain answer; None where it shows none, as for calls of tools."""
-        other = [*messages[:index], {**messages[index], "content": _OTHER_ANSWER}]
+        """What the template writes before any plain answer; None where it shows none."""
+        # No other key: thinking in a key of its own, or a call of a tool, is what the assistant says.
+        other = [*messages[:index], {"role": messages[index]["role"], "content": _OTHER_ANSWER}]
         try:
             header, found, _ = self._render(other, where, tools)[0].partition(_OTHER_ANSWER)
-        except DataError:  # it refuses this message with a content
+        except DataError:  # it wants other keys, too
             return None
         return header if found else None
 

@@ -146,6 +146,17 @@ def test_a_prompt_that_opens_a_thinking_block(make_hf: Callable[..., Path]) -> N
     assert answers == "<think>fox<|im_end|><|endoftext|>"
 
 
+def test_thinking_in_a_key_of_its_own_is_trained(make_hf: Callable[..., Path]) -> None:
+    template = (
+        "{% for m in messages %}"
+        + START
+        + "{% if m['role'] == 'assistant' %}{{ '<think>\\n' + (m['reasoning_content'] "
+        "or '') + '\\n</think>\\n\\n' }}{% endif %}{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+    )
+    ((_, answers),) = documents_of(make_hf(template), [ASK, {**ANSWER, "reasoning_content": "a dog"}, ASK, ANSWER])
+    assert answers == "<think>\na dog\n</think>\n\nthe fox<|im_end|>the fox<|im_end|><|endoftext|>"
+
+
 def test_a_prompt_whose_opened_block_stays(make_hf: Callable[..., Path]) -> None:
     """As QwQ's: what the prompt gives is not trained."""
     template = OPENS_THINKING.replace(".split('</think>')[-1]", "")
@@ -179,13 +190,11 @@ def test_every_turn_is_trained_once_and_as_the_model_would_say_it(make_hf: Calla
 
 
 def test_calls_of_tools_are_trained(make_hf: Callable[..., Path]) -> None:
-    """Templates show a call in place of a content, as Llama 3.1's, or refuse both together."""
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "fox"}}]}
-    for other in ("{{ 'no content' }}", "{% if m.content %}{{ raise_exception('both') }}{% endif %}"):
+    for header in ("", "{% if not m.tool_calls %}{{ raise_exception('a plain answer') }}{% endif %}"):
         template = (
-            "{% for m in messages %}" + START + "{% if m.tool_calls %}{{ '(' + m.tool_calls[0].function.name + ')' }}"
-            f"{{% if m.content %}}{other}{{% endif %}}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
-            "{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+            "{% for m in messages %}" + START + "{% if m.role == 'assistant' %}" + header + "{% endif %}"
+            "{{ m.content or '(' + m.tool_calls[0].function.name + ')' }}{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
         )
         ((_, answers),) = documents_of(make_hf(template), [ASK, call])
         assert answers == "(fox)<|im_end|><|endoftext|>"
