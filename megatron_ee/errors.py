@@ -49,6 +49,10 @@ class DataError(UserError):
     """A corpus, text file or tokenizer cannot be used."""
 
 
+class Interrupted(UserError):
+    """A signal asked the run to save and end; the message names the signal."""
+
+
 def printable(text: str) -> str:
     """``text`` as one line that a terminal just shows, its middle left out where it is very long.
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from megatron_ee import __version__
 from megatron_ee.errors import ConfigError, UserError
+from megatron_ee.tuning.interrupt import Signalled, raise_signals, watch_signals
 
 # command: (module of this package, what it does). Modules are imported when called for: --help stays quick.
 COMMANDS = {
@@ -21,16 +24,27 @@ COMMANDS = {
     "generate": ("generate", "text from a prompt, showing the layer that emitted each token"),
     "benchmark": ("benchmark", "tuning step and loading against what one would otherwise run"),
 }
+SAVING = ("tune",)
+"""Commands that save and end with 0 after a signal; the others end by it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: the process's arguments) and return its exit status.
 
-    0 is success, 2 a command line or configuration that is refused, 1 any other error, 130 an interrupt. What is no
-    ``UserError`` is a bug, and keeps its traceback.
+    0 is success, 2 a command line or configuration that is refused, 1 any other error, 128 + N the signal N. What is
+    no ``UserError`` is a bug, and keeps its traceback.
     """
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    # Before a command imports torch, which takes seconds: a signal that comes meanwhile must not be lost.
+    handlers: contextlib.AbstractContextManager[object] = watch_signals() if command in SAVING else raise_signals()
+    with handlers:
+        return _main(command, rest)
+
+
+def _main(command: str, rest: list[str]) -> int:
+    """``main`` with the handlers of signals in place."""
     name = f"megatron-ee {command}" if command in COMMANDS else "megatron-ee"
+    _replace_what_cannot_be_encoded()
     try:
         status = _run(command, rest)
         sys.stdout.flush()  # a reader that has gone away is noticed here, and not at exit with a traceback
@@ -39,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.common or os.environ.get("RANK", "0") == "0":
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_status
+    except Signalled as interrupt:
+        print(f"{name}: {interrupt}", file=sys.stderr)
+        return 128 + interrupt.number
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
@@ -65,6 +82,13 @@ def _run(command: str, rest: list[str]) -> int:
     except SystemExit as request:  # after --help
         return int(request.code or 0)
     return int(module.run(arguments))
+
+
+def _replace_what_cannot_be_encoded() -> None:
+    """Let text that stdout and stderr cannot encode, in a locale that is not UTF-8, show as replacements."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def _usage() -> str:

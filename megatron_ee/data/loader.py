@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from megatron_ee.data.indexed import Corpus, dataset_helpers, open_corpus
 from megatron_ee.data.packing import DocumentRange, PackedDocuments, split, whole
 from megatron_ee.errors import ConfigError, DataError
 
-RUN = 32
-"""Validation batches that go through the stages in one go: enough to keep them busy, few enough to hold in memory."""
+RUN = 8
+"""Validation batches per stage that go through several stages in one go: enough to keep them busy, few enough to hold
+in memory and to end soon after a signal."""
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
 
@@ -143,11 +144,28 @@ class ValidationWindows:
         for start in range(0, len(mine), batch_size):
             yield _collate(self, mine[start : start + batch_size])
 
-    def runs(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[list[Batch]]:
-        """The same batches, ``RUN`` at a time."""
-        batches = self.batches(batch_size, rank, size)
-        while run := list(itertools.islice(batches, RUN)):
-            yield run
+    def runs(
+        self,
+        batch_size: int,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        stages: int = 1,
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[list[Batch]]:
+        """The same batches, some at a time: one where there is one stage, else ``RUN`` for each stage.
+
+        Args:
+            check: called before each run, equally often on every rank, also where a rank has no batch left. It may
+                communicate, and raise to end the loop on all ranks.
+        """
+        batches, length = self.batches(batch_size, rank, size), 1 if stages == 1 else RUN * stages
+        most = -(-len(range(0, len(self), size)) // batch_size)  # of the first rank, which has no fewer than others
+        for _ in range(0, most, length):
+            check()
+            run = list(itertools.islice(batches, length))
+            if run:
+                yield run
 
     @property
     def fingerprint(self) -> str:

@@ -33,6 +33,7 @@ from megatron_ee.parallel.groups import Groups, gather_objects, joined_processes
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.progress import track
+from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.trainer import Validate
 
@@ -211,17 +212,20 @@ def make_validator(
     digest: str,
     windows: ValidationWindows,
     layout: Layout,
+    interrupt: Interrupt,
 ) -> Validate:
     """Validation for ``tune``: computes the final exit's share now, and returns what is called while tuning.
 
-    Each call prints tables to stderr and writes ``validation/step-N.json`` and ``.png`` under ``output``.
+    Both end with ``Interrupted`` on all ranks soon after a signal. Each call prints tables to stderr and writes
+    ``validation/step-N.json`` and ``.png`` under ``output``.
     """
     batch, chunk = config.tuning.micro_batch_size, config.loss.chunk_tokens
-    final = final_exit(setup, model, digest, windows, layout, batch, chunk)
+    final = final_exit(setup, model, digest, windows, layout, batch, chunk, interrupt)
+    check = partial(interrupt.check_together, setup.groups)
 
     def validate(pipeline: Pipeline, step: int) -> Quality:
         thresholds = config.validation.thresholds
-        quality = measure(pipeline, windows, thresholds, final=final, batch_size=batch, chunk_tokens=chunk)
+        quality = measure(pipeline, windows, thresholds, final=final, batch_size=batch, chunk_tokens=chunk, check=check)
         if setup.groups.is_main:
             write_quality(quality, pipeline.specs, output / "validation" / f"step-{step}")
             print_quality(quality, pipeline.specs, f"Quality per exit after step {step}", to_stderr=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.stage import build_stage
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.progress import track
+from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 VERSION = 1
@@ -58,6 +60,7 @@ def final_exit(
     layout: Layout,
     batch_size: int,
     chunk_tokens: int,
+    interrupt: Interrupt,
 ) -> FinalExit:
     """From the cache, by what decides it, or computed and put there. Every rank calls this.
 
@@ -72,9 +75,11 @@ def final_exit(
         layout: all layers, spread over the stages.
         batch_size: windows at a time.
         chunk_tokens: tokens whose logits exist at one time.
+        interrupt: looked at between microbatches.
 
     Raises:
         CheckpointError: the model's files cannot be read.
+        Interrupted: a signal came to one of the ranks; raised on all.
     """
     groups = setup.groups
     rank, size = groups.data.rank(), groups.data.size()
@@ -85,7 +90,7 @@ def final_exit(
     cached = _read(path, shape)
     if all(groups.gather(cached is not None)) and cached is not None:
         return cached
-    result = _compute(setup, model, windows, layout, batch_size, chunk_tokens)
+    result = _compute(setup, model, windows, layout, batch_size, chunk_tokens, interrupt)
     if groups.pipeline.rank() == groups.tensor.rank() == 0:
         _write(path, result)
     return result
@@ -98,11 +103,12 @@ def _compute(
     layout: Layout,
     batch_size: int,
     chunk_tokens: int,
+    interrupt: Interrupt,
 ) -> FinalExit:
     groups = setup.groups
     rank, size = groups.data.rank(), groups.data.size()
     stage = build_stage(setup, layout, (), final_exit=True)
-    groups.together(lambda: load_backbone(stage, model))
+    groups.together(lambda: load_backbone(stage, model, lambda count: interrupt.check()))
     pipeline = Pipeline(stage, layout, ())
     share = len(range(rank, len(windows), size))
     loss = torch.empty(share, windows.sequence_length, device=platform.device())
@@ -120,7 +126,8 @@ def _compute(
             loss[done : done + count] = stats.loss.view(-1, count).t()
             top1[done : done + count] = stats.top1.view(-1, count).t()
 
-        for batches in windows.runs(batch_size, rank, size):
+        stages, check = groups.pipeline.size(), partial(interrupt.check_together, groups)
+        for batches in windows.runs(batch_size, rank, size, stages=stages, check=check):
             pipeline.run(batches, passed, at_end)
     for tensor in (loss, top1):
         dist.broadcast(tensor, group=groups.pipeline, group_src=layout.last_layered)

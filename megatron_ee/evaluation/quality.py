@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ def measure(
     final: FinalExit | None = None,
     batch_size: int = 1,
     chunk_tokens: int = 512,
+    check: Callable[[], None] = lambda: None,
 ) -> Quality:
     """Quality of the exits of all stages, equal on every rank.
 
@@ -40,6 +41,7 @@ def measure(
         final: the final exit's outcome, computed before.
         batch_size: windows at a time.
         chunk_tokens: tokens whose logits exist at one time.
+        check: called by every rank between runs of microbatches; it may raise, on all of them.
 
     Raises:
         DataError: not one token counts.
@@ -54,7 +56,7 @@ def measure(
     rank, size = groups.data.rank(), groups.data.size()
     done = 0
     with track(len(range(rank, len(windows), size)), "sequences", "validating", enabled=groups.is_main) as bar:
-        for batches in windows.runs(batch_size, rank, size):
+        for batches in windows.runs(batch_size, rank, size, stages=groups.pipeline.size(), check=check):
             scored = _on_first_stage(pipeline, _score(pipeline, batches, chunk_tokens, final is None), batches)
             for number, batch in enumerate(batches):
                 count = len(batch.tokens)

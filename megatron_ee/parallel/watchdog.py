@@ -73,7 +73,8 @@ def watch_ranks(
         if isinstance(error, UserError) and error.common:
             member.leave("done")  # all ranks end by it, and one of them says so
         else:
-            member.leave("raised", str(error) if isinstance(error, UserError) else repr(error))
+            said = isinstance(error, (UserError, KeyboardInterrupt)) and str(error)
+            member.leave("raised", said or repr(error))
         last.join(GRACE_SECONDS / 2)
         raise
     member.leave("done")

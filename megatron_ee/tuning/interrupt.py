@@ -1,15 +1,38 @@
-"""Being told to stop: SIGTERM, SIGINT and SIGUSR1 let the step in work finish."""
+"""SIGTERM, SIGINT and SIGUSR1: what saves its work ends at a good place, everything else ends at once.
+
+The commands install the handlers before they import anything large, so that a signal finds them there from the start.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from megatron_ee.errors import Interrupted
+
+if TYPE_CHECKING:  # importing it means importing torch
+    from megatron_ee.parallel.groups import Groups
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what SLURM sends ahead of the time limit."""
+Handler = Callable[[int, FrameType | None], Any]
+
+
+class Signalled(KeyboardInterrupt):
+    """A signal ended a command that has nothing to save; like Ctrl-C it passes every ``except Exception``.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
 
 
 @dataclass
@@ -23,20 +46,73 @@ class Interrupt:
         """True from the first signal on."""
         return self.name is not None
 
+    def check(self) -> None:
+        """Raise ``Interrupted`` once a signal has come to this process."""
+        if self.name is not None:
+            raise Interrupted(self.name)
+
+    def check_together(self, groups: Groups) -> None:
+        """Raise ``Interrupted`` on all ranks once a signal has come to any. Every rank calls this."""
+        if groups.world.size() == 1:
+            self.check()
+        else:
+            groups.together(self.check)
+
+
+_watching: Interrupt | None = None
+"""Signals belong to the process, and so does the one watch that remembers them."""
+
 
 @contextlib.contextmanager
 def watch_signals() -> Iterator[Interrupt]:
-    """Catch SIGTERM, SIGINT and SIGUSR1 while the context is open; a second SIGINT interrupts at once."""
-    interrupt = Interrupt()
+    """Remember SIGTERM, SIGINT and SIGUSR1 while the context is open; a second SIGINT interrupts at once.
+
+    Inside another ``watch_signals`` it gives that one's ``Interrupt``, with the signals that came before.
+    """
+    global _watching
+    if _watching is not None:
+        yield _watching
+        return
+    interrupt = _watching = Interrupt()
 
     def remember(number: int, frame: FrameType | None) -> None:
         if interrupt.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        interrupt.name = signal.Signals(number).name
+        interrupt.name = interrupt.name or signal.Signals(number).name
 
-    before = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
-        yield interrupt
+        with _handled_by(remember):
+            yield interrupt
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _watching = None
+
+
+@contextlib.contextmanager
+def raise_signals() -> Iterator[None]:
+    """Let the first SIGTERM, SIGINT or SIGUSR1 raise ``Signalled`` in the main thread while the context is open.
+
+    What is open then cleans up, and further signals leave it in peace, but for SIGINT, which interrupts again.
+    """
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        if len(seen) == 1 or number == signal.SIGINT:
+            raise Signalled(number)
+
+    with _handled_by(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Handler) -> Iterator[None]:
+    """``handler`` for all ``SIGNALS`` while the context is open; only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

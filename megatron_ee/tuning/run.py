@@ -32,7 +32,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_to_dict
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
-from megatron_ee.errors import ConfigError
+from megatron_ee.errors import ConfigError, Interrupted
 from megatron_ee.model import kernels
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.model.stage import Stage, build_stage
@@ -44,6 +44,7 @@ from megatron_ee.parallel.groups import (
     collective_minutes,
     gather_objects,
     joined_processes,
+    launched_rank,
     model_groups,
     world_size,
 )
@@ -51,8 +52,9 @@ from megatron_ee.parallel.layout import Layout
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.plan import plan_run
 from megatron_ee.parallel.watchdog import watch_ranks
+from megatron_ee.progress import Progress as Bar
 from megatron_ee.progress import track
-from megatron_ee.tuning.interrupt import watch_signals
+from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.plan_table import print_plan
 from megatron_ee.tuning.schedule import Pipeline
@@ -61,9 +63,9 @@ from megatron_ee.tuning.status import reported_status, write_failed
 from megatron_ee.tuning.trainer import Trainer, Validate
 from megatron_ee.tuning.wandb_run import check_wandb
 
-MakeValidator = Callable[[RunConfig, ModelSetup, SavedModel, str, ValidationWindows, Layout], Validate]
-"""Prepares validation before tuning takes its memory; gets the backbone's hash, the windows, and a layout of all
-layers without exits."""
+MakeValidator = Callable[[RunConfig, ModelSetup, SavedModel, str, ValidationWindows, Layout, Interrupt], Validate]
+"""Prepares validation before tuning takes its memory; gets the backbone's hash, the windows, a layout of all layers
+without exits, and what to look at for signals."""
 
 
 def tune(
@@ -87,30 +89,32 @@ def tune(
         CheckpointError: the model, adapter or checkpoint cannot be used.
         DataError: a corpus cannot be used.
     """
-    progress = Progress()
-    # Signals are watched from the start: loading takes long, and a stop there must not look like a crash.
+    progress, steps = Progress(), config.tuning.steps
     minutes = collective_minutes(config.parallel.timeout_seconds)
     with watch_signals() as interrupt, joined_processes(minutes) as control:
         gather = partial(gather_objects, group=control)
         inputs = each_own(gather, lambda: _open_inputs(config, init_adapter, open_model))
-
-        steps = config.tuning.steps
-        with (
-            model_groups(control, config.parallel.tensor, config.parallel.pipeline, minutes) as groups,
-            watch_ranks(
-                groups.rank,
-                groups.world.size(),
-                config.parallel.timeout_seconds,
-                lambda: f"stage {groups.pipeline.rank()}, step {progress.step + 1}",
-                lambda line: write_failed(output, progress, steps),
-            ),
-            _owned(output, resume, groups),
-            reported_status(output, steps, progress, interrupt, enabled=groups.is_main),
-        ):
-            trainer = _prepare(config, inputs, groups, output, resume, progress, make_validator)
-            log = RunLog(output, config.logging, progress.step, settings=config_to_dict(config), enabled=groups.is_main)
-            with log, around(trainer):
-                trainer.run(log, interrupt)
+        try:
+            with (
+                model_groups(control, config.parallel.tensor, config.parallel.pipeline, minutes) as groups,
+                watch_ranks(
+                    groups.rank,
+                    groups.world.size(),
+                    config.parallel.timeout_seconds,
+                    lambda: f"stage {groups.pipeline.rank()}, step {progress.step + 1}",
+                    lambda line: write_failed(output, progress, steps),
+                ),
+                _owned(output, resume, groups),
+                reported_status(output, steps, progress, interrupt, enabled=groups.is_main),
+            ):
+                trainer = _prepare(config, inputs, groups, output, resume, progress, make_validator, interrupt)
+                settings = config_to_dict(config)
+                log = RunLog(output, config.logging, progress.step, settings=settings, enabled=groups.is_main)
+                with log, around(trainer):
+                    trainer.run(log, interrupt)
+        except Interrupted as error:  # nothing is tuned yet, so nothing has to be saved
+            if launched_rank() == 0:
+                print(f"{error}: ended before the first step; go on with --resume", file=sys.stderr, flush=True)
     return 0
 
 
@@ -154,13 +158,19 @@ def _prepare(
     resume: bool,
     progress: Progress,
     make_validator: MakeValidator,
+    interrupt: Interrupt,
 ) -> Trainer:
-    """Load the backbone and the exits, and go back to where the run was; ``progress`` is brought up to that."""
+    """Load the backbone and the exits, and go back to where the run was; ``progress`` is brought up to that.
+
+    Raises:
+        Interrupted: a signal came to one of the ranks; raised on all.
+    """
     model, specs, layout = inputs.model, inputs.specs, inputs.layout
     description = _description(config, specs, model)
+    interrupt.check_together(groups)  # what came while libraries were imported
     if resume:
         _check_resumable(config, output, description, groups)
-    digest = groups.together(lambda: _backbone_digest(model) if groups.is_main else "")[0]
+    digest = groups.together(lambda: _backbone_digest(model, interrupt) if groups.is_main else "")[0]
     description["backbone_sha256"] = digest
     if resume:
         _check_resumable(config, output, description, groups)
@@ -172,9 +182,9 @@ def _prepare(
     validate = None
     if inputs.windows is not None:
         whole = even_layout(model.architecture.num_layers, config.parallel.pipeline)
-        validate = make_validator(config, setup, model, digest, inputs.windows, whole)
+        validate = make_validator(config, setup, model, digest, inputs.windows, whole, interrupt)
     stage = build_stage(setup, layout, specs, final_exit=distillation.kl > 0)
-    _load(stage, model, inputs.adapter, config.tuning.seed)
+    _load(stage, model, inputs.adapter, config.tuning.seed, interrupt)
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, config.tuning.steps)
     if resume:
         _resume(config, output, stage, optimizer, description, progress)
@@ -208,10 +218,20 @@ def _owned(output: Path, resume: bool, groups: Groups) -> Iterator[None]:
         yield
 
 
-def _backbone_digest(model: SavedModel) -> str:
+def _backbone_digest(model: SavedModel, interrupt: Interrupt) -> str:
     total = sum(entry.nbytes for entry in model.weights.values())
     with track(total, "B", "hashing the backbone") as bar:
-        return model.digest(advance=bar.advance)
+        return model.digest(advance=_interruptible(bar, interrupt))
+
+
+def _interruptible(bar: Bar, interrupt: Interrupt) -> Callable[[int], None]:
+    """Advances a bar, and raises ``Interrupted`` once a signal has come to this rank."""
+
+    def advance(count: int) -> None:
+        interrupt.check()
+        bar.advance(count)
+
+    return advance
 
 
 def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
@@ -224,14 +244,14 @@ def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
         print(slow, file=sys.stderr, flush=True)
 
 
-def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int) -> None:
+def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, interrupt: Interrupt) -> None:
     """The layers held here, and the exits with their first values."""
     groups = stage.setup.groups
     total = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
 
     def load() -> None:
         with track(total, "B", "loading the frozen layers", enabled=groups.is_main) as bar:
-            load_backbone(stage, model, bar.advance)
+            load_backbone(stage, model, _interruptible(bar, interrupt))
         if adapter is not None:
             load_exits(stage.exits, adapter, model)
         else:

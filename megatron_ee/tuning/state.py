@@ -44,6 +44,7 @@ class Progress:
         best_loss: lowest weighted validation loss so far; None before the first.
         best_step: the step it was reached at.
         skipped: steps in a row, up to the last one, that updated nothing.
+        validation_due: a signal ended the validation after this step; a resumed run does it first.
     """
 
     step: int = 0
@@ -52,6 +53,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     skipped: int = 0
+    validation_due: bool = False
 
 
 def save_state(
@@ -176,6 +178,8 @@ def _read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, int]]:
     numbers = (progress.step, progress.consumed, progress.tokens, progress.skipped, best[1], *counts.values())
     if not all(type(number) is int and number >= 0 for number in numbers) or type(best[0]) not in (int, float):
         raise CheckpointError(f"{checkpoint.path}: progress or counters are not whole numbers from 0")
+    if type(progress.validation_due) is not bool:
+        raise CheckpointError(f"{checkpoint.path}: progress: validation_due is not true or false")
     return progress, counts
 
 

@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ee.checkpoint.atomic import write_json
-from megatron_ee.errors import CheckpointError
+from megatron_ee.checkpoint.atomic import numbered_directories, write_json
+from megatron_ee.errors import CheckpointError, Interrupted
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.state import Progress
 
@@ -54,8 +54,12 @@ def reported_status(
     write_status(output, "running", progress, steps)
     try:
         yield
+    except Interrupted:  # before the first step; a run that resumes may not have read where it stands
+        saved = [step for step, _ in numbered_directories(output / "checkpoints")]
+        write_json(output / STATUS, {"state": "interrupted", "step": max(saved, default=0), "steps": steps})
+        raise
     except BaseException:
         write_failed(output, progress, steps)
         raise
-    stopped = interrupt.requested and progress.step < steps
+    stopped = interrupt.requested and (progress.step < steps or progress.validation_due)
     write_status(output, "interrupted" if stopped else "finished", progress, steps)

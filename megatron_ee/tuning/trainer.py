@@ -15,7 +15,7 @@ from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import MicrobatchStream
-from megatron_ee.errors import UserError
+from megatron_ee.errors import Interrupted, UserError
 from megatron_ee.model.quality import Quality
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
@@ -56,14 +56,15 @@ class Trainer:
     def run(self, log: RunLog, interrupt: Interrupt) -> bool:
         """Tune until the last step or an interrupt; True if all steps are done. Every rank calls this.
 
-        Either way the state and the adapter of the last step done are on disk afterwards.
+        Either way the state and the adapter of the last step done are on disk afterwards. An interrupt lets the step
+        in work finish; a validation ends at its next microbatch, and a resumed run does it again.
 
         Raises:
             UserError: more steps in a row than ``tuning.skip_limit`` had a loss or gradient that is not finite.
             CheckpointError: a save failed; one in the background says so at the next step.
         """
         steps, done, is_main = self.config.tuning.steps, self.progress, self._groups.is_main
-        if done.step == 0:
+        if done.step == 0 or done.validation_due:
             self._validate(log)
         with (
             track(steps, "steps", "tuning", "tokens", completed=done.step, enabled=is_main) as bar,
@@ -129,7 +130,13 @@ class Trainer:
         """Validate, and keep the adapter if it is the best so far; the untuned exits are measured, not kept."""
         if self.validate is None:
             return
-        quality, done = self.validate(self.pipeline, self.progress.step), self.progress
+        done = self.progress
+        done.validation_due = True
+        try:
+            quality = self.validate(self.pipeline, done.step)
+        except Interrupted:
+            return
+        done.validation_due = False
         log.validation(done.step, quality)
         loss = validation_loss(quality, self.pipeline.specs)
         if self._groups.is_main and (not_finite := _not_finite(quality)):

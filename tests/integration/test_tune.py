@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ee.checkpoint.loading import SavedModel
 from megatron_ee.commands.main import main
+from megatron_ee.data.loader import Batch, ValidationWindows
 from megatron_ee.testing.command import Command
 from megatron_ee.testing.project import all_tensors, read_log
+from megatron_ee.tuning.trainer import Trainer
 
 
 def wait_for(command: Command, arrived: Callable[[], bool]) -> None:
@@ -93,6 +96,67 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert (broken / name / "exits.safetensors").read_bytes() == (
             straight / name / "exits.safetensors"
         ).read_bytes()
+
+
+def test_a_signal_ends_a_validation_which_the_resumed_run_does_again(
+    project: Any, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(project.cache))
+    config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"
+    started = 0
+
+    def signalled(windows: ValidationWindows, *arguments: Any) -> Iterator[Batch]:
+        nonlocal started
+        for number, batch in enumerate(all_batches(windows, *arguments)):
+            started += 1
+            if started == 8 + 2:  # the first validation has 8 batches
+                signal.raise_signal(signal.SIGTERM)
+            assert started <= 10, "a microbatch after the signal"
+            yield batch
+            assert number < 8
+
+    all_batches = ValidationWindows.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(ValidationWindows, "batches", signalled)
+        assert main(["tune", "--config", str(config), "--output", str(output)]) == 0
+    assert json.loads((output / "status.json").read_text()) == {"state": "interrupted", "step": 5, "steps": 12}
+    assert "SIGTERM: saving after step 5" in capsys.readouterr().err
+    assert [line["step"] for line in read_log(output) if "validation" in line] == [0]
+    assert main(["tune", "--config", str(config), "--output", str(output), "--resume"]) == 0
+    assert read_log(output) == read_log(tuned)
+    assert_same(all_tensors(output, 12), all_tensors(tuned, 12))
+    assert json.loads((output / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("where", ["importing", "hashing", "loading", "final exit"])
+def test_a_signal_before_the_first_step_is_an_interruption(
+    where: str,
+    project: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path / "cache"))
+    config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"
+    place = {
+        "importing": "megatron_ee.config.check.check_model_path",
+        "hashing": "megatron_ee.tuning.run._backbone_digest",
+        "loading": "megatron_ee.tuning.run._load",
+        "final exit": "megatron_ee.data.loader.ValidationWindows.runs",
+    }[where]
+    module, _, name = place.rpartition(".")
+    owner = ValidationWindows if where == "final exit" else importlib.import_module(module)
+    usual = getattr(owner, name)
+
+    def signalled(*arguments: Any, **named: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return usual(*arguments, **named)
+
+    monkeypatch.setattr(place, signalled)
+    monkeypatch.setattr(Trainer, "run", lambda self, log, interrupt: pytest.fail("it went on"))
+    assert main(["tune", "--config", str(config), "--output", str(output), "--resume"]) == 0
+    assert "SIGUSR1: ended before the first step; go on with --resume" in capsys.readouterr().err
+    assert json.loads((output / "status.json").read_text()) == {"state": "interrupted", "step": 0, "steps": 12}
 
 
 def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, tuned: Path) -> None:

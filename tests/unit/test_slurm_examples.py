@@ -55,6 +55,11 @@ case "$OUTCOME" in
     finished) state finished ;;
     failed) state failed; exit 3 ;;
     crashed) exit 4 ;;
+    killed)
+        touch "$RECORD/started-$rank"
+        for ((tick = 0; tick < 400; tick++)); do sleep 0.05; done
+        exit 5 # no signal came
+        ;;
     interrupted)
         trap 'stop=1' USR1
         state running
@@ -155,6 +160,19 @@ def test_a_run_that_is_signalled_saves_and_is_put_back(script: str, status_forma
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == 0
     assert job.requeued == "41234\n"
+
+
+def test_a_run_that_is_signalled_before_it_has_started_is_put_back(script: str, tmp_path: Path) -> None:
+    """The signal ends a Python that has no handlers yet, and no status is written."""
+    job = Job(script, tmp_path, "killed")
+    process = job.start()
+    deadline = time.monotonic() + 20
+    while len(list(job.record.glob("started-*"))) < job.tasks:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, job.requeued) == (0, "41234\n"), errors
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,42 @@ def test_a_reader_that_goes_away_is_no_traceback(arguments: list[str]) -> None:
     # argparse itself ignores a failed write of more than one buffer.
     assert process.returncode in ((0, 141) if arguments[0] == "tune" else (141,))
     assert errors == b""
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--model", "m", "--prompt", "p"], ["tune", "--config", "run.yaml"]])
+def test_signals_are_handled_before_torch_is_imported(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {path: .}\nexits: [{layer: 1}]\ndata: {train: [c]}\n")
+    code = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os._exit(40 + all(callable(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGUSR1)))
+sys.meta_path.insert(0, Finder())
+from megatron_ee.commands.main import main
+main(sys.argv[1:] + ["--output", "o"] * (sys.argv[1] == "tune"))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", code, *arguments]
+    assert subprocess.run(line, cwd=tmp_path, env=environment, timeout=120).returncode == 41
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_command_with_its_status(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_ee.commands.generate.run", lambda arguments: signal.raise_signal(number))
+    assert main(["generate", "--model", "m", "--prompt", "p"]) == 128 + number
+    assert capsys.readouterr().err == f"megatron-ee generate: interrupted by {number.name}\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_text_beyond_the_encoding_of_stdout_is_replaced(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", errors=errors))
+    monkeypatch.setattr("megatron_ee.commands.generate.run", lambda arguments: print("caf\u00e9 \udce9") or 0)
+    assert main(["generate", "--model", "m", "--prompt", "p"]) == 0
+    assert raw.getvalue() == b"caf? ?\n"
 
 
 @pytest.mark.parametrize("script", ["tune", "evaluate", "generate", "preprocess_data", "benchmark"])
