@@ -17,6 +17,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_ee.checkpoint.ownership import check_output, claim_output
+
 # Left out: tests and bundled tools, which repeat themselves; character tables; files that differ by machine.
 SKIPPED_DIRECTORIES = {
     "test", "tests", "idle_test", "lib2to3", "encodings", "ensurepip", "site-packages", "dist-packages", "__pycache__"
@@ -114,18 +116,19 @@ def write_documents(path: Path, documents: list[Document]) -> None:
 def main() -> int:
     """Command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory for train.jsonl and held_out.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="new directory for train.jsonl and held_out.jsonl")
     parser.add_argument("--data", type=Path, help="a .txt or .jsonl file to take instead of the standard library")
     parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl file (default: text)")
     arguments = parser.parse_args()
     try:
+        check_output(arguments.out, "corpus.py", "--out")
         if arguments.data is not None:
             train, held_out = split_user_file(arguments.data, arguments.text_key)
         else:
             train, held_out = split_library(standard_library(Path(sysconfig.get_paths()["stdlib"])))
             if not train or not held_out:
                 raise ValueError("this Python's standard library has no sources; give a text file with --data")
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        claim_output(arguments.out, "corpus.py", "--out")
         write_documents(arguments.out / "train.jsonl", train)
         write_documents(arguments.out / "held_out.jsonl", held_out)
     except (ValueError, OSError) as error:

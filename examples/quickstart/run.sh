@@ -3,7 +3,7 @@
 #
 #   bash examples/quickstart/run.sh [--out DIR] [--base DIR] [--data FILE]
 #
-#   --out DIR    where everything it makes goes (default: examples/quickstart/out)
+#   --out DIR    where everything it makes goes: new, or an earlier one's (default: examples/quickstart/out)
 #   --base DIR   a Hugging Face model of yours, instead of training a small one
 #   --data FILE  a .txt or .jsonl file of yours, instead of the Python standard library's sources
 #

@@ -24,7 +24,7 @@ from typing import Any
 from megatron_ee.checkpoint.failpoints import failpoint
 from megatron_ee.errors import CheckpointError, storage_errors
 
-_LEFTOVER = re.compile(r"(?s).+\.(tmp|ready)-[0-9a-f]{8}|\.trash-.+-[0-9a-f]{8}")
+LEFTOVER = re.compile(r"(?s).+\.(tmp|ready)-[0-9a-f]{8}|\.trash-.+-[0-9a-f]{8}")
 _READY = re.compile(r"(?s).+\.ready-[0-9a-f]{8}")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 LOCK_NAME = ".writer.lock"
@@ -313,13 +313,13 @@ def clear_leftovers(output: Path) -> None:
     Only for the holder of the lock: a live writer's temporary directory looks the same.
     """
     for parent in (output, *(path for path in output.iterdir() if path.is_dir() and not path.is_symlink())):
-        if parent != output and _LEFTOVER.fullmatch(parent.name):
+        if parent != output and LEFTOVER.fullmatch(parent.name):
             continue
         with storage_errors(parent, "clean up"):
             for ready in reversed(_ready_directories(parent)):  # the newest has the last word
                 _install(ready, ready.with_name(ready.name.rpartition(".ready-")[0]))
             for path in list(parent.iterdir()):
-                if not _LEFTOVER.fullmatch(path.name):
+                if not LEFTOVER.fullmatch(path.name):
                     continue
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)

@@ -67,9 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     heads = _heads(arguments.heads)
     all_heads = heads.pop(ALL, None)
     from megatron_ee.checkpoint.conversion.convert import Request, plan_output, prepare, write
-    from megatron_ee.checkpoint.conversion.copy import check_new
     from megatron_ee.checkpoint.conversion.report import print_contents, print_plan
     from megatron_ee.checkpoint.conversion.usage import usage
+    from megatron_ee.checkpoint.ownership import check_new
 
     request = Request(
         input=arguments.input,
@@ -90,12 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         shard=arguments.max_shard_size * 10**6,
     )
+    check_new(arguments.output)
     found, contents = prepare(request)
     for note in contents.notes:
         print(note, file=sys.stderr)
     if arguments.dry_run:
         plan = plan_output(contents, request)
-        check_new(arguments.output)
         print_contents(found)
         print_plan(plan, arguments.output)
         return 0

@@ -48,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
         "--plot", type=Path, metavar="FILE", help="write the plot of the sweep to this .png, .pdf or .svg"
     )
     result.add_argument(
-        "--output", type=Path, metavar="DIR", help="write evaluation.json, .png and reliability.png here"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write evaluation.json, .png and reliability.png to this new directory, or over an earlier evaluation",
     )
     return result
 
@@ -57,6 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate; tables or JSON to stdout, files where asked for."""
     if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
         raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(PLOTS)}")
+    from megatron_ee.checkpoint.ownership import check_file, check_output, claim_output
+
+    if arguments.plot is not None:
+        check_file(arguments.plot, "--plot")
+    if arguments.output is not None:
+        check_output(arguments.output, "evaluate")
     from megatron_ee.evaluation.evaluate import evaluate, write_quality
     from megatron_ee.evaluation.plots import plot_reliability, plot_sweep
     from megatron_ee.evaluation.report import print_quality
@@ -81,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_quality(result.quality, result.exits)
     if arguments.output is not None:
+        claim_output(arguments.output, "evaluate")
         write_quality(result.quality, result.exits, arguments.output / "evaluation")
         if result.exits:
             plot_reliability(result.quality, arguments.output / "reliability.png")

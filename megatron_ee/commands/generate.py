@@ -158,6 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_page(arguments: argparse.Namespace) -> None:
     """Refuse ``--html`` where there is not one output to show, or no file can be written to."""
+    from megatron_ee.checkpoint.ownership import check_file
     from megatron_ee.parallel.groups import launched_rank
 
     page: Path = arguments.html
@@ -165,8 +166,7 @@ def _check_page(arguments: argparse.Namespace) -> None:
         raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode")
     if launched_rank() > 0:  # maybe on another machine, where nothing is written
         return
-    if page.is_dir():
-        raise ConfigError(f"--html: {page} is a directory; name a file")
+    check_file(page, "--html")
     if not (page.parent.is_dir() and os.access(page.parent, os.W_OK)):
         raise ConfigError(f"--html: {page} cannot be written: {page.parent} is no directory that may be written to")
 

@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--workers", type=at_least(1), metavar="N", help="processes (default: one per core, one for little data)"
     )
-    result.add_argument("--overwrite", action="store_true", help="replace a corpus of this name")
+    result.add_argument(
+        "--overwrite", action="store_true", help="replace a corpus of this name that prepare-data wrote"
+    )
     return result
 
 

@@ -6,11 +6,13 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_ee.commands import DTYPES, Parser, at_least
+from megatron_ee.tuning.interrupt import watch_signals
 
 DESCRIPTION = """Prepare data, tune exits, evaluate them and generate with them, showing each command. Without a model
 of your own, examples/quickstart/run.sh makes a small one first."""
@@ -36,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face model to attach exits to")
     result.add_argument("--data", type=Path, required=True, metavar="FILE", help="text or jsonl to tune on")
     result.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="text or jsonl to evaluate on")
-    result.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
+    result.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where everything goes: new, empty, or an earlier quickstart's, whose results are replaced",
+    )
     result.add_argument("--steps", type=at_least(1), default=160, metavar="N", help="tuning steps (default: 160)")
     about = "dtype of the model (default: bfloat16, or float32 on a CPU that has no instructions for it)"
     result.add_argument("--dtype", choices=DTYPES, help=about)
@@ -47,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """The cycle; tables, plot, sample and the paths of all it made."""
+    from megatron_ee.checkpoint.ownership import check_output, claim_output
+
+    check_output(arguments.out, "quickstart", "--out")
     from megatron_ee.checkpoint.loading import open_model
     from megatron_ee.model import kernels
 
@@ -56,14 +67,18 @@ def run(arguments: argparse.Namespace) -> int:
     model = open_model(base)
     before = model.digest(fresh=True)
     length = min(256, model.architecture.max_positions)
-    out.mkdir(parents=True, exist_ok=True)
+    claim_output(out, "quickstart", "--out")
     tuning = out / "tuning"
+    check_output(tuning, "tune", "--out")
     if tuning.exists():
         shutil.rmtree(tuning)  # an earlier quickstart's; tune itself never overwrites a run
 
     for file, name in ((arguments.data, "train"), (arguments.held_out, "held_out")):
         _command("prepare-data", "--input", file, "--tokenizer", base, "--output", out / "data" / name, "--overwrite")
-    _command("tune", "--config", _write_config(arguments, length), "--output", tuning)
+    with watch_signals() as interrupt:
+        _command("tune", "--config", _write_config(arguments, length), "--output", tuning)
+    if interrupt.name is not None:
+        signal.raise_signal(signal.Signals[interrupt.name])  # tune has saved and ended well: this ends quickstart
     exits = ("--model", base, "--adapter", tuning / "adapter", "--dtype", arguments.dtype)
     held_out = ("--data", out / "data" / "held_out", "--sequence-length", length, "--sequences", SEQUENCES)
     _command("evaluate", *exits, *held_out, "--output", out / "evaluation")

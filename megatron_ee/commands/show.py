@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from megatron_ee.checkpoint.ownership import MADE_BY
 from megatron_ee.tables import add_columns, new_table
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="{generator}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
@@ -103,6 +105,7 @@ def html_layers(
     ]
     mean = f", mean layer {sum(layers) / len(layers):.1f}" if layers else ""
     return _PAGE.format(
+        generator=MADE_BY,
         title=_escaped(title),
         style=_STYLE,
         prompt=_escaped(prompt),

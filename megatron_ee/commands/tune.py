@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="directory of the run: adapter/, adapter-best/, checkpoints, logs and plots",
+        help="directory of the run, new or empty: adapter/, adapter-best/, checkpoints, logs and plots",
     )
     start = result.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")

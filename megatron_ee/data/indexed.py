@@ -211,6 +211,15 @@ def _check_index(path: Path) -> None:
     raise DataError(f"{path}: damaged or no index of an indexed dataset; prepare the corpus again")
 
 
+def describes_corpus(path: Path) -> bool:
+    """Whether a file is the description of a corpus that ``prepare-data`` wrote, of whatever version."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"tokenizer", "documents", "tokens", "sha256"} <= content.keys()
+
+
 def _read_metadata(path: Path) -> CorpusMetadata | None:
     if not path.is_file():
         return None

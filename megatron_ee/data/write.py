@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ee.data.encode import Encoded
-from megatron_ee.data.indexed import file_of, indexed_dataset, sha256
+from megatron_ee.data.indexed import describes_corpus, file_of, indexed_dataset, sha256
 from megatron_ee.errors import DataError
 
 # The order of the renames: a corpus without its index cannot be opened, so a torn one is never read.
-SUFFIXES = (".mask.bin", ".mask.idx", ".bin", ".json", ".idx")
+# The description comes first: by it a torn one is known as ours, so that it may be replaced.
+SUFFIXES = (".json", ".mask.bin", ".mask.idx", ".bin", ".idx")
 _MOST_TOKENS = 2**31 - 1  # document lengths are int32 in the index
 
 
@@ -32,6 +33,11 @@ class CorpusWriter:
         existing = [file_of(prefix, suffix) for suffix in SUFFIXES if file_of(prefix, suffix).exists()]
         if existing and not overwrite:
             raise DataError(f"{existing[-1]}: exists already; choose another --output or give --overwrite")
+        if existing and not describes_corpus(file_of(prefix, ".json")):
+            raise DataError(
+                f"{existing[-1]}: exists, and {file_of(prefix, '.json')} does not say that prepare-data wrote it; "
+                "--overwrite replaces only what it wrote: choose another --output"
+            )
         if prefix.is_dir() or not prefix.name:
             raise DataError(f"{prefix}: is a directory; --output is a prefix such as {prefix / 'corpus'}")
         self._prefix = prefix
@@ -95,7 +101,7 @@ class CorpusWriter:
         with self._writing():
             self._file(".json").write_text(metadata, encoding="utf-8")
             written = [suffix for suffix in SUFFIXES if self._file(suffix).exists()]
-            for suffix in reversed(SUFFIXES):  # the old index first
+            for suffix in reversed(SUFFIXES[1:]):  # the old index first
                 file_of(self._prefix, suffix).unlink(missing_ok=True)
             for suffix in written:
                 os.replace(self._file(suffix), file_of(self._prefix, suffix))

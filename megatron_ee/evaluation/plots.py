@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ee.checkpoint.ownership import MADE_BY
 from megatron_ee.errors import DataError, UserError
 from megatron_ee.model.quality import Quality
 
@@ -250,7 +251,7 @@ def saved_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure
         FigureCanvasAgg(figure)  # pyplot is left alone: it keeps state and may look for a display
         yield figure
         try:
-            figure.savefig(temporary, format=target.suffix[1:].lower())
+            figure.savefig(temporary, format=target.suffix[1:].lower(), metadata={"Creator": MADE_BY})
             os.replace(temporary, target)
         except OSError as error:
             raise UserError(f"{target}: cannot be written: {error.strerror}") from None

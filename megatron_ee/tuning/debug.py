@@ -21,9 +21,10 @@ from unittest import mock
 
 import torch
 
-from megatron_ee.checkpoint.atomic import storage_errors, writer_lock
+from megatron_ee.checkpoint.atomic import LOCK_NAME, storage_errors, writer_lock
 from megatron_ee.checkpoint.loading import SavedModel, open_model
 from megatron_ee.checkpoint.names import expected_tensors
+from megatron_ee.checkpoint.ownership import MARKER, check_output
 from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig, WandbConfig
@@ -34,7 +35,7 @@ from megatron_ee.tuning.checks import LOG, checked
 from megatron_ee.tuning.run import MakeValidator, tune
 from megatron_ee.tuning.wandb_run import check_wandb
 
-DIRECTORY = "debug"
+COMMAND, DIRECTORY = "tune --debug", "debug"
 """Where a debug run writes, under the output of the real one."""
 LAYERS, STEPS, MICROBATCHES, MICRO_BATCH_SIZE, SEQUENCE_LENGTH, VALIDATION_SEQUENCES = 4, 3, 2, 2, 128, 2
 """At most so many of each; more layers only where the exits are of more kinds."""
@@ -76,6 +77,8 @@ def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator
     check_wandb(config.logging.wandb)
     kept = choose_slice(specs, model.architecture.num_layers)
     small = cut_config(config, kept)
+    check_output(output, COMMAND)
+    check_output(output.parent, "tune")
     _remove_earlier(output)
     _announce(small, kept, model.architecture.num_layers, output)
     with deterministic(small.tuning.seed):
@@ -87,6 +90,7 @@ def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator
             make_validator=make_validator,
             open_model=lambda path, verify: cut_model(model, kept.layers),
             around=checked,
+            command=COMMAND,
         )
 
 
@@ -163,12 +167,13 @@ def deterministic(seed: int) -> Iterator[None]:
 
 
 def _remove_earlier(output: Path) -> None:
-    """Make room where an earlier debug run wrote; without its log the directory is not taken for one."""
-    if not (output / LOG).is_file():
+    """Make room where an earlier debug run wrote; its marker stays, so that what is left of a removal is known too."""
+    if not output.exists():
         return
     with writer_lock(output), storage_errors(output, "delete"):
-        # The log last: what is left of a removal that was stopped is still known by it.
-        for path in sorted(output.iterdir(), key=lambda path: path.name == LOG):
+        for path in output.iterdir():
+            if path.name in (MARKER, LOCK_NAME):
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

@@ -24,6 +24,7 @@ from megatron_ee.checkpoint.adapter import (
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.checkpoint.ownership import claim_output
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.config.architecture import output_settings
@@ -77,15 +78,17 @@ def tune(
     make_validator: MakeValidator,
     open_model: Callable[..., SavedModel] = open_model,
     around: Callable[[Trainer], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    command: str = "tune",
 ) -> int:
     """Tune the exits that ``config`` asks for; exit status 0 when done, or saved after a signal. Every rank calls this.
 
     Leaves in ``output``: ``adapter/``, ``adapter-best/``, ``checkpoints/step-N/``, ``log.jsonl``, ``tensorboard/``,
     ``config.json``, ``status.json``. ``open_model`` gives the model at a path, or the part of it that is to be tuned;
-    ``around`` is open while the trainer runs.
+    ``around`` is open while the trainer runs; ``command`` is written into the output's marker.
 
     Raises:
-        ConfigError: a setting that is impossible for this model, or ``output`` holds another run.
+        ConfigError: a setting that is impossible for this model, or ``output`` holds another run, or anything else
+            that this command did not write.
         CheckpointError: the model, adapter or checkpoint cannot be used.
         DataError: a corpus cannot be used.
     """
@@ -104,7 +107,7 @@ def tune(
                     lambda: f"stage {groups.pipeline.rank()}, step {progress.step + 1}",
                     lambda line: write_failed(output, progress, steps),
                 ),
-                _owned(output, resume, groups),
+                _owned(output, command, resume, groups),
                 reported_status(output, steps, progress, interrupt, enabled=groups.is_main),
             ):
                 trainer = _prepare(config, inputs, groups, output, resume, progress, make_validator, interrupt)
@@ -203,11 +206,12 @@ def _prepare(
 
 
 @contextlib.contextmanager
-def _owned(output: Path, resume: bool, groups: Groups) -> Iterator[None]:
+def _owned(output: Path, command: str, resume: bool, groups: Groups) -> Iterator[None]:
     """The first rank holds the output's lock for all, and refuses to start over in another run's place."""
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
+            claim_output(output, command)
             stack.enter_context(writer_lock(output))
             if not resume and (numbered_directories(output / "checkpoints") or (output / "adapter").exists()):
                 raise ConfigError(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ee.checkpoint.loading import open_model
+from megatron_ee.checkpoint.ownership import claim_output
 from megatron_ee.commands.main import main
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
@@ -115,8 +116,7 @@ def test_the_next_debug_run_takes_its_place_and_gives_the_same(
 ) -> None:
     first, output = debugged[0] / "debug", tmp_path / "run"
     config = debugged[0].with_suffix(".yaml")
-    (output / "debug").mkdir(parents=True)
-    (output / "debug" / "debug.log").write_text("of an earlier one")
+    claim_output(output / "debug", "tune --debug")
     (output / "debug" / "adapter").mkdir()
     (output / "debug" / "leftover").touch()
     project.run("tune", "--config", config, "--output", output, "--debug")

@@ -8,9 +8,23 @@ from typing import Any
 
 import pytest
 
+from megatron_ee.checkpoint.ownership import MARKER
+from megatron_ee.commands.main import main
 from megatron_ee.testing.project import Project, read_log
 
 WINDOWS = ("--sequence-length", 32, "--sequences", 16, "--dtype", "float32")
+
+
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+def test_what_others_wrote_is_refused_before_the_model_is_opened(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.png").write_text("a picture")
+    place = tmp_path if option == "--output" else tmp_path / "mine.png"
+    assert main(["evaluate", "--model", "no-model", "--data", "no-data", option, str(place)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and option in errors and "mine.png" in errors
+    assert (tmp_path / "mine.png").read_text() == "a picture" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_it_measures_what_validation_did(project: Project, tuned: Path, tmp_path: Path) -> None:
@@ -23,6 +37,7 @@ def test_it_measures_what_validation_did(project: Project, tuned: Path, tmp_path
         for name in ("loss", "agreement", "mean_confidence", "ece"):
             assert exit_[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-6), name
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        MARKER,
         "evaluation.json",
         "evaluation.png",
         "reliability.png",
@@ -35,7 +50,7 @@ def test_a_model_without_exits_has_its_final_one(project: Project, tuned: Path, 
     model = ("--model", project.model, "--data", project.held_out)
     done = project.run("evaluate", *model, *WINDOWS, "--output", tmp_path, "--plot", tmp_path / "sweep.png")
     assert "final" in done.stdout and "no exits to sweep" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARKER, "evaluation.json"]
     assert json.loads((tmp_path / "evaluation.json").read_text())["exits"] == []
     refused = project.run("evaluate", *model, "--sequence-length", 10**6, check=False)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--sequence-length" in refused.stderr

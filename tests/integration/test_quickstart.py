@@ -46,6 +46,20 @@ def test_cycle(
     shown = capsys.readouterr()
     assert "backbone unchanged" in shown.out and "model.dtype" not in shown.err
     assert shown.out.count("$ megatron-ee") == 5
+    if instructions:  # again, in the place of the first
+        assert main(["quickstart", *map(str, given)]) == 0
+
+
+def test_a_directory_of_others_is_kept(
+    project: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "tuning").mkdir(parents=True)
+    (out / "tuning" / "mine").touch()
+    given = ["--base", project.model, "--data", text, "--held-out", text, "--out", out]
+    assert main(["quickstart", *map(str, given)]) == 2
+    assert "--out: " in capsys.readouterr().err
+    assert [path.name for path in out.rglob("*")] == ["tuning", "mine"]
 
 
 @cpu_only

@@ -195,6 +195,20 @@ def test_output_of_another_run_is_not_overwritten(project: Any, tuned: Path, tmp
     assert (tuned / "log.jsonl").read_bytes() == before
 
 
+def test_a_model_is_no_place_for_a_run(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(project.cache))
+    shutil.copytree(project.model, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    config = project.config(tmp_path / "run.yaml", model={"path": str(tmp_path / "model")})
+    for options in ([], ["--resume"], ["--debug"]):
+        assert main(["tune", "--config", str(config), "--output", str(tmp_path / "model"), *options]) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "--output" in errors and "config.json" in errors
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+
 @pytest.fixture
 def refused(
     project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -25,6 +25,7 @@ from megatron_ee.checkpoint.conversion.outputs import Output, OutputFile, Part, 
 from megatron_ee.checkpoint.digest import BlockHasher, hash_range
 from megatron_ee.checkpoint.failpoints import failpoint
 from megatron_ee.checkpoint.manifest import BLOCK
+from megatron_ee.checkpoint.ownership import check_new
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_ee.config.untrusted import open_regular, read_json
 from megatron_ee.errors import CheckpointError
@@ -71,12 +72,6 @@ def write_output(
         commit_directory(work, final)
         with storage_errors(final, "write"):
             (final / LOCK).unlink()
-
-
-def check_new(final: Path) -> None:
-    """Refuse an output that is there already, unless it is an empty directory. Raises CheckpointError: it is."""
-    if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
-        raise CheckpointError(f"{final}: exists already; nothing is overwritten, choose another --output")
 
 
 @contextlib.contextmanager

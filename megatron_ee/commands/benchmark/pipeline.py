@@ -34,6 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.benchmark.pipeline import benchmark_pipeline
     from megatron_ee.benchmark.report import print_pipeline
 
+    if arguments.plot is not None:
+        from megatron_ee.checkpoint.ownership import check_file
+
+        check_file(arguments.plot, "--plot")
     step = step_of(arguments, SMALL, stages=arguments.stages)
     result = benchmark_pipeline(step, steps=arguments.steps, simulated=arguments.simulated)
     if arguments.plot is not None:

@@ -287,6 +287,17 @@ def test_an_existing_corpus_is_replaced_only_when_asked(
     assert open_corpus(tmp_path / "out").masks is None and not file_of(tmp_path / "out", ".mask.idx").exists()
 
 
+@pytest.mark.parametrize("name", ["out.json", "out.bin"])
+def test_what_others_wrote_is_never_overwritten(
+    name: str, tmp_path: Path, sp_model: Path, write_lines: Callable[..., Path]
+) -> None:
+    text = write_lines("text.jsonl", [{"text": "dog"}])
+    (tmp_path / name).write_text('{"model_type": "llama"}')
+    with pytest.raises(DataError, match=rf"{name}: exists, and .*out.json does not say that prepare-data wrote it"):
+        prepare_corpus([text], sp_model, tmp_path / "out", overwrite=True)
+    assert (tmp_path / name).read_text() == '{"model_type": "llama"}'
+
+
 def test_an_input_is_never_overwritten(tmp_path: Path, sp_model: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"text": "fox"}))

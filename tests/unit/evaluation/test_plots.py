@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from megatron_ee.checkpoint.ownership import check_file
 from megatron_ee.errors import DataError, UserError
-from megatron_ee.evaluation.plots import plot_reliability, plot_sweep, plot_training, read_log
+from megatron_ee.evaluation.plots import FORMATS, plot_reliability, plot_sweep, plot_training, read_log
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality
 
@@ -154,3 +155,10 @@ def test_other_formats_and_places_are_refused(tmp_path: Path) -> None:
 def test_importing_does_not_import_matplotlib() -> None:
     code = "import sys, megatron_ee.evaluation.plots; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_plot_may_be_written_again(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"sweep{suffix}"
+    plot_sweep(quality(), path)
+    check_file(path, "--plot")

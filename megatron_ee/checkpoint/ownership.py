@@ -1,0 +1,105 @@
+"""Who made an output: commands write only where nothing is, or where the same command wrote before.
+
+A directory carries a small marker file with the command's name; a single file carries the package's name in its content
+(a page's generator, a plot's metadata).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from megatron_ee.checkpoint.atomic import LEFTOVER, LOCK_NAME, storage_errors, write_json
+from megatron_ee.errors import CheckpointError, ConfigError
+
+MARKER = ".megatron-ee.json"
+MADE_BY = "megatron-ee"
+"""What every single file of ours holds somewhere."""
+_SHOWN = 3  # names of foreign files in an error
+
+
+def check_new(path: Path, option: str = "--output") -> None:
+    """Refuse an output that must be new.
+
+    Raises:
+        CheckpointError: ``path`` exists and is no empty directory.
+    """
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path}: exists already; nothing is overwritten, choose another {option}")
+
+
+def check_output(directory: Path, command: str, option: str = "--output") -> None:
+    """Refuse a directory that is not ``command``'s to write in; changes nothing on disk.
+
+    It may be new, or empty, or carry the command's marker. Directories in it that carry a marker of any command, locks
+    and what a killed writer left do not count.
+
+    Args:
+        command: as ``claim_output`` was given it.
+        option: that named the directory.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    if not os.path.lexists(directory):
+        return
+    if not directory.is_dir():
+        raise ConfigError(f"{option}: {directory} is not a directory; choose a new or an empty one")
+    with storage_errors(directory, "read"):
+        made_by = _made_by(directory)
+        foreign = sorted(path.name for path in directory.iterdir() if not _is_ours(path))
+    if made_by == command or (made_by is None and not foreign):
+        return
+    if made_by is not None:
+        raise ConfigError(f"{option}: {directory} was made by {made_by}, not by {command}; choose another directory")
+    held = ", ".join(foreign[:_SHOWN]) + (f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else "")
+    raise ConfigError(
+        f"{option}: {directory} holds {held}, which {command} did not write; choose a new or an empty directory"
+    )
+
+
+def claim_output(directory: Path, command: str, option: str = "--output") -> None:
+    """Make ``directory`` if need be, and mark it as the command's own.
+
+    Raises:
+        ConfigError: as ``check_output``.
+        CheckpointError: it cannot be made.
+    """
+    check_output(directory, command, option)
+    with storage_errors(directory, "create"):
+        directory.mkdir(parents=True, exist_ok=True)
+    if _made_by(directory) is None:
+        write_json(directory / MARKER, {"made_by": command})
+
+
+def check_file(path: Path, option: str) -> None:
+    """Refuse a file that exists and is not ours; changes nothing on disk.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a directory; name a file")
+    if os.path.lexists(path) and MADE_BY.encode() not in _content(path):
+        raise ConfigError(f"{option}: {path} exists, and megatron-ee did not write it; choose another name")
+
+
+def _content(path: Path) -> bytes:
+    with storage_errors(path, "read"):
+        return path.read_bytes() if path.is_file() else b""
+
+
+def _made_by(directory: Path) -> str | None:
+    """What the marker says; None where there is none. A run of a version without markers is known by its files."""
+    try:
+        made_by = json.loads((directory / MARKER).read_text(encoding="utf-8"))["made_by"]
+    except FileNotFoundError:
+        return "tune" if (directory / LOCK_NAME).is_file() and (directory / "status.json").is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return "somebody else"
+    return made_by if isinstance(made_by, str) else "somebody else"
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in (MARKER, LOCK_NAME) or bool(LEFTOVER.fullmatch(path.name)) or (path / MARKER).is_file()
