@@ -237,7 +237,7 @@ class Core:
             ask = output.ask(stop, final) if asking and output.run == output.known else None
             works.append(Work(output.number, output.run, tuple(new), ask))
             asks.append(ask)
-            self._count(output, place, stop, len(new))
+            self._count(output, place, stop, len(new), asked=ask is not None)
         chain = Chain(place, stop, tuple(works), sends=stop == end != final and not any(asks))
         timer = self._run(stage, chain, outputs)
         if any(asks):
@@ -274,7 +274,7 @@ class Core:
         if _asks_all_from_tokens(chain):
             self.drafter.costs.observe(chain.stop, len(chain.works), seconds)
 
-    def _count(self, output: Output, place: int, stop: int, new: int) -> None:
+    def _count(self, output: Output, place: int, stop: int, new: int, *, asked: bool) -> None:
         """Count the layers that a row's tokens run, and let the deferred ones that it meets go on."""
         tokens = new if place == 0 else output.carried + output.deferred.pop(place, 0)
         at, products = place, 0
@@ -283,7 +283,9 @@ class Core:
             tokens, at = tokens + output.deferred.pop(layer), layer
         output.carried = tokens
         if output.run > len(output.settings.prompt):
-            output.products += products + tokens * self.places.layers(at, stop)
+            products += tokens * self.places.layers(at, stop)
+            # Other tokens only leave keys and values in the exit's layer.
+            output.products += products + int(asked and stop in self.places.layer_exits)
 
     def _passed(self, stage: int, chain: Chain, outputs: Sequence[Output]) -> None:
         """Rows have got to the end of a chain without being asked anything."""

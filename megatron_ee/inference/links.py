@@ -59,6 +59,5 @@ class Places:
         return self.ends[-1]
 
     def layers(self, start: int, stop: int) -> int:
-        """Decoder layers between two places, with those of the exits that are passed or reached."""
-        between = min(stop, self.final - 1) - min(start, self.final - 1)
-        return between + sum(start < layer <= stop for layer in self.layer_exits)
+        """Layers of the backbone between two places."""
+        return min(stop, self.final - 1) - min(start, self.final - 1)

@@ -74,7 +74,7 @@ class Output:
         age: chains of others that it has let pass.
         waits_for: row whose keys and values of the prompt it will copy.
         reused: positions that it has begun with, copied from a row of another request.
-        products: decoder layers run for tokens after the prompt, layers of exits included.
+        products: decoder layers run for tokens after the prompt; those of ``layer`` exits where they were asked.
         rounds: verifications so far.
         proposed: proposals judged.
         stood: how many of them.

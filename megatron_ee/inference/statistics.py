@@ -13,10 +13,11 @@ from megatron_ee.inference.outputs import Output
 def row_statistics(output: Output) -> dict[str, Any]:
     """Figures of one output as JSON takes them; None where it is too short to tell.
 
-    ``mean_exit_layer`` is over all tokens. ``layers_per_token`` is what was paid: decoder layers run, those of deferred
-    tokens, rejected proposals and ``layer`` exits included, per token after the first. ``acceptance_rate`` is the share
-    of proposals that stood, of those that were judged. ``reused_tokens`` are those whose keys and values came from
-    another request. Times are in seconds; ``tokens_per_second`` leaves out the prompt and the first token.
+    ``mean_exit_layer`` is over all tokens. ``layers_per_token`` is what was paid: decoder layers run per token after
+    the first, for deferred tokens and rejected proposals too; a ``layer`` exit's own layer counts where it was asked.
+    ``acceptance_rate`` is the share of proposals that stood, of those that were judged. ``reused_tokens`` are those
+    whose keys and values came from another request. Times are in seconds; ``tokens_per_second`` leaves out the prompt
+    and the first token.
     """
     count = len(output.tokens)
     first, last = output.first_at, output.last_at

@@ -186,9 +186,9 @@ def test_statistics(engine: Engine) -> None:
     assert (figures["prompt_tokens"], figures["tokens"]) == (len(PROMPT) + 1, 9)
     assert figures["tokens_by_layer"] == {"1": 6, "4": 3}
     assert figures["mean_exit_layer"] == pytest.approx((3 * 4 + 6 * 1) / 9)
-    # 8 passes; 6 of their tokens have run all 4 layers and the exit's own after layer 2, the last 2 one layer so far.
+    # 8 passes; 6 of their tokens have run all 4 layers, the last 2 one layer so far. Nothing asked the exit after 2.
     assert figures["deferred_tokens"] == 2
-    assert figures["layers_per_token"] == pytest.approx((6 * 5 + 2 * 1) / 8)
+    assert figures["layers_per_token"] == pytest.approx((6 * 4 + 2 * 1) / 8)
     assert figures["tokens_per_second"] > 0 and figures["time_to_first_token"] > 0
     assert figures["acceptance_rate"] is None
     second = answer(engine, max_tokens=5)
@@ -198,7 +198,8 @@ def test_statistics(engine: Engine) -> None:
     totals = engine.statistics()
     assert (totals["outputs"], totals["tokens"]) == (3, 14)
     assert totals["tokens_by_layer"] == {"1": 6, "4": 8}
-    assert totals["layers_per_token"] == pytest.approx((6 * 5 + 2 + second.statistics["layers_per_token"] * 4) / 12)
+    assert second.statistics["layers_per_token"] == 4  # full mode
+    assert totals["layers_per_token"] == pytest.approx((6 * 4 + 2 + 4 * 4) / 12)
     assert totals["mean_time_to_first_token"] > 0  # type: ignore[operator]
 
 
