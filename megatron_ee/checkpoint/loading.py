@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ee import platform
 from megatron_ee.checkpoint.digest import backbone_digest
 from megatron_ee.checkpoint.hf_directory import INDEX, HFDirectory
 from megatron_ee.checkpoint.manifest import MANIFEST
@@ -32,10 +35,12 @@ from megatron_ee.checkpoint.parallel import EXITS, open_parallel
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
 from megatron_ee.config.architecture import Architecture, read_architecture
-from megatron_ee.errors import CheckpointError
+from megatron_ee.errors import CheckpointError, ConfigError, shown
+from megatron_ee.model import kernels
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.groups import launched_rank
 
 READERS = 2
 """Threads that read at a time: enough to keep a disk busy, few enough buffers to be nothing beside the model."""
@@ -59,9 +64,34 @@ class SavedModel:
     non_weights: dict[str, StoredTensor] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
 
+    @property
+    def dtype(self) -> str:
+        """The dtype that most of its weights are stored in, of those that models run in: bfloat16 for float16."""
+        stored: Counter[torch.dtype] = Counter()
+        for tensor in self.weights.values():
+            stored[tensor.dtype] += tensor.nbytes
+        return "float32" if stored.most_common(1)[0][0] in (torch.float32, torch.float64) else "bfloat16"
+
     def digest(self, *, fresh: bool = False, advance: Callable[[int], None] | None = None) -> str:
         """The backbone's hash; see ``backbone_digest``."""
         return backbone_digest(self.weights, fresh=fresh, advance=advance)
+
+
+def choose_dtype(asked: str, model: SavedModel, key: str, *, tuning: bool = False) -> str:
+    """The dtype to run ``model`` in: what is asked for, or with ``auto`` its own.
+
+    Where it is slow on this CPU the first rank says so on stderr, in one line that begins with ``key``.
+
+    Raises:
+        ConfigError: it is unknown; names ``key``.
+    """
+    if asked not in ("auto", *platform.DTYPES):
+        raise ConfigError(f"{key}: {shown(asked)} is unknown; possible: auto, {', '.join(platform.DTYPES)}")
+    dtype = model.dtype if asked == "auto" else asked
+    if kernels.is_slow(dtype) and launched_rank() == 0:
+        what = "tuning in float32 is several times as fast" if tuning else "float32 may be faster"
+        print(f"{key}: {dtype}, for which this CPU has no instructions; {what}", file=sys.stderr, flush=True)
+    return dtype
 
 
 def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:

@@ -9,6 +9,8 @@ from typing import NoReturn
 from megatron_ee.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
+MODEL_DTYPES = ("auto", *DTYPES)
+MODEL_DTYPE = "dtype to run the model in (default: auto, the checkpoint's own; bfloat16 for float16)"
 MODEL = "Hugging Face directory or parallel checkpoint"
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_ee.commands import DTYPES, MODEL, Parser, at_least
+from megatron_ee.commands import MODEL, MODEL_DTYPE, MODEL_DTYPES, Parser, at_least
 from megatron_ee.errors import ConfigError
 
 PLOTS = (".png", ".pdf", ".svg")
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--sequences", type=at_least(0), default=256, metavar="N", help="at most so many; 0 is all (default: 256)"
     )
     result.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="sequences at once (default: 1)")
-    result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default: bfloat16)")
+    result.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
     result.add_argument(
         "--tensor", type=at_least(1), default=1, metavar="N", help="processes that share each layer (default: 1)"
     )

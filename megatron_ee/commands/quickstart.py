@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.commands import DTYPES, Parser, at_least
+from megatron_ee.commands import MODEL_DTYPES, Parser, at_least
 from megatron_ee.tuning.interrupt import watch_signals
 
 DESCRIPTION = """Prepare data, tune exits, evaluate them and generate with them, showing each command. Without a model
@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
         help="where everything goes: new, empty, or an earlier quickstart's, whose results are replaced",
     )
     result.add_argument("--steps", type=at_least(1), default=160, metavar="N", help="tuning steps (default: 160)")
-    about = "dtype of the model (default: bfloat16, or float32 on a CPU that has no instructions for it)"
-    result.add_argument("--dtype", choices=DTYPES, help=about)
+    about = "dtype of the model (default: auto, the model's own, or float32 on a CPU that has no instructions for it)"
+    result.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help=about)
     result.add_argument("--prompt", metavar="TEXT", help="text to continue (default: how held-out texts begin)")
     result.add_argument("--started", type=float, metavar="TIME", help=argparse.SUPPRESS)
     return result
@@ -62,9 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.model import kernels
 
     started = arguments.started or time.time()
-    arguments.dtype = arguments.dtype or ("float32" if kernels.is_slow("bfloat16") else "bfloat16")
     out, base = arguments.out, arguments.base
     model = open_model(base)
+    if arguments.dtype == "auto":
+        arguments.dtype = "float32" if kernels.is_slow(model.dtype) else model.dtype
     before = model.digest(fresh=True)
     length = min(256, model.architecture.max_positions)
     claim_output(out, "quickstart", "--out")
@@ -130,7 +131,9 @@ def _beginnings(corpus: Path, base: Path) -> list[str]:
     opened = open_corpus(corpus)  # kept: what it gives are views of its memory map
     tokenizer = load_tokenizer(base)
     documents = [opened.tokens[number] for number in range(min(PROMPTS, len(opened.tokens)))]
-    return [tokenizer.decode([int(token) for token in document[:24]]) for document in documents]
+    # A short document ends within its first tokens: with an end of text, whose name is no part of a prompt.
+    beginnings = [[int(token) for token in document[:24] if token != tokenizer.eos_id] for document in documents]
+    return [tokenizer.decode(tokens) for tokens in beginnings if tokens]
 
 
 def _threshold(evaluation: Path) -> float:

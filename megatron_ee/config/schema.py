@@ -18,11 +18,12 @@ class ModelConfig:
 
     Attributes:
         path: Hugging Face directory with ``config.json`` and safetensors.
-        dtype: dtype that backbone and exits are held in; trained ones are updated in float32.
+        dtype: dtype that backbone and exits are held in; trained ones are updated in float32. ``auto`` is the dtype of
+            the checkpoint's weights (bfloat16 for float16).
     """
 
     path: str
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, load_exits
 from megatron_ee.checkpoint.atomic import write_json
-from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
@@ -74,7 +74,7 @@ def evaluate(
     sequence_length: int | None = None,
     sequences: int = 256,
     batch_size: int = 1,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     thresholds: Sequence[float] | None = None,
     tensor: int = 1,
     pipeline: int = 1,
@@ -89,7 +89,7 @@ def evaluate(
         sequence_length: tokens per window; default 2048, or the model's positions where these are fewer.
         sequences: largest number of windows, 0 for all.
         batch_size: windows at a time.
-        dtype: of the model.
+        dtype: to run the model in; ``auto`` is the checkpoint's own.
         thresholds: of the sweep, empty for none; default as for validation while tuning.
         tensor: ranks that share each layer.
         pipeline: stages. Data parallelism takes the ranks that are left.
@@ -106,6 +106,7 @@ def evaluate(
             gather, lambda: _open_subject(model, adapter, data, sequence_length, sequences, tensor, pipeline, verify)
         )
         saved = subject.model
+        dtype = choose_dtype(dtype, saved, "--dtype")
         with model_groups(control, tensor, pipeline) as groups, _watched(groups):
             _check_adapter(subject, groups)
             setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)

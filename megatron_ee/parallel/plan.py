@@ -86,7 +86,10 @@ class StageWork:
 def plan_run(
     config: RunConfig, layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], world_size: int
 ) -> Plan:
-    """``make_plan`` of a configuration that ``config.check`` has passed, for ``world_size`` processes."""
+    """``make_plan`` of a configuration that ``config.check`` has passed, for ``world_size`` processes.
+
+    Its ``model.dtype`` is the one that ``auto`` stands for.
+    """
     tuning, parallel, distillation = config.tuning, config.parallel, config.loss.distillation
     data = data_parallel_size(parallel, world_size)
     workload = Workload(

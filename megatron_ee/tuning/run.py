@@ -23,7 +23,7 @@ from megatron_ee.checkpoint.adapter import (
 )
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
 from megatron_ee.checkpoint.initialise import initialise_exit
-from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
 from megatron_ee.checkpoint.ownership import claim_output
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
 from megatron_ee.checkpoint.store import Checkpoint
@@ -34,7 +34,6 @@ from megatron_ee.config.load import config_to_dict
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
 from megatron_ee.errors import ConfigError, Interrupted
-from megatron_ee.model import kernels
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.model.stage import Stage, build_stage
 from megatron_ee.parallel.adam import adam_class
@@ -97,6 +96,7 @@ def tune(
     with watch_signals() as interrupt, joined_processes(minutes) as control:
         gather = partial(gather_objects, group=control)
         inputs = each_own(gather, lambda: _open_inputs(config, init_adapter, open_model))
+        config = inputs.config
         try:
             with (
                 model_groups(control, config.parallel.tensor, config.parallel.pipeline, minutes) as groups,
@@ -123,8 +123,13 @@ def tune(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run is made from, opened and checked; nothing of it takes much memory yet."""
+    """What a run is made from, opened and checked; nothing of it takes much memory yet.
 
+    Attributes:
+        config: with the dtype that ``auto`` stands for.
+    """
+
+    config: RunConfig
     model: SavedModel
     specs: tuple[ExitSpec, ...]
     layout: Layout
@@ -136,6 +141,8 @@ class _Inputs:
 def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Callable[..., SavedModel]) -> _Inputs:
     verify = config.checkpoint.verify
     model = open_model(config.model.path, verify=verify)
+    dtype: Any = choose_dtype(config.model.dtype, model, "model.dtype", tuning=True)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     arch = model.architecture
     specs = check_run(config, arch, world_size())
     # Refused here where this machine does not have them.
@@ -150,7 +157,7 @@ def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Calla
     blend, windows = open_data(config.data, arch.vocab_size, config.validation.sequences)
     # Hashed last: what its description and the data show takes no time.
     adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None
-    return _Inputs(model, specs, layout, adapter, blend, windows)
+    return _Inputs(config, model, specs, layout, adapter, blend, windows)
 
 
 def _prepare(
@@ -239,13 +246,10 @@ def _interruptible(bar: Bar, interrupt: Interrupt) -> Callable[[int], None]:
 
 
 def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
-    """Print what each stage holds and does, where there are several processes, and of a dtype that costs much time."""
+    """Print what each stage holds and does, where there are several processes."""
     if groups.is_main and groups.world.size() > 1:
         plan = plan_run(config, inputs.layout, inputs.model.architecture, inputs.specs, groups.world.size())
         print_plan(plan)
-    if groups.is_main and kernels.is_slow(config.model.dtype):
-        slow = "model.dtype: this CPU has no instructions for bfloat16; tuning in float32 is several times as fast"
-        print(slow, file=sys.stderr, flush=True)
 
 
 def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, interrupt: Interrupt) -> None:

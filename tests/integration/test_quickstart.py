@@ -10,6 +10,7 @@ import pytest
 
 from megatron_ee import platform
 from megatron_ee.commands.main import main
+from megatron_ee.commands.quickstart import _beginnings
 from megatron_ee.model import kernels
 
 cpu_only = pytest.mark.skipif(platform.has_accelerator(), reason="of CPUs")
@@ -48,6 +49,16 @@ def test_cycle(
     assert shown.out.count("$ megatron-ee") == 5
     if instructions:  # again, in the place of the first
         assert main(["quickstart", *map(str, given)]) == 0
+
+
+def test_prompts_are_the_beginnings_of_texts(project: Any, tmp_path: Path) -> None:
+    """Also of texts so short that their end of text is among the first tokens; it is none of the text."""
+    path, texts = tmp_path / "text.jsonl", ["short", "a somewhat longer text than that before"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    prepared = ["--input", path, "--tokenizer", project.model, "--output", tmp_path / "corpus"]
+    assert main(["prepare-data", *map(str, prepared)]) == 0
+    short, longer = _beginnings(tmp_path / "corpus", project.model)
+    assert short == "short" and texts[1].startswith(longer) and longer
 
 
 def test_a_directory_of_others_is_kept(

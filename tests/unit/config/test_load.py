@@ -188,7 +188,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
         (["--parallel.layout.0.layer", "[1, 2]"], "parallel.layout[0].layer: unknown key; did you mean 'layers'?"),
         (["--data.train", "[a"], "data.train: '[a' is not valid YAML: "),
         (["steps", "3"], "'steps': expected an override such as --optimizer.lr 3e-4"),
-        (["--model.dtype", "float61"], "model.dtype: must be float32 or bfloat16, not 'float61'; did you mean '"),
+        (["--model.dtype", "float61"], "model.dtype: must be one of auto, float32, bfloat16, not 'float61'; did you"),
     ],
 )
 def test_mistakes_in_overrides(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -72,7 +72,7 @@ def test_exits_wait_for_their_teacher() -> None:
 
 def test_plan_of_a_configuration() -> None:
     values = {
-        "model": {"path": "m"},
+        "model": {"path": "m", "dtype": "bfloat16"},
         "exits": [{"layer": 8}, {"layer": 16, "head": "shared"}],
         "data": {"train": ["c"], "sequence_length": 1024},
         "parallel": {"tensor": 2, "pipeline": 2},
@@ -91,7 +91,7 @@ def test_plan_of_a_configuration() -> None:
     assert sum(stage.flops for stage in plan.stages) == 16 * total
     assert plan.reference == 8 / 9
     assert plan.efficiency == pytest.approx(1 - sum(stage.idle for stage in plan.stages) / 2)
-    values |= {"loss": {"distillation": {"kl": 1.0, "top_k": 4, "temperature": 2.0}}, "model": {"path": "m"}}
+    values |= {"loss": {"distillation": {"kl": 1.0, "top_k": 4, "temperature": 2.0}}}
     values |= {"optimizer": {"implementation": "deepspeed_cpu"}}
     stages = layout(((1, 8), (8,)), ((9, 32), (16,)))
     taught = plan_run(config_from_dict(values), stages, model, specs, world_size=4)
