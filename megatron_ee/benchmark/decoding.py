@@ -49,7 +49,7 @@ def decoding(
         if adapter is not None:
             released = open_released(directory, adapter)
             layout = even_layout(released.model.architecture.num_layers, 1)
-            stage = load_stage(released, layout, dtype, groups)
+            stage = load_stage(released, released.exits, layout, dtype, groups)
         else:
             stage = _random_exits(directory, layers, dtype, groups)
         compiled_stage = compile_stage(stage) if compiled else None

@@ -7,19 +7,18 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.commands import DTYPES, MODEL, Parser, at_least
+from megatron_ee.commands import MODEL, MODEL_DTYPE, MODEL_DTYPES, Parser, at_least
 from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_ee.inference.compare import ModeResult
     from megatron_ee.inference.engine import Engine
     from megatron_ee.inference.loading import Released
-    from megatron_ee.inference.policy import ExitPolicy
     from megatron_ee.inference.requests import Completion, Request
-    from megatron_ee.inference.sampling import Sampling
 
 DESCRIPTION = """Continue prompts; each token is coloured by the layer that emitted it. Under torchrun, the model is
 spread over --tensor x --pipeline processes."""
@@ -32,7 +31,15 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help=MODEL)
     add("--adapter", type=Path, metavar="DIR", help="exits from tune (default: those with the model)")
-    add("--prompt", required=True, action="append", metavar="TEXT", help="text to continue; may be repeated")
+    prompts = result.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    prompts.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="answer a file of JSON lines, and print as many: each an object with a prompt, or messages for the chat "
+        "template; other keys (max_tokens, mode, draft_exit, ...) are settings of this line, in place of the options",
+    )
     add("--chat", action="store_true", help="each prompt is a user's message, put into the model's chat template")
     add(
         "--mode",
@@ -44,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=at_least(1), default=64, metavar="N", help="at most so many (default: 64)")
     add("--json", action="store_true", help="print one JSON object instead of coloured text")
     add("--html", type=Path, metavar="FILE", help="also write a page that shows the layer of each token")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model (default: bfloat16)")
+    add("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
     add("--no-verify", action="store_true", help="do not check what is read against its checksums")
     _add_exits(result.add_argument_group("exits"))
     _add_sampling(result.add_argument_group("output"))
@@ -112,19 +119,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate; text with its legend, or JSON, to stdout."""
     from megatron_ee.inference.compiled import check_compiler
     from megatron_ee.inference.loading import check_parallel, open_engine, open_released
-    from megatron_ee.inference.prompts import prompt_ids
     from megatron_ee.parallel.groups import world_size
 
     if (arguments.draft_vocabulary is None) != (arguments.draft_corpus is None):
         raise ConfigError("--draft-vocabulary and --draft-corpus belong together: how many tokens, and frequent where")
+    if arguments.prompts is not None and (arguments.html is not None or arguments.compare):
+        raise ConfigError(f"{'--compare' if arguments.compare else '--html'}: takes no --prompts; give --prompt")
     if arguments.html is not None:
         _check_page(arguments)
     try:
-        policy, sampling = _policy(arguments), _sampling(arguments)
-        for settings in (policy, sampling):
-            settings.check()  # at once: opening the model may mean to hash it
+        _check_settings(arguments)
         released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
-        requests = [_request(arguments, prompt, released, policy, sampling) for prompt in arguments.prompt]
+        lines = _file_requests(arguments, released)
+        requests = list(lines.values()) or _requests(arguments, released)
         if arguments.compare and not released.exits:
             raise ConfigError("compare: needs exits; give their adapter with --adapter")
         arch = released.model.architecture
@@ -132,9 +139,6 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.compile:
             check_compiler(arguments.tensor)
         candidates = _candidates(arguments, arch.vocab_size)
-        for request in requests:
-            request.check([spec.layer for spec in released.exits], arch.num_layers)
-            prompt_ids(request, released.tokenizer, arch.vocab_size, arch.max_positions)
     except ConfigError as error:
         raise _as_option(error) from None
     except UserError as error:
@@ -150,9 +154,13 @@ def run(arguments: argparse.Namespace) -> int:
         max_rows=arguments.max_rows,
         candidates=candidates,
         compiled=arguments.compile,
+        exits=_used_exits(requests, released, every_mode=arguments.compare),
     ) as engine:
-        if engine is not None:
-            (_compare if arguments.compare else _show)(arguments, requests, engine)
+        if engine is None:
+            return 0
+        if arguments.prompts is not None:
+            return _answer_file(arguments, lines, engine)
+        (_compare if arguments.compare else _show)(arguments, requests, engine)
     return 0
 
 
@@ -179,44 +187,71 @@ def _candidates(arguments: argparse.Namespace, vocab_size: int) -> list[int] | N
     return None if count is None else frequent_tokens(arguments.draft_corpus, count, vocab_size)
 
 
-def _policy(arguments: argparse.Namespace) -> ExitPolicy:
-    from megatron_ee.inference.policy import ExitPolicy
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    from megatron_ee.inference.fields import FIELDS
 
-    threshold = 0.9 if arguments.threshold is None else arguments.threshold
-    names = ("thresholds", "measure", "max_deferred", "min_full", "patience")
-    return ExitPolicy(threshold, **{name: getattr(arguments, name) for name in names})
+    return {name: getattr(arguments, name) for name in FIELDS}
 
 
-def _sampling(arguments: argparse.Namespace) -> Sampling:
-    from megatron_ee.inference.sampling import Sampling
+def _check_settings(arguments: argparse.Namespace) -> None:
+    """What needs no model, at once: opening it may mean to hash it."""
+    from megatron_ee.inference.fields import make_request
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return Sampling(**{name: getattr(arguments, name) for name in names})
+    request = make_request("", _settings(arguments), has_exits=False)
+    request.policy.check()
+    request.sampling.check()
 
 
-def _request(
-    arguments: argparse.Namespace, text: str, released: Released, policy: ExitPolicy, sampling: Sampling
-) -> Request:
+def _file_requests(arguments: argparse.Namespace, released: Released) -> dict[int, Request]:
+    """What ``--prompts`` asks, checked, by number of the line; nothing without it."""
+    from megatron_ee.inference.fields import read_requests
+
+    if arguments.prompts is None:
+        return {}
+    try:
+        return read_requests(arguments.prompts, _settings(arguments), released, chat=arguments.chat)
+    except ConfigError as error:
+        error.common = True
+        raise
+
+
+def _requests(arguments: argparse.Namespace, released: Released) -> list[Request]:
+    """What each ``--prompt`` asks, checked."""
+    from megatron_ee.inference.fields import check_request, make_request
     from megatron_ee.inference.prompts import encode_chat
-    from megatron_ee.inference.requests import Draft, Request
+    from megatron_ee.parallel.groups import launched_rank
 
-    mode: Any = arguments.mode or (THRESHOLD if released.exits else FULL)
-    if mode != THRESHOLD and arguments.threshold is not None:
-        print(f"megatron-ee generate: --threshold has no effect in mode {mode}", file=sys.stderr)
-    names = ("samples", "max_tokens", "stop", "ignore_eos", "echo", "logprobs", "exits")
-    chat = [{"role": "user", "content": text}]
-    return Request(
-        encode_chat(released.tokenizer, chat) if arguments.chat and text else text,
-        mode=mode,
-        policy=policy,
-        draft=Draft(arguments.draft_exit, arguments.draft_length),
-        sampling=sampling,
-        **{name: getattr(arguments, name) for name in names},
-    )
+    settings = _settings(arguments)
+    requests = []
+    for text in arguments.prompt:
+        prompt = (
+            encode_chat(released.tokenizer, [{"role": "user", "content": text}]) if arguments.chat and text else text
+        )
+        requests.append(make_request(prompt, settings, has_exits=bool(released.exits)))
+        check_request(requests[-1], released)
+    if not arguments.compare and launched_rank() == 0:
+        mode = requests[0].mode
+        for option, of in (("threshold", THRESHOLD), ("draft_exit", SPECULATIVE), ("draft_length", SPECULATIVE)):
+            if mode != of and settings[option] is not None:
+                print(
+                    f"megatron-ee generate: --{option.replace('_', '-')} has no effect in mode {mode}", file=sys.stderr
+                )
+    return requests
+
+
+def _used_exits(requests: list[Request], released: Released, *, every_mode: bool) -> set[int]:
+    """Layers of the exits that some request may ask: others would only cost time and memory."""
+    used: set[int] = set()
+    for request in requests:
+        if every_mode or request.mode != FULL:
+            used |= {spec.layer for spec in released.exits} if request.exits is None else set(request.exits)
+    return used
 
 
 def _as_option(error: ConfigError) -> ConfigError:
-    """The same error, naming the command's option in place of the request's field."""
+    """The same error, naming the command's option in place of the request's field; one of a file's line as it is."""
+    if error.common:
+        return error
     field, colon, rest = str(error).partition(":")
     named = ConfigError(f"--{field.replace('_', '-').replace('.', '-')}:{rest}" if colon else str(error))
     named.common = True
@@ -250,6 +285,28 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
         tokens = output.tokens
         page = html_layers(prompt, output.pieces, [t.layer for t in tokens], [t.confidence for t in tokens])
         write_file(arguments.html, page.encode())
+
+
+def _answer_file(arguments: argparse.Namespace, lines: dict[int, Request], engine: Engine) -> int:
+    """Answer a file's requests, one JSON line for each, in its order; status 1 where some failed."""
+    from megatron_ee.inference.batch import run_batch
+    from megatron_ee.progress import track
+
+    for number, request in lines.items():
+        try:
+            engine.check(request)
+        except ConfigError as error:
+            raise ConfigError(f"{arguments.prompts}:{number}: {error}") from None
+    failed = 0
+    with track(len(lines), "prompts", "answering", "tokens") as bar:
+        advance = partial(bar.advance, 1)
+        for outcomes in run_batch(engine, list(lines.values()), ahead=2 * arguments.max_rows, advance=advance):
+            shown = [{"error": each} if isinstance(each, str) else _described(each) for each in outcomes]
+            failed += any("error" in each for each in shown)
+            print(json.dumps(shown[0] if len(shown) == 1 else {"outputs": shown}), flush=True)
+    if failed:
+        print(f"megatron-ee generate: {failed} of {len(lines)} prompts failed; their lines say why", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:

@@ -46,6 +46,7 @@ def engine_on_ranks(
     max_rows: int = MAX_ROWS,
     compiled_stage: CompiledStage | None = None,
     prefix_rows: int = 0,
+    off: Sequence[int] = (),
 ) -> Iterator[Engine | None]:
     """The engine on the first rank, for stages that are loaded; see ``open_engine``."""
     setup, groups = stage.setup, stage.setup.groups
@@ -60,6 +61,7 @@ def engine_on_ranks(
             max_rows=max_rows,
             compiled_stage=compiled_stage,
             prefix_rows=prefix_rows,
+            off=off,
         )
         try:
             yield engine
@@ -87,7 +89,7 @@ def engine_on_ranks(
         yield None
         return
     leader = Leader(core, peers) if peers.size() > 1 else core
-    engine = _engine(leader, stage, specs, tokenizer, eos)
+    engine = _engine(leader, stage, specs, tokenizer, eos, off)
     in_step = True
     try:
         yield engine
@@ -119,13 +121,14 @@ def make_engine(
     max_rows: int = MAX_ROWS,
     compiled_stage: CompiledStage | None = None,
     prefix_rows: int = 0,
+    off: Sequence[int] = (),
 ) -> Engine:
     """An engine for a stage that holds the whole model, on one process; arguments as for ``open_engine``."""
     layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
     total = int(MEMORY_SHARE * free_memory(stage.setup.groups)) if memory is None else memory
     runner = StageRunner(stage, SLACK, PASS_TOKENS, compiled=compiled_stage)
     core = _core(stage, layout, specs, [runner], total, max_rows, prefix_rows)
-    return _engine(core, stage, specs, tokenizer, eos)
+    return _engine(core, stage, specs, tokenizer, eos, off)
 
 
 def _engine(
@@ -134,6 +137,7 @@ def _engine(
     specs: Sequence[ExitSpec],
     tokenizer: Tokenizer | None = None,
     eos: frozenset[int] = frozenset(),
+    off: Sequence[int] = (),
 ) -> Engine:
     arch = stage.setup.architecture
     return Engine(
@@ -144,6 +148,7 @@ def _engine(
         max_positions=arch.max_positions,
         tokenizer=tokenizer,
         eos=eos,
+        off=off,
     )
 
 

@@ -29,6 +29,7 @@ class Engine:
         max_positions: the model's.
         vocab_size: the model's.
         exits: that may be asked.
+        off: layers of the model's other exits, which this engine does without.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Engine:
         max_positions: int,
         tokenizer: Tokenizer | None = None,
         eos: Collection[int] = (),
+        off: Collection[int] = (),
     ) -> None:
         """See ``loading.open_engine``. Without ``tokenizer`` prompts must be token ids, and outputs have no text."""
         self._core, self._tokenizer, self._eos = core, tokenizer, frozenset(eos)
-        self.exits, self.num_layers = tuple(exits), num_layers
+        self.exits, self.off, self.num_layers = tuple(exits), tuple(sorted(off)), num_layers
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self._front: dict[int, _Front] = {}
         self._events: deque[Event] = deque()
@@ -61,7 +63,22 @@ class Engine:
         """
         if self._closed:
             raise ConfigError("the engine is closed")
-        request.check([spec.layer for spec in self.exits], self.num_layers)
+        prompt, most, limit = self.check(request)
+        self._requests += 1
+        outputs = [self._output(request, prompt, most, limit, sample) for sample in range(request.samples)]
+        for output in outputs:
+            text = TextStream(self._tokenizer, prompt, request.stop) if self._tokenizer is not None else None
+            self._front[output.number] = _Front(output, text, self._echoed(request, prompt))
+        self._core.add(outputs)
+        return self._requests
+
+    def check(self, request: Request) -> tuple[tuple[int, ...], int, int]:
+        """What a request comes down to, without putting it in line: its prompt's ids, most tokens, most positions.
+
+        Raises:
+            ConfigError: as ``submit``.
+        """
+        request.check([spec.layer for spec in self.exits], self.num_layers, self.off)
         if request.stop and self._tokenizer is None:
             raise ConfigError("stop: there is no tokenizer, and so no text to find it in; give stop_ids")
         prompt = prompt_ids(request, self._tokenizer, self.vocab_size, self.max_positions)
@@ -75,13 +92,7 @@ class Engine:
                 f"max_tokens: {limit} positions need {needed / 1e6:,.0f} MB of keys and values, but there are "
                 f"{self._core.budget.total / 1e6:,.0f} MB; ask for less, or give the engine more memory"
             )
-        self._requests += 1
-        outputs = [self._output(request, prompt, most, limit, sample) for sample in range(request.samples)]
-        for output in outputs:
-            text = TextStream(self._tokenizer, prompt, request.stop) if self._tokenizer is not None else None
-            self._front[output.number] = _Front(output, text, self._echoed(request, prompt))
-        self._core.add(outputs)
-        return self._requests
+        return prompt, most, limit
 
     def cancel(self, request: int) -> None:
         """End a request's outputs; what they have said so far comes as their completions. Unknown ones are ignored."""

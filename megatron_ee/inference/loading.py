@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ import torch
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, load_exits
-from megatron_ee.checkpoint.loading import SavedModel, load_backbone, open_model
+from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ee.errors import ConfigError
+from megatron_ee.errors import ConfigError, shown
 from megatron_ee.inference.assembly import MAX_ROWS, engine_on_ranks
 from megatron_ee.inference.compiled import check_compiler, compile_stage
 from megatron_ee.inference.engine import Engine
@@ -50,7 +50,7 @@ class Released:
         return () if self.adapter is None else self.adapter.exits
 
 
-def open_released(model: str | Path, adapter: str | Path | None, *, verify: bool = True) -> Released:
+def open_released(model: str | Path, adapter: str | Path | None = None, *, verify: bool = True) -> Released:
     """Check a model, its tokenizer and its exits.
 
     Args:
@@ -74,7 +74,7 @@ def open_released(model: str | Path, adapter: str | Path | None, *, verify: bool
 def open_engine(
     released: Released,
     *,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     tensor: int = 1,
     pipeline: int = 1,
     memory: int | None = None,
@@ -82,6 +82,7 @@ def open_engine(
     candidates: Sequence[int] | None = None,
     compiled: bool = False,
     prefix_rows: int = 0,
+    exits: Collection[int] | None = None,
 ) -> Iterator[Engine | None]:
     """Load a model over all processes of the run and give an engine for it.
 
@@ -90,7 +91,7 @@ def open_engine(
 
     Args:
         released: from ``open_released``.
-        dtype: of the model, its keys and values.
+        dtype: of the model, its keys and values; ``auto`` is the checkpoint's own.
         tensor: ranks that share each layer.
         pipeline: stages.
         memory: bytes for keys and values on each rank; default: half of what is free there then.
@@ -102,18 +103,25 @@ def open_engine(
         prefix_rows: rows whose keys and values are kept when they have ended, at most, while the memory is not needed:
             a request that begins with the same tokens, as the next message of a chat does, begins with a copy of them.
             It then rounds as the other did, where passes of other sizes round differently.
+        exits: layers of the exits to have; None for all. The others take no memory and no time, and requests that ask
+            them are refused. A ``layer`` exit keeps keys and values of its own, which every token fills, also in full
+            mode: without it full mode is the faster.
 
     Raises:
         CheckpointError: a file cannot be read.
         ConfigError: an argument that is impossible.
     """
     check_parallel(released.model.architecture, tensor, pipeline, world_size())
-    if dtype not in platform.DTYPES:
-        raise ConfigError(f"dtype: {dtype!r} is unknown; possible: {', '.join(platform.DTYPES)}")
+    dtype = choose_dtype(dtype, released.model, "dtype")
     if type(prefix_rows) is not int or prefix_rows < 0:
         raise ConfigError(f"prefix_rows: must be a whole number from 0 on, not {prefix_rows!r}")
     if compiled:
         check_compiler(tensor)
+    there = [spec.layer for spec in released.exits]
+    for layer in exits or ():
+        if layer not in there:
+            raise ConfigError(f"exits: there is no exit after layer {shown(layer)}; there are: {there or 'none'}")
+    specs = [spec for spec in released.exits if exits is None or spec.layer in exits]
     if candidates is not None:
         check_ids("candidates", candidates, released.model.architecture.vocab_size)
         if not candidates:
@@ -122,18 +130,19 @@ def open_engine(
         place = f"stage {groups.pipeline.rank()}"
         with watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: place):
             layout = even_layout(released.model.architecture.num_layers, pipeline)
-            stage = load_stage(released, layout, dtype, groups, candidates)
+            stage = load_stage(released, specs, layout, dtype, groups, candidates)
             compiled_stage = compile_stage(stage) if compiled else None
             with engine_on_ranks(
                 stage,
                 layout,
-                released.exits,
+                specs,
                 released.tokenizer,
                 released.eos,
                 memory,
                 max_rows,
                 compiled_stage,
                 prefix_rows,
+                [layer for layer in there if exits is not None and layer not in exits],
             ) as engine:
                 yield engine
 
@@ -156,17 +165,18 @@ def check_parallel(architecture: Architecture, tensor: int, pipeline: int, proce
 
 def load_stage(
     released: Released,
+    exits: Sequence[ExitSpec],
     layout: Layout,
     dtype: str,
     groups: Groups,
     candidates: Sequence[int] | None = None,
 ) -> Stage:
-    """This rank's layers of the backbone, and the adapter's exits after them; see ``open_engine``."""
+    """This rank's layers of the backbone, and those of ``exits`` after them; see ``open_engine``."""
     index, arch = groups.pipeline.rank(), released.model.architecture
     layers = layout.stages[index].layers
     setup = build_setup(arch, platform.DTYPES[dtype], groups)
     build_operations(setup)
-    specs = [spec for spec in released.exits if spec.layer in layers]
+    specs = [spec for spec in exits if spec.layer in layers]
     stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
     total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
 

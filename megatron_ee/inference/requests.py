@@ -69,12 +69,13 @@ class Request:
     logprobs: int | None = None
     follow: Sequence[int] = ()
 
-    def check(self, exits: Sequence[int], num_layers: int) -> None:
+    def check(self, exits: Sequence[int], num_layers: int, off: Sequence[int] = ()) -> None:
         """Check all but the prompt.
 
         Args:
             exits: layers of the exits that there are.
             num_layers: depth of the model.
+            off: layers of the exits that are switched off.
 
         Raises:
             ConfigError: naming the field.
@@ -82,23 +83,29 @@ class Request:
         if self.mode not in get_args(Mode):
             raise ConfigError(f"mode: {shown(self.mode)} is unknown; possible: {', '.join(get_args(Mode))}")
         if self.mode != "full" and not exits:
-            raise ConfigError(f"mode: {self.mode} needs exits; give their adapter")
+            what = f"those after layers {_listed(off)} are switched off" if off else "give their adapter"
+            raise ConfigError(f"mode: {self.mode} needs exits; {what}")
         for name in ("stop", "stop_ids", "follow", *(["exits"] if self.exits is not None else [])):
             value = getattr(self, name)
             if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
                 raise ConfigError(f"{name}: must be a list, not {shown(value)}")
         self.policy.check()
         self.sampling.check()
+        # A mode that asks no exit may name one that is switched off.
+        exits, off = ([*exits, *off], ()) if self.mode == "full" else (exits, off)
         for name, wanted in (("exits", self.exits or ()), ("thresholds", self.policy.thresholds)):
             for layer in wanted:
-                _known(name, layer, exits)
+                _known(name, layer, exits, off)
         if self.exits is not None and not self.exits and self.mode != "full":
             raise ConfigError(f"exits: mode {self.mode} needs at least one")
-        self._check_draft(exits, num_layers)
+        self._check_draft(exits, num_layers, off)
         _whole("max_tokens", self.max_tokens, 1)
         _whole("samples", self.samples, 1, 128)
         if self.sampling.seed + self.samples - 1 > MAX_SEED:
             raise ConfigError(f"seed: must leave room for {self.samples} samples up to {MAX_SEED}")
+        for name in ("ignore_eos", "echo"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name}: must be true or false, not {shown(getattr(self, name))}")
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.follow and self.mode == "speculative":
@@ -106,22 +113,32 @@ class Request:
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError("stop: must be a list of texts that are not empty")
 
-    def _check_draft(self, exits: Sequence[int], num_layers: int) -> None:
-        if self.mode != "speculative":
-            return
-        enabled = [layer for layer in (exits if self.exits is None else self.exits) if layer < num_layers]
+    def _check_draft(self, exits: Sequence[int], num_layers: int, off: Sequence[int]) -> None:
+        """In every mode: a setting that could never work is told even where it has no effect."""
+        enabled = exits if self.exits is None else self.exits
+        drafting = [layer for layer in enabled if layer < num_layers]
         if self.draft.exit is not None:
-            _known("draft.exit", self.draft.exit, enabled)
-        elif not enabled:
+            if self.draft.exit == num_layers and num_layers in exits:
+                raise ConfigError(
+                    f"draft.exit: the exit after layer {num_layers} reads the last layer, so that its drafts would "
+                    f"spare nothing; exits that can draft: {_listed(drafting)}"
+                )
+            _known("draft.exit", self.draft.exit, drafting, off)
+        elif self.mode == "speculative" and not drafting:
             raise ConfigError("exits: none before the last layer is enabled, so that nothing can draft")
         if self.draft.length is not None:
             _whole("draft.length", self.draft.length, 0, MAX_DRAFT)
 
 
-def _known(name: str, layer: int, exits: Sequence[int]) -> None:
-    if layer not in exits:
-        there = ", ".join(map(str, exits)) or "none"
-        raise ConfigError(f"{name}: there is no exit after layer {shown(layer)}; there are: {there}")
+def _known(name: str, layer: int, exits: Sequence[int], off: Sequence[int]) -> None:
+    if type(layer) is int and layer in off:
+        raise ConfigError(f"{name}: the exit after layer {layer} is switched off; there are: {_listed(exits)}")
+    if type(layer) is not int or layer not in exits:
+        raise ConfigError(f"{name}: there is no exit after layer {shown(layer)}; there are: {_listed(exits)}")
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
 
 
 def _whole(name: str, value: object, least: int, most: int | None = None) -> None:

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
+from megatron_ee.checkpoint.adapter import save_adapter
+from megatron_ee.checkpoint.initialise import initialise_exit
+from megatron_ee.checkpoint.loading import load_backbone, open_model
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.groups import process_groups
 from megatron_ee.testing.models import save_tiny_model
 
 
@@ -87,4 +92,25 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: Callabl
     path = tmp_path_factory.mktemp("model")
     save_tiny_model("llama2", path, vocab_size=258, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
     save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exits after layers 1 and 2, disturbed so that they differ."""
+    path = tmp_path_factory.mktemp("adapter") / "adapter"
+    model = open_model(byte_model)
+    specs = [ExitSpec(1), ExitSpec(2, "layer")]
+    with process_groups() as groups:
+        stage = Stage(build_setup(model.architecture, torch.float32, groups), range(1, 5), specs, final_exit=True)
+        load_backbone(stage, model)
+        generator = torch.Generator().manual_seed(3)
+        for exit_ in stage.exits:
+            initialise_exit(exit_, model, 1)
+            with torch.no_grad():
+                for parameter in exit_.parameters():
+                    if parameter.requires_grad:
+                        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        about = {"base_model": str(byte_model), "backbone_sha256": model.digest(), "steps": 0, "extra": {}}
+        save_adapter(path, stage.exits, specs, groups, **about)
     return path

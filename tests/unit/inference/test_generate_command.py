@@ -14,44 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ee.checkpoint.adapter import save_adapter
-from megatron_ee.checkpoint.initialise import initialise_exit
-from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.commands.generate import parser
 from megatron_ee.commands.main import main
-from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
-from megatron_ee.inference.policy import ExitPolicy
-from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model.setup import build_setup
+from megatron_ee.inference.fields import FIELDS, make_request
+from megatron_ee.inference.requests import Request
 from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.groups import process_groups
 from megatron_ee.testing.models import save_tiny_model
 
 PROMPT = "Once upon a time"
 ROOT = Path(__file__).resolve().parents[3]
 SaveTokenizer = Callable[..., None]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}>"
-
-
-@pytest.fixture(scope="module")
-def adapter(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Exits after layers 1 and 2, disturbed so that they differ."""
-    path = tmp_path_factory.mktemp("adapter") / "adapter"
-    model = open_model(byte_model)
-    specs = [ExitSpec(1), ExitSpec(2, "layer")]
-    with process_groups() as groups:
-        stage = Stage(build_setup(model.architecture, torch.float32, groups), range(1, 5), specs, final_exit=True)
-        load_backbone(stage, model)
-        generator = torch.Generator().manual_seed(3)
-        for exit_ in stage.exits:
-            initialise_exit(exit_, model, 1)
-            with torch.no_grad():
-                for parameter in exit_.parameters():
-                    if parameter.requires_grad:
-                        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        about = {"base_model": str(byte_model), "backbone_sha256": model.digest(), "steps": 0, "extra": {}}
-        save_adapter(path, stage.exits, specs, groups, **about)
-    return path
 
 
 def without_progress(err: str) -> str:
@@ -134,10 +108,8 @@ def test_several_prompts_and_samples(command: Command, adapter: Path) -> None:
 
 def test_defaults_are_the_requests_own() -> None:
     """They are written out for the command, which reads its options without torch."""
-    from megatron_ee.commands.generate import _policy, _sampling, parser
-
-    arguments = parser().parse_args(["--model", "m", "--prompt", "p"])
-    assert _policy(arguments) == ExitPolicy() and _sampling(arguments) == Sampling()
+    arguments = vars(parser().parse_args(["--model", "m", "--prompt", "p"]))
+    assert make_request("p", {name: arguments[name] for name in FIELDS}, has_exits=False) == Request("p", stop=[])
 
 
 def test_options_reach_the_request(command: Command, adapter: Path, byte_model: Path) -> None:
@@ -274,7 +246,8 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--kv-memory", "nan"), "argument --kv-memory: must be a number above 0, not 'nan'"),
     (("--kv-memory=-1",), "argument --kv-memory: must be a number above 0, not '-1'"),
     (("--html", "page.html", "--samples", 2), "--html: shows one output"),
-    (("--prompts", "x"), "unrecognized arguments: --prompts x"),
+    (("--prompts", "x"), "argument --prompts: not allowed with argument --prompt"),
+    (("EXITS", "--mode", "full", "--draft-exit", 4), "--draft-exit: there is no exit after layer 4; there are: 1, 2"),
 ]
 
 
@@ -319,12 +292,119 @@ def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch:
     monkeypatch.setenv("CXX", "/bin/sh")  # one that is there
     compiled, eager = command.json(*said, "--compile"), command.json(*said)
     assert compiled["token_ids"] == eager["token_ids"]
-    segments = [(0, 1), (1, 2), (2, 4)]
-    assert asked == [*(each for one in segments for each in (one, (*one, "of any rows"))), (5,)] * 8
+    # Nothing stops at the exits, which full mode does without.
+    assert asked == [(0, 4), (0, 4, "of any rows"), (5,)] * 8
     monkeypatch.setenv("CXX", "/nowhere/c++")
     status, out, err = command.run(*said, "--compile")
     assert (status, out) == (2, "") and len(err.splitlines()) == 1
     assert "--compile: on a CPU it needs a C++ compiler, and there is no /nowhere/c++" in err
+
+
+def write_prompts(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_a_file_of_prompts_is_answered_in_order(
+    command: Command, byte_model: Path, adapter: Path, tmp_path: Path, save_tokenizer: SaveTokenizer
+) -> None:
+    """More than run at a time; each answer is what the same settings give alone."""
+    model = tmp_path / "model"
+    shutil.copytree(byte_model, model)
+    save_tokenizer(model, template=TEMPLATE)
+    exits = ("--adapter", adapter, "--max-tokens", 6, "--ignore-eos")
+    lines: list[tuple[Any, tuple[object, ...]]] = [
+        (
+            {"prompt": "one", "max_tokens": 20, "mode": "full"},
+            ("--prompt", "one", "--max-tokens", 20, "--mode", "full"),
+        ),
+        ({"messages": [{"role": "user", "content": "hi"}]}, ("--prompt", "hi", "--chat")),
+        ({"prompt": "two", "threshold": 0.01, "exits": [1]}, ("--prompt", "two", "--threshold", 0.01, "--exits", 1)),
+        ({"prompt": "two", "thresholds": {"2": 0.01}}, ("--prompt", "two", "--thresholds", "2=0.01")),
+        (
+            {"prompt": "three", "mode": "speculative", "draft_exit": 2, "draft_length": 3},
+            ("--prompt", "three", "--mode", "speculative", "--draft-exit", 2, "--draft-length", 3),
+        ),
+        (
+            {"prompt": "x", "temperature": 1.0, "seed": 7, "echo": True},
+            ("--prompt=x", "--temperature", 1, "--seed", 7, "--echo"),
+        ),
+        ({"prompt": "four", "logprobs": 2, "max_tokens": 1}, ("--prompt", "four", "--logprobs", 2, "--max-tokens", 1)),
+    ]
+    path = write_prompts(tmp_path / "prompts.jsonl", *(line for line, _ in lines), "", {"prompt": "five", "samples": 2})
+    status, out, err = command.run(*exits, "--prompts", path, "--max-rows", 2, model=model)
+    assert status == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == len(lines) + 1 and [len(one["token_ids"]) for one in found[-1]["outputs"]] == [6, 6]
+    assert "answering: 8/8 prompts" in err
+    for one, (_, options) in zip(found, lines, strict=False):
+        status, out, err = command.run(*exits, *options, "--json", model=model)
+        alone = json.loads(out)
+        for key in ("text", "token_ids", "layers", "logprobs"):
+            assert one.get(key) == alone.get(key), (options, key)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":3: not JSON: "),
+        ("[]", ":3: must be a JSON object, not []"),
+        ({"max_tokens": 3}, ":3: give either a prompt or messages"),
+        ({"prompt": "a", "messages": []}, ":3: give either a prompt or messages"),
+        ({"prompt": ["a"]}, ":3: prompt: must be text, not ['a']"),
+        ({"prompt": ""}, ":3: prompt: is empty"),
+        ({"prompt": "a" * 99}, ":3: prompt: has 100 tokens, but the model has 64 positions"),
+        ({"messages": [{"role": "user"}]}, ":3: messages: message 1: content must be text"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "the tokenizer has no chat template"),
+        ({"prompt": "a", "max_token": 3}, ":3: 'max_token': unknown key; did you mean 'max_tokens'?"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', ":3: 'seed': given twice"),
+        ({"prompt": "a", "max_tokens": "3"}, ":3: max_tokens: must be a whole number at least 1, not '3'"),
+        ({"prompt": "a", "top_p": 2}, ":3: top_p: must be above 0 and at most 1"),
+        ('{"prompt": "a", "temperature": NaN}', ":3: temperature: must be a finite number"),
+        ({"prompt": "a", "echo": 1}, ":3: echo: must be true or false, not 1"),
+        ({"prompt": "a", "stop": "x"}, ":3: stop: must be a list, not 'x'"),
+        ({"prompt": "a", "mode": "fast"}, ":3: mode: 'fast' is unknown; possible: full, threshold, speculative"),
+        ({"prompt": "a", "exits": [True]}, ":3: exits: there is no exit after layer True; there are: 1, 2"),
+        ({"prompt": "a", "draft_exit": 3}, ":3: draft_exit: there is no exit after layer 3; there are: 1, 2"),
+        ({"prompt": "a", "thresholds": {"x": 1}}, ":3: thresholds: 'x' is no layer"),
+        ({"prompt": "a", "thresholds": {"3": 1}}, ":3: thresholds: there is no exit after layer 3"),
+        ({"prompt": "a", "thresholds": [1]}, ":3: thresholds: must give thresholds by layer, not [1]"),
+    ],
+)
+def test_a_bad_line_is_refused_before_the_model_is_loaded(
+    line: object, message: str, command: Command, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_ee.inference.loading.open_engine", lambda *_, **__: pytest.fail("loaded"))
+    path = write_prompts(tmp_path / "prompts.jsonl", {"prompt": "good"}, "", line)
+    status, out, err = command.run("--adapter", adapter, "--prompts", path)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(f"megatron-ee generate: error: {path}:3: ") and message in err
+
+
+def test_a_file_without_prompts_is_refused(command: Command, tmp_path: Path) -> None:
+    for path, message in (
+        (write_prompts(tmp_path / "empty.jsonl", ""), "holds no prompt"),
+        (tmp_path / "none.jsonl", "none.jsonl cannot be read: No such file or directory"),
+    ):
+        status, out, err = command.run("--prompts", path)
+        assert (
+            (status, out) == (2, "") and err.startswith("megatron-ee generate: error: --prompts: ") and message in err
+        )
+    status, _, err = command.run("--prompts", path, "--html", tmp_path / "page.html")
+    assert status == 2 and "--html: takes no --prompts" in err
+    path = write_prompts(tmp_path / "long.jsonl", {"prompt": "good"}, {"prompt": "x", "max_tokens": 60})
+    status, out, err = command.run("--prompts", path, "--max-tokens", 1, "--kv-memory", 1e-5)
+    assert (status, out) == (2, "") and f"{path}:" in err and "max_tokens: " in err
+
+
+def test_settings_without_effect_are_told(command: Command, adapter: Path) -> None:
+    said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 1, "--mode", "full"]
+    status, _, err = command.run(*said, "--draft-exit", 2, "--threshold", 0.5)
+    assert status == 0
+    assert [line.partition("--")[2] for line in err.splitlines()] == [
+        "threshold has no effect in mode full",
+        "draft-exit has no effect in mode full",
+    ]
 
 
 @pytest.mark.parametrize("arguments, message", REFUSED, ids=[" ".join(map(str, a))[:40] for a, _ in REFUSED])

@@ -56,7 +56,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"exits": (4,), **SPECULATIVE}, "exits: none before the last layer is enabled, so that nothing can draft"),
     ({"exits": 1}, "exits: must be a list, not 1"),
     ({"draft": Draft(exit=3), **SPECULATIVE}, "draft.exit: there is no exit after layer 3; there are: 1, 2"),
-    ({"draft": Draft(exit=4), **SPECULATIVE}, "draft.exit: there is no exit after layer 4; there are: 1, 2"),
+    (
+        {"draft": Draft(exit=4), **SPECULATIVE},
+        "draft.exit: the exit after layer 4 reads the last layer, so that its drafts would spare nothing; exits that "
+        "can draft: 1, 2",
+    ),
+    ({"draft": Draft(exit=4)}, "draft.exit: the exit after layer 4 reads the last layer"),
+    ({"draft": Draft(exit=3)}, "draft.exit: there is no exit after layer 3; there are: 1, 2"),
+    ({"draft": Draft(length=99), "mode": "threshold"}, "draft.length: must be a whole number from 0 to"),
+    ({"ignore_eos": 1}, "ignore_eos: must be true or false, not 1"),
+    ({"exits": (True,)}, "exits: there is no exit after layer True; there are: 1, 2, 4"),
     (
         {"draft": Draft(exit=1), "exits": (2,), **SPECULATIVE},
         "draft.exit: there is no exit after layer 1; there are: 2",
@@ -126,8 +135,8 @@ def test_modes_that_need_exits(mode: Any, byte_model: Path, load_stage: Callable
 def test_what_has_no_part_in_a_mode_does_not_hinder_it(engine: Engine) -> None:
     for request in (
         Request("Once", exits=(), max_tokens=2),
-        Request("Once", draft=Draft(3, 99), max_tokens=2),
-        Request("Once", "threshold", draft=Draft(3, 99), max_tokens=2),
+        Request("Once", draft=Draft(2, 3), max_tokens=2),
+        Request("Once", "threshold", draft=Draft(2, 3), max_tokens=2),
         Request("Once", "speculative", ExitPolicy(5.0, max_deferred=0), max_tokens=2),
     ):
         assert len(engine.generate([request])[0][0].tokens) == 2

@@ -1,0 +1,138 @@
+"""Requests from flat, named settings: the options of a command, or the keys of one line of a file of prompts."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.data.chat import check_messages
+from megatron_ee.errors import ConfigError, UserError, shown
+from megatron_ee.inference.loading import Released
+from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.prompts import encode_chat, prompt_ids
+from megatron_ee.inference.requests import Draft, Request
+from megatron_ee.inference.sampling import Sampling
+
+POLICY = ("thresholds", "measure", "max_deferred", "min_full", "patience")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+OTHERS = ("samples", "max_tokens", "stop", "ignore_eos", "echo", "logprobs", "exits")
+FIELDS = ("mode", "threshold", *POLICY, "draft_exit", "draft_length", *SAMPLING, *OTHERS)
+"""Names of the settings of a request, as ``generate --help`` explains them."""
+PROMPTS = ("prompt", "messages")
+
+
+def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, has_exits: bool) -> Request:
+    """A request with these settings, by the names in ``FIELDS``.
+
+    A ``mode`` of None is ``threshold`` where there are exits, else ``full``; a ``threshold`` of None is the default.
+    """
+    policy = {name: settings[name] for name in POLICY}
+    if settings["threshold"] is not None:
+        policy["threshold"] = settings["threshold"]
+    return Request(
+        prompt,
+        mode=settings["mode"] or ("threshold" if has_exits else "full"),
+        policy=ExitPolicy(**policy),
+        draft=Draft(settings["draft_exit"], settings["draft_length"]),
+        sampling=Sampling(**{name: settings[name] for name in SAMPLING}),
+        **{name: settings[name] for name in OTHERS},
+    )
+
+
+def check_request(request: Request, released: Released) -> None:
+    """Check a request against a model that is opened and not yet loaded.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    arch = released.model.architecture
+    request.check([spec.layer for spec in released.exits], arch.num_layers)
+    prompt_ids(request, released.tokenizer, arch.vocab_size, arch.max_positions)
+
+
+def read_requests(
+    path: Path, defaults: Mapping[str, Any], released: Released, *, chat: bool = False
+) -> dict[int, Request]:
+    """The requests of a file of JSON lines, checked, by number of the line from 1; blank lines are passed over.
+
+    Each line is an object with ``prompt``, a text to continue, or ``messages``, a conversation for the model's chat
+    template; other keys are settings, which take the place of ``defaults``.
+
+    Args:
+        defaults: the settings in ``FIELDS``, where a line does not give them.
+        chat: a ``prompt`` is a user's message.
+
+    Raises:
+        ConfigError: the file cannot be read, holds no prompt, or a line is not such an object; names file, line, key.
+    """
+    requests = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            request = _read_line(line, defaults, released, chat=chat)
+            check_request(request, released)
+        except UserError as error:
+            field, colon, rest = str(error).partition(":")
+            raise ConfigError(f"{path}:{number}: {field.replace('draft.', 'draft_')}{colon}{rest}") from None
+        requests[number] = request
+    if not requests:
+        raise ConfigError(f"--prompts: {path} holds no prompt; each line is a JSON object with a prompt or messages")
+    return requests
+
+
+def _read_line(line: str, defaults: Mapping[str, Any], released: Released, *, chat: bool) -> Request:
+    try:
+        given = json.loads(line, object_pairs_hook=_no_key_twice)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"must be a JSON object, not {shown(given)}")
+    for key in given:
+        if key not in (*PROMPTS, *FIELDS):
+            near = difflib.get_close_matches(key, (*PROMPTS, *FIELDS), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join((*PROMPTS, *FIELDS))}"
+            raise ConfigError(f"{shown(key)}: unknown key; {hint}")
+    if sum(key in given for key in PROMPTS) != 1:
+        raise ConfigError("give either a prompt or messages")
+    if "thresholds" in given:
+        given["thresholds"] = _by_layer(given["thresholds"])
+    prompt = _prompt(given, released, chat=chat)
+    return make_request(prompt, {**defaults, **given}, has_exits=bool(released.exits))
+
+
+def _prompt(given: Mapping[str, Any], released: Released, *, chat: bool) -> str | list[int]:
+    if "messages" in given:
+        check_messages(given["messages"], "messages")
+        return encode_chat(released.tokenizer, given["messages"])
+    prompt = given["prompt"]
+    if not isinstance(prompt, str):
+        raise ConfigError(f"prompt: must be text, not {shown(prompt)}")
+    return encode_chat(released.tokenizer, [{"role": "user", "content": prompt}]) if chat and prompt else prompt
+
+
+def _by_layer(thresholds: Any) -> Any:
+    """JSON has texts for keys; layers are numbers."""
+    if not isinstance(thresholds, dict):
+        return thresholds
+    for layer in thresholds:
+        if not (layer.isascii() and layer.isdigit()):
+            raise ConfigError(f"thresholds: {shown(layer)} is no layer; give thresholds by layer, such as {{'8': 0.8}}")
+    return {int(layer): value for layer, value in thresholds.items()}
+
+
+def _no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ConfigError(f"{shown(next(key for key in keys if keys.count(key) > 1))}: given twice")
+    return found
