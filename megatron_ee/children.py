@@ -16,13 +16,12 @@ class Parent(Protocol):
 
 
 def follow(parent: Parent | None) -> None:
-    """In a child: leave signals that reach the whole group, such as Ctrl-C, to the parent, and end with it.
+    """In a child: leave Ctrl-C, which reaches the whole group, to the parent, and end with it.
 
     Also in the middle of its work, and where the parent was killed: a child would else wait forever, or work on.
     """
     assert parent is not None, "this process is nobody's child"
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +24,8 @@ from megatron_ee.data.write import SUFFIXES, CorpusWriter
 from megatron_ee.errors import ConfigError, DataError
 from megatron_ee.progress import Progress, track
 
+SIGNAL_SECONDS = 0.5
+"""A signal to the whole job may end a worker a little before it arrives here, where it says more than that end."""
 _PER_WORKER = 4  # pieces in flight per process: enough to keep it busy, few enough for little memory
 _ONE_PROCESS_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 
@@ -141,6 +144,7 @@ def _encode_all(
         for oldest, future in waiting:
             yield oldest, future.result()
     except BrokenProcessPool:
+        time.sleep(SIGNAL_SECONDS)
         raise DataError("a tokenising process died, perhaps for lack of memory; try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ def test_prompts_are_the_beginnings_of_texts(project: Any, tmp_path: Path) -> No
     assert main(["prepare-data", *map(str, prepared)]) == 0
     short, longer = _beginnings(tmp_path / "corpus", project.model)
     assert short == "short" and texts[1].startswith(longer) and longer
+
+
+def test_a_signal_while_tuning_ends_it(
+    project: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tune itself saves and ends well."""
+    done = []
+
+    def run(*words: object) -> None:
+        done.append(words[0])
+        if words[0] == "tune":
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr("megatron_ee.commands.quickstart._command", run)
+    given = ["--base", project.model, "--data", text, "--held-out", text, "--out", tmp_path / "out"]
+    assert main(["quickstart", *map(str, given)]) == 128 + signal.SIGUSR1
+    assert "megatron-ee quickstart: interrupted by SIGUSR1" in capsys.readouterr().err
+    assert done == ["prepare-data", "prepare-data", "tune"]
 
 
 def test_a_directory_of_others_is_kept(

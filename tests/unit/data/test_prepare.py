@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ee.commands.main import main
 from megatron_ee.data import read
 from megatron_ee.data.indexed import file_of, open_corpus, sha256
 from megatron_ee.data.prepare import prepare_corpus
 from megatron_ee.data.read import read_pieces
 from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.data.write import CorpusWriter
 from megatron_ee.errors import ConfigError, DataError
 
 SUFFIXES = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
@@ -296,6 +299,22 @@ def test_what_others_wrote_is_never_overwritten(
     with pytest.raises(DataError, match=rf"{name}: exists, and .*out.json does not say that prepare-data wrote it"):
         prepare_corpus([text], sp_model, tmp_path / "out", overwrite=True)
     assert (tmp_path / name).read_text() == '{"model_type": "llama"}'
+
+
+def test_a_signal_leaves_nothing(
+    tmp_path: Path,
+    sp_model: Path,
+    write_lines: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = write_lines("text.jsonl", [{"text": "dog"}])
+    monkeypatch.setattr(CorpusWriter, "finish", lambda self: signal.raise_signal(signal.SIGTERM))
+    output = tmp_path / "new" / "out"
+    arguments = ["--input", str(text), "--tokenizer", str(sp_model), "--output", str(output)]
+    assert main(["prepare-data", *arguments]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("megatron-ee prepare-data: interrupted by SIGTERM\n")
+    assert list(output.parent.iterdir()) == []
 
 
 def test_an_input_is_never_overwritten(tmp_path: Path, sp_model: Path) -> None:
