@@ -31,22 +31,22 @@ def run_batch(
     Raises:
         ConfigError: a request is refused; ``Engine.check`` says so beforehand.
     """
-    open_: dict[int, int] = {}  # number in the engine -> place among the requests
+    numbers: dict[int, int] = {}  # number in the engine -> index among the requests
     done: dict[int, dict[int, Outcome]] = {}
     started = 0
-    for place, request in enumerate(requests):
-        while len(done.get(place, {})) < request.samples:
-            while started < len(requests) and len(open_) < ahead:
-                open_[engine.submit(requests[started])] = started
+    for index, request in enumerate(requests):
+        while len(done.get(index, {})) < request.samples:
+            while started < len(requests) and len(numbers) < ahead:
+                numbers[engine.submit(requests[started])] = started
                 started += 1
             for event in engine.step():
                 outcome = event.completion if event.error is None else event.error
-                if outcome is None or event.request not in open_:
+                if outcome is None or event.request not in numbers:
                     continue
-                at = open_[event.request]
+                at = numbers[event.request]
                 outcomes = done.setdefault(at, {})
                 outcomes[event.sample] = outcome
                 if len(outcomes) == requests[at].samples:
-                    del open_[event.request]
+                    del numbers[event.request]
                     advance(sum(len(each.tokens) for each in outcomes.values() if isinstance(each, Completion)))
-        yield [outcome for _, outcome in sorted(done.pop(place).items())]
+        yield [outcome for _, outcome in sorted(done.pop(index).items())]

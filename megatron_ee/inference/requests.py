@@ -114,7 +114,7 @@ class Request:
             raise ConfigError("stop: must be a list of texts that are not empty")
 
     def _check_draft(self, exits: Sequence[int], num_layers: int, off: Sequence[int]) -> None:
-        """In every mode: a setting that could never work is told even where it has no effect."""
+        """Refuse in every mode what could never work, also where the mode makes no use of it."""
         enabled = exits if self.exits is None else self.exits
         drafting = [layer for layer in enabled if layer < num_layers]
         if self.draft.exit is not None:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: what saves its work ends at a good place, everything else ends at once.
+"""SIGTERM, SIGINT and SIGUSR1: a tuning run stops between two microbatches and saves, other commands end at once.
 
 The commands install the handlers before they import anything large, so that a signal finds them there from the start.
 """

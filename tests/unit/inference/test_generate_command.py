@@ -397,7 +397,7 @@ def test_a_file_without_prompts_is_refused(command: Command, tmp_path: Path) -> 
     assert (status, out) == (2, "") and f"{path}:" in err and "max_tokens: " in err
 
 
-def test_settings_without_effect_are_told(command: Command, adapter: Path) -> None:
+def test_settings_without_effect_are_reported(command: Command, adapter: Path) -> None:
     said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 1, "--mode", "full"]
     status, _, err = command.run(*said, "--draft-exit", 2, "--threshold", 0.5)
     assert status == 0

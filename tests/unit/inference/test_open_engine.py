@@ -68,7 +68,7 @@ def test_auto_is_the_dtype_of_most_weights(stored: torch.dtype, chosen: str, byt
     assert choose_dtype("float32", opened, "dtype") == "float32"
 
 
-def test_a_slow_dtype_is_told_and_an_unknown_one_refused(
+def test_a_slow_dtype_is_reported_and_an_unknown_one_refused(
     byte_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = open_model(byte_model)
