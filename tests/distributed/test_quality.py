@@ -25,6 +25,7 @@ from megatron_ee.parallel.groups import joined_processes, model_groups
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import Case, prepare
+from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Pipeline
 
 SPECS = (ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4))
@@ -47,8 +48,8 @@ def scored(path: Path, corpus: Path, cache: Path, case: Case) -> tuple[dict[str,
         load_backbone(whole, model)
         there = measure(Pipeline(whole, case.layout, case.specs), windows, THRESHOLDS, batch_size=2)
         layout = even_layout(4, len(case.stages))
-        final = final_exit(setup, model, "digest", windows, layout, 2, 512)
-        again = final_exit(setup, model, "digest", windows, layout, 2, 512)
+        final = final_exit(setup, model, "digest", windows, layout, 2, 512, Interrupt())
+        again = final_exit(setup, model, "digest", windows, layout, 2, 512, Interrupt())
         assert final.loss.equal(again.loss) and final.top1.equal(again.top1)
         cached = measure(pipeline, windows, THRESHOLDS, final=final, batch_size=2)
         return there.to_dict(), cached.to_dict()

@@ -15,6 +15,7 @@ from megatron_ee.evaluation import final_exit as module
 from megatron_ee.evaluation.final_exit import FinalExit, final_exit
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.parallel.balance import even_layout
+from megatron_ee.tuning.interrupt import Interrupt
 
 
 @dataclasses.dataclass
@@ -50,7 +51,7 @@ def computed(
         before, model = calls, open_model(saved_model("llama2", **changes)[0])
         setup = build_setup(model.architecture, dtype, groups)
         layout = even_layout(4, 1)
-        result = final_exit(setup, model, digest, windows or Windows(), layout, 1, 512)  # type: ignore[arg-type]
+        result = final_exit(setup, model, digest, windows or Windows(), layout, 1, 512, Interrupt())  # type: ignore[arg-type]
         return calls > before, result
 
     return run
