@@ -221,16 +221,26 @@ def _attention_kernels(*names: str) -> Iterator[None]:
 
 def zero_(tensor: torch.Tensor) -> None:
     """Fill a contiguous tensor with zeros. On a CPU its memory goes back to the system until it is written again."""
+    if tensor.is_cpu and sys.platform == "linux" and _give_back(tensor):
+        return
+    tensor.zero_()
+
+
+def _give_back(tensor: torch.Tensor) -> bool:
+    """Let the system take the memory of a tensor on a Linux host, and give out zeroed pages; False where it will not.
+
+    It does in private memory of no file, as any allocator's is.
+    """
     page, begin = resource.getpagesize(), tensor.data_ptr()
     first, end = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
-    if tensor.is_cpu and sys.platform == "linux" and end > first:
-        # In private memory of no file, as any allocator's is, the system gives out zeroed pages instead.
-        if ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED) == 0:
-            edges = tensor.view(torch.uint8).view(-1)
-            edges[: first - begin].zero_()
-            edges[end - begin :].zero_()
-            return
-    tensor.zero_()
+    if end <= first:
+        return False
+    if ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED) != 0:
+        return False
+    edges = tensor.view(torch.uint8).view(-1)
+    edges[: first - begin].zero_()
+    edges[end - begin :].zero_()
+    return True
 
 
 def return_freed_memory(hidden_size: int = 256) -> None:

@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from megatron_ee.config.architecture import Architecture, parse_architecture
-from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.load import load_config
 from megatron_ee.config.schema import LossConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from megatron_ee.parallel.balance import resolve_layout
 from megatron_ee.parallel.plan import Plan, plan_run
+from megatron_ee.testing.examples import EXAMPLES, MODELS, example_architecture, open_example, written
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GPU_BYTES = 80e9
 
-# What the released config.json files say.
-LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5}
-LLAMA2 = {**LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama2_7b": {
-        **LLAMA2,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama2_13b": {
-        **LLAMA2,
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-    },
-    "llama2_70b": {
-        **LLAMA2,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "llama3.1_8b": {
-        **LLAMA,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-    },
-}
 # Of seven exits: three matrices of the MLP, the norm and the head. Four ranks pad a vocabulary of 32,000 to 32,256.
 TRAINED = {
     "llama2_7b": 7 * (3 * 4096 * 11008 + 4096 + 32000 * 4096),
@@ -75,19 +21,11 @@ TRAINED = {
 }
 
 
-def open_example(name: str, model_path: Path) -> tuple[RunConfig, Architecture, tuple[ExitSpec, ...], Plan]:
-    config = load_config(EXAMPLES / name / "config.yaml", ["--model.path", str(model_path)])
-    architecture, processes = parse_architecture(MODELS[name]), int(written(name, r"--nproc-per-node (\d+)"))
-    specs = check_run(config, architecture, processes)
+def planned(name: str, processes: int | None = None) -> tuple[RunConfig, tuple[ExitSpec, ...], Plan]:
+    config, specs, processes = open_example(name, processes=processes)
+    architecture = example_architecture(name)
     layout = resolve_layout(config.parallel, specs, architecture, config.data.sequence_length)
-    return config, architecture, specs, plan_run(config, layout, architecture, specs, processes)
-
-
-def written(name: str, pattern: str) -> str:
-    """What the file's comments say."""
-    found = re.search(pattern, (EXAMPLES / name / "config.yaml").read_text(encoding="utf-8"))
-    assert found is not None, pattern
-    return found[1]
+    return config, specs, plan_run(config, layout, architecture, specs, processes)
 
 
 def test_every_configuration_is_checked() -> None:
@@ -95,8 +33,9 @@ def test_every_configuration_is_checked() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_example(name: str, tmp_path: Path) -> None:
-    config, architecture, specs, plan = open_example(name, tmp_path)
+def test_example(name: str) -> None:
+    config, specs, plan = planned(name)
+    architecture = example_architecture(name)
     eighth = architecture.num_layers // 8
     assert [(spec.layer, spec.body, spec.head) for spec in specs] == [(eighth * n, "mlp", "own") for n in range(1, 8)]
     # The paper's, written out in the file, are also the defaults.
@@ -120,13 +59,11 @@ def test_example(name: str, tmp_path: Path) -> None:
     assert plan.efficiency > 0.9 * plan.reference
 
 
-def test_any_example_scales_by_replicas(tmp_path: Path) -> None:
+def test_any_example_scales_by_replicas() -> None:
     for name in MODELS:
-        config, architecture, specs, plan = open_example(name, tmp_path)
-        layout = resolve_layout(config.parallel, specs, architecture, config.data.sequence_length)
-        processes = 4 * plan.tensor * len(plan.stages)
-        assert check_run(config, architecture, processes) == specs
-        wider = plan_run(config, layout, architecture, specs, processes)
+        _, specs, plan = planned(name)
+        _, same, wider = planned(name, 4 * plan.tensor * len(plan.stages))
+        assert same == specs
         for stage, before in zip(wider.stages, plan.stages, strict=True):
             assert stage.memory.optimizer == pytest.approx(before.memory.optimizer / 4, rel=1e-6)
             assert stage.memory.total < before.memory.total

@@ -1,0 +1,95 @@
+"""The example configurations of a checkout, with the shapes of the models that they name: no weights are needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.check import check_run
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.load import load_config
+from megatron_ee.config.schema import RunConfig
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+# What the released config.json files say.
+LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5}
+LLAMA2 = {**LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama2_7b": {
+        **LLAMA2,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama2_13b": {
+        **LLAMA2,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+    "llama2_70b": {
+        **LLAMA2,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "llama3.1_8b": {
+        **LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+}
+
+
+def example_architecture(name: str) -> Architecture:
+    """Of the model that an example configuration names."""
+    return parse_architecture(MODELS[name])
+
+
+def open_example(
+    name: str, overrides: Sequence[str] = (), processes: int | None = None
+) -> tuple[RunConfig, tuple[ExitSpec, ...], int]:
+    """An example configuration, checked.
+
+    Args:
+        name: directory under ``examples``.
+        overrides: as on the command line.
+        processes: of the run; by default as many as the file's comments start.
+
+    Returns:
+        The configuration, its exits, and the number of processes.
+    """
+    path = EXAMPLES / name / "config.yaml"
+    config = load_config(path, ["--model.path", str(path.parent), *overrides])
+    processes = int(written(name, r"--nproc-per-node (\d+)")) if processes is None else processes
+    return config, check_run(config, example_architecture(name), processes), processes
+
+
+def written(name: str, pattern: str) -> str:
+    """What the comments of an example configuration say: the first group of ``pattern``."""
+    found = re.search(pattern, (EXAMPLES / name / "config.yaml").read_text(encoding="utf-8"))
+    assert found is not None, pattern
+    return found[1]

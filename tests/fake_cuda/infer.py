@@ -1,0 +1,86 @@
+"""The package's inference passes on the first rank of an engine for an example configuration's model and exits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+from megatron_ee import platform
+from megatron_ee.inference import assembly, remote
+from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.requests import Request
+from megatron_ee.inference.sampling import Sampling
+from megatron_ee.model.setup import build_setup
+from megatron_ee.model.stage import Stage
+from megatron_ee.parallel.balance import even_layout
+from megatron_ee.parallel.groups import process_groups
+from megatron_ee.testing.examples import example_architecture, open_example
+
+from .cluster import as_rank
+from .runs import Inference, Result
+
+PROMPT = 600
+"""Tokens of a prompt: two passes."""
+
+
+def run(case: Inference, explained: int | None = None) -> Result:
+    """Load a stage as ``inference.loading`` does, without values, and answer requests; prompts are counted too."""
+    architecture = example_architecture(case.example)
+    config, specs, _ = open_example(case.example, case.overrides)
+    tensor = config.parallel.tensor
+    layout = even_layout(architecture.num_layers, 1)
+    with (
+        as_rank(0, tensor, explained) as watch,
+        process_groups(tensor) as groups,
+        mock.patch.object(assembly, "share", _shared),
+        mock.patch.object(remote, "share", _shared),
+    ):
+        setup = build_setup(architecture, platform.DTYPES[config.model.dtype], groups)
+        stage = Stage(setup, range(1, architecture.num_layers + 1), specs, final_exit=True)
+        with assembly.engine_on_ranks(stage, layout, specs) as engine:
+            assert engine is not None, "the first rank has the engine"
+            built = watch.live
+            watch.restart()
+            # Confident at every second exit that is asked, and drafts that sometimes differ from what is verified.
+            watch.answer(floats=[0.9, 0.3], integers=[1, 1, 1, 2])
+            sampling = Sampling(temperature=0.8, top_p=0.9) if case.sampled else Sampling()
+            for row in range(case.rows):
+                engine.submit(
+                    Request(
+                        prompt=[1] * (PROMPT + row),
+                        mode=case.mode,
+                        policy=ExitPolicy(0.8),
+                        sampling=sampling,
+                        max_tokens=case.tokens,
+                        ignore_eos=True,
+                    )
+                )
+            core = engine._core
+            held = claimed = emitted = 0
+            while not engine.idle:
+                emitted += sum(len(event.tokens) for event in engine.step())
+                if watch.live - built > held:
+                    held, claimed = watch.live - built, core.budget.used
+        return Result(
+            name=" ".join((f"infer {case.example} {case.mode}", *(["sampled"] * case.sampled), *case.overrides)),
+            where=f"rank 0 of {tensor}, {case.rows} rows",
+            planned=claimed,
+            peak=held,
+            launches=sum(watch.launches.values()),
+            syncs=dict(watch.syncs),
+            units={
+                "token": emitted,
+                "head": emitted * (len(specs) + 1),
+                "prompt pass": sum(-(-(PROMPT + row) // assembly.PASS_TOKENS) for row in range(case.rows)),
+            },
+            attention=dict(watch.attention),
+            faults=tuple(watch.faults),
+            launches_by_place=dict(watch.places.most_common(12)),
+            composition=watch.composition,
+        )
+
+
+def _shared(content: Sequence[Any] | None, group: Any) -> list[Any]:
+    """``messages.share`` of the first rank, without the message."""
+    return list(content or ())

@@ -1,0 +1,81 @@
+"""What to run, and what came of it: plain data, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Two steps of an example configuration on one rank.
+
+    Attributes:
+        example: directory under ``examples``.
+        rank: of all processes; negative ones count from the last.
+        processes: of the run; None for as many as the example starts.
+        overrides: of the configuration, as on the command line.
+        microbatches: of one data-parallel replica in a step: enough to fill, run and drain the stages.
+    """
+
+    example: str
+    rank: int = 0
+    processes: int | None = None
+    overrides: tuple[str, ...] = ()
+    microbatches: int = 2
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Requests to an engine of an example configuration's model and exits, on the first rank.
+
+    Attributes:
+        example: directory under ``examples``.
+        mode: as in ``Request``.
+        overrides: of the configuration, as on the command line; the exits and the tensor-parallel size are its.
+        rows: requests at a time.
+        tokens: that each emits.
+        sampled: draw tokens; otherwise take the likeliest.
+    """
+
+    example: str
+    mode: str
+    overrides: tuple[str, ...] = ()
+    rows: int = 1
+    tokens: int = 8
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one rank did.
+
+    Attributes:
+        name: of the run.
+        where: the rank among all, and its place.
+        planned: bytes by the package's own plan.
+        peak: bytes at most.
+        launches: kernels and collectives of a step, or of all requests.
+        syncs: waits of the host for the device meanwhile, by place in the package and kind.
+        units: how often what waits may be counted by has happened: steps and microbatches, or tokens and requests.
+        attention: calls by backend.
+        faults: tensors on wrong devices.
+        launches_by_place: the places in the package that launch most.
+        composition: bytes at the peak by place, where that was asked for.
+    """
+
+    name: str
+    where: str
+    planned: int
+    peak: int
+    launches: int
+    syncs: dict[tuple[str, str], int]
+    units: dict[str, int]
+    attention: dict[str, int]
+    faults: tuple[str, ...]
+    launches_by_place: dict[str, int]
+    composition: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def off(self) -> float:
+        """How much more than planned is held at most, as a share."""
+        return self.peak / self.planned - 1

@@ -1,0 +1,165 @@
+"""The runs find what they are there to find: planted faults."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from .checks import problems
+from .host_syncs import allowed
+from .runs import Inference, Tuning
+from .worker import Fault, Worker
+
+TUNING = Tuning("llama2_70b", rank=5, microbatches=1, overrides=("--exits", "[{layer: 1}, {layer: 2}]"))
+INFERENCE = Inference("llama3.1_8b", "full", tokens=2)
+
+
+@contextlib.contextmanager
+def tap_on_the_host() -> Iterator[None]:
+    """A tensor on the host among those on the device."""
+    import torch
+
+    from megatron_ee.model.layer import DecoderLayer
+
+    half = DecoderLayer.mlp_half
+
+    def mlp_half(self: Any, r: torch.Tensor) -> torch.Tensor:
+        return half(self, r) + torch.ones(r.shape, dtype=r.dtype)
+
+    with mock.patch.object(DecoderLayer, "mlp_half", mlp_half):
+        yield
+
+
+@contextlib.contextmanager
+def first_device() -> Iterator[None]:
+    """A tensor on another rank's device."""
+    import torch
+
+    from megatron_ee.tuning import schedule
+
+    upload = schedule.to_device
+
+    def to_device(batch: Any) -> Any:
+        torch.zeros(8, device="cuda:0")
+        return upload(batch)
+
+    with mock.patch.object(schedule, "to_device", to_device):
+        yield
+
+
+@contextlib.contextmanager
+def host_tensor_in_a_collective() -> Iterator[None]:
+    """What NCCL refuses."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ee.parallel.optimizer import ExitOptimizer
+
+    reduce = ExitOptimizer.reduce_gradients
+
+    def reduce_gradients(self: ExitOptimizer) -> None:
+        dist.all_reduce(torch.zeros(1), group=self.groups.tensor)
+        reduce(self)
+
+    with mock.patch.object(ExitOptimizer, "reduce_gradients", reduce_gradients):
+        yield
+
+
+@contextlib.contextmanager
+def read_value() -> Iterator[None]:
+    """A value that is read for each exit."""
+    from megatron_ee.model.exits import Exit
+
+    forward = Exit.forward
+
+    def reading(self: Exit, *args: Any, **kwargs: Any) -> Any:
+        loss, stats = forward(self, *args, **kwargs)
+        stats.loss.sum().item()
+        return loss, stats
+
+    with mock.patch.object(Exit, "forward", reading):
+        yield
+
+
+@contextlib.contextmanager
+def more_reads() -> Iterator[None]:
+    """More reads at a place that may read once."""
+    from megatron_ee.inference import heads
+
+    likeliest = heads.likeliest
+
+    def reading(logits: Any) -> Any:
+        tops = likeliest(logits)
+        for _ in range(20):
+            tops.tolist()
+        return tops
+
+    with mock.patch.object(heads, "likeliest", reading):
+        yield
+
+
+@contextlib.contextmanager
+def unplanned_copy() -> Iterator[None]:
+    """A float32 copy of the exits' weights, as some optimizers keep."""
+    from megatron_ee.parallel.optimizer import ExitOptimizer
+
+    make = ExitOptimizer.__init__
+
+    def initialise(self: ExitOptimizer, exits: Any, *args: Any) -> None:
+        make(self, exits, *args)
+        self.copies = [p.detach().float() for exit_ in exits for p in exit_.parameters()]  # type: ignore[attr-defined]
+
+    with mock.patch.object(ExitOptimizer, "__init__", initialise):
+        yield
+
+
+@contextlib.contextmanager
+def unplanned_cache() -> Iterator[None]:
+    """A cache with twice the room that is claimed for it."""
+    from megatron_ee.inference.kv_cache import Extent
+
+    room = Extent.room
+
+    with mock.patch.object(Extent, "room", lambda self, length: 2 * room(self, length)):
+        yield
+
+
+def test_without_a_fault(worker: Worker) -> None:
+    assert problems(worker.run(TUNING)) == []
+    assert problems(worker.run(INFERENCE)) == []
+
+
+def test_a_tensor_on_the_host(worker: Worker) -> None:
+    with pytest.raises(RuntimeError, match="two different devices cuda:5, cpu"):
+        worker.run(TUNING, fault=tap_on_the_host)
+
+
+@pytest.mark.parametrize(
+    ("case", "fault", "found"),
+    [
+        (TUNING, first_device, "device: tuning/schedule.py Pipeline.run: a tensor on cuda:0, not cuda:5"),
+        (TUNING, host_tensor_in_a_collective, "device: tuning/step.py tuning_step: a tensor on cpu in a collective of"),
+        (TUNING, read_value, "host sync: tuning/step.py tuning_step: 2 of kind read, which host_syncs.toml does not"),
+        (TUNING, unplanned_copy, "memory: "),
+        (INFERENCE, more_reads, "host sync: inference/heads.py answer: 20 of kind read"),
+        (INFERENCE, unplanned_cache, "memory: "),
+    ],
+)
+def test_a_fault(case: Tuning | Inference, fault: Fault, found: str, worker: Worker) -> None:
+    lines = problems(worker.run(case, fault=fault))
+    assert len(lines) == 1 and lines[0].startswith(found), lines
+
+
+def test_the_list_of_host_syncs() -> None:
+    for what, units in (
+        ("tune", {"step", "microbatch", "run of a shard"}),
+        ("infer", {"token", "head", "prompt pass"}),
+    ):
+        entries = allowed(what)
+        assert entries
+        for entry in entries:
+            assert entry.per in units and entry.most > 0 and entry.reason, entry

@@ -1,0 +1,78 @@
+"""The package's tuning step on one rank of an example configuration."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_ee import platform
+from megatron_ee.config.schema import RunConfig
+from megatron_ee.data.loader import Batch
+from megatron_ee.model.setup import build_setup
+from megatron_ee.model.stage import build_stage
+from megatron_ee.parallel.balance import resolve_layout
+from megatron_ee.parallel.groups import process_groups
+from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.parallel.plan import plan_run
+from megatron_ee.parallel.split_adam import RUN
+from megatron_ee.testing.examples import example_architecture, open_example
+from megatron_ee.tuning.schedule import Pipeline
+from megatron_ee.tuning.step import tuning_step
+
+from .cluster import as_rank
+from .runs import Result, Tuning
+
+
+def run(case: Tuning, explained: int | None = None) -> Result:
+    """Build a rank's stage as ``tuning.run`` does, without values, and run two steps: the second is counted, and
+    the first has one microbatch.
+
+    Args:
+        explained: bytes whose composition is wanted, such as an earlier result's ``peak``.
+    """
+    architecture = example_architecture(case.example)
+    config, specs, processes = open_example(case.example, case.overrides, case.processes)
+    rank, parallel, taught = case.rank % processes, config.parallel, config.loss.distillation.kl > 0
+    layout = resolve_layout(parallel, specs, architecture, config.data.sequence_length, taught)
+    plan = plan_run(config, layout, architecture, specs, processes)
+    with (
+        as_rank(rank, processes, explained) as watch,
+        process_groups(parallel.tensor, parallel.pipeline) as groups,
+    ):
+        dtype = platform.DTYPES[config.model.dtype]
+        setup = build_setup(architecture, dtype, groups, sequence_parallel=parallel.sequence)
+        stage = build_stage(setup, layout, specs, final_exit=taught)
+        optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, 10)
+        pipeline = Pipeline(stage, layout, specs, top_k=config.loss.distillation.top_k if taught else 0)
+        batches = [_batch(config, number) for number in range(case.microbatches)]
+        for counted in (batches[:1], batches):  # AdamW makes its state in the first step
+            before = watch.peak
+            watch.restart()
+            tuning_step(pipeline, optimizer, counted, config.loss, 1.0)
+        index, tensor, data = (group.rank() for group in (groups.pipeline, groups.tensor, groups.data))
+        return Result(
+            name=" ".join((f"tune {case.example}", *case.overrides)),
+            where=f"rank {rank} of {processes}: stage {index}, tensor {tensor}, data {data}",
+            planned=plan.stages[index].memory.total,
+            peak=max(before, watch.peak),
+            launches=sum(watch.launches.values()),
+            syncs=dict(watch.syncs),
+            units={"step": 1, "microbatch": case.microbatches, "run of a shard": _runs(optimizer)},
+            attention=dict(watch.attention),
+            faults=tuple(watch.faults),
+            launches_by_place=dict(watch.places.most_common(12)),
+            composition=watch.composition,
+        )
+
+
+def _runs(optimizer: ExitOptimizer) -> int:
+    """Pieces of the trained parameters' shards that are updated at a time."""
+    sizes = [len(state.tensors["exp_avg"]) for state in optimizer.parameter_states()]
+    return sum(-(-size // RUN) for size in sizes)
+
+
+def _batch(config: RunConfig, number: int) -> Batch:
+    """A microbatch without masked tokens."""
+    rows, length = config.tuning.micro_batch_size, config.data.sequence_length
+    tokens = torch.ones(rows, length, dtype=torch.int64)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    return Batch(tokens, tokens.clone(), mask, rows * length, range(number * rows, (number + 1) * rows))

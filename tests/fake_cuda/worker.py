@@ -1,0 +1,48 @@
+"""Runs cases in a process of its own, into which the shim is loaded before torch."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from . import shim
+from .runs import Inference, Result, Tuning
+
+Fault = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Makes a context that spoils the package while a case runs; a function of a module, for it is sent by its name."""
+
+
+class Worker(contextlib.AbstractContextManager["Worker"]):
+    """One process for many cases."""
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
+
+    def run(
+        self, case: Tuning | Inference, *, fault: Fault = contextlib.nullcontext, explained: int | None = None
+    ) -> Result:
+        """Run a case; raises what it raises there."""
+        return self._pool.submit(_run, case, fault, explained).result()
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    shim.load()
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*data pointer of FakeTensor.*")
+
+
+def _run(case: Tuning | Inference, fault: Fault, explained: int | None) -> Result:
+    from . import infer, tune
+
+    with fault():
+        return tune.run(case, explained) if isinstance(case, Tuning) else infer.run(case, explained)
