@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes an environment of its own, then lints, type-checks and tests. Arguments go to pytest.
+# Tests marked slow are left out; "-m slow" runs them alone, "-m ''" runs all.
 #
 # MEGATRON_EE_TEST_VENV: where the environment is (default: .venv-test). See tools/setup_env.sh for PYTHON and
 # MEGATRON_EE_TORCH_INDEX.
@@ -22,4 +23,4 @@ step mypy
 step import-linter
 "$VENV_PYTHON" -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 step pytest
-"$VENV_PYTHON" -m pytest -n 2 "$@"
+"$VENV_PYTHON" -m pytest -n 2 -m "not slow" "$@"

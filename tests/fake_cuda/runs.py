@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+MODES = ("full", "threshold", "speculative")
+
 
 @dataclass(frozen=True)
 class Tuning:

@@ -8,10 +8,8 @@ from megatron_ee.testing.examples import MODELS
 
 from . import report
 from .checks import problems
-from .runs import Inference, Tuning
+from .runs import MODES, Inference, Tuning
 from .worker import Worker
-
-MODES = ("full", "threshold", "speculative")
 
 
 @pytest.mark.parametrize("example", MODELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +27,11 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
     def run(
         self, case: Tuning | Inference, *, fault: Fault = contextlib.nullcontext, explained: int | None = None
     ) -> Result:
-        """Run a case; raises what it raises there."""
+        """Run a case.
+
+        Raises:
+            RuntimeError: it raised, with its traceback.
+        """
         return self._pool.submit(_run, case, fault, explained).result()
 
     def __exit__(self, *_: object) -> None:
@@ -44,5 +49,8 @@ def _start() -> None:
 def _run(case: Tuning | Inference, fault: Fault, explained: int | None) -> Result:
     from . import infer, tune
 
-    with fault():
-        return tune.run(case, explained) if isinstance(case, Tuning) else infer.run(case, explained)
+    try:
+        with fault():
+            return tune.run(case, explained) if isinstance(case, Tuning) else infer.run(case, explained)
+    except Exception:  # errors of fake tensors cannot be sent to another process
+        raise RuntimeError(traceback.format_exc()) from None

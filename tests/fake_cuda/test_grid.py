@@ -1,0 +1,27 @@
+"""Every kind of exit, layout and mode at real size, as if on CUDA."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import report
+from .cases import inference_grid, tuning_grid
+from .checks import problems
+from .runs import Inference, Tuning
+from .worker import Worker
+
+pytestmark = pytest.mark.slow
+
+
+def _name(case: Tuning | Inference) -> str:
+    parts = [case.example, *case.overrides]
+    parts += [f"rank {case.rank}"] if isinstance(case, Tuning) else [case.mode, f"rows {case.rows}"]
+    parts += ["sampled"] if isinstance(case, Inference) and case.sampled else []
+    return " ".join(parts)
+
+
+@pytest.mark.parametrize("case", [*tuning_grid(), *inference_grid()], ids=_name)
+def test_run(case: Tuning | Inference, worker: Worker) -> None:
+    result = worker.run(case)
+    print(report.line(result), report.details(result), sep="\n")
+    assert problems(result) == []
