@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from .runs import Result
 
-HEADER = f"{'run':66} {'plan GB':>8} {'peak GB':>8} {'off':>6} {'launches':>8} {'syncs':>6}"
+HEADER = f"{'plan GB':>8} {'peak GB':>8} {'off':>6} {'launches':>8} {'syncs':>5}  run"
 
 
 def line(result: Result) -> str:
     """Configuration and rank, memory against the plan, launches and host syncs of a step, or of all requests."""
     return (
-        f"{result.name[:66]:66} {result.planned / 1e9:8.3f} {result.peak / 1e9:8.3f} {result.off:+6.1%} "
-        f"{result.launches:8,} {sum(result.syncs.values()):6,}\n    {result.where}"
+        f"{result.planned / 1e9:8.3f} {result.peak / 1e9:8.3f} {result.off:+6.1%} {result.launches:8,} "
+        f"{sum(result.syncs.values()):5,}  {result.name}; {result.where}"
     )
 
 

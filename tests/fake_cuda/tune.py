@@ -13,7 +13,6 @@ from megatron_ee.parallel.balance import resolve_layout
 from megatron_ee.parallel.groups import process_groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.plan import plan_run
-from megatron_ee.parallel.split_adam import RUN
 from megatron_ee.testing.examples import example_architecture, open_example
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.step import tuning_step
@@ -56,18 +55,12 @@ def run(case: Tuning, explained: int | None = None) -> Result:
             peak=max(before, watch.peak),
             launches=sum(watch.launches.values()),
             syncs=dict(watch.syncs),
-            units={"step": 1, "microbatch": case.microbatches, "run of a shard": _runs(optimizer)},
+            units={"step": 1, "microbatch": case.microbatches},
             attention=dict(watch.attention),
             faults=tuple(watch.faults),
             launches_by_place=dict(watch.places.most_common(12)),
             composition=watch.composition,
         )
-
-
-def _runs(optimizer: ExitOptimizer) -> int:
-    """Pieces of the trained parameters' shards that are updated at a time."""
-    sizes = [len(state.tensors["exp_avg"]) for state in optimizer.parameter_states()]
-    return sum(-(-size // RUN) for size in sizes)
 
 
 def _batch(config: RunConfig, number: int) -> Batch:
