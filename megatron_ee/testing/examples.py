@@ -64,9 +64,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def example_architecture(name: str) -> Architecture:
-    """Of the model that an example configuration names."""
-    return parse_architecture(MODELS[name])
+def example_architecture(name: str, window: int | None = None) -> Architecture:
+    """Of the model that an example configuration names; with ``window``, of a Mistral of its shape."""
+    changes = {} if window is None else {"architectures": ["MistralForCausalLM"], "sliding_window": window}
+    return parse_architecture({**MODELS[name], **changes})
 
 
 def open_example(

@@ -43,6 +43,8 @@ def tuning_grid() -> list[Tuning]:
     cases.append(Tuning("llama2_7b", overrides=(*few, "--loss.dynamic_token_weights", "true")))
     cases.append(Tuning("llama2_7b", overrides=(*few, "--loss.chunk_tokens", "128")))
     cases.append(Tuning("llama2_7b", rank=3, processes=4, overrides=few))
+    # A window shorter than the sequence, with key-value heads that queries share.
+    cases.append(Tuning("llama2_70b", overrides=exits("layer", "own", 2, 4), window=512))
     # A stage of exits alone.
     places = "[{layers: [1, 2], exits: [2]}, {layers: [3, 4]}, {exits: [4]}]"
     alone = ("--parallel.pipeline", "3", "--parallel.layout", places)
@@ -58,6 +60,7 @@ def inference_grid() -> list[Inference]:
         cases.append(Inference("llama2_7b", mode, exits("mlp", "own", 8, 16), rows=3))
         cases.append(Inference("llama2_7b", mode, exits("mlp", "own", 8, 16), sampled=True))
         cases.append(Inference("llama3.1_8b", mode, exits("mlp", "own", 8, 16), rows=2, sampled=True))
+    cases.append(Inference("llama2_7b", "threshold", exits("mlp", "own", 8, 16), window=256))
     for body, head in (("embedding", "own"), ("norm", "shared"), ("layer", "low_rank")):
         cases.append(Inference("llama2_7b", "threshold", exits(body, head, 8, 16)))
         cases.append(Inference("llama2_7b", "speculative", exits(body, head, 8, 16)))

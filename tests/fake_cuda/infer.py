@@ -26,7 +26,7 @@ PROMPT = 600
 
 def run(case: Inference, explained: int | None = None) -> Result:
     """Load a stage as ``inference.loading`` does, without values, and answer requests; prompts are counted too."""
-    architecture = example_architecture(case.example)
+    architecture = example_architecture(case.example, case.window)
     config, specs, _ = open_example(case.example, case.overrides)
     tensor = config.parallel.tensor
     layout = even_layout(architecture.num_layers, 1)
@@ -62,8 +62,11 @@ def run(case: Inference, explained: int | None = None) -> Result:
                 emitted += sum(len(event.tokens) for event in engine.step())
                 if watch.live - built > held:
                     held, claimed = watch.live - built, core.budget.used
+        window = () if case.window is None else (f"window {case.window}",)
         return Result(
-            name=" ".join((f"infer {case.example} {case.mode}", *(["sampled"] * case.sampled), *case.overrides)),
+            name=" ".join(
+                (f"infer {case.example} {case.mode}", *(["sampled"] * case.sampled), *case.overrides, *window)
+            ),
             where=f"rank 0 of {tensor}, {case.rows} rows",
             planned=claimed,
             peak=held,

@@ -17,6 +17,7 @@ class Tuning:
         processes: of the run; None for as many as the example starts.
         overrides: of the configuration, as on the command line.
         microbatches: of one data-parallel replica in a step: enough to fill, run and drain the stages.
+        window: sliding window that the model is given.
     """
 
     example: str
@@ -24,6 +25,7 @@ class Tuning:
     processes: int | None = None
     overrides: tuple[str, ...] = ()
     microbatches: int = 2
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Inference:
         rows: requests at a time.
         tokens: that each emits.
         sampled: draw tokens; otherwise take the likeliest.
+        window: sliding window that the model is given.
     """
 
     example: str
@@ -45,6 +48,7 @@ class Inference:
     rows: int = 1
     tokens: int = 8
     sampled: bool = False
+    window: int | None = None
 
 
 @dataclass(frozen=True)

@@ -40,15 +40,15 @@ def first_device() -> Iterator[None]:
     """A tensor on another rank's device."""
     import torch
 
-    from megatron_ee.tuning import schedule
+    from megatron_ee.model.exits import Exit
 
-    upload = schedule.to_device
+    forward = Exit.forward
 
-    def to_device(batch: Any) -> Any:
+    def elsewhere(self: Exit, *args: Any, **kwargs: Any) -> Any:
         torch.zeros(8, device="cuda:0")
-        return upload(batch)
+        return forward(self, *args, **kwargs)
 
-    with mock.patch.object(schedule, "to_device", to_device):
+    with mock.patch.object(Exit, "forward", elsewhere):
         yield
 
 
@@ -125,7 +125,7 @@ def test_a_tensor_on_the_host(worker: Worker) -> None:
 @pytest.mark.parametrize(
     ("case", "fault", "found"),
     [
-        (TUNING, first_device, "device: tuning/schedule.py Pipeline.run: a tensor on cuda:0, not cuda:1"),
+        (TUNING, first_device, "device: tuning/step.py tuning_step: a tensor on cuda:0, not cuda:1"),
         (TUNING, host_tensor_in_a_collective, "device: tuning/step.py tuning_step: a tensor on cpu in a collective of"),
         (TUNING, read_value, "host sync: tuning/step.py tuning_step: 1 of kind read, which host_syncs.toml does not"),
         (TUNING, unplanned_copy, "memory: "),

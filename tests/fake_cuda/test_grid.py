@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 def _name(case: Tuning | Inference) -> str:
     parts = [case.example, *case.overrides]
     parts += [f"rank {case.rank}"] if isinstance(case, Tuning) else [case.mode, f"rows {case.rows}"]
+    parts += [] if case.window is None else [f"window {case.window}"]
     parts += ["sampled"] if isinstance(case, Inference) and case.sampled else []
     return " ".join(parts)
 

@@ -28,7 +28,7 @@ def run(case: Tuning, explained: int | None = None) -> Result:
     Args:
         explained: bytes whose composition is wanted, such as an earlier result's ``peak``.
     """
-    architecture = example_architecture(case.example)
+    architecture = example_architecture(case.example, case.window)
     config, specs, processes = open_example(case.example, case.overrides, case.processes)
     rank, parallel, taught = case.rank % processes, config.parallel, config.loss.distillation.kl > 0
     layout = resolve_layout(parallel, specs, architecture, config.data.sequence_length, taught)
@@ -47,9 +47,10 @@ def run(case: Tuning, explained: int | None = None) -> Result:
             before = watch.peak
             watch.restart()
             tuning_step(pipeline, optimizer, counted, config.loss, 1.0)
+        window = () if case.window is None else (f"window {case.window}",)
         index, tensor, data = (group.rank() for group in (groups.pipeline, groups.tensor, groups.data))
         return Result(
-            name=" ".join((f"tune {case.example}", *case.overrides)),
+            name=" ".join((f"tune {case.example}", *case.overrides, *window)),
             where=f"rank {rank} of {processes}: stage {index}, tensor {tensor}, data {data}",
             planned=plan.stages[index].memory.total,
             peak=max(before, watch.peak),

@@ -143,14 +143,15 @@ class Watch(TorchDispatchMode):
 
     def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
-        source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
-        non_blocking = kwargs.get("non_blocking", False) or (
-            func is torch.ops.aten.copy_.default and args[2:] == (True,)
-        )
-        if source.device.type != result.device.type:
-            host = source if result.is_cuda else result
-            if not non_blocking or (result.is_cuda and not self._is_pinned(host)):
-                self.wait("upload" if result.is_cuda else "download")
+        makes = func is torch.ops.aten._to_copy.default
+        source = args[0] if makes else args[1]
+        if source.device.type == result.device.type:
+            return result
+        downloads, host = source.is_cuda, result if source.is_cuda else source
+        non_blocking = kwargs.get("non_blocking", False) or (not makes and args[2:] == (True,))
+        # What torch itself makes for a download that is not waited for is page-locked.
+        if not non_blocking or not ((makes and downloads) or self._is_pinned(host)):
+            self.wait("download" if downloads else "upload")
         return result
 
     def _sized_by_values(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
