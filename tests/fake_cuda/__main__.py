@@ -25,11 +25,11 @@ def main() -> None:
     cases: list[Tuning | Inference] = [*tuning_grid(), *inference_grid()]
     if not arguments.grid:
         cases = [*(Tuning(name, -1) for name in MODELS)]
-        cases += [Inference(name, mode, tokens=4) for name in MODELS for mode in MODES]
+        cases += [Inference(name, mode) for name in MODELS for mode in MODES]
     print(report.HEADER)
     with Worker() as worker:
         for case in cases:
-            if not all(text in repr(case) for text in arguments.text):
+            if not all(text in case.name for text in arguments.text):
                 continue
             result = worker.run(case)
             print(report.line(result), flush=True)

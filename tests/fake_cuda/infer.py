@@ -42,8 +42,8 @@ def run(case: Inference, explained: int | None = None) -> Result:
             assert engine is not None, "the first rank has the engine"
             built = watch.live
             watch.restart()
-            # Confident at every second exit that is asked, and drafts that sometimes differ from what is verified.
-            watch.answer(floats=[0.9, 0.3], integers=[1, 1, 1, 2])
+            # Heads answer with a token and its probability: some are confident, and drafts sometimes prove wrong.
+            watch.answer(floats=[0.9, 0.3, 1.9], integers=[1, 1, 1, 2])
             sampling = Sampling(temperature=0.8, top_p=0.9) if case.sampled else Sampling()
             for row in range(case.rows):
                 engine.submit(
@@ -62,12 +62,9 @@ def run(case: Inference, explained: int | None = None) -> Result:
                 emitted += sum(len(event.tokens) for event in engine.step())
                 if watch.live - built > held:
                     held, claimed = watch.live - built, core.budget.used
-        window = () if case.window is None else (f"window {case.window}",)
         return Result(
-            name=" ".join(
-                (f"infer {case.example} {case.mode}", *(["sampled"] * case.sampled), *case.overrides, *window)
-            ),
-            where=f"rank 0 of {tensor}, {case.rows} rows",
+            name=case.name,
+            where=f"rank 0 of {tensor}",
             planned=claimed,
             peak=held,
             launches=sum(watch.launches.values()),

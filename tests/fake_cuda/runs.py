@@ -27,6 +27,11 @@ class Tuning:
     microbatches: int = 2
     window: int | None = None
 
+    @property
+    def name(self) -> str:
+        """What tells it from other cases."""
+        return _named("tune", self.example, *self.overrides, rank=self.rank, window=self.window)
+
 
 @dataclass(frozen=True)
 class Inference:
@@ -46,9 +51,19 @@ class Inference:
     mode: str
     overrides: tuple[str, ...] = ()
     rows: int = 1
-    tokens: int = 8
+    tokens: int = 4
     sampled: bool = False
     window: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells it from other cases."""
+        sampled = ["sampled"] if self.sampled else []
+        return _named("infer", self.example, self.mode, *sampled, *self.overrides, rows=self.rows, window=self.window)
+
+
+def _named(*words: str, **numbers: int | None) -> str:
+    return " ".join([*words, *(f"{name} {number}" for name, number in numbers.items() if number is not None)])
 
 
 @dataclass(frozen=True)
@@ -56,8 +71,8 @@ class Result:
     """What one rank did.
 
     Attributes:
-        name: of the run.
-        where: the rank among all, and its place.
+        name: the case's.
+        where: the rank among all, and its place in the layout.
         planned: bytes by the package's own plan.
         peak: bytes at most.
         launches: kernels and collectives of a step, or of all requests.

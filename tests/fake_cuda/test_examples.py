@@ -23,6 +23,6 @@ def test_tuning_step(example: str, worker: Worker) -> None:
 @pytest.mark.parametrize("example", MODELS)
 def test_inference(example: str, worker: Worker) -> None:
     for mode in MODES:
-        result = worker.run(Inference(example, mode, tokens=4))
+        result = worker.run(Inference(example, mode))
         print(report.line(result), report.details(result), sep="\n")
         assert problems(result) == [], mode

@@ -13,15 +13,7 @@ from .worker import Worker
 pytestmark = pytest.mark.slow
 
 
-def _name(case: Tuning | Inference) -> str:
-    parts = [case.example, *case.overrides]
-    parts += [f"rank {case.rank}"] if isinstance(case, Tuning) else [case.mode, f"rows {case.rows}"]
-    parts += [] if case.window is None else [f"window {case.window}"]
-    parts += ["sampled"] if isinstance(case, Inference) and case.sampled else []
-    return " ".join(parts)
-
-
-@pytest.mark.parametrize("case", [*tuning_grid(), *inference_grid()], ids=_name)
+@pytest.mark.parametrize("case", [*tuning_grid(), *inference_grid()], ids=lambda case: case.name)
 def test_run(case: Tuning | Inference, worker: Worker) -> None:
     result = worker.run(case)
     print(report.line(result), report.details(result), sep="\n")

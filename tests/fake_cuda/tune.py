@@ -47,10 +47,9 @@ def run(case: Tuning, explained: int | None = None) -> Result:
             before = watch.peak
             watch.restart()
             tuning_step(pipeline, optimizer, counted, config.loss, 1.0)
-        window = () if case.window is None else (f"window {case.window}",)
         index, tensor, data = (group.rank() for group in (groups.pipeline, groups.tensor, groups.data))
         return Result(
-            name=" ".join((f"tune {case.example}", *case.overrides, *window)),
+            name=case.name,
             where=f"rank {rank} of {processes}: stage {index}, tensor {tensor}, data {data}",
             planned=plan.stages[index].memory.total,
             peak=max(before, watch.peak),
