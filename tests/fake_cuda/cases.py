@@ -41,7 +41,7 @@ def tuning_grid() -> list[Tuning]:
     few = exits("mlp", "own", 2, 4)
     cases.append(Tuning("llama2_7b", overrides=(*few, "--model.dtype", "float32")))
     cases.append(Tuning("llama2_7b", overrides=(*few, "--loss.dynamic_token_weights", "true")))
-    cases.append(Tuning("llama2_7b", overrides=(*few, "--loss.chunk_tokens", "128")))
+    cases.append(Tuning("llama2_7b", overrides=(*few, "--loss.chunk_tokens", "256")))
     cases.append(Tuning("llama2_7b", rank=3, processes=4, overrides=few))
     # A window shorter than the sequence, with key-value heads that queries share.
     cases.append(Tuning("llama2_70b", overrides=exits("layer", "own", 2, 4), window=512))
