@@ -21,8 +21,9 @@ setup(
     package_data={"megatron_ee.model.bfloat16": ["*.cpp", "*.h"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
-        "torch>=2.11,<2.14",
-        "megatron-core==0.16.1",
+        "torch>=2.11,<2.15",
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",  # from 0.17 on it needs Python 3.12
         "transformers>=5.17,<6",
         "tokenizers>=0.22,<0.24",
         "safetensors>=0.6,<0.9",

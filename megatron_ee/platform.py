@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import resource
@@ -275,14 +276,16 @@ def _hidden(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Import megatron-core without its words about missing optional packages, any apex, and torch's compiler.
+    """Import megatron-core without words about missing optional packages or CUDA, any apex, and torch's compiler.
 
     It takes whatever apex goes by that name, with kernels or without: ``parallel.adam`` finds out which one works.
     And it marks fused functions for compilation, none of which are used here, which would make every process load
     the compiler: two thirds of the time that the imports take, and half of their memory.
     """
     uncompiled = mock.patch.object(torch, "compile", lambda function: function)
-    with warnings.catch_warnings(), _hidden("apex", "amp_C"), uncompiled:
+    # A build of torch with CUDA says so where it finds a CUDA compiler, but no GPU.
+    no_cuda = mock.patch.object(logging.getLogger("torch.utils.cpp_extension"), "disabled", True)
+    with warnings.catch_warnings(), _hidden("apex", "amp_C"), uncompiled, no_cuda:
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
         # Of its decorators, which torch has renamed since.
@@ -310,6 +313,8 @@ def quiet_runtime() -> None:
     warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf.*")
     warnings.filterwarnings("ignore", message=".*tp_group is None, using default tp group.*")
     warnings.filterwarnings("ignore", message=".*set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*")
+    # From 0.18 on it advises to compute the layout of its buffers ahead, which comes out the same.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
 
 
 class _CudaOnCpu(TorchFunctionMode):
@@ -344,6 +349,7 @@ def stand_in() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in {
             "current_device": lambda: torch.device("cpu"),
+            "current_stream": lambda *_: None,  # where megatron-core would wait for CUDA graphs that there are none of
             "synchronize": lambda *_: None,
             "empty_cache": lambda: None,
         }.items():

@@ -28,7 +28,7 @@ python_has_cuda_torch() {
 import re, sys, torch
 release = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", torch.__version__).groups())
 early = release == (2, 11) and re.match(r"[\d.]+(a|b|rc|\.dev)", torch.__version__)  # sorts before 2.11
-sys.exit(not ((2, 11) <= release < (2, 14) and not early and torch.cuda.is_available()))
+sys.exit(not ((2, 11) <= release < (2, 15) and not early and torch.cuda.is_available()))
 PYTHON
 }
 

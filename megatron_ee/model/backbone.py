@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.model.attention import make_positions, packed_positions, rope_frequencies
 from megatron_ee.model.layer import DecoderLayer
-from megatron_ee.model.linear import mark_sharded
+from megatron_ee.parallel.core_versions import mark_sharded
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import Positions

@@ -25,8 +25,9 @@ from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
 from megatron_ee.model.layer import MLP, DecoderLayer
-from megatron_ee.model.linear import mark_sharded, product
+from megatron_ee.model.linear import product
 from megatron_ee.model.metrics import TokenStats
+from megatron_ee.parallel.core_versions import mark_sharded
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import LayerCache, Positions

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.model import kernels
+from megatron_ee.parallel.core_versions import mark_sharded
 
 with platform.quiet_imports():
     from megatron.core.tensor_parallel import (
@@ -18,7 +19,6 @@ with platform.quiet_imports():
         RowParallelLinear,
         gather_from_sequence_parallel_region,
         reduce_from_tensor_model_parallel_region,
-        set_tensor_model_parallel_attributes,
     )
 
 if TYPE_CHECKING:
@@ -99,15 +99,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``; the last dimension is normalised in float32."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-def mark_sharded(parameter: nn.Parameter, dim: int) -> None:
-    """Mark a parameter as one of the parts that tensor-parallel ranks hold, cut along ``dim``.
-
-    Gradient norms count the others once for all these ranks. megatron-core marks weights when it initialises them,
-    which it is told not to do.
-    """
-    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
 def _left_empty(weight: Tensor) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.model.linear import LayerSpec
+from megatron_ee.parallel.core_versions import without_cuda_graphs
 from megatron_ee.parallel.costs import padded_vocab
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.tiles import Tiles, accelerator_tiles
@@ -96,7 +97,7 @@ def build_setup(
         # The loss is divided by the global batch's token count, so gradients are summed over data-parallel ranks.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
-        cuda_graph_scope=[],  # what its default, deprecated, is turned into with a warning
+        **without_cuda_graphs(),
     )
     tensor = groups.tensor.size()
     rows = padded_vocab(architecture.vocab_size, tensor) // tensor

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
 from megatron_ee.parallel.adam import adam_class, adam_steps, inside_megatron, prepare_adam, set_adam_steps
+from megatron_ee.parallel.core_versions import gather_no_weights
 from megatron_ee.parallel.groups import Groups
 
 with platform.quiet_imports():
@@ -54,15 +55,6 @@ class ParameterState:
     tensors: dict[str, Tensor]
 
 
-class _ExitWrapper(DistributedDataParallel):  # type: ignore[misc]
-    """megatron-core's, which on one rank would gather every weight from that rank alone: gloo copies it for that."""
-
-    def start_param_sync(self, *arguments: Any, **options: Any) -> None:
-        """After an update: gather the updated weights from the data-parallel ranks."""
-        if self.dp_group.size() > 1:
-            super().start_param_sync(*arguments, **options)
-
-
 class ExitOptimizer:
     """Gradient buffers, reduction, clipping, AdamW and learning-rate schedule of the exits on this stage."""
 
@@ -91,8 +83,12 @@ class ExitOptimizer:
         )
         with platform.translated():
             self.wrappers = {
-                exit_: _ExitWrapper(config, data_parallel, exit_, pg_collection=groups.collection) for exit_ in trained
+                exit_: DistributedDataParallel(config, data_parallel, exit_, pg_collection=groups.collection)
+                for exit_ in trained
             }
+            if groups.data.size() == 1:
+                for wrapper in self.wrappers.values():
+                    gather_no_weights(wrapper)
             core = CoreOptimizerConfig(
                 optimizer="adam",
                 lr=optimizer.lr,
@@ -106,7 +102,7 @@ class ExitOptimizer:
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
             )
-            with inside_megatron(chosen, core):
+            with inside_megatron(chosen, core), platform.quiet_imports():  # it imports models of all kinds
                 self.optimizer = get_megatron_optimizer(
                     core,
                     list(self.wrappers.values()),

@@ -16,7 +16,7 @@ from megatron_ee.errors import UserError
 from megatron_ee.inference.assembly import free_memory
 
 cpu_only = pytest.mark.skipif(platform.has_accelerator(), reason="the stand-in does nothing on a GPU")
-NAMES = ("current_device", "synchronize", "empty_cache")
+NAMES = ("current_device", "current_stream", "synchronize", "empty_cache")
 
 
 def cuda_functions() -> list[object]:

@@ -356,9 +356,9 @@ APEX_ADAM = """
 import torch
 class FusedAdam(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
-                 weight_decay=0.0):
+                 weight_decay=0.0, capturable=False):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        assert adam_w_mode
+        assert adam_w_mode and not capturable
         {construct}
     @torch.no_grad()
     def step(self, closure=None):
