@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,14 @@ def test_python_is_chosen_or_asked_for(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.startswith(f"error: none of {old} is Python 3.11 or 3.12 with venv and ensurepip;")
+
+
+def test_an_installed_torch_is_used_within_the_range_of_setup(tmp_path: Path) -> None:
+    first, beyond = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "setup.py").read_text(encoding="utf-8")).groups()  # type: ignore[union-attr]
+    cuda = "from types import SimpleNamespace\ncuda = SimpleNamespace(is_available=lambda: True)\n"
+    (tmp_path / "torch.py").write_text(f"import os\n{cuda}__version__ = os.environ['VERSION']\n")
+    last = f"2.{int(beyond.split('.')[1]) - 1}.1+cu130"
+    versions = {f"{first}.0": "yes", last: "yes", f"{beyond}.0": "no", f"{first}.0a0+git": "no", "1.13.1": "no"}
+    loop = f"for VERSION in {' '.join(versions)}; do export VERSION; python_has_cuda_torch '{sys.executable}'"
+    result = bash(f"{loop} && echo yes || echo no; done", PYTHONPATH=str(tmp_path))
+    assert result.stdout.split() == list(versions.values()), result.stderr
