@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee.commands import Parser
+from megatron_ee.errors import ConfigError
 
 DESCRIPTION = (
     "Train exits on a frozen model. Any key of the configuration can be given on the command line too, after the "
@@ -35,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line; ``overrides`` holds the dotted options."""
     result = _TuneParser("tune", DESCRIPTION)
     result.usage = (
-        "%(prog)s --config FILE [--dotted.key VALUE ...] --output DIR [--resume | --init-adapter DIR | --debug]"
+        "%(prog)s --config FILE [--dotted.key VALUE ...] --output DIR "
+        "[--resume [--allow-new-data] | --init-adapter DIR | --debug]"
     )
     result.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's configuration, YAML")
     result.add_argument(
@@ -47,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     )
     start = result.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    result.add_argument(
+        "--allow-new-data",
+        action="store_true",
+        help="with --resume: go on though the corpora have changed, at the same place in the new ones",
+    )
     start.add_argument("--init-adapter", type=Path, metavar="DIR", help="start from the exits of this adapter")
     start.add_argument(
         "--debug",
@@ -61,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load and check the configuration, then tune."""
+    if arguments.allow_new_data and not arguments.resume:
+        raise ConfigError("--allow-new-data: has a meaning only with --resume; leave it out")
     from megatron_ee.config.check import check_model_path
     from megatron_ee.config.load import load_config
 
@@ -79,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         config,
         output=arguments.output,
         resume=arguments.resume,
+        allow_new_data=arguments.allow_new_data,
         init_adapter=arguments.init_adapter,
         make_validator=partial(make_validator, arguments.output),
     )

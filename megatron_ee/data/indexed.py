@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ee.errors import DataError
+from megatron_ee.progress import track
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 COUNTED = 20_000_000
 """Tokens that say enough about how frequent each is."""
+SCANNED = 2**24
+"""Tokens that are looked at between two updates of a progress bar."""
+BLOCK, BLOCKS = 64 * 1024, 256
+"""Bytes of a sample of a file, and samples of each file: smaller files are read whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,7 @@ class CorpusMetadata:
         mask_sha256: of ``PREFIX.mask.bin``, or None without masks.
         largest_id: the largest token id that occurs; None in older files.
         largest_token: that token, as the tokenizer spells it.
+        tokenizer_sha256: of what decides the ids of a text, see ``data.fingerprint``; None in older files.
     """
 
     tokenizer: str
@@ -55,6 +61,7 @@ class CorpusMetadata:
     mask_sha256: str | None = None
     largest_id: int | None = None
     largest_token: str | None = None
+    tokenizer_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +97,31 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of tokens, masks and document boundaries; computed from the files where no metadata has it."""
-        tokens = self.metadata.sha256 if self.metadata else sha256(file_of(self.prefix, ".bin"))
+        """Digest of tokens, masks and document boundaries.
+
+        Without metadata it is of samples of the files, so that it takes no time for corpora of any size; together with
+        the lengths of all documents they identify a corpus.
+        """
+        tokens = self.metadata.sha256 if self.metadata else sampled_sha256(file_of(self.prefix, ".bin"))
         masks = self.metadata.mask_sha256 if self.metadata else None
         if self.masks is not None and masks is None:
-            masks = sha256(file_of(self.prefix, ".mask.bin"))
+            masks = sampled_sha256(file_of(self.prefix, ".mask.bin"))
         lengths = hashlib.sha256(self.lengths.tobytes()).hexdigest()
         return hashlib.sha256(f"{tokens} {masks} {lengths}".encode()).hexdigest()
 
     def every_token(self) -> NDArray[Any]:
         """The tokens of all documents one after another, ``[tokens]``, memory-mapped."""
         return np.memmap(file_of(self.prefix, ".bin"), dtype=self.tokens.index.dtype, mode="r")
+
+    def largest_id(self) -> int:
+        """Largest token id, found by reading all tokens; shows its progress."""
+        tokens, largest = self.every_token(), 0
+        with track(tokens.nbytes, "B", f"reading the tokens of {self.prefix}") as bar:
+            for start in range(0, len(tokens), SCANNED):
+                part = tokens[start : start + SCANNED]
+                largest = max(largest, int(part.max()))
+                bar.advance(part.nbytes)
+        return largest
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         """Check that the model knows every token. Tokens of the tokenizer that do not occur may be unknown.
@@ -114,7 +135,7 @@ class Corpus:
         if metadata is not None and metadata.largest_id is not None:
             largest, token = metadata.largest_id, f"token {metadata.largest_token!r} (id {metadata.largest_id})"
         else:
-            largest = int(self.every_token().max())
+            largest = self.largest_id()
             token = f"token id {largest}"
         if largest >= model_vocab_size:
             raise DataError(
@@ -172,6 +193,20 @@ def sha256(path: Path) -> str:
     """Digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sampled_sha256(path: Path) -> str:
+    """Digest of a file's size and of ``BLOCKS`` blocks spread evenly over it; of all its bytes if these are fewer."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= BLOCK * BLOCKS:
+            digest.update(file.read())
+        else:
+            for offset in np.linspace(0, size - BLOCK, BLOCKS).astype(np.int64):
+                file.seek(int(offset))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def _open_dataset(prefix: Path, corpus: Path) -> IndexedDataset:

@@ -242,12 +242,13 @@ def validation_windows(
 
 
 def open_data(
-    config: DataConfig, model_vocab_size: int, validation_sequences: int = 0
+    config: DataConfig, model_vocab_size: int | None, validation_sequences: int = 0
 ) -> tuple[PackedBlend, ValidationWindows | None]:
     """The blend to tune on and the windows to validate on, or None where none are configured.
 
     Args:
-        model_vocab_size: tokens that the model knows.
+        model_vocab_size: tokens that the model knows; None where another rank checks that it knows all of a corpus,
+            for which one without a description is read as a whole.
         validation_sequences: largest number of windows; 0 for all.
 
     Raises:
@@ -270,12 +271,13 @@ def open_data(
     return blend, windows
 
 
-def _open_blend(entries: Sequence[str | CorpusConfig], vocab_size: int) -> tuple[list[Corpus], list[float]]:
+def _open_blend(entries: Sequence[str | CorpusConfig], vocab_size: int | None) -> tuple[list[Corpus], list[float]]:
     """Corpora and weights of a configured blend."""
     settings = [entry if isinstance(entry, CorpusConfig) else CorpusConfig(entry) for entry in entries]
     corpora = [open_corpus(Path(setting.path)) for setting in settings]
-    for corpus in corpora:
-        corpus.check_vocabulary(vocab_size)
+    if vocab_size is not None:
+        for corpus in corpora:
+            corpus.check_vocabulary(vocab_size)
     return corpora, [setting.weight for setting in settings]
 
 

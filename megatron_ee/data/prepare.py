@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_ee.children import follow
 from megatron_ee.data.encode import Encoded, EncodeOptions, PieceEncoder
+from megatron_ee.data.fingerprint import tokenizer_digests
 from megatron_ee.data.indexed import CorpusMetadata, file_of
 from megatron_ee.data.read import JSON_LINES, Piece, check_inputs, read_pieces
 from megatron_ee.data.tokenizer_files import read_template
@@ -97,6 +98,7 @@ def prepare_corpus(
             eos_id=encoder.eos_id,
             largest_id=writer.largest_id,
             largest_token=encoder.tokenizer.name_of(writer.largest_id),
+            tokenizer_sha256=next(iter(tokenizer_digests(Path(tokenizer_path))), None),
             **writer.finish(),
         )
         files = writer.commit(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")

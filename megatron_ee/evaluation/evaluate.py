@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig, ValidationConfig
+from megatron_ee.data.checks import check_tokenizer
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
 from megatron_ee.errors import CheckpointError, ConfigError
@@ -29,7 +31,14 @@ from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.model.stage import Stage, build_stage
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.balance import even_layout
-from megatron_ee.parallel.groups import Groups, gather_objects, joined_processes, model_groups, world_size
+from megatron_ee.parallel.groups import (
+    Groups,
+    gather_objects,
+    joined_processes,
+    launched_rank,
+    model_groups,
+    world_size,
+)
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.progress import track
@@ -153,7 +162,10 @@ def _open_subject(
     if length > arch.max_positions:
         raise ConfigError(f"--sequence-length: {length} is more than the model's {arch.max_positions} positions")
     corpus = open_corpus(data)
-    corpus.check_vocabulary(arch.vocab_size)
+    if launched_rank() == 0:  # for all: a corpus without a description is read as a whole
+        corpus.check_vocabulary(arch.vocab_size)
+        for line in check_tokenizer([("--data", corpus)], saved.path):
+            print(line, file=sys.stderr, flush=True)
     windows = validation_windows([corpus], length, sequences)
     return _Subject(saved, find_exits(saved, adapter, verify=verify), windows)
 

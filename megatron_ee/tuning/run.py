@@ -32,6 +32,7 @@ from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_to_dict
 from megatron_ee.config.schema import RunConfig
+from megatron_ee.data.checks import changed_data, check_data, describe_data
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
 from megatron_ee.errors import ConfigError, Interrupted
 from megatron_ee.model.setup import ModelSetup, build_setup
@@ -76,6 +77,7 @@ def tune(
     init_adapter: Path | None,
     make_validator: MakeValidator,
     open_model: Callable[..., SavedModel] = open_model,
+    allow_new_data: bool = False,
     around: Callable[[Trainer], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     command: str = "tune",
 ) -> int:
@@ -83,11 +85,12 @@ def tune(
 
     Leaves in ``output``: ``adapter/``, ``adapter-best/``, ``checkpoints/step-N/``, ``log.jsonl``, ``tensorboard/``,
     ``config.json``, ``status.json``. ``open_model`` gives the model at a path, or the part of it that is to be tuned;
-    ``around`` is open while the trainer runs; ``command`` is written into the output's marker.
+    ``around`` is open while the trainer runs; ``command`` is written into the output's marker;
+    ``allow_new_data`` lets ``resume`` go on with other corpora.
 
     Raises:
-        ConfigError: a setting that is impossible for this model, or ``output`` holds another run, or anything else
-            that this command did not write.
+        ConfigError: a setting that is impossible for this model, or ``output`` holds another run, or one with
+            other corpora, or anything else that this command did not write.
         CheckpointError: the model, adapter or checkpoint cannot be used.
         DataError: a corpus cannot be used.
     """
@@ -110,7 +113,9 @@ def tune(
                 _owned(output, command, resume, groups),
                 reported_status(output, steps, progress, interrupt, enabled=groups.is_main),
             ):
-                trainer = _prepare(config, inputs, groups, output, resume, progress, make_validator, interrupt)
+                trainer = _prepare(
+                    config, inputs, groups, output, resume, allow_new_data, progress, make_validator, interrupt
+                )
                 settings = config_to_dict(config)
                 log = RunLog(output, config.logging, progress.step, settings=settings, enabled=groups.is_main)
                 with log, around(trainer):
@@ -154,7 +159,10 @@ def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Calla
         described = open_adapter(init_adapter, verify=False)
         check_settings(described, model)
         check_fits(described, specs, arch)
-    blend, windows = open_data(config.data, arch.vocab_size, config.validation.sequences)
+    first = launched_rank() == 0
+    blend, windows = open_data(config.data, arch.vocab_size if first else None, config.validation.sequences)
+    for line in check_data(config.data, model.path) if first else ():
+        print(line, file=sys.stderr, flush=True)
     # Hashed last: what its description and the data show takes no time.
     adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None
     return _Inputs(config, model, specs, layout, adapter, blend, windows)
@@ -166,6 +174,7 @@ def _prepare(
     groups: Groups,
     output: Path,
     resume: bool,
+    allow_new_data: bool,
     progress: Progress,
     make_validator: MakeValidator,
     interrupt: Interrupt,
@@ -178,12 +187,14 @@ def _prepare(
     model, specs, layout = inputs.model, inputs.specs, inputs.layout
     description = _description(config, specs, model)
     interrupt.check_together(groups)  # what came while libraries were imported
+    description["data"] = groups.together(lambda: describe_data(config.data) if groups.is_main else {})[0]
+    leave_out = {"data"} if allow_new_data else set()
     if resume:
-        _check_resumable(config, output, description, groups)
+        _check_resumable(config, output, _without(description, leave_out), groups)
     digest = groups.together(lambda: _backbone_digest(model, interrupt) if groups.is_main else "")[0]
     description["backbone_sha256"] = digest
     if resume:
-        _check_resumable(config, output, description, groups)
+        _check_resumable(config, output, _without(description, leave_out), groups)
     if inputs.adapter is not None:
         check_backbone(inputs.adapter, digest, config.model.path)
     dtype, distillation = platform.DTYPES[config.model.dtype], config.loss.distillation
@@ -197,7 +208,7 @@ def _prepare(
     _load(stage, model, inputs.adapter, config.tuning.seed, interrupt)
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, config.tuning.steps)
     if resume:
-        _resume(config, output, stage, optimizer, description, progress)
+        _resume(config, output, stage, optimizer, description, leave_out, progress)
     if groups.is_main:
         write_json(output / "config.json", config_to_dict(config))
     return Trainer(
@@ -286,18 +297,25 @@ def _resume(
     stage: Stage,
     optimizer: ExitOptimizer,
     description: dict[str, Any],
+    leave_out: set[str],
     progress: Progress,
 ) -> None:
-    """Go on from the newest good checkpoint, or from the beginning where there is none yet."""
+    """Go on from the newest good checkpoint, or from the beginning where there is none yet.
+
+    Args:
+        leave_out: parts of ``description`` that may differ from the checkpoint's.
+    """
     groups = stage.setup.groups
 
     def report(line: str) -> None:
         if groups.is_main:
             print(line, file=sys.stderr, flush=True)
 
-    def load(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
+    def load(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any], list[str]]:
         made_with = checkpoint.metadata.get("config")
-        return load_state(checkpoint, stage, optimizer, description), made_with if isinstance(made_with, dict) else {}
+        made_with = made_with if isinstance(made_with, dict) else {}
+        new_data = changed_data(checkpoint.metadata.get("data"), description["data"])
+        return load_state(checkpoint, stage, optimizer, _without(description, leave_out)), made_with, new_data
 
     found = load_latest(
         output / "checkpoints",
@@ -312,10 +330,18 @@ def _resume(
         return
     for name, value in dataclasses.asdict(found[0]).items():
         setattr(progress, name, value)
+    for line in found[2]:
+        report(line)
+        if line.startswith("data.validation"):
+            progress.best_loss = progress.best_step = None  # on text that is no longer there
     changed = [name for name, value in description["config"].items() if found[1].get(name) != value]
     if changed:
         report(f"the configuration changed since the checkpoint was made, in: {', '.join(changed)}")
     report(f"going on after step {progress.step}")
+
+
+def _without(description: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in description.items() if key not in keys}
 
 
 def _description(config: RunConfig, specs: tuple[ExitSpec, ...], model: SavedModel) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.checkpoint.writing import Piece
 from megatron_ee.config.architecture import changed_settings
-from megatron_ee.errors import CheckpointError
+from megatron_ee.data.checks import changed_data
+from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.split_adam import join, remainder_of
@@ -103,13 +104,14 @@ def saved_step(path: Path) -> int:
 
 
 def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another backbone, dtype or exits, from its metadata alone.
+    """Refuse a checkpoint of another backbone, dtype, exits or data, from its metadata alone.
 
     Args:
         description: as for ``save_state``; what it leaves out is not compared.
 
     Raises:
         CheckpointError: naming what differs.
+        ConfigError: naming the key of a corpus that has other content.
     """
     recorded, found = checkpoint.metadata.get(SETTINGS), description.get(SETTINGS)
     if isinstance(recorded, dict) and found is not None and (changed := changed_settings(recorded, found)):
@@ -123,6 +125,8 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
                 f"{checkpoint.path}: made with another {key}; resume with the configuration it was started with, "
                 f"or start anew with --init-adapter"
             )
+    if "data" in description and (changes := changed_data(checkpoint.metadata.get("data"), description["data"])):
+        raise ConfigError(f"{changes[0]}; restore it, or go on with it with --allow-new-data")
 
 
 def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]) -> Progress:

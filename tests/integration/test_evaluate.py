@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def test_it_measures_what_validation_did(project: Project, tuned: Path, tmp_path
     }
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["final_loss"] == found["final_loss"] and written["exits"] == found["exits"]
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(project.model, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFKC"}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert main(["evaluate", "--model", str(other), "--data", str(project.held_out), *map(str, WINDOWS)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"prepare it again with --tokenizer {other}" in error
 
 
 def test_a_model_without_exits_has_its_final_one(project: Project, tuned: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ee.checkpoint.loading import SavedModel
+from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.commands.main import main
 from megatron_ee.data.loader import Batch, ValidationWindows
 from megatron_ee.testing.command import Command
@@ -299,6 +300,45 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and word in errors, errors
     assert not output.exists()
+
+
+def test_resume_with_other_data_is_refused_or_allowed(project: Any, tmp_path: Path) -> None:
+    """Corpora prepared anew under the same names, with as many tokens as before."""
+    corpora = {"train": tmp_path / "a", "validation": tmp_path / "b"}
+
+    def prepare(name: str, letter: str) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text(letter * 400)
+        arguments = ["--input", text, "--tokenizer", project.model, "--output", corpora[name], "--overwrite"]
+        assert main(["prepare-data", *map(str, arguments)]) == 0
+
+    prepare("train", "a")
+    prepare("validation", "b")
+    data = {name: [str(prefix)] for name, prefix in corpora.items()}
+    config, output = project.config(tmp_path / "run.yaml", data=data, tuning={"steps": 2}), tmp_path / "run"
+    run = ["tune", "--config", config, "--output", output]
+    project.run(*run)
+
+    prepare("train", "c")
+    prepare("validation", "d")
+    done = project.run(*run, "--resume", "--tuning.steps", 3, check=False)
+    assert done.returncode == 2
+    expected = f"error: data.train[0]: {corpora['train']} has other content than when the run was started; "
+    assert expected in done.stderr.splitlines()[-1] and "--allow-new-data" in done.stderr.splitlines()[-1]
+    assert [line["step"] for line in read_log(output) if "exits" in line] == [1, 2]
+
+    done = project.run(*run, "--resume", "--allow-new-data", "--tuning.steps", 3)
+    assert f"data.validation[0]: {corpora['validation']} has other content" in done.stderr
+    assert [line["step"] for line in read_log(output) if "exits" in line] == [1, 2, 3]
+    best = open_checkpoint(output / "checkpoints" / "step-3").metadata["progress"]
+    assert best["best_step"] == 3, "the loss on the text of before is no measure"
+    project.run(*run, "--resume", "--tuning.steps", 4)  # the new data is the run's own from then on
+
+
+def test_allow_new_data_needs_resume(project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["tune", "--config", str(project.config(tmp_path / "run.yaml")), "--output", str(tmp_path / "run")]
+    assert main([*run, "--allow-new-data"]) == 2
+    assert "--allow-new-data: has a meaning only with --resume" in capsys.readouterr().err
 
 
 def test_two_runs_cannot_write_to_one_place(project: Any, tmp_path: Path) -> None:

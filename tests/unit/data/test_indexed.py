@@ -104,6 +104,33 @@ def test_fingerprint_tells_content_apart(write_corpus: Callable[..., Path]) -> N
     assert open_corpus(write_corpus("e", [[1, 2], [3]])).fingerprint == open_corpus(corpora[0]).fingerprint
 
 
+def test_a_fingerprint_reads_samples_of_large_files(
+    write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = write_corpus("a", [list(range(1000))] * 2)  # 8000 bytes
+    whole = open_corpus(prefix).fingerprint
+    monkeypatch.setattr("megatron_ee.data.indexed.BLOCK", 40)
+    monkeypatch.setattr("megatron_ee.data.indexed.BLOCKS", 3)
+    sampled = open_corpus(prefix).fingerprint
+    found = set()
+    for place in (0, 2000, 3990, 7999):  # first, between two samples, middle, last
+        content = bytearray(file_of(prefix, ".bin").read_bytes())
+        content[place] ^= 1
+        file_of(prefix, ".bin").write_bytes(content)
+        found.add(open_corpus(prefix).fingerprint)
+        content[place] ^= 1
+        file_of(prefix, ".bin").write_bytes(content)
+    assert whole != sampled and len(found) == 4 and sampled in found
+
+
+def test_the_largest_token_is_found_in_parts(
+    write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_ee.data.indexed.SCANNED", 3)
+    corpus = open_corpus(write_corpus("a", [[1, 2, 9], [3, 4], [5]]))
+    assert corpus.largest_id() == 9
+
+
 def test_frequent_tokens(write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write_corpus("corpus", [[5, 5, 5, 9, 9], [2, 9, 7, 7]])
     assert frequent_tokens(prefix, 2, 10) == [5, 9]

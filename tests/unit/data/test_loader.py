@@ -224,6 +224,19 @@ def test_refused(write_corpus: Callable[..., Path]) -> None:
     open_data(DataConfig(train=[a], sequence_length=19), 20)  # exactly one sequence
 
 
+def test_one_rank_reads_the_corpora_that_nothing_describes(
+    write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(corpus: object) -> int:
+        raise AssertionError("reads all tokens")
+
+    monkeypatch.setattr("megatron_ee.data.indexed.Corpus.largest_id", read)
+    data = DataConfig(train=[str(write_corpus("a", numbered(2, 10)))], sequence_length=8)
+    open_data(data, None)
+    with pytest.raises(AssertionError):
+        open_data(data, 100)
+
+
 def test_from_text_to_batches(
     tmp_path: Path, chat_dir: Path, texts: list[str], write_lines: Callable[..., Path]
 ) -> None:
