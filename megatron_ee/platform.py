@@ -305,7 +305,7 @@ def without_compiler(*methods: Any) -> None:
 
 
 def quiet_runtime() -> None:
-    """Silence, for the rest of the process, what megatron-core's calls make torch say at every step.
+    """Silence, for the rest of the process, what megatron-core says, or makes torch say, while it is used.
 
     None of it is for a user to act on: older names of collectives, and a gradient that its optimizer looks for.
     """
@@ -313,6 +313,8 @@ def quiet_runtime() -> None:
     warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf.*")
     warnings.filterwarnings("ignore", message=".*tp_group is None, using default tp group.*")
     warnings.filterwarnings("ignore", message=".*set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*")
+    # Data may be opened before the processes have met.
+    warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed.*")
     # From 0.18 on it advises to compute the layout of its buffers ahead, which comes out the same.
     logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
 

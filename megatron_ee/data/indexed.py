@@ -266,8 +266,9 @@ def _read_metadata(path: Path) -> CorpusMetadata | None:
 
 def indexed_dataset() -> Any:
     """megatron-core's module of that name. Imported when needed: it takes seconds."""
-    from megatron_ee.platform import quiet_imports
+    from megatron_ee.platform import quiet_imports, quiet_runtime
 
+    quiet_runtime()
     with quiet_imports():
         from megatron.core.datasets import indexed_dataset as module
     return module
