@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ee.checkpoint.megatron.archive import locate_tensor
+from megatron_ee.checkpoint.megatron.archive import Archive, damage, locate_tensor
 from megatron_ee.checkpoint.megatron.guarded import MAX_PICKLE, Inert, unpickle
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES, TensorEntry, read_box
 from megatron_ee.checkpoint.tensors import StoredTensor
@@ -154,6 +154,20 @@ def open_tensor(metadata: Metadata, key: str, *, verify: bool) -> StoredTensor:
     items = _items(metadata, key, boxes)
     files = (path, *dict.fromkeys(item.path for item in items))
     return StoredTensor(dtype, shape, _reader(key, dtype, items, verify), files, key)
+
+
+def read_object(metadata: Metadata, key: str) -> Any:
+    """What lies under a key that is no tensor, as ``unpickle`` gives it; tensors in it are left out.
+
+    Raises:
+        CheckpointError: its file is missing or lies outside the directory, or it names what is not read.
+        DamagedError: no file is named for it, or that is truncated or malformed.
+    """
+    (item,) = _items(metadata, key, [((), ())])
+    where = f"{item.path}: {shown(key)}"
+    with open_regular(item.path) as fd, damage(where):
+        archive = Archive(fd, item.start, item.length)
+        return unpickle(archive.content("data.pkl"), where, load_storage=lambda pid: None)
 
 
 def tensor_dtype(metadata: Metadata, key: str) -> torch.dtype | None:

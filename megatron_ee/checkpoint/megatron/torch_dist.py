@@ -2,6 +2,7 @@
 
 A directory ``iter_*`` or ``release`` with ``metadata.json`` (written last), ``.metadata`` (a pickle: what is where),
 ``*.distcp`` (the boxes of tensors that each rank wrote), and ``common.pt`` or ``run_config.yaml`` (settings).
+megatron-core from 0.19 on has no ``common.pt``, but an object among the tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from megatron_ee.checkpoint.conversion.contents import Contents
 from megatron_ee.checkpoint.conversion.formats import released_assets
 from megatron_ee.checkpoint.megatron.guarded import Inert
 from megatron_ee.checkpoint.megatron.legacy_args import Args, check_agreement, derive_config, differing_settings
-from megatron_ee.checkpoint.megatron.metadata import METADATA, Metadata, open_tensor, read_metadata, tensor_dtype
+from megatron_ee.checkpoint.megatron.metadata import (
+    METADATA,
+    Metadata,
+    open_tensor,
+    read_metadata,
+    read_object,
+    tensor_dtype,
+)
 from megatron_ee.checkpoint.megatron.names import EMBEDDING_KEY, Parameter, fused_shape, parse_key, released_parts
 from megatron_ee.checkpoint.megatron.opening import (
     TRACKER,
@@ -39,6 +47,8 @@ from megatron_ee.errors import CheckpointError, DamagedError, shown
 
 FORMAT = "Megatron torch_dist checkpoint"
 SETTINGS, COMMON, RUN_CONFIG, CONFIG = "metadata.json", "common.pt", "run_config.yaml", "config.json"
+COMMON_STATE = "common_state/shard_0_1"
+"""Key of what was in ``common.pt`` before."""
 RELEASED = "huggingface"
 """Folder of ``config.json`` and the tokenizer in what we export."""
 TOKENIZER = "tokenizer"
@@ -46,7 +56,7 @@ TOKENIZER = "tokenizer"
 MAX_RUN_CONFIG = 16 * 2**20  # bytes
 _WRAPPERS = re.compile(r"^(?:(?:module|model)\.)+")
 NOT_WEIGHTS = re.compile(
-    r"optimizer\..*|chained_\d+\..*|opt_param_scheduler.*|rng_state.*|rerun_state_machine.*"
+    r"common_state(?:/.*)?|optimizer\..*|chained_\d+\..*|opt_param_scheduler.*|rng_state.*|rerun_state_machine.*"
     r"|(?:.*\.)?_extra_state(?:/.*)?|(?:.*\.)?rotary_pos_emb\.inv_freq"
 )
 """Keys of a training run's other state."""
@@ -81,7 +91,7 @@ def open_torch_dist(path: Path, *, trust: bool, config: Path | None, verify: boo
     dtype = embedding and tensor_dtype(metadata, embedding)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{directory / METADATA}: no tensor {EMBEDDING_KEY!r}; not the checkpoint of a GPT model")
-    model = _describe(directory, config, dtype)
+    model = _describe(metadata, config, dtype)
     backbone = _backbone(metadata, model, verify)
     return Contents(
         source=directory,
@@ -113,11 +123,12 @@ def _check_settings(directory: Path) -> None:
         raise CheckpointError(f"{path}: the format is {shown(backend)}; only torch_dist is read: save it so")
 
 
-def _describe(directory: Path, config: Path | None, dtype: torch.dtype) -> Model:
+def _describe(metadata: Metadata, config: Path | None, dtype: torch.dtype) -> Model:
     """From ``config``, or a copy of it that we exported, or the checkpoint's own settings; they must agree."""
+    directory = metadata.path
     if config is None and (directory / RELEASED / CONFIG).is_file():
         config = directory / RELEASED
-    args = _stated_args(directory)
+    args = _stated_args(metadata)
     if config is not None:
         model = given_model(config)
         if args is not None:
@@ -134,8 +145,9 @@ def _describe(directory: Path, config: Path | None, dtype: torch.dtype) -> Model
     return dataclasses.replace(model, assets={**assets, **model.assets})
 
 
-def _stated_args(directory: Path) -> Args | None:
+def _stated_args(metadata: Metadata) -> Args | None:
     """What the checkpoint says of its model, as Megatron-LM's arguments; None if it says nothing."""
+    directory = metadata.path
     path = directory / RUN_CONFIG
     if path.is_file():
         with open_regular(path) as fd:
@@ -148,8 +160,12 @@ def _stated_args(directory: Path) -> Args | None:
             if isinstance(error, CheckpointError):
                 raise
             raise DamagedError(f"{path}: not readable as YAML: {error}") from None
-    path = directory / COMMON
-    common = TorchFile(path).content if path.is_file() else None
+    path, common = directory / COMMON, None
+    if path.is_file():
+        common = TorchFile(path).content
+    elif COMMON_STATE in metadata.tensors:
+        path, state = directory / METADATA, read_object(metadata, COMMON_STATE)
+        common = state[0] if isinstance(state, list) and len(state) == 1 else state
     args = common.get("args") if isinstance(common, dict) else None
     return Args(str(path), args.state) if isinstance(args, Inert) and isinstance(args.state, dict) else None
 

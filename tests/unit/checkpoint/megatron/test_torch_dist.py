@@ -89,6 +89,30 @@ def test_what_megatron_saves_is_the_released_model(
     assert derived.architecture == arch and derived.backbone.keys() == open_contents(path).backbone.keys()
 
 
+def test_settings_that_newer_releases_keep_among_the_tensors(
+    exported: Exported, groups: Groups, tmp_path: Path
+) -> None:
+    """As megatron-core 0.19 writes them, whatever release is installed."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    path, output, _ = exported("qwen3")
+    arch = read_architecture(path)
+    model = gpt_model(arch, groups, 384)
+    load_gpt(model, output / "release")
+    common = {"args": argparse.Namespace(**to_args(arch, 384), dtype=torch.bfloat16), "iteration": 12}
+    state = ShardedObject("common_state", common, (1,), (0,), replica_id=0)
+    save_gpt(model, tmp_path / "iter_0000012", common_state=state, **common)
+    (tmp_path / "iter_0000012" / "common.pt").unlink(missing_ok=True)
+    derived = open_torch_dist(tmp_path / "iter_0000012", trust=True, config=None)
+    assert derived.architecture == arch and derived.backbone.keys() == open_contents(path).backbone.keys()
+    other = dataclasses.replace(arch, norm_eps=0.5)
+    common["args"] = argparse.Namespace(**to_args(other, 384))
+    state = ShardedObject("common_state", common, (1,), (0,), replica_id=0)
+    save_gpt(model, tmp_path / "other", common_state=state, **common)
+    (tmp_path / "other" / "common.pt").unlink(missing_ok=True)
+    assert open_torch_dist(tmp_path / "other", trust=True, config=None).architecture.norm_eps == 0.5
+
+
 def sharded(key: str) -> Any:
     from megatron.core.dist_checkpointing import ShardedTensor
 
