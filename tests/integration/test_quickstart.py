@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_ee import platform
 from megatron_ee.commands.main import main
@@ -39,8 +42,10 @@ def test_cycle(
     if not instructions:
         monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     fast = kernels.multiplies_bfloat16()
-    out = tmp_path / "out"
-    given = ["--base", project.model, "--data", text, "--held-out", text, "--out", out, "--steps", 2]
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(project.model, base)
+    AutoModelForCausalLM.from_pretrained(project.model, dtype=torch.bfloat16).save_pretrained(base)
+    given = ["--base", base, "--data", text, "--held-out", text, "--out", out, "--steps", 2]
     assert main(["quickstart", *map(str, given)]) == 0
     assert json.loads((out / "tune.yaml").read_text())["model"]["dtype"] == ("bfloat16" if fast else "float32")
     report = json.loads((out / "report.json").read_text())

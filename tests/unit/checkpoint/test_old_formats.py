@@ -120,7 +120,8 @@ def test_a_run_goes_on_from_it(stage: Stage, groups: Groups, tmp_path: Path, mon
                     parameter.zero_()
     optimizer = optimizer_of(stage, groups)
     progress = load_state(checkpoint, stage, optimizer, checkpoint.metadata)
-    assert asdict(progress) == EXPECTED["step-3"]["metadata"]["progress"]
+    # A validation that was interrupted is newer than the format.
+    assert asdict(progress) == EXPECTED["step-3"]["metadata"]["progress"] | {"validation_due": False}
     assert optimizer.counters() == EXPECTED["step-3"]["metadata"]["counters"]
     for names, parameter in parameters(stage).items():
         assert torch.equal(parameter, from_adapter[names]), names
