@@ -1,4 +1,4 @@
-"""Fused operations that a CUDA build of torch has and a CPU build would take apart: attention and the norm.
+"""Fused operations that a CUDA build of torch has and a CPU build would take apart: attention, norm, SiLU's backward.
 
 Which attention backend is taken follows ``select_sdp_backend`` of torch 2.11 to 2.13 for an A100 (sm80).
 """
@@ -17,6 +17,15 @@ from torch import Tensor
 from .watch import Watch
 
 _take_apart = F.scaled_dot_product_attention
+
+
+def _not_run(*_: Tensor) -> Tensor:
+    raise NotImplementedError("fake tensors have no values")
+
+
+# A kernel for a device is preferred to the composite one, whose intermediate results would be counted as memory.
+_kernels = torch.library.Library("aten", "IMPL")
+_kernels.impl("silu_backward", _not_run, "CUDA")
 
 
 @contextlib.contextmanager
