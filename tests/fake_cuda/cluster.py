@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -124,6 +125,7 @@ def _cuda(watch: Watch, library: ctypes.CDLL) -> dict[str, Any]:
         "max_memory_allocated": lambda *_: watch.peak,
         "memory_allocated": lambda *_: watch.live,
         "get_device_name": lambda *_: "fake",
+        "get_device_properties": lambda device: SimpleNamespace(uuid=f"GPU-{device}"),
         "get_device_capability": lambda *_: (8, 0),
         "Stream": Stream,
         "Event": Event,
