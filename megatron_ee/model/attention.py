@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee.config.architecture import Rope
+from megatron_ee.parallel.tiles import WINDOW_QUERIES
 
 if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
-
-WINDOW_QUERIES = 512
-"""Queries whose attention to a sliding window is computed together: the fewer, the less of what a window hides is
-computed, and the smaller is the mask, but the more launches it takes."""
 
 
 class LayerCache(Protocol):

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ee.model.backbone import VocabHead
+from megatron_ee.parallel.tiles import TOP_RUN
 
-TOP_RUN = 64
-"""Columns whose maximum decides whether they are sorted; the padded vocabulary is a multiple of it."""
 LEAST_REST = 1e-6
 """What an exit's probability of all tokens that the teacher does not keep counts as at least: below, it is rounding."""
 

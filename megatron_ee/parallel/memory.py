@@ -16,11 +16,9 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.parallel.costs import VOCAB_MULTIPLE, padded_vocab
 from megatron_ee.parallel.layout import Layout, StageLayout
-from megatron_ee.parallel.tiles import UPDATE_RUN, Tiles, accelerator_tiles
+from megatron_ee.parallel.tiles import TOP_RUN, UPDATE_RUN, WINDOW_QUERIES, Tiles, accelerator_tiles
 
 FLOAT32 = 4
-WINDOW_QUERIES = 512  # that attend to a sliding window together
-TOP_RUN = 64  # columns that the teacher's search for the most probable tokens sorts together
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How much of an exit's work is done at a time: a number for each kind of device, chosen where a stage is built.
+"""How much is worked on at a time: a number for each kind of device, chosen where a stage is built.
 
 Pure: the plan asks for an accelerator's numbers on machines without one.
 """
@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 LOGITS = 2**26
 """Logits that an accelerator works on at a time, 256 MiB in float32: far more than it takes to keep it busy."""
+WINDOW_QUERIES = 512
+"""Queries of a sliding window that are computed together. Smaller blocks compute fewer scores that the window hides and
+need a smaller mask, but launch more kernels."""
+TOP_RUN = 64
+"""Columns of a teacher's logits whose maximum decides whether they are sorted; it divides the padded vocabulary."""
 UPDATE_RUN = 2**24
 """Elements at most whose main weights the split optimizer puts together in float32 at a time."""
 
