@@ -32,7 +32,7 @@ NEW_TOKENS = 40
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table; ``good`` is None for what is only told."""
+    """One row of the table; ``good`` is None for a figure without a limit."""
 
     what: str
     figure: str
@@ -92,8 +92,8 @@ def tune(small: bool, folder: Path) -> Iterator[Finding]:
     yield Finding("tuning speed", f"{rate:,.0f} tokens/s", "", None)
     finite = all(value == value and abs(value) < float("inf") for step in losses for value in step)
     fell = all(last < first for first, last in zip(losses[0], losses[-1], strict=True))
-    told = ", ".join(f"{a:.2f} -> {b:.2f}" for a, b in zip(losses[0], losses[-1], strict=True))
-    yield Finding("loss of each exit over 5 steps", told, "finite, and falls", finite and fell)
+    figure = ", ".join(f"{a:.2f} -> {b:.2f}" for a, b in zip(losses[0], losses[-1], strict=True))
+    yield Finding("loss of each exit over 5 steps", figure, "finite, and falls", finite and fell)
     peak = platform.peak_memory()
     figure = f"{peak / 1e9:.2f} of {plan / 1e9:.2f} GB"
     yield Finding("memory against plan", figure, "within 5%", _here(small, abs(peak / plan - 1) <= 0.05))
@@ -298,7 +298,7 @@ def _tiny_stage(directory: Path, groups: Any) -> Any:
 
 
 def _tokens_of_modes(engine: Any) -> dict[str, list[list[int]]]:
-    """What each mode says to ``PROMPTS``; no exit is confident enough, so that all say what full mode does."""
+    """What each mode generates from ``PROMPTS``. No exit is confident enough, so that all give full mode's tokens."""
     from megatron_ee.inference.policy import ExitPolicy
     from megatron_ee.inference.requests import Draft, Request
 

@@ -39,7 +39,7 @@ class Timer(Protocol):
 
 @dataclass
 class _Flight:
-    """A chain whose answers are to come; ``timer``: of its device work, None where nobody plans by it."""
+    """A chain whose answers are to come; ``timer``: of its device work, None where no drafts are planned by it."""
 
     stage: int
     chain: Chain
@@ -248,10 +248,10 @@ class Core:
             self._passed(stage, chain, outputs)
 
     def _run(self, stage: int, chain: Chain, outputs: Sequence[Output]) -> Timer | None:
-        """Run a chain, with a timer where somebody plans by how long it takes.
+        """Run a chain, with a timer where drafts are planned by how long it takes.
 
-        The timer is read with the answers. To wait here could be for ever: where the chain sends, the stage behind
-        receives only once it is told to.
+        The timer is read with the answers. Waiting for it here could be a deadlock: a chain that sends is done only
+        after the next stage receives, and the command to receive follows this call.
         """
         wanted = len(self.links) == 1 or _asks_all_from_tokens(chain)
         if stage > 0 or not wanted or not any(output.plans_by_time for output in outputs):
@@ -263,7 +263,7 @@ class Core:
         return timer
 
     def _learn_time(self, flight: _Flight) -> None:
-        """Of a chain whose answers are here, so that nothing is left to wait for."""
+        """Observe how long a chain took. Its answers have arrived, so reading the timer does not wait."""
         if flight.timer is None:
             return
         chain, seconds = flight.chain, flight.timer.seconds()

@@ -136,7 +136,7 @@ class _Queued:
 
 
 def _queue(logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]], tops: Tensor) -> _Queued:
-    """Start all that the rows ask for, whether or not they leave: to know that first would take one more transfer."""
+    """Start all that the rows ask for. Whether a row leaves is not known yet: that would take another transfer."""
     seen = [(*ask.seen, *ask.proposals[:number]) for ask in asks for number in range(ask.tokens)]
     after = penalised(logits, seen, [ask.sampling.repetition_penalty for ask in asks for _ in range(ask.tokens)])
     chosen = tops[0] if after is logits else after.argmax(-1)
@@ -198,8 +198,8 @@ def _read(queued: _Queued, asks: Sequence[Ask]) -> list[Answer]:
     shares = {measure: next(lists) for measure in queued.shares}
     drawn: Iterator[tuple[float, list[float], float]] = iter(())
     if queued.verified is not None:
-        stood, tokens, masses = (next(lists) for _ in queued.verified)
-        drawn = zip(stood, _cut(tokens, [queued.verified[1].shape[1]] * len(stood)), masses, strict=True)
+        accepted, tokens, masses = (next(lists) for _ in queued.verified)
+        drawn = zip(accepted, _cut(tokens, [queued.verified[1].shape[1]] * len(accepted)), masses, strict=True)
     logprobs: Iterator[LogProbs] = iter(())
     if queued.logprobs is not None:
         own, values, ids = (next(lists) for _ in queued.logprobs)
@@ -231,14 +231,14 @@ def _greedy(ask: Ask, tokens: list[int], shares: list[float]) -> Answer:
     return Answer(tuple(tokens[: count + 1]), tuple(shares[: count + 1]))
 
 
-def _drawn(ask: Ask, shares: list[float], stood: float, tokens: list[float], mass: float) -> Answer:
+def _drawn(ask: Ask, shares: list[float], accepted: float, tokens: list[float], mass: float) -> Answer:
     """One row that samples: ``verify``'s results of it."""
     if any(share != share for share in shares):  # as for greedy rows: a single -inf is a token that cannot be chosen
         return Answer(finite=False)
     if ask.kind == "leave" and not shares[-1] >= ask.threshold:
         return Answer()
     check_mass(mass)
-    count = int(stood) + 1
+    count = int(accepted) + 1
     return Answer(tuple(int(token) for token in tokens[:count]), tuple(shares[:count]))
 
 

@@ -247,9 +247,9 @@ class Proposals:
 def verify(target: Tensor, draft: Tensor, drafts: Sequence[Proposals]) -> tuple[Tensor, Tensor, Tensor]:
     """Accept or replace drafted tokens so that what comes out is distributed as ``target`` has it.
 
-    The rule of arXiv 2211.17192 and 2302.01318: proposal i stands with probability min(1, p(x)/q(x)); in place of the
-    first that does not, a token is drawn from max(0, p - q); where all stand, one more is drawn from the target. With
-    greedy distributions that is to compare tokens.
+    The rule of arXiv 2211.17192 and 2302.01318: proposal i is accepted with probability min(1, p(x)/q(x)). The first
+    that is rejected is replaced by a token drawn from max(0, p - q). Where all are accepted, one more is drawn from the
+    target. With greedy distributions this compares tokens.
 
     Args:
         target: distributions p of the full model: of each row with d proposals d + 1, the last one after all of them.
@@ -257,9 +257,9 @@ def verify(target: Tensor, draft: Tensor, drafts: Sequence[Proposals]) -> tuple[
         drafts: of each row.
 
     Returns:
-        The number n of proposals that stand, ``[rows]`` int64; the tokens, ``[rows, most proposals + 1]`` int64, of
-        which the first n are proposals and the next is what follows them; and the sum that this one was drawn from, as
-        ``draw`` gives it.
+        The number n of accepted proposals, ``[rows]`` int64; the tokens, ``[rows, most proposals + 1]`` int64, of
+        which the first n are proposals and the next one follows them; and the sum of the distribution that this one was
+        drawn from, as ``draw`` gives it.
     """
     longest = max(len(each.tokens) for each in drafts)
     if longest == 0:  # nothing to judge: each row's token is drawn from the target
@@ -283,14 +283,14 @@ def verify(target: Tensor, draft: Tensor, drafts: Sequence[Proposals]) -> tuple[
     steps = torch.arange(longest, device=target.device)
     p_ids = target[(p_start + steps).clamp(max=len(target) - 1), ids]
     q_ids = draft[(q_start + steps).clamp(max=len(draft) - 1), ids]
-    # In this form nothing is divided: p = 0 never stands, p >= q always does.
-    stands = accept_u * q_ids < p_ids
-    stood = stands.long().cumprod(1).sum(1, keepdim=True)
-    p = target[(p_start + stood)[:, 0]]
-    q = draft[(q_start + stood).clamp(max=len(draft) - 1)[:, 0]]
-    left = (p - torch.where(stood < counts, q, 0)).clamp_(min=0)
+    # In this form nothing is divided: p = 0 is never accepted, p >= q always is.
+    accepts = accept_u * q_ids < p_ids
+    accepted = accepts.long().cumprod(1).sum(1, keepdim=True)
+    p = target[(p_start + accepted)[:, 0]]
+    q = draft[(q_start + accepted).clamp(max=len(draft) - 1)[:, 0]]
+    left = (p - torch.where(accepted < counts, q, 0)).clamp_(min=0)
     # Where p and q differ by rounding alone, nothing may be left; the target is then as good.
     left = torch.where(left.sum(1, keepdim=True) > 0, left, p)
-    token, mass = draw(left, follow_u.gather(1, stood)[:, 0])
-    tokens = torch.cat((ids, ids.new_zeros(len(ids), 1)), 1).scatter(1, stood, token[:, None])
-    return stood[:, 0], tokens, mass
+    token, mass = draw(left, follow_u.gather(1, accepted)[:, 0])
+    tokens = torch.cat((ids, ids.new_zeros(len(ids), 1)), 1).scatter(1, accepted, token[:, None])
+    return accepted[:, 0], tokens, mass

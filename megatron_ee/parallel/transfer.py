@@ -5,7 +5,8 @@ no tags. Receives are posted ahead of their turn, and a send is not waited for u
 that transfer overlaps computing; buffers are made once and used in turn. megatron-core's own transfer reaches
 neighbours only and always waits.
 
-A posted receive occupies the device until its message arrives. Whoever posts one must not have to send anything first.
+A posted receive occupies the device until its message arrives. A rank posts one only after it has sent everything that
+the message depends on.
 """
 
 from __future__ import annotations

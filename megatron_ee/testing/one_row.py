@@ -33,7 +33,7 @@ def draw(p: Tensor, u: float) -> int:
 
 
 def verify(target: Tensor, draft: Tensor, tokens: Sequence[int], seed: int, position: int) -> tuple[int, int]:
-    """The number of proposals that stand, and the token that follows them."""
-    stood, found, mass = sampling.verify(target, draft, [Proposals(tokens, seed, position)])
+    """The number of accepted proposals, and the token that follows them."""
+    accepted, found, mass = sampling.verify(target, draft, [Proposals(tokens, seed, position)])
     sampling.check_mass(float(mass))
-    return int(stood), int(found[0, int(stood)])
+    return int(accepted), int(found[0, int(accepted)])

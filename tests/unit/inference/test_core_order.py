@@ -1,4 +1,4 @@
-"""The order in which a core starts work, tells other stages, and waits for the device."""
+"""The order in which a core starts work, commands other stages, and waits for the device."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def run_speculative(stages: int) -> list[str]:
     raise AssertionError("the request does not end")
 
 
-def test_a_stage_is_told_to_receive_right_after_the_send() -> None:
-    """Before the host waits for anything: a device that sends is not done before the other side receives."""
+def test_the_command_to_receive_follows_the_send_directly() -> None:
+    """The host waits for nothing in between: a device that sends is not done before the other side receives."""
     log = run_speculative(stages=2)
     sends = [after for before, after in itertools.pairwise(log) if before == "send 0"]
     assert len(sends) > 3 and set(sends) == {"receive 1"}

@@ -277,9 +277,9 @@ def test_rounds_of_several_lengths_are_verified_together() -> None:
             drafts.append(rows)
             proposals.append(Proposals(tokens, seed + count, at))
             ends.append(verify(targets[-1], rows, tokens, seed + count, at))
-        stood, tokens, masses = batched.verify(torch.cat(targets), torch.cat(drafts), proposals)
+        accepted, tokens, masses = batched.verify(torch.cat(targets), torch.cat(drafts), proposals)
         for row, (count, following) in enumerate(ends):
-            assert int(stood[row]) == count and int(tokens[row, count]) == following
+            assert int(accepted[row]) == count and int(tokens[row, count]) == following
             assert tokens[row, :count].tolist() == list(proposals[row].tokens[:count])
             assert float(masses[row]) == pytest.approx(1, abs=1e-5) or count < len(proposals[row].tokens)
 
