@@ -181,7 +181,9 @@ def _activations(
     trained = [spec for spec in _hosted(stage, specs) if spec.trains]
     peaks = [_exit_peak(architecture, spec, _of_a_graph(architecture, spec, workload)) for spec in trained]
     if stage.layers:
-        peaks.append(hidden + _layer_peak(architecture, workload))
+        # The embedded tokens stay until all layers have run; what comes from another stage is in a transfer buffer.
+        embedded = hidden if 1 in stage.layers else 0
+        peaks.append(embedded + _layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
             peaks.append(3 * hidden + _teacher_bytes(architecture, workload))
     return held * hidden + _band_bytes(architecture, stage, trained, workload) + max(peaks, default=0)

@@ -245,3 +245,10 @@ def test_buffers_for_transfer() -> None:
     stages = layout(((1, 8), ()), ((9, 32), (12,)), (None, (4, 8)))
     sizes = [stage_memory(stages, index, model, specs, Workload(2, top_k=8)).transfer for index in range(3)]
     assert sizes == [3 * hidden + 2 * 2 * hidden, 3 * hidden + verdicts, 3 * 2 * hidden + verdicts]
+
+
+def test_the_first_stage_keeps_the_embedded_tokens_beside_its_layers() -> None:
+    """A later stage runs on the transfer buffer, which is counted there."""
+    stages = layout(((1, 4), ()), ((5, 8), ()), ((9, 12), (12,)))
+    first, second = (stage_memory(stages, index, llama2_7b(), [ExitSpec(12)], Workload(2)) for index in range(2))
+    assert first.activations - second.activations == 2048 * 4096 * 2
