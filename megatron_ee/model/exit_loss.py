@@ -93,8 +93,10 @@ def exit_statistics(
     """Loss, confidence and top-1 token of each token, without gradients; arguments as for ``exit_loss``."""
     with torch.no_grad():
         coefficient = torch.ones(len(labels), device=z.device)
-        given = {"low_rank": low_rank, "chunk_tokens": chunk_tokens, "tiles": tiles}
-        return exit_loss(z, head, labels, coefficient, group, **given)[1]  # type: ignore[arg-type]
+        _, stats = exit_loss(
+            z, head, labels, coefficient, group, low_rank=low_rank, chunk_tokens=chunk_tokens, tiles=tiles
+        )
+    return stats
 
 
 class _ExitLoss(torch.autograd.Function):

@@ -158,7 +158,7 @@ class Pipeline:
                 del h  # taps are all that the exits' work needs
                 waiting.append((micro, teacher))
             if taught and self._lessons is not None:
-                # A verdict depends on what this stage sends of its microbatch: all of it is under way by now.
+                # The verdict that is needed now and the next one, if this stage has sent what they depend on.
                 self._lessons.post(min(turn, turn - lag + 1) + 1)
             if turn >= lag:  # steady state and drain: the exits' work on one whose teacher has arrived
                 micro, teacher = waiting.popleft()

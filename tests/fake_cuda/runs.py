@@ -29,7 +29,7 @@ class Tuning:
 
     @property
     def name(self) -> str:
-        """What tells it from other cases."""
+        """Distinguishes it from other cases."""
         return _named("tune", self.example, *self.overrides, rank=self.rank, window=self.window)
 
 
@@ -57,7 +57,7 @@ class Inference:
 
     @property
     def name(self) -> str:
-        """What tells it from other cases."""
+        """Distinguishes it from other cases."""
         sampled = ["sampled"] if self.sampled else []
         return _named("infer", self.example, self.mode, *sampled, *self.overrides, rows=self.rows, window=self.window)
 
@@ -77,7 +77,7 @@ class Result:
         peak: bytes at most.
         launches: kernels and collectives of a step, or of all requests.
         syncs: waits of the host for the device meanwhile, by place in the package and kind.
-        units: how often what waits may be counted by has happened: steps and microbatches, or tokens and requests.
+        units: how many there were of each unit that the list of host syncs counts by.
         attention: calls by backend.
         faults: tensors on wrong devices.
         launches_by_place: the places in the package that launch most.
