@@ -87,6 +87,23 @@ def read_value() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def read_each_row() -> Iterator[None]:
+    """A value that is read for each row, beside the one transfer for all rows."""
+    import torch
+
+    from megatron_ee.inference import heads
+
+    greedy = heads._greedy
+
+    def reading(*args: Any) -> heads.Answer:
+        torch.zeros(1, device="cuda").item()
+        return greedy(*args)
+
+    with mock.patch.object(heads, "_greedy", reading):
+        yield
+
+
+@contextlib.contextmanager
 def unplanned_copy() -> Iterator[None]:
     """A float32 copy of the exits' weights, as some optimizers keep."""
     from megatron_ee.parallel.optimizer import ExitOptimizer
@@ -128,6 +145,11 @@ def test_a_tensor_on_the_host(worker: Worker) -> None:
         (TUNING, first_device, "device: tuning/step.py tuning_step: a tensor on cuda:0, not cuda:1"),
         (TUNING, host_tensor_in_a_collective, "device: tuning/step.py tuning_step: a tensor on cpu in a collective of"),
         (TUNING, read_value, "host sync: tuning/step.py tuning_step: 1 of kind read, which host_syncs.toml does not"),
+        (
+            INFERENCE,
+            read_each_row,
+            "host sync: inference/heads.py answer: 4 of kind read; host_syncs.toml allows 2 here",
+        ),
         (TUNING, unplanned_copy, "memory: "),
         (INFERENCE, unplanned_cache, "memory: "),
     ],
@@ -153,7 +175,7 @@ def test_attention_that_holds_all_scores() -> None:
 
 @pytest.mark.parametrize(
     ("what", "units"),
-    [("tune", {"step", "microbatch"}), ("infer", {"token", "head", "prompt pass"})],
+    [("tune", {"step", "microbatch"}), ("infer", {"head"})],
 )
 def test_the_list_of_host_syncs(what: str, units: set[str]) -> None:
     for entry in allowed(what):
