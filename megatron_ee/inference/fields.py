@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, ha
         policy["threshold"] = settings["threshold"]
     return Request(
         prompt,
-        mode=settings["mode"] or ("threshold" if has_exits else "full"),
+        mode=("threshold" if has_exits else "full") if settings["mode"] is None else settings["mode"],
         policy=ExitPolicy(**policy),
         draft=Draft(settings["draft_exit"], settings["draft_length"]),
         sampling=Sampling(**{name: settings[name] for name in SAMPLING}),
@@ -70,13 +71,14 @@ def read_requests(
     """
     requests = {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"--prompts: {path} cannot be read: {error.strerror or error}") from None
+    for number, encoded in enumerate(lines, start=1):
         try:
+            line = _decode(encoded)
+            if not line.strip():
+                continue
             request = _read_line(line, defaults, released, chat=chat)
             check_request(request, released)
         except UserError as error:
@@ -86,6 +88,13 @@ def read_requests(
     if not requests:
         raise ConfigError(f"--prompts: {path} holds no prompt; each line is a JSON object with a prompt or messages")
     return requests
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8: byte {error.start} of the line: {error.reason}") from None
 
 
 def _read_line(line: str, defaults: Mapping[str, Any], released: Released, *, chat: bool) -> Request:

@@ -22,12 +22,7 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
     if isinstance(request.prompt, str):
         if tokenizer is None:
             raise ConfigError("prompt: is text, but there is no tokenizer; give token ids")
-        try:
-            request.prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"prompt: is no text that can be encoded: character {error.start}: {error.reason}"
-            ) from None
+        _check_text(request.prompt)
         prompt = tuple(tokenizer.encode_prompt(request.prompt)) if request.prompt else ()
     elif isinstance(request.prompt, bytes) or not isinstance(request.prompt, Sequence):
         raise ConfigError(f"prompt: must be text or token ids, not {shown(request.prompt)}")
@@ -41,6 +36,15 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
     if len(prompt) >= max_positions:
         raise ConfigError(f"prompt: has {len(prompt)} tokens, but the model has {max_positions} positions; shorten it")
     return prompt
+
+
+def _check_text(text: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and which stands for bytes of the command line that are not
+    UTF-8: tokenizers fail on it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"prompt: is no text that can be encoded: character {error.start}: {error.reason}") from None
 
 
 def _check_known(tokenizer: Tokenizer, prompt: Sequence[int], vocab_size: int) -> None:
@@ -61,6 +65,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
 
     Raises:
         DataError: there is no template, or it fails on these messages.
+        ConfigError: the rendered conversation is no text that can be encoded.
     """
     if not tokenizer.templates:
         raise DataError(f"{tokenizer.path}: the tokenizer has no chat template; give the prompt as text")
@@ -68,6 +73,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
         text, _ = render_chat(tokenizer, messages, prompt=True)
     except Exception as error:  # a template is a program: it may fail in any way
         raise DataError(f"{tokenizer.path}: the chat template fails on these messages: {error}") from None
+    _check_text(text)
     return tokenizer.encode_spans(text)[0]
 
 

@@ -194,6 +194,8 @@ def test_chat(command: Command, byte_model: Path, tmp_path: Path, save_tokenizer
     assert result["statistics"]["prompt_tokens"] == len(expected)
     status, _, err = command.run("--prompt", "Hi", "--chat")
     assert status == 1 and "the tokenizer has no chat template; give the prompt as text" in err
+    status, _, err = chat.run("--prompt", "Hi\udcff", "--chat")  # a byte that is no UTF-8
+    assert status == 2 and "--prompt: is no text that can be encoded: character " in err
     assert len(err.splitlines()) == 1
     save_tokenizer(path, template="{{ messages.__class__.__mro__ }}")
     status, _, err = chat.run("--prompt", "Hi", "--chat")
@@ -301,7 +303,8 @@ def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch:
 
 
 def write_prompts(path: Path, *lines: object) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    texts = [line if isinstance(line, str | bytes) else json.dumps(line) for line in lines]
+    path.write_bytes(b"".join((text.encode() if isinstance(text, str) else text) + b"\n" for text in texts))
     return path
 
 
@@ -353,6 +356,8 @@ def test_a_file_of_prompts_is_answered_in_order(
         ({"prompt": "a", "messages": []}, ":3: give either a prompt or messages"),
         ({"prompt": ["a"]}, ":3: prompt: must be text, not ['a']"),
         ({"prompt": ""}, ":3: prompt: is empty"),
+        (b'{"prompt": "\xff"}', ":3: not UTF-8: byte 12 of the line: invalid start byte"),
+        ({"prompt": "a", "mode": ""}, ":3: mode: '' is unknown"),
         ({"prompt": "a" * 99}, ":3: prompt: has 100 tokens, but the model has 64 positions"),
         ({"messages": [{"role": "user"}]}, ":3: messages: message 1: content must be text"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the tokenizer has no chat template"),
