@@ -28,6 +28,7 @@ setup(
         "tokenizers>=0.22,<0.24",
         "safetensors>=0.6,<0.9",
         "sentencepiece>=0.2.3,<0.3",
+        "jinja2>=3.1,<4",  # chat templates
         "jsonargparse[signatures]>=4.49,<5",
         "pyyaml>=6,<7",
         "numpy>=1.26,<3",

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from megatron_ee.data.tokenizer import Tokenizer
@@ -89,7 +90,8 @@ class ChatRenderer:
         # Asked for each time: a tokenizer may keep another template for conversations with tools.
         if _GENERATION.search(self._template or chosen_template(self._tokenizer, tools)):
             text, spans = self._render(messages, where, tools, marks=True)
-            documents = [self._document(text, spans, answered)]
+            # The end-of-text token that is added to an answer is worth nothing where the answer itself is not marked.
+            documents = [self._document(text, spans, answered and any(start < end for start, end in spans))]
         else:
             documents = self._split(messages, where, tools, answered)
         if not any(any(mask) for _, mask in documents):
@@ -130,7 +132,14 @@ class ChatRenderer:
         if header is not None:
             # Most tokenizers join a space with the word that follows, the answer's first.
             start = max(start, len(header.rstrip(" ")))
-        return _Turn(text, (start, self._turn_end(text, start)))
+        end = self._turn_end(text, start)
+        content = messages[index].get("content")
+        if end <= start and content and content.strip():
+            raise DataError(
+                f"{where}: message {index + 1}: the chat template leaves this answer out; correct the template, or give "
+                "another one with --chat-template"
+            )
+        return _Turn(text, (start, end))
 
     def _header(self, messages: Sequence[Message], index: int, where: str, tools: Any) -> str | None:
         """What the template writes before any plain answer; None where it shows none."""
@@ -154,6 +163,11 @@ class ChatRenderer:
     ) -> tuple[str, list[Span]]:
         try:
             return render_chat(self._tokenizer, messages, tools, template=self._template, prompt=prompt, marks=marks)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"{where}: the chat template cannot be rendered: its line {error.lineno}: {error.message}; correct it, "
+                "or give another one with --chat-template"
+            ) from None
         except Exception as error:  # templates raise what they like
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{where}: the chat template refuses this conversation: {reason[:300]}") from None

@@ -250,3 +250,26 @@ def test_refused(make_hf: Callable[..., Path], templates: dict[str, str], sp_mod
     strict = make_hf("{{ raise_exception('roles must\nalternate') }}")
     with pytest.raises(DataError, match=r"line 1: the chat template refuses this conversation: roles must alternate"):
         encode(strict)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.text }}{% endfor %}", "message 3: the chat template leaves this answer out"),
+        ("", "message 3: the chat template leaves this answer out"),
+        ("{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}", "nothing to train on"),
+        ("a\n{% for x in %}", "the chat template cannot be rendered: its line 2: Expected an expression"),
+    ],
+)
+def test_a_template_that_renders_no_answer_is_refused(
+    make_hf: Callable[..., Path], template: str, message: str
+) -> None:
+    renderer = ChatRenderer(load_tokenizer(make_hf("{{ messages[0].content }}")), template)
+    with pytest.raises(DataError, match=f"^chat.jsonl, line 1: .*{message}"):
+        renderer.encode(CONVERSATION, "chat.jsonl, line 1")
+
+
+def test_an_empty_answer_is_trained_to_end_at_once(make_hf: Callable[..., Path]) -> None:
+    directory = make_hf("{% for m in messages %}{{ m.content }}|{% endfor %}")
+    tokenizer, ids, mask = encode(directory, [ASK, {"role": "assistant", "content": ""}])
+    assert trained(tokenizer, ids, mask) == "|<|endoftext|>"
