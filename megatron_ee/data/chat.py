@@ -136,7 +136,7 @@ class ChatRenderer:
         content = messages[index].get("content")
         if end <= start and content and content.strip():
             raise DataError(
-                f"{where}: message {index + 1}: the chat template leaves this answer out; correct the template, or give "
+                f"{where}: message {index + 1}: the chat template leaves this answer out; correct it, or give "
                 "another one with --chat-template"
             )
         return _Turn(text, (start, end))

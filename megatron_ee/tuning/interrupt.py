@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # importing it means importing torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what SLURM sends ahead of the time limit."""
+_AGAIN_SECONDS = 0.05  # until a dropped signal is sent again: enough for most finalisers
 Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -91,17 +93,37 @@ def watch_signals() -> Iterator[Interrupt]:
 def raise_signals() -> Iterator[None]:
     """Let the first SIGTERM, SIGINT or SIGUSR1 raise ``Signalled`` in the main thread while the context is open.
 
-    What is open then cleans up, and further signals leave it in peace, but for SIGINT, which interrupts again.
+    What is open then cleans up, and further signals leave it in peace, but for SIGINT, which interrupts again. Python
+    drops what is raised while it runs a finaliser, such as ``__del__``; a signal that comes then is sent once more.
     """
     seen: list[int] = []
+    timers: list[threading.Timer] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         seen.append(number)
         if len(seen) == 1 or number == signal.SIGINT:
             raise Signalled(number)
 
-    with _handled_by(interrupt):
-        yield
+    def send_again(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, Signalled):
+            return report(dropped)
+        seen.clear()
+        # To the main thread, so that it interrupts what that waits in.
+        to_main = (threading.main_thread().ident, dropped.exc_value.number)
+        timers.append(threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, to_main))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    report, sys.unraisablehook = sys.unraisablehook, send_again
+    try:
+        with _handled_by(interrupt):
+            try:
+                yield
+            finally:
+                for timer in timers:
+                    timer.cancel()
+    finally:
+        sys.unraisablehook = report
 
 
 @contextlib.contextmanager

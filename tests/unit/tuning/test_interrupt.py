@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+import time
 
 import pytest
 
@@ -44,6 +46,24 @@ def test_a_signal_is_raised_once(number: signal.Signals) -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_signal_within_a_finaliser_is_not_lost() -> None:
+    """Python drops what is raised there."""
+
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    hook, start = sys.unraisablehook, time.monotonic()
+    with raise_signals():
+        with pytest.raises(Signalled, match="SIGTERM"):
+            Finalised()
+            time.sleep(10)
+        assert time.monotonic() - start < 5
+        signal.raise_signal(signal.SIGTERM)  # cleaning up goes on
+    assert sys.unraisablehook is hook
 
 
 def test_saving_commands_watch_inside_of_others() -> None:
