@@ -135,6 +135,7 @@ def _encode_all(
         *(["transformers.utils.chat_template_utils"] if options.chat else []),
     ]
     context.set_forkserver_preload([__name__, *slow_imports])
+    others = set(multiprocessing.active_children())  # of whoever calls this
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(options,))
     waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
     try:
@@ -148,6 +149,10 @@ def _encode_all(
     except BrokenProcessPool:
         time.sleep(SIGNAL_SECONDS)
         raise DataError("a tokenising process died, perhaps for lack of memory; try fewer --workers") from None
+    except BaseException:  # nobody wants what is being tokenised, which takes seconds
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import pytest
 
 from megatron_ee.commands.main import main
 from megatron_ee.data import read
+from megatron_ee.data.encode import EncodeOptions, PieceEncoder
 from megatron_ee.data.indexed import file_of, open_corpus, sha256
-from megatron_ee.data.prepare import prepare_corpus
-from megatron_ee.data.read import read_pieces
+from megatron_ee.data.prepare import _encode_all, prepare_corpus
+from megatron_ee.data.read import Piece, read_pieces
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.data.write import CorpusWriter
 from megatron_ee.errors import ConfigError, DataError
@@ -315,6 +318,17 @@ def test_a_signal_leaves_nothing(
     assert main(["prepare-data", *arguments]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.endswith("megatron-ee prepare-data: interrupted by SIGTERM\n")
     assert list(output.parent.iterdir()) == []
+
+
+def test_what_is_being_tokenised_is_not_waited_for(tmp_path: Path, sp_model: Path) -> None:
+    text = Piece(tmp_path / "text", False, b"the dog " * (1 << 20), 8 << 20, 0, 1, True, True)  # takes seconds
+    pieces = [replace(text, data=b"fox"), *[text] * 4]
+    options = EncodeOptions(sp_model, "text", False, False)
+    results = _encode_all(pieces, PieceEncoder(options), options, 2)
+    next(results)
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 2
 
 
 def test_an_input_is_never_overwritten(tmp_path: Path, sp_model: Path) -> None:
