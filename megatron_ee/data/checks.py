@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.config.schema import CorpusConfig, DataConfig
-from megatron_ee.data.fingerprint import end_of_text_ids, tokenizer_digests
-from megatron_ee.data.indexed import Corpus, open_corpus
+from megatron_ee.data.fingerprint import tokenizer_digests
+from megatron_ee.data.indexed import Corpus
 from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.data.tokenizer_files import eos_token_ids
 from megatron_ee.errors import DataError
 
 
@@ -21,15 +21,16 @@ def check_tokenizer(corpora: Sequence[tuple[str, Corpus]], model: Path) -> list[
         model: a directory; without a tokenizer in it there is nothing to compare with.
 
     Returns:
-        A line to show for each corpus that does not say how it was made.
+        A line to show for each corpus whose tokenizer is not recorded.
 
     Raises:
-        DataError: naming the corpus and both tokenizers, or both end-of-text tokens.
+        DataError: another tokenizer or another end-of-text token, naming the corpus and both; or a file beside the
+            model's tokenizer is damaged.
     """
     digests = tokenizer_digests(model)
     if not digests:
         return []
-    ends, lines = end_of_text_ids(model), []
+    ends, lines = set(eos_token_ids(model)), []
     for key, corpus in corpora:
         made = corpus.metadata
         if made is None or made.tokenizer_sha256 is None:
@@ -43,7 +44,7 @@ def check_tokenizer(corpora: Sequence[tuple[str, Corpus]], model: Path) -> list[
                 f"it again with --tokenizer {model}"
             )
         elif made.eos_id not in ends:
-            own = load_tokenizer(model).eos_id
+            own = load_tokenizer(model).eos_id  # takes a second, so only where it decides
             ends |= set() if own is None else {own}
             if made.eos_id not in ends:
                 raise DataError(
@@ -53,55 +54,62 @@ def check_tokenizer(corpora: Sequence[tuple[str, Corpus]], model: Path) -> list[
     return lines
 
 
-def check_data(config: DataConfig, model: Path) -> list[str]:
-    """``check_tokenizer`` for all corpora of a run; the lines also name those that are trained and validated on."""
-    train, validation = _opened("data.train", config.train), _opened("data.validation", config.validation)
-    lines = check_tokenizer([*train, *validation], model)
-    keys = {corpus.fingerprint: (key, corpus.prefix) for key, corpus in reversed(train)}
-    for key, corpus in validation:
-        if corpus.fingerprint in keys:
-            other, prefix = keys[corpus.fingerprint]
+def check_data(train: Sequence[Corpus], validation: Sequence[Corpus], model: Path) -> list[str]:
+    """Check the corpora of ``data.train`` and ``data.validation`` with ``check_tokenizer``.
+
+    Returns:
+        Its lines, and one for each corpus that is both trained and validated on.
+
+    Raises:
+        DataError: as ``check_tokenizer``.
+    """
+    trained, validated = _with_keys("data.train", train), _with_keys("data.validation", validation)
+    lines = check_tokenizer([*trained, *validated], model)
+    known = {corpus.fingerprint: f"{key}, {corpus.prefix}" for key, corpus in reversed(trained)}
+    for key, corpus in validated:
+        if corpus.fingerprint in known:
             lines.append(
-                f"{key}: {corpus.prefix} has the same content as {other}, {prefix}: the validation loss will not show "
-                "how the exits do on text that they were not trained on"
+                f"{key}: {corpus.prefix} has the same content as {known[corpus.fingerprint]}: the validation loss will "
+                "not show how the exits do on text that they were not trained on"
             )
     return lines
 
 
-def describe_data(config: DataConfig) -> dict[str, list[dict[str, str]]]:
-    """What identifies the corpora of a run in its checkpoints: by key the ``path`` and ``sha256`` of each."""
+def describe_data(train: Sequence[Corpus], validation: Sequence[Corpus]) -> dict[str, list[dict[str, str]]]:
+    """What identifies the corpora of a run in its checkpoints.
+
+    Returns:
+        ``path`` and ``sha256`` of each corpus, in lists named ``train`` and ``validation``.
+    """
     return {
-        name: [
-            {"path": str(corpus.prefix), "sha256": corpus.fingerprint}
-            for _, corpus in _opened(f"data.{name}", getattr(config, name))
-        ]
-        for name in ("train", "validation")
+        name: [{"path": str(corpus.prefix), "sha256": corpus.fingerprint} for corpus in corpora]
+        for name, corpora in (("train", train), ("validation", validation))
     }
 
 
-def changed_data(recorded: Any, now: dict[str, list[dict[str, str]]]) -> list[str]:
-    """What differs between two results of ``describe_data``, one line for each key; paths alone make no difference.
+def changed_data(recorded: Any, now: dict[str, list[dict[str, str]]]) -> dict[str, str]:
+    """What differs between two results of ``describe_data``; paths alone make no difference.
 
     Args:
         recorded: from a checkpoint; one that older versions wrote has nothing to compare.
+
+    Returns:
+        The difference in words, by configuration key, such as ``data.train`` or ``data.train[0]``.
     """
+    changes: dict[str, str] = {}
     if not isinstance(recorded, dict):
-        return []
-    lines = []
+        return changes
     for name, corpora in now.items():
         before = recorded.get(name)
-        hashes = (
-            [entry.get("sha256") for entry in before if isinstance(entry, dict)] if isinstance(before, list) else []
-        )
-        if len(hashes) != len(corpora):
-            lines.append(f"data.{name}: has {len(corpora)} entries, but the run was started with {len(hashes)}")
+        entries = before if isinstance(before, list) else []
+        if len(entries) != len(corpora):
+            changes[f"data.{name}"] = f"has {len(corpora)} entries, but the run was started with {len(entries)}"
             continue
-        for index, (corpus, earlier) in enumerate(zip(corpora, hashes, strict=True)):
-            if corpus["sha256"] != earlier:
-                lines.append(f"data.{name}[{index}]: {corpus['path']} has other content than when the run was started")
-    return lines
+        for index, (corpus, earlier) in enumerate(zip(corpora, entries, strict=True)):
+            if not isinstance(earlier, dict) or corpus["sha256"] != earlier.get("sha256"):
+                changes[f"data.{name}[{index}]"] = f"{corpus['path']} has other content than when the run was started"
+    return changes
 
 
-def _opened(key: str, entries: Sequence[str | CorpusConfig]) -> list[tuple[str, Corpus]]:
-    paths = [entry.path if isinstance(entry, CorpusConfig) else entry for entry in entries]
-    return [(f"{key}[{index}]", open_corpus(path)) for index, path in enumerate(paths)]
+def _with_keys(key: str, corpora: Sequence[Corpus]) -> list[tuple[str, Corpus]]:
+    return [(f"{key}[{index}]", corpus) for index, corpus in enumerate(corpora)]

@@ -1,4 +1,4 @@
-"""What identifies a tokenizer: digests of its files, which take no loading."""
+"""What identifies a tokenizer: digests of its files. The tokenizer itself is not loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.indexed import sha256
+from megatron_ee.data.tokenizer_files import read_object
 from megatron_ee.errors import CheckpointError
 
 # Of tokenizer.json. What else there is (truncation, padding, post_processor, decoder) changes no id of a text.
@@ -20,16 +21,19 @@ _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.js
 
 
 def tokenizer_digests(path: Path) -> tuple[str, ...]:
-    """Digests of what decides the ids of a text, by files alone. Templates and special roles do not count.
+    """SHA-256 (hex) of what decides the ids of a text. Templates and the roles of special tokens do not count.
 
     A directory may hold the same tokenizer in two forms, ``tokenizer.json`` and ``tokenizer.model``. The first digest
-    is of the form that is used; a corpus made from any of them fits.
+    is of the form that ``load_tokenizer`` uses. A corpus made from any of the forms fits.
 
     Args:
-        path: of a directory, or of one of its files, as ``load_tokenizer`` takes it.
+        path: a directory, or one of its files, as ``load_tokenizer`` takes it.
 
     Returns:
-        Nothing where there is no tokenizer.
+        One digest per form; none where there is no tokenizer.
+
+    Raises:
+        DataError: ``tokenizer_config.json`` is damaged.
     """
     if path.is_file() and path.name != "tokenizer.json":
         return (_digest([sha256(path)]),)
@@ -39,7 +43,7 @@ def tokenizer_digests(path: Path) -> tuple[str, ...]:
         digests.append(_of_tokenizer_json(directory / "tokenizer.json"))
     files = [directory / name for name in _VOCABULARIES if (directory / name).is_file()]
     if files:
-        config = _read(directory / "tokenizer_config.json")
+        config = read_object(directory / "tokenizer_config.json")
         settings = {key: config[key] for key in _SETTINGS if config.get(key) is not None}
         digests.append(_digest([*map(sha256, files), *([settings] if settings else [])]))
     if (directory / "tokenizer.model").is_file():
@@ -47,40 +51,24 @@ def tokenizer_digests(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(digests))
 
 
-def end_of_text_ids(directory: Path) -> set[int]:
-    """End-of-text tokens that a model's ``config.json`` and ``generation_config.json`` name."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        value = _read(directory / name).get("eos_token_id")
-        values = value if isinstance(value, list) else [value]
-        found |= {number for number in values if isinstance(number, int) and not isinstance(number, bool)}
-    return found
-
-
 def _of_tokenizer_json(path: Path) -> str:
-    """Independent of how the file is laid out, and of the release of ``tokenizers`` that wrote it."""
-    content = _read(path)
-    parts = {key: content.get(key) for key in _DECISIVE}
-    model, added = parts["model"], parts["added_tokens"]
-    if not isinstance(model, dict):
-        return _digest([sha256(path)])  # nothing that the library would read
+    """Digest of the decisive parts, whatever the layout of the file. One that cannot be read counts byte by byte."""
+    try:
+        content = read_json(path)
+    except CheckpointError:
+        content = None
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(model, dict):
+        return _digest([sha256(path)])
+    parts, added = {key: content.get(key) for key in _DECISIVE}, content.get("added_tokens")
     if isinstance(model.get("merges"), list):  # pairs, formerly one text each
         merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in model["merges"]]
         model = {**model, "merges": merges}
-    # Newer releases write out what is off.
+    # Newer releases of the library write out what is off.
     parts["model"] = {key: value for key, value in model.items() if value is not None and value is not False}
     if isinstance(added, list):
         parts["added_tokens"] = [{key: token.get(key) for key in _TOKEN} for token in added if isinstance(token, dict)]
     return _digest([parts])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
-    try:
-        content = read_json(path) if path.is_file() else {}
-    except CheckpointError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _digest(parts: list[Any]) -> str:

@@ -49,7 +49,7 @@ class Batch:
 class PackedBlend:
     """Sequences from several corpora in proportion to their weights, without end.
 
-    Sequence ``i`` is a function of (corpora, weights, seed, i) alone.
+    Sequence ``i`` is a function of (corpora, weights, seed, i) alone. ``corpora`` holds the corpora in their order.
 
     Raises:
         ConfigError: a weight that is not positive, a negative seed, or a sequence length below 2.
@@ -67,6 +67,7 @@ class PackedBlend:
         if not 0 <= seed < 2**32:
             raise ConfigError(f"data.seed: must lie between 0 and {2**32 - 1}, not {seed}")
         self.sequence_length = sequence_length
+        self.corpora = tuple(documents.corpus for documents in ranges)
         self._parts = [PackedDocuments(r, sequence_length, (seed, place)) for place, r in enumerate(ranges)]
         self._weights = np.array(weights, dtype=np.float64) / sum(weights)
         self._corpus_of = np.empty(0, dtype=np.int16)
@@ -102,7 +103,7 @@ class ValidationWindows:
     """Corpora cut, in their order, into windows without overlap, so that each label is scored exactly once.
 
     The last window of a corpus is filled up with token 0, masked. Under a limit every corpus gives its first windows,
-    all corpora the same number as far as they have them.
+    all corpora the same number as far as they have them. ``corpora`` holds the corpora in their order.
 
     Args:
         ranges: documents to validate on.
@@ -117,6 +118,7 @@ class ValidationWindows:
         if sequence_length < 1 or limit < 0:
             raise ConfigError(f"validation: sequence length {sequence_length} or number of sequences {limit} too small")
         self.sequence_length = sequence_length
+        self.corpora = tuple(documents.corpus for documents in ranges)
         self._ranges = tuple(ranges)
         available = [-(-(documents.num_tokens - 1) // sequence_length) for documents in ranges]
         counts = _share(available, limit) if limit else available
@@ -247,8 +249,8 @@ def open_data(
     """The blend to tune on and the windows to validate on, or None where none are configured.
 
     Args:
-        model_vocab_size: tokens that the model knows; None where another rank checks that it knows all of a corpus,
-            for which one without a description is read as a whole.
+        model_vocab_size: rows of the model's embedding. None skips this check, for ranks other than the first: it
+            reads the whole of a corpus that has no description.
         validation_sequences: largest number of windows; 0 for all.
 
     Raises:

@@ -70,13 +70,13 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     Raises:
         DataError: a file is damaged, or asks for code from the directory.
     """
-    settings, config = (_json_object(directory / name) for name in ("tokenizer_config.json", "config.json"))
+    settings, config = (read_object(directory / name) for name in ("tokenizer_config.json", "config.json"))
     in_model = "AutoTokenizer" in (config.get("auto_map") or ())
     for name, has_code in (("tokenizer_config.json", settings.get("auto_map")), ("config.json", in_model)):
         if has_code:
             raise DataError(f"{directory / name}: auto_map asks for code from the checkpoint; never run")
     has_decoder = "added_tokens_decoder" in settings
-    special_map = {} if has_decoder else _json_object(directory / "special_tokens_map.json")
+    special_map = {} if has_decoder else read_object(directory / "special_tokens_map.json")
     named = _named_tokens({**settings, **special_map})
     extra = [
         token
@@ -104,7 +104,7 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     """
     found: list[int] = []
     for path in (directory / "generation_config.json", directory / "config.json"):
-        value = _json_object(path).get("eos_token_id")
+        value = read_object(path).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int for token in ids):
             raise DataError(f"{path}: eos_token_id must be a token id or a list of them, not {shown(value)}")
@@ -152,7 +152,7 @@ def _added_tokens(directory: Path, settings: Mapping[str, Any], special: list[Ad
         entries = list(decoder.items()) if isinstance(decoder, dict) else [("added_tokens_decoder", decoder)]
     else:
         where = directory / "added_tokens.json"
-        entries = [(str(id_), {"content": content}) for content, id_ in _json_object(where).items()]
+        entries = [(str(id_), {"content": content}) for content, id_ in read_object(where).items()]
     tokens: dict[str, AddedToken] = {}
     for key, entry in entries:
         content = entry.get("content") if isinstance(entry, dict) else None
@@ -193,7 +193,12 @@ def read_template(path: Path) -> str:
         raise DataError(f"{path}: the chat template is not UTF-8") from None
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is no file.
+
+    Raises:
+        DataError: it cannot be read, or is not a JSON object.
+    """
     if not path.is_file():
         return {}
     try:

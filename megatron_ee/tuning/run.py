@@ -33,6 +33,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_to_dict
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.checks import changed_data, check_data, describe_data
+from megatron_ee.data.indexed import Corpus
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
 from megatron_ee.errors import ConfigError, Interrupted
 from megatron_ee.model.setup import ModelSetup, build_setup
@@ -132,6 +133,8 @@ class _Inputs:
 
     Attributes:
         config: with the dtype that ``auto`` stands for.
+        windows: to validate on; None without validation.
+        held_out: corpora that ``data.validation`` names.
     """
 
     config: RunConfig
@@ -141,6 +144,7 @@ class _Inputs:
     adapter: Adapter | None
     blend: PackedBlend
     windows: ValidationWindows | None
+    held_out: tuple[Corpus, ...]
 
 
 def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Callable[..., SavedModel]) -> _Inputs:
@@ -161,11 +165,12 @@ def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Calla
         check_fits(described, specs, arch)
     first = launched_rank() == 0
     blend, windows = open_data(config.data, arch.vocab_size if first else None, config.validation.sequences)
-    for line in check_data(config.data, model.path) if first else ():
+    held_out = windows.corpora if windows is not None and config.data.validation else ()
+    for line in check_data(blend.corpora, held_out, model.path) if first else ():
         print(line, file=sys.stderr, flush=True)
     # Hashed last: what its description and the data show takes no time.
     adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None
-    return _Inputs(config, model, specs, layout, adapter, blend, windows)
+    return _Inputs(config, model, specs, layout, adapter, blend, windows, held_out)
 
 
 def _prepare(
@@ -187,7 +192,8 @@ def _prepare(
     model, specs, layout = inputs.model, inputs.specs, inputs.layout
     description = _description(config, specs, model)
     interrupt.check_together(groups)  # what came while libraries were imported
-    description["data"] = groups.together(lambda: describe_data(config.data) if groups.is_main else {})[0]
+    data = groups.together(lambda: describe_data(inputs.blend.corpora, inputs.held_out) if groups.is_main else {})[0]
+    description["data"] = data
     leave_out = {"data"} if allow_new_data else set()
     if resume:
         _check_resumable(config, output, _without(description, leave_out), groups)
@@ -311,7 +317,7 @@ def _resume(
         if groups.is_main:
             print(line, file=sys.stderr, flush=True)
 
-    def load(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any], list[str]]:
+    def load(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any], dict[str, str]]:
         made_with = checkpoint.metadata.get("config")
         made_with = made_with if isinstance(made_with, dict) else {}
         new_data = changed_data(checkpoint.metadata.get("data"), description["data"])
@@ -330,10 +336,10 @@ def _resume(
         return
     for name, value in dataclasses.asdict(found[0]).items():
         setattr(progress, name, value)
-    for line in found[2]:
-        report(line)
-        if line.startswith("data.validation"):
-            progress.best_loss = progress.best_step = None  # on text that is no longer there
+    for key, change in found[2].items():
+        report(f"{key}: {change}")
+        if key.startswith("data.validation"):
+            progress.best_loss = progress.best_step = None  # a loss on other text does not compare
     changed = [name for name, value in description["config"].items() if found[1].get(name) != value]
     if changed:
         report(f"the configuration changed since the checkpoint was made, in: {', '.join(changed)}")

@@ -126,7 +126,8 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
                 f"or start anew with --init-adapter"
             )
     if "data" in description and (changes := changed_data(checkpoint.metadata.get("data"), description["data"])):
-        raise ConfigError(f"{changes[0]}; restore it, or go on with it with --allow-new-data")
+        named = "; ".join(f"{key}: {change}" for key, change in changes.items())
+        raise ConfigError(f"{named}; restore the data, or use the new one with --allow-new-data")
 
 
 def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]) -> Progress:

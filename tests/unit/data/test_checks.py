@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.config.schema import DataConfig
 from megatron_ee.data.checks import changed_data, check_data, check_tokenizer, describe_data
-from megatron_ee.data.indexed import file_of, open_corpus
+from megatron_ee.data.indexed import Corpus, file_of, open_corpus
 from megatron_ee.data.prepare import prepare_corpus
 from megatron_ee.errors import DataError
 
@@ -31,8 +30,8 @@ def prepare(tmp_path: Path, hf_dir: Path) -> Prepare:
     return make
 
 
-def run_of(train: Path, validation: Path | None = None) -> DataConfig:
-    return DataConfig(train=[str(train)], validation=[] if validation is None else [str(validation)])
+def opened(train: Path, *validation: Path) -> tuple[list[Corpus], list[Corpus]]:
+    return [open_corpus(train)], [open_corpus(path) for path in validation]
 
 
 def test_the_models_own_tokenizer_is_taken(prepare: Prepare, hf_dir: Path, tmp_path: Path) -> None:
@@ -71,27 +70,28 @@ def test_a_corpus_that_does_not_say_is_taken_with_a_line(described: bool, prepar
         file_of(prefix, ".json").write_text(json.dumps(description))
     else:
         file_of(prefix, ".json").unlink()
-    (line,) = check_data(run_of(prefix), hf_dir)
+    (line,) = check_data(*opened(prefix), hf_dir)
     assert line.startswith(f"data.train[0]: {prefix} does not say which tokenizer")
 
 
 def test_training_and_validation_on_the_same_text_is_named(prepare: Prepare, hf_dir: Path) -> None:
     one, copy, other = prepare("a", "the fox"), prepare("b", "the fox"), prepare("c", "a dog")
-    assert check_data(run_of(one, other), hf_dir) == []
+    assert check_data(*opened(one, other), hf_dir) == []
     for held_out in (one, copy):
-        (line,) = check_data(run_of(one, held_out), hf_dir)
+        (line,) = check_data(*opened(one, held_out), hf_dir)
         assert line.startswith(f"data.validation[0]: {held_out} has the same content as data.train[0], {one}:")
 
 
 def test_what_has_changed_since_a_run_began(prepare: Prepare, tmp_path: Path) -> None:
     train, held_out = prepare("a", "the fox"), prepare("b", "a dog")
-    before: Any = json.loads(json.dumps(describe_data(run_of(train, held_out))))
-    assert changed_data(before, describe_data(run_of(train, held_out))) == []
-    assert changed_data(before, describe_data(run_of(prepare("moved", "the fox"), held_out))) == []
+    before: Any = json.loads(json.dumps(describe_data(*opened(train, held_out))))
+    assert changed_data(before, describe_data(*opened(train, held_out))) == {}
+    assert changed_data(before, describe_data(*opened(prepare("moved", "the fox"), held_out))) == {}
     prepare("a", "the dog")
-    (line,) = changed_data(before, describe_data(run_of(train, held_out)))
-    assert line == f"data.train[0]: {train} has other content than when the run was started"
-    assert changed_data(before, describe_data(run_of(prepare("a", "the fox")))) == [
-        "data.validation: has 0 entries, but the run was started with 1"
-    ]
-    assert changed_data(None, describe_data(run_of(train))) == [], "of a checkpoint of an older version"
+    assert changed_data(before, describe_data(*opened(train, held_out))) == {
+        "data.train[0]": f"{train} has other content than when the run was started"
+    }
+    assert changed_data(before, describe_data(*opened(prepare("a", "the fox")))) == {
+        "data.validation": "has 0 entries, but the run was started with 1"
+    }
+    assert changed_data(None, describe_data(*opened(train))) == {}, "of a checkpoint of an older version"

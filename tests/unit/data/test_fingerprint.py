@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.data.fingerprint import end_of_text_ids, tokenizer_digests
+from megatron_ee.data.fingerprint import tokenizer_digests
 
 
 def edited(directory: Path, target: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -100,10 +100,3 @@ def test_vocabulary_and_merges(tmp_path: Path) -> None:
 def test_what_is_no_tokenizer_has_a_digest_too(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     assert len(tokenizer_digests(tmp_path)) == 1
-
-
-def test_end_of_text_of_a_model(tmp_path: Path) -> None:
-    assert end_of_text_ids(tmp_path) == set()
-    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2, true, null]}')
-    assert end_of_text_ids(tmp_path) == {2, 7}
