@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import codecs
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ee.config.untrusted import parse_json
 from megatron_ee.data.chat import check_messages
 from megatron_ee.errors import ConfigError, UserError, shown
 from megatron_ee.inference.loading import Released
@@ -98,12 +98,7 @@ def _decode(line: bytes) -> str:
 
 
 def _read_line(line: str, defaults: Mapping[str, Any], released: Released, *, chat: bool) -> Request:
-    try:
-        given = json.loads(line, object_pairs_hook=_no_key_twice)
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not JSON: {error}") from None
+    given = parse_json(line.encode("utf-8"), "line")
     if not isinstance(given, dict):
         raise ConfigError(f"must be a JSON object, not {shown(given)}")
     for key in given:
@@ -137,11 +132,3 @@ def _by_layer(thresholds: Any) -> Any:
         if not (layer.isascii() and layer.isdigit()):
             raise ConfigError(f"thresholds: {shown(layer)} is no layer; give thresholds by layer, such as {{'8': 0.8}}")
     return {int(layer): value for layer, value in thresholds.items()}
-
-
-def _no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ConfigError(f"{shown(next(key for key in keys if keys.count(key) > 1))}: given twice")
-    return found

@@ -350,7 +350,7 @@ def test_a_file_of_prompts_is_answered_in_order(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", ":3: not JSON: "),
+        ("{", ":3: line: not valid JSON: "),
         ("[]", ":3: must be a JSON object, not []"),
         ({"max_tokens": 3}, ":3: give either a prompt or messages"),
         ({"prompt": "a", "messages": []}, ":3: give either a prompt or messages"),
@@ -362,10 +362,10 @@ def test_a_file_of_prompts_is_answered_in_order(
         ({"messages": [{"role": "user"}]}, ":3: messages: message 1: content must be text"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the tokenizer has no chat template"),
         ({"prompt": "a", "max_token": 3}, ":3: 'max_token': unknown key; did you mean 'max_tokens'?"),
-        ('{"prompt": "a", "seed": 1, "seed": 2}', ":3: 'seed': given twice"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', ":3: line: not valid JSON: key 'seed' appears twice"),
         ({"prompt": "a", "max_tokens": "3"}, ":3: max_tokens: must be a whole number at least 1, not '3'"),
         ({"prompt": "a", "top_p": 2}, ":3: top_p: must be above 0 and at most 1"),
-        ('{"prompt": "a", "temperature": NaN}', ":3: temperature: must be a finite number"),
+        ('{"prompt": "a", "temperature": NaN}', ":3: line: not valid JSON: NaN is not JSON"),
         ({"prompt": "a", "echo": 1}, ":3: echo: must be true or false, not 1"),
         ({"prompt": "a", "stop": "x"}, ":3: stop: must be a list, not 'x'"),
         ({"prompt": "a", "mode": "fast"}, ":3: mode: 'fast' is unknown; possible: full, threshold, speculative"),
