@@ -21,6 +21,7 @@ from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES, PIECE, scratch_
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.untrusted import open_regular, read_exactly, read_json
 from megatron_ee.errors import CheckpointError
+from megatron_ee.progress import track
 
 FileState = tuple[str, int, int]  # resolved path, size in bytes, time of last change in ns
 
@@ -142,6 +143,28 @@ def backbone_digest(
     result = combine_digests((name, tensors[name].dtype, tensors[name].shape, digests[name]) for name in tensors)
     _store(key, result, before)
     return result
+
+
+def hash_backbone(
+    tensors: Mapping[str, StoredTensor], *, check: Callable[[], None] = lambda: None, enabled: bool = True
+) -> str:
+    """``backbone_digest`` with its progress on stderr.
+
+    Args:
+        tensors: as for ``backbone_digest``.
+        check: called after each tensor; it may raise to end the work.
+        enabled: whether the progress is shown.
+
+    Raises:
+        CheckpointError: as ``backbone_digest``.
+    """
+    with track(sum(each.nbytes for each in tensors.values()), "B", "hashing the backbone", enabled=enabled) as bar:
+
+        def advance(count: int) -> None:
+            check()
+            bar.advance(count)
+
+        return backbone_digest(tensors, advance=advance)
 
 
 def cache_directory() -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, load_exits
 from megatron_ee.checkpoint.atomic import write_json
+from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
@@ -40,14 +41,12 @@ from megatron_ee.parallel.groups import (
     world_size,
 )
 from megatron_ee.parallel.layout import Layout, StageLayout
-from megatron_ee.parallel.watchdog import watch_ranks
+from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.trainer import Validate
 
-SILENCE_SECONDS = 60
-"""After which a rank that gives no sign of life counts as lost."""
 DEFAULT_SEQUENCE_LENGTH = 2048
 
 
@@ -187,15 +186,11 @@ def _watched(groups: Groups) -> contextlib.AbstractContextManager[None]:
 
 def _check_adapter(subject: _Subject, groups: Groups) -> None:
     """Refuse exits that were made for another backbone, which the first rank hashes."""
-    opened, total = subject.adapter, sum(entry.nbytes for entry in subject.model.weights.values())
-
-    def digest() -> str:
-        with track(total, "B", "hashing the backbone") as bar:
-            return subject.model.digest(advance=bar.advance)
-
-    groups.together(
-        lambda: check_hash(opened, subject.model, digest) if groups.is_main and opened is not None else None
-    )
+    opened, model = subject.adapter, subject.model
+    if opened is not None:
+        groups.together(
+            lambda: check_hash(opened, model, lambda: hash_backbone(model.weights)) if groups.is_main else None
+        )
 
 
 def _layout(num_layers: int, specs: Sequence[ExitSpec], pipeline: int) -> Layout:

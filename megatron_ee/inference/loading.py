@@ -11,6 +11,7 @@ import torch
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, load_exits
+from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
@@ -27,11 +28,8 @@ from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups, world_size
 from megatron_ee.parallel.layout import Layout
-from megatron_ee.parallel.watchdog import watch_ranks
+from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 from megatron_ee.progress import track
-
-SILENCE_SECONDS = 60
-"""After which a rank that gives no sign of life counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def open_released(model: str | Path, adapter: str | Path | None = None, *, verif
     opened = find_exits(released, adapter, verify=verify)
     tokenizer = load_tokenizer(model)
     if opened is not None:
-        check_hash(opened, released, lambda: _digest(released))
+        check_hash(opened, released, lambda: hash_backbone(released.weights))
     return Released(Path(model), released, opened, tokenizer, end_of_text(Path(model), tokenizer))
 
 
@@ -207,9 +205,3 @@ def build_operations(setup: ModelSetup) -> None:
         except RuntimeError as error:
             bar.note(f"bfloat16 will be slower than it could be, by up to half: {error}")
         bar.advance()
-
-
-def _digest(released: SavedModel) -> str:
-    total = sum(entry.nbytes for entry in released.weights.values())
-    with track(total, "B", "hashing the backbone") as bar:
-        return released.digest(advance=bar.advance)

@@ -27,6 +27,8 @@ STORE_KEY = "megatron_ee/watchdog"
 BEAT_SECONDS = 1.0
 BLAME_SECONDS = 15.0
 """How long a rank whose collective failed waits to hear which other rank is lost, before it takes the blame."""
+SILENCE_SECONDS = 60.0
+"""Usual ``timeout_seconds`` of ``watch_ranks``, where no configuration gives one."""
 GRACE_SECONDS = 10.0
 """How long a rank may take to end once the run has failed."""
 

@@ -22,6 +22,7 @@ from megatron_ee.checkpoint.adapter import (
     open_adapter,
 )
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
+from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
 from megatron_ee.checkpoint.ownership import claim_output
@@ -54,7 +55,6 @@ from megatron_ee.parallel.layout import Layout
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.plan import plan_run
 from megatron_ee.parallel.watchdog import watch_ranks
-from megatron_ee.progress import Progress as Bar
 from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
@@ -197,7 +197,7 @@ def _prepare(
     leave_out = {"data"} if allow_new_data else set()
     if resume:
         _check_resumable(config, output, _without(description, leave_out), groups)
-    digest = groups.together(lambda: _backbone_digest(model, interrupt) if groups.is_main else "")[0]
+    digest = groups.together(lambda: hash_backbone(model.weights, check=interrupt.check) if groups.is_main else "")[0]
     description["backbone_sha256"] = digest
     if resume:
         _check_resumable(config, output, _without(description, leave_out), groups)
@@ -246,22 +246,6 @@ def _owned(output: Path, command: str, resume: bool, groups: Groups) -> Iterator
         yield
 
 
-def _backbone_digest(model: SavedModel, interrupt: Interrupt) -> str:
-    total = sum(entry.nbytes for entry in model.weights.values())
-    with track(total, "B", "hashing the backbone") as bar:
-        return model.digest(advance=_interruptible(bar, interrupt))
-
-
-def _interruptible(bar: Bar, interrupt: Interrupt) -> Callable[[int], None]:
-    """Advances a bar, and raises ``Interrupted`` once a signal has come to this rank."""
-
-    def advance(count: int) -> None:
-        interrupt.check()
-        bar.advance(count)
-
-    return advance
-
-
 def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
     """Print what each stage holds and does, where there are several processes."""
     if groups.is_main and groups.world.size() > 1:
@@ -276,7 +260,12 @@ def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, i
 
     def load() -> None:
         with track(total, "B", "loading the frozen layers", enabled=groups.is_main) as bar:
-            load_backbone(stage, model, _interruptible(bar, interrupt))
+
+            def advance(count: int) -> None:
+                interrupt.check()
+                bar.advance(count)
+
+            load_backbone(stage, model, advance)
         if adapter is not None:
             load_exits(stage.exits, adapter, model)
         else:

@@ -141,7 +141,7 @@ def test_a_signal_before_the_first_step_is_an_interruption(
     config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"
     place = {
         "importing": "megatron_ee.config.check.check_model_path",
-        "hashing": "megatron_ee.tuning.run._backbone_digest",
+        "hashing": "megatron_ee.tuning.run.hash_backbone",
         "loading": "megatron_ee.tuning.run._load",
         "final exit": "megatron_ee.data.loader.ValidationWindows.runs",
     }[where]

@@ -18,7 +18,7 @@ from megatron_ee.checkpoint.conversion.shallow import shallow_model
 from megatron_ee.checkpoint.conversion.to_adapter import to_adapter
 from megatron_ee.checkpoint.conversion.to_hf import SHARD, to_hf
 from megatron_ee.checkpoint.conversion.to_parallel import even_stages, to_parallel
-from megatron_ee.checkpoint.digest import backbone_digest
+from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import resolve_exits
 from megatron_ee.config.schema import ExitConfig, Head
@@ -141,9 +141,7 @@ def write(contents: Contents, request: Request, output: Path) -> None:
 
 def backbone_hash(contents: Contents) -> str:
     """The hash of the backbone in ``contents``, from the cache where it is known; else with progress on stderr."""
-    total = sum(tensor.nbytes for tensor in contents.backbone.values())
-    with track(total, "B", "hashing the backbone", enabled=sys.stderr.isatty()) as bar:
-        return backbone_digest(contents.backbone, advance=bar.advance)
+    return hash_backbone(contents.backbone, enabled=sys.stderr.isatty())
 
 
 def _check(request: Request) -> None:
