@@ -304,17 +304,16 @@ def check_backbone(adapter: Adapter, backbone_sha256: str, model: str | Path) ->
 
 
 def check_settings(adapter: Adapter, model: SavedModel) -> None:
-    """Refuse a model whose settings compute something else than those that the adapter was made for.
+    """Refuse a model with other settings than those that the adapter was made for.
 
     An adapter that does not record them is accepted.
 
     Raises:
         CheckpointError: naming the settings that differ.
     """
-    changed = (
-        changed_settings(adapter.settings, output_settings(model.architecture)) if adapter.settings is not None else ""
-    )
-    if changed:
+    if adapter.settings is None:
+        return
+    if changed := changed_settings(adapter.settings, output_settings(model.architecture)):
         raise CheckpointError(
             f"{adapter.path}: made for other settings of the model than those in {model.path / 'config.json'}: "
             f"{changed}; restore that file, or tune exits for the new settings"

@@ -1,7 +1,7 @@
-"""Who made an output: commands write only where nothing is, or where the same command wrote before.
+"""Ownership of outputs: a command writes only to a new or empty place, or where the same command wrote before.
 
-A directory carries a small marker file with the command's name; a single file carries the package's name in its content
-(a page's generator, a plot's metadata).
+A directory has a small marker file with the command's name. A single file has the package's name in its content (the
+generator of a page, the metadata of a plot).
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class ChatRenderer:
     def _ambiguous(self, where: str, index: int) -> DataError:
         return DataError(
             f"{where}: message {index + 1}: the chat template renders the messages before it differently once it is "
-            "answered, so the assistant's tokens cannot be told; use a template with {% generation %} marks "
+            "answered, so it is not clear which tokens are the assistant's; use a template with {% generation %} marks "
             "(--chat-template)"
         )
 

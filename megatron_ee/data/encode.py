@@ -117,7 +117,7 @@ class PieceEncoder:
         size = self.tokenizer.model_vocab_size
         if size is None or self.tokenizer.vocab_size <= size:
             return
-        wrong = self.tokenizer.beyond(ids, size)
+        wrong = self.tokenizer.unknown_token(ids, size)
         if wrong is not None:
             raise DataError(
                 f"{where}: {wrong}, which config.json gives; remove the token from the text or the template"

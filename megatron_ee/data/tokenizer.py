@@ -1,4 +1,4 @@
-"""Released tokenizers: exactly the one that lies with the model, in whatever form it was released."""
+"""Released tokenizers: exactly the one in the model's directory, in whatever form it was released."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ class Tokenizer:
         """A token as the vocabulary spells it; None where the id is no token."""
         return self._backend.token_name(token)
 
-    def beyond(self, ids: Sequence[int], model_vocab_size: int) -> str | None:
-        """What is wrong with the first id that a model has no embedding for, in words; None where all are known.
+    def unknown_token(self, ids: Sequence[int], model_vocab_size: int) -> str | None:
+        """A message about the first id that the model has no embedding for; None if it knows all.
 
-        A tokenizer may have more tokens than its model, such as a padding token that was added later. That does no
-        harm until one occurs.
+        A tokenizer may have more tokens than its model, such as a padding token that was added later. They do no harm
+        until one occurs.
         """
         for token in ids:
             if token >= model_vocab_size:

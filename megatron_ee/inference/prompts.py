@@ -49,7 +49,7 @@ def _check_text(text: str) -> None:
 
 def _check_known(tokenizer: Tokenizer, prompt: Sequence[int], vocab_size: int) -> None:
     """Name a token of the tokenizer that the model has no embedding for; other ids are ``check_ids``'s business."""
-    wrong = tokenizer.beyond([token for token in prompt if token < tokenizer.vocab_size], vocab_size)
+    wrong = tokenizer.unknown_token([token for token in prompt if token < tokenizer.vocab_size], vocab_size)
     if wrong is not None:
         raise ConfigError(f"prompt: {wrong}; leave it out of the text and the chat template")
 

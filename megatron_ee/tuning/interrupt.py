@@ -93,7 +93,7 @@ def watch_signals() -> Iterator[Interrupt]:
 def raise_signals() -> Iterator[None]:
     """Let the first SIGTERM, SIGINT or SIGUSR1 raise ``Signalled`` in the main thread while the context is open.
 
-    What is open then cleans up, and further signals leave it in peace, but for SIGINT, which interrupts again. Python
+    Open contexts then clean up. Meanwhile further signals have no effect, except SIGINT, which interrupts again. Python
     drops what is raised while it runs a finaliser, such as ``__del__``; a signal that comes then is sent once more.
     """
     seen: list[int] = []

@@ -38,7 +38,8 @@ class RunLog:
         settings: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ) -> None:
-        """
+        """Open the log, and what else the figures go to.
+
         Args:
             output: the run's directory.
             config: where to write.

@@ -55,7 +55,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def open_legacy(path: Path, *, trust: bool, config: Path | None = None, verify: bool = True) -> Contents:
     """Open a legacy checkpoint of Megatron-LM or EE-LLM. Optimizer state is left out.
 
-    No bytes of tensors are read, but for the last stage's copy of a tied embedding, which must be one.
+    Tensors are not read, except a tied embedding: the last stage's copy must equal the first stage's.
 
     Args:
         path: directory of one iteration, or of all, of which the latest is taken.
@@ -141,7 +141,7 @@ def _tensors(ranks: Ranks, model: Model, exits: Sequence[EarlyExit]) -> dict[str
 
 
 def _check_tied_head(ranks: Ranks, model: Model, embedding: StoredTensor) -> None:
-    """Refuse a head that is said to be tied and yet differs from the embedding."""
+    """Refuse a tied head that differs from the embedding."""
     last = ranks.stages[-1]
     source, shapes = Source((LM_HEAD,), "vocabulary"), {LM_HEAD: embedding.shape}
     for key in last.values[0]:

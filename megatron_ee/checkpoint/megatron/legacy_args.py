@@ -216,18 +216,20 @@ def check_agreement(args: Args, arch: Architecture, config: str) -> None:
 
 
 def differing_settings(args: Args, arch: Architecture, config: str) -> tuple[str, ...]:
-    """Lines for a person on settings that no tensor's shape shows and that the arguments state otherwise.
+    """Lines for the user on settings in which the arguments contradict the configuration.
 
-    The configuration counts: whoever gives one may know that the arguments are a converter's defaults.
+    Only settings that no tensor's shape shows. The configuration is used: the arguments may be a converter's defaults.
 
     Args:
-        arch: of the configuration.
-        config: names it.
+        args: of the checkpoint.
+        arch: the configuration's architecture.
+        config: the configuration's name in the lines.
     """
     rope = arch.rope
     windows = [window for window in arch.windows if window is not None]
     ours: dict[str, Any] = {
         "norm_epsilon": arch.norm_eps,
+        "layernorm_epsilon": arch.norm_eps,  # its name in older releases
         "rotary_base": rope.theta,
         STRETCHED: rope.factor if rope.kind == "linear" else None,
         "use_rope_scaling": rope.kind == "llama3",

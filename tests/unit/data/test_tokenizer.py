@@ -212,8 +212,8 @@ def test_end_of_text_from_the_model_configuration(hf_dir: Path, tmp_path: Path) 
 def test_tokens_beyond_the_models_vocabulary(hf_dir: Path) -> None:
     tokenizer = load_tokenizer(hf_dir)
     ids = tokenizer.encode("the fox<|im_end|>")
-    assert tokenizer.beyond(ids, max(ids) + 1) is None
-    assert tokenizer.beyond([*ids, 399], 399) == (
+    assert tokenizer.unknown_token(ids, max(ids) + 1) is None
+    assert tokenizer.unknown_token([*ids, 399], 399) == (
         f"token {tokenizer.name_of(399)!r} (id 399) is not in the model's vocabulary of 399 tokens"
     )
 

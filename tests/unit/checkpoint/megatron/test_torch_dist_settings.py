@@ -214,8 +214,10 @@ def test_settings_that_a_given_configuration_has_otherwise_are_told(
     assert f"is 1e-05, but 0.001 by {path / 'config.json'}, which is used" in found.notes[0]
     windows = changed("mistral")
     args = to_args(windows, 256) | {"window_size": [7, 0], "rotary_seq_len_interpolation_factor": 2.0}
+    args["layernorm_epsilon"] = 1e-3  # what older releases call it
     lines = differing_settings(Args("args", args), windows, "config.json")
-    assert [line.split(" ")[1] for line in lines] == ["rotary_seq_len_interpolation_factor", "window_size"]
+    names = ["layernorm_epsilon", "rotary_seq_len_interpolation_factor", "window_size"]
+    assert [line.split(" ")[1] for line in lines] == names
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf")])
