@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import textwrap
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.testing.command import Command
@@ -87,6 +89,16 @@ def make_project(root: Path) -> Project:
             *("prepare-data", "--input", root / f"{prefix.name}.jsonl", "--tokenizer", model, "--output", prefix)
         )
     return result
+
+
+def changed_model(project: Project, path: Path, *, settings: dict[str, Any] | None = None, bias: float = 0.0) -> str:
+    """A copy of the project's model with other settings, and ``bias`` added to its final norm."""
+    shutil.copytree(project.model, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **(settings or {})}))
+    weights = load_file(path / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + bias}, path / "model.safetensors")
+    return str(path)
 
 
 def read_log(output: Path) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ee.checkpoint.ownership import MARKER
 from megatron_ee.commands.main import main
-from megatron_ee.testing.project import Project, read_log
+from megatron_ee.testing.project import Project, changed_model, read_log
 
 WINDOWS = ("--sequence-length", 32, "--sequences", 16, "--dtype", "float32")
 
@@ -58,6 +58,18 @@ def test_a_corpus_of_another_tokenizer_is_refused(
     assert main(["evaluate", "--model", str(other), "--data", str(project.held_out), *map(str, WINDOWS)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"prepare it again with --tokenizer {other}" in error
+
+
+def test_exits_of_another_model_are_refused(
+    project: Project, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, message in (
+        (changed_model(project, tmp_path / "weights", bias=0.5), "exits fit only the weights they were tuned on"),
+        (changed_model(project, tmp_path / "settings", settings={"rms_norm_eps": 1e-6}), "norm_eps (1e-05 against"),
+    ):
+        options = ("--adapter", tuned / "adapter", "--data", project.held_out, *WINDOWS)
+        assert main(["evaluate", "--model", model, *map(str, options)]) == 1
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_model_without_exits_has_its_final_one(project: Project, tuned: Path, tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_ee.checkpoint.loading import SavedModel
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.commands.main import main
 from megatron_ee.data.loader import Batch, ValidationWindows
 from megatron_ee.testing.command import Command
-from megatron_ee.testing.project import all_tensors, read_log
+from megatron_ee.testing.project import all_tensors, changed_model, read_log
 from megatron_ee.tuning.trainer import Trainer
 
 
@@ -241,16 +241,6 @@ def test_what_is_not_installed_is_refused_early(
     assert "logging.wandb.project: needs wandb" in refused(*output, status=2, logging={"wandb": {"project": "exits"}})
     settings = {"implementation": "deepspeed_cpu"}
     assert "optimizer.implementation" in refused(*output, status=2, optimizer=settings)
-
-
-def changed_model(project: Any, path: Path, *, settings: dict[str, Any] | None = None, bias: float = 0.0) -> str:
-    """A copy of the project's model with other settings, and ``bias`` added to its final norm."""
-    shutil.copytree(project.model, path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **(settings or {})}))
-    weights = load_file(path / "model.safetensors")
-    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + bias}, path / "model.safetensors")
-    return str(path)
 
 
 def test_resume_from_another_run_is_refused_early(
