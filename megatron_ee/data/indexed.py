@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,18 +114,23 @@ class Corpus:
         """The tokens of all documents one after another, ``[tokens]``, memory-mapped."""
         return np.memmap(file_of(self.prefix, ".bin"), dtype=self.tokens.index.dtype, mode="r")
 
-    def largest_id(self) -> int:
-        """Largest token id, found by reading all tokens; shows its progress."""
+    def largest_id(self, check: Callable[[], None] = lambda: None) -> int:
+        """Largest token id, found by reading all tokens; shows its progress. ``check`` may raise to end it."""
         tokens, largest = self.every_token(), 0
         with track(tokens.nbytes, "B", f"reading the tokens of {self.prefix}") as bar:
             for start in range(0, len(tokens), SCANNED):
+                check()
                 part = tokens[start : start + SCANNED]
                 largest = max(largest, int(part.max()))
                 bar.advance(part.nbytes)
         return largest
 
-    def check_vocabulary(self, model_vocab_size: int) -> None:
+    def check_vocabulary(self, model_vocab_size: int, check: Callable[[], None] = lambda: None) -> None:
         """Check that the model knows every token. Tokens of the tokenizer that do not occur may be unknown.
+
+        Args:
+            model_vocab_size: rows of the model's embedding.
+            check: called now and then while the tokens are read, where they have to be; it may raise to end that.
 
         Raises:
             DataError: a token lies outside the vocabulary; names it.
@@ -135,7 +141,7 @@ class Corpus:
         if metadata is not None and metadata.largest_id is not None:
             largest, token = metadata.largest_id, f"token {metadata.largest_token!r} (id {metadata.largest_id})"
         else:
-            largest = self.largest_id()
+            largest = self.largest_id(check)
             token = f"token id {largest}"
         if largest >= model_vocab_size:
             raise DataError(

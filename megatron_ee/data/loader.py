@@ -244,7 +244,10 @@ def validation_windows(
 
 
 def open_data(
-    config: DataConfig, model_vocab_size: int | None, validation_sequences: int = 0
+    config: DataConfig,
+    model_vocab_size: int | None,
+    validation_sequences: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[PackedBlend, ValidationWindows | None]:
     """The blend to tune on and the windows to validate on, or None where none are configured.
 
@@ -252,6 +255,7 @@ def open_data(
         model_vocab_size: rows of the model's embedding. None skips this check, for ranks other than the first: it
             reads the whole of a corpus that has no description.
         validation_sequences: largest number of windows; 0 for all.
+        check: called now and then while a whole corpus is read; it may raise to end that.
 
     Raises:
         ConfigError: contradictory or impossible settings, naming the key.
@@ -261,10 +265,10 @@ def open_data(
         raise ConfigError("data.validation_fraction: data.validation names corpora already; give one of the two")
     if not config.train:
         raise ConfigError("data.train: name at least one corpus")
-    train, weights = _open_blend(config.train, model_vocab_size)
+    train, weights = _open_blend(config.train, model_vocab_size, check)
     ranges, held_out = [whole(corpus) for corpus in train], []
     if config.validation:
-        held_out = [whole(corpus) for corpus in _open_blend(config.validation, model_vocab_size)[0]]
+        held_out = [whole(corpus) for corpus in _open_blend(config.validation, model_vocab_size, check)[0]]
     elif config.validation_fraction:
         pairs = [split(corpus, config.validation_fraction) for corpus in train]
         ranges, held_out = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -273,13 +277,15 @@ def open_data(
     return blend, windows
 
 
-def _open_blend(entries: Sequence[str | CorpusConfig], vocab_size: int | None) -> tuple[list[Corpus], list[float]]:
+def _open_blend(
+    entries: Sequence[str | CorpusConfig], vocab_size: int | None, check: Callable[[], None]
+) -> tuple[list[Corpus], list[float]]:
     """Corpora and weights of a configured blend."""
     settings = [entry if isinstance(entry, CorpusConfig) else CorpusConfig(entry) for entry in entries]
     corpora = [open_corpus(Path(setting.path)) for setting in settings]
     if vocab_size is not None:
         for corpus in corpora:
-            corpus.check_vocabulary(vocab_size)
+            corpus.check_vocabulary(vocab_size, check)
     return corpora, [setting.weight for setting in settings]
 
 

@@ -99,9 +99,9 @@ def tune(
     minutes = collective_minutes(config.parallel.timeout_seconds)
     with watch_signals() as interrupt, joined_processes(minutes) as control:
         gather = partial(gather_objects, group=control)
-        inputs = each_own(gather, lambda: _open_inputs(config, init_adapter, open_model))
-        config = inputs.config
         try:
+            inputs = each_own(gather, lambda: _open_inputs(config, init_adapter, open_model, interrupt))
+            config = inputs.config
             with (
                 model_groups(control, config.parallel.tensor, config.parallel.pipeline, minutes) as groups,
                 watch_ranks(
@@ -147,7 +147,9 @@ class _Inputs:
     held_out: tuple[Corpus, ...]
 
 
-def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Callable[..., SavedModel]) -> _Inputs:
+def _open_inputs(
+    config: RunConfig, init_adapter: Path | None, open_model: Callable[..., SavedModel], interrupt: Interrupt
+) -> _Inputs:
     verify = config.checkpoint.verify
     model = open_model(config.model.path, verify=verify)
     dtype: Any = choose_dtype(config.model.dtype, model, "model.dtype", tuning=True)
@@ -164,7 +166,8 @@ def _open_inputs(config: RunConfig, init_adapter: Path | None, open_model: Calla
         check_settings(described, model)
         check_fits(described, specs, arch)
     first = launched_rank() == 0
-    blend, windows = open_data(config.data, arch.vocab_size if first else None, config.validation.sequences)
+    vocab_size = arch.vocab_size if first else None
+    blend, windows = open_data(config.data, vocab_size, config.validation.sequences, interrupt.check)
     held_out = windows.corpora if windows is not None and config.data.validation else ()
     for line in check_data(blend.corpora, held_out, model.path) if first else ():
         print(line, file=sys.stderr, flush=True)

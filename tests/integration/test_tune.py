@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from megatron_ee.checkpoint.loading import SavedModel
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.commands.main import main
+from megatron_ee.data.indexed import Corpus
 from megatron_ee.data.loader import Batch, ValidationWindows
 from megatron_ee.testing.command import Command
 from megatron_ee.testing.project import all_tensors, changed_model, read_log
@@ -158,6 +159,26 @@ def test_a_signal_before_the_first_step_is_an_interruption(
     assert main(["tune", "--config", str(config), "--output", str(output), "--resume"]) == 0
     assert "SIGUSR1: ended before the first step; go on with --resume" in capsys.readouterr().err
     assert json.loads((output / "status.json").read_text()) == {"state": "interrupted", "step": 0, "steps": 12}
+
+
+def test_a_signal_while_a_corpus_is_read_is_an_interruption(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"  # without its description, so that it is read as a whole
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{project.train}{suffix}", f"{corpus}{suffix}")
+    config, output = project.config(tmp_path / "run.yaml", data={"train": [str(corpus)]}), tmp_path / "run"
+    usual = Corpus.largest_id
+
+    def signalled(*arguments: Any) -> int:
+        signal.raise_signal(signal.SIGUSR1)
+        usual(*arguments)
+        return pytest.fail("it went on")
+
+    monkeypatch.setattr(Corpus, "largest_id", signalled)
+    assert main(["tune", "--config", str(config), "--output", str(output)]) == 0
+    assert "SIGUSR1: ended before the first step" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, tuned: Path) -> None:

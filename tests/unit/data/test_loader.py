@@ -227,7 +227,7 @@ def test_refused(write_corpus: Callable[..., Path]) -> None:
 def test_one_rank_reads_the_corpora_that_nothing_describes(
     write_corpus: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(corpus: object) -> int:
+    def read(*_: object) -> int:
         raise AssertionError("reads all tokens")
 
     monkeypatch.setattr("megatron_ee.data.indexed.Corpus.largest_id", read)
