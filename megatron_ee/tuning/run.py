@@ -312,8 +312,8 @@ def _resume(
     def load(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any], dict[str, str]]:
         made_with = checkpoint.metadata.get("config")
         made_with = made_with if isinstance(made_with, dict) else {}
-        new_data = changed_data(checkpoint.metadata.get("data"), description["data"])
-        return load_state(checkpoint, stage, optimizer, _without(description, leave_out)), made_with, new_data
+        changes = changed_data(checkpoint.metadata.get("data"), description["data"])
+        return load_state(checkpoint, stage, optimizer, _without(description, leave_out)), made_with, changes
 
     found = load_latest(
         output / "checkpoints",
@@ -326,13 +326,14 @@ def _resume(
     if found is None:
         report(f"{output}: no checkpoint yet; starting from the beginning")
         return
-    for name, value in dataclasses.asdict(found[0]).items():
+    loaded, made_with, new_data = found
+    for name, value in dataclasses.asdict(loaded).items():
         setattr(progress, name, value)
-    for key, change in found[2].items():
+    for key, change in new_data.items():
         report(f"{key}: {change}")
         if key.startswith("data.validation"):
             progress.best_loss = progress.best_step = None  # a loss on other text does not compare
-    changed = [name for name, value in description["config"].items() if found[1].get(name) != value]
+    changed = [name for name, value in description["config"].items() if made_with.get(name) != value]
     if changed:
         report(f"the configuration changed since the checkpoint was made, in: {', '.join(changed)}")
     report(f"going on after step {progress.step}")
