@@ -17,6 +17,7 @@ from megatron_ee.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from megatron_ee.inference.compare import ModeResult
     from megatron_ee.inference.engine import Engine
+    from megatron_ee.inference.fields import FileRequest
     from megatron_ee.inference.loading import Released
     from megatron_ee.inference.requests import Completion, Request
 
@@ -131,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_settings(arguments)
         released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
         lines = _file_requests(arguments, released)
-        requests = list(lines.values()) or _requests(arguments, released)
+        requests = [line.request for line in lines] or _requests(arguments, released)
         if arguments.compare and not released.exits:
             raise ConfigError("compare: needs exits; give their adapter with --adapter")
         arch = released.model.architecture
@@ -202,12 +203,12 @@ def _check_settings(arguments: argparse.Namespace) -> None:
     request.sampling.check()
 
 
-def _file_requests(arguments: argparse.Namespace, released: Released) -> dict[int, Request]:
-    """What ``--prompts`` asks, checked, by number of the line; nothing without it."""
+def _file_requests(arguments: argparse.Namespace, released: Released) -> list[FileRequest]:
+    """What ``--prompts`` asks, checked; nothing without it."""
     from megatron_ee.inference.fields import read_requests
 
     if arguments.prompts is None:
-        return {}
+        return []
     try:
         return read_requests(arguments.prompts, _settings(arguments), released, chat=arguments.chat)
     except ConfigError as error:
@@ -287,23 +288,25 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
         write_file(arguments.html, page.encode())
 
 
-def _answer_file(arguments: argparse.Namespace, lines: dict[int, Request], engine: Engine) -> int:
+def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine: Engine) -> int:
     """Answer a file's requests, one JSON line for each, in its order; status 1 where some failed."""
     from megatron_ee.inference.batch import run_batch
     from megatron_ee.progress import track
 
-    for number, request in lines.items():
+    for each in lines:
         try:
-            engine.check(request)
+            engine.check(each.request)
         except ConfigError as error:
-            raise ConfigError(f"{arguments.prompts}:{number}: {error}") from None
+            raise ConfigError(f"{arguments.prompts}:{each.line}: {error}") from None
     failed = 0
     with track(len(lines), "prompts", "answering", "tokens") as bar:
         advance = partial(bar.advance, 1)
-        for outcomes in run_batch(engine, list(lines.values()), ahead=2 * arguments.max_rows, advance=advance):
+        answers = run_batch(engine, [line.request for line in lines], ahead=2 * arguments.max_rows, advance=advance)
+        for line, outcomes in zip(lines, answers, strict=True):
             shown = [{"error": each} if isinstance(each, str) else _described(each) for each in outcomes]
             failed += any("error" in each for each in shown)
-            print(json.dumps(shown[0] if len(shown) == 1 else {"outputs": shown}), flush=True)
+            named = {} if line.id is None else {"id": line.id}
+            print(json.dumps(named | (shown[0] if len(shown) == 1 else {"outputs": shown})), flush=True)
     if failed:
         print(f"megatron-ee generate: {failed} of {len(lines)} prompts failed; their lines say why", file=sys.stderr)
     return 1 if failed else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,23 @@ OTHERS = ("samples", "max_tokens", "stop", "ignore_eos", "echo", "logprobs", "ex
 FIELDS = ("mode", "threshold", *POLICY, "draft_exit", "draft_length", *SAMPLING, *OTHERS)
 """Names of the settings of a request, as ``generate --help`` explains them."""
 PROMPTS = ("prompt", "messages")
+KEYS = ("id", *PROMPTS, *FIELDS)
+"""Of one line of a file of prompts."""
+
+
+@dataclass(frozen=True)
+class FileRequest:
+    """A request of a file of prompts.
+
+    Attributes:
+        line: its number, from 1.
+        id: what the line calls it, to be given back with the answer; None where it has no name.
+        request: what is asked.
+    """
+
+    line: int
+    id: str | int | None
+    request: Request
 
 
 def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, has_exits: bool) -> Request:
@@ -56,11 +74,11 @@ def check_request(request: Request, released: Released) -> None:
 
 def read_requests(
     path: Path, defaults: Mapping[str, Any], released: Released, *, chat: bool = False
-) -> dict[int, Request]:
-    """The requests of a file of JSON lines, checked, by number of the line from 1; blank lines are passed over.
+) -> list[FileRequest]:
+    """The requests of a file of JSON lines, checked; blank lines are passed over.
 
     Each line is an object with ``prompt``, a text to continue, or ``messages``, a conversation for the model's chat
-    template; other keys are settings, which take the place of ``defaults``.
+    template, and maybe an ``id``; other keys are settings, which take the place of ``defaults``.
 
     Args:
         defaults: the settings in ``FIELDS``, where a line does not give them.
@@ -69,7 +87,7 @@ def read_requests(
     Raises:
         ConfigError: the file cannot be read, holds no prompt, or a line is not such an object; names file, line, key.
     """
-    requests = {}
+    requests = []
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
@@ -79,12 +97,12 @@ def read_requests(
             line = _decode(encoded)
             if not line.strip():
                 continue
-            request = _read_line(line, defaults, released, chat=chat)
+            name, request = _read_line(line, defaults, released, chat=chat)
             check_request(request, released)
         except UserError as error:
             field, colon, rest = str(error).partition(":")
             raise ConfigError(f"{path}:{number}: {field.replace('draft.', 'draft_')}{colon}{rest}") from None
-        requests[number] = request
+        requests.append(FileRequest(number, name, request))
     if not requests:
         raise ConfigError(f"--prompts: {path} holds no prompt; each line is a JSON object with a prompt or messages")
     return requests
@@ -97,21 +115,27 @@ def _decode(line: bytes) -> str:
         raise ConfigError(f"not UTF-8: byte {error.start} of the line: {error.reason}") from None
 
 
-def _read_line(line: str, defaults: Mapping[str, Any], released: Released, *, chat: bool) -> Request:
+def _read_line(
+    line: str, defaults: Mapping[str, Any], released: Released, *, chat: bool
+) -> tuple[str | int | None, Request]:
+    """The line's id and its request."""
     given = parse_json(line.encode("utf-8"), "line")
     if not isinstance(given, dict):
         raise ConfigError(f"must be a JSON object, not {shown(given)}")
     for key in given:
-        if key not in (*PROMPTS, *FIELDS):
-            near = difflib.get_close_matches(key, (*PROMPTS, *FIELDS), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join((*PROMPTS, *FIELDS))}"
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(KEYS)}"
             raise ConfigError(f"{shown(key)}: unknown key; {hint}")
     if sum(key in given for key in PROMPTS) != 1:
         raise ConfigError("give either a prompt or messages")
+    name = given.pop("id", None)
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        raise ConfigError(f"id: must be text or a whole number, not {shown(name)}")
     if "thresholds" in given:
         given["thresholds"] = _by_layer(given["thresholds"])
     prompt = _prompt(given, released, chat=chat)
-    return make_request(prompt, {**defaults, **given}, has_exits=bool(released.exits))
+    return name, make_request(prompt, {**defaults, **given}, has_exits=bool(released.exits))
 
 
 def _prompt(given: Mapping[str, Any], released: Released, *, chat: bool) -> str | list[int]:

@@ -318,7 +318,7 @@ def test_a_file_of_prompts_is_answered_in_order(
     exits = ("--adapter", adapter, "--max-tokens", 6, "--ignore-eos")
     lines: list[tuple[Any, tuple[object, ...]]] = [
         (
-            {"prompt": "one", "max_tokens": 20, "mode": "full"},
+            {"prompt": "one", "max_tokens": 20, "mode": "full", "id": 1},
             ("--prompt", "one", "--max-tokens", 20, "--mode", "full"),
         ),
         ({"messages": [{"role": "user", "content": "hi"}]}, ("--prompt", "hi", "--chat")),
@@ -334,11 +334,13 @@ def test_a_file_of_prompts_is_answered_in_order(
         ),
         ({"prompt": "four", "logprobs": 2, "max_tokens": 1}, ("--prompt", "four", "--logprobs", 2, "--max-tokens", 1)),
     ]
-    path = write_prompts(tmp_path / "prompts.jsonl", *(line for line, _ in lines), "", {"prompt": "five", "samples": 2})
+    last = {"prompt": "five", "samples": 2, "id": "five"}
+    path = write_prompts(tmp_path / "prompts.jsonl", *(line for line, _ in lines), "", last)
     status, out, err = command.run(*exits, "--prompts", path, "--max-rows", 2, model=model)
     assert status == 0, err
     found = [json.loads(line) for line in out.splitlines()]
     assert len(found) == len(lines) + 1 and [len(one["token_ids"]) for one in found[-1]["outputs"]] == [6, 6]
+    assert [one.get("id") for one in found] == [1, *[None] * 6, "five"]
     assert "answering: 8/8 prompts" in err
     for one, (_, options) in zip(found, lines, strict=False):
         status, out, err = command.run(*exits, *options, "--json", model=model)
@@ -361,6 +363,7 @@ def test_a_file_of_prompts_is_answered_in_order(
         ({"prompt": "a" * 99}, ":3: prompt: has 100 tokens, but the model has 64 positions"),
         ({"messages": [{"role": "user"}]}, ":3: messages: message 1: content must be text"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the tokenizer has no chat template"),
+        ({"prompt": "a", "id": [1]}, ":3: id: must be text or a whole number, not [1]"),
         ({"prompt": "a", "max_token": 3}, ":3: 'max_token': unknown key; did you mean 'max_tokens'?"),
         ('{"prompt": "a", "seed": 1, "seed": 2}', ":3: line: not valid JSON: key 'seed' appears twice"),
         ({"prompt": "a", "max_tokens": "3"}, ":3: max_tokens: must be a whole number at least 1, not '3'"),
