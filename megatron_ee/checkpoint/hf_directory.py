@@ -50,7 +50,8 @@ class HFDirectory:
         directory = Path(path)
         with storage_errors(directory, "read"):
             if not directory.is_dir():
-                raise CheckpointError(f"{directory}: no such directory; give a Hugging Face model directory")
+                wrong = "is a file" if directory.exists() else "no such directory"
+                raise CheckpointError(f"{directory}: {wrong}; give a Hugging Face model directory")
         root = allowed_root(directory)
         single, index = directory / SINGLE, directory / INDEX
         if os.path.lexists(single):

@@ -105,6 +105,8 @@ def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     ``recorded`` may come from a file that is not trusted.
     """
     names = sorted(name for name in recorded.keys() | current.keys() if recorded.get(name) != current.get(name))
+    if "num_layers" in names and "windows" in names:
+        names.remove("windows")  # one for each layer: their number says enough
     return ", ".join(f"{name[:40]} ({_setting(recorded, name)} against {_setting(current, name)})" for name in names)
 
 

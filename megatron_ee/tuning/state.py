@@ -119,10 +119,10 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
             f"{checkpoint.path}: made with other settings of the model: {changed}; restore its config.json, or start "
             "anew"
         )
-    for key in ("exits", "dtype", "backbone_sha256"):
+    for key, kind in (("exits", "other exits"), ("dtype", "another dtype"), ("backbone_sha256", "another backbone")):
         if key in description and checkpoint.metadata.get(key) != description[key]:
             raise CheckpointError(
-                f"{checkpoint.path}: made with another {key}; resume with the configuration it was started with, "
+                f"{checkpoint.path}: made with {kind}; resume with the configuration it was started with, "
                 f"or start anew with --init-adapter"
             )
     if "data" in description and (changes := changed_data(checkpoint.metadata.get("data"), description["data"])):

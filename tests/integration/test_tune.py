@@ -268,12 +268,12 @@ def test_resume_from_another_run_is_refused_early(
     refused: Callable[..., str], project: Any, tuned: Path, tmp_path: Path
 ) -> None:
     resume = ("--output", tuned, "--resume")
-    assert "another exits" in refused(*resume, exits=[{"layer": 1}])
+    assert "other exits" in refused(*resume, exits=[{"layer": 1}])
     assert "another dtype" in refused(*resume, model={"dtype": "bfloat16"})
     other = changed_model(project, tmp_path / "settings", settings={"rms_norm_eps": 1e-6})
     assert "norm_eps (1e-05 against 1e-06)" in refused(*resume, model={"path": other})
     other = changed_model(project, tmp_path / "weights", bias=0.5)
-    assert "another backbone_sha256" in refused(*resume, model={"path": other}, hashes=True)
+    assert "another backbone" in refused(*resume, model={"path": other}, hashes=True)
     assert (tuned / "checkpoints" / "step-12").is_dir()
 
 

@@ -38,7 +38,8 @@ def open_contents(path: Path, *, trust: bool = False, config: Path | None = None
     """
     path = current_directory(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; give a checkpoint's directory")
+        wrong = "is a file" if path.exists() else "no such directory"
+        raise CheckpointError(f"{path}: {wrong}; give a checkpoint's directory")
     if (path / MANIFEST).is_file():
         if open_checkpoint(path).metadata.get("kind") == KIND:
             return _of_model(open_model(path, verify=verify), "parallel checkpoint", verify)

@@ -56,6 +56,8 @@ def test_shards_and_tensors_that_the_index_does_not_mention(tmp_path: Path) -> N
 
 def test_nothing_to_read(tmp_path: Path) -> None:
     assert "no such directory" in refusal(tmp_path / "none")
+    (tmp_path / "file").touch()
+    assert "is a file" in refusal(tmp_path / "file")
     assert f"neither {SINGLE} nor {INDEX} found" in refusal(tmp_path)
     save_file({"a": torch.ones(1)}, tmp_path / FIRST)
     assert "add the index" in refusal(tmp_path)

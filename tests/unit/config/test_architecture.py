@@ -13,6 +13,8 @@ from megatron_ee.config.architecture import (
     FAMILIES,
     Architecture,
     Rope,
+    changed_settings,
+    output_settings,
     outputs_digest,
     parse_architecture,
     read_architecture,
@@ -336,6 +338,12 @@ def test_the_digest_of_outputs_changes_with_what_changes_outputs_only() -> None:
     assert len(changed) == len(dataclasses.fields(Rope)) + len(dataclasses.fields(Architecture)) - len(same) - 1
     digests = {outputs_digest(dataclasses.replace(arch, **change)) for change in changed}
     assert len(digests | {outputs_digest(arch)}) == len(changed) + 1
+
+
+def test_another_depth_is_shown_by_the_number_of_layers_alone() -> None:
+    deep = output_settings(parse_architecture(LLAMA2_7B))
+    shallow = output_settings(parse_architecture({**LLAMA2_7B, "num_hidden_layers": 16}))
+    assert changed_settings(deep, shallow) == "num_layers (32 against 16)"
 
 
 def test_windows_of_mistral_are_those_of_all_layers() -> None:

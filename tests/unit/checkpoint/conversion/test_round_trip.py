@@ -228,5 +228,8 @@ def test_chat_templates_are_files_of_the_directory(family: Callable[[str], Path]
 def test_nothing_known(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         open_contents(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        open_contents(tmp_path / "file")
     with pytest.raises(CheckpointError, match="no checkpoint of a known format"):
         open_contents(tmp_path)
