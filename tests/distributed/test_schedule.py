@@ -98,9 +98,9 @@ def message_order(path: Path, case: Case, warm_up: bool) -> tuple[list[tuple[str
     forwards: list[str] = []
 
     def record(kind: str, group: dist.ProcessGroup, peer: int) -> None:
-        lessons = group is groups_of_run[0].teacher
-        happened.append((kind, lessons, counts[kind, lessons, peer]))
-        counts[kind, lessons, peer] += 1
+        from_teacher = group is groups_of_run[0].teacher
+        happened.append((kind, from_teacher, counts[kind, from_teacher, peer]))
+        counts[kind, from_teacher, peer] += 1
 
     class Recording:
         def __getattr__(self, name: str) -> Any:
@@ -146,11 +146,11 @@ def test_a_verdict_is_awaited_only_after_what_it_depends_on_was_sent(
     warm = run_ranks(len(stages), message_order, path, case, True)
     for rank, (happened, forwards, trained) in enumerate(cold):
         sources = {message.source for message in case.layout.messages()}
-        received = [number for kind, lessons, number in happened if kind == "receive" and lessons]
+        received = [number for kind, from_teacher, number in happened if kind == "receive" and from_teacher]
         hosts = bool(stages[rank][1]) and rank != case.layout.last_layered
         assert received == (list(range(12)) if hosts else [])
-        for place, (kind, lessons, number) in enumerate(happened):
-            if kind == "receive" and lessons and rank in sources:
+        for place, (kind, from_teacher, number) in enumerate(happened):
+            if kind == "receive" and from_teacher and rank in sources:
                 assert ("send", False, number) in happened[:place]
         warm_happened, warm_forwards, warm_trained = warm[rank]
         assert sorted(warm_happened) == sorted(happened)
