@@ -218,16 +218,13 @@ def _file_requests(arguments: argparse.Namespace, released: Released) -> list[Fi
 
 def _requests(arguments: argparse.Namespace, released: Released) -> list[Request]:
     """What each ``--prompt`` asks, checked."""
-    from megatron_ee.inference.fields import check_request, make_request
-    from megatron_ee.inference.prompts import encode_chat
+    from megatron_ee.inference.fields import check_request, make_request, user_prompt
     from megatron_ee.parallel.groups import launched_rank
 
     settings = _settings(arguments)
     requests = []
     for text in arguments.prompt:
-        prompt = (
-            encode_chat(released.tokenizer, [{"role": "user", "content": text}]) if arguments.chat and text else text
-        )
+        prompt = user_prompt(text, released, chat=arguments.chat)
         requests.append(make_request(prompt, settings, has_exits=bool(released.exits)))
         check_request(requests[-1], released)
     if not arguments.compare and launched_rank() == 0:

@@ -61,6 +61,11 @@ def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, ha
     )
 
 
+def user_prompt(text: str, released: Released, *, chat: bool) -> str | list[int]:
+    """A text to continue; with ``chat`` the ids of a conversation that begins with it. An empty text stays empty."""
+    return encode_chat(released.tokenizer, [{"role": "user", "content": text}]) if chat and text else text
+
+
 def check_request(request: Request, released: Released) -> None:
     """Check a request against a model that is opened and not yet loaded.
 
@@ -145,7 +150,7 @@ def _prompt(given: Mapping[str, Any], released: Released, *, chat: bool) -> str 
     prompt = given["prompt"]
     if not isinstance(prompt, str):
         raise ConfigError(f"prompt: must be text, not {shown(prompt)}")
-    return encode_chat(released.tokenizer, [{"role": "user", "content": prompt}]) if chat and prompt else prompt
+    return user_prompt(prompt, released, chat=chat)
 
 
 def _by_layer(thresholds: Any) -> Any:
