@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ee.checkpoint.atomic import current_directory, replace_directory, write_json
 from megatron_ee.checkpoint.digest import file_sha256, is_sha256
 from megatron_ee.checkpoint.gathering import gather_tensors
-from megatron_ee.checkpoint.loading import SavedModel, load_frozen_norms
+from megatron_ee.checkpoint.loading import SavedModel, load_backbone, load_frozen_norms
 from megatron_ee.checkpoint.manifest import MANIFEST, encode
 from megatron_ee.checkpoint.names import Source, blocks, exit_saved_sources, exit_tensors
 from megatron_ee.checkpoint.parallel import EXITS
@@ -33,7 +33,9 @@ from megatron_ee.config.schema import Body, Head
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
 from megatron_ee.model.exits import Exit
+from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import Groups
+from megatron_ee.progress import track
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
@@ -346,6 +348,19 @@ def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> No
             load_frozen_norms(exit_, model)
             for parameter, source in exit_saved_sources(exit_):
                 _read(parameter, source, exit_, adapter)
+
+
+def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None:
+    """Load the layers and the exits that a stage holds, with a progress bar on the first rank.
+
+    Raises:
+        CheckpointError: a file cannot be read, or does not hold what the stage needs.
+    """
+    total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
+    with track(total, "B", "loading", enabled=stage.setup.groups.is_main) as bar:
+        load_backbone(stage, model, bar.advance)
+    if adapter is not None:
+        load_exits(stage.exits, adapter, model)
 
 
 def _read(parameter: Tensor, source: Source, exit_: Exit, adapter: Adapter) -> None:

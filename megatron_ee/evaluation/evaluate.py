@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, load_exits
+from megatron_ee.checkpoint.adapter import Adapter, check_hash, fill_stage, find_exits
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.checkpoint.digest import hash_backbone
-from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
+from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
@@ -29,7 +29,7 @@ from megatron_ee.evaluation.quality import measure
 from megatron_ee.evaluation.report import print_quality, report_dict
 from megatron_ee.model.quality import Quality
 from megatron_ee.model.setup import ModelSetup, build_setup
-from megatron_ee.model.stage import Stage, build_stage
+from megatron_ee.model.stage import build_stage
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import (
@@ -42,7 +42,6 @@ from megatron_ee.parallel.groups import (
 )
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
-from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.trainer import Validate
@@ -120,7 +119,7 @@ def evaluate(
             setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)
             layout = _layout(saved.architecture.num_layers, subject.exits, pipeline)
             stage = build_stage(setup, layout, subject.exits, final_exit=True)
-            groups.together(lambda: _load(stage, subject, groups))
+            groups.together(lambda: fill_stage(stage, saved, subject.adapter))
             quality = measure(
                 Pipeline(stage, layout, subject.exits),
                 subject.windows,
@@ -202,14 +201,6 @@ def _layout(num_layers: int, specs: Sequence[ExitSpec], pipeline: int) -> Layout
             for stage in stages
         )
     )
-
-
-def _load(stage: Stage, subject: _Subject, groups: Groups) -> None:
-    total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
-    with track(total, "B", "loading", enabled=groups.is_main) as bar:
-        load_backbone(stage, subject.model, bar.advance)
-    if subject.adapter is not None:
-        load_exits(stage.exits, subject.adapter, subject.model)
 
 
 def make_validator(

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, load_exits
+from megatron_ee.checkpoint.adapter import Adapter, check_hash, fill_stage, find_exits
 from megatron_ee.checkpoint.digest import hash_backbone
-from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
+from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
@@ -176,15 +176,7 @@ def load_stage(
     build_operations(setup)
     specs = [spec for spec in exits if spec.layer in layers]
     stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
-    total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
-
-    def load() -> None:
-        with track(total, "B", "loading", enabled=groups.is_main) as bar:
-            load_backbone(stage, released.model, bar.advance)
-        if released.adapter is not None:
-            load_exits(stage.exits, released.adapter, released.model)
-
-    groups.together(load)
+    groups.together(lambda: fill_stage(stage, released.model, released.adapter))
     if candidates is not None:
         ids = torch.tensor(sorted(set(candidates)), device=platform.device())
         for exit_ in stage.exits:
