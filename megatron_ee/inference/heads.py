@@ -91,7 +91,11 @@ def single(value: float) -> float:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Of ``[tokens, vocab]`` float32 each token's likeliest successor and its probability, ``[2, tokens]`` float64."""
+    """Of ``[tokens, vocab]`` float32 each token's most probable successor and its probability.
+
+    Returns:
+        ``[2, tokens]`` float64: token ids, and their probabilities.
+    """
     highest, top1 = logits.max(-1)
     sure = (highest - logits.logsumexp(-1)).exp()
     return torch.stack((top1.double(), sure.double()))
@@ -122,7 +126,7 @@ class _Queued:
     """What is to be read of one head, on the device.
 
     Attributes:
-        chosen: each token's likeliest successor after the penalty, ``[tokens]``.
+        chosen: each token's most probable successor after the penalty, ``[tokens]``.
         shares: by measure, each token's confidence ``[tokens]``.
         verified: what ``verify`` gave for the rows that sample; None where no row does.
         logprobs: of the tokens of rows that want them: log-probability of the emitted one ``[tokens, 1]``, and of the
@@ -220,7 +224,7 @@ def _read(queued: _Queued, asks: Sequence[Ask]) -> list[Answer]:
 
 
 def _greedy(ask: Ask, tokens: list[int], shares: list[float]) -> Answer:
-    """One row: the likeliest successor of each token, and its confidence."""
+    """One row: the most probable successor of each token, and its confidence."""
     if any(share != share for share in shares):
         return Answer(finite=False)
     if ask.kind == "leave" and not shares[-1] >= ask.threshold:

@@ -183,7 +183,8 @@ def _outside_nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
 def _least_likely(scores: Tensor, p: Tensor, rest: Tensor) -> Tensor:
     """Which tokens ``[rows, ids]`` have, the least likely ones first, at most ``rest`` ``[rows, 1]`` together.
 
-    Of equals the lowest ids stay, on every machine (transformers leaves that to the sort), and of all the likeliest.
+    Of equally likely tokens the lowest ids stay, on every machine (transformers leaves that to the sort). The most
+    probable token always stays.
     """
     order = torch.sort(scores, descending=True, stable=True).indices.flip(-1)
     sorted_out = p.gather(-1, order).cumsum(-1) <= rest

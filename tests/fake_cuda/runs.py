@@ -43,7 +43,7 @@ class Inference:
         overrides: of the configuration, as on the command line; the exits and the tensor-parallel size are its.
         rows: requests at a time.
         tokens: that each emits.
-        sampled: draw tokens; otherwise take the likeliest.
+        sampled: draw tokens; otherwise take the most probable one.
         window: sliding window that the model is given.
     """
 
