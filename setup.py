@@ -31,6 +31,7 @@ setup(
         "jinja2>=3.1,<4",  # chat templates
         "jsonargparse[signatures]>=4.49,<5",
         "pyyaml>=6,<7",
+        "pydantic>=2.11,<3",  # models of what files and requests hold
         "numpy>=1.26,<3",
         "psutil>=6,<8",
         "ninja>=1.11,<2",  # builds megatron_ee/model/bfloat16 where layers are compiled

@@ -1,0 +1,161 @@
+"""One validator for what people and files give: pydantic's strict models, whose errors become one line each.
+
+``Strict`` is the base class of such models, ``validated`` reads values into one. Types are taken as they are: '1' and
+true are no numbers, 1.0 is no whole number, NaN and infinity are refused, unknown keys are errors. A check of one's own
+raises ``ValueError`` in a ``field_validator`` or ``model_validator``; its text is then what stands after the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from megatron_ee.errors import ConfigError, UserError, shown
+
+T = TypeVar("T")
+
+# What must be there, by pydantic's names of errors; braces are filled from an error's context.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_unicode": "text without lone surrogates",
+    "string_too_short": "text of at least {min_length} characters",
+    "string_too_long": "text of at most {max_length} characters",
+    "none_required": "null",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
+    "literal_error": "one of {expected}",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "sequence_str": "a list",
+    "is_instance_of": "a list",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "dict_type": "an object",
+    "mapping_type": "an object",
+    "model_type": "an object",
+}
+
+
+class Strict(BaseModel):
+    """Base of the models that ``validated`` reads.
+
+    A field that is a tuple takes a list, as JSON has it, where it is declared with ``Field(strict=False)``.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def validated(kind: type[T], values: Any, *, where: str = "", error: type[UserError] = ConfigError) -> T:
+    """``values`` as a ``kind``.
+
+    Args:
+        kind: a ``Strict`` model, or any other type that pydantic knows.
+        where: what the values are, such as a file and line; begins the message.
+        error: what is raised.
+
+    Raises:
+        UserError: ``error``; its message is one line that names the key and the value.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as problem:
+        line = first_problem(problem, kind, values)
+        raise error(f"{where}: {line}" if where else line) from None
+
+
+def first_problem(error: ValidationError, kind: Any = None, values: Any = None) -> str:
+    """The first of an error's problems, unknown keys before others: ``key: what must be there, not the value``.
+
+    Args:
+        kind: what was validated; where given, a problem with an unknown key names the known ones.
+        values: what was validated; where given, the names of a union's members are left out of the key.
+    """
+    problems = [
+        (each, tuple(_path(each["loc"], values) if values is not None else each["loc"]))
+        for each in error.errors(include_url=False)
+    ]
+    problems.sort(key=lambda problem: problem[0]["type"] != "extra_forbidden")  # else in the order of the fields
+    first, path = problems[0]
+    # Of the members of a union, the one that the value is like fails within the value.
+    first, path = max((each for each in problems if each[1][: len(path)] == path), key=lambda each: len(each[1]))
+    name, value = _spelt(path), shown(first["input"])
+    prefix = f"{name}: " if name else ""
+    if first["type"] == "missing":
+        return f"{prefix}missing"
+    if first["type"] == "extra_forbidden":
+        return f"{prefix}unknown key{_meant(str(path[-1]), _keys(kind, path[:-1]))}"
+    if first["type"] == "value_error":
+        return prefix + str(first["ctx"]["error"])
+    # Otherwise they all fail at one place, each with a problem of its own.
+    here = [_expected(each) for each, other in problems if other == path]
+    of_key = "its keys " if first["loc"][-1:] == ("[key]",) else ""
+    return f"{prefix}{of_key}must be {' or '.join(dict.fromkeys(here))}, not {value}"
+
+
+def _expected(problem: Any) -> str:
+    words = _EXPECTED.get(problem["type"])
+    if words is None:
+        return str(problem["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
+    return words.format(**{key: _plain(value) for key, value in problem.get("ctx", {}).items()})
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as people write them: 1 for 1.0."""
+    return f"{value:.15g}" if isinstance(value, float) else value
+
+
+def _path(loc: tuple[int | str, ...], values: Any) -> Iterator[int | str]:
+    """The parts of ``loc`` that are keys and indices of ``values``; others name the members of a union."""
+    for index, part in enumerate(loc):
+        missing = isinstance(values, dict) and part != "[key]" and index == len(loc) - 1
+        try:
+            values = values[part]
+        except (LookupError, TypeError):
+            if not missing:
+                continue
+        yield part
+
+
+def _spelt(path: Sequence[int | str]) -> str:
+    """``exits[0].layer`` of its parts."""
+    names = ((f"[{part}]" if isinstance(part, int) else f".{part}") for part in path)
+    text = "".join(names).removeprefix(".")
+    return text if text.isprintable() and len(text) <= 80 else shown(text)
+
+
+def _keys(kind: Any, path: Sequence[int | str]) -> list[str]:
+    """The keys that are known at ``path`` within ``kind``."""
+    for part in path:
+        kind = _item(kind) if isinstance(part, int) else getattr(_fields(kind).get(part), "annotation", None)
+    return list(_fields(kind))
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """The fields of a model, or of the model in a union."""
+    for each in (kind, *get_args(kind)):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each.model_fields
+    return {}
+
+
+def _item(kind: Any) -> Any:
+    """What a list, or the list in a union, holds."""
+    inner = [each for each in get_args(kind) if each is not Ellipsis]
+    return next((_item(each) for each in inner if get_args(each)), inner[0] if inner else None)
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """What a misspelt key may have been meant for."""
+    near = difflib.get_close_matches(name[:80], known, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; possible: {', '.join(known)}" if known else ""
