@@ -22,7 +22,6 @@ COMMANDS = {
     "tune": ("tune", "train exits on a frozen model"),
     "evaluate": ("evaluate", "loss, perplexity, agreement, confidence per exit; threshold sweep"),
     "generate": ("generate", "text from a prompt, showing the layer that emitted each token"),
-    "benchmark": ("benchmark", "tuning step and loading against what one would otherwise run"),
 }
 SAVING = ("tune",)
 """Commands that save and end with 0 after a signal; the others end by it."""

@@ -82,7 +82,6 @@ class Outbox:
     Attributes:
         target: rank in the group.
         messages: number sent so far.
-        bytes: their size together.
     """
 
     def __init__(self, group: dist.ProcessGroup, target: int, dtype: torch.dtype, *, ahead: int = 1) -> None:
@@ -90,7 +89,7 @@ class Outbox:
         self._group, self.target, self._dtype = group, target, dtype
         self._buffers: list[Tensor] = [_nothing(dtype)] * (ahead + 1)
         self._work: list[dist.Work | None] = [None] * (ahead + 1)
-        self.messages = self.bytes = 0
+        self.messages = 0
 
     def send(self, parts: Sequence[Tensor]) -> None:
         """Start sending ``parts`` as one message; they may be changed at once."""
@@ -102,7 +101,6 @@ class Outbox:
         torch.cat([part.detach().reshape(-1) for part in parts], out=message)
         self._work[slot] = dist.isend(message, group=self._group, group_dst=self.target)
         self.messages += 1
-        self.bytes += message.numel() * message.element_size()
 
     def finish(self) -> None:
         """Wait until everything has left."""

@@ -62,16 +62,6 @@ class Event:
     end: float
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What a stage has sent another so far: number of messages and their bytes; ``verdicts``: a teacher's, not taps."""
-
-    target: int
-    verdicts: bool
-    messages: int
-    bytes: int
-
-
 class Pipeline:
     """This rank's stage and its links to the others.
 
@@ -168,11 +158,6 @@ class Pipeline:
                     exits_work(micro, teacher)
         for outbox in (*(box for _, box in self._outboxes), *self._pupils):
             outbox.finish()
-
-    def sent(self) -> list[Traffic]:
-        """By link, what left this stage since it was made."""
-        boxes = [(False, box) for _, box in self._outboxes] + [(True, box) for box in self._pupils]
-        return [Traffic(box.target, verdicts, box.messages, box.bytes) for verdicts, box in boxes]
 
     def _warm_up(
         self,

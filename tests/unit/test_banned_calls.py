@@ -48,8 +48,6 @@ OPEN_NAMESPACES = ("builtins", "torch", "os", "importlib", "sys.modules", "numpy
 
 ALLOWED = {
     ("megatron_ee/parallel/groups.py", "all_gather_object"): "between the ranks of one run",
-    ("megatron_ee/benchmark/worker.py", "multiprocessing"): "with the processes it starts",
-    ("megatron_ee/benchmark/worker.py", "importlib.import_module of a variable"): "which its caller writes out",
     ("megatron_ee/data/prepare.py", "multiprocessing"): "with the processes it starts",
     ("megatron_ee/data/prepare.py", "concurrent.futures.ProcessPoolExecutor"): "with the processes it starts",
     ("megatron_ee/testing/command.py", "multiprocessing"): "with the process it starts",

@@ -187,7 +187,7 @@ def test_text_beyond_the_encoding_of_stdout_is_replaced(errors: str, monkeypatch
     assert raw.getvalue() == b"caf? ?\n"
 
 
-@pytest.mark.parametrize("script", ["tune", "evaluate", "generate", "preprocess_data", "benchmark"])
+@pytest.mark.parametrize("script", ["tune", "evaluate", "generate", "preprocess_data"])
 def test_tools_work_from_anywhere_without_installation(script: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [sys.executable, str(ROOT / "tools" / f"{script}.py"), "--help"]

@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ee import platform
-from megatron_ee.benchmark.shape import Shape, Step, our_flops
 from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.parallel.costs import (
@@ -121,24 +120,6 @@ def test_a_layer_by_hand() -> None:
     ]
     both = layer_flops(architecture, [ExitSpec(1), ExitSpec(2)], 10)
     assert both[0] - both[1] == 6 * 10 * 4096 * 14336
-
-
-def test_the_benchmark_counts_alike() -> None:
-    shape = Shape(hidden=64, layers=4, ffn=112, heads=4, vocab=300)
-    step = Step("", shape, (1, 3), "float32", TOKENS)
-    architecture = parse_architecture(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": 64,
-            "intermediate_size": 112,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "vocab_size": 300,
-        }
-    )
-    specs = [ExitSpec(1), ExitSpec(3)]
-    total = sum(layer_flops(architecture, specs, TOKENS)) + sum(exit_flops(architecture, s, TOKENS) for s in specs)
-    assert total == our_flops(step, 384).total
 
 
 def test_the_vocabulary_is_padded_as_the_model_pads_it(saved_model: Any, load_stage: Any) -> None:
