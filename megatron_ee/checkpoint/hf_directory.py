@@ -1,4 +1,4 @@
-"""A released model's weights: which safetensors files a Hugging Face directory holds, and every tensor in them.
+"""A released model's directory: its safetensors files with every tensor in them, and its small files.
 
 Everything here comes from headers and the index; no tensor bytes are read, so a bad directory is refused before
 memory is spent.
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from megatron_ee.checkpoint.manifest import MANIFEST
 from megatron_ee.checkpoint.safetensors_file import TensorEntry, read_header
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.errors import CheckpointError, shown, storage_errors
@@ -18,6 +19,11 @@ from megatron_ee.errors import CheckpointError, shown, storage_errors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+ASSET_FOLDERS = ("additional_chat_templates",)
+"""Folders of a model's directory whose files belong to its tokenizer."""
+NOT_CARRIED = (*WEIGHT_FILES, ".index.json", ".py")
+MAX_ASSET = 256 * 2**20  # bytes; the largest tokenizers have a tenth of it
 
 
 @dataclass(frozen=True)
@@ -117,3 +123,26 @@ def _nothing_usable(directory: Path) -> CheckpointError:
             "safetensors first, for example with transformers: from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     return CheckpointError(f"{directory}: neither {SINGLE} nor {INDEX} found; give a Hugging Face model directory")
+
+
+def released_assets(directory: Path) -> dict[str, Path | bytes]:
+    """The small files of a model's directory: configuration, tokenizer with its chat templates, licence; no weights,
+    no code, nothing hidden. Names are relative to the directory, with "/" between folder and file.
+
+    Raises:
+        CheckpointError: one leads outside the directory, or is too large to be what it seems.
+    """
+    root = allowed_root(directory)
+    found: dict[str, Path | bytes] = {}
+    with storage_errors(directory, "list"):
+        folders = [directory, *(directory / name for name in ASSET_FOLDERS if (directory / name).is_dir())]
+        paths = [path for folder in folders for path in sorted(folder.iterdir())]
+    for path in paths:
+        if path.name.startswith(".") or path.name.endswith(NOT_CARRIED) or path.name == MANIFEST or path.is_dir():
+            continue
+        if not path.resolve().is_relative_to(root) or not path.is_file() or not path.name.isprintable():
+            raise CheckpointError(f"{path}: not a plain file inside the model directory; refused")
+        if path.stat().st_size > MAX_ASSET:
+            raise CheckpointError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too many for a model's small files")
+        found[path.relative_to(directory).as_posix()] = path
+    return found

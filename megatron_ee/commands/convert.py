@@ -66,10 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     added = _exits(arguments.exits)
     heads = _heads(arguments.heads)
     all_heads = heads.pop(ALL, None)
-    from megatron_ee.checkpoint.conversion.convert import Request, plan_output, prepare, write
-    from megatron_ee.checkpoint.conversion.report import print_contents, print_plan
-    from megatron_ee.checkpoint.conversion.usage import usage
     from megatron_ee.checkpoint.ownership import check_new
+    from megatron_ee.conversion.convert import Request, plan_output, prepare, write
+    from megatron_ee.conversion.report import print_contents, print_plan
+    from megatron_ee.conversion.usage import usage
 
     request = Request(
         input=arguments.input,

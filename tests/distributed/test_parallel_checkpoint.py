@@ -15,13 +15,13 @@ from torch import Tensor
 
 from megatron_ee.checkpoint import store
 from megatron_ee.checkpoint.adapter import load_exits, open_adapter
-from megatron_ee.checkpoint.conversion.copy import write_output
-from megatron_ee.checkpoint.conversion.edit import add_exits
-from megatron_ee.checkpoint.conversion.formats import open_contents
-from megatron_ee.checkpoint.conversion.to_parallel import to_parallel
 from megatron_ee.checkpoint.loading import load_backbone, open_model
 from megatron_ee.checkpoint.safetensors_file import TensorEntry
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.conversion.copy import write_output
+from megatron_ee.conversion.edit import add_exits
+from megatron_ee.conversion.formats import open_contents
+from megatron_ee.conversion.to_parallel import to_parallel
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import build_stage
 from megatron_ee.parallel.groups import process_groups

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import save_adapter
-from megatron_ee.checkpoint.conversion.contents import Contents
-from megatron_ee.checkpoint.conversion.copy import write_output
-from megatron_ee.checkpoint.conversion.formats import open_contents
-from megatron_ee.checkpoint.conversion.shallow import shallow_model
-from megatron_ee.checkpoint.conversion.to_hf import to_hf
-from megatron_ee.checkpoint.conversion.to_parallel import to_parallel
+from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.loading import open_model
-from megatron_ee.checkpoint.megatron.export import to_torch_dist
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.conversion.copy import write_output
+from megatron_ee.conversion.formats import open_contents
+from megatron_ee.conversion.shallow import shallow_model
+from megatron_ee.conversion.to_hf import to_hf
+from megatron_ee.conversion.to_parallel import to_parallel
+from megatron_ee.importers.megatron.export import to_torch_dist
 from megatron_ee.model.stage import Stage
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

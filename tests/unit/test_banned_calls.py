@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-GUARDED = "megatron_ee/checkpoint/megatron/"
+GUARDED = "megatron_ee/importers/megatron/"
 """Reads pickles, asked with ``--trust-checkpoint``; all else is banned there too."""
 
 PICKLES = (

@@ -1,0 +1,1 @@
+"""Any checkpoint format into any other, streamed: ``checkpoint.contents`` is what they have in common."""

@@ -1,0 +1,171 @@
+"""One conversion: open, edit, and write in another format, or say what would be written."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.digest import hash_backbone
+from megatron_ee.checkpoint.outputs import Output
+from megatron_ee.config.architecture import output_settings
+from megatron_ee.config.exits import resolve_exits
+from megatron_ee.config.schema import ExitConfig, Head
+from megatron_ee.conversion.copy import write_output
+from megatron_ee.conversion.edit import add_exits, change_heads, check_exits, drop_exits, merge_exits
+from megatron_ee.conversion.formats import open_contents
+from megatron_ee.conversion.shallow import shallow_model
+from megatron_ee.conversion.to_adapter import to_adapter
+from megatron_ee.conversion.to_hf import SHARD, to_hf
+from megatron_ee.conversion.to_parallel import even_stages, to_parallel
+from megatron_ee.errors import CheckpointError, ConfigError
+from megatron_ee.progress import track
+
+Target = Literal["hf", "parallel", "adapter", "megatron"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to convert, and into what.
+
+    Attributes:
+        input: a checkpoint of any format.
+        to: format to write.
+        model: where the backbone is, for an input that holds exits alone; None is where they say.
+        config: for a Megatron checkpoint: a Hugging Face directory, or its ``config.json``, that it belongs to.
+        trust: allow formats that hold pickles.
+        verify: check what is read against its checksums, where there are any.
+        tensor: tensor-parallel size that a parallel checkpoint's shards are cut for.
+        pipeline: number of its stages; layers are spread evenly.
+        stages: number of layers of each stage instead.
+        exit: layer of the exit to write as a model of its own.
+        drop: layers of exits to leave out.
+        adapters: further exits.
+        add: further exits, with first values.
+        heads: new heads by layer of the exit.
+        all_heads: new head of all other exits.
+        seed: of random first values.
+        shard: bytes of tensors per file of a Hugging Face directory.
+    """
+
+    input: Path
+    to: Target
+    model: Path | None = None
+    config: Path | None = None
+    trust: bool = False
+    verify: bool = True
+    tensor: int = 1
+    pipeline: int = 1
+    stages: Sequence[int] = ()
+    exit: int | None = None
+    drop: Sequence[int] = ()
+    adapters: Sequence[Path] = ()
+    add: Sequence[ExitConfig] = ()
+    heads: Mapping[int, Head] = field(default_factory=dict)
+    all_heads: Head | None = None
+    seed: int = 1
+    shard: int = SHARD
+
+
+def prepare(request: Request) -> tuple[Contents, Contents]:
+    """What is in the input, and what is to be written. No tensor is in memory.
+
+    Raises:
+        CheckpointError: something cannot be used, or does not belong together.
+        ConfigError: an option asks for what cannot be.
+    """
+    _check(request)
+    found = open_contents(request.input, trust=request.trust, config=request.config, verify=request.verify)
+    contents = _with_backbone(found, request) if _needs_backbone(found, request) else found
+    check_exits(contents)
+    if request.drop:
+        contents = drop_exits(contents, request.drop)
+    if request.adapters:
+        others = [open_contents(path, trust=request.trust, verify=request.verify) for path in request.adapters]
+        contents = merge_exits(contents, others, lambda: backbone_hash(contents))
+    if request.add:
+        assert contents.architecture is not None
+        contents = add_exits(contents, resolve_exits(request.add, contents.architecture.num_layers), request.seed)
+    if request.heads or request.all_heads:
+        layers = [spec.layer for spec in contents.exits]
+        heads = {layer: request.all_heads for layer in layers} if request.all_heads else {}
+        contents = change_heads(contents, {**heads, **request.heads}, request.seed)
+    check_exits(contents)
+    if request.to == "megatron" and contents.exits:
+        note = f"{contents.source}: its exits are left out: Megatron has no place for them; convert them --to adapter"
+        contents = dataclasses.replace(contents, notes=(*contents.notes, note))
+    if request.exit is not None:
+        contents = shallow_model(contents, request.exit)
+    elif contents.exits and contents.backbone_sha256 is None and request.to in ("adapter", "hf", "parallel"):
+        # Whoever loads these exits later must be able to tell whether they fit.
+        settings = output_settings(contents.architecture) if contents.architecture is not None else None
+        contents = dataclasses.replace(contents, backbone_sha256=backbone_hash(contents), settings=settings)
+    return found, contents
+
+
+def plan_output(contents: Contents, request: Request) -> Output:
+    """The files to write.
+
+    Raises:
+        CheckpointError: ``contents`` lacks what the format is for.
+        ConfigError: the model cannot be cut as asked.
+    """
+    if request.to == "hf":
+        return to_hf(contents, shard=request.shard)
+    if request.to == "adapter":
+        return to_adapter(contents)
+    if request.to == "megatron":
+        # It imports torch's distributed checkpoints, and with them pickle.
+        from megatron_ee.importers.megatron.export import to_torch_dist
+
+        return to_torch_dist(contents)
+    arch = contents.architecture
+    stages = request.stages or (even_stages(arch.num_layers, request.pipeline) if arch is not None else ())
+    return to_parallel(contents, tensor=request.tensor, stages=stages)
+
+
+def write(contents: Contents, request: Request, output: Path) -> None:
+    """Write ``contents`` to the new directory ``output``, with progress on stderr.
+
+    Raises:
+        CheckpointError: something cannot be read or written; the same request goes on where this one stopped.
+    """
+    plan = plan_output(contents, request)
+    with track(plan.nbytes, "B", f"writing {output}") as bar:
+        write_output(plan, output, advance=bar.advance, report=bar.note)
+
+
+def backbone_hash(contents: Contents) -> str:
+    """The hash of the backbone in ``contents``, from the cache where it is known; else with progress on stderr."""
+    return hash_backbone(contents.backbone, enabled=sys.stderr.isatty())
+
+
+def _check(request: Request) -> None:
+    if request.exit is not None and request.to != "hf":
+        raise ConfigError(f"--exit: writes an exit as a Hugging Face model; use --to hf, not --to {request.to}")
+    if request.to != "parallel" and (request.tensor, request.pipeline, tuple(request.stages)) != (1, 1, ()):
+        raise ConfigError(f"--tensor, --pipeline and --stages belong to --to parallel; --to {request.to} is not cut")
+    if request.stages and request.pipeline not in (1, len(request.stages)):
+        raise ConfigError(f"--stages: {list(request.stages)} are not the {request.pipeline} stages of --pipeline")
+
+
+def _needs_backbone(found: Contents, request: Request) -> bool:
+    wanted = request.to != "adapter" or request.exit is not None or request.add or request.heads or request.all_heads
+    return found.architecture is None and bool(wanted)
+
+
+def _with_backbone(found: Contents, request: Request) -> Contents:
+    """Exits on the backbone that they were made for."""
+    place = request.model or Path(found.base_model)
+    if request.model is None and not place.is_dir():
+        raise CheckpointError(f"{found.source}: its model {found.base_model!r} is not there; give it with --model")
+    model = open_contents(place, trust=request.trust, config=request.config, verify=request.verify)
+    if not model.backbone:
+        raise CheckpointError(f"{place}: holds no backbone; give the model with --model")
+    plain = dataclasses.replace(model, exits=(), exit_tensors={}, backbone_sha256=None, settings=None)
+    merged = merge_exits(plain, [found], lambda: backbone_hash(plain))
+    return dataclasses.replace(merged, base_model=model.base_model)  # the model may have moved

@@ -1,0 +1,290 @@
+"""Exits of a checkpoint added, dropped, merged and given other heads: pure functions, no tensor is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.derived import copied, low_rank_sum
+from megatron_ee.checkpoint.initialise import random_tensor
+from megatron_ee.checkpoint.names import exit_tensors, head_name
+from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.config.architecture import Architecture, changed_settings, output_settings
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import Head
+from megatron_ee.errors import CheckpointError, ConfigError
+
+
+def check_exits(contents: Contents) -> None:
+    """Check that the exits hold exactly the tensors that they should.
+
+    Where there is no architecture, as in an adapter, only that every tensor belongs to one of the exits.
+
+    Raises:
+        CheckpointError: an exit is outside the model or not in order; the exits are made for other settings of the
+            model; a tensor is missing, unknown, mis-shaped or not floating. The message names it.
+    """
+    layers, arch = [spec.layer for spec in contents.exits], contents.architecture
+    made_for = contents.settings
+    if arch is not None and made_for is not None and (changed := changed_settings(made_for, output_settings(arch))):
+        raise CheckpointError(f"{contents.source}: its exits are made for other settings of the model: {changed}")
+    if layers != sorted(set(layers)):
+        raise CheckpointError(f"{contents.source}: exits after layers {layers}: expected one each, in their order")
+    last = arch.num_layers if arch is not None else max(layers, default=1)
+    outside = next((layer for layer in layers if not 1 <= layer <= last), None)
+    if outside is not None:
+        raise CheckpointError(f"{contents.source}: an exit after layer {outside}, but the model has layers 1 to {last}")
+    expected = {} if arch is None else _expected(contents.exits, arch)
+    for name, tensor in contents.exit_tensors.items():
+        where = f"{tensor.files[-1] if tensor.files else contents.source}: tensor {name!r}"
+        if name not in expected if arch is not None else _owner(name, layers) is None:
+            raise CheckpointError(f"{where} is unknown: the exits are {_described(contents.exits)}")
+        if arch is not None and tensor.shape != expected[name]:
+            raise CheckpointError(f"{where} has shape {list(tensor.shape)}, but must have {list(expected[name])}")
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(f"{where} has dtype {tensor.dtype}; expected a floating one")
+    for name in expected:
+        if name not in contents.exit_tensors:
+            raise CheckpointError(f"{contents.source}: tensor {name!r} is missing")
+
+
+def add_exits(contents: Contents, specs: Sequence[ExitSpec], seed: int) -> Contents:
+    """Attach new exits, with the first values that tuning gives them: see ``initialise_exit``.
+
+    Args:
+        contents: a backbone, maybe with exits.
+        specs: resolved (``config.exits.resolve_exits``).
+        seed: of what is drawn.
+
+    Raises:
+        ConfigError: there is no backbone, a layer is outside the model or has an exit, or no exit of all would train.
+    """
+    if not specs:
+        return contents
+    arch = _backbone_shape(contents, "new exits start from the model's own weights")
+    taken = {spec.layer for spec in contents.exits}
+    for spec in specs:
+        if not 1 <= spec.layer <= arch.num_layers:
+            raise ConfigError(
+                f"exits: layer {spec.layer} is outside {contents.source}, which has layers 1 to {arch.num_layers}"
+            )
+        if spec.layer in taken:
+            raise ConfigError(
+                f"exits: there is already an exit after layer {spec.layer} in {contents.source}; drop it first, or "
+                "choose another layer"
+            )
+        taken.add(spec.layer)
+    exits = _in_order((*contents.exits, *specs))
+    if not any(spec.trains for spec in exits):
+        raise ConfigError(
+            "exits: nothing to train: body embedding with head shared has no parameter; choose another body or head"
+        )
+    tensors = dict(contents.exit_tensors)
+    for spec in specs:
+        tensors |= _first_values(contents, spec, arch, seed)
+    return replace(contents, exits=exits, exit_tensors=tensors)
+
+
+def drop_exits(contents: Contents, layers: Collection[int]) -> Contents:
+    """Leave out the exits after ``layers``.
+
+    Raises:
+        ConfigError: there is no exit after a layer, or nothing would be left at all.
+    """
+    for layer in layers:
+        _exit_after(contents, layer)
+    exits = tuple(spec for spec in contents.exits if spec.layer not in layers)
+    if not exits and not contents.backbone:
+        raise ConfigError(f"{contents.source}: without the exits after {_listed(layers)} nothing is left; keep one")
+    tensors = {name: each for name, each in contents.exit_tensors.items() if _owner(name, layers) is None}
+    left = replace(contents, exits=exits, exit_tensors=tensors)
+    return left if exits else replace(left, backbone_sha256=None, settings=None, steps=0)
+
+
+def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha256: Callable[[], str]) -> Contents:
+    """Put the exits of several adapters onto a backbone, or together with those of another adapter.
+
+    Args:
+        contents: a backbone, an adapter, or both.
+        adapters: whose exits are added; whatever else they hold is left out.
+        backbone_sha256: computes the hash of the backbone in ``contents``; called once at most, and not for what can
+            be refused without it.
+
+    Returns:
+        ``contents`` with all the exits, and the most tuning steps that are behind one of them.
+
+    Raises:
+        CheckpointError: two exits are after one layer, they are made for different backbones or do not say for which,
+            or a tensor does not fit (as ``check_exits``).
+    """
+    if not adapters:
+        return contents
+    owners: dict[int, Path] = {}
+    for each in (contents, *adapters):
+        if not each.exits and each is not contents:
+            raise CheckpointError(f"{each.source}: holds no exits; there is nothing to merge")
+        for spec in each.exits:
+            if spec.layer in owners:
+                raise CheckpointError(
+                    f"{each.source}: has an exit after layer {spec.layer}, and so has {owners[spec.layer]}; drop one"
+                )
+            owners[spec.layer] = each.source
+    first = _one_backbone(contents, adapters)
+    settings = _one_kind_of_settings((contents, *adapters))
+    for each in adapters:  # one at a time, so that no tensor of one can pass for another's
+        check_exits(replace(each, architecture=contents.architecture or each.architecture))
+    if contents.backbone:
+        found = backbone_sha256()
+        if found != first.backbone_sha256:
+            raise CheckpointError(
+                f"{_made_for(first)}, but {contents.source} is {found[:16]}...; exits fit only the weights that they "
+                "were tuned on"
+            )
+    parts = (contents, *adapters)
+    return replace(
+        contents,
+        exits=_in_order(spec for each in parts for spec in each.exits),
+        exit_tensors={name: tensor for each in parts for name, tensor in each.exit_tensors.items()},
+        base_model=contents.base_model or first.base_model,
+        backbone_sha256=first.backbone_sha256,
+        settings=settings,
+        steps=max(each.steps for each in parts if each.exits),
+    )
+
+
+def _one_backbone(contents: Contents, adapters: Sequence[Contents]) -> Contents:
+    """The first of those with exits, all of which say that they are made for the same backbone."""
+    # Exits that lie with their backbone need not say which one it is.
+    silent = bool(contents.backbone) and contents.backbone_sha256 is None
+    parts = [*adapters] if silent or not contents.exits else [contents, *adapters]
+    for each in parts:
+        if each.backbone_sha256 is None:
+            raise CheckpointError(
+                f"{each.source}: does not say which backbone its exits are made for; convert it --to adapter first"
+            )
+        if each.backbone_sha256 != parts[0].backbone_sha256:
+            raise CheckpointError(f"{_made_for(each)}, but {_made_for(parts[0])}; exits of two models do not mix")
+    return parts[0]
+
+
+def _one_kind_of_settings(parts: Sequence[Contents]) -> Mapping[str, Any] | None:
+    """The model settings that all exits are made for; exits that do not record any fit all."""
+    first: Contents | None = None
+    for each in parts:
+        if not each.exits or each.settings is None:
+            continue
+        first = first or each
+        assert first.settings is not None
+        if changed := changed_settings(first.settings, each.settings):
+            raise CheckpointError(
+                f"{each.source}: made for other settings of the model than {first.source}: {changed}; exits of two "
+                "models do not mix"
+            )
+    return None if first is None else first.settings
+
+
+def _made_for(contents: Contents) -> str:
+    model = f" ({contents.base_model})" if contents.base_model else ""
+    return f"{contents.source}: made for the backbone {str(contents.backbone_sha256)[:16]}...{model}"
+
+
+def change_heads(contents: Contents, heads: Mapping[int, Head], seed: int) -> Contents:
+    """Give exits other heads.
+
+    A new ``own`` head is what the exit's head amounts to: a copy of the backbone's, or W0 + B A multiplied out. A new
+    ``low_rank`` one, of the exit's ``rank``, starts out as the backbone's. A head that becomes ``shared`` is left out;
+    a line of ``notes`` says so.
+
+    Args:
+        contents: exits; also their backbone, unless all new heads are ``shared``.
+        heads: new head by the exit's layer.
+        seed: of a new ``low_rank`` head's A.
+
+    Raises:
+        ConfigError: there is no such exit, an ``own`` head is to become ``low_rank``, or the backbone is needed.
+        CheckpointError: as ``check_exits``.
+    """
+    check_exits(contents)
+    exits, tensors, notes = {spec.layer: spec for spec in contents.exits}, dict(contents.exit_tensors), []
+    for layer, head in sorted(heads.items()):
+        spec = _exit_after(contents, layer)
+        if head == spec.head:
+            continue
+        new = _new_head(contents, spec, head, seed)
+        old = [name for name in tensors if name.startswith(f"exits.{layer}.lm_head.")]
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in old} | new
+        exits[layer] = replace(spec, head=head)
+        if head == "shared":
+            notes.append(
+                f"the exit after layer {layer} now uses the backbone's head: what its {spec.head} head learned is left "
+                f"out ({', '.join(old)})"
+            )
+    return replace(contents, exits=_in_order(exits.values()), exit_tensors=tensors, notes=(*contents.notes, *notes))
+
+
+def _new_head(contents: Contents, spec: ExitSpec, head: Head, seed: int) -> dict[str, StoredTensor]:
+    """Tensors of the head that an exit changes to."""
+    if head == "shared":
+        return {}
+    if spec.head == "own":
+        raise ConfigError(
+            f"{contents.source}: the exit after layer {spec.layer} has a head of its own, which cannot be made "
+            f"{head}: that would be another head; tune a new exit with head {head}"
+        )
+    arch = _backbone_shape(contents, f"head {head} of the exit after layer {spec.layer} is made from the model's")
+    prefix, base = f"exits.{spec.layer}.lm_head", head_name(arch)
+    if spec.head == "low_rank":
+        a, b = ((name, contents.exit_tensors[name]) for name in (f"{prefix}.a", f"{prefix}.b"))
+        return {f"{prefix}.weight": low_rank_sum((base, contents.backbone[base]), b, a, b[1].dtype)}
+    values = _first_values(contents, replace(spec, head=head, init="copy"), arch, seed)
+    return {name: tensor for name, tensor in values.items() if name.startswith(f"{prefix}.")}
+
+
+def _first_values(contents: Contents, spec: ExitSpec, arch: Architecture, seed: int) -> dict[str, StoredTensor]:
+    """What a new exit holds, each tensor in the dtype of the backbone's that it is like."""
+    values = {}
+    for name, (shape, origin) in exit_tensors(spec, arch).items():
+        like = origin or head_name(arch)
+        if origin is not None and spec.init == "copy":
+            values[name] = copied(origin, contents.backbone[origin])
+        else:
+            values[name] = random_tensor(name, shape, spec.layer, seed, contents.backbone[like].dtype)
+    return values
+
+
+def _backbone_shape(contents: Contents, why: str) -> Architecture:
+    if contents.architecture is None or not contents.backbone:
+        raise ConfigError(f"{contents.source}: holds no backbone, but {why}; give the model as well")
+    return contents.architecture
+
+
+def _exit_after(contents: Contents, layer: int) -> ExitSpec:
+    for spec in contents.exits:
+        if spec.layer == layer:
+            return spec
+    there = f"it has them after {_listed(spec.layer for spec in contents.exits)}" if contents.exits else "it has none"
+    raise ConfigError(f"{contents.source}: no exit after layer {layer}; {there}")
+
+
+def _expected(exits: Iterable[ExitSpec], arch: Architecture) -> dict[str, tuple[int, ...]]:
+    return {name: shape for spec in exits for name, (shape, _) in exit_tensors(spec, arch).items()}
+
+
+def _owner(name: str, layers: Iterable[int]) -> int | None:
+    """Which of the exits after ``layers`` a tensor belongs to."""
+    return next((layer for layer in layers if name.startswith(f"exits.{layer}.")), None)
+
+
+def _in_order(exits: Iterable[ExitSpec]) -> tuple[ExitSpec, ...]:
+    return tuple(sorted(exits, key=lambda spec: spec.layer))
+
+
+def _described(exits: Iterable[ExitSpec]) -> str:
+    return ", ".join(f"{spec.layer} (body {spec.body}, head {spec.head})" for spec in exits) or "none"
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))

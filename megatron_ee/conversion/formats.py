@@ -1,0 +1,129 @@
+"""Which format a directory is in, and what it holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_ee.checkpoint.adapter import DESCRIPTION, Adapter, has_exits, open_adapter
+from megatron_ee.checkpoint.atomic import current_directory
+from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.hf_directory import released_assets
+from megatron_ee.checkpoint.loading import SavedModel, open_model
+from megatron_ee.checkpoint.manifest import MANIFEST
+from megatron_ee.checkpoint.parallel import KIND
+from megatron_ee.checkpoint.store import open_checkpoint
+from megatron_ee.config.architecture import read_architecture
+from megatron_ee.config.untrusted import read_json
+from megatron_ee.errors import CheckpointError
+
+
+def open_contents(path: Path, *, trust: bool = False, config: Path | None = None, verify: bool = True) -> Contents:
+    """Open a checkpoint of any known format.
+
+    Args:
+        path: the directory.
+        trust: allow the formats that hold pickles.
+        config: for those: a Hugging Face directory, or its ``config.json``, that the weights belong to.
+        verify: check what is read, where there are checksums.
+
+    Raises:
+        CheckpointError: no known format, or it cannot be used; the message names the file.
+    """
+    path = current_directory(path)
+    if not path.is_dir():
+        wrong = "is a file" if path.exists() else "no such directory"
+        raise CheckpointError(f"{path}: {wrong}; give a checkpoint's directory")
+    if (path / MANIFEST).is_file():
+        if open_checkpoint(path).metadata.get("kind") == KIND:
+            return _of_model(open_model(path, verify=verify), "parallel checkpoint", verify)
+        return _of_exits(open_adapter(path, verify=verify), "training checkpoint")
+    if (path / DESCRIPTION).is_file():
+        return _of_exits(open_adapter(path, verify=verify), "adapter")
+    if (path / "config.json").is_file():
+        return _of_model(open_model(path, verify=verify), "Hugging Face model", verify)
+    return _of_megatron(path, trust, config, verify)
+
+
+def _of_megatron(path: Path, trust: bool, config: Path | None, verify: bool) -> Contents:
+    # Imported only where one is wanted: nothing else may come near their pickles.
+    if _has(path, ".metadata"):
+        from megatron_ee.importers.megatron.torch_dist import open_torch_dist
+
+        return open_torch_dist(path, trust=trust, config=config, verify=verify)
+    if _has(path, "mp_rank_*"):
+        from megatron_ee.importers.megatron.legacy import open_legacy
+
+        return open_legacy(path, trust=trust, config=config, verify=verify)
+    raise CheckpointError(
+        f"{path}: no checkpoint of a known format: neither config.json (Hugging Face), {MANIFEST} (parallel or "
+        f"training checkpoint), {DESCRIPTION} (adapter), nor Megatron's iter_* directories"
+    )
+
+
+def _has(path: Path, name: str) -> bool:
+    """Whether a Megatron directory, or one of its iterations, has such an entry."""
+    return any(next(path.glob(f"{place}{name}"), None) for place in ("", "iter_*/", "release/"))
+
+
+def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
+    exits = open_adapter(model.path, verify=verify) if has_exits(model) else None
+    corrected, notes = _corrected_config(model)
+    return Contents(
+        source=model.path,
+        format=kind + (" with exits" if exits else ""),
+        architecture=model.architecture,
+        backbone=model.weights,
+        non_weights=model.non_weights,
+        exits=exits.exits if exits else (),
+        exit_tensors=exits.weights if exits else {},
+        assets={**released_assets(model.path), **corrected},
+        base_model=_origin(model, exits),
+        backbone_sha256=exits.backbone_sha256 if exits else None,
+        settings=exits.settings if exits else None,
+        steps=exits.steps if exits else 0,
+        notes=notes,
+    )
+
+
+def _corrected_config(model: SavedModel) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """``config.json`` as the tensors have it, where it ties a head that is another one, and a line that says so.
+
+    transformers compares the two as ``open_model`` does, but others, such as vLLM, go by ``config.json`` alone.
+    """
+    path = model.path / "config.json"
+    if model.architecture.tied or not read_architecture(model.path).tied:
+        return {}, ()
+    text = json.dumps({**read_json(path), "tie_word_embeddings": False}, indent=2) + "\n"
+    note = f"{path}: ties a head that differs from the embedding; what is written has tie_word_embeddings false"
+    return {path.name: text.encode("utf-8")}, (note,)
+
+
+def _origin(model: SavedModel, exits: Adapter | None) -> str:
+    """Where the backbone is: at the model that it was made from, while that is one which needs no trust; else here."""
+    if exits is not None:
+        named: object = exits.base_model
+    else:
+        named = model.checkpoint.metadata.get("base_model") if model.checkpoint is not None else None
+    if isinstance(named, str) and named and (Path(named) / "config.json").is_file():
+        return named
+    return str(model.path.resolve())
+
+
+def _of_exits(adapter: Adapter, kind: str) -> Contents:
+    return Contents(
+        source=adapter.path,
+        format=kind,
+        architecture=None,
+        exits=adapter.exits,
+        exit_tensors={
+            name: tensor
+            for spec in adapter.exits
+            for name, tensor in adapter.weights.items()
+            if name.startswith(f"exits.{spec.layer}.")
+        },
+        base_model=adapter.base_model,
+        backbone_sha256=adapter.backbone_sha256,
+        settings=adapter.settings,
+        steps=adapter.steps,
+    )

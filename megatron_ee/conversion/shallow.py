@@ -1,0 +1,192 @@
+"""An exit as a plain model: the layers below it, and in their places its own MLP or layer, its norm and its head."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.derived import low_rank_sum
+from megatron_ee.checkpoint.names import LM_HEAD, exit_tensors, expected_tensors, head_name
+from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES, PIECE
+from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.untrusted import parse_json, read_json
+from megatron_ee.errors import CheckpointError
+
+CONFIG = "config.json"
+
+
+def shallow_model(contents: Contents, layer: int) -> Contents:
+    """The exit after ``layer`` as a model of its own, which any reader of its family loads; its logits are the exit's.
+
+    A ``norm`` or ``mlp`` exit after layer k is a model of k layers, a ``layer`` exit one of k + 1. A ``low_rank`` head
+    is multiplied out in float32. Every tensor has the dtype of the backbone's tensor in its place. Nothing is read but
+    ``config.json``.
+
+    Args:
+        contents: a backbone with its exits.
+        layer: of the exit.
+
+    Returns:
+        The model: no exits, no tensors but its weights, ``config.json`` changed to fit, other files as they are.
+        ``base_model`` stays, as the model that it came from.
+
+    Raises:
+        CheckpointError: there is no such exit or no backbone, a tensor is missing or has another shape, or the exit
+            has no norm (body ``embedding``), without which these families have no model.
+    """
+    spec = _expressible_exit(contents, layer)
+    arch = contents.architecture
+    if arch is None:
+        raise CheckpointError(f"{contents.source}: holds exits alone; a plain model needs their backbone as well")
+    where = f"{contents.source}: {CONFIG}"
+    config = shallow_config(_read_config(contents), arch, spec)
+    shallow = parse_architecture(config, where)
+    tensors = {**contents.backbone, **_exit_parts(contents, arch, spec)}
+    backbone = {}
+    for name, shape in expected_tensors(shallow).items():
+        if name not in tensors:
+            raise CheckpointError(f"{contents.source}: tensor {name!r} is missing")
+        _check_shape(contents, name, tensors[name], shape)
+        backbone[name] = tensors[name]
+    text = json.dumps(config, indent=2) + "\n"
+    return replace(
+        contents,
+        format=f"{spec.body} exit after layer {layer} as a model of {shallow.num_layers} layers",
+        architecture=shallow,
+        backbone=backbone,
+        non_weights={},
+        exits=(),
+        exit_tensors={},
+        assets={**contents.assets, CONFIG: text.encode("utf-8")},
+        backbone_sha256=None,
+        settings=None,
+    )
+
+
+def _expressible_exit(contents: Contents, layer: int) -> ExitSpec:
+    if not contents.exits:
+        raise CheckpointError(f"{contents.source}: has no exits; there is nothing to make a shallower model of")
+    found = {spec.layer: spec for spec in contents.exits}
+    if layer not in found:
+        raise CheckpointError(
+            f"{contents.source}: no exit after layer {layer}; it has them after {', '.join(map(str, found))}"
+        )
+    if found[layer].body == "embedding":
+        raise CheckpointError(
+            f"{contents.source}: the exit after layer {layer} has body embedding, which no plain model expresses: "
+            "these families always have an RMSNorm before the head; export an exit with body norm, mlp or layer"
+        )
+    return found[layer]
+
+
+def _read_config(contents: Contents) -> dict[str, Any]:
+    source = contents.assets.get(CONFIG)
+    if source is None:
+        raise CheckpointError(f"{contents.source}: {CONFIG} is missing")
+    where = f"{contents.source}: {CONFIG}"
+    config = read_json(source) if isinstance(source, Path) else parse_json(source, where)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where}: expected a JSON object")
+    return config
+
+
+def shallow_config(config: dict[str, Any], arch: Architecture, spec: ExitSpec) -> dict[str, Any]:
+    """``config.json`` of an exit as a plain model: what depends on the number of layers changes, all else stays.
+
+    Lists with an entry per layer are cut; for a ``layer`` exit they gain the last layer's entry, since its layer is of
+    the last layer's kind.
+
+    Args:
+        config: of the whole model.
+        arch: of the whole model.
+        spec: the exit.
+    """
+    added = 1 if spec.body == "layer" else 0
+    result = dict(config)
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == arch.num_layers and not _holds_names_or_tokens(key):
+            result[key] = value[: spec.layer] + value[-1:] * added
+    result["num_hidden_layers"] = spec.layer + added
+    result["tie_word_embeddings"] = arch.tied and spec.head == "shared"
+    windows = arch.windows[: spec.layer] + arch.windows[-1:] * added
+    if parse_architecture(result).windows != windows:
+        # Qwen without layer_types: layers from this number on have a window, so an added layer can be on the wrong
+        # side of it. Windows only ever begin once, hence this one number says it all.
+        result["max_window_layers"] = windows.count(None)
+    return result
+
+
+def _holds_names_or_tokens(key: str) -> bool:
+    """Lists that have no entry per layer, however many there are: ``eos_token_id`` of Llama 3 is a list of three."""
+    return key == "architectures" or key.endswith(("_token_id", "_tokens", "_ids"))
+
+
+def _exit_parts(contents: Contents, arch: Architecture, spec: ExitSpec) -> dict[str, StoredTensor]:
+    """What the exit puts into the shallow model, by released name there."""
+    parts: dict[str, StoredTensor] = {}
+    factors: dict[str, StoredTensor] = {}
+    for name, (shape, origin) in exit_tensors(spec, arch).items():
+        tensor = contents.exit_tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{contents.source}: tensor {name!r} is missing")
+        _check_shape(contents, name, tensor, shape)
+        tensor = replace(tensor, made=" of ".join(filter(None, (name, tensor.made))))
+        if origin is None:
+            factors[name.rpartition(".")[2]] = tensor
+        else:
+            parts[_place(origin, arch, spec)] = _in_dtype(tensor, _backbone_tensor(contents, origin).dtype)
+    if factors:
+        head = _backbone_tensor(contents, head_name(arch))
+        parts[LM_HEAD] = low_rank_sum((head_name(arch), head), ("b", factors["b"]), ("a", factors["a"]), head.dtype)
+    return parts
+
+
+def _place(origin: str, arch: Architecture, spec: ExitSpec) -> str:
+    """Where a tensor of the exit belongs, given the backbone's tensor that it started as a copy of."""
+    if origin == head_name(arch):
+        return LM_HEAD
+    last = f"model.layers.{arch.num_layers - 1}."
+    if spec.body == "layer" and origin.startswith(last):
+        return f"model.layers.{spec.layer}.{origin.removeprefix(last)}"
+    return origin
+
+
+def _backbone_tensor(contents: Contents, name: str) -> StoredTensor:
+    if name not in contents.backbone:
+        raise CheckpointError(f"{contents.source}: tensor {name!r} is missing")
+    return contents.backbone[name]
+
+
+def _check_shape(contents: Contents, name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{contents.source}: tensor {name!r} has shape {list(tensor.shape)}, but this model makes it {list(shape)}"
+        )
+
+
+def _in_dtype(tensor: StoredTensor, dtype: torch.dtype) -> StoredTensor:
+    """``tensor`` rounded to ``dtype``, also where it is read into a wider one."""
+    if tensor.dtype == dtype:
+        return tensor
+
+    def read(out: Tensor, offset: Sequence[int]) -> None:
+        if out.dtype == dtype:
+            tensor.read(out, offset)
+            return
+        rows = max(1, PIECE * len(out) // max(1, out.numel() * dtype.itemsize))
+        for first in range(0, len(out), rows):
+            part = out[first : first + rows]
+            rounded = torch.empty(part.shape, dtype=dtype)
+            tensor.read(rounded, (offset[0] + first, *offset[1:]))
+            part.copy_(rounded)
+
+    return replace(tensor, dtype=dtype, read=read, made=f"{tensor.made} as {DTYPE_NAMES[dtype]}")

@@ -1,0 +1,47 @@
+"""An adapter: the exits alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS, describe_exits
+from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.digest import file_sha256
+from megatron_ee.checkpoint.outputs import Output, OutputFile, Written, whole_part
+from megatron_ee.errors import CheckpointError
+
+
+def to_adapter(contents: Contents) -> Output:
+    """The exits of ``contents``, for the backbone that they name.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if not contents.exits:
+        raise CheckpointError(f"{contents.source}: holds no exits; add some with --exits or --adapter")
+
+    def finish(directory: Path, written: Mapping[str, Written]) -> dict[str, bytes]:
+        return describe(contents, directory)
+
+    return Output("adapter", (adapter_file(contents),), {}, finish)
+
+
+def adapter_file(contents: Contents, prefix: str = "") -> OutputFile:
+    """The weights of an adapter whose directory is ``prefix`` in the output."""
+    # In one order, whatever format they come from: equal exits give equal files.
+    return OutputFile(prefix + WEIGHTS, tuple(whole_part(*pair) for pair in sorted(contents.exit_tensors.items())))
+
+
+def describe(contents: Contents, directory: Path, prefix: str = "") -> dict[str, bytes]:
+    """The description of the adapter whose weights are in ``directory``, by its name in the output."""
+    content = describe_exits(
+        contents.exits,
+        contents.base_model,
+        contents.backbone_sha256,
+        contents.steps,
+        file_sha256(directory / WEIGHTS),
+        contents.settings,
+    )
+    return {prefix + DESCRIPTION: json.dumps(content, indent=2).encode() + b"\n"}

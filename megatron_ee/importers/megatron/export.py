@@ -1,0 +1,231 @@
+"""A backbone written as Megatron-LM's own distributed checkpoint (``torch_dist``), a few MiB at a time.
+
+The layers are stacked under one key each, which is what ``GPTModel.sharded_state_dict`` asks for by default, and no
+tensor is cut for any tensor-parallel size: whoever loads it reads the boxes that it needs. The directory is called
+``release``, which Megatron-LM takes for weights that no training run stands behind: no optimizer is looked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.atomic import new_file, write_all
+from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.outputs import OnBytes, Output, OutputFile, Part, Watch, Written, split_parts
+from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.errors import CheckpointError, storage_errors
+from megatron_ee.importers.megatron.names import LAYERS, fuse, parameters
+from megatron_ee.importers.megatron.settings import check_expressible, to_args
+from megatron_ee.importers.megatron.torch_dist import COMMON, RELEASED, SETTINGS, TRACKER
+
+RELEASE = "release"
+SHARD = 2 * 2**30  # bytes per file: enough files to write several at a time, and little to do again
+DIVISIBLE = 128
+"""The vocabulary is padded to a multiple of it, as Megatron does without tensor parallelism; loading pads further."""
+ITEM = 8 * 2**20  # bytes of a tensor that are in memory, and become one item of a file, at a time
+MODULES = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+"""Modules of a layer that ask for an extra state, or may: which of them do depends on Transformer Engine's release.
+
+None has any without FP8, but loading fails where one is missing; one too many is not looked at.
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part is: its file, position and length there, in bytes."""
+
+    file: str
+    position: int
+    length: int
+
+
+def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> Output:
+    """The backbone of ``contents`` in ``release/``, its small files in ``release/huggingface/``.
+
+    Exits are left out: Megatron has no place for them.
+
+    Args:
+        shard: bytes of tensors per file, at most.
+
+    Raises:
+        CheckpointError: there is no backbone, or Megatron cannot express it or hold its dtypes together.
+    """
+    arch = contents.architecture
+    if arch is None or not contents.backbone:
+        raise CheckpointError(f"{contents.source}: holds exits but no backbone; give the model with --model")
+    check_expressible(arch, str(contents.source))
+    vocabulary = -(-arch.vocab_size // DIVISIBLE) * DIVISIBLE
+    shapes, parts = _plan(contents, arch, vocabulary)
+    runs = list(split_parts(parts, shard))
+    files = tuple(OutputFile(f"{RELEASE}/__0_{number}.distcp", run, write_items) for number, run in enumerate(runs))
+
+    def finish(directory: Path, written: Mapping[str, Written]) -> dict[str, bytes]:
+        extra = f"__0_{len(files)}.distcp"
+        _write_metadata(directory / RELEASE, shapes, _places(files), extra, arch.num_layers)
+        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        common = {"common_backend": "torch", "common_backend_version": 1}
+        return {
+            f"{RELEASE}/{extra}": _saved([None]),
+            f"{RELEASE}/{COMMON}": _saved(_common(arch, vocabulary)),
+            f"{RELEASE}/{SETTINGS}": json.dumps(backend | common).encode(),
+            TRACKER: RELEASE.encode(),
+        }
+
+    assets = {f"{RELEASE}/{RELEASED}/{name}": source for name, source in contents.assets.items()}
+    return Output("Megatron torch_dist checkpoint", files, assets, finish)
+
+
+def _plan(
+    contents: Contents, arch: Architecture, vocabulary: int
+) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], list[Part]]:
+    """Dtype and shape of every tensor by key, and the boxes that become one item of a file each."""
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    parts: list[Part] = []
+    for parameter in parameters(arch):
+        rows = vocabulary if parameter.sources[0].kind == "vocabulary" else 0
+        for layer, source in enumerate(parameter.sources):
+            tensor = fuse(source, contents.backbone, arch, rows)
+            whole = (len(parameter.sources), *tensor.shape) if parameter.stacked else tensor.shape
+            if shapes.setdefault(parameter.key, (tensor.dtype, whole)) != (tensor.dtype, whole):
+                raise CheckpointError(
+                    f"{contents.source}: {source.names[0]} is {tensor.dtype}, unlike those of other layers, which "
+                    "Megatron stacks with it; convert them to one dtype first"
+                )
+            parts += list(_cut(parameter.key, (layer,) if parameter.stacked else (), tensor))
+    return shapes, parts
+
+
+def _cut(key: str, lead: tuple[int, ...], tensor: StoredTensor) -> Iterator[Part]:
+    """Runs of rows of at most ``ITEM`` bytes; where layers are stacked, ``lead`` is the number of this one."""
+    step = max(1, ITEM // (math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+    for first in range(0, tensor.shape[0], step):
+        inner = (0,) * (len(tensor.shape) - 1)
+        shape = (*(1 for _ in lead), min(step, tensor.shape[0] - first), *tensor.shape[1:])
+        yield Part(key, key, tensor, (*lead, first, *inner), shape)
+
+
+def write_items(path: Path, parts: Sequence[Part], watch: Watch, on_bytes: OnBytes) -> None:
+    """Write a ``*.distcp`` file: one ``torch.save`` per part, end to end. As ``outputs.write_parts``."""
+    buffer = io.BytesIO()  # one for all items: new ones would leave holes in memory
+    with new_file(path) as fd:
+        for part, values in zip(parts, watch(_values(part) for part in parts), strict=True):
+            length = _save(values, buffer)
+            assert length == _saved_length(part.shape, values.dtype), "where items are follows from their shapes"
+            # Views that an exception kept alive would crash the garbage collector of Python 3.12.1.
+            with buffer.getbuffer() as data, data[:length] as item:
+                write_all(fd, item)
+                on_bytes(item)
+
+
+def _values(part: Part) -> Tensor:
+    values = torch.empty(part.shape, dtype=part.tensor.dtype)
+    stacked = len(part.shape) - len(part.tensor.shape)
+    part.tensor.read(values[0] if stacked else values, part.offset[stacked:])
+    return values
+
+
+def _save(values: Tensor, buffer: io.BytesIO) -> int:
+    """Write what ``torch.save`` makes of an item to the start of ``buffer``; returns its length.
+
+    Not straight to the file: where the disk is full, torch's writer ends the process.
+    """
+    buffer.seek(0)
+    torch.save(values, buffer)
+    return buffer.tell()
+
+
+@functools.lru_cache(maxsize=256)
+def _saved_length(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return _save(torch.zeros(shape, dtype=dtype), io.BytesIO())
+
+
+def _places(files: Sequence[OutputFile]) -> Iterator[tuple[Part, Place]]:
+    """Every part and where it is, in the order of the files. A file kept of an earlier try has the same places."""
+    for file in files:
+        position = 0
+        for part in file.parts:
+            length = _saved_length(part.shape, part.tensor.dtype)
+            yield part, Place(Path(file.name).name, position, length)
+            position += length
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _write_metadata(
+    directory: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    places: Iterator[tuple[Part, Place]],
+    extra: str,
+    num_layers: int,
+) -> None:
+    """Write ``.metadata``, with torch's own classes and writer. All modules share the one extra state in ``extra``."""
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    class Writer(FileSystemWriter):
+        def storage_meta(self) -> None:
+            """Neither the temporary directory's name nor a random number: equal models give equal files."""
+
+    tensors = {
+        key: dcp.TensorStorageMetadata(dcp.TensorProperties(dtype), torch.Size(shape), [])
+        for key, (dtype, shape) in shapes.items()
+    }
+    results = []
+    for part, place in places:
+        chunks = tensors[part.key].chunks
+        index = dcp.MetadataIndex(part.key, part.offset, len(chunks))
+        chunks.append(dcp.ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.shape)))
+        results.append(WriteResult(index, place.length, _StorageInfo(place.file, place.position, place.length)))
+    nothing = len(_saved([None]))
+    objects = list(_extra_states(num_layers))
+    results += [WriteResult(dcp.MetadataIndex(key), nothing, _StorageInfo(extra, 0, nothing)) for key in objects]
+    described: dict[str, dcp.STORAGE_TYPES] = {key: dcp.BytesStorageMetadata() for key in objects}
+    described.update(tensors)
+    with storage_errors(directory, "write"):
+        Writer(directory).finish(dcp.Metadata(described), [results])
+
+
+def _extra_states(num_layers: int) -> Iterator[str]:
+    """Keys of extra states, as ``ShardedObject.unique_key`` makes them: its number and how many there are."""
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+    for layer in range(num_layers):
+        for module in MODULES:
+            yield f"{LAYERS}.{module}._extra_state/shard_{layer}_{num_layers}"
+
+
+def _common(arch: Architecture, vocabulary: int) -> dict[str, Any]:
+    """Content of ``common.pt``."""
+    return {
+        "args": argparse.Namespace(**to_args(arch, vocabulary)),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        # How the keys are, for those who ask ``sharded_state_dict`` for another way by default.
+        "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
+    }

@@ -1,0 +1,258 @@
+"""Megatron-LM's legacy checkpoints, and EE-LLM's with exits: ``iter_*/mp_rank_TT[_PPP]/model_optim_rng.pt``.
+
+What the model and its exits must have is looked up in the ranks' files, one parameter after the other, so that what is
+missing there, and what is left over, is known by name before anything is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    LAYER,
+    LM_HEAD,
+    Source,
+    blocks,
+    exit_parts,
+    exit_tensors,
+    expected_tensors,
+    layer_source,
+)
+from megatron_ee.checkpoint.tensors import StoredTensor, same_values
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.errors import CheckpointError, shown
+from megatron_ee.importers.megatron.legacy_args import (
+    EarlyExit,
+    check_agreement,
+    derive_config,
+    differing_settings,
+    early_exits,
+)
+from megatron_ee.importers.megatron.legacy_names import OLD, TIED_HEAD, Place, find_place, spell
+from megatron_ee.importers.megatron.legacy_ranks import Ranks, Stage, read_ranks
+from megatron_ee.importers.megatron.opening import (
+    TRACKER,
+    Model,
+    derived_model,
+    given_model,
+    require_trust,
+    tracked_iteration,
+)
+from megatron_ee.importers.megatron.rows import Run, join_rows
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def open_legacy(path: Path, *, trust: bool, config: Path | None = None, verify: bool = True) -> Contents:
+    """Open a legacy checkpoint of Megatron-LM or EE-LLM. Optimizer state is left out.
+
+    Tensors are not read, except a tied embedding: the last stage's copy must equal the first stage's.
+
+    Args:
+        path: directory of one iteration, or of all, of which the latest is taken.
+        trust: allow it; it is made of pickles.
+        config: a Hugging Face directory, or its ``config.json``, that the weights belong to. None is: what the
+            arguments of the run, which are in the files, say.
+        verify: compare what is read with the CRC-32 that ``torch.save`` wrote with it, once.
+
+    Raises:
+        CheckpointError: ``trust`` is not given, a file or key is missing, unknown or of another shape than the model
+            makes it, or model or exits are of a kind that is not supported; the message names the file and the key.
+    """
+    require_trust(path, trust)
+    directory = path if next(path.glob("mp_rank_*"), None) else tracked_iteration(path)
+    if directory is None or next(directory.glob("mp_rank_*"), None) is None:
+        raise CheckpointError(
+            f"{directory or path}: there is no mp_rank_*{'' if directory else f' and no {TRACKER}'}; give a directory "
+            "as Megatron-LM saves it"
+        )
+    ranks = read_ranks(directory, verify=verify)
+    model = _model(ranks, config)
+    arch = model.architecture
+    exits = early_exits(ranks.args, arch)
+    specs = tuple(sorted((each.spec for each in exits), key=lambda spec: spec.layer))
+    found = _tensors(ranks, model, exits)
+    if arch.tied:
+        _check_tied_head(ranks, model, found[EMBEDDING])
+    return Contents(
+        source=directory,
+        format=f"{'EE-LLM' if specs else 'Megatron legacy'} checkpoint",
+        architecture=arch,
+        backbone={name: found[name] for name in expected_tensors(arch)},
+        exits=specs,
+        exit_tensors={name: found[name] for spec in specs for name in exit_tensors(spec, arch)},
+        assets=model.assets,
+        base_model=str(directory.resolve()),
+        steps=ranks.iteration,
+        notes=model.notes,
+    )
+
+
+def _model(ranks: Ranks, config: Path | None) -> Model:
+    args = ranks.args
+    if config is not None:
+        model = given_model(config)
+        check_agreement(args, model.architecture, model.where)
+        return dataclasses.replace(model, notes=differing_settings(args, model.architecture, model.where))
+    if not args.values:
+        raise CheckpointError(f"{args.where}: has no args, which would tell the model's shape; give --config DIR")
+    stage, embedding = ranks.stages[0], Place("backbone", "embedding.weight")
+    key = next((key for key in stage.values[0] if find_place(key, tied=True) == embedding), None)
+    if key is None:
+        raise CheckpointError(f"{args.where}: has no embedding; not the file of a GPT model's first stage")
+    dtype = stage.files[0].tensor(stage.values[0][key], key).dtype
+    return derived_model(derive_config(args, dtype), args.where)
+
+
+def _tensors(ranks: Ranks, model: Model, exits: Sequence[EarlyExit]) -> dict[str, StoredTensor]:
+    """Every tensor of the backbone and of the exits, by its name there."""
+    arch, size = model.architecture, ranks.tensor
+    last = ranks.stages[-1]
+    if last.first + last.layers != arch.num_layers:
+        count = last.first + last.layers
+        raise CheckpointError(f"{last.files[0].path}: is the last of {count} layers; {model.where}: {arch.num_layers}")
+    if arch.num_kv_heads % size or arch.ffn_size % size:
+        raise CheckpointError(
+            f"{model.where}: {arch.num_kv_heads} key-value heads and {arch.ffn_size} columns of the MLP cannot be cut "
+            f"to the {size} tensor-parallel ranks that there are"
+        )
+    shapes = expected_tensors(arch)
+    found: dict[str, StoredTensor] = {}
+    for stage in ranks.stages:
+        keys = _places(stage, arch.tied)
+        old = any(key.startswith(OLD) for key in stage.values[0])
+        for place, source in _backbone_places(stage, ranks, shapes):
+            found |= _join(stage, _take(keys, place, stage, old), source, shapes, model, size)
+        for place, source, own in _exit_places(stage, exits, arch):
+            found |= _join(stage, _take(keys, place, stage, old), source, own, model, size)
+        if keys:
+            key = shown(next(iter(keys.values())))
+            raise CheckpointError(f"{stage.files[0].path}: key {key} has no place in the model of {model.where}")
+    return found
+
+
+def _check_tied_head(ranks: Ranks, model: Model, embedding: StoredTensor) -> None:
+    """Refuse a tied head that differs from the embedding."""
+    last = ranks.stages[-1]
+    source, shapes = Source((LM_HEAD,), "vocabulary"), {LM_HEAD: embedding.shape}
+    for key in last.values[0]:
+        if find_place(key, tied=True) == TIED_HEAD:
+            head = _join(last, key, source, shapes, model, ranks.tensor)[LM_HEAD]
+            if not same_values(embedding, head):
+                raise CheckpointError(
+                    f"{last.files[0].path}: key {shown(key)} differs from the embedding that {model.where} ties it to; "
+                    "if this head is the model's, give a config.json with tie_word_embeddings false by --config"
+                )
+
+
+def _places(stage: Stage, tied: bool) -> dict[Place, str]:
+    """The keys of a stage by what they hold."""
+    keys: dict[Place, str] = {}
+    for key in stage.values[0]:
+        place = find_place(key, tied)
+        if place is None:
+            raise CheckpointError(f"{stage.files[0].path}: key {shown(key)} is not known")
+        if place.scope == "known":
+            continue
+        if place in keys:
+            raise CheckpointError(f"{stage.files[0].path}: keys {shown(keys[place])} and {shown(key)} are the same")
+        keys[place] = key
+    return keys
+
+
+def _take(keys: dict[Place, str], place: Place, stage: Stage, old: bool) -> str:
+    if place not in keys:
+        raise CheckpointError(f"{stage.files[0].path}: key {spell(place, old)!r} is missing")
+    return keys.pop(place)
+
+
+def _backbone_places(stage: Stage, ranks: Ranks, shapes: Shapes) -> Iterator[tuple[Place, Source]]:
+    """What a stage must hold of the backbone."""
+    if stage is ranks.stages[0]:
+        yield Place("backbone", "embedding.weight"), Source((EMBEDDING,), "vocabulary")
+    for index in range(stage.layers):
+        for parameter in LAYER:
+            source = layer_source(parameter, f"model.layers.{stage.first + index}")
+            if source.names[0] in shapes:
+                yield Place("backbone", parameter, index), source
+    if stage is ranks.stages[-1]:
+        yield Place("backbone", "final_norm.weight"), Source((FINAL_NORM,), "whole")
+        if LM_HEAD in shapes:
+            yield Place("backbone", "head.weight"), Source((LM_HEAD,), "vocabulary")
+
+
+def _exit_places(
+    stage: Stage, exits: Sequence[EarlyExit], arch: Architecture
+) -> Iterator[tuple[Place, Source, Shapes]]:
+    """What a stage must hold of exits; their heads are numbered within it."""
+    inside = [each for each in exits if stage.first < each.layer <= stage.first + stage.layers]
+    for number, each in enumerate(inside):
+        for part in exit_parts(each.spec, arch):
+            place = Place("exit", part.parameter, each.layer - 1 - stage.first)
+            if part.parameter == "head.weight":
+                place = Place("exit head", part.parameter, number)
+            yield place, part.saved, dict(zip(part.saved.names, part.shapes, strict=True))
+
+
+def _join(stage: Stage, key: str, source: Source, shapes: Shapes, model: Model, size: int) -> dict[str, StoredTensor]:
+    """The released tensors that the ranks' tensors under ``key`` are made of, put together."""
+    arch = model.architecture
+    parts = [file.tensor(values[key], key) for file, values in zip(stage.files, stage.values, strict=True)]
+    for file, part in zip(stage.files, parts, strict=True):
+        where = f"{file.path}: key {shown(key)}"
+        if part.dtype != parts[0].dtype or not part.dtype.is_floating_point:
+            raise CheckpointError(f"{where} is of {part.dtype}, but {parts[0].dtype} in {stage.files[0].path}")
+        expected, padded = _rank_shape(source, shapes, size), source.kind == "vocabulary"
+        if padded and len(part.shape) == len(expected) and part.shape[0] * size >= arch.vocab_size:
+            expected = (parts[0].shape[0], *expected[1:])
+        if part.shape != expected:
+            raise CheckpointError(
+                f"{where} has shape {list(part.shape)}, but {model.where} makes it {list(expected)}"
+                f"{' or longer' if padded else ''} on each of {size} ranks"
+            )
+    made = f"{key}, {source.kind} of {size} ranks, {arch.num_heads} heads in {arch.num_kv_heads} groups"
+    if source.kind == "whole":
+        return {source.names[0]: dataclasses.replace(parts[0], made=made)}
+    if source.kind == "columns":
+        return {source.names[0]: _join_columns(parts, made)}
+    runs: dict[str, list[Run]] = {name: [] for name in source.names}
+    for rank, part in enumerate(parts):
+        # Only a map of which rows of it are which of the released tensors': they come in the order of ranks.
+        held = torch.empty(part.shape, dtype=part.dtype, device="meta")
+        for block in blocks(held, source, arch, rank, size):
+            first = block.tensor.storage_offset() // math.prod(part.shape[1:])
+            runs[block.name].append(Run(part, first, len(block.tensor)))
+    return {name: join_rows(found, f"{name} of {made}") for name, found in runs.items()}
+
+
+def _rank_shape(source: Source, shapes: Shapes, size: int) -> tuple[int, ...]:
+    """Shape of what each rank holds; of the vocabulary, the fewest rows that can hold it."""
+    first = shapes[source.names[0]]
+    if source.kind == "whole":
+        return first
+    if source.kind == "columns":
+        return first[0], first[1] // size
+    return -(-sum(shapes[name][0] for name in source.names) // size), *first[1:]
+
+
+def _join_columns(parts: Sequence[StoredTensor], made: str) -> StoredTensor:
+    """The matrix whose columns are those of ``parts``, all of one shape, one after the other."""
+    rows, width = parts[0].shape
+
+    def read(out: Tensor, offset: Sequence[int]) -> None:
+        start, stop = offset[1], offset[1] + out.shape[1]
+        for rank in range(start // width, -(-stop // width)):
+            first, end = max(start, rank * width), min(stop, (rank + 1) * width)
+            parts[rank].read(out[:, first - start : end - start], (offset[0], first - rank * width))
+
+    files = tuple(file for part in parts for file in part.files)
+    return StoredTensor(parts[0].dtype, (rows, width * len(parts)), read, files, made)

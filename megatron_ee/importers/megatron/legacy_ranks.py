@@ -1,0 +1,185 @@
+"""The files of a legacy Megatron checkpoint, one per rank, each with its part of the model.
+
+They are ``mp_rank_TT/model_optim_rng.pt``, or ``mp_rank_TT_PPP/...`` where there are pipeline stages. A stage numbers
+its layers from 0. With a virtual pipeline it holds several models, ``model0``, ``model1`` and so on: the first of every
+stage come first, then the second of every stage.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.errors import CheckpointError, DamagedError, shown, storage_errors
+from megatron_ee.importers.megatron.guarded import Inert
+from megatron_ee.importers.megatron.legacy_args import Args
+from megatron_ee.importers.megatron.torch_file import TorchFile
+
+FILE = "model_optim_rng.pt"
+VERSION = 3.0
+"""Of the order of rows in fused q, k and v, since Megatron-LM of 2021; those before have none or a lower one."""
+_RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
+_NESTED = 4  # levels of a state dict; none has more
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model of one pipeline stage, as its tensor-parallel ranks hold it.
+
+    Attributes:
+        files: by tensor-parallel rank.
+        values: by tensor-parallel rank: key, its levels joined by dots, to the tensor as the file describes it.
+        layers: number of layers in it.
+        first: number of layers before it.
+    """
+
+    files: tuple[TorchFile, ...]
+    values: tuple[dict[str, Any], ...]
+    layers: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """All files of a checkpoint.
+
+    Attributes:
+        stages: in the order of their layers.
+        tensor: tensor-parallel size.
+        args: of the run; of none, if the files have none.
+        iteration: number of steps that were taken.
+    """
+
+    stages: tuple[Stage, ...]
+    tensor: int
+    args: Args
+    iteration: int
+
+
+def read_ranks(directory: Path, *, verify: bool) -> Ranks:
+    """Read the descriptions of all files of one iteration.
+
+    Args:
+        directory: with ``mp_rank_*``.
+        verify: compare tensors with their checksums when they are first read.
+
+    Raises:
+        CheckpointError: a rank is missing, or holds other keys than its neighbours; the message names the file.
+    """
+    grid = [[TorchFile(path, verify=verify) for path in stage] for stage in _paths(directory)]
+    first = grid[0][0]
+    content = _content(first)
+    args = Args(str(first.path), _attributes(content.get("args")))
+    iteration = content.get("iteration", 0)
+    if type(iteration) is not int or iteration < 0:
+        raise DamagedError(f"{first.path}: iteration {shown(iteration)} is not a number of steps")
+    _check_sizes(args, len(grid[0]), len(grid))
+    models = [[_models(file) for file in stage] for stage in grid]  # by stage, rank and virtual stage
+    count = len(models[0][0])
+    for file, found in zip(_flat(grid), _flat(models), strict=True):
+        if _content(file).get("iteration", 0) != iteration:
+            other = shown(_content(file).get("iteration"))
+            raise CheckpointError(f"{file.path}: is of iteration {other}, but {first.path} of {iteration}")
+        if len(found) != count:
+            raise CheckpointError(f"{file.path}: holds {len(found)} models, but {first.path} {count}")
+    stages: list[Stage] = []
+    for virtual in range(count):
+        for files, ranks in zip(grid, models, strict=True):
+            before = stages[-1].first + stages[-1].layers if stages else 0
+            stages.append(_stage(files, [rank[virtual] for rank in ranks], before))
+    return Ranks(tuple(stages), len(grid[0]), args, iteration)
+
+
+def _flat(grid: list[list[Any]]) -> Iterator[Any]:
+    for row in grid:
+        yield from row
+
+
+def _paths(directory: Path) -> list[list[Path]]:
+    """Every rank's file, by pipeline and then tensor rank."""
+    found: dict[tuple[int, int | None], Path] = {}
+    with storage_errors(directory, "list"):
+        entries = sorted(path for path in directory.iterdir() if path.name.startswith("mp_rank_"))
+    for path in entries:
+        match = _RANK.fullmatch(path.name)
+        if match is None:
+            raise CheckpointError(f"{path}: is not mp_rank_TT or mp_rank_TT_PPP; expert parallelism is not supported")
+        found[int(match[1]), int(match[2]) if match[2] else None] = path
+    tensor = 1 + max(rank for rank, _ in found)
+    pipelined = {stage is not None for _, stage in found}
+    if len(pipelined) > 1:
+        raise CheckpointError(f"{directory}: has mp_rank_* both with and without a pipeline rank; keep one of the two")
+    stages: list[int | None] = list(range(1 + max(stage or 0 for _, stage in found))) if True in pipelined else [None]
+    for stage in stages:
+        for rank in range(tensor):
+            name = f"mp_rank_{rank:02}" + ("" if stage is None else f"_{stage:03}")
+            expected = found.get((rank, stage), directory / name) / FILE
+            if not expected.is_file():
+                raise CheckpointError(f"{expected}: is missing; the checkpoint is not complete")
+    return [[found[rank, stage] / FILE for rank in range(tensor)] for stage in stages]
+
+
+def _content(file: TorchFile) -> dict[str, Any]:
+    content = file.content
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file.path}: holds no Megatron checkpoint but {shown(content)}")
+    version = content.get("checkpoint_version", 0)
+    if version != VERSION:
+        raise CheckpointError(
+            f"{file.path}: checkpoint_version is {shown(version)}; only {VERSION} is read, which newer releases of "
+            "Megatron-LM save it as"
+        )
+    return content
+
+
+def _attributes(args: Any) -> Mapping[str, Any]:
+    """What a ``Namespace``, of which only the name is left, would hold."""
+    state = args.state if isinstance(args, Inert) else args
+    return {key: value for key, value in state.items() if isinstance(key, str)} if isinstance(state, dict) else {}
+
+
+def _check_sizes(args: Args, tensor: int, pipeline: int) -> None:
+    for name, found in (("tensor_model_parallel_size", tensor), ("pipeline_model_parallel_size", pipeline)):
+        stated = args.get(name, found, int)
+        if stated != found:
+            raise CheckpointError(
+                f"{args.where}: {name} is {stated}, but there are mp_rank_* for {found}; where exits were tuned with "
+                "only the first stages loaded, the others' files are in the checkpoint that was tuned: copy them"
+            )
+
+
+def _models(file: TorchFile) -> list[dict[str, Any]]:
+    content = _content(file)
+    virtual = itertools.takewhile(content.__contains__, (f"model{number}" for number in itertools.count()))
+    names = ["model"] if "model" in content else list(virtual)
+    if not names:
+        raise CheckpointError(f"{file.path}: holds no model, only {shown(list(content))}")
+    return [dict(_flatten(content[name], "", file, _NESTED)) for name in names]
+
+
+def _flatten(value: Any, prefix: str, file: TorchFile, levels: int) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict) or levels == 0:
+        raise CheckpointError(f"{file.path}: {shown(prefix or 'model')} is no state dict")
+    for key, item in value.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{file.path}: {shown(prefix + '*')}: key {shown(key)} is no name")
+        if isinstance(item, dict):
+            yield from _flatten(item, f"{prefix}{key}.", file, levels - 1)
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _stage(files: list[TorchFile], values: list[dict[str, Any]], first: int) -> Stage:
+    for file, rank in zip(files[1:], values[1:], strict=True):
+        for key in sorted(rank.keys() ^ values[0].keys()):
+            has, lacks = (file, files[0]) if key in rank else (files[0], file)
+            raise CheckpointError(f"{lacks.path}: key {shown(key)} is missing, which {has.path} has")
+    numbers = {int(match[1]) for key in values[0] if (match := re.search(r"\.layers\.(\d{1,6})\.", key))}
+    if numbers != set(range(len(numbers))):
+        missing = min(set(range(len(numbers))) - numbers)
+        raise CheckpointError(f"{files[0].path}: layer {missing} of this stage, 'layers.{missing}.*', is missing")
+    return Stage(tuple(files), tuple(values), len(numbers), first)

@@ -1,0 +1,154 @@
+"""The name table between megatron-core's ``GPTModel`` and released models, read in both directions.
+
+A tensor of Megatron's is made of one released tensor or of several fused ones. ``row_runs`` says which of its rows are
+which of theirs; import takes them apart along it (``released_parts``), export puts them together (``fuse``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_ee.checkpoint.derived import constant
+from megatron_ee.checkpoint.names import EMBEDDING, FINAL_NORM, LM_HEAD, Source, expected_tensors, layer_source
+from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.errors import CheckpointError
+from megatron_ee.importers.megatron.legacy_names import CORE_FUSED, CORE_LAYER
+from megatron_ee.importers.megatron.rows import Run, join_rows
+
+CORE = {**CORE_LAYER, **CORE_FUSED}
+SPLIT = {
+    "mlp.linear_fc1.weight_w": "mlp.gate_proj.weight",
+    "mlp.linear_fc1.weight_v": "mlp.up_proj.weight",
+    "mlp.linear_fc1.bias_w": "mlp.gate_proj.bias",
+    "mlp.linear_fc1.bias_v": "mlp.up_proj.bias",
+}
+"""Gate and up apart, as checkpoints with ``singleton_local_shards`` have them."""
+EMBEDDING_KEY = "embedding.word_embeddings.weight"
+MODEL = {
+    EMBEDDING_KEY: Source((EMBEDDING,), "vocabulary"),
+    "decoder.final_layernorm.weight": Source((FINAL_NORM,), "whole"),
+    "output_layer.weight": Source((LM_HEAD,), "vocabulary"),
+}
+RENAMED = {"input_layernorm.weight", "pre_mlp_layernorm.weight"}
+"""Norms of their own, which ``GPTModel`` saves under the names of those that are fused into the next linear layer."""
+LAYERS = "decoder.layers"
+_LAYER_KEY = re.compile(r"decoder\.layers\.(?:(0|[1-9]\d{0,4})\.)?(.+)")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of a checkpoint of ``GPTModel``.
+
+    Attributes:
+        key: in a checkpoint.
+        sources: what it is made of, released names in full: one, or one per layer.
+        stacked: all layers' tensors are stacked under the key, along a leading axis.
+    """
+
+    key: str
+    sources: tuple[Source, ...]
+    stacked: bool
+
+
+def parse_key(key: str, num_layers: int) -> Parameter | None:
+    """What Megatron's key stands for, or None if it is not in the tables.
+
+    Args:
+        key: without ``module.`` or ``model.`` before it.
+        num_layers: of the model.
+    """
+    if key in MODEL:
+        return Parameter(key, (MODEL[key],), False)
+    match = _LAYER_KEY.fullmatch(key)
+    if match is None or (match[2] not in CORE and match[2] not in SPLIT):
+        return None
+    layers = range(num_layers) if match[1] is None else [int(match[1])]
+    return Parameter(key, tuple(_layer_source(match[2], layer) for layer in layers), match[1] is None)
+
+
+def _layer_source(inner: str, layer: int) -> Source:
+    prefix = f"model.layers.{layer}"
+    return Source((f"{prefix}.{SPLIT[inner]}",), "whole") if inner in SPLIT else layer_source(CORE[inner], prefix)
+
+
+def row_runs(
+    source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Architecture
+) -> Iterator[tuple[str, int, int]]:
+    """The runs of rows that Megatron's tensor consists of, in its order: released name, first row of it, number.
+
+    Verified against megatron-core 0.16.1: ``linear_qkv`` is, for each key-value group, its query heads, its key and
+    its value (``SelfAttention.get_query_key_value_tensors``); ``linear_fc1`` of the whole model, whatever the
+    tensor-parallel size, is all of gate, then all of up (``apply_swiglu_sharded_factory``).
+    """
+    if source.kind != "qkv":
+        yield from ((name, 0, shapes[name][0]) for name in source.names)
+        return
+    heads = (arch.num_heads // arch.num_kv_heads, 1, 1)
+    for group in range(arch.num_kv_heads):
+        for name, count in zip(source.names, heads, strict=True):
+            yield name, group * count * arch.head_dim, count * arch.head_dim
+
+
+def fused_shape(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape of Megatron's tensor, without rows that pad the vocabulary."""
+    return sum(shapes[name][0] for name in source.names), *shapes[source.names[0]][1:]
+
+
+def released_parts(
+    source: Source, fused: StoredTensor, shapes: Mapping[str, tuple[int, ...]], arch: Architecture
+) -> dict[str, StoredTensor]:
+    """Megatron's tensor taken apart: released name -> tensor.
+
+    Args:
+        source: with released names in full.
+        fused: Megatron's tensor, of ``fused_shape`` or, of the vocabulary, with more rows.
+        shapes: of the released tensors.
+    """
+    if fused.shape == shapes[source.names[0]]:
+        return {source.names[0]: fused}
+    runs: dict[str, list[Run]] = {name: [] for name in source.names}
+    row = 0
+    for name, first, count in row_runs(source, shapes, arch):
+        assert first == sum(run.count for run in runs[name]), "the runs of a released tensor come in its order"
+        runs[name].append(Run(fused, row, count))
+        row += count
+    how = f"{source.kind}, {arch.num_heads} heads in {arch.num_kv_heads} groups"
+    return {name: join_rows(found, f"{name} of {fused.made} ({how})") for name, found in runs.items()}
+
+
+def fuse(source: Source, backbone: Mapping[str, StoredTensor], arch: Architecture, rows: int = 0) -> StoredTensor:
+    """Released tensors put together to Megatron's; the inverse of ``released_parts``.
+
+    Args:
+        source: with released names in full.
+        backbone: every released tensor.
+        rows: it is padded with zeros to at least so many.
+
+    Raises:
+        CheckpointError: they differ in dtype.
+    """
+    shapes = {name: backbone[name].shape for name in source.names}
+    if len({backbone[name].dtype for name in source.names}) > 1:
+        found = ", ".join(f"{name} is {backbone[name].dtype}" for name in source.names)
+        raise CheckpointError(f"{found}: Megatron fuses them; convert them to one dtype first")
+    runs = [Run(backbone[name], first, count) for name, first, count in row_runs(source, shapes, arch)]
+    like, total = backbone[source.names[0]], fused_shape(source, shapes)[0]
+    if rows > total:
+        runs.append(Run(constant(0, (rows - total, *like.shape[1:]), like.dtype), 0, rows - total))
+    parts = ", ".join(f"{name} {backbone[name].made}".strip() for name in source.names)
+    return join_rows(runs, f"{source.kind} of {parts} ({arch.num_heads} heads in {arch.num_kv_heads} groups)")
+
+
+def parameters(arch: Architecture) -> Iterator[Parameter]:
+    """Every parameter of a model, as ``GPTModel.sharded_state_dict`` names it by default."""
+    expected = expected_tensors(arch)
+    for key, source in MODEL.items():
+        if source.names[0] in expected:
+            yield Parameter(key, (source,), False)
+    for inner in CORE:
+        sources = tuple(_layer_source(inner, layer) for layer in range(arch.num_layers))
+        if inner not in RENAMED and sources[0].names[0] in expected:
+            yield Parameter(f"{LAYERS}.{inner}", sources, True)

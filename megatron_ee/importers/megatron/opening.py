@@ -1,0 +1,92 @@
+"""What opening Megatron's directories of either format begins with: trust, the iteration, and what the model is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.checkpoint.hf_directory import released_assets
+from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.untrusted import read_json
+from megatron_ee.errors import CheckpointError, DamagedError, shown, storage_errors
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that weights are of.
+
+    Attributes:
+        architecture: its shape.
+        assets: its small files, ``config.json`` among them.
+        where: the file that says so.
+        notes: lines for a person.
+    """
+
+    architecture: Architecture
+    assets: Mapping[str, Path | bytes]
+    where: str
+    notes: tuple[str, ...] = ()
+
+
+def require_trust(path: Path, trust: bool) -> None:
+    """Refuse a directory of pickles unless the user vouches for it.
+
+    Raises:
+        CheckpointError: ``trust`` is false.
+    """
+    if not trust:
+        raise CheckpointError(
+            f"{path}: Megatron's checkpoints are pickles, which can run code when they are read; here nothing of them "
+            "is run, but read only those of people you trust: say so with --trust-checkpoint"
+        )
+
+
+def tracked_iteration(path: Path) -> Path | None:
+    """The directory in ``path`` that its tracker names as the latest; None where there is no tracker.
+
+    Raises:
+        CheckpointError: the tracker cannot be read, or names no iteration.
+    """
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return None
+    with storage_errors(tracker, "read"), tracker.open("rb") as file:
+        text = file.read(64).strip()
+    if text == b"release":
+        return path / "release"
+    if not re.fullmatch(rb"\d{1,18}", text):
+        raise CheckpointError(f"{tracker}: {shown(text)} is no iteration")
+    return path / f"iter_{int(text):07}"
+
+
+def given_model(config: Path) -> Model:
+    """The model that the user says it is.
+
+    Args:
+        config: a Hugging Face directory, all small files of which are carried along, or its ``config.json`` alone.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not supported.
+    """
+    path = config / "config.json" if config.is_dir() else config
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path}: expected a JSON object")
+    architecture = parse_architecture(content, str(path))
+    return Model(architecture, released_assets(config) if config.is_dir() else {"config.json": path}, str(path))
+
+
+def derived_model(content: dict[str, Any], where: str) -> Model:
+    """The model of a ``config.json`` that was made of a checkpoint's own settings, which are in ``where``.
+
+    Raises:
+        CheckpointError: it is not supported.
+    """
+    text = json.dumps(content, indent=2).encode() + b"\n"
+    return Model(parse_architecture(content, where), {"config.json": text}, where)
