@@ -18,7 +18,6 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_ee", "megatron_ee.*"]),
-    package_data={"megatron_ee.model.bfloat16": ["*.cpp", "*.h"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.15",
@@ -34,7 +33,6 @@ setup(
         "pydantic>=2.11,<3",  # models of what files and requests hold
         "numpy>=1.26,<3",
         "psutil>=6,<8",
-        "ninja>=1.11,<2",  # builds megatron_ee/model/bfloat16 where layers are compiled
         "rich>=13.9,<16",
         "tensorboard>=2.18,<3",
         "matplotlib>=3.9,<4",

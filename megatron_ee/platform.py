@@ -1,4 +1,4 @@
-"""Device, dtype and communication backend: what differs between CPU and GPU (with ``model.kernels``).
+"""Device, dtype and communication backend: what differs between CPU and GPU.
 
 megatron-core is written for CUDA. Where no accelerator is present, a small stand-in lets its unchanged code run on
 the CPU with gloo: ``stand_in`` replaces a few ``torch.cuda`` functions for as long as it is open, which costs nothing
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import mmap
 import os
@@ -175,6 +176,17 @@ def cached_bytes() -> int:
     An accelerator has no use for it: there, the more at a time the better.
     """
     return 2**62 if has_accelerator() else 4 * 2**20
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 instructions that torch uses. Without them torch multiplies row by row."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def is_slow(dtype: str) -> bool:
+    """Whether this device takes several times as long in ``dtype`` as in float32, for more than one row."""
+    return dtype == "bfloat16" and not has_accelerator() and not multiplies_bfloat16()
 
 
 def groups_heads(dtype: torch.dtype) -> bool:

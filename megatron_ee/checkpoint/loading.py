@@ -36,7 +36,6 @@ from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
 from megatron_ee.config.architecture import Architecture, read_architecture
 from megatron_ee.errors import CheckpointError, ConfigError, shown
-from megatron_ee.model import kernels
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.stage import Stage
@@ -88,9 +87,10 @@ def choose_dtype(asked: str, model: SavedModel, key: str, *, tuning: bool = Fals
     if asked not in ("auto", *platform.DTYPES):
         raise ConfigError(f"{key}: {shown(asked)} is unknown; possible: auto, {', '.join(platform.DTYPES)}")
     dtype = model.dtype if asked == "auto" else asked
-    if kernels.is_slow(dtype) and launched_rank() == 0:
-        what = "tuning in float32 is several times as fast" if tuning else "float32 may be faster"
-        print(f"{key}: {dtype}, for which this CPU has no instructions; {what}", file=sys.stderr, flush=True)
+    if platform.is_slow(dtype) and launched_rank() == 0:
+        speed = "several times as fast for tuning" if tuning else "faster"
+        line = f"{key}: {dtype} is slow on this CPU; float32 is {speed} and takes twice the memory"
+        print(line, file=sys.stderr, flush=True)
     return dtype
 
 

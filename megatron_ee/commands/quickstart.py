@@ -58,14 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.checkpoint.ownership import check_output, claim_output
 
     check_output(arguments.out, "quickstart", "--out")
+    from megatron_ee import platform
     from megatron_ee.checkpoint.loading import open_model
-    from megatron_ee.model import kernels
 
     started = arguments.started or time.time()
     out, base = arguments.out, arguments.base
     model = open_model(base)
     if arguments.dtype == "auto":
-        arguments.dtype = "float32" if kernels.is_slow(model.dtype) else model.dtype
+        arguments.dtype = "float32" if platform.is_slow(model.dtype) else model.dtype
     before = model.digest(fresh=True)
     length = min(256, model.architecture.max_positions)
     claim_output(out, "quickstart", "--out")

@@ -19,7 +19,6 @@ from megatron_ee import platform
 from megatron_ee.errors import ConfigError, first_line
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches, shared_mask
 from megatron_ee.inference.segments import Between, Head, Said, Segment
-from megatron_ee.model import kernels
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.model.stage import Stage
@@ -43,7 +42,7 @@ class CompiledStage:
             ConfigError: it cannot be compiled here.
         """
         self._stage, layers = stage, dict(stage.backbone.numbered_layers())
-        self._layers, self._largest = layers, layers[max(layers)].mlp.gate_up.weight
+        self._layers = layers
         self._halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
         first, last = min(layers) - 1, max(layers)
         places = sorted({first, last} | {exit_.spec.layer for exit_ in stage.exits})
@@ -51,7 +50,7 @@ class CompiledStage:
         final = stage.setup.architecture.num_layers + 1
         if stage.backbone.head is not None and stage.backbone.final_norm is not None:
             heads[final] = Head(stage, None)
-        self._heads = {place: (_compiled(head), head.head.weight) for place, head in heads.items()}
+        self._heads = {place: _compiled(head) for place, head in heads.items()}
         # A head reads what a segment leaves, but for that of a ``layer`` exit, whose own layer comes between.
         readers = {exit_.spec.layer: exit_.spec.layer for exit_ in stage.exits if exit_.layer is None}
         if final in heads and last not in heads:
@@ -118,14 +117,9 @@ class CompiledStage:
             self.head(place, torch.zeros(shape, dtype=setup.dtype, device=platform.device()))
 
     def head(self, place: int, x: Tensor) -> Said | None:
-        """What ``Head`` makes of ``x`` at a place where rows wait; None where it is not compiled for so many tokens."""
-        if place not in self._heads:
-            return None
-        head, weight = self._heads[place]
-        if not kernels.compiles(len(x), weight):
-            return None
-        with kernels.torch_products():
-            return head(x)  # type: ignore[no-any-return]
+        """What ``Head`` makes of ``x`` at a place where rows wait; None where there is none."""
+        head = self._heads.get(place)
+        return None if head is None else head(x)
 
     def run(
         self,
@@ -149,17 +143,16 @@ class CompiledStage:
         """
         tokens, parts = len(h), self._segments
         segment = parts.get((place, stop, asked if tokens == 1 else None)) or parts.get((place, stop, None))
-        if segment is None or not kernels.compiles(tokens, self._largest):
+        if segment is None:
             return None
         mine = [caches[number] for number in range(place + 1, stop + 1)]
         rooms = [cache.room(tokens) for cache in mine]
         if None in rooms:
             return None
         start, arch, mask = mine[0].length, self._stage.setup.architecture, None
-        if tokens > 1 and not kernels.attends_several(tokens, h, arch.head_dim):
+        if tokens > 1:
             mask = shared_mask(masks, (start, start + tokens, 0, None), h, arch.num_heads // arch.num_kv_heads)
-        with kernels.torch_products():
-            done = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
+        done = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
         for cache in mine:
             cache.length += tokens
         return done  # type: ignore[no-any-return]
@@ -177,7 +170,7 @@ class CompiledStage:
         Args:
             caches: of the rows, by layer.
         """
-        if len(h) == 1 or not kernels.compiles(len(h), self._largest):
+        if len(h) == 1:
             return None
         done, context = None, None
         lead: DecoderLayer | None = self._layers[place] if place in self._halves else None
@@ -197,8 +190,7 @@ class CompiledStage:
         between = self._between.get((done, lead, ahead))
         if between is None:
             between = self._between[done, lead, ahead] = _compiled(Between())
-        with kernels.torch_products():
-            return between(h, context, positions, *layers)
+        return between(h, context, positions, *layers)
 
 
 def _compiled(module: Segment | Between | Head) -> Callable[..., Any]:

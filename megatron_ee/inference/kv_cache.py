@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ee.model import kernels
 from megatron_ee.model.attention import visible_keys
 
 CHUNK = 256
@@ -151,29 +150,20 @@ class PackedCaches:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
         """See ``LayerCache``."""
-        if all(count == 1 for count in self.counts):
-            return self._attend_alone(query, key, value, window)
         if len(self.caches) == 1:
             return self._attend(self.caches[0], query, key, value, window)
         counts = list(self.counts)
         parts = zip(self.caches, query.split(counts), key.split(counts), value.split(counts), strict=True)
         return torch.cat([self._attend(*part, window) for part in parts])
 
-    def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-        """Each row's only token."""
-        new = zip(self.caches, key.split(1), value.split(1), strict=True)
-        kept = [_last(cache.extend(*each), window) for cache, *each in new]
-        return kernels.attend(query, [keys for keys, _ in kept], [values for _, values in kept])
-
     def _attend(self, cache: LayerKV, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
         """One row: ``[tokens, heads * head_dim]``."""
         start, count = cache.length, len(query)
         keys, values = cache.extend(key, value)
         if count == 1:
-            keys, values = _last((keys, values), window)
-        hidden = window is not None and keys.shape[2] > window
-        if count == 1 or (not hidden and kernels.attends_several(count, query, query.shape[-1])):
-            return kernels.attend(query, [keys], [values])
+            if window is not None:
+                keys, values = keys[:, :, -window:], values[:, :, -window:]
+            return attend_together(query, keys, values, None)
         if start == 0 and (window is None or count <= window):
             # Whole prompts: causal order needs no mask, and none of what it hides is computed.
             heads = query.flatten(1, 2).transpose(0, 1)[None]
@@ -182,11 +172,6 @@ class PackedCaches:
             return context[0].transpose(0, 1).reshape(count, -1)
         mask = shared_mask(self.masks, (start, cache.length, cache.first, window), query, query.shape[2])
         return attend_together(query, keys, values, mask)
-
-
-def _last(kept: tuple[Tensor, Tensor], window: int | None) -> tuple[Tensor, Tensor]:
-    """Of keys and values those that the last token sees."""
-    return kept if window is None else (kept[0][:, :, -window:], kept[1][:, :, -window:])
 
 
 def attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

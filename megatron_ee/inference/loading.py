@@ -22,14 +22,12 @@ from megatron_ee.inference.assembly import MAX_ROWS, engine_on_ranks
 from megatron_ee.inference.compiled import check_compiler, compile_stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.prompts import check_ids, end_of_text
-from megatron_ee.model import bfloat16, kernels
-from megatron_ee.model.setup import ModelSetup, build_setup
+from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups, world_size
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
-from megatron_ee.progress import track
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,6 @@ def load_stage(
     index, arch = groups.pipeline.rank(), released.model.architecture
     layers = layout.stages[index].layers
     setup = build_setup(arch, platform.DTYPES[dtype], groups)
-    build_operations(setup)
     specs = [spec for spec in exits if spec.layer in layers]
     stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
     groups.together(lambda: fill_stage(stage, released.model, released.adapter))
@@ -182,18 +179,3 @@ def load_stage(
         for exit_ in stage.exits:
             exit_.restrict(ids)
     return stage
-
-
-def build_operations(setup: ModelSetup) -> None:
-    """Let ``bfloat16`` multiply and attend where that is faster; every rank calls this, before it runs a stage.
-
-    Where it cannot be built torch does the same, which takes longer, and a line says so.
-    """
-    if bfloat16.built or not kernels.gains_from_ours(setup.dtype) or bfloat16.find():
-        return
-    with track(1, "parts", "compiling operations", enabled=setup.groups.is_main) as bar:
-        try:
-            bfloat16.build()
-        except RuntimeError as error:
-            bar.note(f"bfloat16 will be slower than it could be, by up to half: {error}")
-        bar.advance()

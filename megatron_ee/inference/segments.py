@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import attend_together
-from megatron_ee.model import kernels
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exits import Exit
@@ -66,7 +65,7 @@ class Segment(nn.Module):
         """The tap at the next place from the one at this, ``[tokens, 1, hidden]``, and what ``head`` makes of it.
 
         Args:
-            mask: as ``shared_mask`` makes it; None where ``kernels.attend`` takes the tokens.
+            mask: as ``shared_mask`` makes it; None for one token.
             start: positions that each layer has run.
             keys: of each layer, ``[1, kv_heads, room, head_dim]``; the tokens' own are written into them.
             values: as ``keys``.
@@ -129,6 +128,4 @@ class _Room:
         self.keys[0, :, self.start : stop] = key.transpose(0, 1)
         self.values[0, :, self.start : stop] = value.transpose(0, 1)
         keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
-        if self.mask is None:
-            return kernels.attend(query, [keys], [values])
         return attend_together(query, keys, values, self.mask)

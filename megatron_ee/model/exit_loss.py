@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ee.model import kernels
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation, SoftTargets
 from megatron_ee.model.metrics import TokenStats
@@ -132,7 +131,7 @@ class _ExitLoss(torch.autograd.Function):
             chunk = slice(start, start + at_most)
             logits = scratch.logits[: len(z[chunk])]
             for rows, columns in zip(weight.split(tiles.head_rows), logits.split(tiles.head_rows, dim=1), strict=True):
-                kernels.write_product(columns, z[chunk], rows)
+                torch.mm(z[chunk], rows.t(), out=columns)
             for first in range(0, len(logits), scratch.rows):
                 run = logits[first : first + scratch.rows]
                 part = slice(start + first, start + first + len(run))

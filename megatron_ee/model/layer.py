@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[seq, batch, hidden]`` -> the same shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        if gate.requires_grad or torch.compiler.is_compiling():  # to the compiler a part that changes is a new whole
+        if gate.requires_grad:
             return self.down(F.silu(gate) * up)
         return self.down(F.silu(gate, inplace=True).mul_(up))
 

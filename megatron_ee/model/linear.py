@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee import platform
-from megatron_ee.model import kernels
 from megatron_ee.parallel.core_versions import mark_sharded
 
 with platform.quiet_imports():
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``, ``[..., in]`` -> ``[..., out]``, as one product of matrices; see ``kernels.product``.
+    """``x weight^T + bias``, ``[..., in]`` -> ``[..., out]``, as one product of matrices.
 
     A batch of one may have given ``[seq, 1, in]`` strides over which ``F.linear`` would go token by token.
     """
-    result = kernels.product(x.flatten(0, -2), weight, bias)
+    result = F.linear(x.flatten(0, -2), weight, bias)
     return result.view(*x.shape[:-1], result.shape[-1])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,36 +201,6 @@ def test_any_schedule_equals_one_process(tensor: int, pipeline: int, kept: int, 
             ours, theirs = ours[0], theirs[0][: len(ours[0])]
         assert ours == theirs, f"schedule {seed}: {requests()[index]}"
     assert len(found) > 20 and cut_short > 1 and set_aside > 1, "too little happens"
-
-
-def layers_by_our_own(directory: str) -> float:
-    """On two tensor-parallel ranks: how far a bfloat16 pass with products of our own is from torch's, relatively."""
-    from megatron_ee.checkpoint.loading import load_backbone, open_model
-    from megatron_ee.model import bfloat16
-    from megatron_ee.model.setup import build_setup
-    from megatron_ee.model.stage import Stage
-
-    torch.set_num_threads(1)
-    model = open_model(Path(directory))
-    with process_groups(2) as groups:
-        setup = build_setup(model.architecture, torch.bfloat16, groups)
-        stage = Stage(setup, range(1, model.architecture.num_layers + 1), [], final_exit=True)
-        load_backbone(stage, model)
-        found, rows = [], []
-        product = bfloat16.product
-        bfloat16.product = lambda x, *given: rows.append(len(x)) or product(x, *given)
-        for _ in range(2):
-            assert not rows
-            h = stage.backbone.embed(torch.tensor([PROMPTS[2]], device=platform.device()))
-            found.append(stage.run_layers(h, stage.backbone.positions(len(PROMPTS[2])))[0].float())
-            bfloat16.build()
-        assert rows == [len(PROMPTS[2])] * 4 * model.architecture.num_layers
-        return float((found[1] - found[0]).abs().max() / found[0].abs().max())
-
-
-@pytest.mark.skipif(platform.has_accelerator() or shutil.which("g++") is None, reason="for CPUs with a C++ compiler")
-def test_products_of_our_own_are_summed_over_ranks(directory: str) -> None:
-    assert max(run_ranks(2, layers_by_our_own, directory)) < 0.03
 
 
 def command(output: str, arguments: list[str]) -> int:

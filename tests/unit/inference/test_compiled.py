@@ -18,12 +18,9 @@ from megatron_ee.inference import kv_cache
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
-from megatron_ee.inference.loading import build_operations
-from megatron_ee.inference.passes import Chain, StageRunner, Work
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model import bfloat16, kernels
 from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
@@ -180,68 +177,6 @@ def check_growth(stage: Stage, watched: Watched, monkeypatch: pytest.MonkeyPatch
     assert answer(stage, watched, request) == expected
     # Where a chunk is full, or about to be, the eager layers make room.
     assert watched.seen[0, 2, 1, True] > 0 and watched.seen[0, 2, 1, False] >= 6
-
-
-@pytest.mark.skipif(platform.has_accelerator(), reason="of products on a CPU")
-def test_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(bfloat16, "built", False)
-    small, large = (torch.zeros(size, 1024, dtype=torch.bfloat16) for size in (16, 8192))
-    assert kernels.compiles(1, large) and not kernels.compiles(2, large)
-    assert kernels.compiles(8, small) and kernels.compiles(8, large.float())
-    for instructions, built, few in ((False, False, 15), (False, True, 63), (True, True, 63)):
-        monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda instructions=instructions: instructions)
-        monkeypatch.setattr(bfloat16, "built", built)
-        assert kernels.compiles(few, large) and not kernels.compiles(few + 1, large)
-    before = torch._C._get_mkldnn_enabled()
-    with kernels.torch_products():
-        assert not torch._C._get_mkldnn_enabled()
-    assert torch._C._get_mkldnn_enabled() == before
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
-@pytest.mark.skipif(platform.has_accelerator(), reason="of products on a CPU")
-def test_products_of_our_own_are_compiled_too(
-    saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bfloat16, "built", False)  # as it is from then on, but for what other tests find
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
-    stage = load_stage(saved_model("qwen2")[0], [ExitSpec(2)], dtype=torch.bfloat16)
-    build_operations(stage.setup)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        check_products(stage, (1, 2, 5, 20, 1))
-    calls = {event.key: event.count for event in profile.key_averages()}
-    # Four in each of two layers, eagerly and compiled, for each number of tokens.
-    assert bfloat16.built and calls["megatron_ee::bfloat16_product"] >= 5 * 2 * 2 * 4
-
-
-def check_products(stage: Stage, counts: Sequence[int]) -> None:
-    """Compiled and eager layers and heads over such numbers of tokens say the same."""
-    from torch import _dynamo
-
-    watched = Watched(compile_stage(stage))
-    compiled, eager = (StageRunner(stage, 4, 64, compiled=each) for each in (watched, None))  # type: ignore[arg-type]
-    stop = 7
-    for runner in (compiled, eager):
-        runner.open(1, 100)
-        runner.run(Chain(0, 5, (Work(1, stop, tuple(PROMPTS[0])),)))
-    for tokens in counts:
-        stop += tokens
-        with _dynamo.config.patch(error_on_recompile=True):
-            ours, theirs = (after_two_layers(runner, tokens, stop) for runner in (compiled, eager))
-        torch.testing.assert_close(ours, theirs, atol=0.03 * float(theirs.abs().max()), rtol=0)
-        assert watched.seen[0, 2, tokens, True] > 0
-        with torch.inference_mode():
-            logits, expected = watched.head(2, theirs)[0], stage.exits[0].logits(stage.exits[0].rest(theirs)[:, 0])
-        torch.testing.assert_close(logits, expected, atol=0.03 * float(expected.abs().max()), rtol=0)
-    torch.compiler.reset()
-
-
-@torch.inference_mode()
-def after_two_layers(runner: StageRunner, tokens: int, stop: int) -> torch.Tensor:
-    """Of new tokens of row 1."""
-    h = runner.stage.backbone.embed(torch.arange(tokens, device=platform.device())[None])
-    return runner._advance(0, 2, h, runner._flow([runner.rows[1]], [tokens], [stop]), None)[0]
 
 
 def test_room() -> None:

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from megatron_ee import platform
 from megatron_ee.config.architecture import read_architecture
 from megatron_ee.model import exit_loss as exit_loss_module
-from megatron_ee.model import kernels
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics
 from megatron_ee.model.setup import build_setup
@@ -244,7 +243,6 @@ def test_tiles_of_an_accelerator_grow_as_the_vocabulary_shrinks() -> None:
 def test_a_heads_gradient_exists_once(setups: dict[torch.dtype, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, where it is summed; in the model's dtype there are only so many rows of it."""
     monkeypatch.setattr(exit_loss_module, "ROW_RUN", 50)
-    monkeypatch.setattr(kernels, "WIDENED_BYTES", 50 * HIDDEN * 4)
     case = Case(setups[torch.bfloat16], tokens=16)
     case.head.weight.main_grad = torch.zeros_like(case.head.weight, dtype=torch.float32)
     with Largest(case.head.weight, case.head.weight.main_grad) as largest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.model import bfloat16
 from megatron_ee.model.stage import Stage
 from megatron_ee.testing.models import FAMILIES
 
@@ -111,34 +109,3 @@ def test_statistics_of_the_final_exit(tokens: Tensor, saved_model: Any, load_sta
     torch.testing.assert_close(stats.loss.cpu(), expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(stats.confidence.cpu(), logits.softmax(-1).amax(-1), atol=1e-5, rtol=1e-4)
     assert torch.equal(stats.top1.cpu(), logits.argmax(-1))
-
-
-@pytest.mark.skipif(platform.has_accelerator() or shutil.which("g++") is None, reason="for CPUs with a C++ compiler")
-@pytest.mark.parametrize("family", ["llama3.2-tied", "qwen2"])
-def test_products_of_our_own_say_the_same(
-    family: str, tokens: Tensor, saved_model: Any, load_stage: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever head an exit has, for one token and for several, and for some tokens of the vocabulary."""
-    exits = [ExitSpec(1), ExitSpec(2, "norm", "shared"), ExitSpec(3, "layer", "low_rank", rank=4)]
-    stage = load_stage(saved_model(family)[0], exits, dtype=torch.bfloat16)
-    for exit_ in stage.exits:
-        exit_.restrict(torch.tensor([3, 4, 40, 99]))
-    monkeypatch.setattr(bfloat16, "built", False)
-
-    @torch.no_grad()
-    def logits(ids: Tensor) -> list[Tensor]:
-        positions = stage.backbone.positions(ids.shape[1])
-        h, taps = stage.run_layers(stage.backbone.embed(ids), positions, to_end=True)
-        z = [exit_.features(taps[exit_.spec.layer], positions) for exit_ in stage.exits]
-        whole = [exit_.logits(each) for exit_, each in zip(stage.exits, z, strict=True)]
-        some = [exit_.candidate_logits(each) for exit_, each in zip(stage.exits, z, strict=True)]
-        return [*whole, *some, stage.final_logits(stage.final_features(h))]
-
-    examples = (tokens[:1, :1], tokens[:1], tokens)
-    expected = [logits(ids) for ids in examples]
-    bfloat16.build()
-    for ids, theirs in zip(examples, expected, strict=True):
-        for ours, plain in zip(logits(ids), theirs, strict=True):
-            assert ours.shape == plain.shape and torch.equal(ours.isinf(), plain.isinf())
-            scale = float(plain[plain.isfinite()].abs().max())
-            torch.testing.assert_close(ours, plain, atol=0.04 * scale, rtol=0)

@@ -17,7 +17,6 @@ from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DistillationConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from megatron_ee.data.loader import Batch
-from megatron_ee.model import kernels
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.stage import Stage, build_stage
 from megatron_ee.parallel.groups import Groups
@@ -165,7 +164,6 @@ def test_memory_of_a_real_step(
 ) -> None:
     monkeypatch.setattr(platform, "cached_bytes", lambda: 2**62)
     monkeypatch.setattr(torch, "addmm", lambda total, *_, out, **__: out)  # no memory of its own, but no CPU has it
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     architecture = parse_architecture(
         {
             "architectures": ["LlamaForCausalLM"],
