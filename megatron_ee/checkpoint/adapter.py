@@ -12,13 +12,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from megatron_ee.checkpoint.atomic import current_directory, replace_directory, write_json
-from megatron_ee.checkpoint.digest import file_sha256, is_sha256
+from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.gathering import gather_tensors
 from megatron_ee.checkpoint.loading import SavedModel, load_backbone, load_frozen_norms
 from megatron_ee.checkpoint.manifest import MANIFEST, encode
@@ -29,8 +30,9 @@ from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, stored
 from megatron_ee.config.architecture import MAX_LAYERS, Architecture, changed_settings, output_settings
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import Body, Head
+from megatron_ee.config.schema import Body, Head, Init
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
+from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
 from megatron_ee.model.exits import Exit
 from megatron_ee.model.stage import Stage
@@ -210,28 +212,40 @@ def _open_checkpoint(checkpoint: Checkpoint) -> Adapter:
     return _describe(checkpoint.path, where, metadata, steps, weights)
 
 
+class _Exit(Strict):
+    """One entry of a description's ``exits``: an ``ExitSpec``."""
+
+    layer: int = Field(ge=1, le=MAX_LAYERS)
+    body: Body = "mlp"
+    head: Head = "own"
+    weight: float = Field(1.0, gt=0)
+    rank: int = Field(64, ge=1)
+    init: Init = "copy"
+
+
+class _Description(Strict, extra="ignore"):
+    """What an adapter's ``exits.json`` and a checkpoint's metadata say of exits."""
+
+    exits: list[_Exit] = Field(min_length=1)
+    base_model: str
+    backbone_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    steps: int = Field(ge=0)
+    model_settings: dict[str, Any] | None = None
+
+
 def _describe(
     directory: Path, where: Path, content: dict[str, Any], steps: Any, weights: dict[str, StoredTensor]
 ) -> Adapter:
+    found = validated(_Description, {**content, "steps": steps}, where=str(where), error=CheckpointError)
+    exits = tuple(ExitSpec(**entry.model_dump()) for entry in found.exits)
     try:
-        listed, base_model, backbone = content["exits"], content["base_model"], content["backbone_sha256"]
-        if not isinstance(listed, list) or not listed:
-            raise ValueError("exits must be a list of at least one")
-        exits = tuple(_spec(fields) for fields in listed)
         if [spec.layer for spec in exits] != sorted({spec.layer for spec in exits}):
             raise ValueError("exits must be listed once each, in the order of their layers")
-        if type(steps) is not int or steps < 0:
-            raise ValueError(f"steps must be a whole number, not {shown(steps)}")
-        if not isinstance(base_model, str) or not is_sha256(backbone):
-            raise ValueError("base_model must be a path and backbone_sha256 a SHA-256")
-        settings = content.get(SETTINGS)
-        if settings is not None and not isinstance(settings, dict):
-            raise ValueError(f"{SETTINGS} must be an object")
         _check_kinds(exits, weights)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{where}: not a description of exits: {reason}") from None
-    return Adapter(directory, exits, backbone, printable(base_model), steps, weights, settings)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not a description of exits: {error}") from None
+    base_model = printable(found.base_model)
+    return Adapter(directory, exits, found.backbone_sha256, base_model, found.steps, weights, found.model_settings)
 
 
 def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor]) -> None:
@@ -394,18 +408,3 @@ def _check_same_kind(wanted: ExitSpec, found: ExitSpec | None, adapter: Adapter)
                 f"{where}: the exit after layer {wanted.layer} has {name} {getattr(found, name)!r}, "
                 f"not {getattr(wanted, name)!r}"
             )
-
-
-def _spec(fields: Any) -> ExitSpec:
-    names = {field.name for field in dataclasses.fields(ExitSpec)}
-    if not isinstance(fields, dict) or "layer" not in fields or not fields.keys() <= names:
-        raise ValueError(f"an exit must be an object with layer and, at most, {', '.join(sorted(names))}")
-    spec = ExitSpec(**fields)
-    for value, known in ((spec.body, get_args(Body)), (spec.head, get_args(Head)), (spec.init, ("copy", "random"))):
-        if value not in known:
-            raise ValueError(f"{shown(value)} of an exit is unknown; known: {', '.join(known)}")
-    if type(spec.layer) is not int or not 1 <= spec.layer <= MAX_LAYERS or type(spec.rank) is not int or spec.rank < 1:
-        raise ValueError(f"layer {shown(spec.layer)} or rank {shown(spec.rank)} is not a positive whole number")
-    if type(spec.weight) not in (int, float) or not 0 < spec.weight < float("inf"):
-        raise ValueError(f"weight {shown(spec.weight)} of an exit is not a positive number")
-    return spec

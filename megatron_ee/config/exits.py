@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ee.config.schema import Body, ExitConfig, Head
+from megatron_ee.config.schema import Body, ExitConfig, Head, Init
 from megatron_ee.errors import ConfigError
 
 
@@ -18,7 +18,7 @@ class ExitSpec:
     head: Head = "own"
     weight: float = 1.0
     rank: int = 64
-    init: str = "copy"
+    init: Init = "copy"
 
     @property
     def trains(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal
 
 Body = Literal["embedding", "norm", "mlp", "layer"]
 Head = Literal["own", "shared", "low_rank"]
+Init = Literal["copy", "random"]
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ExitConfig:
     head: Head = "own"
     weight: float = 1.0
     rank: int = 64
-    init: Literal["copy", "random"] = "copy"
+    init: Init = "copy"
 
 
 @dataclass

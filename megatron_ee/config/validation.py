@@ -27,6 +27,7 @@ _EXPECTED = {
     "string_unicode": "text without lone surrogates",
     "string_too_short": "text of at least {min_length} characters",
     "string_too_long": "text of at most {max_length} characters",
+    "string_pattern_mismatch": "text like {pattern}",
     "none_required": "null",
     "greater_than_equal": "at least {ge}",
     "greater_than": "above {gt}",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import DataError
 from megatron_ee.progress import track
 
@@ -34,8 +35,7 @@ BLOCK, BLOCKS = 64 * 1024, 256
 """Bytes of a sample of a file, and samples of each file: smaller files are read whole."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CorpusMetadata:
+class CorpusMetadata(Strict):
     """What ``PREFIX.json`` holds.
 
     Attributes:
@@ -265,8 +265,8 @@ def _read_metadata(path: Path) -> CorpusMetadata | None:
     if not path.is_file():
         return None
     try:
-        return CorpusMetadata(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return validated(CorpusMetadata, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged: {' '.join(str(error).split())}; prepare the corpus again") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -101,7 +100,7 @@ def prepare_corpus(
             tokenizer_sha256=next(iter(tokenizer_digests(Path(tokenizer_path))), None),
             **writer.finish(),
         )
-        files = writer.commit(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+        files = writer.commit(json.dumps(metadata.model_dump(), indent=2) + "\n")
     return PrepareResult(metadata, skipped, files)
 
 

@@ -327,7 +327,7 @@ def _resume(
         report(f"{output}: no checkpoint yet; starting from the beginning")
         return
     loaded, made_with, new_data = found
-    for name, value in dataclasses.asdict(loaded).items():
+    for name, value in loaded:
         setattr(progress, name, value)
     for key, change in new_data.items():
         report(f"{key}: {change}")

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from megatron_ee.checkpoint.adapter import SETTINGS
@@ -25,6 +25,7 @@ from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.checkpoint.writing import Piece
 from megatron_ee.config.architecture import changed_settings
+from megatron_ee.config.validation import Strict, validated
 from megatron_ee.data.checks import changed_data
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.model.stage import Stage
@@ -32,10 +33,10 @@ from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.split_adam import join, remainder_of
 
 OPTIMIZER = "optimizer."
+Count = Annotated[int, Field(ge=0)]
 
 
-@dataclass
-class Progress:
+class Progress(Strict, frozen=False):
     """Where a run stands.
 
     Attributes:
@@ -48,13 +49,25 @@ class Progress:
         validation_due: a signal ended the validation after this step; a resumed run does it first.
     """
 
-    step: int = 0
-    consumed: int = 0
-    tokens: int = 0
+    step: Count = 0
+    consumed: Count = 0
+    tokens: Count = 0
     best_loss: float | None = None
-    best_step: int | None = None
-    skipped: int = 0
+    best_step: Count | None = None
+    skipped: Count = 0
     validation_due: bool = False
+
+
+class _Counters(Strict, extra="ignore"):
+    adam_step: Count
+    scheduler: Count
+
+
+class _Metadata(Strict, extra="ignore"):
+    """The part of a checkpoint's metadata that says where the run stood."""
+
+    progress: Progress
+    counters: _Counters
 
 
 def save_state(
@@ -86,7 +99,7 @@ def save_state(
     counters = groups.gather(optimizer.counters())
     metadata = {
         **description,
-        "progress": asdict(progress),
+        "progress": progress.model_dump(),
         "counters": {name: max(each[name] for each in counters) for name in counters[0]},
     }
 
@@ -172,20 +185,9 @@ def _read_converted(checkpoint: Checkpoint, kind: str, name: str, piece: Piece) 
 
 
 def _read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, int]]:
-    """Where the run stood, and the optimizer's counters, known to be numbers."""
-    counters = checkpoint.metadata.get("counters")
-    try:
-        progress = Progress(**checkpoint.metadata["progress"])
-        counts = {"adam_step": counters["adam_step"], "scheduler": counters["scheduler"]}  # type: ignore[index]
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{checkpoint.path}: says not where the run stood, or not as this version does") from None
-    best = (progress.best_loss, progress.best_step) if progress.best_step is not None else (0, 0)
-    numbers = (progress.step, progress.consumed, progress.tokens, progress.skipped, best[1], *counts.values())
-    if not all(type(number) is int and number >= 0 for number in numbers) or type(best[0]) not in (int, float):
-        raise CheckpointError(f"{checkpoint.path}: progress or counters are not whole numbers from 0")
-    if type(progress.validation_due) is not bool:
-        raise CheckpointError(f"{checkpoint.path}: progress: validation_due is not true or false")
-    return progress, counts
+    """Where the run stood, and the optimizer's counters."""
+    metadata = validated(_Metadata, checkpoint.metadata, where=str(checkpoint.path), error=CheckpointError)
+    return metadata.progress, metadata.counters.model_dump()
 
 
 def _own_pieces(stage: Stage, optimizer: ExitOptimizer) -> Iterator[Piece]:

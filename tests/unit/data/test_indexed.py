@@ -74,13 +74,13 @@ def test_vocabulary(prefix: Path, sp_model: Path) -> None:
     corpus = open_corpus(prefix)
     largest = int(corpus.every_token().max())
     corpus.check_vocabulary(largest + 1)
-    larger = dataclasses.replace(corpus.metadata, vocab_size=500)  # more tokens do no harm that do not occur
+    larger = corpus.metadata.model_copy(update={"vocab_size": 500})  # more tokens do no harm that do not occur
     dataclasses.replace(corpus, metadata=larger).check_vocabulary(largest + 1)
     name = re.escape(repr(load_tokenizer(sp_model).name_of(largest)))
     message = rf"holds token {name} \(id {largest}\), .* model's vocabulary of {largest} tokens; prepare the data"
     with pytest.raises(DataError, match=message):
         corpus.check_vocabulary(largest)
-    older = dataclasses.replace(corpus.metadata, largest_id=None, largest_token=None)
+    older = corpus.metadata.model_copy(update={"largest_id": None, "largest_token": None})
     with pytest.raises(DataError, match=rf"holds token id {largest}, "):
         dataclasses.replace(corpus, metadata=older).check_vocabulary(largest)
 
