@@ -12,15 +12,15 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import UserError
 from megatron_ee.inference.compiled import CompiledStage
-from megatron_ee.inference.core import PASS_TOKENS, Core
-from megatron_ee.inference.engine import Engine, make_output
-from megatron_ee.inference.links import Places, StageLink
+from megatron_ee.inference.engine import Engine, make_sequence
+from megatron_ee.inference.links import StageMap, StageWorker
 from megatron_ee.inference.memory import Budget, stage_memory
 from megatron_ee.inference.messages import Mail, share
 from megatron_ee.inference.passes import StageRunner
 from megatron_ee.inference.prefixes import Prefixes
-from megatron_ee.inference.remote import Leader, RemoteStage, StageNeighbours, follow, serve_stage
+from megatron_ee.inference.remote import DriverScheduler, RemoteChannel, RemoteStage, follow, serve_stage
 from megatron_ee.inference.requests import MAX_DRAFT
+from megatron_ee.inference.scheduler import PASS_TOKENS, Scheduler
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
 from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.balance import even_layout
@@ -72,7 +72,7 @@ def engine_on_ranks(
     peers = host_group(groups.tensor, groups.control)
     for source in range(groups.pipeline.size() - 1):
         connect(groups.pipeline, source, source + 1)
-    neighbours = StageNeighbours(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, setup.dtype)
+    neighbours = RemoteChannel(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, setup.dtype)
     runner = StageRunner(stage, SLACK, PASS_TOKENS, neighbours, compiled_stage)
     if index > 0:
         serve_stage(runner, mail)
@@ -80,15 +80,15 @@ def engine_on_ranks(
         yield None
         return
     others = [RemoteStage(mail, number) for number in range(1, groups.pipeline.size())]
-    core = _core(stage, layout, specs, [runner, *others], total, max_rows, prefix_rows)
+    scheduler = _scheduler(stage, layout, specs, [runner, *others], total, max_rows, prefix_rows)
     if peers.size() > 1:
-        core.times = lambda seconds: float(share([seconds], peers)[0])
+        scheduler.times = lambda seconds: float(share([seconds], peers)[0])
     if peers.rank() > 0:
-        follow(core, partial(make_output, core), peers)
+        follow(scheduler, partial(make_sequence, scheduler), peers)
         _stop(others, mail)
         yield None
         return
-    leader = Leader(core, peers) if peers.size() > 1 else core
+    leader = DriverScheduler(scheduler, peers) if peers.size() > 1 else scheduler
     engine = _engine(leader, stage, specs, tokenizer, eos, off)
     in_step = True
     try:
@@ -101,7 +101,7 @@ def engine_on_ranks(
     finally:
         if in_step:
             engine.close()
-            if isinstance(leader, Leader):
+            if isinstance(leader, DriverScheduler):
                 leader.stop()
             _stop(others, mail)
 
@@ -127,12 +127,12 @@ def make_engine(
     layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
     total = int(MEMORY_SHARE * free_memory(stage.setup.groups)) if memory is None else memory
     runner = StageRunner(stage, SLACK, PASS_TOKENS, compiled=compiled_stage)
-    core = _core(stage, layout, specs, [runner], total, max_rows, prefix_rows)
-    return _engine(core, stage, specs, tokenizer, eos, off)
+    scheduler = _scheduler(stage, layout, specs, [runner], total, max_rows, prefix_rows)
+    return _engine(scheduler, stage, specs, tokenizer, eos, off)
 
 
 def _engine(
-    core: Core | Leader,
+    scheduler: Scheduler | DriverScheduler,
     stage: Stage,
     specs: Sequence[ExitSpec],
     tokenizer: Tokenizer | None = None,
@@ -141,7 +141,7 @@ def _engine(
 ) -> Engine:
     arch = stage.setup.architecture
     return Engine(
-        core,
+        scheduler,
         specs,
         num_layers=arch.num_layers,
         vocab_size=arch.vocab_size,
@@ -152,15 +152,15 @@ def _engine(
     )
 
 
-def _core(
+def _scheduler(
     stage: Stage,
     layout: Layout,
     specs: Sequence[ExitSpec],
-    links: Sequence[StageLink],
+    links: list[StageWorker],
     memory: int,
     max_rows: int,
     prefix_rows: int,
-) -> Core:
+) -> Scheduler:
     arch, setup = stage.setup.architecture, stage.setup
     kept = [
         stage_memory(
@@ -172,7 +172,7 @@ def _core(
         )
         for place in layout.stages
     ]
-    places = Places(
+    places = StageMap(
         ends=(*(place.layers[-1] for place in layout.stages[:-1]), arch.num_layers + 1),
         layer_exits=frozenset(spec.layer for spec in specs if spec.body == "layer"),
     )
@@ -180,7 +180,7 @@ def _core(
     acceptance = {spec.layer: Acceptance() for spec in specs}
     drafter = Drafter(Costs(head_layers(arch, specs)), acceptance)
     prefixes = Prefixes(prefix_rows, min((window for window in arch.windows if window is not None), default=None))
-    return Core(links, places, budget, max_rows, drafter, prefixes)
+    return Scheduler(links, places, budget, max_rows, drafter, prefixes)
 
 
 def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[int, float]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import ConfigError, UserError
-from megatron_ee.inference.core import Core
-from megatron_ee.inference.outputs import Output, Settings
 from megatron_ee.inference.prompts import check_ids, prompt_ids
-from megatron_ee.inference.remote import Leader
+from megatron_ee.inference.remote import DriverScheduler
 from megatron_ee.inference.requests import Completion, Event, Request, Token
+from megatron_ee.inference.scheduler import Scheduler
+from megatron_ee.inference.sequence import Sequence, SequenceParams
 from megatron_ee.inference.statistics import Totals, row_statistics
 from megatron_ee.inference.text import TextStream
 
@@ -34,8 +34,8 @@ class Engine:
 
     def __init__(
         self,
-        core: Core | Leader,
-        exits: Sequence[ExitSpec],
+        scheduler: Scheduler | DriverScheduler,
+        exits: Collection[ExitSpec],
         *,
         num_layers: int,
         vocab_size: int,
@@ -45,7 +45,7 @@ class Engine:
         off: Collection[int] = (),
     ) -> None:
         """See ``loading.open_engine``. Without ``tokenizer`` prompts must be token ids, and outputs have no text."""
-        self._core, self._tokenizer, self._eos = core, tokenizer, frozenset(eos)
+        self._scheduler, self._tokenizer, self._eos = scheduler, tokenizer, frozenset(eos)
         self.exits, self.off, self.num_layers = tuple(exits), tuple(sorted(off)), num_layers
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self._front: dict[int, _Front] = {}
@@ -69,7 +69,7 @@ class Engine:
         for output in outputs:
             text = TextStream(self._tokenizer, prompt, request.stop) if self._tokenizer is not None else None
             self._front[output.number] = _Front(output, text, self._echoed(request, prompt))
-        self._core.add(outputs)
+        self._scheduler.add(outputs)
         return self._requests
 
     def check(self, request: Request) -> tuple[tuple[int, ...], int, int]:
@@ -86,11 +86,11 @@ class Engine:
         check_ids("stop_ids", request.stop_ids, self.vocab_size)
         most = min(request.max_tokens, len(request.follow) or request.max_tokens)
         limit = min(len(prompt) + most, self.max_positions)
-        needed = self._core.budget.needed(limit, limit)
-        if needed > self._core.budget.total:
+        needed = self._scheduler.budget.needed(limit, limit)
+        if needed > self._scheduler.budget.total:
             raise ConfigError(
                 f"max_tokens: {limit} positions need {needed / 1e6:,.0f} MB of keys and values, but there are "
-                f"{self._core.budget.total / 1e6:,.0f} MB; ask for less, or give the engine more memory"
+                f"{self._scheduler.budget.total / 1e6:,.0f} MB; ask for less, or give the engine more memory"
             )
         return prompt, most, limit
 
@@ -98,21 +98,21 @@ class Engine:
         """End a request's outputs; what they have said so far comes as their completions. Unknown ones are ignored."""
         for number, front in list(self._front.items()):
             if front.output.settings.request == request:
-                self._core.remove(number)
+                self._scheduler.remove(number)
                 front.output.finish = front.output.finish or "cancelled"
                 self._events.append(self._end(front))
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do or to be told."""
-        return self._core.idle and not self._events
+        return self._scheduler.idle and not self._events
 
     def step(self) -> list[Event]:
         """Run one chain of layers for the rows whose turn it is; what that brought, often nothing."""
         started = time.perf_counter()
         events, self._events = list(self._events), deque()
-        if not self._core.idle:
-            for output, tokens in self._core.advance():
+        if not self._scheduler.idle:
+            for output, tokens in self._scheduler.advance():
                 events += self._told(output, tokens)
             self._seconds += time.perf_counter() - started
         return events
@@ -130,7 +130,7 @@ class Engine:
                     open_ -= _last(event)
                     yield event
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+    def generate(self, requests: Collection[Request]) -> list[list[Completion]]:
         """Answer all of these; by request and sample.
 
         Raises:
@@ -156,7 +156,7 @@ class Engine:
 
     def statistics(self) -> dict[str, object]:
         """Totals over the outputs that have ended."""
-        return {**self._totals.to_dict(self._seconds), "set_aside": self._core.set_aside}
+        return {**self._totals.to_dict(self._seconds), "set_aside": self._scheduler.set_aside}
 
     def close(self) -> None:
         """Cancel what is in work; nothing can be submitted afterwards."""
@@ -166,12 +166,12 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------------- inside
 
-    def _output(self, request: Request, prompt: tuple[int, ...], most: int, limit: int, sample: int) -> Output:
+    def _output(self, request: Request, prompt: tuple[int, ...], most: int, limit: int, sample: int) -> Sequence:
         self._rows += 1
         exits = tuple(s.layer for s in self.exits if request.exits is None or s.layer in request.exits)
         sampling = replace(request.sampling, seed=request.sampling.seed + sample)
         eos = frozenset() if request.ignore_eos or request.follow else self._eos
-        settings = Settings(
+        settings = SequenceParams(
             request=self._requests,
             sample=sample,
             prompt=prompt,
@@ -188,9 +188,9 @@ class Engine:
             logprobs=request.logprobs,
             follow=tuple(request.follow),
         )
-        return make_output(self._core, self._rows, settings)
+        return make_sequence(self._scheduler, self._rows, settings)
 
-    def _echoed(self, request: Request, prompt: Sequence[int]) -> str:
+    def _echoed(self, request: Request, prompt: Collection[int]) -> str:
         """What the output's text begins with."""
         if not request.echo:
             return ""
@@ -198,7 +198,7 @@ class Engine:
             return request.prompt
         return "" if self._tokenizer is None else self._tokenizer.decode(list(prompt))
 
-    def _told(self, output: Output, tokens: Sequence[Token]) -> list[Event]:
+    def _told(self, output: Sequence, tokens: Collection[Token]) -> list[Event]:
         """The event of an output, of which some tokens were emitted or which failed."""
         front, now = self._front[output.number], time.perf_counter()
         request, sample = output.settings.request, output.settings.sample
@@ -212,7 +212,7 @@ class Engine:
             text += front.push(token, is_eos=token.id in output.settings.eos)
             if front.text is not None and front.text.stopped is not None:
                 if output.finish is None:
-                    self._core.remove(output.number)
+                    self._scheduler.remove(output.number)
                 del output.tokens[len(front.pieces) :]  # after every rank has removed the same
                 output.finish = "stop"
                 break
@@ -240,10 +240,10 @@ class Engine:
         return Event(settings.request, settings.sample, text=rest, completion=completion)
 
 
-def make_output(core: Core | Leader, number: int, settings: Settings) -> Output:
+def make_sequence(scheduler: Scheduler | DriverScheduler, number: int, settings: SequenceParams) -> Sequence:
     """An output that has yet to start, to be given to ``core``."""
-    drafter = core.drafter if settings.mode == "speculative" else None
-    return Output(number, settings, drafter, submitted_at=time.perf_counter())
+    drafter = scheduler.drafter if settings.mode == "speculative" else None
+    return Sequence(number, settings, drafter, submitted_at=time.perf_counter())
 
 
 class _Front:
@@ -254,7 +254,7 @@ class _Front:
         pieces: the text of each token.
     """
 
-    def __init__(self, output: Output, text: TextStream | None, prefix: str) -> None:
+    def __init__(self, output: Sequence, text: TextStream | None, prefix: str) -> None:
         self.output, self.text, self.prefix = output, text, prefix
         self.pieces: list[str] = []
 

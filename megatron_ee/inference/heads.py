@@ -19,7 +19,7 @@ Kind = Literal["leave", "draft", "emit", "verify"]
 
 
 @dataclass(frozen=True)
-class Ask:
+class HeadInput:
     """What the head after a chain is asked about one row.
 
     Attributes:
@@ -67,7 +67,7 @@ class LogProbs:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HeadOutput:
     """What a head says.
 
     Attributes:
@@ -101,9 +101,9 @@ def likeliest(logits: Tensor) -> Tensor:
     return torch.stack((top1.double(), sure.double()))
 
 
-def answer(
-    logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]], tops: Tensor | None = None
-) -> list[Answer]:
+def head_outputs(
+    logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]], tops: Tensor | None = None
+) -> list[HeadOutput]:
     """Answers of one head. One transfer from the device, for all rows together, is all that is waited for.
 
     Args:
@@ -114,11 +114,11 @@ def answer(
         tops: ``likeliest`` of the logits, if that is known.
     """
     tops = likeliest(logits) if tops is None else tops
-    if all(ask.plain for ask in asks):
+    if all(each.plain for each in inputs):
         chosen, shares = tops.tolist()
-        ids, parts = [int(token) for token in chosen], _spans(asks)
-        return [_greedy(ask, ids[part], shares[part]) for ask, part in zip(asks, parts, strict=True)]
-    return _read(_queue(logits, asks, drafts, tops), asks)
+        ids, parts = [int(token) for token in chosen], _spans(inputs)
+        return [_greedy(each, ids[part], shares[part]) for each, part in zip(inputs, parts, strict=True)]
+    return _read(_queue(logits, inputs, drafts, tops), inputs)
 
 
 @dataclass(frozen=True)
@@ -139,61 +139,68 @@ class _Queued:
     logprobs: tuple[Tensor, Tensor, Tensor] | None
 
 
-def _queue(logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]], tops: Tensor) -> _Queued:
+def _queue(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]], tops: Tensor) -> _Queued:
     """Start all that the rows ask for. Whether a row leaves is not known yet: that would take another transfer."""
-    seen = [(*ask.seen, *ask.proposals[:number]) for ask in asks for number in range(ask.tokens)]
-    after = penalised(logits, seen, [ask.sampling.repetition_penalty for ask in asks for _ in range(ask.tokens)])
+    seen = [(*each.seen, *each.proposals[:number]) for each in inputs for number in range(each.tokens)]
+    after = penalised(
+        logits,
+        seen,
+        [each.sampling.repetition_penalty for each in inputs for _ in range(each.tokens)],
+    )
     chosen = tops[0] if after is logits else after.argmax(-1)
-    measures = {ask.measure for ask in asks}
-    shares = {each: tops[1] if each == "probability" else confidences(logits, each) for each in measures}
-    verified = _verify(after, asks, drafts)
-    most = max((ask.logprobs for ask in asks if ask.logprobs is not None), default=None)
+    measures = {each.measure for each in inputs}
+    shares = {m: tops[1] if m == "probability" else confidences(logits, m) for m in measures}
+    verified = _verify(after, inputs, drafts)
+    most = max((each.logprobs for each in inputs if each.logprobs is not None), default=None)
     if most is None:
         return _Queued(chosen, shares, verified, None)
     emitted = chosen.long()
     if verified is not None:
-        emitted = _replace(emitted, asks, verified[1])
-    wanted = [ask.logprobs is not None for ask in asks]
-    scores = _rows(logits, asks, wanted).log_softmax(-1)
-    own = scores.gather(1, _rows(emitted, asks, wanted)[:, None])
+        emitted = _replace(emitted, inputs, verified[1])
+    wanted = [each.logprobs is not None for each in inputs]
+    scores = _rows(logits, inputs, wanted).log_softmax(-1)
+    own = scores.gather(1, _rows(emitted, inputs, wanted)[:, None])
     best = scores.topk(min(most, scores.shape[1]))
     return _Queued(chosen, shares, verified, (own, best.values, best.indices))
 
 
 def _verify(
-    logits: Tensor, asks: Sequence[Ask], drafts: Sequence[Sequence[Tensor]]
+    logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """What ``verify`` gives for the rows that sample, of logits after the penalty; their drafts are taken up."""
-    sampled = [not ask.sampling.greedy for ask in asks]
+    sampled = [not each.sampling.greedy for each in inputs]
     if not any(sampled):
         return None
-    mine = [(ask, draft) for ask, draft, draws in zip(asks, drafts, sampled, strict=True) if draws]
-    target = probabilities(_rows(logits, asks, sampled), [ask.sampling for ask, _ in mine for _ in range(ask.tokens)])
-    proposed = [q for ask, draft in mine if ask.kind == "verify" for q in draft]
-    purposes = ["draft" if ask.kind == "draft" else "target" for ask, _ in mine]
+    mine = [(each, draft) for each, draft, draws in zip(inputs, drafts, sampled, strict=True) if draws]
+    target = probabilities(
+        _rows(logits, inputs, sampled),
+        [each.sampling for each, _ in mine for _ in range(each.tokens)],
+    )
+    proposed = [q for each, draft in mine if each.kind == "verify" for q in draft]
+    purposes = ["draft" if each.kind == "draft" else "target" for each, _ in mine]
     proposals = [
-        Proposals(ask.proposals, ask.sampling.seed, ask.position, purpose)
-        for (ask, _), purpose in zip(mine, purposes, strict=True)
+        Proposals(each.proposals, each.sampling.seed, each.position, purpose)
+        for (each, _), purpose in zip(mine, purposes, strict=True)
     ]
-    for (ask, draft), rows in zip(mine, target.split([ask.tokens for ask, _ in mine]), strict=True):
-        if ask.kind == "draft":
+    for (each, draft), rows in zip(mine, target.split([each.tokens for each, _ in mine]), strict=True):
+        if each.kind == "draft":
             assert isinstance(draft, list)
             draft.append(rows[0])
     return verify(target, torch.stack(proposed) if proposed else target[:0], proposals)
 
 
-def _replace(chosen: Tensor, asks: Sequence[Ask], tokens: Tensor) -> Tensor:
+def _replace(chosen: Tensor, inputs: Sequence[HeadInput], tokens: Tensor) -> Tensor:
     """``chosen`` ``[tokens]`` with those of rows that sample taken from ``tokens``, as ``verify`` gives them."""
     places, row = [], 0
-    for ask, part in zip(asks, _spans(asks), strict=True):
-        if not ask.sampling.greedy:
-            places += [(part.start + number, row, number) for number in range(ask.tokens)]
+    for each, part in zip(inputs, _spans(inputs), strict=True):
+        if not each.sampling.greedy:
+            places += [(part.start + number, row, number) for number in range(each.tokens)]
             row += 1
     where, rows, numbers = platform.to_device(torch.tensor(places), chosen.device).unbind(1)
     return chosen.index_copy(0, where, tokens[rows, numbers])
 
 
-def _read(queued: _Queued, asks: Sequence[Ask]) -> list[Answer]:
+def _read(queued: _Queued, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
     """In one transfer."""
     tensors = [queued.chosen, *queued.shares.values(), *(queued.verified or ()), *(queued.logprobs or ())]
     numbers = torch.cat([tensor.double().flatten() for tensor in tensors]).tolist()
@@ -210,53 +217,53 @@ def _read(queued: _Queued, asks: Sequence[Ask]) -> list[Answer]:
         sizes = [queued.logprobs[1].shape[1]] * len(own)
         logprobs = map(LogProbs, own, map(_likely, _cut(ids, sizes), _cut(values, sizes)))
     found = []
-    for ask, part in zip(asks, _spans(asks), strict=True):
-        sure = shares[ask.measure][part]
-        own_drawn = None if ask.sampling.greedy else next(drawn)
-        own_logprobs = [] if ask.logprobs is None else [next(logprobs) for _ in range(ask.tokens)]
+    for each, part in zip(inputs, _spans(inputs), strict=True):
+        sure = shares[each.measure][part]
+        own_drawn = None if each.sampling.greedy else next(drawn)
+        own_logprobs = [] if each.logprobs is None else [next(logprobs) for _ in range(each.tokens)]
         if own_drawn is None:
-            one = _greedy(ask, chosen[part], sure)
+            one = _greedy(each, chosen[part], sure)
         else:
-            one = _drawn(ask, sure, *own_drawn)
-        given = (LogProbs(each.emitted, _first(each.top, ask.logprobs)) for each in own_logprobs[: len(one.tokens)])
+            one = _drawn(each, sure, *own_drawn)
+        given = (LogProbs(lp.emitted, _first(lp.top, each.logprobs)) for lp in own_logprobs[: len(one.tokens)])
         found.append(replace(one, logprobs=tuple(given)))
     return found
 
 
-def _greedy(ask: Ask, tokens: list[int], shares: list[float]) -> Answer:
+def _greedy(each: HeadInput, tokens: list[int], shares: list[float]) -> HeadOutput:
     """One row: the most probable successor of each token, and its confidence."""
     if any(share != share for share in shares):
-        return Answer(finite=False)
-    if ask.kind == "leave" and not shares[-1] >= ask.threshold:
-        return Answer()
+        return HeadOutput(finite=False)
+    if each.kind == "leave" and not shares[-1] >= each.threshold:
+        return HeadOutput()
     count = 0
-    while count < len(ask.proposals) and tokens[count] == ask.proposals[count]:
+    while count < len(each.proposals) and tokens[count] == each.proposals[count]:
         count += 1
-    return Answer(tuple(tokens[: count + 1]), tuple(shares[: count + 1]))
+    return HeadOutput(tuple(tokens[: count + 1]), tuple(shares[: count + 1]))
 
 
-def _drawn(ask: Ask, shares: list[float], accepted: float, tokens: list[float], mass: float) -> Answer:
+def _drawn(each: HeadInput, shares: list[float], accepted: float, tokens: list[float], mass: float) -> HeadOutput:
     """One row that samples: ``verify``'s results of it."""
     if any(share != share for share in shares):  # as for greedy rows: a single -inf is a token that cannot be chosen
-        return Answer(finite=False)
-    if ask.kind == "leave" and not shares[-1] >= ask.threshold:
-        return Answer()
+        return HeadOutput(finite=False)
+    if each.kind == "leave" and not shares[-1] >= each.threshold:
+        return HeadOutput()
     check_mass(mass)
     count = int(accepted) + 1
-    return Answer(tuple(int(token) for token in tokens[:count]), tuple(shares[:count]))
+    return HeadOutput(tuple(int(token) for token in tokens[:count]), tuple(shares[:count]))
 
 
-def _spans(asks: Sequence[Ask]) -> list[slice]:
+def _spans(inputs: Sequence[HeadInput]) -> list[slice]:
     """Where each row's tokens are among all."""
-    ends = list(accumulate(ask.tokens for ask in asks))
-    return [slice(end - ask.tokens, end) for ask, end in zip(asks, ends, strict=True)]
+    ends = list(accumulate(each.tokens for each in inputs))
+    return [slice(end - each.tokens, end) for each, end in zip(inputs, ends, strict=True)]
 
 
-def _rows(tensor: Tensor, asks: Sequence[Ask], wanted: Sequence[bool]) -> Tensor:
+def _rows(tensor: Tensor, inputs: Sequence[HeadInput], wanted: Sequence[bool]) -> Tensor:
     """The tokens of some rows, ``[tokens, ...]``."""
     if all(wanted):
         return tensor
-    return torch.cat([tensor[part] for part, taken in zip(_spans(asks), wanted, strict=True) if taken])
+    return torch.cat([tensor[part] for part, taken in zip(_spans(inputs), wanted, strict=True) if taken])
 
 
 def _cut(values: list[float], sizes: Sequence[int]) -> list[list[float]]:

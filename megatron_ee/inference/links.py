@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_ee.inference.heads import Answer
-from megatron_ee.inference.passes import Chain
+from megatron_ee.inference.heads import HeadOutput
+from megatron_ee.inference.passes import Pass
 
 
-class StageLink(Protocol):
+class StageWorker(Protocol):
     """One stage as the engine sees it; what is called is done in that order.
 
     ``passes.StageRunner`` is one in this process, ``remote.RemoteStage`` one in another.
@@ -31,18 +31,18 @@ class StageLink(Protocol):
     def keep(self, row: int, length: int) -> None:
         """Keep of a row that has ended its first ``length`` positions, to be copied, and no more."""
 
-    def run(self, chain: Chain) -> None:
+    def run(self, pass_: Pass) -> None:
         """Start a chain."""
 
     def receive(self, rows: Sequence[int]) -> None:
         """Take the hidden states of these rows that the stage before sends at the end of a chain."""
 
-    def answers(self) -> list[Answer]:
+    def outputs(self) -> list[HeadOutput]:
         """Of the oldest chain that asks and whose answers were not taken; waits for them."""
 
 
 @dataclass(frozen=True)
-class Places:
+class StageMap:
     """Where rows stop.
 
     Attributes:

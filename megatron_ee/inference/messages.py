@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ee.inference.heads import Answer, Ask, LogProbs
-from megatron_ee.inference.outputs import Settings
-from megatron_ee.inference.passes import Chain, Work
+from megatron_ee.inference.heads import HeadInput, HeadOutput, LogProbs
+from megatron_ee.inference.passes import Pass, ScheduledSequence
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft
 from megatron_ee.inference.sampling import Sampling
+from megatron_ee.inference.sequence import SequenceParams
 
-COMMANDS, HEADERS, ANSWERS = 1, 2, 3
+COMMANDS, HEADERS, OUTPUTS = 1, 2, 3
 """Tags, so that messages of one kind between two ranks do not wait for those of another."""
 IN_FLIGHT = 64
 
@@ -74,51 +74,54 @@ def share(content: Sequence[Any] | None, group: dist.ProcessGroup) -> Any:
     return json.loads(body.numpy().tobytes())
 
 
-def pack_chain(chain: Chain) -> dict[str, Any]:
-    """For ``unpack_chain``."""
-    return asdict(chain)
+def pack_pass(pass_: Pass) -> dict[str, Any]:
+    """For ``unpack_pass``."""
+    return asdict(pass_)
 
 
-def unpack_chain(packed: dict[str, Any]) -> Chain:
-    """What ``pack_chain`` was given."""
-    works = tuple(Work(w["row"], w["stop"], tuple(w["tokens"]), _ask(w["ask"])) for w in packed["works"])
-    return Chain(packed["start"], packed["stop"], works, packed["sends"])
+def unpack_pass(packed: dict[str, Any]) -> Pass:
+    """What ``pack_pass`` was given."""
+    sequences = tuple(
+        ScheduledSequence(w["row"], w["stop"], tuple(w["tokens"]), _head_input(w["head_input"]))
+        for w in packed["sequences"]
+    )
+    return Pass(packed["start"], packed["stop"], sequences, packed["sends"])
 
 
-def _ask(packed: dict[str, Any] | None) -> Ask | None:
+def _head_input(packed: dict[str, Any] | None) -> HeadInput | None:
     if packed is None:
         return None
     lists = {name: tuple(packed[name]) for name in ("proposals", "seen")}
-    return Ask(**{**packed, **lists, "sampling": Sampling(**packed["sampling"])})
+    return HeadInput(**{**packed, **lists, "sampling": Sampling(**packed["sampling"])})
 
 
-def pack_answers(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """For ``unpack_answers``."""
-    return [asdict(answer) for answer in answers]
+def pack_outputs(outputs: Sequence[HeadOutput]) -> list[dict[str, Any]]:
+    """For ``unpack_outputs``."""
+    return [asdict(output) for output in outputs]
 
 
-def unpack_answers(packed: Sequence[dict[str, Any]]) -> list[Answer]:
-    """What ``pack_answers`` was given."""
+def unpack_outputs(packed: Sequence[dict[str, Any]]) -> list[HeadOutput]:
+    """What ``pack_outputs`` was given."""
     found = []
     for each in packed:
         logprobs = tuple(
             LogProbs(one["emitted"], {int(token): value for token, value in one["top"].items()})
             for one in each["logprobs"]
         )
-        found.append(Answer(tuple(each["tokens"]), tuple(each["confidences"]), logprobs, each["finite"]))
+        found.append(HeadOutput(tuple(each["tokens"]), tuple(each["confidences"]), logprobs, each["finite"]))
     return found
 
 
-def pack_settings(settings: Settings) -> dict[str, Any]:
-    """For ``unpack_settings``."""
+def pack_params(settings: SequenceParams) -> dict[str, Any]:
+    """For ``unpack_params``."""
     return {**asdict(settings), "ends": sorted(settings.ends), "eos": sorted(settings.eos)}
 
 
-def unpack_settings(packed: dict[str, Any]) -> Settings:
-    """What ``pack_settings`` was given."""
+def unpack_params(packed: dict[str, Any]) -> SequenceParams:
+    """What ``pack_params`` was given."""
     policy = dict(packed["policy"])
     policy["thresholds"] = {int(layer): value for layer, value in policy["thresholds"].items()}
-    return Settings(
+    return SequenceParams(
         **{
             **packed,
             "prompt": tuple(packed["prompt"]),

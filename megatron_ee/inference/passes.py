@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.inference.compiled import CompiledStage
-from megatron_ee.inference.heads import Answer, Ask, answer
+from megatron_ee.inference.heads import HeadInput, HeadOutput, head_outputs
 from megatron_ee.inference.rows import Flow, Row
 from megatron_ee.inference.segments import Said
 from megatron_ee.model.attention import Positions
@@ -31,7 +31,7 @@ TABLE = 1024
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledSequence:
     """One row's part in a chain.
 
     Attributes:
@@ -44,11 +44,11 @@ class Work:
     row: int
     stop: int
     tokens: tuple[int, ...] = ()
-    ask: Ask | None = None
+    head_input: HeadInput | None = None
 
 
 @dataclass(frozen=True)
-class Chain:
+class Pass:
     """A run of layers for some rows, from one place where rows wait to another.
 
     Places are layers: 0 before the first, k after layer k, where its exit reads, and one more than the last layer for
@@ -63,11 +63,11 @@ class Chain:
 
     start: int
     stop: int
-    works: tuple[Work, ...]
+    sequences: tuple[ScheduledSequence, ...]
     sends: bool = False
 
 
-class Neighbours(Protocol):
+class StageChannel(Protocol):
     """What joins a stage to those before and behind it."""
 
     def send(self, parts: Sequence[Tensor], drafts: Sequence[Sequence[Tensor]]) -> None:
@@ -92,14 +92,14 @@ class StageRunner:
         stage: Stage,
         slack: int,
         pass_tokens: int,
-        links: Neighbours | None = None,
+        links: StageChannel | None = None,
         compiled: CompiledStage | None = None,
     ) -> None:
         """``slack`` and ``pass_tokens``: as in ``Extent``."""
         self.stage, self.links, self.compiled = stage, links, compiled
         self.rows: dict[int, Row] = {}
         self._slack, self._pass_tokens = slack, pass_tokens
-        self._answers: deque[list[Answer]] = deque()
+        self._outputs: deque[list[HeadOutput]] = deque()
         self._exits = {exit_.spec.layer: exit_ for exit_ in stage.exits}
         self._layers: dict[int, DecoderLayer] = dict(stage.backbone.numbered_layers())
         self._final = stage.setup.architecture.num_layers + 1
@@ -137,38 +137,38 @@ class StageRunner:
             self.rows[row].held.setdefault(place, []).append(h)
             self.rows[row].drafts += drafts
 
-    def answers(self) -> list[Answer]:
+    def outputs(self) -> list[HeadOutput]:
         """See ``StageLink``."""
-        return self._answers.popleft()
+        return self._outputs.popleft()
 
     @platform.inference_attention()
     @torch.inference_mode()
-    def run(self, chain: Chain) -> None:
+    def run(self, pass_: Pass) -> None:
         """Run a chain. Rows that did not leave at its end wait there, and so do those that did: their taps are kept."""
-        rows = [self.rows[work.row] for work in chain.works]
-        h, flow = self._enter(chain, rows)
-        place, last = chain.start, min(chain.stop, self._final - 1)
+        rows = [self.rows[seq.row] for seq in pass_.sequences]
+        h, flow = self._enter(pass_, rows)
+        place, last = pass_.start, min(pass_.stop, self._final - 1)
         known: Said | None = None
         for stop in self._on_the_way(place, last):
-            h, known = self._advance(place, stop, h, flow, self._asked(chain) if stop == last else None)
+            h, known = self._advance(place, stop, h, flow, self._asked(pass_) if stop == last else None)
             exit_ = self._exits.get(stop)
-            if exit_ is not None and (stop < chain.stop or chain.sends):
+            if exit_ is not None and (stop < pass_.stop or pass_.sends):
                 if exit_.layer is not None:
                     exit_.attention_half(h, flow.positions, flow.exit_caches(stop))
                 h, flow = self._join(stop, h, flow)
             place = stop
-        if place < chain.stop or chain.sends:
+        if place < pass_.stop or pass_.sends:
             h = self._leave_exit(place, h)
-        if chain.sends:
+        if pass_.sends:
             assert self.links is not None
             self.links.send(h.split(flow.counts), [row.drafts for row in rows])
             for row in rows:
                 row.drafts = []
             return
-        head = self._final_head if chain.stop == self._final else self._exit_head
-        answers = head(chain, h, flow, known)
-        if answers:
-            self._answers.append(answers)
+        head = self._final_head if pass_.stop == self._final else self._exit_head
+        outputs = head(pass_, h, flow, known)
+        if outputs:
+            self._outputs.append(outputs)
 
     def _on_the_way(self, place: int, last: int) -> list[int]:
         """Where tokens that go from one place to another come by an exit, and the other."""
@@ -178,16 +178,16 @@ class StageRunner:
             self._stops[place, last] = stops
         return stops
 
-    def _enter(self, chain: Chain, rows: list[Row]) -> tuple[Tensor, Flow]:
+    def _enter(self, pass_: Pass, rows: list[Row]) -> tuple[Tensor, Flow]:
         """The tokens that start: embedded, or those that wait there."""
-        if chain.start == 0:
-            h = self._embed([token for work in chain.works for token in work.tokens])
-            return h, self._flow(rows, [len(work.tokens) for work in chain.works], [w.stop for w in chain.works])
-        taps = [row.held.pop(chain.start) for row in rows]
+        if pass_.start == 0:
+            h = self._embed([token for seq in pass_.sequences for token in seq.tokens])
+            return h, self._flow(rows, [len(seq.tokens) for seq in pass_.sequences], [w.stop for w in pass_.sequences])
+        taps = [row.held.pop(pass_.start) for row in rows]
         counts = [sum(map(len, held)) for held in taps]
         parts = [tap for held in taps for tap in held]
         h = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return h, self._flow(rows, counts, [work.stop for work in chain.works])
+        return h, self._flow(rows, counts, [seq.stop for seq in pass_.sequences])
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         """``[tokens, 1, hidden]``."""
@@ -195,12 +195,17 @@ class StageRunner:
             return self._words[ids[0] : ids[0] + 1].unsqueeze(1)  # no tensor of ids to make, nor to send to a device
         return self.stage.backbone.embed(platform.to_device(torch.tensor([ids])))
 
-    def _asked(self, chain: Chain) -> int | None:
+    def _asked(self, pass_: Pass) -> int | None:
         """Place of the head that one row asks about one token, with its whole vocabulary; None for another question."""
-        work, exit_ = chain.works[0], self._exits.get(chain.stop)
-        if len(chain.works) > 1 or work.ask is None or work.ask.tokens > 1 or _drafts(exit_, [work.ask]):
+        seq, exit_ = pass_.sequences[0], self._exits.get(pass_.stop)
+        if (
+            len(pass_.sequences) > 1
+            or seq.head_input is None
+            or seq.head_input.tokens > 1
+            or _drafts(exit_, [seq.head_input])
+        ):
             return None
-        return chain.stop
+        return pass_.stop
 
     def _advance(self, place: int, stop: int, h: Tensor, flow: Flow, asked: int | None) -> tuple[Tensor, Said | None]:
         """From the tap at one place to the tap at the next, with what the head there says of it if that is known too.
@@ -243,44 +248,53 @@ class StageRunner:
             counts.append(sum(map(len, mine)))
         return torch.cat(parts), self._flow(flow.rows, counts, flow.stops)
 
-    def _exit_head(self, chain: Chain, tap: Tensor, flow: Flow, known: Said | None) -> list[Answer]:
+    def _exit_head(self, pass_: Pass, tap: Tensor, flow: Flow, known: Said | None) -> list[HeadOutput]:
         """Answers of the exit at the end of a chain, if they are not known; then the tokens wait there."""
-        exit_, asking = self._exits.get(chain.stop), [work.ask for work in chain.works if work.ask is not None]
-        answers: list[Answer] = []
+        exit_, inputs = (
+            self._exits.get(pass_.stop),
+            [seq.head_input for seq in pass_.sequences if seq.head_input is not None],
+        )
+        outputs: list[HeadOutput] = []
         if exit_ is not None:
-            x = tap if exit_.layer is None else exit_.attention_half(tap, flow.positions, flow.exit_caches(chain.stop))
-            if asking:
-                x = _newest(x, chain, flow)
-                if known is None and not _drafts(exit_, asking):
-                    known = self._compiled_head(chain.stop, x)
-                answers = self._answer(known or (_exit_logits(exit_, exit_.rest(x)[:, 0], asking), None), chain, asking)
+            x = tap if exit_.layer is None else exit_.attention_half(tap, flow.positions, flow.exit_caches(pass_.stop))
+            if inputs:
+                x = _newest(x, pass_, flow)
+                if known is None and not _drafts(exit_, inputs):
+                    known = self._compiled_head(pass_.stop, x)
+                outputs = self._head_outputs(
+                    known or (_exit_logits(exit_, exit_.rest(x)[:, 0], inputs), None), pass_, inputs
+                )
         parts = [tap] if len(flow.rows) == 1 else tap.split(flow.counts)
-        remaining = iter(answers)
-        for work, row, part in zip(chain.works, flow.rows, parts, strict=True):
-            left = work.ask is not None and bool(next(remaining).tokens)
-            if not (left and chain.stop == self._final - 1):  # else no layer is left to fill
-                row.held.setdefault(chain.stop, []).append(part)
-        return answers
+        remaining = iter(outputs)
+        for seq, row, part in zip(pass_.sequences, flow.rows, parts, strict=True):
+            left = seq.head_input is not None and bool(next(remaining).tokens)
+            if not (left and pass_.stop == self._final - 1):  # else no layer is left to fill
+                row.held.setdefault(pass_.stop, []).append(part)
+        return outputs
 
-    def _final_head(self, chain: Chain, h: Tensor, flow: Flow, known: Said | None) -> list[Answer]:
-        asking = [work.ask for work in chain.works if work.ask is not None]
-        if not asking:
+    def _final_head(self, pass_: Pass, h: Tensor, flow: Flow, known: Said | None) -> list[HeadOutput]:
+        inputs = [seq.head_input for seq in pass_.sequences if seq.head_input is not None]
+        if not inputs:
             return []
-        x = _newest(h, chain, flow)
+        x = _newest(h, pass_, flow)
         known = known or self._compiled_head(self._final, x)
-        return self._answer(known or (self.stage.final_logits(self.stage.final_features(x)[:, 0]), None), chain, asking)
+        return self._head_outputs(
+            known or (self.stage.final_logits(self.stage.final_features(x)[:, 0]), None), pass_, inputs
+        )
 
     def _compiled_head(self, place: int, x: Tensor) -> Said | None:
         return None if self.compiled is None else self.compiled.head(place, x)
 
-    def _answer(self, said: tuple[Tensor, Tensor | None], chain: Chain, asking: Sequence[Ask]) -> list[Answer]:
+    def _head_outputs(
+        self, said: tuple[Tensor, Tensor | None], pass_: Pass, inputs: Sequence[HeadInput]
+    ) -> list[HeadOutput]:
         """From logits, and the likeliest tokens where they are known."""
-        rows = [self.rows[work.row] for work in chain.works if work.ask is not None]
-        answers = answer(said[0], asking, [row.drafts for row in rows], said[1])
-        for row, ask in zip(rows, asking, strict=True):
-            if ask.kind == "verify":
+        rows = [self.rows[seq.row] for seq in pass_.sequences if seq.head_input is not None]
+        outputs = head_outputs(said[0], inputs, [row.drafts for row in rows], said[1])
+        for row, head_input in zip(rows, inputs, strict=True):
+            if head_input.kind == "verify":
                 row.drafts = []
-        return answers
+        return outputs
 
     def _flow(self, rows: list[Row], counts: list[int], stops: list[int]) -> Flow:
         return Flow(rows, counts, stops, self._positions(counts, stops))
@@ -298,15 +312,17 @@ class StageRunner:
         return Positions(cos, sin)
 
 
-def _drafts(exit_: Exit | None, asking: Sequence[Ask]) -> list[bool]:
+def _drafts(exit_: Exit | None, inputs: Sequence[HeadInput]) -> list[bool]:
     """Which rows choose from the exit's candidates alone; empty where none does."""
-    drafts = [exit_ is not None and exit_.candidates is not None and ask.kind == "draft" for ask in asking]
+    drafts = [
+        exit_ is not None and exit_.candidates is not None and head_input.kind == "draft" for head_input in inputs
+    ]
     return drafts if any(drafts) else []
 
 
-def _exit_logits(exit_: Exit, z: Tensor, asking: Sequence[Ask]) -> Tensor:
+def _exit_logits(exit_: Exit, z: Tensor, inputs: Sequence[HeadInput]) -> Tensor:
     """Logits of one token of each row that asks, ``[rows, vocab]``; drafts are chosen from the candidates alone."""
-    drafts = _drafts(exit_, asking)
+    drafts = _drafts(exit_, inputs)
     if exit_.candidates is None or not drafts:
         return exit_.logits(z)
     if all(drafts):
@@ -318,11 +334,11 @@ def _exit_logits(exit_: Exit, z: Tensor, asking: Sequence[Ask]) -> Tensor:
     return logits
 
 
-def _newest(h: Tensor, chain: Chain, flow: Flow) -> Tensor:
+def _newest(h: Tensor, pass_: Pass, flow: Flow) -> Tensor:
     """Of the rows that ask, the last tokens that the head reads, ``[tokens, 1, hidden]``."""
     if len(flow.rows) == 1:
-        ask = chain.works[0].ask
-        assert ask is not None
-        return h[-ask.tokens :]
-    parts = zip(chain.works, h.split(flow.counts), strict=True)
-    return torch.cat([part[-work.ask.tokens :] for work, part in parts if work.ask is not None])
+        head_input = pass_.sequences[0].head_input
+        assert head_input is not None
+        return h[-head_input.tokens :]
+    parts = zip(pass_.sequences, h.split(flow.counts), strict=True)
+    return torch.cat([part[-seq.head_input.tokens :] for seq, part in parts if seq.head_input is not None])

@@ -6,7 +6,7 @@ stages fill the keys and values of the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,26 +14,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.inference.core import Core
-from megatron_ee.inference.heads import Answer
+from megatron_ee.inference.heads import HeadOutput
 from megatron_ee.inference.messages import (
-    ANSWERS,
     COMMANDS,
     HEADERS,
+    OUTPUTS,
     Mail,
-    pack_answers,
-    pack_chain,
-    pack_settings,
+    pack_outputs,
+    pack_params,
+    pack_pass,
     share,
-    unpack_answers,
-    unpack_chain,
-    unpack_settings,
+    unpack_outputs,
+    unpack_params,
+    unpack_pass,
 )
-from megatron_ee.inference.outputs import Output, Settings
-from megatron_ee.inference.passes import Chain, StageRunner
+from megatron_ee.inference.passes import Pass, StageRunner
 from megatron_ee.inference.requests import Token
+from megatron_ee.inference.scheduler import Scheduler
+from megatron_ee.inference.sequence import Sequence, SequenceParams
 
-MakeOutput = Callable[[int, Settings], Output]
+MakeSequence = Callable[[int, SequenceParams], Sequence]
 
 
 class RemoteStage:
@@ -63,14 +63,14 @@ class RemoteStage:
         """See ``StageLink``."""
         self._calls.append(["keep", row, length])
 
-    def receive(self, rows: Sequence[int]) -> None:
+    def receive(self, rows: Collection[int]) -> None:
         """See ``StageLink``."""
         self._calls.append(["receive", list(rows)])
         self._flush()  # the stage before may send no more until this has been taken
 
-    def run(self, chain: Chain) -> None:
+    def run(self, pass_: Pass) -> None:
         """See ``StageLink``."""
-        self._calls.append(["run", pack_chain(chain)])
+        self._calls.append(["run", pack_pass(pass_)])
         self._flush()
 
     def stop(self) -> None:
@@ -78,9 +78,9 @@ class RemoteStage:
         self._calls.append(["stop"])
         self._flush()
 
-    def answers(self) -> list[Answer]:
+    def outputs(self) -> list[HeadOutput]:
         """See ``StageLink``."""
-        return unpack_answers(self._mail.receive(self._stage, ANSWERS))
+        return unpack_outputs(self._mail.receive(self._stage, OUTPUTS))
 
     def _flush(self) -> None:
         self._mail.send(self._stage, COMMANDS, self._calls)
@@ -96,13 +96,13 @@ def serve_stage(runner: StageRunner, mail: Mail) -> None:
             if name != "run":
                 getattr(runner, name)(*arguments)
                 continue
-            chain = unpack_chain(arguments[0])
-            runner.run(chain)
-            if any(work.ask is not None for work in chain.works):
-                mail.send(0, ANSWERS, pack_answers(runner.answers()))
+            pass_ = unpack_pass(arguments[0])
+            runner.run(pass_)
+            if any(work.head_input is not None for work in pass_.sequences):
+                mail.send(0, OUTPUTS, pack_outputs(runner.outputs()))
 
 
-class StageNeighbours:
+class RemoteChannel:
     """Hidden states, and distributions that proposals were drawn from, from each stage to the next: ``Neighbours``."""
 
     def __init__(self, mail: Mail, group: dist.ProcessGroup, hidden: int, vocab: int, dtype: torch.dtype) -> None:
@@ -111,7 +111,7 @@ class StageNeighbours:
         self._hidden, self._vocab, self._dtype = hidden, vocab, dtype
         self._leaving: list[tuple[dist.Work | None, Tensor]] = []
 
-    def send(self, parts: Sequence[Tensor], drafts: Sequence[Sequence[Tensor]]) -> None:
+    def send(self, parts: Collection[Tensor], drafts: Collection[Collection[Tensor]]) -> None:
         """See ``Neighbours``."""
         for work, _ in self._leaving:
             if work is not None:
@@ -140,54 +140,54 @@ class StageNeighbours:
         return [(part, list(own)) for part, own in zip(h.split(counts), distributions.split(drafts), strict=True)]
 
 
-class Leader:
+class DriverScheduler:
     """The first stage's core on its first tensor-parallel rank: the other ranks do as it does, see ``follow``."""
 
-    def __init__(self, core: Core, group: dist.ProcessGroup) -> None:
+    def __init__(self, scheduler: Scheduler, group: dist.ProcessGroup) -> None:
         """``group``: the stage's ranks, on the host."""
-        self._core, self._group = core, group
+        self._scheduler, self._group = scheduler, group
         self._calls: list[list[Any]] = []
-        self.budget, self.drafter = core.budget, core.drafter
+        self.budget, self.drafter = scheduler.budget, scheduler.drafter
 
     @property
     def idle(self) -> bool:
         """See ``Core``."""
-        return self._core.idle
+        return self._scheduler.idle
 
     @property
     def set_aside(self) -> int:
         """See ``Core``."""
-        return self._core.set_aside
+        return self._scheduler.set_aside
 
-    def add(self, outputs: Sequence[Output]) -> None:
+    def add(self, outputs: Collection[Sequence]) -> None:
         """See ``Core``."""
-        self._calls.append(["add", [[output.number, pack_settings(output.settings)] for output in outputs]])
-        self._core.add(outputs)
+        self._calls.append(["add", [[output.number, pack_params(output.settings)] for output in outputs]])
+        self._scheduler.add(outputs)
 
     def remove(self, number: int) -> None:
         """See ``Core``."""
         self._calls.append(["remove", number])
-        self._core.remove(number)
+        self._scheduler.remove(number)
 
-    def advance(self) -> list[tuple[Output, list[Token]]]:
+    def advance(self) -> list[tuple[Sequence, list[Token]]]:
         """See ``Core``."""
         calls, self._calls = self._calls, []
         share(calls, self._group)
-        return self._core.advance()
+        return self._scheduler.advance()
 
     def stop(self) -> None:
         """Let the others leave ``follow``."""
         share([["stop", None]], self._group)
 
 
-def follow(core: Core, make_output: MakeOutput, group: dist.ProcessGroup) -> None:
+def follow(scheduler: Scheduler, make_sequence: MakeSequence, group: dist.ProcessGroup) -> None:
     """On the first stage's other tensor-parallel ranks: do what the first rank's core does, until it stops."""
     while True:
         for name, argument in share(None, group):
             if name == "stop":
                 return
             if name == "add":
-                core.add([make_output(number, unpack_settings(packed)) for number, packed in argument])
+                scheduler.add([make_sequence(number, unpack_params(packed)) for number, packed in argument])
             else:
-                core.remove(argument)
-        core.advance()
+                scheduler.remove(argument)
+        scheduler.advance()

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ee.inference.outputs import Output
+from megatron_ee.inference.sequence import Sequence
 
 
-def row_statistics(output: Output) -> dict[str, Any]:
+def row_statistics(output: Sequence) -> dict[str, Any]:
     """Figures of one output as JSON takes them; None where it is too short to tell.
 
     ``mean_exit_layer`` is over all tokens. ``layers_per_token`` is what was paid: decoder layers run per token after
@@ -55,7 +55,7 @@ class Totals:
     by_layer: Counter[int] = field(default_factory=Counter)
     waits: list[float] = field(default_factory=list)
 
-    def add(self, outputs: Iterable[Output]) -> None:
+    def add(self, outputs: Iterable[Sequence]) -> None:
         """Count these."""
         for output in outputs:
             self.outputs += 1

@@ -15,7 +15,7 @@ import torch
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.inference import core, kv_cache, memory, prefixes
+from megatron_ee.inference import kv_cache, memory, prefixes, scheduler
 from megatron_ee.inference.assembly import engine_on_ranks
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import ExitPolicy
@@ -105,7 +105,7 @@ def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: rang
         and how often rows were set aside.
     """
     kv_cache.CHUNK = memory.CHUNK = 4
-    core.PASS_TOKENS = 7
+    scheduler.PASS_TOKENS = 7
     prefixes.LEAST = 2
     found: list[tuple[int, int, int, bool, Any]] = []
     everything = requests()

@@ -35,7 +35,7 @@ def run(case: Inference, explained: int | None = None) -> Result:
         process_groups(tensor) as groups,
         mock.patch.object(assembly, "share", _shared),
         mock.patch.object(remote, "share", _shared),
-        mock.patch.object(passes, "answer", _counting(passes.answer, heads := [])),
+        mock.patch.object(passes, "head_outputs", _counting(passes.head_outputs, heads := [])),
     ):
         setup = build_setup(architecture, platform.DTYPES[config.model.dtype], groups)
         stage = Stage(setup, range(1, architecture.num_layers + 1), specs, final_exit=True)
@@ -57,12 +57,12 @@ def run(case: Inference, explained: int | None = None) -> Result:
                         ignore_eos=True,
                     )
                 )
-            core = engine._core
+            scheduler = engine._scheduler
             held = claimed = 0
             while not engine.idle:
                 engine.step()
                 if watch.live - built > held:
-                    held, claimed = watch.live - built, core.budget.used
+                    held, claimed = watch.live - built, scheduler.budget.used
         return Result(
             name=case.name,
             where=f"rank 0 of {tensor}",
@@ -78,12 +78,12 @@ def run(case: Inference, explained: int | None = None) -> Result:
         )
 
 
-def _counting(answer: Any, calls: list[None]) -> Any:
-    """``answer``, with an entry in ``calls`` for each call. A mock would keep the arguments, and so their memory."""
+def _counting(call: Any, calls: list[None]) -> Any:
+    """``call``, with an entry in ``calls`` for each call. A mock would keep the arguments, and so their memory."""
 
     def counted(*args: Any) -> Any:
         calls.append(None)
-        return answer(*args)
+        return call(*args)
 
     return counted
 

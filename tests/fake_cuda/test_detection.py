@@ -148,7 +148,7 @@ def test_a_tensor_on_the_host(worker: Worker) -> None:
         (
             INFERENCE,
             read_each_row,
-            "host sync: inference/heads.py answer: 4 of kind read; host_syncs.toml allows 2 here",
+            "host sync: inference/heads.py head_outputs: 4 of kind read; host_syncs.toml allows 2 here",
         ),
         (TUNING, unplanned_copy, "memory: "),
         (INFERENCE, unplanned_cache, "memory: "),

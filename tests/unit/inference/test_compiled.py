@@ -143,8 +143,8 @@ def check_caches(stage: Stage, watched: Watched) -> None:
         engine.submit(Request(PROMPTS[0], max_tokens=6, ignore_eos=True))
         for _ in range(4):
             engine.step()
-        core: Any = engine._core
-        (row,) = core.links[0].rows.values()
+        scheduler: Any = engine._scheduler
+        (row,) = scheduler.links[0].rows.values()
         caches[name] = [cache.kept() for cache in row.all_caches]
         engine.close()
     for ours, theirs in zip(caches["compiled"], caches["eager"], strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.passes import Chain, StageRunner, Work
+from megatron_ee.inference.passes import Pass, ScheduledSequence, StageRunner
 from megatron_ee.inference.policy import MAX_DEFERRED, ExitPolicy, confidences
 from megatron_ee.inference.requests import Completion, Draft, Request, Token
 from megatron_ee.inference.rows import Row
@@ -162,7 +162,7 @@ def test_follow_decides_on_a_given_text(mode: Any, exit_stage: MakeStage, every_
 
 
 def rows_of(engine: Engine) -> dict[int, Row]:
-    runner: Any = engine._core.links[0]  # type: ignore[union-attr]
+    runner: Any = engine._scheduler.links[0]  # type: ignore[union-attr]
     return runner.rows
 
 
@@ -170,7 +170,7 @@ def full_pass(stage: Stage, ids: Sequence[int]) -> Row:
     """A row that has run all these tokens through all layers at once."""
     runner = StageRunner(stage, 0, len(ids))
     runner.open(1, len(ids))
-    runner.run(Chain(0, LAYERS + 1, (Work(1, len(ids), tuple(ids)),)))
+    runner.run(Pass(0, LAYERS + 1, (ScheduledSequence(1, len(ids), tuple(ids)),)))
     return runner.rows[1]
 
 
@@ -330,7 +330,7 @@ def test_prefill_never_exits(exit_stage: MakeStage) -> None:
 
 @pytest.mark.parametrize("chunk", [3, 5, 64])
 def test_prompts_may_run_in_parts(chunk: int, exit_stage: MakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    import megatron_ee.inference.core as core
+    import megatron_ee.inference.scheduler as scheduler
 
     stage = exit_stage("qwen2-window", BODIES["mixed"])
     policy = ExitPolicy(some_threshold(stage))
@@ -341,7 +341,7 @@ def test_prompts_may_run_in_parts(chunk: int, exit_stage: MakeStage, monkeypatch
         Request(prompt[:30], mode="speculative", draft=Draft(2, 2), max_tokens=12),
     ]
     whole = generate(stage, *requests)
-    monkeypatch.setattr(core, "PASS_TOKENS", chunk)
+    monkeypatch.setattr(scheduler, "PASS_TOKENS", chunk)
     parts = generate(stage, *requests)
     for ours, theirs in zip(parts, whole, strict=True):
         assert_emits(ours.tokens, [(t.id, t.layer, t.confidence) for t in theirs.tokens])

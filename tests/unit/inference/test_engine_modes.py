@@ -38,8 +38,8 @@ def stage(exit_stage: MakeStage) -> Stage:
 def generate(stage: Stage, requests: Sequence[Request], **options: Any) -> list[list[Completion]]:
     engine = make_engine(stage, **options)
     found = engine.generate(requests)
-    core: Any = engine._core
-    assert engine.idle and core.budget.used == 0 and not core.links[0].rows
+    scheduler: Any = engine._scheduler
+    assert engine.idle and scheduler.budget.used == 0 and not scheduler.links[0].rows
     return found
 
 

@@ -44,8 +44,8 @@ def engine(stage: Stage, tokenizer: Tokenizer) -> Iterator[Engine]:
     """Nothing may be left in it."""
     engine = make_engine(stage, tokenizer=tokenizer)
     yield engine
-    core: Any = engine._core
-    assert engine.idle and core.budget.used == 0 and not core.links[0].rows and not engine._front
+    scheduler: Any = engine._scheduler
+    assert engine.idle and scheduler.budget.used == 0 and not scheduler.links[0].rows and not engine._front
 
 
 def answer(engine: Engine, **fields: Any) -> Completion:
@@ -248,9 +248,9 @@ def test_cancelling_the_first_sample_of_a_waiting_prompt_lets_others_run(engine:
     """Only through the core: requests are cancelled whole."""
     [alone] = engine.generate([Request(PROMPT, sampling=DRAWN, samples=3)])
     engine.submit(Request(PROMPT, sampling=DRAWN, samples=3))
-    core: Any = engine._core
-    leader = core.queue[0].number
-    core.remove(leader)
+    scheduler: Any = engine._scheduler
+    leader = scheduler.queue[0].number
+    scheduler.remove(leader)
     del engine._front[leader]
     events = []
     while not engine.idle:
@@ -328,8 +328,8 @@ def test_logits_that_are_not_finite_fail_one_request(
             assert error.startswith(f"the logits after layer {layer} at position ") and error.endswith("are not finite")
         else:
             assert ends[0].completion is not None and ids_of(ends[0].completion) == ids_of(free[index])
-    core: Any = engine._core
-    assert core.budget.used == 0 and not core.links[0].rows and not engine._front
+    scheduler: Any = engine._scheduler
+    assert scheduler.budget.used == 0 and not scheduler.links[0].rows and not engine._front
 
 
 def test_generate_leaves_nothing_behind_where_one_is_refused_or_fails(engine: Engine, stage: Stage) -> None:

@@ -10,10 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import megatron_ee.inference.core as core_module
 import megatron_ee.inference.kv_cache as kv_cache
 import megatron_ee.inference.memory as memory
 import megatron_ee.inference.prefixes as prefixes
+import megatron_ee.inference.scheduler as core_module
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
@@ -85,22 +85,22 @@ class Run:
     """An engine under observation."""
 
     def __init__(self, stage: Stage, max_rows: int, rows: int, spare: int, kept: int = 0) -> None:
-        budget = self._core(make_engine(stage)).budget
+        budget = self._scheduler(make_engine(stage)).budget
         self.engine = make_engine(
             stage,
             max_rows=max_rows,
             memory=rows * budget.needed(32, 32) + budget.needed(spare, spare),
             prefix_rows=kept,
         )
-        self.core = self._core(self.engine)
+        self.scheduler = self._scheduler(self.engine)
         self.asked: dict[int, int] = {}
         self.cancelled: set[int] = set()
         self.said: dict[tuple[int, int], list[Any]] = {}
         self.ends: dict[tuple[int, int], Event] = {}
 
     @staticmethod
-    def _core(engine: Engine) -> Any:
-        return engine._core
+    def _scheduler(engine: Engine) -> Any:
+        return engine._scheduler
 
     def submit(self, index: int) -> None:
         self.asked[self.engine.submit(REQUESTS[index])] = index
@@ -120,10 +120,14 @@ class Run:
                 self.said.setdefault(key, []).extend((t.id, t.layer) for t in event.tokens)
                 if event.completion is not None or event.error is not None:
                     self.ends[key] = event
-            core = self.core
-            assert core.budget.used <= core.budget.total and len(core.running) <= core.max_rows
-            assert len(core.prefixes.rows) <= core.prefixes.most
-            assert set(core.links[0].rows) == {*core.running, *core.prefixes.rows} == set(core.budget._claims)
+            scheduler = self.scheduler
+            assert scheduler.budget.used <= scheduler.budget.total and len(scheduler.running) <= scheduler.max_rows
+            assert len(scheduler.prefixes.rows) <= scheduler.prefixes.most
+            assert (
+                set(scheduler.links[0].rows)
+                == {*scheduler.running, *scheduler.prefixes.rows}
+                == set(scheduler.budget._claims)
+            )
 
     def finish(self, alone: list[Told]) -> None:
         """Run out, and compare."""
@@ -132,9 +136,9 @@ class Run:
                 break
             self.step(1)
         assert self.engine.idle, "it runs in circles"
-        core = self.core
-        assert not core.running and not core.queue and not self.engine._front
-        assert core.prefixes.most or (core.budget.used == 0 and not core.links[0].rows)
+        scheduler = self.scheduler
+        assert not scheduler.running and not scheduler.queue and not self.engine._front
+        assert scheduler.prefixes.most or (scheduler.budget.used == 0 and not scheduler.links[0].rows)
         assert set(self.ends) == {(n, i) for n, index in self.asked.items() for i in range(REQUESTS[index].samples)}
         for (number, sample), end in self.ends.items():
             index = self.asked[number]
@@ -196,7 +200,7 @@ def test_the_schedules_are_hard(stage: Stage, alone: list[Told], small: None) ->
     for name, argument in EVERYTHING:
         getattr(run, name)(argument)
     run.finish(alone)
-    assert run.core.set_aside > 3
+    assert run.scheduler.set_aside > 3
     assert alone[SPOILT][0].startswith("the logits after layer 3 at position ")
     layers = {layer for ends in alone for end in ends if not isinstance(end, str) for _, layer in end[0]}
     assert layers == {1, 2, 4}

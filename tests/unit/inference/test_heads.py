@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_ee import platform
-from megatron_ee.inference.heads import Answer, Ask, LogProbs, answer, single
+from megatron_ee.inference.heads import HeadInput, HeadOutput, LogProbs, head_outputs, single
 from megatron_ee.inference.sampling import Sampling, uniform
 from megatron_ee.testing.one_row import draw, penalised, probabilities, verify
 
@@ -21,8 +21,8 @@ LOGITS = torch.tensor([[0.6, 0.3, 0.1]]).log()
 DRAWN = Sampling(temperature=0.7, seed=5)
 
 
-def one(logits: Tensor, ask: Ask, draft: list[Tensor] | None = None) -> Answer:
-    [found] = answer(logits, [ask], [[] if draft is None else draft])
+def one(logits: Tensor, head_input: HeadInput, draft: list[Tensor] | None = None) -> HeadOutput:
+    [found] = head_outputs(logits, [head_input], [[] if draft is None else draft])
     return found
 
 
@@ -40,17 +40,17 @@ def entropy_of(*shares: float) -> float:
 )
 def test_a_token_leaves_at_its_confidence_and_above(measure: Any, sure: float) -> None:
     for threshold, leaves in ((sure - 1e-3, True), (sure + 1e-3, False), (2.0, False)):
-        found = one(LOGITS, Ask("leave", 9, measure=measure, threshold=single(threshold)))
+        found = one(LOGITS, HeadInput("leave", 9, measure=measure, threshold=single(threshold)))
         assert found.finite and found.tokens == ((0,) if leaves else ())
         assert found.confidences == pytest.approx([sure] if leaves else [])
-    assert one(LOGITS, Ask("emit", 9, measure=measure, threshold=single(2.0))).tokens == (0,)
+    assert one(LOGITS, HeadInput("emit", 9, measure=measure, threshold=single(2.0))).tokens == (0,)
 
 
 @pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
 def test_a_certain_head_has_confidence_one(measure: Any) -> None:
-    found = one(torch.tensor([[200.0, 0.0, 0.0, 0.0]]), Ask("leave", 3, measure=measure, threshold=1.0))
+    found = one(torch.tensor([[200.0, 0.0, 0.0, 0.0]]), HeadInput("leave", 3, measure=measure, threshold=1.0))
     assert found.tokens == (0,) and found.confidences == (1.0,)
-    even = one(torch.zeros(1, 4), Ask("emit", 3, measure=measure))
+    even = one(torch.zeros(1, 4), HeadInput("emit", 3, measure=measure))
     assert even.confidences == pytest.approx([0.25 if measure == "probability" else 0.0], abs=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_greedy_proposals_stand_up_to_the_first_that_differs(
     proposals: tuple[int, ...], emitted: tuple[int, ...], logprobs: int | None
 ) -> None:
     logits = torch.tensor([[3.0, 0, 0], [0, 2.0, 0], [0, 0, 1.0], [4.0, 0, 0]])[: len(proposals) + 1]
-    found = one(logits, Ask("verify", 7, proposals=proposals, logprobs=logprobs))
+    found = one(logits, HeadInput("verify", 7, proposals=proposals, logprobs=logprobs))
     assert found.tokens == emitted
     best = logits.softmax(-1).amax(-1).tolist()
     assert found.confidences == pytest.approx(best[: len(emitted)])
@@ -84,21 +84,23 @@ def test_rows_are_answered_each_by_itself() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)) * 3
     top = logits.argmax(-1).tolist()
     greedy = [
-        Ask("emit", 4),
-        Ask("verify", 9, proposals=(top[1], top[2] + 1)),
-        Ask("leave", 4, threshold=single(2.0)),
-        Ask("draft", 4),
+        HeadInput("emit", 4),
+        HeadInput("verify", 9, proposals=(top[1], top[2] + 1)),
+        HeadInput("leave", 4, threshold=single(2.0)),
+        HeadInput("draft", 4),
     ]
     spans = [(0, 1), (1, 4), (4, 5), (5, 6)]
-    together = answer(logits, greedy, [[] for _ in greedy])
+    together = head_outputs(logits, greedy, [[] for _ in greedy])
     assert [a.tokens for a in together] == [(top[0],), tuple(top[1:3]), (), (top[5],)]
     drawn = [*greedy[:3], replace(greedy[3], sampling=DRAWN)]
-    for asks in (greedy, drawn):
-        for ask, (start, stop), theirs in zip(asks, spans, answer(logits, asks, [[] for _ in asks]), strict=True):
-            ours = one(logits[start:stop], ask)
+    for inputs in (greedy, drawn):
+        for head_input, (start, stop), theirs in zip(
+            inputs, spans, head_outputs(logits, inputs, [[] for _ in inputs]), strict=True
+        ):
+            ours = one(logits[start:stop], head_input)
             assert ours.tokens == theirs.tokens
             assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-6)
-    for one_way, other_way in zip(together[:3], answer(logits, drawn, [[] for _ in drawn])[:3], strict=True):
+    for one_way, other_way in zip(together[:3], head_outputs(logits, drawn, [[] for _ in drawn])[:3], strict=True):
         assert one_way.tokens == other_way.tokens
         assert one_way.confidences == pytest.approx(other_way.confidences, abs=1e-6)
 
@@ -108,8 +110,10 @@ def test_drawn_tokens_are_those_of_the_seed_and_position() -> None:
     p = probabilities(logits[0], DRAWN)
     draft: list[Tensor] = []
     for position in range(20):
-        assert one(logits, Ask("emit", position, DRAWN)).tokens == (draw(p, uniform(5, position, "target")),)
-        assert one(logits, Ask("draft", position, DRAWN), draft).tokens == (draw(p, uniform(5, position, "draft")),)
+        assert one(logits, HeadInput("emit", position, DRAWN)).tokens == (draw(p, uniform(5, position, "target")),)
+        assert one(logits, HeadInput("draft", position, DRAWN), draft).tokens == (
+            draw(p, uniform(5, position, "draft")),
+        )
     assert len(draft) == 20 and all(torch.equal(each, p) for each in draft)
 
 
@@ -120,8 +124,8 @@ def test_drawn_proposals_are_verified_against_what_they_were_drawn_from() -> Non
         logits, other = torch.randn(2, 4, 50, generator=generator)
         draft, proposals = [], []
         for number in range(3):
-            proposals += one(other[number : number + 1], Ask("draft", 30 + number, sampling), draft).tokens
-        found = one(logits, Ask("verify", 30, sampling, proposals=tuple(proposals)), draft)
+            proposals += one(other[number : number + 1], HeadInput("draft", 30 + number, sampling), draft).tokens
+        found = one(logits, HeadInput("verify", 30, sampling, proposals=tuple(proposals)), draft)
         target = torch.stack([probabilities(row, sampling) for row in logits])
         stood, token = verify(target, torch.stack(draft), proposals, seed, 30)
         assert found.tokens == (*proposals[:stood], token)
@@ -130,10 +134,12 @@ def test_drawn_proposals_are_verified_against_what_they_were_drawn_from() -> Non
 @pytest.mark.parametrize("sampling", [Sampling(repetition_penalty=3.0), replace(DRAWN, repetition_penalty=3.0)])
 def test_the_penalty_sees_the_proposals_before_each_place(sampling: Sampling) -> None:
     logits = torch.tensor([[4.0, 3.5, 3.0, 0.0]] * 3)
-    found = one(logits, Ask("verify", 5, sampling, proposals=(0, 1), seen=(3,)), [torch.eye(4)[0], torch.eye(4)[1]])
+    found = one(
+        logits, HeadInput("verify", 5, sampling, proposals=(0, 1), seen=(3,)), [torch.eye(4)[0], torch.eye(4)[1]]
+    )
     if sampling.greedy:
         assert found.tokens == (0, 1, 2)
-        assert one(logits[:1], Ask("leave", 5, sampling, seen=(0,))).tokens == (1,)
+        assert one(logits[:1], HeadInput("leave", 5, sampling, seen=(0,))).tokens == (1,)
     else:
         p = [probabilities(penalised(logits[0], seen, 3.0), sampling) for seen in ((3,), (3, 0), (3, 0, 1))]
         stood, token = verify(torch.stack(p), torch.eye(4)[:2], (0, 1), sampling.seed, 5)
@@ -142,11 +148,11 @@ def test_the_penalty_sees_the_proposals_before_each_place(sampling: Sampling) ->
 
 def test_log_probabilities_come_before_temperature_and_penalty() -> None:
     sampling = Sampling(temperature=0.5, top_k=1, repetition_penalty=10.0)
-    found = one(LOGITS, Ask("emit", 5, sampling, seen=(0,), logprobs=2))
+    found = one(LOGITS, HeadInput("emit", 5, sampling, seen=(0,), logprobs=2))
     assert found.tokens == (1,)
     [logprobs] = found.logprobs
     assert logprobs == LogProbs(pytest.approx(math.log(0.3)), pytest.approx({0: math.log(0.6), 1: math.log(0.3)}))
-    assert len(one(LOGITS, Ask("emit", 5, logprobs=100)).logprobs[0].top) == 3
+    assert len(one(LOGITS, HeadInput("emit", 5, logprobs=100)).logprobs[0].top) == 3
 
 
 class Reads(TorchFunctionMode):
@@ -173,28 +179,30 @@ def test_a_head_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(6))
     drawn = Sampling(0.8, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
     draft = [torch.full((50,), 0.02)] * 2
-    asks = [
-        Ask("emit", 4, drawn, seen=(1, 2, 3), logprobs=3),
-        Ask("verify", 7, drawn, proposals=(5, 6), seen=(1, 2)),
-        Ask("leave", 3, drawn, measure="entropy", threshold=single(0.5)),
-        Ask("draft", 9, drawn),
-        Ask("verify", 8, proposals=(3,), logprobs=0),
-        Ask("leave", 8, measure="margin", threshold=single(0.1)),
+    inputs = [
+        HeadInput("emit", 4, drawn, seen=(1, 2, 3), logprobs=3),
+        HeadInput("verify", 7, drawn, proposals=(5, 6), seen=(1, 2)),
+        HeadInput("leave", 3, drawn, measure="entropy", threshold=single(0.5)),
+        HeadInput("draft", 9, drawn),
+        HeadInput("verify", 8, proposals=(3,), logprobs=0),
+        HeadInput("leave", 8, measure="margin", threshold=single(0.1)),
     ]
-    for chosen in (asks, asks[4:], [Ask("emit", 1)] * 9):
+    for chosen in (inputs, inputs[4:], [HeadInput("emit", 1)] * 9):
         with Reads() as reads:
-            drafts = [draft if ask.sampling == drawn and ask.kind == "verify" else [] for ask in chosen]
-            answer(logits[: sum(ask.tokens for ask in chosen)], chosen, drafts)
+            drafts = [
+                draft if head_input.sampling == drawn and head_input.kind == "verify" else [] for head_input in chosen
+            ]
+            head_outputs(logits[: sum(head_input.tokens for head_input in chosen)], chosen, drafts)
         assert reads.found == {"tolist": 1}
 
 
 ASKS = {
-    "plain": Ask("emit", 5),
-    "leave": Ask("leave", 5, threshold=single(2.0)),
-    "margin": Ask("leave", 5, measure="margin"),
-    "entropy": Ask("leave", 5, measure="entropy"),
-    "drawn": Ask("emit", 5, DRAWN),
-    "logprobs": Ask("emit", 5, logprobs=1),
+    "plain": HeadInput("emit", 5),
+    "leave": HeadInput("leave", 5, threshold=single(2.0)),
+    "margin": HeadInput("leave", 5, measure="margin"),
+    "entropy": HeadInput("leave", 5, measure="entropy"),
+    "drawn": HeadInput("emit", 5, DRAWN),
+    "logprobs": HeadInput("emit", 5, logprobs=1),
 }
 
 
@@ -204,8 +212,8 @@ def test_logits_that_are_not_finite_are_told_and_harm_no_other_row(kind: str, ba
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
     spoilt = logits.clone()
     spoilt[1, 7] = bad
-    asks = [ASKS["plain"], ASKS[kind], ASKS["plain"]]
-    good, found = (answer(each, asks, [[], [], []]) for each in (logits, spoilt))
+    inputs = [ASKS["plain"], ASKS[kind], ASKS["plain"]]
+    good, found = (head_outputs(each, inputs, [[], [], []]) for each in (logits, spoilt))
     assert not found[1].finite and found[1].tokens == ()
     assert good[1].finite and [found[0], found[2]] == [good[0], good[2]]
 

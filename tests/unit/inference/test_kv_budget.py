@@ -86,7 +86,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def core_of(engine: Engine) -> Any:
-    return engine._core
+    return engine._scheduler
 
 
 def bytes_kept(engine: Engine) -> int:
@@ -97,7 +97,7 @@ def bytes_kept(engine: Engine) -> int:
 
 def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:
     """Answers by request and sample; at each step memory is within its bounds, at the end nothing is left."""
-    core, found = core_of(engine), {}
+    scheduler, found = core_of(engine), {}
     numbers = [engine.submit(request) for request in requests]
     for _ in range(20_000):
         if engine.idle:
@@ -106,11 +106,11 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[Completion
             assert event.error is None
             if event.completion is not None:
                 found[event.request, event.sample] = event.completion
-        assert bytes_kept(engine) <= core.budget.used <= core.budget.total
-        assert set(core.links[0].rows) == set(core.running) and len(core.running) <= core.max_rows
-        assert set(core.budget._claims) == set(core.running)
+        assert bytes_kept(engine) <= scheduler.budget.used <= scheduler.budget.total
+        assert set(scheduler.links[0].rows) == set(scheduler.running) and len(scheduler.running) <= scheduler.max_rows
+        assert set(scheduler.budget._claims) == set(scheduler.running)
     assert engine.idle, "it runs in circles"
-    assert core.budget.used == 0 and not core.links[0].rows and not engine._front
+    assert scheduler.budget.used == 0 and not scheduler.links[0].rows and not engine._front
     return [[found[n, i] for i in range(r.samples)] for n, r in zip(numbers, requests, strict=True)]
 
 
@@ -195,8 +195,10 @@ def test_nothing_leaks_when_all_are_cancelled(after: int, exit_stage: MakeStage,
     for number in numbers[::-1]:
         engine.cancel(number)
         engine.cancel(number)
-    core = core_of(engine)
-    assert core.idle and core.budget.used == 0 and not core.links[0].rows and not core.budget._claims
+    scheduler = core_of(engine)
+    assert (
+        scheduler.idle and scheduler.budget.used == 0 and not scheduler.links[0].rows and not scheduler.budget._claims
+    )
     ends = [event for event in engine.step() if event.completion is not None]
     assert engine.idle and {event.completion.finish_reason for event in ends} == {"cancelled"}  # type: ignore[union-attr]
 

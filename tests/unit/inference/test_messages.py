@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_ee.inference.heads import Answer, Ask, LogProbs, single
+from megatron_ee.inference.heads import HeadInput, HeadOutput, LogProbs, single
 from megatron_ee.inference.messages import (
-    pack_answers,
-    pack_chain,
-    pack_settings,
-    unpack_answers,
-    unpack_chain,
-    unpack_settings,
+    pack_outputs,
+    pack_params,
+    pack_pass,
+    unpack_outputs,
+    unpack_params,
+    unpack_pass,
 )
-from megatron_ee.inference.outputs import Settings
-from megatron_ee.inference.passes import Chain, Work
+from megatron_ee.inference.passes import Pass, ScheduledSequence
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
+from megatron_ee.inference.sequence import SequenceParams
 
 DRAWN = Sampling(0.7, 40, 0.95, 0.01, 1.1, MAX_SEED)
 
@@ -32,41 +32,43 @@ def same_types(one: Any, other: Any) -> bool:
     return repr(one) == repr(other)
 
 
-def test_chains() -> None:
-    chains = [
-        Chain(0, 3, (Work(1, 7, (5, 6, 7)), Work(2, 1, (9,), Ask("emit", 1)))),
-        Chain(3, 6, (Work(4, 9),), sends=True),
-        Chain(
+def test_passes() -> None:
+    passes = [
+        Pass(0, 3, (ScheduledSequence(1, 7, (5, 6, 7)), ScheduledSequence(2, 1, (9,), HeadInput("emit", 1)))),
+        Pass(3, 6, (ScheduledSequence(4, 9),), sends=True),
+        Pass(
             2,
             6,
             (
-                Work(1, 9, (), Ask("verify", 6, DRAWN, proposals=(1, 2, 3), seen=(5, 6, 1), logprobs=4)),
-                Work(2, 3, (), Ask("leave", 3, measure="entropy", threshold=single(0.1))),
-                Work(3, 3, (), Ask("draft", 3, DRAWN)),
+                ScheduledSequence(
+                    1, 9, (), HeadInput("verify", 6, DRAWN, proposals=(1, 2, 3), seen=(5, 6, 1), logprobs=4)
+                ),
+                ScheduledSequence(2, 3, (), HeadInput("leave", 3, measure="entropy", threshold=single(0.1))),
+                ScheduledSequence(3, 3, (), HeadInput("draft", 3, DRAWN)),
             ),
         ),
     ]
-    for chain in chains:
-        received = unpack_chain(sent(pack_chain(chain)))
-        assert received == chain and same_types(received, chain) and hash(received) == hash(chain)
+    for pass_ in passes:
+        received = unpack_pass(sent(pack_pass(pass_)))
+        assert received == pass_ and same_types(received, pass_) and hash(received) == hash(pass_)
 
 
-def test_answers() -> None:
-    answers = [
-        Answer((3,), (0.1,)),
-        Answer(),
-        Answer(finite=False),
-        Answer((1, 2), (single(0.3), 1.0), (LogProbs(-0.25, {7: -0.25, 11: -3.5}), LogProbs(-1.0, {}))),
+def test_outputs() -> None:
+    outputs = [
+        HeadOutput((3,), (0.1,)),
+        HeadOutput(),
+        HeadOutput(finite=False),
+        HeadOutput((1, 2), (single(0.3), 1.0), (LogProbs(-0.25, {7: -0.25, 11: -3.5}), LogProbs(-1.0, {}))),
     ]
-    received = unpack_answers(sent(pack_answers(answers)))
-    assert received == answers and same_types(received, answers)
-    assert unpack_answers(sent(pack_answers([]))) == []
+    received = unpack_outputs(sent(pack_outputs(outputs)))
+    assert received == outputs and same_types(received, outputs)
+    assert unpack_outputs(sent(pack_outputs([]))) == []
 
 
-def test_settings() -> None:
+def test_params() -> None:
     common = {"request": 3, "sample": 1, "prompt": (5, 6), "max_tokens": 9, "limit": 11}
     for settings in (
-        Settings(
+        SequenceParams(
             mode="threshold",
             policy=ExitPolicy(0.1, {2: 0.5, 11: 1.5}, "margin", 3, 4),
             draft=Draft(),
@@ -79,7 +81,7 @@ def test_settings() -> None:
             follow=(1, 2, 3),
             **common,
         ),
-        Settings(
+        SequenceParams(
             mode="speculative",
             policy=ExitPolicy(),
             draft=Draft(2, 0),
@@ -89,7 +91,7 @@ def test_settings() -> None:
             **common,
         ),
     ):
-        received = unpack_settings(sent(pack_settings(settings)))
+        received = unpack_params(sent(pack_params(settings)))
         assert received == settings
         for name in ("prompt", "exits", "drafting", "follow", "policy", "draft", "sampling", "logprobs"):
             assert same_types(getattr(received, name), getattr(settings, name))

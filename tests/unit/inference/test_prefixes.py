@@ -13,7 +13,7 @@ import megatron_ee.inference.memory as memory
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.passes import Chain, StageRunner, Work
+from megatron_ee.inference.passes import Pass, ScheduledSequence, StageRunner
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.prefixes import LEAST, Prefix, Prefixes
 from megatron_ee.inference.requests import Completion, Draft, Request
@@ -108,7 +108,7 @@ def said(completion: Completion) -> list[tuple[int, int]]:
 
 
 def core_of(engine: Engine) -> Any:
-    return engine._core
+    return engine._scheduler
 
 
 @pytest.mark.parametrize("second", MODES, ids=lambda mode: mode.get("mode", "full"))
@@ -144,12 +144,12 @@ def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) ->
     ask(engine, LONG, mode="threshold", policy=ExitPolicy(0.06))
     engine.submit(Request([*LONG[:30], 99, 98, 97], max_tokens=5))
     engine.step()
-    core = core_of(engine)
-    [output] = core.running.values()
-    row = core.links[0].rows[output.number]
+    scheduler = core_of(engine)
+    [output] = scheduler.running.values()
+    row = scheduler.links[0].rows[output.number]
     reference = StageRunner(stage, 0, 64)
     reference.open(1, 33)
-    reference.run(Chain(0, LAYERS + 1, (Work(1, 33, (*LONG[:30], 99, 98, 97)),)))
+    reference.run(Pass(0, LAYERS + 1, (ScheduledSequence(1, 33, (*LONG[:30], 99, 98, 97)),)))
     assert output.reused == 30
     for ours, theirs in zip(row.all_caches, reference.rows[1].all_caches, strict=True):
         for mine, other in zip(ours.kept(), theirs.kept(), strict=True):
@@ -192,14 +192,14 @@ def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     needed = core_of(make_engine(stage)).budget.needed(52, 52)
     engine = make_engine(stage, prefix_rows=8, memory=2 * needed)
-    core = core_of(engine)
+    scheduler = core_of(engine)
     for start in range(5):
         prompt = [start, *LONG[1:]]
         expected = said(ask(make_engine(stage), prompt))
         assert said(ask(engine, prompt)) == expected
-        assert set(core.links[0].rows) == set(core.prefixes.rows) == set(core.budget._claims)
-        assert core.budget.used <= core.budget.total
-    assert 1 <= len(core.prefixes.rows) <= 2 and core.set_aside == 0
+        assert set(scheduler.links[0].rows) == set(scheduler.prefixes.rows) == set(scheduler.budget._claims)
+        assert scheduler.budget.used <= scheduler.budget.total
+    assert 1 <= len(scheduler.prefixes.rows) <= 2 and scheduler.set_aside == 0
 
 
 def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
@@ -210,8 +210,8 @@ def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
     while len(seen) < 5:
         seen += [token.id for event in engine.step() for token in event.tokens]
     engine.cancel(number)
-    core = core_of(engine)
-    [row] = core.links[0].rows.values()
+    scheduler = core_of(engine)
+    [row] = scheduler.links[0].rows.values()
     [lengths] = [{cache.length for cache in row.all_caches}]
     assert len(lengths) == 1 and lengths.pop() >= len(LONG) and not row.held
     after = ask(engine, [*LONG, *seen, 1])

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_ee import platform
-from megatron_ee.inference.heads import Ask
-from megatron_ee.inference.links import Places, StageLink
+from megatron_ee.inference.heads import HeadInput
+from megatron_ee.inference.links import StageMap, StageWorker
 from megatron_ee.inference.memory import Budget
-from megatron_ee.inference.outputs import Output
-from megatron_ee.inference.passes import Chain, Work
+from megatron_ee.inference.passes import Pass, ScheduledSequence
 from megatron_ee.inference.prefixes import Prefix, Prefixes
 from megatron_ee.inference.requests import Token
 from megatron_ee.inference.scheduling import choose_place, next_stop
+from megatron_ee.inference.sequence import Sequence
 from megatron_ee.inference.speculation import Drafter
 
 PASS_TOKENS = 512
@@ -38,18 +38,18 @@ class Timer(Protocol):
 
 
 @dataclass
-class _Flight:
+class _PendingPass:
     """A chain whose answers are to come; ``timer``: of its device work, None where no drafts are planned by it."""
 
     stage: int
-    chain: Chain
-    outputs: list[Output]
-    asks: list[Ask | None]
+    pass_: Pass
+    outputs: list[Sequence]
+    inputs: list[HeadInput | None]
     timer: Timer | None
 
 
 @dataclass
-class Core:
+class Scheduler:
     """Rows in work and in line.
 
     Attributes:
@@ -63,21 +63,21 @@ class Core:
         start_timer: starts to measure the device work of a chain.
     """
 
-    links: Sequence[StageLink]
-    places: Places
+    links: list[StageWorker]
+    places: StageMap
     budget: Budget
     max_rows: int
     drafter: Drafter
     prefixes: Prefixes = field(default_factory=Prefixes)
     times: Callable[[float], float] | None = None
     start_timer: Callable[[], Timer] = platform.DeviceTimer
-    running: dict[int, Output] = field(default_factory=dict)
-    queue: deque[Output] = field(default_factory=deque)
+    running: dict[int, Sequence] = field(default_factory=dict)
+    queue: deque[Sequence] = field(default_factory=deque)
     set_aside: int = 0
-    _flights: deque[_Flight] = field(default_factory=deque)
+    _pending: deque[_PendingPass] = field(default_factory=deque)
     _prefilled: bool = False
 
-    def add(self, outputs: Iterable[Output]) -> None:
+    def add(self, outputs: Iterable[Sequence]) -> None:
         """Put the outputs of one request in line; the first one's prompt serves all."""
         leader, *others = outputs
         for other in others:
@@ -106,12 +106,12 @@ class Core:
         """Whether nothing is left to do."""
         return not self.running and not self.queue
 
-    def advance(self) -> list[tuple[Output, list[Token]]]:
+    def advance(self) -> list[tuple[Sequence, list[Token]]]:
         """Admit rows, run a chain on each stage that has work, and give what was emitted; ended rows are closed."""
         self._admit()
         for stage in range(len(self.links)):
             self._run_stage(stage)
-        return self._land() if self._flights else []
+        return self._land() if self._pending else []
 
     # ------------------------------------------------------------------------------------------------------ admission
 
@@ -139,7 +139,7 @@ class Core:
                     link.copy(source.row, output.number, output.run)
             self.running[output.number] = output
 
-    def _claim(self, output: Output, length: int) -> bool:
+    def _claim(self, output: Sequence, length: int) -> bool:
         """Claim room for a row, at the expense of those that are kept for others."""
         while not self.budget.claim(output.number, output.settings.limit, length):
             if not self.prefixes.rows:
@@ -152,7 +152,7 @@ class Core:
             link.close(number)
         self.budget.release(number)
 
-    def _make_room(self, output: Output, length: int) -> bool:
+    def _make_room(self, output: Sequence, length: int) -> bool:
         """Room for a row to have ``length`` positions, at the expense of younger ones; False where it has to wait."""
         if output.number not in self.running:  # set aside for one before it
             return False
@@ -179,11 +179,11 @@ class Core:
 
     def _run_stage(self, stage: int) -> None:
         """Run the chain of a stage that advances most rows, or prompts, in turns."""
-        if any(flight.stage == stage for flight in self._flights):
+        if any(pending.stage == stage for pending in self._pending):
             return
         ready = [o for o in self.running.values() if o.stage == stage and not o.in_flight and o.waits_for is None]
         prompts = [output for output in ready if output.place == 0 and output.prefilling]
-        waiting: dict[int, list[Output]] = {}
+        waiting: dict[int, list[Sequence]] = {}
         for output in ready:
             if output.place > 0 or not output.prefilling:
                 waiting.setdefault(output.place, []).append(output)
@@ -207,7 +207,7 @@ class Core:
         if chosen:
             self._start(stage, place, chosen, [output.ids_from(output.run) if place == 0 else [] for output in chosen])
 
-    def _run_prompts(self, prompts: Sequence[Output]) -> None:
+    def _run_prompts(self, prompts: Collection[Sequence]) -> None:
         """Run the next tokens of prompts, oldest first, up to ``PASS_TOKENS`` in all."""
         chosen, tokens, left = [], [], PASS_TOKENS
         for output in prompts:
@@ -226,55 +226,55 @@ class Core:
         if pairs:
             self._start(0, 0, [output for output, _ in pairs], [tokens for _, tokens in pairs])
 
-    def _start(self, stage: int, place: int, outputs: list[Output], tokens: Sequence[Sequence[int]]) -> None:
+    def _start(self, stage: int, place: int, outputs: list[Sequence], tokens: Collection[Collection[int]]) -> None:
         """Run rows from a place to the first where one of them stops."""
         end, final = self.places.ends[stage], self.places.final
         stop = min(next_stop(place, output.asked(), end) for output in outputs)
-        works, asks = [], []
+        scheduled, inputs = [], []
         for output, new in zip(outputs, tokens, strict=True):
             output.run += len(new)
-            asking = stop == final or (stop in output.asked() and place != stop)
-            ask = output.ask(stop, final) if asking and output.run == output.known else None
-            works.append(Work(output.number, output.run, tuple(new), ask))
-            asks.append(ask)
-            self._count(output, place, stop, len(new), asked=ask is not None)
-        chain = Chain(place, stop, tuple(works), sends=stop == end != final and not any(asks))
-        timer = self._run(stage, chain, outputs)
-        if any(asks):
+            asked = stop == final or (stop in output.asked() and place != stop)
+            head_input = output.head_input(stop, final) if asked and output.run == output.known else None
+            scheduled.append(ScheduledSequence(output.number, output.run, tuple(new), head_input))
+            inputs.append(head_input)
+            self._count(output, place, stop, len(new), asked=head_input is not None)
+        pass_ = Pass(place, stop, tuple(scheduled), sends=stop == end != final and not any(inputs))
+        timer = self._run(stage, pass_, outputs)
+        if any(inputs):
             for output in outputs:
                 output.in_flight = True
-            self._flights.append(_Flight(stage, chain, outputs, asks, timer))
+            self._pending.append(_PendingPass(stage, pass_, outputs, inputs, timer))
         else:
-            self._passed(stage, chain, outputs)
+            self._passed(stage, pass_, outputs)
 
-    def _run(self, stage: int, chain: Chain, outputs: Sequence[Output]) -> Timer | None:
+    def _run(self, stage: int, pass_: Pass, outputs: Collection[Sequence]) -> Timer | None:
         """Run a chain, with a timer where drafts are planned by how long it takes.
 
         The timer is read with the answers. Waiting for it here could be a deadlock: a chain that sends is done only
         after the next stage receives, and the command to receive follows this call.
         """
-        wanted = len(self.links) == 1 or _asks_all_from_tokens(chain)
+        wanted = len(self.links) == 1 or _decodes_to_heads(pass_)
         if stage > 0 or not wanted or not any(output.plans_by_time for output in outputs):
-            self.links[stage].run(chain)
+            self.links[stage].run(pass_)
             return None
         timer = self.start_timer()
-        self.links[stage].run(chain)
+        self.links[stage].run(pass_)
         timer.stop()
         return timer
 
-    def _learn_time(self, flight: _Flight) -> None:
+    def _learn_time(self, pending: _PendingPass) -> None:
         """Observe how long a chain took. Its answers have arrived, so reading the timer does not wait."""
-        if flight.timer is None:
+        if pending.timer is None:
             return
-        chain, seconds = flight.chain, flight.timer.seconds()
+        pass_, seconds = pending.pass_, pending.timer.seconds()
         seconds = seconds if self.times is None else self.times(seconds)
         if len(self.links) == 1:
-            for output in flight.outputs:
-                output.spent += seconds / len(flight.outputs)
-        if _asks_all_from_tokens(chain):
-            self.drafter.costs.observe(chain.stop, len(chain.works), seconds)
+            for output in pending.outputs:
+                output.spent += seconds / len(pending.outputs)
+        if _decodes_to_heads(pass_):
+            self.drafter.costs.observe(pass_.stop, len(pass_.sequences), seconds)
 
-    def _count(self, output: Output, place: int, stop: int, new: int, *, asked: bool) -> None:
+    def _count(self, output: Sequence, place: int, stop: int, new: int, *, asked: bool) -> None:
         """Count the layers that a row's tokens run, and let the deferred ones that it meets go on."""
         tokens = new if place == 0 else output.carried + output.deferred.pop(place, 0)
         at, products = place, 0
@@ -287,19 +287,19 @@ class Core:
             # Other tokens only leave keys and values in the exit's layer.
             output.products += products + int(asked and stop in self.places.layer_exits)
 
-    def _passed(self, stage: int, chain: Chain, outputs: Sequence[Output]) -> None:
+    def _passed(self, stage: int, pass_: Pass, outputs: Collection[Sequence]) -> None:
         """Rows have got to the end of a chain without being asked anything."""
-        if chain.sends:
+        if pass_.sends:
             self.links[stage + 1].receive([output.number for output in outputs])
         for output in outputs:
-            output.place = chain.stop
-            if chain.sends:
+            output.place = pass_.stop
+            if pass_.sends:
                 output.stage = stage + 1
-            elif chain.stop == self.places.final:
+            elif pass_.stop == self.places.final:
                 output.place = output.stage = 0
                 self._fork(output)
 
-    def _fork(self, leader: Output) -> None:
+    def _fork(self, leader: Sequence) -> None:
         """Give those that wait for a prompt its keys and values, once all but its last token has run."""
         waiting = [each for each in self.running.values() if each.waits_for == leader.number]
         if not waiting or leader.run < len(leader.settings.prompt) - 1:
@@ -312,28 +312,28 @@ class Core:
 
     # -------------------------------------------------------------------------------------------------------- answers
 
-    def _land(self) -> list[tuple[Output, list[Token]]]:
+    def _land(self) -> list[tuple[Sequence, list[Token]]]:
         """Take the oldest answers."""
-        flight = self._flights.popleft()
-        answers = iter(self.links[flight.stage].answers())
-        self._learn_time(flight)
+        pending = self._pending.popleft()
+        outputs = iter(self.links[pending.stage].outputs())
+        self._learn_time(pending)
         emitted = []
-        for output, ask in zip(flight.outputs, flight.asks, strict=True):
+        for output, head_input in zip(pending.outputs, pending.inputs, strict=True):
             output.in_flight = False
-            output.place = flight.chain.stop
-            if ask is None:
+            output.place = pending.pass_.stop
+            if head_input is None:
                 if output.number in self.running:
-                    self._passed(flight.stage, flight.chain, [output])
+                    self._passed(pending.stage, pending.pass_, [output])
                 continue
-            answer = next(answers)
+            head_output = next(outputs)
             if output.number not in self.running:
                 continue
-            if len(self.links) > 1 and ask.kind in ("emit", "verify") and output.plans_by_time:
+            if len(self.links) > 1 and head_input.kind in ("emit", "verify") and output.plans_by_time:
                 # Stages work at the same time: what a round takes is known from its begin and end alone.
                 seconds = time.perf_counter() - output.began
                 output.spent = (seconds if self.times is None else self.times(seconds)) / output.rows
-            tokens = output.take(answer, ask, flight.chain.stop, self.places.final - 1)
-            if ask.kind == "verify" and output.run >= output.known:
+            tokens = output.take(head_output, head_input, pending.pass_.stop, self.places.final - 1)
+            if head_input.kind == "verify" and output.run >= output.known:
                 output.run = output.known - 1
                 for link in self.links:
                     link.crop(output.number, output.run)
@@ -341,27 +341,27 @@ class Core:
                 self.remove(output.number)
             if tokens or output.failed is not None:
                 emitted.append((output, tokens))
-            if output.place == 0 and flight.stage > 0 and ask.kind == "leave" and output.number in self.running:
-                self._fill(flight.stage, flight.chain.stop, output)
+            if output.place == 0 and pending.stage > 0 and head_input.kind == "leave" and output.number in self.running:
+                self._fill(pending.stage, pending.pass_.stop, output)
         return emitted
 
-    def _fill(self, stage: int, place: int, output: Output) -> None:
+    def _fill(self, stage: int, place: int, output: Sequence) -> None:
         """Let the token that has just left go on through the stages behind, while its successor starts."""
         for index in range(stage, len(self.links)):
             start, end = (place if index == stage else self.places.ends[index - 1]), self.places.ends[index]
             output.products += sum(output.deferred.values()) * self.places.layers(start, end)
             sends = end != self.places.final
-            self.links[index].run(Chain(start, end, (Work(output.number, output.run),), sends))
+            self.links[index].run(Pass(start, end, (ScheduledSequence(output.number, output.run),), sends))
             if sends:
                 self.links[index + 1].receive([output.number])
         output.deferred.clear()
 
 
-def _asks_all_from_tokens(chain: Chain) -> bool:
+def _decodes_to_heads(pass_: Pass) -> bool:
     """Whether each row of a chain starts from tokens and asks: the costs of such chains are learnt."""
-    return chain.start == 0 and all(work.ask is not None for work in chain.works)
+    return pass_.start == 0 and all(work.head_input is not None for work in pass_.sequences)
 
 
-def _prefix(output: Output) -> Prefix:
+def _prefix(output: Sequence) -> Prefix:
     """What a row that is not in flight could leave to others."""
     return Prefix(output.number, tuple(output.ids[: output.complete]))

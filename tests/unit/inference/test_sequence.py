@@ -10,21 +10,21 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ee.inference.heads import Answer
-from megatron_ee.inference.outputs import Output, Settings
+from megatron_ee.inference.heads import HeadOutput
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Token
 from megatron_ee.inference.sampling import Sampling
+from megatron_ee.inference.sequence import Sequence, SequenceParams
 from megatron_ee.inference.speculation import TRIALS, Acceptance, Costs, Drafter, Plan
 
 IDS = st.lists(st.integers(0, 9), max_size=5)
 EXIT, LAST = 2, 8
 
 
-def settings_of(**fields: Any) -> Settings:
+def settings_of(**fields: Any) -> SequenceParams:
     defaults: dict[str, Any] = {"mode": "full", "policy": ExitPolicy(), "draft": Draft(), "sampling": Sampling()}
     sizes = {"prompt": (1,), "exits": (EXIT,), "drafting": (EXIT,), "max_tokens": 500, "limit": 500}
-    return Settings(request=1, sample=0, **{**defaults, **sizes, **fields})
+    return SequenceParams(request=1, sample=0, **{**defaults, **sizes, **fields})
 
 
 @given(IDS, IDS, IDS, st.booleans())
@@ -33,29 +33,29 @@ def test_ids_from_a_position_are_the_last_of_all(
 ) -> None:
     given_instead = tuple(9 - token for token in said) if follows else ()
     settings = settings_of(prompt=tuple(prompt), follow=given_instead)
-    output = Output(1, settings, tokens=[Token(token, 2, 0.5) for token in said], proposals=proposals)
+    output = Sequence(1, settings, tokens=[Token(token, 2, 0.5) for token in said], proposals=proposals)
     assert output.ids == [*prompt, *(given_instead or said), *proposals]
     assert len(output.ids) == output.known
     for start in range(output.known + 1):
         assert output.ids_from(start) == output.ids[start:]
 
 
-def drafts(output: Output, rounds: int, stands: bool) -> list[bool]:
+def drafts(output: Sequence, rounds: int, stands: bool) -> list[bool]:
     """In which rounds it drafted; its drafts all stand, or all fall."""
     found = []
     for _ in range(rounds):
         output.begin_round(1, 0.0)
         assert output.plan is not None
         while output.drafts and output.doubt is None:
-            ask = output.ask(EXIT, LAST + 1)
-            assert ask is not None
-            output.take(Answer((5,), (0.9,)), ask, EXIT, LAST)
+            head_input = output.head_input(EXIT, LAST + 1)
+            assert head_input is not None
+            output.take(HeadOutput((5,), (0.9,)), head_input, EXIT, LAST)
         found.append(output.plan.exit > 0)
-        ask = output.ask(LAST + 1, LAST + 1)
-        assert ask is not None
-        told = (*ask.proposals, 5) if stands else (6,)
+        head_input = output.head_input(LAST + 1, LAST + 1)
+        assert head_input is not None
+        told = (*head_input.proposals, 5) if stands else (6,)
         output.spent = 1.0
-        output.take(Answer(told, (0.9,) * len(told)), ask, LAST + 1, LAST)
+        output.take(HeadOutput(told, (0.9,) * len(told)), head_input, LAST + 1, LAST)
     return found
 
 
@@ -73,7 +73,7 @@ def test_rounds_after_drafts_in_vain_are_without_one_for_longer_and_longer() -> 
     for _ in range(200):
         drafter.learn(Plan(EXIT, 4), 1, 4, 9, 0.1)  # so good that the drafter itself does not rest
     drafter.learn(Plan(), 1, 0, 1, 1.0)  # nor tries it for some rounds
-    output = Output(1, settings_of(mode="speculative"), drafter)
+    output = Sequence(1, settings_of(mode="speculative"), drafter)
     runs = [(drafted, len(list(run))) for drafted, run in groupby(drafts(output, 45, stands=False))]
     assert runs == [(True, 4), (False, 1), (True, 1), (False, 3), (True, 1), (False, 7), (True, 1), (False, 15)] + [
         (True, 1),
@@ -84,7 +84,7 @@ def test_rounds_after_drafts_in_vain_are_without_one_for_longer_and_longer() -> 
 
 def test_a_row_that_rests_says_nothing_of_exits_until_a_draft_stands() -> None:
     drafter = drafter_that_rests()
-    output = Output(1, settings_of(mode="speculative"), drafter, vain=9, rests=3)
+    output = Sequence(1, settings_of(mode="speculative"), drafter, vain=9, rests=3)
     before = deepcopy(drafter)
     assert drafts(output, 5, stands=False) == [False] * 3 + [True, False]
     assert drafter == replace(before, acceptance=drafter.acceptance)
@@ -96,7 +96,7 @@ def test_a_row_that_rests_says_nothing_of_exits_until_a_draft_stands() -> None:
 def test_a_row_that_rests_tries_each_exit_in_turn() -> None:
     layers = (EXIT, EXIT + 1)
     drafter = Drafter(Costs({layer: 1.0 for layer in (*layers, LAST + 1)}), {layer: Acceptance() for layer in layers})
-    output = Output(1, settings_of(mode="speculative", exits=layers, drafting=layers), drafter)
+    output = Sequence(1, settings_of(mode="speculative", exits=layers, drafting=layers), drafter)
     tried = []
     for vain in (9, 10, 11):
         output.vain, output.rests, output.plan = vain, 0, None
@@ -109,7 +109,7 @@ def test_a_row_that_rests_tries_each_exit_in_turn() -> None:
 def test_a_row_begins_with_drafts_whatever_became_of_others() -> None:
     drafter = drafter_that_rests()
     assert drafter.plan([EXIT], 1) == Plan()
-    output = Output(1, settings_of(mode="speculative"), drafter)
+    output = Sequence(1, settings_of(mode="speculative"), drafter)
     assert drafts(output, TRIALS + 2, stands=False) == [True] * TRIALS + [False] * 2
     # One whose drafts stand goes on with them.
-    assert all(drafts(Output(2, settings_of(mode="speculative"), drafter), 9, stands=True))
+    assert all(drafts(Sequence(2, settings_of(mode="speculative"), drafter), 9, stands=True))

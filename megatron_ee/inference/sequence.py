@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from megatron_ee.inference.heads import Answer, Ask, single
+from megatron_ee.inference.heads import HeadInput, HeadOutput, single
 from megatron_ee.inference.policy import ExitPolicy, rest
 from megatron_ee.inference.requests import Draft, FinishReason, Mode, Token
 from megatron_ee.inference.sampling import Sampling
@@ -13,7 +13,7 @@ from megatron_ee.inference.speculation import TRIALS, Drafter, Plan
 
 
 @dataclass(frozen=True)
-class Settings:
+class SequenceParams:
     """What a request comes down to for one of its outputs: tokens and numbers, no text.
 
     Attributes:
@@ -46,7 +46,7 @@ class Settings:
 
 
 @dataclass
-class Output:
+class Sequence:
     """State of one output.
 
     Attributes:
@@ -84,7 +84,7 @@ class Output:
     """
 
     number: int
-    settings: Settings
+    settings: SequenceParams
     drafter: Drafter | None = None
     tokens: list[Token] = field(default_factory=list)
     run: int = 0
@@ -212,7 +212,7 @@ class Output:
         stayed, last = self.stayed.get(layer, (0, self.known))
         return last < self.known <= last + self.settings.policy.rest(stayed)
 
-    def ask(self, place: int, final: int) -> Ask | None:
+    def head_input(self, place: int, final: int) -> HeadInput | None:
         """What the head at ``place`` is asked about the newest token."""
         settings = self.settings
         seen = tuple(self.ids) if settings.sampling.repetition_penalty != 1 else ()
@@ -221,7 +221,7 @@ class Output:
         if place == final:
             if self.proposals:
                 count = len(self.proposals)
-                return Ask(
+                return HeadInput(
                     "verify",
                     position - count,
                     settings.sampling,
@@ -230,44 +230,44 @@ class Output:
                     seen=seen[: len(seen) - count],
                     logprobs=logprobs,
                 )
-            return Ask("emit", position, settings.sampling, measure, seen=seen, logprobs=logprobs)
+            return HeadInput("emit", position, settings.sampling, measure, seen=seen, logprobs=logprobs)
         if settings.mode == "threshold":
             threshold = single(settings.policy.at(place))
-            return Ask("leave", position, settings.sampling, measure, threshold, seen=seen, logprobs=logprobs)
+            return HeadInput("leave", position, settings.sampling, measure, threshold, seen=seen, logprobs=logprobs)
         if self.drafts:
-            return Ask("draft", position, settings.sampling, seen=seen)
+            return HeadInput("draft", position, settings.sampling, seen=seen)
         return None
 
-    def take(self, answer: Answer, ask: Ask, place: int, last: int) -> list[Token]:
+    def take(self, head_output: HeadOutput, head_input: HeadInput, place: int, last: int) -> list[Token]:
         """What an answer brings; afterwards the newest token is to be started, or has to go on from ``place``.
 
         Args:
             place: of the head.
             last: the last layer.
         """
-        if not answer.finite:
-            self.failed = f"the logits after layer {min(place, last)} at position {ask.position} are not finite"
+        if not head_output.finite:
+            self.failed = f"the logits after layer {min(place, last)} at position {head_input.position} are not finite"
             return []
-        if ask.kind == "draft":
-            self._propose(answer.tokens[0], answer.confidences[0], place, last)
+        if head_input.kind == "draft":
+            self._propose(head_output.tokens[0], head_output.confidences[0], place, last)
             return []
-        if ask.kind == "leave":
+        if head_input.kind == "leave":
             stayed, asked_at = self.stayed.pop(place, (0, -1))
-            if not answer.tokens:
+            if not head_output.tokens:
                 # A row that was set aside meanwhile asks about the same position again.
-                self.stayed[place] = (stayed + (asked_at != ask.position), ask.position)
+                self.stayed[place] = (stayed + (asked_at != head_input.position), head_input.position)
                 return []
             # An exit after the last layer leaves nothing to fill: it counts as a full pass.
             self.since_full = self.since_full + 1 if place < last else 0
             self._defer(place, last)
         else:
             self.since_full, self.place, self.stage = 0, 0, 0
-        layers = [last if ask.kind != "leave" else place] * len(answer.tokens)
+        layers = [last if head_input.kind != "leave" else place] * len(head_output.tokens)
         if self.plan is not None:
             layers[:-1] = [self.plan.exit] * (len(layers) - 1)
-            self._judge(answer.tokens)
-        logprobs = answer.logprobs or (None,) * len(answer.tokens)
-        found = list(map(Token, answer.tokens, layers, answer.confidences, logprobs))
+            self._judge(head_output.tokens)
+        logprobs = head_output.logprobs or (None,) * len(head_output.tokens)
+        found = list(map(Token, head_output.tokens, layers, head_output.confidences, logprobs))
         self.plan = None
         return self._emit(found)
 
@@ -291,7 +291,7 @@ class Output:
         self.sure.append(confidence)
         self._defer(place, last)
 
-    def _judge(self, emitted: Sequence[int]) -> None:
+    def _judge(self, emitted: tuple[int, ...]) -> None:
         """Learn from what became of a round's proposals, which are no longer any."""
         assert self.plan is not None and self.drafter is not None
         stood, made, lost = len(emitted) - 1, len(self.proposals), self.lost
@@ -312,7 +312,7 @@ class Output:
             self.drafter.learn(self.plan, self.rows, made, len(emitted), self.spent)
         self.proposals, self.sure, self.doubt = [], [], None
 
-    def _emit(self, tokens: Sequence[Token]) -> list[Token]:
+    def _emit(self, tokens: Iterable[Token]) -> list[Token]:
         """Take them, up to one that ends the output."""
         settings, taken = self.settings, []
         for token in tokens:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_ee.inference.core import Core
-from megatron_ee.inference.engine import make_output
-from megatron_ee.inference.heads import Answer, Ask
-from megatron_ee.inference.links import Places
+from megatron_ee.inference.engine import make_sequence
+from megatron_ee.inference.heads import HeadInput, HeadOutput
+from megatron_ee.inference.links import StageMap
 from megatron_ee.inference.memory import Budget, StageMemory
-from megatron_ee.inference.outputs import Settings
-from megatron_ee.inference.passes import Chain
+from megatron_ee.inference.passes import Pass
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft
 from megatron_ee.inference.sampling import Sampling
+from megatron_ee.inference.scheduler import Scheduler
+from megatron_ee.inference.sequence import SequenceParams
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
 
 LAYERS, EXIT = 4, 1
@@ -27,23 +27,23 @@ class Recorder:
 
     def __init__(self, stage: int, log: list[str]) -> None:
         self.stage, self.log = stage, log
-        self.asked: list[list[Ask]] = []
+        self.asked: list[list[HeadInput]] = []
 
-    def run(self, chain: Chain) -> None:
-        self.log.append(f"{'send' if chain.sends else 'run'} {self.stage}")
-        asks = [work.ask for work in chain.works if work.ask is not None]
-        if asks:
-            self.asked.append(asks)
+    def run(self, pass_: Pass) -> None:
+        self.log.append(f"{'send' if pass_.sends else 'run'} {self.stage}")
+        inputs = [work.head_input for work in pass_.sequences if work.head_input is not None]
+        if inputs:
+            self.asked.append(inputs)
 
     def receive(self, rows: Sequence[int]) -> None:
         self.log.append(f"receive {self.stage}")
 
-    def answers(self) -> list[Answer]:
-        self.log.append(f"answers {self.stage}")
+    def outputs(self) -> list[HeadOutput]:
+        self.log.append(f"outputs {self.stage}")
         found = []
-        for ask in self.asked.pop(0):
-            tokens = (*ask.proposals, 7)
-            found.append(Answer(tokens, (0.9,) * len(tokens)))
+        for head_input in self.asked.pop(0):
+            tokens = (*head_input.proposals, 7)
+            found.append(HeadOutput(tokens, (0.9,) * len(tokens)))
         return found
 
     def open(self, row: int, limit: int) -> None: ...
@@ -70,22 +70,22 @@ def run_speculative(stages: int) -> list[str]:
     final = LAYERS + 1
     ends = (final,) if stages == 1 else (LAYERS // 2, final)
     costs = Costs({EXIT: 1.0, final: 1.0})
-    core = Core(
+    scheduler = Scheduler(
         [Recorder(stage, log) for stage in range(stages)],
-        Places(ends),
+        StageMap(ends),
         Budget(10**9, [StageMemory(8, (None,))], 16, 512),
         max_rows=4,
         drafter=Drafter(costs, {EXIT: Acceptance()}),
         start_timer=lambda: Timer(log),
     )
-    settings = Settings(
+    settings = SequenceParams(
         0, 0, tuple(range(700)), "speculative", ExitPolicy(), Draft(), (EXIT,), Sampling(), 60, 900, drafting=(EXIT,)
     )
-    core.add([make_output(core, 0, settings)])
+    scheduler.add([make_sequence(scheduler, 0, settings)])
     for _ in range(200):
-        if core.idle:
+        if scheduler.idle:
             return log
-        core.advance()
+        scheduler.advance()
     raise AssertionError("the request does not end")
 
 
@@ -97,7 +97,7 @@ def test_the_command_to_receive_follows_the_send_directly() -> None:
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_device_time_is_read_with_the_answers_alone(stages: int) -> None:
+def test_device_time_is_read_with_the_outputs_alone(stages: int) -> None:
     log = run_speculative(stages)
     before = [before for before, after in itertools.pairwise(log) if after == "wait"]
-    assert len(before) > 3 and set(before) == {"answers 0"}
+    assert len(before) > 3 and set(before) == {"outputs 0"}
