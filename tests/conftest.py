@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from megatron_ee.model.stage import Stage
+    from megatron_ee.exits.stage import Stage
     from megatron_ee.parallel.groups import Groups
     from megatron_ee.testing.project import Project
 
@@ -68,8 +68,8 @@ def load_stage(groups: Groups) -> Callable[..., Stage]:
 
     from megatron_ee.checkpoint.initialise import initialise_exit
     from megatron_ee.checkpoint.loading import load_backbone, open_model
+    from megatron_ee.exits.stage import Stage
     from megatron_ee.model.setup import build_setup
-    from megatron_ee.model.stage import Stage
 
     def load(
         path: Path, exits: Any = (), *, layers: Any = None, dtype: Any = torch.float32, seed: int = 1, **kwargs: Any

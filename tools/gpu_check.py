@@ -48,12 +48,12 @@ def tune(small: bool, folder: Path) -> Iterator[Finding]:
     from megatron_ee.config.exits import ExitSpec
     from megatron_ee.config.schema import LossConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
     from megatron_ee.data.loader import Batch
+    from megatron_ee.exits.stage import build_stage
     from megatron_ee.model.setup import build_setup
-    from megatron_ee.model.stage import build_stage
-    from megatron_ee.parallel.balance import resolve_layout
     from megatron_ee.parallel.groups import process_groups
-    from megatron_ee.parallel.memory import Workload, stage_memory
     from megatron_ee.parallel.optimizer import ExitOptimizer
+    from megatron_ee.planning.balance import resolve_layout
+    from megatron_ee.planning.memory import Workload, stage_memory
     from megatron_ee.tuning.schedule import Pipeline
     from megatron_ee.tuning.step import tuning_step
 
@@ -106,12 +106,12 @@ def decode(small: bool, folder: Path) -> Iterator[Finding]:
 
     from megatron_ee import platform
     from megatron_ee.config.exits import ExitSpec
+    from megatron_ee.exits.stage import Stage
     from megatron_ee.inference.assembly import make_engine
     from megatron_ee.inference.policy import ExitPolicy
     from megatron_ee.inference.requests import Draft, Request
     from megatron_ee.inference.sampling import Sampling
     from megatron_ee.model.setup import build_setup
-    from megatron_ee.model.stage import Stage
     from megatron_ee.parallel.groups import process_groups
 
     arch, tokens = _architecture(small), 12 if small else 64
@@ -284,8 +284,8 @@ def _tiny_stage(directory: Path, groups: Any) -> Any:
     from megatron_ee.checkpoint.initialise import initialise_exit
     from megatron_ee.checkpoint.loading import load_backbone, open_model
     from megatron_ee.config.exits import ExitSpec
+    from megatron_ee.exits.stage import Stage
     from megatron_ee.model.setup import build_setup
-    from megatron_ee.model.stage import Stage
 
     specs = [ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4)]
     model = open_model(directory)

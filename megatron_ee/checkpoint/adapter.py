@@ -23,7 +23,6 @@ from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.gathering import gather_tensors
 from megatron_ee.checkpoint.loading import SavedModel, load_backbone, load_frozen_norms
 from megatron_ee.checkpoint.manifest import MANIFEST, encode
-from megatron_ee.checkpoint.names import Source, blocks, exit_saved_sources, exit_tensors
 from megatron_ee.checkpoint.parallel import EXITS
 from megatron_ee.checkpoint.safetensors_file import read_header, write_safetensors
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
@@ -34,8 +33,10 @@ from megatron_ee.config.schema import Body, Head, Init
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
-from megatron_ee.model.exits import Exit
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.stage import Stage
+from megatron_ee.exits.tensors import exit_saved_sources, exit_tensors
+from megatron_ee.model.names import Source, blocks
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.progress import track
 

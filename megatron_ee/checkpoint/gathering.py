@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ee.checkpoint.names import blocks, exit_saved_sources
-from megatron_ee.model.exits import Exit
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.tensors import exit_saved_sources
+from megatron_ee.model.names import blocks
 from megatron_ee.parallel.groups import Groups
 
 

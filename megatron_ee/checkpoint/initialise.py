@@ -9,9 +9,10 @@ import torch
 
 from megatron_ee.checkpoint.derived import constant, normal
 from megatron_ee.checkpoint.loading import SavedModel, fill, load_frozen_norms
-from megatron_ee.checkpoint.names import blocks, exit_copy_sources, exit_saved_sources
 from megatron_ee.checkpoint.tensors import StoredTensor
-from megatron_ee.model.exits import Exit
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.tensors import exit_copy_sources, exit_saved_sources
+from megatron_ee.model.names import blocks
 
 INIT_STD = 0.02
 OUTPUT_PROJECTIONS = ("mlp.down_proj.weight", "self_attn.o_proj.weight")

@@ -19,26 +19,25 @@ from megatron_ee import platform
 from megatron_ee.checkpoint.digest import backbone_digest
 from megatron_ee.checkpoint.hf_directory import INDEX, HFDirectory
 from megatron_ee.checkpoint.manifest import MANIFEST
-from megatron_ee.checkpoint.names import (
+from megatron_ee.checkpoint.parallel import EXITS, open_parallel
+from megatron_ee.checkpoint.store import Checkpoint
+from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
+from megatron_ee.config.architecture import Architecture, read_architecture
+from megatron_ee.errors import CheckpointError, ConfigError, shown
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.stage import Stage
+from megatron_ee.exits.tensors import exit_copy_sources, shared_head_sources
+from megatron_ee.model.names import (
     EMBEDDING,
     LM_HEAD,
     Block,
     Source,
     backbone_sources,
     blocks,
-    exit_copy_sources,
     expected_tensors,
     is_non_weight,
-    shared_head_sources,
 )
-from megatron_ee.checkpoint.parallel import EXITS, open_parallel
-from megatron_ee.checkpoint.store import Checkpoint
-from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
-from megatron_ee.config.architecture import Architecture, read_architecture
-from megatron_ee.errors import CheckpointError, ConfigError, shown
-from megatron_ee.model.exits import Exit
 from megatron_ee.model.setup import ModelSetup
-from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import launched_rank
 
 READERS = 2

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from megatron_ee.checkpoint.manifest import Box
-from megatron_ee.checkpoint.names import EMBEDDING, LAYER, LM_HEAD, Kind
 from megatron_ee.config.architecture import Architecture
+from megatron_ee.model.names import EMBEDDING, LAYER, LM_HEAD, Kind
 from megatron_ee.parallel.costs import padded_vocab
 
 _CUTS: dict[str, Kind] = {released: kind for names, kind in LAYER.values() for released in names}

@@ -10,12 +10,13 @@ from typing import Any
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.derived import copied, low_rank_sum
 from megatron_ee.checkpoint.initialise import random_tensor
-from megatron_ee.checkpoint.names import exit_tensors, head_name
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture, changed_settings, output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Head
 from megatron_ee.errors import CheckpointError, ConfigError
+from megatron_ee.exits.tensors import exit_tensors
+from megatron_ee.model.names import head_name
 
 
 def check_exits(contents: Contents) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.derived import low_rank_sum
-from megatron_ee.checkpoint.names import LM_HEAD, exit_tensors, expected_tensors, head_name
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES, PIECE
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.untrusted import parse_json, read_json
 from megatron_ee.errors import CheckpointError
+from megatron_ee.exits.tensors import exit_tensors
+from megatron_ee.model.names import LM_HEAD, expected_tensors, head_name
 
 CONFIG = "config.json"
 

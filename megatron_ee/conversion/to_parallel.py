@@ -11,14 +11,14 @@ from pathlib import Path
 from megatron_ee.checkpoint.adapter import SETTINGS
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.manifest import MANIFEST, Box, ShardContent, manifest_bytes, piece_name
-from megatron_ee.checkpoint.names import FINAL_NORM, LM_HEAD
 from megatron_ee.checkpoint.outputs import Output, OutputFile, Part, Written, split_parts
 from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_ee.checkpoint.slices import rank_box
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, ConfigError
-from megatron_ee.parallel.balance import even_layout
+from megatron_ee.model.names import FINAL_NORM, LM_HEAD
+from megatron_ee.parallel.layout import even_layout
 
 SHARD = 2 * 2**30  # bytes per file: enough files to write several at a time, and little to do again
 

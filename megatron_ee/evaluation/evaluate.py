@@ -27,11 +27,10 @@ from megatron_ee.evaluation.final_exit import final_exit
 from megatron_ee.evaluation.plots import plot_sweep
 from megatron_ee.evaluation.quality import measure
 from megatron_ee.evaluation.report import print_quality, report_dict
+from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.quality import Quality
 from megatron_ee.model.setup import ModelSetup, build_setup
-from megatron_ee.model.stage import build_stage
 from megatron_ee.parallel.agreement import each_own
-from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import (
     Groups,
     gather_objects,
@@ -40,7 +39,7 @@ from megatron_ee.parallel.groups import (
     model_groups,
     world_size,
 )
-from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.layout import Layout, StageLayout, even_layout
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Pipeline

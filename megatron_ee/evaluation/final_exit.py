@@ -22,9 +22,9 @@ from megatron_ee.checkpoint.safetensors_file import read_header, read_into, writ
 from megatron_ee.config.architecture import outputs_digest
 from megatron_ee.data.loader import ValidationWindows
 from megatron_ee.errors import CheckpointError
+from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.metrics import FinalStats
 from megatron_ee.model.setup import ModelSetup
-from megatron_ee.model.stage import build_stage
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import Interrupt

@@ -11,6 +11,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import UserError
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.compiled import CompiledStage
 from megatron_ee.inference.engine import Engine, make_sequence
 from megatron_ee.inference.links import StageMap, StageWorker
@@ -22,10 +23,8 @@ from megatron_ee.inference.remote import DriverScheduler, RemoteChannel, RemoteS
 from megatron_ee.inference.requests import MAX_DRAFT
 from megatron_ee.inference.scheduler import PASS_TOKENS, Scheduler
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
-from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import Groups, host_group
-from megatron_ee.parallel.layout import Layout
+from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.transfer import connect
 
 SLACK = MAX_DRAFT + 1

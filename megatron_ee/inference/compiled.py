@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError, first_line
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches, shared_mask
 from megatron_ee.inference.segments import Between, Head, Said, Segment
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.layer import DecoderLayer
-from megatron_ee.model.stage import Stage
 from megatron_ee.progress import track
 
 FORMS = 64

@@ -18,15 +18,14 @@ from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError, shown
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import MAX_ROWS, engine_on_ranks
 from megatron_ee.inference.compiled import check_compiler, compile_stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.prompts import check_ids, end_of_text
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups, world_size
-from megatron_ee.parallel.layout import Layout
+from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 
 

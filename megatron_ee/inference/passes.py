@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.compiled import CompiledStage
 from megatron_ee.inference.heads import HeadInput, HeadOutput, head_outputs
 from megatron_ee.inference.rows import Flow, Row
 from megatron_ee.inference.segments import Said
 from megatron_ee.model.attention import Positions
-from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
-from megatron_ee.model.stage import Stage
 
 TABLE = 1024
 """Positions by which the table of rotary angles grows."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches
 from megatron_ee.model.attention import Positions
-from megatron_ee.model.stage import Stage
 
 
 class Row:

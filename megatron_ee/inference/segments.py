@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.heads import likeliest
 from megatron_ee.inference.kv_cache import attend_together
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.backbone import VocabHead
-from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
-from megatron_ee.model.stage import Stage
 
 Said = tuple[Tensor, Tensor]
 """Float32 logits ``[tokens, vocab]``, and ``likeliest`` of them."""

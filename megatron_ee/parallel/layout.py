@@ -94,6 +94,14 @@ class Layout:
         return self.depth(self.last_layered) - self.depth(stage) if self.stages[stage].exits else 0
 
 
+def even_layout(num_layers: int, stages: int) -> Layout:
+    """All layers without exits, to run the final exit; stages beyond the number of layers stay empty."""
+    used = min(stages, num_layers)
+    bounds = [num_layers * index // used for index in range(used + 1)]
+    runs = [range(first + 1, last + 1) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return Layout(tuple(StageLayout(run) for run in runs) + (StageLayout(range(0)),) * (stages - used))
+
+
 def parse_layout(configured: Sequence[StageConfig], specs: Sequence[ExitSpec], num_layers: int, run: int) -> Layout:
     """The layout that a configuration lists.
 

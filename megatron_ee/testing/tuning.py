@@ -17,8 +17,8 @@ from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import LossConfig, OptimizerConfig, ScheduleConfig
 from megatron_ee.data.loader import Batch
+from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import build_stage
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.optimizer import ExitOptimizer

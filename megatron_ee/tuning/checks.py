@@ -18,10 +18,10 @@ from megatron_ee.checkpoint.atomic import storage_errors
 from megatron_ee.checkpoint.safetensors_file import tensor_bytes
 from megatron_ee.data.loader import Batch
 from megatron_ee.errors import UserError
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.stage import Stage
 from megatron_ee.model.backbone import Backbone
-from megatron_ee.model.exits import Exit
 from megatron_ee.model.layer import DecoderLayer
-from megatron_ee.model.stage import Stage
 from megatron_ee.tuning.trainer import Trainer
 
 LOG = "debug.log"

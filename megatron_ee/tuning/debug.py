@@ -23,14 +23,14 @@ import torch
 
 from megatron_ee.checkpoint.atomic import LOCK_NAME, storage_errors, writer_lock
 from megatron_ee.checkpoint.loading import SavedModel, open_model
-from megatron_ee.checkpoint.names import expected_tensors
 from megatron_ee.checkpoint.ownership import MARKER, check_output
 from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig, WandbConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.parallel.balance import resolve_layout
+from megatron_ee.model.names import expected_tensors
 from megatron_ee.parallel.groups import world_size
+from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.tuning.checks import LOG, checked
 from megatron_ee.tuning.run import MakeValidator, tune
 from megatron_ee.tuning.wandb_run import check_wandb

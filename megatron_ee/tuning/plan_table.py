@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ee.parallel.plan import Plan, StagePlan
+from megatron_ee.planning.plan import Plan, StagePlan
 from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:

@@ -37,11 +37,10 @@ from megatron_ee.data.checks import changed_data, check_data, describe_data
 from megatron_ee.data.indexed import Corpus
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
 from megatron_ee.errors import ConfigError, Interrupted
+from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.setup import ModelSetup, build_setup
-from megatron_ee.model.stage import Stage, build_stage
 from megatron_ee.parallel.adam import adam_class
 from megatron_ee.parallel.agreement import each_own
-from megatron_ee.parallel.balance import even_layout, resolve_layout
 from megatron_ee.parallel.groups import (
     Groups,
     collective_minutes,
@@ -51,10 +50,11 @@ from megatron_ee.parallel.groups import (
     model_groups,
     world_size,
 )
-from megatron_ee.parallel.layout import Layout
+from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.optimizer import ExitOptimizer
-from megatron_ee.parallel.plan import plan_run
 from megatron_ee.parallel.watchdog import watch_ranks
+from megatron_ee.planning.balance import resolve_layout
+from megatron_ee.planning.plan import plan_run
 from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog

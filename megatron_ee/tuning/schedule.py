@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.loader import Batch
+from megatron_ee.exits.stage import Stage
 from megatron_ee.model.distillation import Teacher
-from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.transfer import Inbox, Outbox, connect
 

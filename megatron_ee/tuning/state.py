@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.adapter import SETTINGS
 from megatron_ee.checkpoint.atomic import prune
-from megatron_ee.checkpoint.names import Source, blocks, exit_saved_sources
 from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.checkpoint.writing import Piece
@@ -28,7 +27,9 @@ from megatron_ee.config.architecture import changed_settings
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.data.checks import changed_data
 from megatron_ee.errors import CheckpointError, ConfigError
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
+from megatron_ee.exits.tensors import exit_saved_sources
+from megatron_ee.model.names import Source, blocks
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.split_adam import join, remainder_of
 

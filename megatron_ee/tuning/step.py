@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.config.schema import LossConfig
 from megatron_ee.data.loader import Batch
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.stage import Stage
 from megatron_ee.model.distillation import Distillation, Teacher, teacher_top_k
-from megatron_ee.model.exits import Exit
-from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.tuning.schedule import Microbatch, Pipeline

@@ -21,8 +21,8 @@ from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import process_groups
+from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.models import save_tiny_model
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import run_ranks
@@ -57,8 +57,8 @@ def engine_of(directory: str, tensor: int, pipeline: int, **options: Any) -> Ite
     """The engine on one rank, None on the ranks that only help."""
     from megatron_ee.checkpoint.initialise import initialise_exit
     from megatron_ee.checkpoint.loading import load_backbone, open_model
+    from megatron_ee.exits.stage import Stage
     from megatron_ee.model.setup import build_setup
-    from megatron_ee.model.stage import Stage
 
     torch.set_num_threads(1)
     model = open_model(Path(directory))

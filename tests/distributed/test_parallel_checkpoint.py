@@ -22,8 +22,8 @@ from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.edit import add_exits
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.to_parallel import to_parallel
+from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import build_stage
 from megatron_ee.parallel.groups import process_groups
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.testing.ranks import run_ranks

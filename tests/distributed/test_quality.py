@@ -18,10 +18,10 @@ from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.evaluate import evaluate
 from megatron_ee.evaluation.final_exit import final_exit
 from megatron_ee.evaluation.quality import measure
+from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import build_stage
-from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import joined_processes, model_groups
+from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import Case, prepare

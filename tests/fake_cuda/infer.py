@@ -7,14 +7,14 @@ from typing import Any
 from unittest import mock
 
 from megatron_ee import platform
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference import assembly, passes, remote
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import Stage
-from megatron_ee.parallel.balance import even_layout
 from megatron_ee.parallel.groups import process_groups
+from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.examples import example_architecture, open_example
 
 from .cluster import as_rank

@@ -40,7 +40,7 @@ def first_device() -> Iterator[None]:
     """A tensor on another rank's device."""
     import torch
 
-    from megatron_ee.model.exits import Exit
+    from megatron_ee.exits.exit import Exit
 
     forward = Exit.forward
 
@@ -73,7 +73,7 @@ def host_tensor_in_a_collective() -> Iterator[None]:
 @contextlib.contextmanager
 def read_value() -> Iterator[None]:
     """A value that is read for each exit."""
-    from megatron_ee.model.exits import Exit
+    from megatron_ee.exits.exit import Exit
 
     forward = Exit.forward
 

@@ -7,12 +7,12 @@ import torch
 from megatron_ee import platform
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import Batch
+from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import build_stage
-from megatron_ee.parallel.balance import resolve_layout
 from megatron_ee.parallel.groups import process_groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
-from megatron_ee.parallel.plan import plan_run
+from megatron_ee.planning.balance import resolve_layout
+from megatron_ee.planning.plan import plan_run
 from megatron_ee.testing.examples import example_architecture, open_example
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.step import tuning_step

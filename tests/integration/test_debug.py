@@ -20,7 +20,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
 from megatron_ee.config.schema import LossConfig, OptimizerConfig, ScheduleConfig
 from megatron_ee.errors import UserError
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.testing.project import Project, read_log

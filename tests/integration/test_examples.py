@@ -6,8 +6,8 @@ import pytest
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import LossConfig, OptimizerConfig, RunConfig, ScheduleConfig
-from megatron_ee.parallel.balance import resolve_layout
-from megatron_ee.parallel.plan import Plan, plan_run
+from megatron_ee.planning.balance import resolve_layout
+from megatron_ee.planning.plan import Plan, plan_run
 from megatron_ee.testing.examples import EXAMPLES, MODELS, example_architecture, open_example, written
 
 GPU_BYTES = 80e9

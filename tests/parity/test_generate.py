@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
-from megatron_ee.model.stage import Stage
 from megatron_ee.testing.models import FAMILIES, tiny_model
 
 Lively = Callable[[str], tuple[Path, Any]]

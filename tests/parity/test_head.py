@@ -24,8 +24,8 @@ from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.shallow import shallow_model
 from megatron_ee.conversion.to_hf import to_hf
 from megatron_ee.conversion.to_parallel import to_parallel
+from megatron_ee.exits.stage import Stage
 from megatron_ee.importers.megatron.export import to_torch_dist
-from megatron_ee.model.stage import Stage
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FILE = "model.safetensors"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
 from megatron_ee.testing.models import FAMILIES, LLAMA3_ROPE
 
 TOLERANCE = 1e-4

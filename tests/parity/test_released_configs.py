@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_logits import assert_close, make_tokens, reference_logits, stage_logits
 
 from megatron_ee.config.architecture import read_architecture
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
 
 SMALL = {
     "hidden_size": 64,

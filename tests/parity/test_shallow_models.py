@@ -21,7 +21,7 @@ from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.shallow import shallow_model
 from megatron_ee.conversion.to_hf import to_hf
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
 from megatron_ee.testing.models import FAMILIES, tiny_model
 
 TOLERANCE = 1e-4

@@ -1,12 +1,15 @@
-"""Tokenizers trained on the spot."""
+"""What several packages' tests share: tokenizers trained on the spot, and what transformers' models compute."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven naïve wizards write café letters in Łódź 漢字 😀"
 WORDS = TEXT.split()
@@ -107,3 +110,35 @@ def fallback_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Tensor:
+    """``[2, 24]``, longer than the windows of the tiny models."""
+    return torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(11))
+
+
+@pytest.fixture(scope="session")
+def trace() -> Callable[[Any, Tensor], dict[str, list[Tensor]]]:
+    """Runs a transformers model; gives h_0 .. h_L and r_1 .. r_L, ``[seq, batch, hidden]``, both indexed by layer."""
+
+    def run(model: Any, tokens: Tensor) -> dict[str, list[Tensor]]:
+        seen: dict[str, list[Tensor]] = {"h": [], "r": [torch.empty(0)]}
+        handles = []
+        for layer in model.model.layers:
+            handles.append(layer.register_forward_pre_hook(lambda _, args: seen["h"].append(args[0].transpose(0, 1))))
+            handles.append(
+                layer.post_attention_layernorm.register_forward_pre_hook(
+                    lambda _, args: seen["r"].append(args[0].transpose(0, 1))
+                )
+            )
+        handles.append(
+            model.model.norm.register_forward_pre_hook(lambda _, args: seen["h"].append(args[0].transpose(0, 1)))
+        )
+        with torch.no_grad():
+            model(tokens, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    return run

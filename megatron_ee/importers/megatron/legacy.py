@@ -15,21 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.contents import Contents
-from megatron_ee.checkpoint.names import (
-    EMBEDDING,
-    FINAL_NORM,
-    LAYER,
-    LM_HEAD,
-    Source,
-    blocks,
-    exit_parts,
-    exit_tensors,
-    expected_tensors,
-    layer_source,
-)
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, shown
+from megatron_ee.exits.tensors import exit_parts, exit_tensors
 from megatron_ee.importers.megatron.legacy_args import (
     EarlyExit,
     check_agreement,
@@ -48,6 +37,16 @@ from megatron_ee.importers.megatron.opening import (
     tracked_iteration,
 )
 from megatron_ee.importers.megatron.rows import Run, join_rows
+from megatron_ee.model.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    LAYER,
+    LM_HEAD,
+    Source,
+    blocks,
+    expected_tensors,
+    layer_source,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,7 +1,7 @@
 """The names of weights in Megatron's ``model_optim_rng.pt`` files: of the old language model, megatron-core and EE-LLM.
 
 The tables give a weight's place in the model as our own parameter names do; which released tensors a parameter is
-made of, and how the ranks share it, is in ``checkpoint/names.py``.
+made of, and how the ranks share it, is in ``model/names.py``.
 """
 
 from __future__ import annotations

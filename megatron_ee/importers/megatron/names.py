@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_ee.checkpoint.derived import constant
-from megatron_ee.checkpoint.names import EMBEDDING, FINAL_NORM, LM_HEAD, Source, expected_tensors, layer_source
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError
 from megatron_ee.importers.megatron.legacy_names import CORE_FUSED, CORE_LAYER
 from megatron_ee.importers.megatron.rows import Run, join_rows
+from megatron_ee.model.names import EMBEDDING, FINAL_NORM, LM_HEAD, Source, expected_tensors, layer_source
 
 CORE = {**CORE_LAYER, **CORE_FUSED}
 SPLIT = {

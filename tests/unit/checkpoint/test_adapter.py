@@ -23,7 +23,7 @@ from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
 
 HASH = "ab" * 32
 SPECS = [

@@ -309,7 +309,7 @@ PEAK = """
 import sys, torch
 from megatron_ee.checkpoint.loading import load_backbone, open_model
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.groups import process_groups
 from megatron_ee.platform import peak_memory
 
@@ -326,8 +326,8 @@ with process_groups() as groups:
 
 def write_large_model(directory: Path) -> None:
     """About 300 MB of bfloat16, one repeated block of random values, streamed to disk."""
-    from megatron_ee.checkpoint.names import expected_tensors
     from megatron_ee.config.architecture import parse_architecture
+    from megatron_ee.model.names import expected_tensors
 
     (directory / "config.json").write_text(json.dumps(CONFIG))
     header, end = {}, 0

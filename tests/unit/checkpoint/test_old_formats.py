@@ -13,7 +13,6 @@ from torch.optim import AdamW
 
 from megatron_ee.checkpoint.adapter import check_backbone, load_exits, open_adapter
 from megatron_ee.checkpoint.loading import load_backbone, open_model
-from megatron_ee.checkpoint.names import exit_saved_sources
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor
@@ -21,8 +20,9 @@ from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import CheckpointError
+from megatron_ee.exits.stage import Stage
+from megatron_ee.exits.tensors import exit_saved_sources
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.split_adam import join

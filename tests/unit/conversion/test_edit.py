@@ -17,14 +17,15 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.adapter import save_adapter
 from megatron_ee.checkpoint.contents import Contents
-from megatron_ee.checkpoint.names import blocks, exit_saved_sources
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.conversion.edit import add_exits, change_heads, check_exits, drop_exits, merge_exits
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.errors import CheckpointError, ConfigError
-from megatron_ee.model.exits import Exit
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.tensors import exit_saved_sources
+from megatron_ee.model.names import blocks
 
 HASH = "ab" * 32
 HEADS = ("own", "shared", "low_rank")

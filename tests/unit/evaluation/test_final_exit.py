@@ -14,7 +14,7 @@ from megatron_ee.checkpoint.loading import SavedModel, open_model
 from megatron_ee.evaluation import final_exit as module
 from megatron_ee.evaluation.final_exit import FinalExit, final_exit
 from megatron_ee.model.setup import ModelSetup, build_setup
-from megatron_ee.parallel.balance import even_layout
+from megatron_ee.parallel.layout import even_layout
 from megatron_ee.tuning.interrupt import Interrupt
 
 

@@ -14,8 +14,8 @@ from megatron_ee.checkpoint.adapter import save_adapter
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_backbone, open_model
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.stage import Stage
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import Stage
 from megatron_ee.parallel.groups import process_groups
 from megatron_ee.testing.models import save_tiny_model
 

@@ -14,6 +14,7 @@ import torch
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference import kv_cache
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
@@ -21,7 +22,6 @@ from megatron_ee.inference.kv_cache import Extent, LayerKV
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.passes import Pass, ScheduledSequence, StageRunner
 from megatron_ee.inference.policy import MAX_DEFERRED, ExitPolicy, confidences
 from megatron_ee.inference.requests import Completion, Draft, Request, Token
 from megatron_ee.inference.rows import Row
-from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 EveryLogit = Callable[[Stage, Sequence[int]], dict[int, Tensor]]
@@ -284,7 +284,7 @@ def test_cap_forces_a_full_pass(cap: int, exit_stage: MakeStage) -> None:
 def test_heads_are_computed_for_one_position_and_only_while_asked(
     exit_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_ee.model.exits import Exit
+    from megatron_ee.exits.exit import Exit
 
     seen: list[tuple[str, int]] = []
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 

@@ -15,12 +15,12 @@ import megatron_ee.inference.memory as memory
 import megatron_ee.inference.prefixes as prefixes
 import megatron_ee.inference.scheduler as core_module
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model.stage import Stage
 
 DRAWN = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=3)
 SOUND = (1, 2)

@@ -17,9 +17,9 @@ import torch
 from megatron_ee.commands.generate import parser
 from megatron_ee.commands.main import main
 from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.fields import FIELDS, make_request
 from megatron_ee.inference.requests import Request
-from megatron_ee.model.stage import Stage
 from megatron_ee.testing.models import save_tiny_model
 
 PROMPT = "Once upon a time"

@@ -13,6 +13,7 @@ import megatron_ee.inference.memory as memory
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache import CHUNK
@@ -20,7 +21,6 @@ from megatron_ee.inference.memory import Budget, StageMemory, stage_memory
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 

@@ -11,13 +11,13 @@ import torch
 import megatron_ee.inference.kv_cache as kv_cache
 import megatron_ee.inference.memory as memory
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.passes import Pass, ScheduledSequence, StageRunner
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.prefixes import LEAST, Prefix, Prefixes
 from megatron_ee.inference.requests import Completion, Draft, Request
-from megatron_ee.model.stage import Stage
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 

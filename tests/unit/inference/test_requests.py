@@ -13,12 +13,12 @@ import pytest
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import ConfigError
+from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import MAX_DRAFT, MAX_LOGPROBS, Draft, Request
 from megatron_ee.inference.sampling import Sampling
-from megatron_ee.model.stage import Stage
 
 EXITS = [ExitSpec(1), ExitSpec(2, "norm"), ExitSpec(4, "norm")]
 SPECULATIVE: dict[str, Any] = {"mode": "speculative"}

@@ -69,7 +69,7 @@ def cuda():
     return [getattr(torch.cuda, name) for name in ("current_device", "synchronize", "empty_cache")]
 
 before = cuda()
-import megatron_ee.model.stage
+import megatron_ee.exits.stage
 import megatron_ee.parallel.optimizer
 from megatron_ee.parallel.groups import process_groups
 

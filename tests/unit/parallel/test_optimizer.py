@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.split_adam import join
 

@@ -300,7 +300,7 @@ from megatron_ee.conversion.copy import write_output
 from megatron_ee.checkpoint.derived import constant
 from megatron_ee.importers.megatron.export import to_torch_dist
 from megatron_ee.importers.megatron.torch_dist import open_torch_dist
-from megatron_ee.checkpoint.names import expected_tensors
+from megatron_ee.model.names import expected_tensors
 from megatron_ee.config.architecture import parse_architecture
 import torch, torch.distributed.checkpoint
 

@@ -17,13 +17,13 @@ from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DistillationConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from megatron_ee.data.loader import Batch
+from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.stage import Stage, build_stage
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.layout import Layout, StageLayout
-from megatron_ee.parallel.memory import Workload, stage_memory, stage_parameters
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.tiles import accelerator_tiles
+from megatron_ee.planning.memory import Workload, stage_memory, stage_parameters
 from megatron_ee.testing.models import FAMILIES
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.step import tuning_step

@@ -13,8 +13,9 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ParallelConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.parallel.costs import exit_flops, final_exit_flops, last_layer, layer_flops
+from megatron_ee.parallel.costs import final_exit_flops
 from megatron_ee.parallel.layout import Layout, StageLayout, parse_layout
+from megatron_ee.planning.costs import exit_flops, last_layer, layer_flops
 
 PRECISION = 1e-4
 """The search ends when the busiest stage can at best lose this share of its work."""
@@ -45,14 +46,6 @@ def resolve_layout(
         )
     run = last_layer(specs, architecture.num_layers, distillation)
     return parse_layout(parallel.layout, specs, architecture.num_layers, run)
-
-
-def even_layout(num_layers: int, stages: int) -> Layout:
-    """All layers without exits, to run the final exit; stages beyond the number of layers stay empty."""
-    used = min(stages, num_layers)
-    bounds = [num_layers * index // used for index in range(used + 1)]
-    runs = [range(first + 1, last + 1) for first, last in zip(bounds, bounds[1:], strict=False)]
-    return Layout(tuple(StageLayout(run) for run in runs) + (StageLayout(range(0)),) * (stages - used))
 
 
 def balance(

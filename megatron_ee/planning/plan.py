@@ -13,9 +13,10 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import data_parallel_size
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
-from megatron_ee.parallel.costs import exit_flops, final_exit_flops, layer_flops
+from megatron_ee.parallel.costs import final_exit_flops
 from megatron_ee.parallel.layout import Layout
-from megatron_ee.parallel.memory import Memory, Workload, stage_memory, stage_parameters
+from megatron_ee.planning.costs import exit_flops, layer_flops
+from megatron_ee.planning.memory import Memory, Workload, stage_memory, stage_parameters
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 

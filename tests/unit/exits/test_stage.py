@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.stage import Stage
 from megatron_ee.testing.models import FAMILIES
 
 Trace = Callable[[Any, Tensor], dict[str, list[Tensor]]]

@@ -10,10 +10,10 @@ import pytest
 from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
-from megatron_ee.parallel.costs import exit_flops, layer_flops
 from megatron_ee.parallel.layout import Layout, StageLayout
-from megatron_ee.parallel.memory import Workload, stage_memory
-from megatron_ee.parallel.plan import StageWork, idle_shares, make_plan, plan_run
+from megatron_ee.planning.costs import exit_flops, layer_flops
+from megatron_ee.planning.memory import Workload, stage_memory
+from megatron_ee.planning.plan import StageWork, idle_shares, make_plan, plan_run
 from megatron_ee.tables import make_console
 from megatron_ee.tuning.plan_table import print_plan
 

@@ -11,15 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_ee import platform
 from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.parallel.costs import (
-    attended_pairs,
-    attention_flops,
-    exit_flops,
-    final_exit_flops,
-    last_layer,
-    layer_flops,
-    padded_vocab,
-)
+from megatron_ee.parallel.costs import attended_pairs, attention_flops, final_exit_flops, padded_vocab
+from megatron_ee.planning.costs import exit_flops, last_layer, layer_flops
 
 SEQUENCES, TOKENS = 2, 24
 

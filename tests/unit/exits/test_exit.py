@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.model.exits import Exit
-from megatron_ee.model.stage import Stage
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.stage import Stage
 from megatron_ee.testing.models import FAMILIES
 
 LAYERS = 4

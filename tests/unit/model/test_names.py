@@ -10,22 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_ee.checkpoint.names import (
+from megatron_ee.config.architecture import Architecture, Rope, read_architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.tensors import exit_copy_sources, exit_saved_sources, exit_tensors, shared_head_sources
+from megatron_ee.model.names import (
     LAYER,
     Block,
     Source,
     backbone_sources,
     blocks,
-    exit_copy_sources,
-    exit_saved_sources,
-    exit_tensors,
     expected_tensors,
     is_non_weight,
     layer_source,
-    shared_head_sources,
 )
-from megatron_ee.config.architecture import Architecture, Rope, read_architecture
-from megatron_ee.config.exits import ExitSpec
 from megatron_ee.testing.models import FAMILIES
 
 

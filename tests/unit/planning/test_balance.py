@@ -13,9 +13,10 @@ from megatron_ee.config.architecture import Architecture, parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ParallelConfig, StageConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.parallel.balance import PRECISION, _fullest, _Search, balance, even_layout, resolve_layout
-from megatron_ee.parallel.costs import exit_flops, final_exit_flops, last_layer, layer_flops
-from megatron_ee.parallel.layout import Layout, StageLayout, parse_layout
+from megatron_ee.parallel.costs import final_exit_flops
+from megatron_ee.parallel.layout import Layout, StageLayout, even_layout, parse_layout
+from megatron_ee.planning.balance import PRECISION, _fullest, _Search, balance, resolve_layout
+from megatron_ee.planning.costs import exit_flops, last_layer, layer_flops
 
 TOKENS = 512
 BODIES: tuple[Any, ...] = ("embedding", "norm", "mlp", "layer")

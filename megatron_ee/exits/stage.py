@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.exit import Exit
 from megatron_ee.model.backbone import Backbone, VocabHead
 from megatron_ee.model.exit_loss import exit_statistics
-from megatron_ee.model.exits import Exit
 from megatron_ee.model.linear import product
 from megatron_ee.model.metrics import TokenStats
 from megatron_ee.parallel.layout import Layout

@@ -1,0 +1,1 @@
+"""Exits, and the stage that hosts them beside its layers."""
