@@ -1,82 +1,86 @@
-"""Progress of long work on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work on stderr: rich's bar on a terminal, a plain line now and then elsewhere.
+
+Rate and time left are rich's in both cases.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
 LINE_SECONDS = 10.0  # between two plain lines
-_REDRAW_SECONDS = 0.1
-_WINDOW_SECONDS = 30.0  # the rate is the mean over this much of the past
+_RATE_SECONDS = 600.0  # the rate is the mean over this much of the past, or over the last 1000 updates
+
+
+class _Figures(ProgressColumn):
+    """``done/total unit, rate``, as in a plain line."""
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        return Text(_figures(task), style="progress.data.speed")
 
 
 class Progress:
-    """What ``track`` gives. ``done`` is the number of units finished so far."""
+    """What ``track`` gives."""
 
-    def __init__(self, total: int, unit: str, description: str, rate_unit: str, done: int, bar: Any = None) -> None:
-        self.total, self.unit, self.description, self.rate_unit, self.done = total, unit, description, rate_unit, done
-        self._bar = bar
-        self._before = done
-        self._start = self._shown = time.monotonic()
-        # (time, units done, amount in rate units done), oldest first
-        self._history: deque[tuple[float, int, float]] = deque([(self._start, done, 0.0)])
-        self._amount = 0.0
-        self._task = bar.add_task("", total=total, completed=done, text="") if bar is not None else None
+    def __init__(
+        self, total: int, unit: str, description: str, rate_unit: str, completed: int, *, enabled: bool = True
+    ) -> None:
+        self._enabled = enabled
+        self._lines = enabled and not sys.stderr.isatty()
+        self._bars = Bars(
+            BarColumn(),
+            TaskProgressColumn(),
+            _Figures(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.description}", markup=False),
+            console=Console(stderr=True),
+            refresh_per_second=8,
+            speed_estimate_period=_RATE_SECONDS,
+            disable=not enabled or self._lines,
+        )
+        counted: dict[str, Any] = {"before": completed, "unit": unit, "amount": 0.0, "rate_unit": rate_unit}
+        self._id = self._bars.add_task(description, total=total, completed=completed, **counted)
+        self._task = self._bars.tasks[0]
+        self._bars.advance(self._id, 0)  # rates count from here
+        self._shown = time.monotonic()
+
+    @property
+    def done(self) -> int:
+        """Units finished so far."""
+        return int(self._task.completed)
 
     def advance(self, count: int = 1, amount: float | None = None) -> None:
         """``count`` more units are done, worth ``amount`` in the rate's unit (default: ``count``)."""
-        self.done += count
-        self._amount += count if amount is None else amount
+        self._task.fields["amount"] += count if amount is None else amount
+        self._bars.advance(self._id, count)
         now = time.monotonic()
-        if now - self._shown >= (_REDRAW_SECONDS if self._bar is not None else LINE_SECONDS):
-            self._remember(now)
-            self._show(now)
+        if self._lines and now - self._shown >= LINE_SECONDS:
+            self._shown = now
+            self.note(self._line())
 
     def describe(self, text: str) -> None:
         """Replace the description, for example by one with the latest losses; shown with the next update."""
-        self.description = text
+        self._task.description = text
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
+        if self._lines:
             print(text, file=sys.stderr, flush=True)
+        elif self._enabled:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def line(self) -> str:
-        """The state in words: done of total, rate and time left."""
-        then, done, amount = self._history[0]
-        seconds = max(time.monotonic() - then, 1e-9)
-        pace = (self.done - done) / seconds
-        left = f"{_clock((self.total - self.done) / pace)} left" if pace > 0 and self.total > self.done else ""
-        parts = [
-            f"{_quantity(self.done, self.unit)}/{_quantity(self.total, self.unit)} {_name(self.unit)}",
-            f"{_quantity((self._amount - amount) / seconds, self.rate_unit)} {_name(self.rate_unit)}/s",
-            left,
-        ]
-        return ", ".join(part for part in parts if part)
-
-    def _remember(self, now: float) -> None:
-        self._history.append((now, self.done, self._amount))
-        while len(self._history) > 2 and now - self._history[1][0] >= _WINDOW_SECONDS:
-            self._history.popleft()
-
-    def _show(self, now: float) -> None:
-        self._shown = now
-        if self._bar is not None:
-            text = f"{self.line()}  {self.description}"
-            self._bar.update(self._task, completed=self.done, text=text)
-        else:
-            self.note(f"{self.description}: {self.line()}")
-
-    def _finish(self) -> None:
-        if self.done > self._before:
-            self._history = deque([(self._start, self._before, 0.0)])  # the last line tells the mean over all of it
-            self._show(time.monotonic())
+    def _line(self) -> str:
+        left = self._task.time_remaining
+        return f"{self._task.description}: {_figures(self._task)}" + (f", {_clock(left)} left" if left else "")
 
 
 @contextmanager
@@ -99,36 +103,23 @@ def track(
         completed: units done before, by an earlier run: they count in the total, not in the rate.
         enabled: False shows nothing (processes other than the first).
     """
-    rate_unit = rate_unit or unit
-    if not enabled:
-        yield _Silent(total, unit, description, rate_unit, completed)
-        return
-    if not sys.stderr.isatty():
-        progress = Progress(total, unit, description, rate_unit, completed)
+    progress = Progress(total, unit, description, rate_unit or unit, completed, enabled=enabled)
+    with progress._bars:
         yield progress
-        progress._finish()
-        return
-    # Imported only here: most commands never draw a bar.
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), TextColumn("{task.fields[text]}", markup=False), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), refresh_per_second=8) as bar:
-        progress = Progress(total, unit, description, rate_unit, completed, bar)
-        progress._show(time.monotonic())
-        yield progress
-        progress._finish()
+    if progress._lines and progress.done > completed:
+        progress._task.finished_time = progress._task.elapsed  # the last line gives the mean over all of it
+        progress.note(progress._line())
 
 
-class _Silent(Progress):
-    """Counts and shows nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def _show(self, now: float) -> None:
-        self._shown = now
+def _figures(task: Task) -> str:
+    """``4/10 steps, 5,000 tokens/s``: the rate of late; over all of it once the work is done."""
+    fields, done = task.fields, task.completed - task.fields["before"]
+    mean = done / max(task.elapsed or 0, 1e-9)
+    units = task.speed if task.speed and not task.finished else mean
+    amount = units * fields["amount"] / done if done else 0.0
+    unit, rate_unit = fields["unit"], fields["rate_unit"]
+    counted = f"{_quantity(task.completed, unit)}/{_quantity(task.total or 0, unit)} {_name(unit)}"
+    return f"{counted}, {_quantity(amount, rate_unit)} {_name(rate_unit)}/s"
 
 
 def _name(unit: str) -> str:

@@ -64,7 +64,7 @@ def test_a_bar_on_a_terminal() -> None:
     err = b"".join(chunks).decode()
     assert out == "result\n"
     assert "━" in err and "[saved] step-2" in err
-    assert "tokens/s" in err and "4/4 steps" in err and "loss 3.5" in err and " left" in err
+    assert "tokens/s" in err and "4/4 steps" in err and "100%" in err and "loss 3.5" in err and "0:00:0" in err
 
 
 def test_time_between_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
