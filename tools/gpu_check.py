@@ -102,7 +102,7 @@ def tune(small: bool, folder: Path) -> Iterator[Finding]:
 def decode(small: bool, folder: Path) -> Iterator[Finding]:
     """A 7B model's shape with random weights in every mode, and transformers' ``generate`` beside full mode."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: TID251  trust_remote_code=False below
 
     from megatron_ee import platform
     from megatron_ee.config.exits import ExitSpec

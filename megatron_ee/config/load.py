@@ -137,7 +137,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as text: {error}") from None
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, _Loader)  # noqa: S506  _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}:{_yaml_problem(error)}") from None
     if not isinstance(values, dict):
@@ -210,7 +210,7 @@ def _parse(text: str, kind: Any, key: str) -> Any:
     if takes_text and not text.lstrip().startswith(("{", "[") if takes_list else "{"):
         return text
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506  _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {text!r} is not valid YAML: {_yaml_problem(error).partition('YAML: ')[2]}") from None
 

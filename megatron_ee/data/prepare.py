@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
+import multiprocessing  # noqa: TID251  with the processes it starts
 import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor  # noqa: TID251  with the processes it starts
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path

@@ -206,7 +206,7 @@ def _of_sentencepiece(path: Path, model: Path, files: TokenizerFiles) -> Tokeniz
 
 
 def _of_transformers(directory: Path, files: TokenizerFiles) -> Tokenizer:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # noqa: TID251  trust_remote_code=False below
 
     try:
         # Spelt out: left open, transformers would ask on the terminal.

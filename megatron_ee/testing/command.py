@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing  # noqa: TID251  with the process it starts
 import os
 import shutil
 import signal

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
+import multiprocessing  # noqa: TID251  with the processes it starts
 import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection  # noqa: TID251  with the processes it starts
 from typing import Any
 
 LEAVING = 10.0  # seconds for a rank that has answered: what it started itself ends with it, unless it is killed

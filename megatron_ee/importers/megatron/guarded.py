@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle
+import pickle  # noqa: TID251  reads only what --trust-checkpoint allows
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
