@@ -47,7 +47,7 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff>=0.17.6,<0.18",  # a minor release may format differently
             "mypy>=2.4,<2.5",
-            "import-linter>=2.9,<3",
+            "import-linter>=2.17,<3",
         ],
     },
     entry_points={"console_scripts": ["megatron-ee = megatron_ee.commands.main:main"]},

@@ -96,7 +96,7 @@ def nothing_more(directory: Path, written: Mapping[str, Written]) -> dict[str, b
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputDirectory:
     """A directory to be written.
 
     Attributes:

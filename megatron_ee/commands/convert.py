@@ -67,11 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
     heads = _heads(arguments.heads)
     all_heads = heads.pop(ALL, None)
     from megatron_ee.checkpoint.ownership import check_new
-    from megatron_ee.conversion.convert import Request, plan_output, prepare, write
+    from megatron_ee.conversion.convert import Conversion, plan_output, prepare, write
     from megatron_ee.conversion.report import print_contents, print_plan
     from megatron_ee.conversion.usage import usage
 
-    request = Request(
+    request = Conversion(
         input=arguments.input,
         to=arguments.to,
         model=arguments.model,

@@ -11,7 +11,7 @@ from typing import Literal
 
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.digest import hash_backbone
-from megatron_ee.checkpoint.outputs import Output
+from megatron_ee.checkpoint.outputs import OutputDirectory
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import resolve_exits
 from megatron_ee.config.schema import ExitConfig, Head
@@ -29,7 +29,7 @@ Target = Literal["hf", "parallel", "adapter", "megatron"]
 
 
 @dataclass(frozen=True)
-class Request:
+class Conversion:
     """What to convert, and into what.
 
     Attributes:
@@ -71,7 +71,7 @@ class Request:
     shard: int = SHARD
 
 
-def prepare(request: Request) -> tuple[Contents, Contents]:
+def prepare(request: Conversion) -> tuple[Contents, Contents]:
     """What is in the input, and what is to be written. No tensor is in memory.
 
     Raises:
@@ -107,7 +107,7 @@ def prepare(request: Request) -> tuple[Contents, Contents]:
     return found, contents
 
 
-def plan_output(contents: Contents, request: Request) -> Output:
+def plan_output(contents: Contents, request: Conversion) -> OutputDirectory:
     """The files to write.
 
     Raises:
@@ -128,7 +128,7 @@ def plan_output(contents: Contents, request: Request) -> Output:
     return to_parallel(contents, tensor=request.tensor, stages=stages)
 
 
-def write(contents: Contents, request: Request, output: Path) -> None:
+def write(contents: Contents, request: Conversion, output: Path) -> None:
     """Write ``contents`` to the new directory ``output``, with progress on stderr.
 
     Raises:
@@ -144,7 +144,7 @@ def backbone_hash(contents: Contents) -> str:
     return hash_backbone(contents.backbone, enabled=sys.stderr.isatty())
 
 
-def _check(request: Request) -> None:
+def _check(request: Conversion) -> None:
     if request.exit is not None and request.to != "hf":
         raise ConfigError(f"--exit: writes an exit as a Hugging Face model; use --to hf, not --to {request.to}")
     if request.to != "parallel" and (request.tensor, request.pipeline, tuple(request.stages)) != (1, 1, ()):
@@ -153,12 +153,12 @@ def _check(request: Request) -> None:
         raise ConfigError(f"--stages: {list(request.stages)} are not the {request.pipeline} stages of --pipeline")
 
 
-def _needs_backbone(found: Contents, request: Request) -> bool:
+def _needs_backbone(found: Contents, request: Conversion) -> bool:
     wanted = request.to != "adapter" or request.exit is not None or request.add or request.heads or request.all_heads
     return found.architecture is None and bool(wanted)
 
 
-def _with_backbone(found: Contents, request: Request) -> Contents:
+def _with_backbone(found: Contents, request: Conversion) -> Contents:
     """Exits on the backbone that they were made for."""
     place = request.model or Path(found.base_model)
     if request.model is None and not place.is_dir():

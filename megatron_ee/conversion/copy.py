@@ -1,4 +1,4 @@
-"""The one loop that moves weights: streams an ``Output`` to disk in bounded memory, and goes on where it was stopped.
+"""The loop that moves weights: streams an ``OutputDirectory`` to disk in bounded memory, and goes on where it stopped.
 
 Files are written in ``NAME.converting`` beside the output, several at a time, each through one buffer of a few MiB; a
 finished one leaves its checksums in ``.progress``. When all are there, one rename makes the output visible. The same
@@ -24,7 +24,7 @@ from megatron_ee.checkpoint.atomic import clear_leftovers, commit_directory, sto
 from megatron_ee.checkpoint.digest import BlockHasher, hash_range
 from megatron_ee.checkpoint.failpoints import failpoint
 from megatron_ee.checkpoint.manifest import BLOCK
-from megatron_ee.checkpoint.outputs import Output, OutputFile, Part, Written
+from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Part, Written
 from megatron_ee.checkpoint.ownership import check_new
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_ee.config.untrusted import open_regular, read_json
@@ -37,7 +37,7 @@ SPARE = 64 * 2**20  # bytes for headers and small files
 
 
 def write_output(
-    output: Output,
+    output: OutputDirectory,
     final: Path,
     *,
     advance: Callable[[int], None] = lambda count: None,
@@ -101,7 +101,7 @@ def _work_directory(final: Path) -> Iterator[Path]:
         os.close(fd)
 
 
-def _clear_others(output: Output, work: Path) -> None:
+def _clear_others(output: OutputDirectory, work: Path) -> None:
     """Remove files that are no part of ``output``: another command, with other options, was interrupted here."""
     own = {work / file.name for file in output.files} | {_record(file, work) for file in output.files}
     with storage_errors(work, "clean up"):
@@ -118,7 +118,7 @@ def _record(file: OutputFile, work: Path) -> Path:
     return work / PROGRESS / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.json"
 
 
-def _check_space(output: Output, work: Path) -> None:
+def _check_space(output: OutputDirectory, work: Path) -> None:
     """Refuse before hours of writing what cannot fit; what an earlier try left counts as written."""
     with storage_errors(work, "measure the free space"):
         free = shutil.disk_usage(work).free
@@ -132,7 +132,7 @@ def _check_space(output: Output, work: Path) -> None:
 
 
 def _write_files(
-    output: Output, work: Path, advance: Callable[[int], None], report: Callable[[str], None]
+    output: OutputDirectory, work: Path, advance: Callable[[int], None], report: Callable[[str], None]
 ) -> dict[str, Written]:
     stop, lock = threading.Event(), threading.Lock()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_ee.checkpoint.contents import Contents
-from megatron_ee.checkpoint.outputs import Output, OutputFile
+from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.tables import add_columns, make_console, new_table
 
@@ -35,7 +35,7 @@ def print_contents(contents: Contents, output: TextIO | None = None) -> None:
     console.print()
 
 
-def print_plan(plan: Output, directory: Path, output: TextIO | None = None) -> None:
+def print_plan(plan: OutputDirectory, directory: Path, output: TextIO | None = None) -> None:
     """The files that would be written, with sizes."""
 
     def tensors(file: OutputFile) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS, describe_exits
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.digest import file_sha256
-from megatron_ee.checkpoint.outputs import Output, OutputFile, Written, whole_part
+from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Written, whole_part
 from megatron_ee.errors import CheckpointError
 
 
-def to_adapter(contents: Contents) -> Output:
+def to_adapter(contents: Contents) -> OutputDirectory:
     """The exits of ``contents``, for the backbone that they name.
 
     Raises:
@@ -25,7 +25,7 @@ def to_adapter(contents: Contents) -> Output:
     def finish(directory: Path, written: Mapping[str, Written]) -> dict[str, bytes]:
         return describe(contents, directory)
 
-    return Output("adapter", (adapter_file(contents),), {}, finish)
+    return OutputDirectory("adapter", (adapter_file(contents),), {}, finish)
 
 
 def adapter_file(contents: Contents, prefix: str = "") -> OutputFile:

@@ -9,14 +9,14 @@ from pathlib import Path
 from megatron_ee.checkpoint.adapter import INCLUDED
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.hf_directory import INDEX, SINGLE
-from megatron_ee.checkpoint.outputs import Output, OutputFile, Written, split_parts, whole_part
+from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Written, split_parts, whole_part
 from megatron_ee.conversion.to_adapter import adapter_file, describe
 from megatron_ee.errors import CheckpointError
 
 SHARD = 5 * 10**9  # bytes, as transformers cuts
 
 
-def to_hf(contents: Contents, *, shard: int = SHARD) -> Output:
+def to_hf(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
     """The backbone in its released names and dtypes, with its exits as an adapter in ``adapter/``.
 
     Args:
@@ -44,7 +44,7 @@ def to_hf(contents: Contents, *, shard: int = SHARD) -> Output:
             small[INDEX] = _index(backbone)
         return small
 
-    return Output("Hugging Face model", tuple(files), contents.assets, finish)
+    return OutputDirectory("Hugging Face model", tuple(files), contents.assets, finish)
 
 
 def _index(files: tuple[OutputFile, ...]) -> bytes:

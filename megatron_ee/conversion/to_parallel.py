@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_ee.checkpoint.adapter import SETTINGS
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.manifest import MANIFEST, Box, ShardContent, manifest_bytes, piece_name
-from megatron_ee.checkpoint.outputs import Output, OutputFile, Part, Written, split_parts
+from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Part, Written, split_parts
 from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_ee.checkpoint.slices import rank_box
@@ -23,7 +23,9 @@ from megatron_ee.parallel.layout import even_layout
 SHARD = 2 * 2**30  # bytes per file: enough files to write several at a time, and little to do again
 
 
-def to_parallel(contents: Contents, *, tensor: int = 1, stages: Sequence[int] = (), shard: int = SHARD) -> Output:
+def to_parallel(
+    contents: Contents, *, tensor: int = 1, stages: Sequence[int] = (), shard: int = SHARD
+) -> OutputDirectory:
     """The backbone and its exits.
 
     Args:
@@ -62,7 +64,7 @@ def to_parallel(contents: Contents, *, tensor: int = 1, stages: Sequence[int] = 
         return {MANIFEST: manifest_bytes(directory, shards, metadata)}
 
     what = f"parallel checkpoint (tensor {tensor}, stages {len(stages) or 1})"
-    return Output(what, tuple(files), contents.assets, finish)
+    return OutputDirectory(what, tuple(files), contents.assets, finish)
 
 
 def even_stages(num_layers: int, pipeline: int) -> list[int]:

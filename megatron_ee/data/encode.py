@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ee.data.chat import ChatRenderer
-from megatron_ee.data.read import Piece
+from megatron_ee.data.read import TextPiece
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import DataError
 
@@ -68,7 +68,7 @@ class PieceEncoder:
                 raise DataError(f"{options.tokenizer_path}: the tokenizer has no beginning-of-text token to prepend")
             self._start = [self.tokenizer.bos_id]
 
-    def __call__(self, piece: Piece) -> Encoded:
+    def __call__(self, piece: TextPiece) -> Encoded:
         """Tokens of one piece.
 
         Raises:
@@ -77,7 +77,7 @@ class PieceEncoder:
         """
         return self._lines(piece) if piece.lines else self._text(piece)
 
-    def _text(self, piece: Piece) -> Encoded:
+    def _text(self, piece: TextPiece) -> Encoded:
         text = _decode(piece.data, piece.path, piece.line, piece.offset)
         if piece.first and piece.last and not text.strip():
             raise DataError(f"{piece.path}: holds only white space; remove it from --input")
@@ -87,7 +87,7 @@ class PieceEncoder:
         self._check_known(ids, str(piece.path))
         return Encoded(np.array(ids, dtype=np.int32), None, [len(ids)], piece.last)
 
-    def _lines(self, piece: Piece) -> Encoded:
+    def _lines(self, piece: TextPiece) -> Encoded:
         ids: list[int] = []
         mask: list[bool] = []
         lengths: list[int] = []
@@ -124,7 +124,7 @@ class PieceEncoder:
             )
 
 
-def _records(piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(piece: TextPiece) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and object of each line that is not blank."""
     offset = piece.offset
     for number, line in enumerate(piece.data.split(b"\n"), start=piece.line):

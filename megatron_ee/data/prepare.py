@@ -18,7 +18,7 @@ from megatron_ee.children import follow
 from megatron_ee.data.encode import Encoded, EncodeOptions, PieceEncoder
 from megatron_ee.data.fingerprint import tokenizer_digests
 from megatron_ee.data.indexed import CorpusMetadata, file_of
-from megatron_ee.data.read import JSON_LINES, Piece, check_inputs, read_pieces
+from megatron_ee.data.read import JSON_LINES, TextPiece, check_inputs, read_pieces
 from megatron_ee.data.tokenizer_files import read_template
 from megatron_ee.data.write import SUFFIXES, CorpusWriter
 from megatron_ee.errors import ConfigError, DataError
@@ -104,7 +104,7 @@ def prepare_corpus(
     return PrepareResult(metadata, skipped, files)
 
 
-def _add_all(writer: CorpusWriter, results: Iterable[tuple[Piece, Encoded]], progress: Progress) -> int:
+def _add_all(writer: CorpusWriter, results: Iterable[tuple[TextPiece, Encoded]], progress: Progress) -> int:
     """Write the results in order; the number of lines skipped."""
     skipped = 0
     for path, group in itertools.groupby(results, key=lambda result: result[0].path):
@@ -119,8 +119,8 @@ def _add_all(writer: CorpusWriter, results: Iterable[tuple[Piece, Encoded]], pro
 
 
 def _encode_all(
-    pieces: Iterable[Piece], encoder: PieceEncoder, options: EncodeOptions, workers: int
-) -> Iterator[tuple[Piece, Encoded]]:
+    pieces: Iterable[TextPiece], encoder: PieceEncoder, options: EncodeOptions, workers: int
+) -> Iterator[tuple[TextPiece, Encoded]]:
     """Each piece with its tokens, in order. The pieces in flight are bounded, and so is memory."""
     if workers == 1:
         for piece in pieces:
@@ -136,7 +136,7 @@ def _encode_all(
     context.set_forkserver_preload([__name__, *slow_imports])
     others = set(multiprocessing.active_children())  # of whoever calls this
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(options,))
-    waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
+    waiting: deque[tuple[TextPiece, Future[Encoded]]] = deque()
     try:
         for piece in pieces:
             waiting.append((piece, pool.submit(_encode, piece)))
@@ -166,7 +166,7 @@ def _start_worker(options: EncodeOptions) -> None:
     _encoder = PieceEncoder(options)
 
 
-def _encode(piece: Piece) -> Encoded:
+def _encode(piece: TextPiece) -> Encoded:
     assert _encoder is not None
     return _encoder(piece)
 

@@ -22,7 +22,7 @@ _CUT = re.compile(rb"\n(?=[^\s])")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """Part of a file: whole lines.
 
     Attributes:
@@ -67,7 +67,7 @@ def check_inputs(inputs: list[Path]) -> int:
     return total
 
 
-def read_pieces(path: Path, lines: bool, piece_bytes: int | None = None) -> Iterator[Piece]:
+def read_pieces(path: Path, lines: bool, piece_bytes: int | None = None) -> Iterator[TextPiece]:
     """The pieces of a file in order, each about ``piece_bytes`` (default: ``PIECE_BYTES``) long.
 
     Raises:
@@ -85,7 +85,7 @@ def read_pieces(path: Path, lines: bool, piece_bytes: int | None = None) -> Iter
         raise DataError(f"{path}: holds no text; remove it from --input")
 
 
-def _pieces(file: IO[bytes], path: Path, lines: bool, piece_bytes: int) -> Iterator[Piece]:
+def _pieces(file: IO[bytes], path: Path, lines: bool, piece_bytes: int) -> Iterator[TextPiece]:
     mark = file.read(len(_BYTE_ORDER_MARK))
     skipped = len(mark) if mark == _BYTE_ORDER_MARK else 0
     buffer = b"" if skipped else mark
@@ -98,7 +98,7 @@ def _pieces(file: IO[bytes], path: Path, lines: bool, piece_bytes: int) -> Itera
         while cut:
             data, buffer = buffer[:cut], buffer[cut:]
             last = not block
-            yield Piece(path, lines, data, len(data) + (skipped if first else 0), offset, line, first, last)
+            yield TextPiece(path, lines, data, len(data) + (skipped if first else 0), offset, line, first, last)
             offset, line, first = offset + len(data), line + data.count(b"\n"), False
             cut = _cut(buffer, lines, piece_bytes)
         if not block:

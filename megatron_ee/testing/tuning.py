@@ -22,7 +22,7 @@ from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.optimizer import ExitOptimizer
-from megatron_ee.tuning.schedule import Event, Pipeline
+from megatron_ee.tuning.schedule import Pipeline, Span
 from megatron_ee.tuning.state import Progress, load_state, save_state
 from megatron_ee.tuning.step import StepResult, tuning_step
 
@@ -61,7 +61,7 @@ class Outcome:
     """Of one rank: the steps' results, what its stage did in the last step, and the path of each step's checkpoint."""
 
     results: tuple[StepResult, ...]
-    events: tuple[Event, ...]
+    events: tuple[Span, ...]
     checkpoints: tuple[str, ...]
 
 

@@ -52,7 +52,7 @@ class Microbatch:
 
 
 @dataclass(frozen=True)
-class Event:
+class Span:
     """What a stage did: ``receive``, ``forward``, ``send``, ``exits``, ``teach`` (the final exit's work) or ``teacher``
     (waiting for its verdict); times in seconds."""
 
@@ -75,7 +75,7 @@ class Pipeline:
     def __init__(self, stage: Stage, layout: Layout, specs: Sequence[ExitSpec], *, top_k: int = 0) -> None:
         """``top_k``: tokens of a teacher's verdict that come back from the last stage; 0 without a teacher."""
         self.stage, self.layout, self.specs = stage, layout, tuple(specs)
-        self.events: list[Event] | None = None
+        self.events: list[Span] | None = None
         groups, dtype = stage.setup.groups, stage.setup.dtype
         self.index, last = groups.pipeline.rank(), layout.last_layered
         hosts = [index for index, place in enumerate(layout.stages) if place.exits and index != last]
@@ -243,7 +243,7 @@ class Pipeline:
         start = time.perf_counter()
         yield
         if self.events is not None:
-            self.events.append(Event(kind, number, start, time.perf_counter()))
+            self.events.append(Span(kind, number, start, time.perf_counter()))
 
 
 def one_stage(stage: Stage) -> Pipeline:

@@ -208,7 +208,7 @@ def test_host_traffic_does_not_grow_with_the_microbatches(saved_model: Callable[
 SLOW = 0.25
 
 
-def slow_exits(path: Path, case: Case) -> list[schedule.Event]:
+def slow_exits(path: Path, case: Case) -> list[schedule.Span]:
     """Events of a step in which the exits' work of the first stage takes long."""
 
     def slow_down(pipeline: schedule.Pipeline) -> None:

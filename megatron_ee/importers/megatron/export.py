@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.atomic import new_file, write_all
 from megatron_ee.checkpoint.contents import Contents
-from megatron_ee.checkpoint.outputs import OnBytes, Output, OutputFile, Part, Watch, Written, split_parts
+from megatron_ee.checkpoint.outputs import OnBytes, OutputDirectory, OutputFile, Part, Watch, Written, split_parts
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, storage_errors
@@ -51,7 +51,7 @@ None has any without FP8, but loading fails where one is missing; one too many i
 
 
 @dataclass(frozen=True)
-class Place:
+class ItemLocation:
     """Where a part is: its file, position and length there, in bytes."""
 
     file: str
@@ -59,7 +59,7 @@ class Place:
     length: int
 
 
-def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> Output:
+def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
     """The backbone of ``contents`` in ``release/``, its small files in ``release/huggingface/``.
 
     Exits are left out: Megatron has no place for them.
@@ -81,7 +81,7 @@ def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> Output:
 
     def finish(directory: Path, written: Mapping[str, Written]) -> dict[str, bytes]:
         extra = f"__0_{len(files)}.distcp"
-        _write_metadata(directory / RELEASE, shapes, _places(files), extra, arch.num_layers)
+        _write_metadata(directory / RELEASE, shapes, _locations(files), extra, arch.num_layers)
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         common = {"common_backend": "torch", "common_backend_version": 1}
         return {
@@ -92,7 +92,7 @@ def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> Output:
         }
 
     assets = {f"{RELEASE}/{RELEASED}/{name}": source for name, source in contents.assets.items()}
-    return Output("Megatron torch_dist checkpoint", files, assets, finish)
+    return OutputDirectory("Megatron torch_dist checkpoint", files, assets, finish)
 
 
 def _plan(
@@ -159,13 +159,13 @@ def _saved_length(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return _save(torch.zeros(shape, dtype=dtype), io.BytesIO())
 
 
-def _places(files: Sequence[OutputFile]) -> Iterator[tuple[Part, Place]]:
+def _locations(files: Sequence[OutputFile]) -> Iterator[tuple[Part, ItemLocation]]:
     """Every part and where it is, in the order of the files. A file kept of an earlier try has the same places."""
     for file in files:
         position = 0
         for part in file.parts:
             length = _saved_length(part.shape, part.tensor.dtype)
-            yield part, Place(Path(file.name).name, position, length)
+            yield part, ItemLocation(Path(file.name).name, position, length)
             position += length
 
 
@@ -178,7 +178,7 @@ def _saved(value: Any) -> bytes:
 def _write_metadata(
     directory: Path,
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    places: Iterator[tuple[Part, Place]],
+    locations: Iterator[tuple[Part, ItemLocation]],
     extra: str,
     num_layers: int,
 ) -> None:
@@ -197,11 +197,13 @@ def _write_metadata(
         for key, (dtype, shape) in shapes.items()
     }
     results = []
-    for part, place in places:
+    for part, location in locations:
         chunks = tensors[part.key].chunks
         index = dcp.MetadataIndex(part.key, part.offset, len(chunks))
         chunks.append(dcp.ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.shape)))
-        results.append(WriteResult(index, place.length, _StorageInfo(place.file, place.position, place.length)))
+        results.append(
+            WriteResult(index, location.length, _StorageInfo(location.file, location.position, location.length))
+        )
     nothing = len(_saved([None]))
     objects = list(_extra_states(num_layers))
     results += [WriteResult(dcp.MetadataIndex(key), nothing, _StorageInfo(extra, 0, nothing)) for key in objects]

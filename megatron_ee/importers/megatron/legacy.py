@@ -26,11 +26,11 @@ from megatron_ee.importers.megatron.legacy_args import (
     differing_settings,
     early_exits,
 )
-from megatron_ee.importers.megatron.legacy_names import OLD, TIED_HEAD, Place, find_place, spell
-from megatron_ee.importers.megatron.legacy_ranks import Ranks, Stage, read_ranks
+from megatron_ee.importers.megatron.legacy_names import OLD, TIED_HEAD, StageParameter, find_parameter, spell
+from megatron_ee.importers.megatron.legacy_ranks import RankFiles, StageFiles, read_ranks
 from megatron_ee.importers.megatron.opening import (
     TRACKER,
-    Model,
+    ImportedModel,
     derived_model,
     given_model,
     require_trust,
@@ -96,7 +96,7 @@ def open_legacy(path: Path, *, trust: bool, config: Path | None = None, verify: 
     )
 
 
-def _model(ranks: Ranks, config: Path | None) -> Model:
+def _model(ranks: RankFiles, config: Path | None) -> ImportedModel:
     args = ranks.args
     if config is not None:
         model = given_model(config)
@@ -104,15 +104,15 @@ def _model(ranks: Ranks, config: Path | None) -> Model:
         return dataclasses.replace(model, notes=differing_settings(args, model.architecture, model.where))
     if not args.values:
         raise CheckpointError(f"{args.where}: has no args, which would tell the model's shape; give --config DIR")
-    stage, embedding = ranks.stages[0], Place("backbone", "embedding.weight")
-    key = next((key for key in stage.values[0] if find_place(key, tied=True) == embedding), None)
+    stage, embedding = ranks.stages[0], StageParameter("backbone", "embedding.weight")
+    key = next((key for key in stage.values[0] if find_parameter(key, tied=True) == embedding), None)
     if key is None:
         raise CheckpointError(f"{args.where}: has no embedding; not the file of a GPT model's first stage")
     dtype = stage.files[0].tensor(stage.values[0][key], key).dtype
     return derived_model(derive_config(args, dtype), args.where)
 
 
-def _tensors(ranks: Ranks, model: Model, exits: Sequence[EarlyExit]) -> dict[str, StoredTensor]:
+def _tensors(ranks: RankFiles, model: ImportedModel, exits: Sequence[EarlyExit]) -> dict[str, StoredTensor]:
     """Every tensor of the backbone and of the exits, by its name there."""
     arch, size = model.architecture, ranks.tensor
     last = ranks.stages[-1]
@@ -127,24 +127,24 @@ def _tensors(ranks: Ranks, model: Model, exits: Sequence[EarlyExit]) -> dict[str
     shapes = expected_tensors(arch)
     found: dict[str, StoredTensor] = {}
     for stage in ranks.stages:
-        keys = _places(stage, arch.tied)
+        keys = _parameters(stage, arch.tied)
         old = any(key.startswith(OLD) for key in stage.values[0])
-        for place, source in _backbone_places(stage, ranks, shapes):
-            found |= _join(stage, _take(keys, place, stage, old), source, shapes, model, size)
-        for place, source, own in _exit_places(stage, exits, arch):
-            found |= _join(stage, _take(keys, place, stage, old), source, own, model, size)
+        for parameter, source in _backbone_parameters(stage, ranks, shapes):
+            found |= _join(stage, _take(keys, parameter, stage, old), source, shapes, model, size)
+        for parameter, source, own in _exit_parameters(stage, exits, arch):
+            found |= _join(stage, _take(keys, parameter, stage, old), source, own, model, size)
         if keys:
             key = shown(next(iter(keys.values())))
             raise CheckpointError(f"{stage.files[0].path}: key {key} has no place in the model of {model.where}")
     return found
 
 
-def _check_tied_head(ranks: Ranks, model: Model, embedding: StoredTensor) -> None:
+def _check_tied_head(ranks: RankFiles, model: ImportedModel, embedding: StoredTensor) -> None:
     """Refuse a tied head that differs from the embedding."""
     last = ranks.stages[-1]
     source, shapes = Source((LM_HEAD,), "vocabulary"), {LM_HEAD: embedding.shape}
     for key in last.values[0]:
-        if find_place(key, tied=True) == TIED_HEAD:
+        if find_parameter(key, tied=True) == TIED_HEAD:
             head = _join(last, key, source, shapes, model, ranks.tensor)[LM_HEAD]
             if not same_values(embedding, head):
                 raise CheckpointError(
@@ -153,56 +153,60 @@ def _check_tied_head(ranks: Ranks, model: Model, embedding: StoredTensor) -> Non
                 )
 
 
-def _places(stage: Stage, tied: bool) -> dict[Place, str]:
+def _parameters(stage: StageFiles, tied: bool) -> dict[StageParameter, str]:
     """The keys of a stage by what they hold."""
-    keys: dict[Place, str] = {}
+    keys: dict[StageParameter, str] = {}
     for key in stage.values[0]:
-        place = find_place(key, tied)
-        if place is None:
+        parameter = find_parameter(key, tied)
+        if parameter is None:
             raise CheckpointError(f"{stage.files[0].path}: key {shown(key)} is not known")
-        if place.scope == "known":
+        if parameter.scope == "known":
             continue
-        if place in keys:
-            raise CheckpointError(f"{stage.files[0].path}: keys {shown(keys[place])} and {shown(key)} are the same")
-        keys[place] = key
+        if parameter in keys:
+            raise CheckpointError(f"{stage.files[0].path}: keys {shown(keys[parameter])} and {shown(key)} are the same")
+        keys[parameter] = key
     return keys
 
 
-def _take(keys: dict[Place, str], place: Place, stage: Stage, old: bool) -> str:
-    if place not in keys:
-        raise CheckpointError(f"{stage.files[0].path}: key {spell(place, old)!r} is missing")
-    return keys.pop(place)
+def _take(keys: dict[StageParameter, str], parameter: StageParameter, stage: StageFiles, old: bool) -> str:
+    if parameter not in keys:
+        raise CheckpointError(f"{stage.files[0].path}: key {spell(parameter, old)!r} is missing")
+    return keys.pop(parameter)
 
 
-def _backbone_places(stage: Stage, ranks: Ranks, shapes: Shapes) -> Iterator[tuple[Place, Source]]:
+def _backbone_parameters(
+    stage: StageFiles, ranks: RankFiles, shapes: Shapes
+) -> Iterator[tuple[StageParameter, Source]]:
     """What a stage must hold of the backbone."""
     if stage is ranks.stages[0]:
-        yield Place("backbone", "embedding.weight"), Source((EMBEDDING,), "vocabulary")
+        yield StageParameter("backbone", "embedding.weight"), Source((EMBEDDING,), "vocabulary")
     for index in range(stage.layers):
         for parameter in LAYER:
             source = layer_source(parameter, f"model.layers.{stage.first + index}")
             if source.names[0] in shapes:
-                yield Place("backbone", parameter, index), source
+                yield StageParameter("backbone", parameter, index), source
     if stage is ranks.stages[-1]:
-        yield Place("backbone", "final_norm.weight"), Source((FINAL_NORM,), "whole")
+        yield StageParameter("backbone", "final_norm.weight"), Source((FINAL_NORM,), "whole")
         if LM_HEAD in shapes:
-            yield Place("backbone", "head.weight"), Source((LM_HEAD,), "vocabulary")
+            yield StageParameter("backbone", "head.weight"), Source((LM_HEAD,), "vocabulary")
 
 
-def _exit_places(
-    stage: Stage, exits: Sequence[EarlyExit], arch: Architecture
-) -> Iterator[tuple[Place, Source, Shapes]]:
+def _exit_parameters(
+    stage: StageFiles, exits: Sequence[EarlyExit], arch: Architecture
+) -> Iterator[tuple[StageParameter, Source, Shapes]]:
     """What a stage must hold of exits; their heads are numbered within it."""
     inside = [each for each in exits if stage.first < each.layer <= stage.first + stage.layers]
     for number, each in enumerate(inside):
         for part in exit_parts(each.spec, arch):
-            place = Place("exit", part.parameter, each.layer - 1 - stage.first)
+            parameter = StageParameter("exit", part.parameter, each.layer - 1 - stage.first)
             if part.parameter == "head.weight":
-                place = Place("exit head", part.parameter, number)
-            yield place, part.saved, dict(zip(part.saved.names, part.shapes, strict=True))
+                parameter = StageParameter("exit head", part.parameter, number)
+            yield parameter, part.saved, dict(zip(part.saved.names, part.shapes, strict=True))
 
 
-def _join(stage: Stage, key: str, source: Source, shapes: Shapes, model: Model, size: int) -> dict[str, StoredTensor]:
+def _join(
+    stage: StageFiles, key: str, source: Source, shapes: Shapes, model: ImportedModel, size: int
+) -> dict[str, StoredTensor]:
     """The released tensors that the ranks' tensors under ``key`` are made of, put together."""
     arch = model.architecture
     parts = [file.tensor(values[key], key) for file, values in zip(stage.files, stage.values, strict=True)]

@@ -14,17 +14,17 @@ Scope = Literal["backbone", "exit", "exit head", "known"]
 
 
 @dataclass(frozen=True)
-class Place:
+class StageParameter:
     """What a key of one pipeline stage's file holds.
 
     Attributes:
         scope: ``known`` is known to hold no weight of its own.
-        parameter: our name of it, in its layer if it has one.
+        name: our name of it, in its layer if it has one.
         index: layer in this stage, or number of an exit's head, from 0; None if it is in no layer.
     """
 
     scope: Scope
-    parameter: str
+    name: str
     index: int | None = None
 
 
@@ -73,11 +73,11 @@ CORE_MODEL: dict[str, str] = {
     "output_layer.weight": "head.weight",
 }
 OLD = "language_model."
-TIED_HEAD = Place("known", "head.weight")
+TIED_HEAD = StageParameter("known", "head.weight")
 _NO_WEIGHT = ("_extra_state", "rotary_pos_emb.inv_freq")
 
 
-def find_place(key: str, tied: bool) -> Place | None:
+def find_parameter(key: str, tied: bool) -> StageParameter | None:
     """What ``key`` holds, the levels of a nested state dict joined by dots; None if it is not known.
 
     Args:
@@ -85,29 +85,29 @@ def find_place(key: str, tied: bool) -> Place | None:
         tied: the LM head is the input embedding, of which later stages hold copies.
     """
     if key.endswith(_NO_WEIGHT):
-        return Place("known", key)
+        return StageParameter("known", key)
     if key in ("word_embeddings_for_head.weight", "output_layer.weight"):
-        return TIED_HEAD if tied else Place("backbone", "head.weight")
+        return TIED_HEAD if tied else StageParameter("backbone", "head.weight")
     if not key.startswith(OLD):
         return _in_tables(key, r"decoder\.layers\.(\d+)\.(.+)", {**CORE_LAYER, **CORE_FUSED}, CORE_MODEL)
     key = key.removeprefix(OLD).replace("layernorm", "norm").replace(".attention.", ".self_attention.")
     head = re.fullmatch(r"exit_output_layer\.(\d+)\.weight", key)
     if head:
-        return Place("exit head", "head.weight", int(head[1]))
+        return StageParameter("exit head", "head.weight", int(head[1]))
     return _in_tables(key, r"(?:encoder|transformer)\.layers\.(\d+)\.(.+)", _OLD_AND_EXITS, OLD_MODEL)
 
 
-def _in_tables(key: str, layers: str, layer: dict[str, str], model: dict[str, str]) -> Place | None:
+def _in_tables(key: str, layers: str, layer: dict[str, str], model: dict[str, str]) -> StageParameter | None:
     found = re.fullmatch(layers, key)
     if not found:
         key = re.sub(r"^transformer\.", "encoder.", key)
-        return Place("backbone", model[key]) if key in model else None
+        return StageParameter("backbone", model[key]) if key in model else None
     parameter = layer.get(found[2])
     if parameter is None:
         return None
     if parameter.startswith("exit."):
-        return Place("exit", parameter.removeprefix("exit."), int(found[1]))
-    return Place("backbone", parameter, int(found[1]))
+        return StageParameter("exit", parameter.removeprefix("exit."), int(found[1]))
+    return StageParameter("backbone", parameter, int(found[1]))
 
 
 def _with_exits() -> dict[str, str]:
@@ -124,14 +124,14 @@ def _with_exits() -> dict[str, str]:
 _OLD_AND_EXITS = _with_exits()
 
 
-def spell(place: Place, old: bool) -> str:
-    """A key that ``place`` has, for errors about a missing one; ``old`` is the language model's, else core's."""
-    if place.scope == "exit head":
-        return f"{OLD}exit_output_layer.{place.index}.weight"
-    wanted = f"exit.{place.parameter}" if place.scope == "exit" else place.parameter
+def spell(parameter: StageParameter, old: bool) -> str:
+    """A key of ``parameter``, for errors about a missing one; ``old`` is the language model's, else core's."""
+    if parameter.scope == "exit head":
+        return f"{OLD}exit_output_layer.{parameter.index}.weight"
+    wanted = f"exit.{parameter.name}" if parameter.scope == "exit" else parameter.name
     layer, model = (_OLD_AND_EXITS, OLD_MODEL) if old else (CORE_LAYER, CORE_MODEL)
     start = OLD if old else ""
-    if place.index is None:
-        return start + next(name for name, parameter in model.items() if parameter == wanted)
-    inner = next(name for name, parameter in layer.items() if parameter == wanted)
-    return f"{start}{'encoder' if old else 'decoder'}.layers.{place.index}.{inner}"
+    if parameter.index is None:
+        return start + next(key for key, name in model.items() if name == wanted)
+    inner = next(key for key, name in layer.items() if name == wanted)
+    return f"{start}{'encoder' if old else 'decoder'}.layers.{parameter.index}.{inner}"

@@ -27,7 +27,7 @@ _NESTED = 4  # levels of a state dict; none has more
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFiles:
     """One model of one pipeline stage, as its tensor-parallel ranks hold it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankFiles:
     """All files of a checkpoint.
 
     Attributes:
@@ -54,13 +54,13 @@ class Ranks:
         iteration: number of steps that were taken.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StageFiles, ...]
     tensor: int
     args: Args
     iteration: int
 
 
-def read_ranks(directory: Path, *, verify: bool) -> Ranks:
+def read_ranks(directory: Path, *, verify: bool) -> RankFiles:
     """Read the descriptions of all files of one iteration.
 
     Args:
@@ -86,12 +86,12 @@ def read_ranks(directory: Path, *, verify: bool) -> Ranks:
             raise CheckpointError(f"{file.path}: is of iteration {other}, but {first.path} of {iteration}")
         if len(found) != count:
             raise CheckpointError(f"{file.path}: holds {len(found)} models, but {first.path} {count}")
-    stages: list[Stage] = []
+    stages: list[StageFiles] = []
     for virtual in range(count):
         for files, ranks in zip(grid, models, strict=True):
             before = stages[-1].first + stages[-1].layers if stages else 0
             stages.append(_stage(files, [rank[virtual] for rank in ranks], before))
-    return Ranks(tuple(stages), len(grid[0]), args, iteration)
+    return RankFiles(tuple(stages), len(grid[0]), args, iteration)
 
 
 def _flat(grid: list[list[Any]]) -> Iterator[Any]:
@@ -173,7 +173,7 @@ def _flatten(value: Any, prefix: str, file: TorchFile, levels: int) -> Iterator[
             yield f"{prefix}{key}", item
 
 
-def _stage(files: list[TorchFile], values: list[dict[str, Any]], first: int) -> Stage:
+def _stage(files: list[TorchFile], values: list[dict[str, Any]], first: int) -> StageFiles:
     for file, rank in zip(files[1:], values[1:], strict=True):
         for key in sorted(rank.keys() ^ values[0].keys()):
             has, lacks = (file, files[0]) if key in rank else (files[0], file)
@@ -182,4 +182,4 @@ def _stage(files: list[TorchFile], values: list[dict[str, Any]], first: int) -> 
     if numbers != set(range(len(numbers))):
         missing = min(set(range(len(numbers))) - numbers)
         raise CheckpointError(f"{files[0].path}: layer {missing} of this stage, 'layers.{missing}.*', is missing")
-    return Stage(tuple(files), tuple(values), len(numbers), first)
+    return StageFiles(tuple(files), tuple(values), len(numbers), first)

@@ -18,7 +18,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
-class Model:
+class ImportedModel:
     """The model that weights are of.
 
     Attributes:
@@ -65,7 +65,7 @@ def tracked_iteration(path: Path) -> Path | None:
     return path / f"iter_{int(text):07}"
 
 
-def given_model(config: Path) -> Model:
+def given_model(config: Path) -> ImportedModel:
     """The model that the user says it is.
 
     Args:
@@ -79,14 +79,14 @@ def given_model(config: Path) -> Model:
     if not isinstance(content, dict):
         raise DamagedError(f"{path}: expected a JSON object")
     architecture = parse_architecture(content, str(path))
-    return Model(architecture, released_assets(config) if config.is_dir() else {"config.json": path}, str(path))
+    return ImportedModel(architecture, released_assets(config) if config.is_dir() else {"config.json": path}, str(path))
 
 
-def derived_model(content: dict[str, Any], where: str) -> Model:
+def derived_model(content: dict[str, Any], where: str) -> ImportedModel:
     """The model of a ``config.json`` that was made of a checkpoint's own settings, which are in ``where``.
 
     Raises:
         CheckpointError: it is not supported.
     """
     text = json.dumps(content, indent=2).encode() + b"\n"
-    return Model(parse_architecture(content, where), {"config.json": text}, where)
+    return ImportedModel(parse_architecture(content, where), {"config.json": text}, where)

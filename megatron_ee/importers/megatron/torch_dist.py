@@ -34,7 +34,7 @@ from megatron_ee.importers.megatron.metadata import (
 from megatron_ee.importers.megatron.names import EMBEDDING_KEY, Parameter, fused_shape, parse_key, released_parts
 from megatron_ee.importers.megatron.opening import (
     TRACKER,
-    Model,
+    ImportedModel,
     derived_model,
     given_model,
     require_trust,
@@ -123,7 +123,7 @@ def _check_settings(directory: Path) -> None:
         raise CheckpointError(f"{path}: the format is {shown(backend)}; only torch_dist is read: save it so")
 
 
-def _describe(metadata: Metadata, config: Path | None, dtype: torch.dtype) -> Model:
+def _describe(metadata: Metadata, config: Path | None, dtype: torch.dtype) -> ImportedModel:
     """From ``config``, or a copy of it that we exported, or the checkpoint's own settings; they must agree."""
     directory = metadata.path
     if config is None and (directory / RELEASED / CONFIG).is_file():
@@ -170,7 +170,7 @@ def _stated_args(metadata: Metadata) -> Args | None:
     return Args(str(path), args.state) if isinstance(args, Inert) and isinstance(args.state, dict) else None
 
 
-def _backbone(metadata: Metadata, model: Model, verify: bool) -> dict[str, StoredTensor]:
+def _backbone(metadata: Metadata, model: ImportedModel, verify: bool) -> dict[str, StoredTensor]:
     arch, where = model.architecture, metadata.path / METADATA
     expected = expected_tensors(arch)
     found: dict[str, StoredTensor] = {}
@@ -203,7 +203,7 @@ def _model_keys(metadata: Metadata) -> Iterator[tuple[str, str]]:
 
 
 def _check_shape(
-    tensor: StoredTensor, parameter: Parameter, model: Model, expected: Mapping[str, tuple[int, ...]]
+    tensor: StoredTensor, parameter: Parameter, model: ImportedModel, expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     where, source = f"{tensor.files[0]}: tensor {shown(tensor.made)}", parameter.sources[0]
     if not tensor.dtype.is_floating_point:

@@ -21,7 +21,7 @@ import torch
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.failpoints import NAMES, VARIABLE
 from megatron_ee.checkpoint.loading import open_model
-from megatron_ee.checkpoint.outputs import Output, OutputFile, whole_part
+from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, whole_part
 from megatron_ee.checkpoint.safetensors_file import PIECE, read_header
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.conversion.copy import write_output
@@ -225,7 +225,7 @@ def test_memory_is_a_constant(model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     config |= {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 32_000, "num_hidden_layers": 3}
     (source / "config.json").write_text(json.dumps(config))
-    write_output(Output("", (OutputFile("model.safetensors", _zeros(source)),)), source / "weights")
+    write_output(OutputDirectory("", (OutputFile("model.safetensors", _zeros(source)),)), source / "weights")
     (source / "weights" / "model.safetensors").rename(source / "model.safetensors")
     (tmp_path / "out").mkdir()
     arguments = [sys.executable, "-c", PEAK, str(source), str(model), str(tmp_path / "out")]

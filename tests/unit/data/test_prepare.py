@@ -19,7 +19,7 @@ from megatron_ee.data import read
 from megatron_ee.data.encode import EncodeOptions, PieceEncoder
 from megatron_ee.data.indexed import file_of, open_corpus, sha256
 from megatron_ee.data.prepare import _encode_all, prepare_corpus
-from megatron_ee.data.read import Piece, read_pieces
+from megatron_ee.data.read import TextPiece, read_pieces
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.data.write import CorpusWriter
 from megatron_ee.errors import ConfigError, DataError
@@ -321,7 +321,7 @@ def test_a_signal_leaves_nothing(
 
 
 def test_what_is_being_tokenised_is_not_waited_for(tmp_path: Path, sp_model: Path) -> None:
-    text = Piece(tmp_path / "text", False, b"the dog " * (1 << 20), 8 << 20, 0, 1, True, True)  # takes seconds
+    text = TextPiece(tmp_path / "text", False, b"the dog " * (1 << 20), 8 << 20, 0, 1, True, True)  # takes seconds
     pieces = [replace(text, data=b"fox"), *[text] * 4]
     options = EncodeOptions(sp_model, "text", False, False)
     results = _encode_all(pieces, PieceEncoder(options), options, 2)

@@ -23,7 +23,7 @@ from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.failpoints import VARIABLE
 from megatron_ee.config.architecture import read_architecture
 from megatron_ee.config.schema import ExitConfig
-from megatron_ee.conversion.convert import Request, Target, prepare, write
+from megatron_ee.conversion.convert import Conversion, Target, prepare, write
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.to_hf import to_hf
@@ -212,14 +212,14 @@ def test_exits_on_a_megatron_checkpoint(exported: Exported, tmp_path: Path) -> N
     path, output, _ = exported("llama2")
 
     def convert(source: Path, to: Target, name: str, **options: Any) -> Path:
-        request = Request(source, to, **options)
+        request = Conversion(source, to, **options)
         write(prepare(request)[1], request, tmp_path / name)
         return tmp_path / name
 
     adapter = convert(output, "adapter", "adapter", trust=True, add=[ExitConfig(layer=1, body="mlp", init="copy")])
     assert json.loads((adapter / "exits.json").read_text())["base_model"] == str(output / "release")
     with pytest.raises(CheckpointError, match="--trust-checkpoint"):
-        prepare(Request(adapter, "parallel"))
+        prepare(Conversion(adapter, "parallel"))
     parallel = convert(adapter, "parallel", "parallel", trust=True, config=path, tensor=2)
     assert_equal(dataclasses.replace(open_contents(parallel), exits=(), exit_tensors={}), path)
     again = convert(parallel, "adapter", "again")
