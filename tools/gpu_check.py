@@ -272,7 +272,7 @@ def _config(small: bool) -> dict[str, Any]:
 
 
 def _architecture(small: bool) -> Any:
-    from megatron_ee.config.architecture import parse_architecture
+    from megatron_ee.families.registry import parse_architecture
 
     return parse_architecture({"architectures": ["LlamaForCausalLM"], **_config(small)})
 

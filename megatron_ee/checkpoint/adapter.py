@@ -36,7 +36,8 @@ from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
 from megatron_ee.exits.tensors import exit_saved_sources, exit_tensors
-from megatron_ee.model.names import Source, blocks
+from megatron_ee.families.family import Source
+from megatron_ee.model.names import blocks
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.progress import track
 

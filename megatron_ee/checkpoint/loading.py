@@ -22,21 +22,15 @@ from megatron_ee.checkpoint.manifest import MANIFEST
 from megatron_ee.checkpoint.parallel import EXITS, open_parallel
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
-from megatron_ee.config.architecture import Architecture, read_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, ConfigError, shown
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
 from megatron_ee.exits.tensors import exit_copy_sources, shared_head_sources
-from megatron_ee.model.names import (
-    EMBEDDING,
-    LM_HEAD,
-    Block,
-    Source,
-    backbone_sources,
-    blocks,
-    expected_tensors,
-    is_non_weight,
-)
+from megatron_ee.families.family import Source
+from megatron_ee.families.registry import read_architecture
+from megatron_ee.families.weights import EMBEDDING, LM_HEAD, expected_tensors, is_non_weight
+from megatron_ee.model.names import Block, backbone_sources, blocks
 from megatron_ee.model.setup import ModelSetup
 from megatron_ee.parallel.groups import launched_rank
 

@@ -1,4 +1,4 @@
-"""Which box of a released tensor a tensor-parallel rank holds, by the tensor's name alone: no module is built."""
+"""Which boxes of a released tensor a tensor-parallel rank holds, by the tensor's name alone: no module is built."""
 
 from __future__ import annotations
 
@@ -7,36 +7,43 @@ from collections.abc import Sequence
 
 from megatron_ee.checkpoint.manifest import Box
 from megatron_ee.config.architecture import Architecture
-from megatron_ee.model.names import EMBEDDING, LAYER, LM_HEAD, Kind
+from megatron_ee.families.registry import FAMILIES
+from megatron_ee.families.weights import EMBEDDING, LM_HEAD, parameter_parts
 from megatron_ee.parallel.costs import padded_vocab
 
-_CUTS: dict[str, Kind] = {released: kind for names, kind in LAYER.values() for released in names}
 _VOCABULARY = (EMBEDDING, LM_HEAD, "lm_head.b")
 
 
-def rank_box(name: str, shape: Sequence[int], arch: Architecture, rank: int, size: int) -> Box | None:
-    """What tensor-parallel rank ``rank`` of ``size`` holds of a released or exit's tensor, as a box of it.
+def rank_boxes(name: str, shape: Sequence[int], arch: Architecture, rank: int, size: int) -> list[Box]:
+    """What tensor-parallel rank ``rank`` of ``size`` holds of a released or exit's tensor, as boxes of it.
 
-    What every rank holds whole is given to the first; None is nothing.
+    What every rank holds whole is given to the first.
 
     Args:
         name: released name, or an exit's tensor as its adapter names it.
         shape: of the whole tensor.
         arch: of the model; ``size`` divides its key-value heads and MLP columns.
     """
-    kind = _kind(name)
-    if kind == "whole":
-        return ((0,) * len(shape), tuple(shape)) if rank == 0 else None
-    if kind == "columns":
-        columns = shape[1] // size
-        return (0, columns * rank), (shape[0], columns)
-    # Rows of q, k, v, gate and up are cut evenly; those of the vocabulary, which the ranks pad, are not.
-    rows = padded_vocab(arch.vocab_size, size) // size if kind == "vocabulary" else shape[0] // size
-    start = min(rows * rank, shape[0])
-    count = min(rows, shape[0] - start)
-    return ((start, *(0 for _ in shape[1:])), (count, *shape[1:])) if count else None
-
-
-def _kind(name: str) -> Kind:
     inner = re.sub(r"^(model\.layers|exits)\.\d+\.", "", name)
-    return _CUTS.get(inner, "vocabulary" if inner in _VOCABULARY else "whole")
+    if inner in _VOCABULARY:  # the ranks pad it, so the last ones hold fewer real rows, or none
+        rows = padded_vocab(arch.vocab_size, size) // size
+        start = min(rows * rank, shape[0])
+        count = min(rows, shape[0] - start)
+        return [_rows(start, count, shape)] if count else []
+    for parameter, source in FAMILIES[arch.family].layer.items():
+        if inner not in source.names or source.kind == "whole":
+            continue
+        if source.kind == "columns":
+            columns = shape[1] // size
+            return [((0, columns * rank), (shape[0], columns))]
+        if len(source.names) > 1:
+            return [_rows(shape[0] // size * rank, shape[0] // size, shape)]
+        parts = [part[0] for part in parameter_parts(arch)[parameter]]  # all in this tensor, one after another
+        return [
+            _rows(sum(parts[:index]) + rows // size * rank, rows // size, shape) for index, rows in enumerate(parts)
+        ]
+    return [((0,) * len(shape), tuple(shape))] if rank == 0 else []
+
+
+def _rows(start: int, count: int, shape: Sequence[int]) -> Box:
+    return (start, *(0 for _ in shape[1:])), (count, *shape[1:])

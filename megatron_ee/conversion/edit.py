@@ -16,7 +16,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Head
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.exits.tensors import exit_tensors
-from megatron_ee.model.names import head_name
+from megatron_ee.families.weights import head_name
 
 
 def check_exits(contents: Contents) -> None:

@@ -13,9 +13,9 @@ from megatron_ee.checkpoint.loading import SavedModel, open_model
 from megatron_ee.checkpoint.manifest import MANIFEST
 from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.store import open_checkpoint
-from megatron_ee.config.architecture import read_architecture
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError
+from megatron_ee.families.registry import read_architecture
 
 
 def open_contents(path: Path, *, trust: bool = False, config: Path | None = None, verify: bool = True) -> Contents:

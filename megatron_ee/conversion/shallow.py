@@ -15,12 +15,13 @@ from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.derived import low_rank_sum
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES, PIECE
 from megatron_ee.checkpoint.tensors import StoredTensor
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.untrusted import parse_json, read_json
 from megatron_ee.errors import CheckpointError
 from megatron_ee.exits.tensors import exit_tensors
-from megatron_ee.model.names import LM_HEAD, expected_tensors, head_name
+from megatron_ee.families.registry import FAMILIES, parse_architecture
+from megatron_ee.families.weights import LM_HEAD, expected_tensors, head_name
 
 CONFIG = "config.json"
 
@@ -103,32 +104,15 @@ def _read_config(contents: Contents) -> dict[str, Any]:
 def shallow_config(config: dict[str, Any], arch: Architecture, spec: ExitSpec) -> dict[str, Any]:
     """``config.json`` of an exit as a plain model: what depends on the number of layers changes, all else stays.
 
-    Lists with an entry per layer are cut; for a ``layer`` exit they gain the last layer's entry, since its layer is of
-    the last layer's kind.
-
     Args:
         config: of the whole model.
         arch: of the whole model.
-        spec: the exit.
+        spec: the exit; a ``layer`` exit's own layer is of the last layer's kind.
     """
-    added = 1 if spec.body == "layer" else 0
-    result = dict(config)
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == arch.num_layers and not _holds_names_or_tokens(key):
-            result[key] = value[: spec.layer] + value[-1:] * added
-    result["num_hidden_layers"] = spec.layer + added
+    layers = [*range(spec.layer), *([arch.num_layers - 1] if spec.body == "layer" else [])]
+    result = FAMILIES[arch.family].pick(config, arch, layers)
     result["tie_word_embeddings"] = arch.tied and spec.head == "shared"
-    windows = arch.windows[: spec.layer] + arch.windows[-1:] * added
-    if parse_architecture(result).windows != windows:
-        # Qwen without layer_types: layers from this number on have a window, so an added layer can be on the wrong
-        # side of it. Windows only ever begin once, hence this one number says it all.
-        result["max_window_layers"] = windows.count(None)
     return result
-
-
-def _holds_names_or_tokens(key: str) -> bool:
-    """Lists that have no entry per layer, however many there are: ``eos_token_id`` of Llama 3 is a list of three."""
-    return key == "architectures" or key.endswith(("_token_id", "_tokens", "_ids"))
 
 
 def _exit_parts(contents: Contents, arch: Architecture, spec: ExitSpec) -> dict[str, StoredTensor]:

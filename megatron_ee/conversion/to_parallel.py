@@ -10,14 +10,14 @@ from pathlib import Path
 
 from megatron_ee.checkpoint.adapter import SETTINGS
 from megatron_ee.checkpoint.contents import Contents
-from megatron_ee.checkpoint.manifest import MANIFEST, Box, ShardContent, manifest_bytes, piece_name
+from megatron_ee.checkpoint.manifest import MANIFEST, ShardContent, manifest_bytes, piece_name
 from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Part, Written, split_parts
 from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
-from megatron_ee.checkpoint.slices import rank_box
+from megatron_ee.checkpoint.slices import rank_boxes
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, ConfigError
-from megatron_ee.model.names import FINAL_NORM, LM_HEAD
+from megatron_ee.families.weights import FINAL_NORM, LM_HEAD
 from megatron_ee.parallel.layout import even_layout
 
 SHARD = 2 * 2**30  # bytes per file: enough files to write several at a time, and little to do again
@@ -116,11 +116,9 @@ def _parts(contents: Contents, arch: Architecture, layers: range, rank: int, siz
     for name, tensor in {**contents.backbone, **contents.non_weights, **contents.exit_tensors}.items():
         if _layer_of(name, arch) not in layers:
             continue
-        box: Box | None = rank_box(name, tensor.shape, arch, rank, size)
-        if box is None:
-            continue
-        offset, shape = tuple(box[0]), tuple(box[1])
-        yield Part(piece_name(name, tensor.shape, offset, shape), name, tensor, offset, shape)
+        for offset, shape in rank_boxes(name, tensor.shape, arch, rank, size):
+            part = tuple(offset), tuple(shape)
+            yield Part(piece_name(name, tensor.shape, *part), name, tensor, *part)
 
 
 def _shard(file: OutputFile, written: Written) -> ShardContent:

@@ -11,7 +11,9 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
-from megatron_ee.model.names import FINAL_NORM, LAYER, Source, head_name, layer_source, layer_tensors
+from megatron_ee.families.family import Source
+from megatron_ee.families.registry import FAMILIES
+from megatron_ee.families.weights import FINAL_NORM, head_name, layer_source, layer_tensors
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ def exit_parts(spec: ExitSpec, arch: Architecture) -> Iterator[ExitPart]:
     hidden, vocab, prefix = arch.hidden_size, arch.vocab_size, f"exits.{spec.layer}"
     origin = f"model.layers.{(arch.num_layers if spec.body == 'layer' else spec.layer) - 1}"
     shapes = layer_tensors(arch)
-    for name, (released, _) in LAYER.items():
+    for name, source in FAMILIES[arch.family].layer.items():
         in_body = spec.body == "layer" or (spec.body == "mlp" and name.startswith("mlp."))
-        if in_body and released[0] in shapes:
+        if in_body and source.names[0] in shapes:
             yield ExitPart(
                 f"layer.{name}" if spec.body == "layer" else name,
-                layer_source(name, prefix),
-                tuple(shapes[each] for each in released),
-                layer_source(name, origin),
+                layer_source(arch, name, prefix),
+                tuple(shapes[each] for each in source.names),
+                layer_source(arch, name, origin),
             )
     if spec.body != "embedding":
         saved = Source((f"{prefix}.norm.weight",), "whole")
@@ -84,7 +86,10 @@ def exit_copy_sources(exit_: Exit) -> Iterator[tuple[Tensor, Source]]:
     A ``low_rank`` head's A and B have no source, and a shared head is loaded once with its stage.
     """
     if exit_.input_norm is not None:
-        yield exit_.input_norm.weight, layer_source("mlp_norm.weight", f"model.layers.{exit_.spec.layer - 1}")
+        yield (
+            exit_.input_norm.weight,
+            layer_source(exit_.setup.architecture, "mlp_norm.weight", f"model.layers.{exit_.spec.layer - 1}"),
+        )
     for parameter, part in _trained(exit_):
         if part.copied is not None:
             yield parameter, part.copied

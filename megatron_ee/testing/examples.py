@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import load_config
 from megatron_ee.config.schema import RunConfig
+from megatron_ee.families.registry import parse_architecture
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -20,10 +20,11 @@ from megatron_ee.checkpoint.manifest import MANIFEST, encode
 from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.safetensors_file import write_safetensors
 from megatron_ee.checkpoint.writing import Piece, write_checkpoint
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.tensors import exit_tensors
-from megatron_ee.model.names import expected_tensors
+from megatron_ee.families.registry import parse_architecture
+from megatron_ee.families.weights import expected_tensors
 
 Spoil = Callable[[Path], object]
 

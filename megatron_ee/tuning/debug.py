@@ -28,7 +28,7 @@ from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig, WandbConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.model.names import expected_tensors
+from megatron_ee.families.weights import expected_tensors
 from megatron_ee.parallel.groups import world_size
 from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.tuning.checks import LOG, checked

@@ -29,7 +29,8 @@ from megatron_ee.data.checks import changed_data
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.exits.stage import Stage
 from megatron_ee.exits.tensors import exit_saved_sources
-from megatron_ee.model.names import Source, blocks
+from megatron_ee.families.family import Source
+from megatron_ee.model.names import blocks
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.split_adam import join, remainder_of
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ee.config.architecture import read_architecture
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.formats import open_contents
+from megatron_ee.families.registry import read_architecture
 from megatron_ee.importers.megatron.export import to_torch_dist
 from megatron_ee.importers.megatron.torch_dist import open_torch_dist
 from megatron_ee.parallel.groups import process_groups

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from test_logits import assert_close, make_tokens, reference_logits, stage_logits
 
-from megatron_ee.config.architecture import read_architecture
 from megatron_ee.exits.stage import Stage
+from megatron_ee.families.registry import read_architecture
 
 SMALL = {
     "hidden_size": 64,

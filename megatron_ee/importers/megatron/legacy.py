@@ -19,6 +19,8 @@ from megatron_ee.checkpoint.tensors import StoredTensor, same_values
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, shown
 from megatron_ee.exits.tensors import exit_parts, exit_tensors
+from megatron_ee.families.family import LLAMA_LAYER, Source
+from megatron_ee.families.weights import EMBEDDING, FINAL_NORM, LM_HEAD, expected_tensors
 from megatron_ee.importers.megatron.legacy_args import (
     EarlyExit,
     check_agreement,
@@ -37,16 +39,7 @@ from megatron_ee.importers.megatron.opening import (
     tracked_iteration,
 )
 from megatron_ee.importers.megatron.rows import Run, join_rows
-from megatron_ee.model.names import (
-    EMBEDDING,
-    FINAL_NORM,
-    LAYER,
-    LM_HEAD,
-    Source,
-    blocks,
-    expected_tensors,
-    layer_source,
-)
+from megatron_ee.model.names import blocks
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -181,8 +174,9 @@ def _backbone_parameters(
     if stage is ranks.stages[0]:
         yield StageParameter("backbone", "embedding.weight"), Source((EMBEDDING,), "vocabulary")
     for index in range(stage.layers):
-        for parameter in LAYER:
-            source = layer_source(parameter, f"model.layers.{stage.first + index}")
+        for parameter, inner in LLAMA_LAYER.items():
+            prefix = f"model.layers.{stage.first + index}"
+            source = Source(tuple(f"{prefix}.{name}" for name in inner.names), inner.kind)
             if source.names[0] in shapes:
                 yield StageParameter("backbone", parameter, index), source
     if stage is ranks.stages[-1]:

@@ -14,9 +14,10 @@ from megatron_ee.checkpoint.derived import constant
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError
+from megatron_ee.families.family import LLAMA_LAYER, Source
+from megatron_ee.families.weights import EMBEDDING, FINAL_NORM, LM_HEAD, expected_tensors
 from megatron_ee.importers.megatron.legacy_names import CORE_FUSED, CORE_LAYER
 from megatron_ee.importers.megatron.rows import Run, join_rows
-from megatron_ee.model.names import EMBEDDING, FINAL_NORM, LM_HEAD, Source, expected_tensors, layer_source
 
 CORE = {**CORE_LAYER, **CORE_FUSED}
 SPLIT = {
@@ -70,8 +71,9 @@ def parse_key(key: str, num_layers: int) -> Parameter | None:
 
 
 def _layer_source(inner: str, layer: int) -> Source:
-    prefix = f"model.layers.{layer}"
-    return Source((f"{prefix}.{SPLIT[inner]}",), "whole") if inner in SPLIT else layer_source(CORE[inner], prefix)
+    """Every family that Megatron can express has Llama's names."""
+    source = Source((SPLIT[inner],), "whole") if inner in SPLIT else LLAMA_LAYER[CORE[inner]]
+    return Source(tuple(f"model.layers.{layer}.{name}" for name in source.names), source.kind)
 
 
 def row_runs(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee.checkpoint.hf_directory import released_assets
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError, DamagedError, shown, storage_errors
+from megatron_ee.families.registry import parse_architecture
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -21,6 +21,7 @@ from megatron_ee.checkpoint.hf_directory import released_assets
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.untrusted import open_regular, read_json
 from megatron_ee.errors import CheckpointError, DamagedError, shown
+from megatron_ee.families.weights import expected_tensors
 from megatron_ee.importers.megatron.guarded import Inert
 from megatron_ee.importers.megatron.legacy_args import Args, check_agreement, derive_config, differing_settings
 from megatron_ee.importers.megatron.metadata import (
@@ -43,7 +44,6 @@ from megatron_ee.importers.megatron.opening import (
 from megatron_ee.importers.megatron.rows import take_layer
 from megatron_ee.importers.megatron.settings import bridge_args
 from megatron_ee.importers.megatron.torch_file import TorchFile
-from megatron_ee.model.names import expected_tensors
 
 FORMAT = "Megatron torch_dist checkpoint"
 SETTINGS, COMMON, RUN_CONFIG, CONFIG = "metadata.json", "common.pt", "run_config.yaml", "config.json"

@@ -26,8 +26,8 @@ from megatron_ee.checkpoint.manifest import MANIFEST, encode
 from megatron_ee.checkpoint.safetensors_file import read_header, read_metadata
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, stored
-from megatron_ee.config.architecture import read_architecture
 from megatron_ee.errors import CheckpointError
+from megatron_ee.families.registry import read_architecture
 from megatron_ee.testing.hostile import SHARD, SHARDS, make_adapter, make_checkpoint, make_model, make_parallel
 
 TIMES = int(os.environ.get("MEGATRON_EE_FUZZ", "1"))

@@ -20,9 +20,9 @@ from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.checkpoint.safetensors_file import read_header
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.commands.main import main
-from megatron_ee.config.architecture import read_architecture
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import CheckpointError, DataError, UserError, printable, shown
+from megatron_ee.families.registry import read_architecture
 from megatron_ee.testing.hostile import (
     ESCAPES,
     Spoil,

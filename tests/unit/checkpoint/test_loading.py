@@ -326,8 +326,8 @@ with process_groups() as groups:
 
 def write_large_model(directory: Path) -> None:
     """About 300 MB of bfloat16, one repeated block of random values, streamed to disk."""
-    from megatron_ee.config.architecture import parse_architecture
-    from megatron_ee.model.names import expected_tensors
+    from megatron_ee.families.registry import parse_architecture
+    from megatron_ee.families.weights import expected_tensors
 
     (directory / "config.json").write_text(json.dumps(CONFIG))
     header, end = {}, 0

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_run, data_parallel_size
 from megatron_ee.config.load import config_from_dict
 from megatron_ee.config.schema import ParallelConfig, RunConfig
 from megatron_ee.errors import ConfigError
+from megatron_ee.families.registry import parse_architecture
 
 
 @pytest.fixture

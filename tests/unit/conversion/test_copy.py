@@ -237,8 +237,8 @@ def test_memory_is_a_constant(model: Path, tmp_path: Path) -> None:
 
 
 def _zeros(directory: Path) -> tuple[Any, ...]:
-    from megatron_ee.config.architecture import read_architecture
-    from megatron_ee.model.names import expected_tensors
+    from megatron_ee.families.registry import read_architecture
+    from megatron_ee.families.weights import expected_tensors
 
     def read(out: torch.Tensor, offset: Any) -> None:
         out.zero_()

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.tensors import StoredTensor
-from megatron_ee.config.architecture import parse_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.conversion.shallow import shallow_config, shallow_model
 from megatron_ee.errors import CheckpointError
 from megatron_ee.exits.tensors import exit_tensors
-from megatron_ee.model.names import expected_tensors
+from megatron_ee.families.registry import parse_architecture
+from megatron_ee.families.weights import expected_tensors
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 300,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ee import platform
-from megatron_ee.config.architecture import read_architecture
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.families.registry import read_architecture
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation, Teacher, teacher_top_k
 from megatron_ee.model.exit_loss import LowRank, exit_loss

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_ee import platform
-from megatron_ee.config.architecture import read_architecture
+from megatron_ee.families.registry import read_architecture
 from megatron_ee.model import exit_loss as exit_loss_module
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.exit_loss import LowRank, exit_loss, exit_statistics

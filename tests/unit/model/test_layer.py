@@ -18,7 +18,7 @@ from megatron_ee.testing.models import FAMILIES
 
 @pytest.fixture(scope="module")
 def setup(saved_model: Any, groups: Any) -> ModelSetup:
-    from megatron_ee.config.architecture import read_architecture
+    from megatron_ee.families.registry import read_architecture
 
     return build_setup(read_architecture(saved_model("llama2")[0]), torch.float32, groups)
 

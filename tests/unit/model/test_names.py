@@ -10,19 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_ee.config.architecture import Architecture, Rope, read_architecture
+from megatron_ee.config.architecture import Architecture, Rope
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.tensors import exit_copy_sources, exit_saved_sources, exit_tensors, shared_head_sources
-from megatron_ee.model.names import (
-    LAYER,
-    Block,
-    Source,
-    backbone_sources,
-    blocks,
-    expected_tensors,
-    is_non_weight,
-    layer_source,
-)
+from megatron_ee.families.family import LLAMA_LAYER, Source
+from megatron_ee.families.registry import read_architecture
+from megatron_ee.families.weights import expected_tensors, is_non_weight, layer_source
+from megatron_ee.model.names import Block, backbone_sources, blocks
 from megatron_ee.testing.models import FAMILIES
 
 
@@ -113,7 +107,7 @@ def check_round_trip(source: Source, arch: Architecture, size: int) -> None:
             assert torch.equal(parameter, torch.cat(parts))
 
 
-SOURCES = {name: Source(*entry) for name, entry in LAYER.items()} | {
+SOURCES = dict(LLAMA_LAYER) | {
     "embedding": Source(("model.embed_tokens.weight",), "vocabulary"),
     "head": Source(("lm_head.weight",), "vocabulary"),
     "low_rank up": Source(("exits.1.lm_head.b",), "vocabulary"),
@@ -236,4 +230,4 @@ def test_known_non_weights() -> None:
     assert is_non_weight(name, untied) and not is_non_weight("lm_head.weight", untied)
     assert not is_non_weight("model.layers.0.self_attn.q_proj.scale", untied)
     with pytest.raises(KeyError):
-        layer_source("mlp.unknown.weight", "model.layers.0")
+        layer_source(untied, "mlp.unknown.weight", "model.layers.0")

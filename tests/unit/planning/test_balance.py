@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ParallelConfig, StageConfig
 from megatron_ee.errors import ConfigError
+from megatron_ee.families.registry import parse_architecture
 from megatron_ee.parallel.costs import final_exit_flops
 from megatron_ee.parallel.layout import Layout, StageLayout, even_layout, parse_layout
 from megatron_ee.planning.balance import PRECISION, _fullest, _Search, balance, resolve_layout

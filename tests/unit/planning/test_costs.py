@@ -9,8 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ee import platform
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.families.registry import parse_architecture
 from megatron_ee.parallel.costs import attended_pairs, attention_flops, final_exit_flops, padded_vocab
 from megatron_ee.planning.costs import exit_flops, last_layer, layer_flops
 

@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.loading import open_model
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DistillationConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from megatron_ee.data.loader import Batch
 from megatron_ee.exits.stage import Stage, build_stage
+from megatron_ee.families.registry import parse_architecture
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.layout import Layout, StageLayout

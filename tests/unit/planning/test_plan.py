@@ -7,9 +7,10 @@ import io
 
 import pytest
 
-from megatron_ee.config.architecture import Architecture, parse_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
+from megatron_ee.families.registry import parse_architecture
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
 from megatron_ee.planning.memory import Workload, stage_memory

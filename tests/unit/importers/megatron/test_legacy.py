@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.tensors import StoredTensor
-from megatron_ee.config.architecture import read_architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError, DamagedError
 from megatron_ee.exits.tensors import exit_tensors
+from megatron_ee.families.registry import read_architecture
 from megatron_ee.importers.megatron.legacy import open_legacy
 
 SavedModel = Callable[..., tuple[Path, Any]]

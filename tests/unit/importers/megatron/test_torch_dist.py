@@ -21,13 +21,13 @@ from torch_dist_helpers import FAMILIES, Exported, Model, assert_equal, rewrite
 
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.failpoints import VARIABLE
-from megatron_ee.config.architecture import read_architecture
 from megatron_ee.config.schema import ExitConfig
 from megatron_ee.conversion.convert import Conversion, Target, prepare, write
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.to_hf import to_hf
 from megatron_ee.errors import CheckpointError
+from megatron_ee.families.registry import read_architecture
 from megatron_ee.importers.megatron import export
 from megatron_ee.importers.megatron.export import to_torch_dist
 from megatron_ee.importers.megatron.settings import to_args
@@ -300,8 +300,8 @@ from megatron_ee.conversion.copy import write_output
 from megatron_ee.checkpoint.derived import constant
 from megatron_ee.importers.megatron.export import to_torch_dist
 from megatron_ee.importers.megatron.torch_dist import open_torch_dist
-from megatron_ee.model.names import expected_tensors
-from megatron_ee.config.architecture import parse_architecture
+from megatron_ee.families.weights import expected_tensors
+from megatron_ee.families.registry import parse_architecture
 import torch, torch.distributed.checkpoint
 
 output = Path(sys.argv[1])

@@ -14,9 +14,10 @@ import torch
 import yaml
 from torch_dist_helpers import Exported, Model, assert_equal
 
-from megatron_ee.config.architecture import Architecture, parse_architecture, read_architecture
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.errors import CheckpointError
+from megatron_ee.families.registry import parse_architecture, read_architecture
 from megatron_ee.importers.megatron.export import to_torch_dist
 from megatron_ee.importers.megatron.legacy_args import Args, derive_config, differing_settings
 from megatron_ee.importers.megatron.settings import check_expressible, to_args

@@ -9,17 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.config.architecture import (
-    FAMILIES,
-    Architecture,
-    Rope,
-    changed_settings,
-    output_settings,
-    outputs_digest,
-    parse_architecture,
-    read_architecture,
-)
+from megatron_ee.config.architecture import Architecture, Rope, changed_settings, output_settings, outputs_digest
 from megatron_ee.errors import CheckpointError
+from megatron_ee.families.registry import FAMILIES, parse_architecture, read_architecture
 
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -185,9 +177,14 @@ def test_both_spellings_of_rope() -> None:
 def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, window: bool, tmp_path: Path) -> None:
     import transformers
 
-    config = {"architectures": [name], "hidden_size": 512, "intermediate_size": 96, "vocab_size": 131}
+    config = {
+        "architectures": [FAMILIES[name].architecture],
+        "hidden_size": 512,
+        "intermediate_size": 96,
+        "vocab_size": 131,
+    }
     config |= {"num_hidden_layers": 30, "num_attention_heads": 32, "use_sliding_window": window}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": FAMILIES[name]}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": name}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     ours = read_architecture(tmp_path)
     assert ours.num_kv_heads == theirs.num_key_value_heads
@@ -204,20 +201,21 @@ def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, window: 
 @pytest.mark.parametrize(
     "name, key",
     [
-        ("LlamaForCausalLM", "num_key_value_heads"),
-        ("LlamaForCausalLM", "head_dim"),
-        ("MistralForCausalLM", "head_dim"),
-        ("MistralForCausalLM", "sliding_window"),
-        ("Qwen2ForCausalLM", "num_key_value_heads"),
-        ("Qwen3ForCausalLM", "num_key_value_heads"),
-        ("Qwen3ForCausalLM", "sliding_window"),
+        ("llama", "num_key_value_heads"),
+        ("llama", "head_dim"),
+        ("mistral", "head_dim"),
+        ("mistral", "sliding_window"),
+        ("qwen2", "num_key_value_heads"),
+        ("qwen3", "num_key_value_heads"),
+        ("qwen3", "sliding_window"),
     ],
 )
 def test_a_null_means_what_transformers_takes_it_for(name: str, key: str, tmp_path: Path) -> None:
     import transformers
 
-    config = {"architectures": [name], "model_type": FAMILIES[name], "hidden_size": 512, "intermediate_size": 96}
+    config = {"architectures": [FAMILIES[name].architecture], "model_type": name, "hidden_size": 512}
     config |= {"num_hidden_layers": 30, "num_attention_heads": 16, "vocab_size": 131, "use_sliding_window": True}
+    config["intermediate_size"] = 96
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 8, key: None}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     ours = read_architecture(tmp_path)

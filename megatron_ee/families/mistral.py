@@ -1,0 +1,33 @@
+"""Mistral 7B, Nemo, Small: Llama with a window at every layer or at none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.families.family import LLAMA_LAYER, Family
+from megatron_ee.families.reading import (
+    FULL,
+    SLIDING,
+    Config,
+    plain_architecture,
+    read_layer_types,
+    read_window,
+    windows_by_type,
+)
+
+
+def _parse(config: Config) -> Architecture:
+    plain = plain_architecture(config, "mistral", positions=131_072, kv_heads=8)
+    window = read_window(config, 4096)
+    kinds = read_layer_types(config, plain.num_layers)
+    if window is not None and kinds is not None and FULL in kinds:
+        raise config.error(
+            f"layer_types has {FULL}, which transformers ignores in a Mistral model with a sliding_window; remove one "
+            "of the two"
+        )
+    kinds = kinds or [SLIDING if window else FULL] * plain.num_layers
+    return replace(plain, windows=windows_by_type(config, kinds, window, "sliding_window"))
+
+
+MISTRAL = Family("mistral", "MistralForCausalLM", _parse, LLAMA_LAYER)

@@ -1,0 +1,80 @@
+"""The families that are known, one line each, and the architecture of a model of any of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
+from megatron_ee.errors import CheckpointError, shown
+from megatron_ee.families.family import Family
+from megatron_ee.families.llama import LLAMA
+from megatron_ee.families.mistral import MISTRAL
+from megatron_ee.families.qwen2 import QWEN2
+from megatron_ee.families.qwen3 import QWEN3
+from megatron_ee.families.reading import Config
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+    )
+}
+"""By ``model_type``."""
+MAX_FILE = 16 * 2**20  # bytes; released files have a few KiB
+
+
+def read_architecture(directory: str | Path) -> Architecture:
+    """Read ``directory/config.json``.
+
+    Raises:
+        CheckpointError: no such file, not JSON, a family or setting that is not supported, or a bad value.
+    """
+    path = Path(directory) / "config.json"
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: not found; give a Hugging Face model directory with a config.json")
+    check_confined(path, allowed_root(path.parent))
+    config = read_json(path, MAX_FILE)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return parse_architecture(config, str(path))
+
+
+def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Architecture:
+    """Architecture from the parsed ``config.json``; ``where`` names it in errors.
+
+    Raises:
+        CheckpointError: as ``read_architecture``.
+    """
+    family = _find_family(config, where)
+    if config.get("auto_map"):
+        raise CheckpointError(f"{where}: auto_map asks for code from the checkpoint; that is never run")
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise CheckpointError(f"{where}: {key} is set; quantised checkpoints are not supported")
+    return family.parse(Config(config, where))
+
+
+def _find_family(config: dict[str, Any], where: str) -> Family:
+    names, model_type = config.get("architectures") or [], config.get("model_type")
+    by_class = {family.architecture: family for family in FAMILIES.values()}
+    known = ", ".join(sorted(by_class))
+    if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        family = by_class.get(names[0])
+        if family is None:
+            raise CheckpointError(f"{where}: architecture {shown(names[0])} is not supported; supported: {known}")
+        if model_type not in (None, family.model_type):
+            raise CheckpointError(
+                f"{where}: model_type {shown(model_type)} contradicts architecture {shown(names[0])}; correct one"
+            )
+        return family
+    if not names and isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise CheckpointError(
+        f"{where}: architectures {shown(names)} (model_type {shown(model_type)}) not supported; supported: {known}"
+    )
