@@ -178,7 +178,7 @@ def open_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
     """
     directory = current_directory(path)
     if os.path.isfile(directory / MANIFEST):
-        return _open_checkpoint(open_checkpoint(directory, verify=verify))
+        return exits_in(open_checkpoint(directory, verify=verify))
     root = allowed_root(directory)
     if not os.path.lexists(directory / DESCRIPTION) and os.path.lexists(directory / INCLUDED / DESCRIPTION):
         directory = directory / INCLUDED
@@ -203,8 +203,12 @@ def open_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
     return _describe(directory, where, content, content.get("steps"), weights)
 
 
-def _open_checkpoint(checkpoint: Checkpoint) -> Adapter:
-    """The exits of a parallel or training checkpoint."""
+def exits_in(checkpoint: Checkpoint) -> Adapter:
+    """The exits in a parallel or training checkpoint.
+
+    Raises:
+        CheckpointError: there are none, or they are not described as they must be.
+    """
     where, metadata = checkpoint.path / MANIFEST, checkpoint.metadata
     if not metadata.get("exits"):
         raise CheckpointError(f"{where}: there are no exits in it; give an adapter directory as tune writes it")
@@ -283,9 +287,9 @@ def find_exits(model: SavedModel, path: str | Path | None, *, verify: bool = Tru
     Raises:
         CheckpointError: they cannot be used, or do not fit the model or its settings.
     """
-    if path is None and not has_exits(model):
+    adapter = exits_with(model, verify=verify) if path is None else open_adapter(path, verify=verify)
+    if adapter is None:
         return None
-    adapter = open_adapter(model.path if path is None else path, verify=verify)
     check_settings(adapter, model)
     check_fits(adapter, adapter.exits, model.architecture)
     return adapter
@@ -301,11 +305,15 @@ def check_hash(adapter: Adapter, model: SavedModel, digest: Callable[[], str]) -
         check_backbone(adapter, digest(), model.path)
 
 
-def has_exits(model: SavedModel) -> bool:
-    """Whether exits lie with the model, in its parallel checkpoint or its directory's ``adapter/``."""
+def exits_with(model: SavedModel, *, verify: bool = True) -> Adapter | None:
+    """The exits that lie with a model, in its parallel checkpoint or its directory's ``adapter/``; None without any.
+
+    Raises:
+        CheckpointError: they cannot be used.
+    """
     if model.checkpoint is not None:
-        return bool(model.checkpoint.metadata.get("exits"))
-    return (model.path / INCLUDED / DESCRIPTION).is_file()
+        return exits_in(model.checkpoint) if model.checkpoint.metadata.get("exits") else None
+    return open_adapter(model.path, verify=verify) if (model.path / INCLUDED / DESCRIPTION).is_file() else None
 
 
 def check_backbone(adapter: Adapter, backbone_sha256: str, model: str | Path) -> None:

@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,8 @@ from megatron_ee import platform
 from megatron_ee.checkpoint.digest import backbone_digest
 from megatron_ee.checkpoint.hf_directory import INDEX, HFDirectory
 from megatron_ee.checkpoint.manifest import MANIFEST
-from megatron_ee.checkpoint.parallel import EXITS, open_parallel
-from megatron_ee.checkpoint.store import Checkpoint
+from megatron_ee.checkpoint.parallel import EXITS, check_parallel
+from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, ConfigError, shown
@@ -99,16 +99,32 @@ def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
             another shape, or not of a floating dtype.
     """
     path = Path(path)
-    checkpoint = open_parallel(path, verify=verify) if os.path.isfile(path / MANIFEST) else None
-    architecture, directory = read_architecture(path), None
-    if checkpoint is not None:
-        tensors = {key: tensor for key, tensor in checkpoint.tensors().items() if not key.startswith(EXITS)}
-    else:
-        directory = HFDirectory.open(path)
-        tensors = {name: stored(entry) for name, entry in directory.tensors.items()}
+    if os.path.isfile(path / MANIFEST):
+        return model_in(open_checkpoint(path, verify=verify))
+    architecture, directory = read_architecture(path), HFDirectory.open(path)
+    tensors = {name: stored(entry) for name, entry in directory.tensors.items()}
+    return _checked(path, architecture, tensors, directory.absent)
+
+
+def model_in(checkpoint: Checkpoint) -> SavedModel:
+    """The backbone in an open parallel checkpoint.
+
+    Raises:
+        CheckpointError: as ``open_model``.
+    """
+    check_parallel(checkpoint)
+    tensors = {key: tensor for key, tensor in checkpoint.tensors().items() if not key.startswith(EXITS)}
+    model = _checked(checkpoint.path, read_architecture(checkpoint.path), tensors, {})
+    return dataclasses.replace(model, checkpoint=checkpoint)
+
+
+def _checked(
+    path: Path, architecture: Architecture, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
+) -> SavedModel:
+    """The model of these tensors, compared with what its architecture needs; ``absent`` as in ``HFDirectory``."""
     architecture, tensors = _resolve_head(architecture, tensors)
     expected = expected_tensors(architecture)
-    for name, file in (directory.absent if directory is not None else {}).items():
+    for name, file in absent.items():
         if name not in tensors and not is_non_weight(name, architecture):
             raise CheckpointError(f"{file}: tensor {name!r} is missing, which {INDEX} places there")
     for name, tensor in tensors.items():
@@ -126,7 +142,7 @@ def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
         if not tensors[name].dtype.is_floating_point:
             raise CheckpointError(f"{where} has dtype {tensors[name].dtype}; expected a floating one")
     others = {name: tensor for name, tensor in tensors.items() if name not in expected}
-    return SavedModel(path, architecture, {name: tensors[name] for name in expected}, others, checkpoint)
+    return SavedModel(path, architecture, {name: tensors[name] for name in expected}, others)
 
 
 def _resolve_head(

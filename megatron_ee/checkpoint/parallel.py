@@ -12,22 +12,27 @@ import os
 from pathlib import Path, PurePosixPath
 
 from megatron_ee.checkpoint.digest import file_sha256
-from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
+from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.errors import CheckpointError, DamagedError
 
 KIND = "parallel"
 EXITS = "exits."  # what the names of exits' tensors begin with
 
 
-def open_parallel(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Open a parallel checkpoint and check the files beside it; see ``open_checkpoint``.
+def is_parallel(checkpoint: Checkpoint) -> bool:
+    """Whether it holds a backbone, and is not a training checkpoint."""
+    return bool(checkpoint.metadata.get("kind") == KIND)
+
+
+def check_parallel(checkpoint: Checkpoint) -> None:
+    """Check that it is a parallel checkpoint, and the files beside its shards.
 
     Raises:
-        CheckpointError: it is a training checkpoint, or not readable.
+        CheckpointError: it is a training checkpoint.
         DamagedError: a file is missing or changed.
     """
-    checkpoint = open_checkpoint(path, verify=verify)
-    if checkpoint.metadata.get("kind") != KIND:
+    path = checkpoint.path
+    if not is_parallel(checkpoint):
         raise CheckpointError(
             f"{path}: is a training checkpoint, which holds exits but no backbone; give the model it was tuned on"
         )
@@ -37,9 +42,8 @@ def open_parallel(path: Path, *, verify: bool = True) -> Checkpoint:
     for name, digest in assets.items():
         if not _is_plain_file(path, name):
             raise DamagedError(f"{path}/{name}: missing, or not a plain file; the checkpoint is not complete")
-        if verify and file_sha256(path / name) != digest:
+        if checkpoint.verify and file_sha256(path / name) != digest:
             raise DamagedError(f"{path / name}: damaged: its SHA-256 is not the one in the manifest")
-    return checkpoint
 
 
 def _is_plain_file(directory: Path, name: str) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_ee.checkpoint.adapter import DESCRIPTION, Adapter, has_exits, open_adapter
+from megatron_ee.checkpoint.adapter import DESCRIPTION, Adapter, exits_in, exits_with, open_adapter
 from megatron_ee.checkpoint.atomic import current_directory
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.hf_directory import released_assets
-from megatron_ee.checkpoint.loading import SavedModel, open_model
+from megatron_ee.checkpoint.loading import SavedModel, model_in, open_model
 from megatron_ee.checkpoint.manifest import MANIFEST
-from megatron_ee.checkpoint.parallel import KIND
+from megatron_ee.checkpoint.parallel import is_parallel
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError
@@ -35,9 +35,10 @@ def open_contents(path: Path, *, trust: bool = False, config: Path | None = None
         wrong = "is a file" if path.exists() else "no such directory"
         raise CheckpointError(f"{path}: {wrong}; give a checkpoint's directory")
     if (path / MANIFEST).is_file():
-        if open_checkpoint(path).metadata.get("kind") == KIND:
-            return _of_model(open_model(path, verify=verify), "parallel checkpoint", verify)
-        return _of_exits(open_adapter(path, verify=verify), "training checkpoint")
+        checkpoint = open_checkpoint(path, verify=verify)
+        if is_parallel(checkpoint):
+            return _of_model(model_in(checkpoint), "parallel checkpoint", verify)
+        return _of_exits(exits_in(checkpoint), "training checkpoint")
     if (path / DESCRIPTION).is_file():
         return _of_exits(open_adapter(path, verify=verify), "adapter")
     if (path / "config.json").is_file():
@@ -67,7 +68,7 @@ def _has(path: Path, name: str) -> bool:
 
 
 def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
-    exits = open_adapter(model.path, verify=verify) if has_exits(model) else None
+    exits = exits_with(model, verify=verify)
     corrected, notes = _corrected_config(model)
     return Contents(
         source=model.path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.checkpoint.store import open_checkpoint
+from megatron_ee.config import untrusted
+from megatron_ee.config.exits import ExitSpec
 from megatron_ee.conversion.copy import write_output
+from megatron_ee.conversion.edit import add_exits
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.to_hf import to_hf
 from megatron_ee.conversion.to_parallel import even_stages, to_parallel
@@ -162,6 +166,24 @@ def test_assets_are_checked(family: Callable[[str], Path], tmp_path: Path) -> No
     (parallel / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: missing"):
         open_contents(parallel, verify=False)
+
+
+def test_a_parallel_checkpoint_with_exits_is_opened_once(
+    family: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = add_exits(open_contents(family("llama2")), [ExitSpec(2, "norm", "own")], seed=1)
+    contents = dataclasses.replace(contents, backbone_sha256="0" * 64)
+    parallel = converted(contents, tmp_path / "parallel")
+    read: list[Path] = []
+
+    def read_json(path: Path) -> Any:
+        read.append(path)
+        return untrusted.read_json(path)
+
+    monkeypatch.setattr("megatron_ee.checkpoint.store.read_json", read_json)
+    opened = open_contents(parallel)
+    assert opened.format == "parallel checkpoint with exits" and [spec.layer for spec in opened.exits] == [2]
+    assert read == [parallel / "manifest.json"]
 
 
 def test_code_and_links_are_not_carried(family: Callable[[str], Path], tmp_path: Path) -> None:
