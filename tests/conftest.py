@@ -20,6 +20,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m smoke`` import only the files that have such tests: importing all takes longer than the tests."""
+    wanted = config.option.markexpr != "smoke" or not collection_path.name.startswith("test_")
+    return None if wanted or "pytest.mark.smoke" in collection_path.read_text(encoding="utf-8") else True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` without a CUDA device; torch is imported only if there are such tests."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes an environment of its own, then lints, type-checks and tests. Arguments go to pytest.
-# Tests marked slow are left out; "-m slow" runs them alone, "-m ''" runs all.
+# Tests marked slow are left out; "-m slow" runs them alone, "-m smoke" one of each main thing in a minute, "-m ''" all.
 #
 # MEGATRON_EE_TEST_VENV: where the environment is (default: .venv-test). See tools/setup_env.sh for PYTHON and
 # MEGATRON_EE_TORCH_INDEX.

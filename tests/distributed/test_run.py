@@ -64,7 +64,7 @@ def close(found: Any, expected: Any, where: str = "") -> None:
 @pytest.mark.parametrize(
     "world_size, parallel",
     [
-        (2, {"tensor": 2, "sequence": True}),
+        pytest.param(2, {"tensor": 2, "sequence": True}, marks=pytest.mark.smoke),
         (3, {"pipeline": 3, "layout": PIPELINE}),
         (4, {"pipeline": 2}),
     ],

@@ -40,6 +40,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         assert torch.equal(tensor, second[key]), key
 
 
+@pytest.mark.smoke
 def test_run_leaves_what_it_should(project: Any, tuned: Path) -> None:
     for name in ("adapter/exits.safetensors", "adapter-best/exits.json", "config.json", "validation/step-12.json"):
         assert (tuned / name).is_file(), name
@@ -63,6 +64,7 @@ def test_run_leaves_what_it_should(project: Any, tuned: Path) -> None:
     assert all(line["validation"]["final_loss"] == validations[0]["validation"]["final_loss"] for line in validations)
 
 
+@pytest.mark.smoke
 def test_adapter_holds_the_last_weights_and_only_the_exits(tuned: Path) -> None:
     adapter = load_file(tuned / "adapter" / "exits.safetensors")
     checkpoint = all_tensors(tuned, 12)

@@ -58,7 +58,9 @@ def edited_copy(source: Path, target: Path, edit: Callable[[dict[str, Any]], Non
     return target
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=pytest.mark.smoke) if each == "llama3.1" else each for each in FAMILIES]
+)
 def test_logits(family: str, saved_model: SavedModel, load_stage: LoadStage) -> None:
     path, reference = saved_model(family)
     stage, tokens = load_stage(path), make_tokens()

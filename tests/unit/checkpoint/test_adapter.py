@@ -109,6 +109,7 @@ def test_a_file_holds_what_was_trained_in_released_names_and_shapes(saved: Path)
     assert description["note"] == 1 and description["exits"][0]["weight"] == 0.5
 
 
+@pytest.mark.smoke
 def test_some_of_the_exits_can_be_loaded(saved: Path, saved_model: Any, load_stage: Any) -> None:
     path, _ = saved_model("llama3.1")
     stage = load_stage(path, [SPECS[2]], layers=[1, 2, 3], final_exit=False)
@@ -126,6 +127,7 @@ def test_saved_twice_is_replaced(saved: Path, saved_model: Any, load_stage: Any)
     assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
 
 
+@pytest.mark.smoke
 def test_another_backbone_is_refused(saved: Path) -> None:
     adapter = open_adapter(saved)
     check_backbone(adapter, HASH, "models/base")

@@ -89,6 +89,7 @@ def test_refusals_are_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.smoke
 def test_a_configuration_mistake_ends_the_process_with_2(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: m}\nexits: [{layer: 1}]\ndata: {train: [c]}\n")
     arguments = ["tune", "--config", "run.yaml", "--optimizer.lrr", "3", "--output", "out"]
@@ -101,6 +102,7 @@ def test_a_configuration_mistake_ends_the_process_with_2(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.smoke
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"megatron-ee {__version__}\n"

@@ -146,6 +146,7 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         ("loss", distilled(top_k=101), "loss.distillation.top_k: 101 is above the model's 100 tokens"),
     ],
 )
+@pytest.mark.smoke
 def test_refusals(tmp_path: Path, architecture: Architecture, block: str, values: Any, message: str) -> None:
     config = configuration(tmp_path, **{block: values})
     with pytest.raises(ConfigError) as caught:

@@ -43,6 +43,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
     return message.replace(str(tmp_path / "run.yaml"), "FILE")
 
 
+@pytest.mark.smoke
 def test_values_and_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, MINIMAL)
     assert config.exits == [ExitConfig(2), ExitConfig(0.5, "norm", "shared")]
@@ -191,6 +192,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
         (["--model.dtype", "float61"], "model.dtype: must be one of auto, float32, bfloat16, not 'float61'; did you"),
     ],
 )
+@pytest.mark.smoke
 def test_mistakes_in_overrides(tmp_path: Path, overrides: list[str], message: str) -> None:
     assert refusal(tmp_path, MINIMAL, *overrides).startswith(message)
 

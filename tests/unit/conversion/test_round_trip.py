@@ -107,6 +107,7 @@ def test_a_rank_finds_what_it_holds_in_one_piece(family: Callable[[str], Path], 
     assert manifest["metadata"]["layout"] == {"tensor": 2, "stages": [1, 4]}
 
 
+@pytest.mark.smoke
 def test_resharded_from_layout_to_layout(family: Callable[[str], Path], tmp_path: Path) -> None:
     source = family("qwen2-window")
     first = converted(open_contents(source), tmp_path / "a", tensor=8, stages=[2, 3])

@@ -60,6 +60,7 @@ def command(byte_model: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return Command(byte_model, capsys)
 
 
+@pytest.mark.smoke
 def test_full_mode_equals_transformers(command: Command, byte_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,6 +72,7 @@ def test_full_mode_equals_transformers(command: Command, byte_model: Path) -> No
     assert set(result["layers"]) == {4}
 
 
+@pytest.mark.smoke
 def test_json_has_the_fixed_keys_and_every_mode_says_what_it_should(command: Command, adapter: Path) -> None:
     found = {}
     for mode in ("full", "threshold", "speculative"):
