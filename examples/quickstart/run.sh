@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole cycle on a small machine: environment, corpus, base model, then megatron-ee quickstart.
+# Runs every step on a small machine: environment, corpus, base model, then megatron-ee quickstart.
 #
 #   bash examples/quickstart/run.sh [--out DIR] [--base DIR] [--data FILE]
 #

@@ -10,12 +10,12 @@ from megatron_ee.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
 MODEL_DTYPES = ("auto", *DTYPES)
-MODEL_DTYPE = "dtype to run the model in (default: auto, the checkpoint's own; bfloat16 for float16)"
+MODEL_DTYPE = "dtype of the model (default: auto, the checkpoint's own; bfloat16 for float16)"
 MODEL = "Hugging Face directory or parallel checkpoint"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage, and whose options are never abbreviated."""
+    """An argument parser that reports an error in one line, without the usage, and accepts no abbreviated options."""
 
     def __init__(self, command: str = "", description: str = "", *, prog: str = "") -> None:
         # ``prog`` is what add_subparsers gives to the parsers it makes of this class.
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from ``least``."""
+    """An argparse type: whole numbers of at least ``least``."""
 
     def number(text: str) -> int:
         try:

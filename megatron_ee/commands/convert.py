@@ -13,8 +13,8 @@ from megatron_ee.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_ee.config.schema import ExitConfig
 
-DESCRIPTION = """Hugging Face directories, parallel checkpoints, adapters and Megatron checkpoints, into each other.
-Weights are streamed; an interrupted conversion goes on when the same command is run again."""
+DESCRIPTION = """Convert between Hugging Face directories, parallel checkpoints, adapters and Megatron checkpoints.
+Weights are streamed. To continue an interrupted conversion, run the same command again."""
 TARGETS = ("hf", "parallel", "adapter", "megatron")
 HEADS = ("own", "shared", "low_rank")
 ALL = 0  # in place of a layer
@@ -23,40 +23,50 @@ ALL = 0  # in place of a layer
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("convert", DESCRIPTION)
-    result.add_argument("--input", type=Path, required=True, metavar="DIR", help="checkpoint of any known format")
-    result.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write; must be new")
+    result.add_argument("--input", type=Path, required=True, metavar="DIR", help="checkpoint to read, in any format")
+    result.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write; must not exist")
     result.add_argument("--to", choices=TARGETS, required=True, help="format to write")
-    result.add_argument("--dry-run", action="store_true", help="only print what would be read and written")
+    result.add_argument("--dry-run", action="store_true", help="print what would be read and written, then stop")
     result.add_argument(
-        "--model", type=Path, metavar="DIR", help="backbone of an adapter (default: where the adapter says it is)"
+        "--model", type=Path, metavar="DIR", help="the adapter's model (default: the path that it records)"
     )
-    layout = result.add_argument_group("parallel checkpoints", "how shards are cut; they load in any layout")
+    layout = result.add_argument_group(
+        "parallel checkpoints", "how the weights are split into files; any number of ranks can load them"
+    )
     layout.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
-    layout.add_argument("--pipeline", type=at_least(1), default=1, metavar="N", help="number of stages (default: 1)")
+    layout.add_argument("--pipeline", type=at_least(1), default=1, metavar="N", help="pipeline stages (default: 1)")
     layout.add_argument(
-        "--stages", type=at_least(1), nargs="+", default=[], metavar="N", help="number of layers of each stage"
+        "--stages", type=at_least(1), nargs="+", default=[], metavar="N", help="layers of each stage (default: even)"
     )
-    exits = result.add_argument_group("exits", "in this order: dropped, merged, added, heads changed")
-    exits.add_argument("--drop-exits", type=at_least(1), nargs="+", default=[], metavar="LAYER", help="leave these out")
-    exits.add_argument("--adapter", type=Path, action="append", default=[], metavar="DIR", help="merge its exits in")
+    exits = result.add_argument_group("exits", "applied in this order")
     exits.add_argument(
-        "--exits", metavar="YAML", help="add new ones, as in a configuration: '[{layer: 8, body: mlp, init: copy}]'"
+        "--drop-exits", type=at_least(1), nargs="+", default=[], metavar="LAYER", help="remove these exits"
     )
-    exits.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="of random first values (default: 1)")
     exits.add_argument(
-        "--heads", nargs="+", default=[], metavar="LAYER=HEAD", help="other heads, such as 8=shared; all=shared is all"
+        "--adapter", type=Path, action="append", default=[], metavar="DIR", help="merge its exits; repeatable"
     )
-    exits.add_argument("--exit", type=at_least(1), metavar="K", help="write the exit after layer K as a model")
+    exits.add_argument(
+        "--exits", metavar="YAML", help="add exits, as in a configuration: '[{layer: 8, body: mlp, init: copy}]'"
+    )
+    exits.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="seed of random weights (default: 1)")
+    exits.add_argument(
+        "--heads", nargs="+", default=[], metavar="LAYER=HEAD", help="change heads: 8=shared, or all=shared"
+    )
+    exits.add_argument(
+        "--exit", type=at_least(1), metavar="K", help="write the exit after layer K as a plain model (--to hf)"
+    )
     trust = result.add_argument_group("reading")
     trust.add_argument(
         "--trust-checkpoint",
         action="store_true",
-        help="read Megatron's formats, which hold pickles: only from those whom you would let run code here",
+        help="read Megatron's formats, which contain pickles: only from people whom you trust to run code here",
     )
-    trust.add_argument("--config", type=Path, metavar="DIR", help="Hugging Face model that a Megatron checkpoint is of")
-    trust.add_argument("--no-verify", action="store_true", help="do not check what is read against its checksums")
+    trust.add_argument(
+        "--config", type=Path, metavar="DIR", help="Hugging Face directory of a Megatron checkpoint's model"
+    )
+    trust.add_argument("--no-verify", action="store_true", help="do not check checksums")
     result.add_argument(
-        "--max-shard-size", type=at_least(1), default=5000, metavar="MB", help="of --to hf's files (default: 5000)"
+        "--max-shard-size", type=at_least(1), default=5000, metavar="MB", help="file size for --to hf (default: 5000)"
     )
     return result
 

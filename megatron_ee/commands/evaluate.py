@@ -1,4 +1,4 @@
-"""``megatron-ee evaluate``: what each exit is worth on a corpus."""
+"""``megatron-ee evaluate``: quality per exit on a corpus, and a threshold sweep."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_ee.errors import ConfigError
 
 PLOTS = (".png", ".pdf", ".svg")
 
-DESCRIPTION = """Loss, perplexity, agreement with the final exit, confidence and calibration per exit, and how many
-layers a threshold saves at which agreement."""
+DESCRIPTION = """Measure each exit on a corpus: loss, perplexity, agreement with the final exit, calibration. Then sweep
+the threshold: layers per token and agreement at each."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,37 +21,39 @@ def parser() -> argparse.ArgumentParser:
     result = Parser("evaluate", DESCRIPTION)
     result.add_argument("--model", type=Path, required=True, metavar="DIR", help=MODEL)
     result.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="exits from tune (default: those with the model, if it has any)"
+        "--adapter", type=Path, metavar="DIR", help="exits to measure (default: those in the model's directory, if any)"
     )
     result.add_argument("--data", type=Path, required=True, metavar="PREFIX", help="corpus from prepare-data")
     result.add_argument(
         "--sequence-length", type=at_least(1), metavar="N", help="tokens per sequence (default: 2048, or the model's)"
     )
     result.add_argument(
-        "--sequences", type=at_least(0), default=256, metavar="N", help="at most so many; 0 is all (default: 256)"
+        "--sequences",
+        type=at_least(0),
+        default=256,
+        metavar="N",
+        help="largest number of sequences; 0: all (default: 256)",
     )
-    result.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="sequences at once (default: 1)")
-    result.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
     result.add_argument(
-        "--tensor", type=at_least(1), default=1, metavar="N", help="processes that share each layer (default: 1)"
+        "--batch-size", type=at_least(1), default=1, metavar="N", help="sequences per pass (default: 1)"
     )
+    result.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
+    result.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
     result.add_argument(
         "--pipeline",
         type=at_least(1),
         default=1,
         metavar="N",
-        help="stages of layers (default: 1); data parallelism takes the processes that are left",
+        help="pipeline stages (default: 1); data parallelism takes the processes that are left",
     )
-    result.add_argument("--no-verify", action="store_true", help="do not check what is read against its checksums")
+    result.add_argument("--no-verify", action="store_true", help="do not check checksums")
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    result.add_argument(
-        "--plot", type=Path, metavar="FILE", help="write the plot of the sweep to this .png, .pdf or .svg"
-    )
+    result.add_argument("--plot", type=Path, metavar="FILE", help="plot the sweep to a .png, .pdf or .svg file")
     result.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="write evaluation.json, .png and reliability.png to this new directory, or over an earlier evaluation",
+        help="write evaluation.json, .png and reliability.png to this directory: new, or an earlier evaluation's",
     )
     return result
 

@@ -16,12 +16,12 @@ from megatron_ee.tuning.interrupt import Signalled, raise_signals, watch_signals
 
 # command: (module of this package, what it does). Modules are imported when called for: --help stays quick.
 COMMANDS = {
-    "quickstart": ("quickstart", "the whole cycle on real text on a small machine"),
-    "prepare-data": ("prepare_data", "text or chat jsonl -> indexed corpus"),
-    "convert": ("convert", "any checkpoint format -> any other, resharding, exits added, dropped, merged"),
+    "quickstart": ("quickstart", "run all steps on real text, on a small machine"),
+    "prepare-data": ("prepare_data", "tokenize text or chat jsonl into a corpus"),
+    "convert": ("convert", "convert checkpoints; add, drop or merge exits"),
     "tune": ("tune", "train exits on a frozen model"),
-    "evaluate": ("evaluate", "loss, perplexity, agreement, confidence per exit; threshold sweep"),
-    "generate": ("generate", "text from a prompt, showing the layer that emitted each token"),
+    "evaluate": ("evaluate", "measure each exit on a corpus; threshold sweep"),
+    "generate": ("generate", "generate text; show the layer that emitted each token"),
 }
 SAVING = ("tune",)
 """Commands that save and end with 0 after a signal; the others end by it."""
@@ -30,11 +30,11 @@ SAVING = ("tune",)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: the process's arguments) and return its exit status.
 
-    0 is success, 2 a command line or configuration that is refused, 1 any other error, 128 + N the signal N. What is
-    no ``UserError`` is a bug, and keeps its traceback.
+    0: success. 2: a command line or configuration that is refused. 1: any other error. 128 + N: signal N. An exception
+        that is no ``UserError`` is a bug and keeps its traceback.
     """
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
-    # Before a command imports torch, which takes seconds: a signal that comes meanwhile must not be lost.
+    # Before the command imports torch, which takes seconds: a signal in that time must not be lost.
     handlers: contextlib.AbstractContextManager[object] = watch_signals() if command in SAVING else raise_signals()
     with handlers:
         return _main(command, rest)
@@ -74,7 +74,7 @@ def _run(command: str, rest: list[str]) -> int:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(COMMANDS)}"
-        raise ConfigError(f"unknown command {command!r}; {hint}" if command else f"which command? {hint}")
+        raise ConfigError(f"unknown command {command!r}; {hint}" if command else f"no command given; {hint}")
     module = importlib.import_module(f"megatron_ee.commands.{COMMANDS[command][0]}")
     try:
         arguments = module.parser().parse_args(rest)
@@ -95,7 +95,7 @@ def _usage() -> str:
     return "\n".join(
         [
             "usage: megatron-ee COMMAND ...\n",
-            "Early-exit tuning: attach exits to a released language model, train them alone, leave early.",
+            "Early-exit tuning: attach exits to a released language model, train only the exits, generate faster.",
             "",
             "commands:",
             *lines,

@@ -8,14 +8,16 @@ from pathlib import Path
 from megatron_ee.commands import Parser, at_least
 from megatron_ee.errors import ConfigError
 
-DESCRIPTION = """Tokenize text files (each a document) and jsonl files (each line a document) into an indexed corpus,
-PREFIX.bin, PREFIX.idx and PREFIX.json, that tune and evaluate read."""
+DESCRIPTION = """Tokenize text into an indexed corpus (PREFIX.bin, PREFIX.idx, PREFIX.json) for tune and evaluate.
+A text file is one document. Each line of a jsonl file is one document."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("prepare-data", DESCRIPTION)
-    result.add_argument("--input", type=Path, required=True, nargs="+", metavar="FILE", help="text or jsonl files")
+    result.add_argument(
+        "--input", type=Path, required=True, nargs="+", metavar="FILE", help="text or jsonl files to read"
+    )
     result.add_argument(
         "--tokenizer",
         type=Path,
@@ -23,36 +25,36 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the model's Hugging Face directory, or a SentencePiece .model file",
     )
-    result.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="corpus to write, without suffix")
-    result.add_argument("--text-key", metavar="KEY", help="key of the text in each line of jsonl (default: text)")
+    result.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="path of the corpus, without suffix"
+    )
+    result.add_argument("--text-key", metavar="KEY", help="jsonl key of the text (default: text)")
     result.add_argument(
         "--chat",
         action="store_true",
-        help="lines of {\"messages\": [...]}: apply the model's chat template, train on the assistant's tokens only",
+        help='read jsonl lines of {"messages": [...]} with the chat template; train only the assistant\'s tokens',
     )
     result.add_argument(
         "--chat-template",
         type=Path,
         metavar="FILE",
-        help="with --chat: a jinja file to use in place of the model's chat template",
+        help="with --chat: a jinja file that replaces the model's chat template",
     )
     result.add_argument(
         "--prepend-bos", action="store_true", help="begin each document with the beginning-of-text token"
     )
     result.add_argument(
-        "--workers", type=at_least(1), metavar="N", help="processes (default: one per core, one for little data)"
+        "--workers", type=at_least(1), metavar="N", help="processes (default: one per core; one for small inputs)"
     )
-    result.add_argument(
-        "--overwrite", action="store_true", help="replace a corpus of this name that prepare-data wrote"
-    )
+    result.add_argument("--overwrite", action="store_true", help="replace an existing corpus that prepare-data wrote")
     return result
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the corpus and say what is in it."""
+    """Write the corpus and print its size."""
     if arguments.chat and (arguments.text_key is not None or arguments.prepend_bos):
         option = "--prepend-bos" if arguments.prepend_bos else "--text-key"
-        raise ConfigError(f"{option}: contradicts --chat, where the chat template decides; leave it out")
+        raise ConfigError(f"{option}: cannot be used with --chat, where the chat template decides; leave it out")
     if arguments.chat_template is not None and not arguments.chat:
         raise ConfigError("--chat-template: applies to chat data only; give --chat, too")
     from megatron_ee.data.prepare import prepare_corpus

@@ -1,4 +1,4 @@
-"""``megatron-ee quickstart``: the whole cycle, each step one of the commands that a user would give."""
+"""``megatron-ee quickstart``: prepare data, tune, evaluate and generate, by running the other commands."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 from megatron_ee.commands import MODEL_DTYPES, Parser, at_least
 from megatron_ee.tuning.interrupt import watch_signals
 
-DESCRIPTION = """Prepare data, tune exits, evaluate them and generate with them, showing each command. Without a model
-of your own, examples/quickstart/run.sh makes a small one first."""
+DESCRIPTION = """Run the other commands in turn and show each: prepare data, tune exits, evaluate, generate.
+examples/quickstart/run.sh first trains a small model, if you have none."""
 POSITIONS = (0.25, 0.5, 0.75)
 SEQUENCES = 120
 AGREEMENT = 0.995
 PROMPTS = 4
 MADE = {
     "tuning/adapter": "the tuned exits",
-    "tune.yaml": "the configuration they were tuned with",
+    "tune.yaml": "the tuning configuration",
     "evaluation/evaluation.json": "quality per exit and threshold",
     "evaluation/evaluation.png": "the same as a plot",
-    "evaluation/reliability.png": "how well each exit's confidence says what it gets right",
+    "evaluation/reliability.png": "confidence against accuracy, per exit",
     "training.png": "loss per exit while tuning",
     "tuning/tensorboard": "the same for TensorBoard",
     "report.json": "this report",
@@ -35,7 +35,7 @@ MADE = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("quickstart", DESCRIPTION)
-    result.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face model to attach exits to")
+    result.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face directory of the model")
     result.add_argument("--data", type=Path, required=True, metavar="FILE", help="text or jsonl to tune on")
     result.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="text or jsonl to evaluate on")
     result.add_argument(
@@ -43,18 +43,20 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="where everything goes: new, empty, or an earlier quickstart's, whose results are replaced",
+        help="output directory: new, empty, or an earlier quickstart's (its results are replaced)",
     )
     result.add_argument("--steps", type=at_least(1), default=160, metavar="N", help="tuning steps (default: 160)")
-    about = "dtype of the model (default: auto, the model's own, or float32 on a CPU that has no instructions for it)"
+    about = "dtype of the model (default: auto, the model's own, or float32 if this CPU has no bfloat16 instructions)"
     result.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help=about)
-    result.add_argument("--prompt", metavar="TEXT", help="text to continue (default: how held-out texts begin)")
+    result.add_argument(
+        "--prompt", metavar="TEXT", help="prompt for generate (default: the first tokens of held-out texts)"
+    )
     result.add_argument("--started", type=float, metavar="TIME", help=argparse.SUPPRESS)
     return result
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The cycle; tables, plot, sample and the paths of all it made."""
+    """Run all commands; print tables, samples and the paths of the results."""
     from megatron_ee.checkpoint.ownership import check_output, claim_output
 
     check_output(arguments.out, "quickstart", "--out")

@@ -11,13 +11,13 @@ from megatron_ee.commands import Parser
 from megatron_ee.errors import ConfigError
 
 DESCRIPTION = (
-    "Train exits on a frozen model. Any key of the configuration can be given on the command line too, after the "
-    "file's values: --tuning.steps 100 --exits.0.layer 4 --data.train '[corpus/wiki]'."
+    "Train exits on a frozen model. Options override keys of the configuration file: "
+    "--tuning.steps 100 --exits.0.layer 4 --data.train '[corpus/wiki]'."
 )
 
 
 class _TuneParser(Parser):
-    """Takes what it does not know for overrides, and documents the configuration in its help."""
+    """Collects unknown options as overrides, and documents the configuration in its help."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Arguments, with everything unknown in ``overrides``; ``load_config`` checks that."""
@@ -29,7 +29,7 @@ class _TuneParser(Parser):
         """Own options, then every key of the configuration."""
         from megatron_ee.config.load import config_help
 
-        return f"{super().format_help()}\nconfiguration, in the YAML file or as options:\n\n{config_help()}"
+        return f"{super().format_help()}\nconfiguration keys, in the YAML file or as options:\n\n{config_help()}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,29 +39,30 @@ def parser() -> argparse.ArgumentParser:
         "%(prog)s --config FILE [--dotted.key VALUE ...] --output DIR "
         "[--resume [--allow-new-data] | --init-adapter DIR | --debug]"
     )
-    result.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's configuration, YAML")
+    result.add_argument("--config", type=Path, required=True, metavar="FILE", help="configuration (YAML)")
     result.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="DIR",
-        help="directory of the run, new or empty: adapter/, adapter-best/, checkpoints, logs and plots",
+        help="directory of the run: adapter/, adapter-best/, checkpoints, logs and plots. New or empty, or with "
+        "--resume the run's own",
     )
     start = result.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    start.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     result.add_argument(
         "--allow-new-data",
         action="store_true",
-        help="with --resume: go on though the corpora have changed, at the same place in the new ones",
+        help="with --resume: accept corpora that have changed, and continue at the same position",
     )
-    start.add_argument("--init-adapter", type=Path, metavar="DIR", help="start from the exits of this adapter")
+    start.add_argument("--init-adapter", type=Path, metavar="DIR", help="start from this adapter's exits")
     start.add_argument(
         "--debug",
         action="store_true",
-        help="check the configuration, whatever its parallel settings, on one process and in a minute or two: a few "
-        "steps on short sequences with the model's first layers and one exit of each kind, deterministic, every "
-        "module's output, gradient and frozen weight checked; DIR/debug/ takes what it leaves, with the shapes of all "
-        "tensors in DIR/debug/debug.log, and is replaced by the next one",
+        help="run a small part of the configuration on one process, in a minute or two: a few deterministic steps on "
+        "short sequences, the first layers, one exit of each kind. Checks every module's output, every gradient and "
+        "every frozen weight. Writes to DIR/debug/, which the next debug run replaces; debug.log there has the shapes "
+        "of all tensors",
     )
     return result
 
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Load and check the configuration, then tune."""
     if arguments.allow_new_data and not arguments.resume:
-        raise ConfigError("--allow-new-data: has a meaning only with --resume; leave it out")
+        raise ConfigError("--allow-new-data: needs --resume; add it, or leave this option out")
     from megatron_ee.config.check import check_model_path
     from megatron_ee.config.load import load_config
 

@@ -19,8 +19,8 @@ class ModelConfig:
 
     Attributes:
         path: Hugging Face directory with ``config.json`` and safetensors.
-        dtype: dtype that backbone and exits are held in; trained ones are updated in float32. ``auto`` is the dtype of
-            the checkpoint's weights (bfloat16 for float16).
+        dtype: dtype of the backbone and the exits. ``auto`` is the checkpoint's own dtype (bfloat16 for float16).
+            Trained weights are updated in float32 in any case.
     """
 
     path: str
@@ -32,12 +32,14 @@ class ExitConfig:
     """One exit.
 
     Attributes:
-        layer: the layer it reads after: a number from 1, or a fraction of the depth between 0 and 1.
-        body: what stands before the head: ``embedding`` (nothing), ``norm``, ``mlp`` or ``layer``.
-        head: ``own`` (trained), ``shared`` (the backbone's, frozen) or ``low_rank`` (the backbone's plus B A).
+        layer: the layer whose output the exit reads: a number from 1, or a fraction of the depth between 0 and 1.
+        body: what is computed before the head: ``embedding`` (nothing), ``norm``, ``mlp`` (MLP and norm) or ``layer``
+            (decoder layer and norm).
+        head: the LM head: ``own`` (a trained copy), ``shared`` (the backbone's, frozen) or ``low_rank`` (the backbone's
+            plus a trained product of two matrices of ``rank``).
         weight: factor of this exit's loss.
         rank: rank of a ``low_rank`` head.
-        init: ``copy`` takes the model's own weights, ``random`` draws normal(0, 0.02).
+        init: first values: ``copy`` copies the model's own weights, ``random`` draws from normal(0, 0.02).
     """
 
     layer: int | float
@@ -54,7 +56,7 @@ class CorpusConfig:
 
     Attributes:
         path: prefix of the indexed dataset, as given to ``prepare-data --output``.
-        weight: relative share of the blend's sequences.
+        weight: share of the sequences that this corpus gives, relative to the other corpora.
     """
 
     path: str
@@ -66,11 +68,11 @@ class DataConfig:
     """Corpora that tuning and validation read.
 
     Attributes:
-        train: corpora to tune on: prefixes, or ``{path, weight}``.
-        validation: corpora to validate on. Empty: see ``validation_fraction``.
-        validation_fraction: share of each training corpus's documents, from its end, that is held out instead.
+        train: training corpora: a list of prefixes or of ``{path, weight}``.
+        validation: validation corpora, in the same form. If the list is empty, ``validation_fraction`` decides.
+        validation_fraction: share of each training corpus that is held out for validation: its last documents.
         sequence_length: tokens per training sequence.
-        seed: seed of the order of documents and sequences.
+        seed: seed of the order in which documents and sequences are read.
     """
 
     train: list[str | CorpusConfig]
@@ -85,8 +87,8 @@ class StageConfig:
     """One pipeline stage of an explicit layout.
 
     Attributes:
-        layers: its first and last layer, such as ``[1, 8]``; empty for a stage that only hosts exits.
-        exits: positions of the exits that it hosts.
+        layers: the first and the last layer of the stage, such as ``[1, 8]``. Empty for a stage that only hosts exits.
+        exits: positions of the exits that the stage hosts, written as in ``exits``.
     """
 
     layers: list[int] = field(default_factory=list)
@@ -95,14 +97,14 @@ class StageConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over processes; data parallelism takes what is left.
+    """How the model is split over processes; data parallelism takes the processes that are left.
 
     Attributes:
         tensor: tensor-parallel size.
         pipeline: number of pipeline stages.
         sequence: sequence parallelism on top of tensor parallelism.
-        layout: which stage holds which layers and exits: a list of stages; ``auto`` balances by counted FLOPs.
-        timeout_seconds: time without a sign of life after which a process counts as lost and the run ends.
+        layout: the layers and exits of each pipeline stage. ``auto`` balances the stages by their FLOPs.
+        timeout_seconds: seconds without a report from a process after which it counts as lost and the run ends.
     """
 
     tensor: int = 1
@@ -118,14 +120,14 @@ class OptimizerConfig:
 
     Attributes:
         lr: peak learning rate.
-        min_lr: learning rate at the end of the decay.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: term added to the denominator.
+        min_lr: learning rate at the last step.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: constant added to the denominator of the update.
         weight_decay: decoupled weight decay; not applied to norms and biases.
-        clip_grad: largest gradient norm over all exits; 0 turns clipping off.
-        implementation: ``auto`` takes NVIDIA apex's fused AdamW where it is installed and works, else torch's;
-            ``deepspeed_cpu`` keeps the optimizer's state in host memory (extra ``deepspeed``).
+        clip_grad: gradients are scaled down to this norm, taken over all exits; 0 turns clipping off.
+        implementation: ``auto`` uses NVIDIA apex's fused AdamW if it is installed and works, else torch's.
+            ``deepspeed_cpu`` keeps the optimizer state in host memory (extra ``deepspeed``).
     """
 
     lr: float = 1.0e-4
@@ -143,8 +145,8 @@ class ScheduleConfig:
     """Learning-rate schedule.
 
     Attributes:
-        decay: shape of the fall from ``lr`` to ``min_lr``; ``constant`` stays at ``lr``.
-        warmup_fraction: share of the steps over which the rate rises linearly from 0.
+        decay: how the rate falls from ``lr`` to ``min_lr``; ``constant`` stays at ``lr``.
+        warmup_fraction: share of the steps in which the rate rises linearly from 0 to ``lr``.
     """
 
     decay: Literal["linear", "cosine", "constant"] = "linear"
@@ -153,16 +155,16 @@ class ScheduleConfig:
 
 @dataclass
 class DistillationConfig:
-    """Learning from the final exit beside the labels: all layers run then.
+    """Distillation from the final exit, besides the labels. All layers run in every step then.
 
     The loss of a token becomes ``cross_entropy * CE + kl * temperature^2 * KL(teacher || exit)``, both at
     ``temperature``, over the teacher's ``top_k`` most probable tokens and all others as one.
 
     Attributes:
-        kl: weight of the divergence from the final exit; 0 turns distillation off.
+        kl: weight of the KL divergence from the final exit; 0 turns distillation off.
         cross_entropy: weight of the cross-entropy with the label.
-        temperature: divides both sides' logits.
-        top_k: tokens of the final exit's distribution that are kept.
+        temperature: divides the logits of the final exit and of the exit.
+        top_k: number of the final exit's most probable tokens that are used; all others count as one token.
     """
 
     kl: float = 0.0
@@ -176,11 +178,12 @@ class LossConfig:
     """The exits' loss.
 
     Attributes:
-        dynamic_token_weights: weight each token by the exit's own detached maximum probability.
-        weight_warmup: shape of the rise of the exits' loss weights from 0, or ``none``.
-        weight_warmup_fraction: share of the steps that this rise takes.
-        chunk_tokens: tokens whose logits exist at one time, at most. A CPU takes 256, a GPU as many as have 256 MiB of
-            logits in float32, but at least 512.
+        dynamic_token_weights: weight each token's loss by the exit's maximum probability, without a gradient through
+            the weight.
+        weight_warmup: how the loss weights of all exits rise from 0 at the start; ``none`` starts at the full weights.
+        weight_warmup_fraction: share of the steps in which they rise.
+        chunk_tokens: largest number of tokens whose logits are in memory at a time. The number used may be lower: 256
+            on a CPU; on a GPU the number whose float32 logits fill 256 MiB, but at least 512.
         distillation: learning from the final exit.
     """
 
@@ -197,10 +200,11 @@ class TuningConfig:
 
     Attributes:
         steps: optimizer steps.
-        global_batch_size: sequences per step over all processes.
-        micro_batch_size: sequences per forward pass.
-        seed: seed of random exit initialisation.
-        skip_limit: steps in a row whose loss or gradients are not finite that are skipped; one more ends the run.
+        global_batch_size: sequences per optimizer step, over all processes.
+        micro_batch_size: sequences per forward pass of one process. It affects speed and memory, not the result.
+        seed: seed of exits with ``init: random`` and of ``low_rank`` heads.
+        skip_limit: a step with a loss or gradient that is not finite is skipped. More than this number in a row end the
+            run.
     """
 
     steps: int = 40_000
@@ -215,9 +219,9 @@ class ValidationConfig:
     """Validation during and after the run.
 
     Attributes:
-        interval: steps between validations; 0 validates only before the first step and at the end.
-        sequences: largest number of sequences validated; 0 takes the whole corpus.
-        thresholds: confidences of the early-exit sweep; empty for no sweep.
+        interval: steps between validations. 0 validates only before the first step and after the last.
+        sequences: largest number of validation sequences; 0 uses all.
+        thresholds: confidence thresholds of the early-exit sweep; an empty list turns the sweep off.
     """
 
     interval: int = 1000
@@ -230,12 +234,11 @@ class CheckpointConfig:
     """Training checkpoints.
 
     Attributes:
-        interval: steps between saves; 0 saves only at the end and on SIGTERM or SIGINT.
-        keep: newest checkpoints that stay on disk, at least 2.
-        asynchronous: write them while tuning goes on, from a copy of this process's share of exits and optimizer in
-            host memory; otherwise tuning stands still until they are on disk.
-        verify: check what is read against its checksums, where there are any: checkpoints to go on from, adapters and
-            parallel checkpoints.
+        interval: steps between checkpoints. 0 saves only at the end and after a signal.
+        keep: number of newest checkpoints to keep on disk, at least 2.
+        asynchronous: write checkpoints in the background. Each process first copies its share of exits and optimizer
+            state to host memory. ``false``: tuning waits until a checkpoint is on disk.
+        verify: check the checksums of training checkpoints, adapters and parallel checkpoints when they are read.
     """
 
     interval: int = 1000
@@ -249,10 +252,10 @@ class WandbConfig:
     """Weights & Biases (extra ``wandb``): the same figures as in TensorBoard. Off without a project.
 
     Attributes:
-        project: the project that the run belongs to; empty turns it off.
-        name: of the run; empty takes the name of the output directory.
-        mode: ``offline`` writes to ``OUTPUT/wandb`` and sends nothing (``wandb sync`` uploads it later); ``online``
-            also sends while tuning.
+        project: name of the project; empty turns wandb off.
+        name: name of the run; empty uses the name of the output directory.
+        mode: ``offline`` writes to ``OUTPUT/wandb`` and sends nothing; ``wandb sync`` uploads it later. ``online`` also
+            sends while tuning.
     """
 
     project: str = ""
@@ -265,7 +268,7 @@ class LoggingConfig:
     """What is written while tuning.
 
     Attributes:
-        interval: steps between lines of the JSONL log and points in TensorBoard and wandb.
+        interval: steps between two entries in ``log.jsonl``, TensorBoard and wandb.
         tensorboard: write TensorBoard event files to ``OUTPUT/tensorboard``.
         wandb: Weights & Biases.
     """
@@ -277,20 +280,20 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that ``megatron-ee tune`` is told.
+    """The configuration of ``megatron-ee tune``.
 
     Attributes:
         model: the frozen backbone.
-        exits: what is attached to it.
+        exits: the exits to attach.
         data: corpora.
-        parallel: processes.
+        parallel: parallelism.
         optimizer: AdamW.
         schedule: learning rate.
         loss: the exits' loss.
         tuning: length and batch.
-        validation: quality per exit while tuning.
-        checkpoint: saves for resuming.
-        logging: progress.
+        validation: validation.
+        checkpoint: training checkpoints.
+        logging: logs.
     """
 
     model: ModelConfig

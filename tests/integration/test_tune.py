@@ -351,7 +351,7 @@ def test_resume_with_other_data_is_refused_or_allowed(project: Any, tmp_path: Pa
 def test_allow_new_data_needs_resume(project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["tune", "--config", str(project.config(tmp_path / "run.yaml")), "--output", str(tmp_path / "run")]
     assert main([*run, "--allow-new-data"]) == 2
-    assert "--allow-new-data: has a meaning only with --resume" in capsys.readouterr().err
+    assert "--allow-new-data: needs --resume" in capsys.readouterr().err
 
 
 def test_two_runs_cannot_write_to_one_place(project: Any, tmp_path: Path) -> None:
