@@ -157,7 +157,14 @@ def _resolve_head(
         return architecture, tensors
     if EMBEDDING not in tensors:
         return architecture, {EMBEDDING if name == LM_HEAD else name: tensor for name, tensor in tensors.items()}
-    return dataclasses.replace(architecture, tied=same_values(tensors[EMBEDDING], tensors[LM_HEAD])), tensors
+    return dataclasses.replace(architecture, tied=_is_tied(tensors[EMBEDDING], tensors[LM_HEAD])), tensors
+
+
+def _is_tied(embedding: StoredTensor, head: StoredTensor) -> bool:
+    """Whether a head repeats the embedding. They are large, so their hashes are kept and they are read once."""
+    if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
+        return same_values(embedding, head)
+    return backbone_digest({EMBEDDING: embedding}) == backbone_digest({EMBEDDING: head})
 
 
 def _listed(files: Iterable[Path]) -> str:

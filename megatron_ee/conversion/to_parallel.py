@@ -14,8 +14,8 @@ from megatron_ee.checkpoint.manifest import MANIFEST, ShardContent, manifest_byt
 from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Part, Written, split_parts
 from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
-from megatron_ee.checkpoint.slices import rank_boxes
 from megatron_ee.config.architecture import Architecture
+from megatron_ee.conversion.slices import rank_boxes
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.families.weights import FINAL_NORM, LM_HEAD
 from megatron_ee.parallel.layout import even_layout

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError
 
@@ -174,6 +175,16 @@ def test_any_floating_dtype(dtype: torch.dtype, copied: Any, saved_model: Any, l
 def test_missing_tensor(copied: Any) -> None:
     text = refusal(edit_tensors(copied(), lambda t: t.pop(Q0)))
     assert Q0 in text and "missing" in text and "model.safetensors" in text
+
+
+def test_a_repeated_head_is_compared_once(copied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path / "cache"))
+    directory = edit_tensors(
+        copied("llama3.2-tied"), lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
+    assert open_model(directory).architecture.tied
+    monkeypatch.setattr(StoredTensor, "slabs", lambda *_: pytest.fail("read again"))
+    assert open_model(directory).architecture.tied
 
 
 def test_missing_head_of_an_untied_model(copied: Any) -> None:
