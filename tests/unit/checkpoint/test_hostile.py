@@ -27,6 +27,7 @@ from megatron_ee.testing.hostile import (
     ESCAPES,
     Spoil,
     add_pieces,
+    instead,
     link,
     make_adapter,
     make_checkpoint,
@@ -35,8 +36,19 @@ from megatron_ee.testing.hostile import (
     single_columns,
     tensor,
     with_header,
+    write,
 )
-from megatron_ee.testing.hostile_cases import ADAPTERS, CONFIGS, DESCRIBED, HEADERS, MANIFESTS, MODELS, PARALLELS
+from megatron_ee.testing.hostile_cases import (
+    ADAPTERS,
+    CONFIGS,
+    DESCRIBED,
+    HEADERS,
+    MANIFESTS,
+    MODELS,
+    NOT_FILES,
+    NOT_JSON,
+    PARALLELS,
+)
 
 MEMORY = 256 * 2**20  # bytes that a refusal may take beside what the process has
 SECONDS = 3.0
@@ -76,6 +88,18 @@ def refuse(
     spoil(directory)
     for read in readers:
         assert words in refusal(read, directory)
+
+
+@pytest.mark.parametrize("case", NOT_JSON)
+def test_what_is_not_json(case: str, tmp_path: Path) -> None:
+    content, words = NOT_JSON[case]
+    refuse(make_model, write("config.json", content), words, tmp_path, read_architecture)
+
+
+@pytest.mark.parametrize("case", NOT_FILES)
+def test_what_is_no_file(case: str, tmp_path: Path) -> None:
+    make, words = NOT_FILES[case]
+    refuse(make_model, instead("config.json", make), words, tmp_path, read_architecture)
 
 
 @pytest.mark.parametrize("case", HEADERS)
