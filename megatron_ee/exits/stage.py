@@ -15,6 +15,7 @@ from megatron_ee.model.backbone import Backbone, VocabHead
 from megatron_ee.model.exit_loss import exit_statistics
 from megatron_ee.model.linear import product
 from megatron_ee.model.metrics import TokenStats
+from megatron_ee.model.traversal import Tap, run_layers, run_segment
 from megatron_ee.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Stage(nn.Module):
         backbone: frozen.
         shared_head: the backbone's head, frozen, where an exit with a ``shared`` or ``low_rank`` head is hosted.
         exits: by layer number, in order.
+        taps: by layer, what exits read of the layers here.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Stage(nn.Module):
         """
         super().__init__()
         self.setup = setup
-        self._taps = {spec.layer: spec.body for spec in (exits if tapped is None else tapped)}
+        self.taps: dict[int, Tap] = {
+            spec.layer: "residual" if spec.body == "mlp" else "hidden" for spec in (exits if tapped is None else tapped)
+        }
         with torch.device(platform.device()):
             self.backbone = Backbone(setup, layers, embedding=embedding, final_exit=final_exit)
             self.shared_head = self._shared_head(exits)
@@ -87,18 +91,19 @@ class Stage(nn.Module):
         Returns:
             The last h computed, and by layer the tap of each exit that reads these, all ``[seq, batch, hidden]``.
         """
-        taps: dict[int, Tensor] = {}
-        last = max((number for number, _ in self.backbone.numbered_layers()), default=0)
-        for number, layer in self.backbone.numbered_layers():
-            r = layer.attention_half(h, positions)
-            if self._taps.get(number) == "mlp":
-                taps[number] = r
-                if number == last and not to_end:
-                    break
-            h = layer.mlp_half(r)
-            if number in self._taps and number not in taps:
-                taps[number] = h
-        return h, taps
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int, tap: Tensor) -> Tensor:
+            kept[layer] = tap
+            return tap
+
+        def run(start: int, stop: int, x: Tensor) -> Tensor:
+            return run_segment(self.backbone.layers_between, self.taps, start, stop, x, positions)
+
+        numbers = [number for number, _ in self.backbone.numbered_layers()]
+        if numbers:
+            h = run_layers(run, self.taps, numbers[0] - 1, numbers[-1], h, keep, to_hidden=to_end)
+        return h, kept
 
     @torch.no_grad()
     def final_statistics(self, h: Tensor, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:

@@ -1,207 +1,189 @@
-"""Layers as compiled functions (``torch.compile``).
+"""The traversal and the heads as compiled functions (``torch.compile``), for a sequence that runs alone.
 
-A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations to a layer
-that do little each. Compiled, those between the matrix products are fused. For a row that runs alone a segment between
-two exits, or a head, is one call; for rows that run together, what lies between two layers' attentions is.
+A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations per layer
+that do little each. A compiled segment, from one place with a tap to the next, is one call, and the operations between
+its matrix products are fused. Several sequences at once, and tokens that a sliding window limits, run eagerly, over the
+same keys and values.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError, first_line
+from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches, shared_mask
-from megatron_ee.inference.segments import Between, Head, Said, Segment
+from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
 from megatron_ee.model.attention import Positions
-from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.model.traversal import run_segment
 from megatron_ee.progress import track
 
 FORMS = 64
-"""Compiled forms of a segment at most: other numbers of tokens and caches with other room may be cases of their own."""
+"""Compiled forms of a function at most: one token, several tokens and caches of other sizes may each need one."""
 WARM_POSITIONS = 8
 
 
 class CompiledStage:
-    """Every segment and every head of a stage, compiled, and what lies between attentions for rows that run together.
-
-    For one token each segment is compiled together with its head too.
-    """
+    """Every segment and every head of a stage, compiled."""
 
     def __init__(self, stage: Stage) -> None:
-        """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time.
+        """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time."""
+        self._stage, self._arch = stage, stage.setup.architecture
+        numbers = [number for number, _ in stage.backbone.numbered_layers()]
+        places = sorted({numbers[0] - 1, numbers[-1], *stage.taps})
+        self._segments = {(start, stop): _compiled(_Segment(stage, start, stop)) for start, stop in pairwise(places)}
+        self._heads = {exit_.spec.layer: _compiled(_Head(stage, exit_)) for exit_ in stage.exits}
+        if stage.backbone.head is not None:
+            self._heads[self._arch.num_layers + 1] = _compiled(_Head(stage, None))
 
-        Raises:
-            ConfigError: it cannot be compiled here.
-        """
-        self._stage, layers = stage, dict(stage.backbone.numbered_layers())
-        self._layers = layers
-        self._halves = {exit_.spec.layer for exit_ in stage.exits if exit_.mlp is not None}
-        first, last = min(layers) - 1, max(layers)
-        places = sorted({first, last} | {exit_.spec.layer for exit_ in stage.exits})
-        heads = {exit_.spec.layer: Head(stage, exit_) for exit_ in stage.exits}
-        final = stage.setup.architecture.num_layers + 1
-        if stage.backbone.head is not None and stage.backbone.final_norm is not None:
-            heads[final] = Head(stage, None)
-        self._heads = {place: _compiled(head) for place, head in heads.items()}
-        # A head reads what a segment leaves, but for that of a ``layer`` exit, whose own layer comes between.
-        readers = {exit_.spec.layer: exit_.spec.layer for exit_ in stage.exits if exit_.layer is None}
-        if final in heads and last not in heads:
-            readers[last] = final
-        self._segments = {
-            (place, stop, asked): _compiled(
-                Segment(
-                    layers.get(place) if place in self._halves else None,
-                    [layers[number] for number in range(place + 1, stop + 1)],
-                    stop not in self._halves,
-                    None if asked is None else heads[asked],
-                )
-            )
-            for place, stop in zip(places, places[1:], strict=False)
-            for asked in ((None, readers[stop]) if stop in readers else (None,))
-        }
-        self._between: dict[tuple[bool, bool, bool], Callable[..., Any]] = {}
+    @platform.inference_attention()
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile everything for one token and for several."""
         from torch import _dynamo  # the compiler, which takes long to import
 
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=self._stage.setup.dtype, device=platform.device())
+
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
-        # The norms' epsilon is the only number with a fraction. Taken for a variable, as by default, each trace is made
-        # twice: its constancy is found at the end of the first.
-        with _in_one_line(), _dynamo.config.patch(specialize_float=True), platform.inference_attention():
-            parts = len(self._segments) + len(self._heads) + 1
-            with track(parts, "parts", "compiling", enabled=stage.setup.groups.is_main) as bar:
-                for place, stop, asked in self._segments:
-                    self._warm(place, stop, asked)
-                    bar.advance()
-                for place in self._heads:
-                    self._warm_head(place)
-                    bar.advance()
-                for place, stop in zip(places, places[1:], strict=False):
-                    self._warm_together(place, stop)
+        size, parts = self._arch.hidden_size, len(self._segments) + len(self._heads)
+        kept = zeros(WARM_POSITIONS, self._arch.num_kv_heads, self._arch.head_dim)
+        # The norms' epsilon is the only float. As a variable, the default, it makes every trace run twice.
+        with (
+            _dynamo.config.patch(specialize_float=True),
+            track(parts, "parts", "compiling", enabled=self._stage.setup.groups.is_main) as bar,
+        ):
+            for start, stop in self._segments:
+                for tokens in (1, 3):
+                    end = WARM_POSITIONS + tokens
+                    # With room to spare: what is compiled for a cache that is just full holds for no other.
+                    caches = [LayerKV(Extent(2 * end)) for _ in range(start, stop)]
+                    for cache in caches:
+                        cache.extend(kept, kept)
+                    where = torch.arange(WARM_POSITIONS, end, device=kept.device)
+                    positions = self._stage.backbone.packed_positions(where)
+                    self.run(start, stop, zeros(tokens, 1, size), positions, caches, {})
+                bar.advance()
+            for place in self._heads:
+                for tokens in (1, 3):
+                    self.logits(place, zeros(tokens, 1, size))
                 bar.advance()
 
-    @torch.inference_mode()
-    def _warm(self, place: int, stop: int, asked: int | None) -> None:
-        """Once for one token, and once for more, at whose end nothing is asked."""
-        arch, device = self._stage.setup.architecture, platform.device()
-        kept = torch.zeros(
-            WARM_POSITIONS, arch.num_kv_heads, arch.head_dim, dtype=self._stage.setup.dtype, device=device
-        )
-        for tokens in (1, 3) if asked is None else (1,):
-            stand = WARM_POSITIONS + tokens
-            # With room to spare: what is compiled for a cache that is just full holds for no other.
-            caches = {number: LayerKV(Extent(2 * stand)) for number in range(place + 1, stop + 1)}
-            for cache in caches.values():
-                cache.extend(kept, kept)
-            positions = self._stage.backbone.packed_positions(torch.arange(WARM_POSITIONS, stand, device=device))
-            self.run(place, stop, asked, kept.new_zeros(tokens, 1, arch.hidden_size), positions, caches, {})
+    def logits(self, place: int, x: Tensor) -> Tensor | None:
+        """Float32 logits ``[tokens, vocab]`` of the head at a place; None where there is no head.
 
-    @torch.inference_mode()
-    def _warm_together(self, place: int, stop: int) -> None:
-        arch, device = self._stage.setup.architecture, platform.device()
-        positions = self._stage.backbone.packed_positions(torch.arange(3, device=device))
-        h = torch.zeros(3, 1, arch.hidden_size, dtype=self._stage.setup.dtype, device=device)
-        self.run_together(place, stop, h, positions, lambda _: PackedCaches([LayerKV(Extent(3))], [3]))
-
-    @torch.inference_mode()
-    def _warm_head(self, place: int) -> None:
-        setup = self._stage.setup
-        for tokens in (1, 3):
-            shape = (tokens, 1, setup.architecture.hidden_size)
-            self.head(place, torch.zeros(shape, dtype=setup.dtype, device=platform.device()))
-
-    def head(self, place: int, x: Tensor) -> Said | None:
-        """What ``Head`` makes of ``x`` at a place where rows wait; None where there is none."""
+        Args:
+            place: of the head.
+            x: ``[tokens, 1, hidden]``, what an exit's ``attention_half`` made of the tap, or h for the final exit.
+        """
         head = self._heads.get(place)
         return None if head is None else head(x)
 
     def run(
-        self,
-        place: int,
-        stop: int,
-        asked: int | None,
-        h: Tensor,
-        positions: Positions,
-        caches: Mapping[int, LayerKV],
-        masks: Masks,
-    ) -> tuple[Tensor, Said | None] | None:
-        """From one place to another, if that is a segment, and the row's caches have room and hide nothing; else None.
-
-        Args:
-            asked: place of the head that is to read the one token at the end; None for none.
-            caches: the row's, by layer.
-            masks: of the pass.
-
-        Returns:
-            The tap there, and what the head made of it: None too where it has to be asked by itself.
-        """
-        tokens, parts = len(h), self._segments
-        segment = parts.get((place, stop, asked if tokens == 1 else None)) or parts.get((place, stop, None))
-        if segment is None:
-            return None
-        mine = [caches[number] for number in range(place + 1, stop + 1)]
-        rooms = [cache.room(tokens) for cache in mine]
-        if None in rooms:
-            return None
-        start, arch, mask = mine[0].length, self._stage.setup.architecture, None
-        if tokens > 1:
-            mask = shared_mask(masks, (start, start + tokens, 0, None), h, arch.num_heads // arch.num_kv_heads)
-        done = segment(h, positions, mask, start, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
-        for cache in mine:
-            cache.length += tokens
-        return done  # type: ignore[no-any-return]
-
-    def run_together(
-        self,
-        place: int,
-        stop: int,
-        h: Tensor,
-        positions: Positions,
-        caches: Callable[[int], PackedCaches],
+        self, start: int, stop: int, x: Tensor, positions: Positions, caches: Sequence[LayerKV], masks: Masks
     ) -> Tensor | None:
-        """From one place to another with tokens of any rows, ``[tokens, 1, hidden]``; None where eager layers are best.
+        """``traversal.run_segment`` for one sequence; None where that is no segment, or a cache has no room.
 
         Args:
-            caches: of the rows, by layer.
+            start: place of ``x``.
+            stop: place of the result.
+            x: ``[tokens, 1, hidden]``.
+            positions: of the tokens.
+            caches: of layers ``start + 1 .. stop``.
+            masks: of the pass.
         """
-        if len(h) == 1:
+        segment, tokens = self._segments.get((start, stop)), len(x)
+        rooms = [cache.room(tokens) for cache in caches]
+        if segment is None or None in rooms:
             return None
-        done, context = None, None
-        lead: DecoderLayer | None = self._layers[place] if place in self._halves else None
-        for number in range(place + 1, stop + 1):
-            ahead = self._layers[number]
-            h, (query, key, value) = self._run_between(h, context, positions, done, lead, ahead)
-            context = caches(number).attend(query, key, value, ahead.attention.window)
-            done = lead = ahead
-        lead = None if stop in self._halves else lead
-        return self._run_between(h, context, positions, done, lead, None)[0]  # type: ignore[no-any-return]
-
-    def _run_between(
-        self, h: Tensor, context: Tensor | None, positions: Positions, *layers: DecoderLayer | None
-    ) -> Any:
-        """Each case as a code of its own, made when it is first met: see ``_compiled``."""
-        done, lead, ahead = (layer is not None for layer in layers)
-        between = self._between.get((done, lead, ahead))
-        if between is None:
-            between = self._between[done, lead, ahead] = _compiled(Between())
-        return between(h, context, positions, *layers)
+        length, mask = caches[0].length, None
+        if tokens > 1:
+            shared = self._arch.num_heads // self._arch.num_kv_heads
+            mask = shared_mask(masks, (length, length + tokens, 0, None), x, shared)
+        x = segment(x, positions, mask, length, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
+        for cache in caches:
+            cache.length += tokens
+        return x
 
 
-def _compiled(module: Segment | Between | Head) -> Callable[..., Any]:
+class _Segment(nn.Module):
+    """The traversal from one place to another, as a function of tensors alone."""
+
+    def __init__(self, stage: Stage, start: int, stop: int) -> None:
+        super().__init__()
+        self.layers, self.taps = stage.backbone.layers_between, stage.taps
+        self.start, self.stop = start, stop
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Positions,
+        mask: Tensor | None,
+        length: int,
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:
+        """``x`` ``[tokens, 1, hidden]`` at the end.
+
+        Args:
+            mask: as ``shared_mask`` makes it; None for one token.
+            length: positions that each layer has run.
+            keys: of each layer, ``[1, kv_heads, room, head_dim]``; the tokens' own are written into them.
+            values: as ``keys``.
+        """
+        rooms = [_Room(key, value, mask, length) for key, value in zip(keys, values, strict=True)]
+        first = self.start + 1
+        return run_segment(
+            self.layers, self.taps, self.start, self.stop, x, positions, lambda layer: rooms[layer - first]
+        )
+
+
+class _Head(nn.Module):
+    """An exit's logits, or the final exit's."""
+
+    def __init__(self, stage: Stage, exit_: Exit | None) -> None:
+        super().__init__()
+        self.stage, self.exit_ = stage, exit_
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.exit_ is None:
+            return self.stage.final_logits(self.stage.final_features(x)[:, 0])
+        return self.exit_.logits(self.exit_.rest(x)[:, 0])
+
+
+@dataclass
+class _Room:
+    """One layer's cache with room for the tokens, as a ``LayerCache``; no window hides anything yet."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    length: int
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+        """See ``LayerCache``."""
+        stop = self.length + query.shape[0]
+        self.keys[0, :, self.length : stop] = key.transpose(0, 1)
+        self.values[0, :, self.length : stop] = value.transpose(0, 1)
+        return attend_together(query, self.keys[:, :, :stop], self.values[:, :, :stop], self.mask)
+
+
+def _compiled(module: nn.Module) -> Callable[..., Any]:
     """The ``forward`` of a module whose parts stay what they are.
 
-    torch keeps what it made with a function's code, and checks at every call which of it is right for the module:
-    a copy of the code for each spares these checks, which take half as long as a small model's layers.
+    torch keeps what it made with a function's code and checks at each call which of it fits: a copy of the code for
+    each module, and no checks of modules and globals, spare half of a small model's time.
     """
-    given = type(module).forward
+    given: Any = type(module).forward
     forward = MethodType(FunctionType(given.__code__.replace(), given.__globals__), module)
-    # Nor does each operation in it check what it is given.
     options: dict[str, Any] = {"guard_filter_fn": _on_arguments, "size_asserts": False}
     return torch.compile(forward, fullgraph=True, dynamic=True, options=options)
 
@@ -212,23 +194,23 @@ def _on_arguments(guards: Sequence[Any]) -> list[bool]:
     return [all(each) for each in zip(*(keep(guards) for keep in kept), strict=True)]
 
 
-@contextlib.contextmanager
-def _in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of the tracer, of a compiler, of loading what it made
-        raise ConfigError(f"compile: the layers cannot be compiled here ({first_line(error)}); leave it out") from error
-
-
 def compile_stage(stage: Stage) -> CompiledStage:
     """Compile layers and heads of a loaded stage. Every rank calls this.
 
     Raises:
         ConfigError: they cannot be compiled here.
     """
-    made: list[CompiledStage] = []
-    stage.setup.groups.together(lambda: made.append(CompiledStage(stage)))
-    return made[0]
+    compiled = CompiledStage(stage)
+
+    def warm_up() -> None:
+        try:
+            compiled.warm_up()
+        except Exception as error:  # of the tracer, of a compiler, of loading what it made
+            line = f"compile: the layers cannot be compiled here ({first_line(error)}); leave it out"
+            raise ConfigError(line) from error
+
+    stage.setup.groups.together(warm_up)
+    return compiled
 
 
 def check_compiler(tensor: int) -> None:

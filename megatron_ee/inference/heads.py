@@ -101,9 +101,7 @@ def likeliest(logits: Tensor) -> Tensor:
     return torch.stack((top1.double(), sure.double()))
 
 
-def head_outputs(
-    logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]], tops: Tensor | None = None
-) -> list[HeadOutput]:
+def head_outputs(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]]) -> list[HeadOutput]:
     """Answers of one head. One transfer from the device, for all rows together, is all that is waited for.
 
     Args:
@@ -111,9 +109,8 @@ def head_outputs(
         asks: of the rows.
         drafts: of each row, the distributions ``[vocab]`` that its proposals were drawn from; a ``draft`` that samples
             appends to a list here.
-        tops: ``likeliest`` of the logits, if that is known.
     """
-    tops = likeliest(logits) if tops is None else tops
+    tops = likeliest(logits)
     if all(each.plain for each in inputs):
         chosen, shares = tops.tolist()
         ids, parts = [int(token) for token in chosen], _spans(inputs)

@@ -22,9 +22,8 @@ from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.compiled import CompiledStage
 from megatron_ee.inference.heads import HeadInput, HeadOutput, head_outputs
 from megatron_ee.inference.rows import Flow, Row
-from megatron_ee.inference.segments import Said
 from megatron_ee.model.attention import Positions
-from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.model.traversal import run_layers, run_segment
 
 TABLE = 1024
 """Positions by which the table of rotary angles grows."""
@@ -101,10 +100,8 @@ class StageRunner:
         self._slack, self._pass_tokens = slack, pass_tokens
         self._outputs: deque[list[HeadOutput]] = deque()
         self._exits = {exit_.spec.layer: exit_ for exit_ in stage.exits}
-        self._layers: dict[int, DecoderLayer] = dict(stage.backbone.numbered_layers())
+        self._first = min(number for number, _ in stage.backbone.numbered_layers())
         self._final = stage.setup.architecture.num_layers + 1
-        self._stops: dict[tuple[int, int], list[int]] = {}
-        self._words = stage.backbone.whole_embedding()
         self._table = stage.backbone.packed_positions(torch.arange(0, device=platform.device()))
 
     def open(self, row: int, limit: int) -> None:
@@ -132,7 +129,7 @@ class StageRunner:
     def receive(self, rows: Sequence[int]) -> None:
         """See ``StageLink``."""
         assert self.links is not None
-        place = min(self._layers) - 1
+        place = self._first - 1
         for row, (h, drafts) in zip(rows, self.links.receive(len(rows)), strict=True):
             self.rows[row].held.setdefault(place, []).append(h)
             self.rows[row].drafts += drafts
@@ -147,18 +144,21 @@ class StageRunner:
         """Run a chain. Rows that did not leave at its end wait there, and so do those that did: their taps are kept."""
         rows = [self.rows[seq.row] for seq in pass_.sequences]
         h, flow = self._enter(pass_, rows)
-        place, last = pass_.start, min(pass_.stop, self._final - 1)
-        known: Said | None = None
-        for stop in self._on_the_way(place, last):
-            h, known = self._advance(place, stop, h, flow, self._asked(pass_) if stop == last else None)
-            exit_ = self._exits.get(stop)
-            if exit_ is not None and (stop < pass_.stop or pass_.sends):
-                if exit_.layer is not None:
-                    exit_.attention_half(h, flow.positions, flow.exit_caches(stop))
-                h, flow = self._join(stop, h, flow)
-            place = stop
-        if place < pass_.stop or pass_.sends:
-            h = self._leave_exit(place, h)
+        last = min(pass_.stop, self._final - 1)
+        goes_on = pass_.sends or pass_.stop > last
+
+        def at_tap(layer: int, tap: Tensor) -> Tensor:
+            if layer == last and not goes_on:
+                return tap
+            exit_ = self._exits[layer]
+            if exit_.layer is not None:
+                exit_.attention_half(tap, flow.positions, flow.exit_cache(layer))
+            return self._join(layer, tap, flow)
+
+        def run(start: int, stop: int, x: Tensor) -> Tensor:
+            return self._run_segment(start, stop, x, flow)
+
+        h = run_layers(run, self.stage.taps, pass_.start, last, h, at_tap, to_hidden=goes_on)
         if pass_.sends:
             assert self.links is not None
             self.links.send(h.split(flow.counts), [row.drafts for row in rows])
@@ -166,22 +166,15 @@ class StageRunner:
                 row.drafts = []
             return
         head = self._final_head if pass_.stop == self._final else self._exit_head
-        outputs = head(pass_, h, flow, known)
+        outputs = head(pass_, h, flow)
         if outputs:
             self._outputs.append(outputs)
-
-    def _on_the_way(self, place: int, last: int) -> list[int]:
-        """Where tokens that go from one place to another come by an exit, and the other."""
-        stops = self._stops.get((place, last))
-        if stops is None:
-            stops = sorted({layer for layer in self._exits if place < layer < last} | ({last} - {place}))
-            self._stops[place, last] = stops
-        return stops
 
     def _enter(self, pass_: Pass, rows: list[Row]) -> tuple[Tensor, Flow]:
         """The tokens that start: embedded, or those that wait there."""
         if pass_.start == 0:
-            h = self._embed([token for seq in pass_.sequences for token in seq.tokens])
+            ids = [token for seq in pass_.sequences for token in seq.tokens]
+            h = self.stage.backbone.embed(platform.to_device(torch.tensor([ids])))
             return h, self._flow(rows, [len(seq.tokens) for seq in pass_.sequences], [w.stop for w in pass_.sequences])
         taps = [row.held.pop(pass_.start) for row in rows]
         counts = [sum(map(len, held)) for held in taps]
@@ -189,81 +182,42 @@ class StageRunner:
         h = parts[0] if len(parts) == 1 else torch.cat(parts)
         return h, self._flow(rows, counts, [seq.stop for seq in pass_.sequences])
 
-    def _embed(self, ids: Sequence[int]) -> Tensor:
-        """``[tokens, 1, hidden]``."""
-        if len(ids) == 1 and self._words is not None:
-            return self._words[ids[0] : ids[0] + 1].unsqueeze(1)  # no tensor of ids to make, nor to send to a device
-        return self.stage.backbone.embed(platform.to_device(torch.tensor([ids])))
-
-    def _asked(self, pass_: Pass) -> int | None:
-        """Place of the head that one row asks about one token, with its whole vocabulary; None for another question."""
-        seq, exit_ = pass_.sequences[0], self._exits.get(pass_.stop)
-        if (
-            len(pass_.sequences) > 1
-            or seq.head_input is None
-            or seq.head_input.tokens > 1
-            or _drafts(exit_, [seq.head_input])
-        ):
-            return None
-        return pass_.stop
-
-    def _advance(self, place: int, stop: int, h: Tensor, flow: Flow, asked: int | None) -> tuple[Tensor, Said | None]:
-        """From the tap at one place to the tap at the next, with what the head there says of it if that is known too.
-
-        Args:
-            asked: see ``CompiledStage.run``.
-        """
+    def _run_segment(self, start: int, stop: int, x: Tensor, flow: Flow) -> Tensor:
+        """``traversal.run_segment``, by compiled code where there is some."""
         if self.compiled is not None and len(flow.rows) == 1:
-            done = self.compiled.run(place, stop, asked, h, flow.positions, flow.rows[0].caches, flow.masks)
+            caches = [flow.rows[0].caches[layer] for layer in range(start + 1, stop + 1)]
+            done = self.compiled.run(start, stop, x, flow.positions, caches, flow.masks)
             if done is not None:
                 return done
-        if self.compiled is not None:
-            after = self.compiled.run_together(place, stop, h, flow.positions, flow.caches)
-            if after is not None:
-                return after, None
-        h = self._leave_exit(place, h)
-        for number in range(place + 1, stop + 1):
-            h = self._layers[number].attention_half(h, flow.positions, flow.caches(number))
-            if number < stop or not self._halves(stop):
-                h = self._layers[number].mlp_half(h)
-        return h, None
+        stage = self.stage
+        return run_segment(stage.backbone.layers_between, stage.taps, start, stop, x, flow.positions, flow.cache)
 
-    def _halves(self, place: int) -> bool:
-        """Whether rows wait there between a layer's halves, where an ``mlp`` exit reads."""
-        exit_ = self._exits.get(place)
-        return exit_ is not None and exit_.mlp is not None
-
-    def _leave_exit(self, layer: int, tap: Tensor) -> Tensor:
-        """h after ``layer`` from its exit's tap: the MLP below an ``mlp`` exit runs when it is needed."""
-        return self._layers[layer].mlp_half(tap) if self._halves(layer) else tap
-
-    def _join(self, layer: int, tap: Tensor, flow: Flow) -> tuple[Tensor, Flow]:
+    def _join(self, layer: int, tap: Tensor, flow: Flow) -> Tensor:
         """With each row's tokens those that were deferred at ``layer``, who come first."""
         if not any(layer in row.held for row in flow.rows):
-            return tap, flow
+            return tap
         parts, counts = [], []
         for row, own in zip(flow.rows, tap.split(flow.counts), strict=True):
             mine = [*row.held.pop(layer, ()), own]
             parts += mine
             counts.append(sum(map(len, mine)))
-        return torch.cat(parts), self._flow(flow.rows, counts, flow.stops)
+        flow.counts, flow.positions, flow.masks = counts, self._positions(counts, flow.stops), {}
+        return torch.cat(parts)
 
-    def _exit_head(self, pass_: Pass, tap: Tensor, flow: Flow, known: Said | None) -> list[HeadOutput]:
-        """Answers of the exit at the end of a chain, if they are not known; then the tokens wait there."""
-        exit_, inputs = (
-            self._exits.get(pass_.stop),
-            [seq.head_input for seq in pass_.sequences if seq.head_input is not None],
-        )
+    def _exit_head(self, pass_: Pass, tap: Tensor, flow: Flow) -> list[HeadOutput]:
+        """Outputs of the exit at the end of a pass; then the tokens wait there."""
+        exit_ = self._exits.get(pass_.stop)
+        inputs = [seq.head_input for seq in pass_.sequences if seq.head_input is not None]
         outputs: list[HeadOutput] = []
         if exit_ is not None:
-            x = tap if exit_.layer is None else exit_.attention_half(tap, flow.positions, flow.exit_caches(pass_.stop))
+            x = tap if exit_.layer is None else exit_.attention_half(tap, flow.positions, flow.exit_cache(pass_.stop))
             if inputs:
-                x = _newest(x, pass_, flow)
-                if known is None and not _drafts(exit_, inputs):
-                    known = self._compiled_head(pass_.stop, x)
-                outputs = self._head_outputs(
-                    known or (_exit_logits(exit_, exit_.rest(x)[:, 0], inputs), None), pass_, inputs
-                )
+                x, logits = _newest(x, pass_, flow), None
+                if not _drafts(exit_, inputs):
+                    logits = self._compiled_logits(pass_.stop, x)
+                if logits is None:
+                    logits = _exit_logits(exit_, exit_.rest(x)[:, 0], inputs)
+                outputs = self._head_outputs(logits, pass_, inputs)
         parts = [tap] if len(flow.rows) == 1 else tap.split(flow.counts)
         remaining = iter(outputs)
         for seq, row, part in zip(pass_.sequences, flow.rows, parts, strict=True):
@@ -272,25 +226,22 @@ class StageRunner:
                 row.held.setdefault(pass_.stop, []).append(part)
         return outputs
 
-    def _final_head(self, pass_: Pass, h: Tensor, flow: Flow, known: Said | None) -> list[HeadOutput]:
+    def _final_head(self, pass_: Pass, h: Tensor, flow: Flow) -> list[HeadOutput]:
         inputs = [seq.head_input for seq in pass_.sequences if seq.head_input is not None]
         if not inputs:
             return []
         x = _newest(h, pass_, flow)
-        known = known or self._compiled_head(self._final, x)
-        return self._head_outputs(
-            known or (self.stage.final_logits(self.stage.final_features(x)[:, 0]), None), pass_, inputs
-        )
+        logits = self._compiled_logits(self._final, x)
+        if logits is None:
+            logits = self.stage.final_logits(self.stage.final_features(x)[:, 0])
+        return self._head_outputs(logits, pass_, inputs)
 
-    def _compiled_head(self, place: int, x: Tensor) -> Said | None:
-        return None if self.compiled is None else self.compiled.head(place, x)
+    def _compiled_logits(self, place: int, x: Tensor) -> Tensor | None:
+        return None if self.compiled is None else self.compiled.logits(place, x)
 
-    def _head_outputs(
-        self, said: tuple[Tensor, Tensor | None], pass_: Pass, inputs: Sequence[HeadInput]
-    ) -> list[HeadOutput]:
-        """From logits, and the likeliest tokens where they are known."""
+    def _head_outputs(self, logits: Tensor, pass_: Pass, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
         rows = [self.rows[seq.row] for seq in pass_.sequences if seq.head_input is not None]
-        outputs = head_outputs(said[0], inputs, [row.drafts for row in rows], said[1])
+        outputs = head_outputs(logits, inputs, [row.drafts for row in rows])
         for row, head_input in zip(rows, inputs, strict=True):
             if head_input.kind == "verify":
                 row.drafts = []

@@ -74,10 +74,10 @@ class Flow:
     positions: Positions
     masks: Masks = field(default_factory=dict)
 
-    def caches(self, layer: int) -> PackedCaches:
+    def cache(self, layer: int) -> PackedCaches:
         """The rows' of a backbone layer."""
         return PackedCaches([row.caches[layer] for row in self.rows], self.counts, self.masks)
 
-    def exit_caches(self, layer: int) -> PackedCaches:
+    def exit_cache(self, layer: int) -> PackedCaches:
         """The rows' of the ``layer`` exit after a layer."""
         return PackedCaches([row.exit_caches[layer] for row in self.rows], self.counts, self.masks)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee import platform
@@ -84,22 +83,14 @@ class Backbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
         assert self.embedding is not None, "this stage has no embedding"
-        whole = self.whole_embedding() if torch.is_inference_mode_enabled() else None
-        if whole is not None:  # a token of its own waits longer for megatron-core's sum over ranks than for all of this
-            return F.embedding(tokens.t(), whole)
-        hidden = self.embedding(tokens)
-        if self.setup.config.sequence_parallel:
-            return hidden
-        # Not contiguous(): with one row that keeps the strides of [batch, seq], and products over them are slow.
-        return hidden.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-
-    def whole_embedding(self) -> Tensor | None:
-        """``[padded_vocab, hidden]``, or None where other stages or ranks have it, or a part of it."""
-        if self.embedding is None or self.setup.groups.tensor.size() > 1:
-            return None
-        weight: Tensor = self.embedding.weight
-        return weight
+        # With sequence parallelism megatron-core wants [batch, seq] and turns it itself.
+        return self.embedding(tokens if self.setup.config.sequence_parallel else tokens.t())
 
     def numbered_layers(self) -> Iterable[tuple[int, DecoderLayer]]:
         """The layers held here with their numbers, in order."""
         return ((int(name), layer) for name, layer in self.layers.items())  # type: ignore[misc]
+
+    def layers_between(self, first: int, last: int) -> Iterator[tuple[int, DecoderLayer]]:
+        """Layers ``first .. last`` with their numbers, in order: a ``traversal.LayerSource``."""
+        for number in range(first, last + 1):
+            yield number, self.layers[str(number)]  # type: ignore[misc]

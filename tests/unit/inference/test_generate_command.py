@@ -282,13 +282,13 @@ def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch:
         def __init__(self, stage: Stage) -> None:
             assert stage.backbone.layers
 
-        def run(self, place: int, stop: int, *_: Any) -> None:
-            asked.append((place, stop))
+        def warm_up(self) -> None:
+            asked.append(())
 
-        def run_together(self, place: int, stop: int, *_: Any) -> None:
-            asked.append((place, stop, "of any rows"))
+        def run(self, start: int, stop: int, *_: Any) -> None:
+            asked.append((start, stop))
 
-        def head(self, place: int, _: Any) -> None:
+        def logits(self, place: int, _: Any) -> None:
             asked.append((place,))
 
     monkeypatch.setattr("megatron_ee.inference.compiled.CompiledStage", Parts)
@@ -297,7 +297,7 @@ def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch:
     compiled, eager = command.json(*said, "--compile"), command.json(*said)
     assert compiled["token_ids"] == eager["token_ids"]
     # Nothing stops at the exits, which full mode does without.
-    assert asked == [(0, 4), (0, 4, "of any rows"), (5,)] * 8
+    assert asked == [(), *[(0, 4), (5,)] * 8]
     monkeypatch.setenv("CXX", "/nowhere/c++")
     status, out, err = command.run(*said, "--compile")
     assert (status, out) == (2, "") and len(err.splitlines()) == 1

@@ -1,0 +1,88 @@
+"""The one traversal of decoder layers, for tuning, validation, inference and compiled code.
+
+A *place* between layers is named by a number: 0 is the embedding's output, k is what an exit after layer k reads. That
+is h_k, or, where the exit reads there, the residual r_k between the two halves of layer k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_ee.model.attention import LayerCache, Positions
+from megatron_ee.model.layer import DecoderLayer
+
+Tap = Literal["hidden", "residual"]
+"""What an exit reads: h after a layer, or that layer's residual r after attention."""
+LayerSource = Callable[[int, int], Iterable[tuple[int, DecoderLayer]]]
+"""Gives the layers ``first .. last`` with their numbers, in order. Each is used before the next one is taken."""
+
+
+def run_segment(
+    layers: LayerSource,
+    taps: Mapping[int, Tap],
+    start: int,
+    stop: int,
+    x: Tensor,
+    positions: Positions,
+    cache: Callable[[int], LayerCache | None] = lambda layer: None,
+) -> Tensor:
+    """Run layers from one place to another, without regard to taps between them.
+
+    Args:
+        layers: the frozen layers.
+        taps: what is read at which place: it decides where in layers ``start`` and ``stop`` the run begins and ends.
+        start: place of ``x``.
+        stop: place of the result. Where it is ``start``, the result is h after that layer.
+        x: ``[seq, batch, hidden]``.
+        positions: of the tokens.
+        cache: gives a layer's cache of keys and values; None where ``x`` holds whole sequences.
+
+    Returns:
+        ``[seq, batch, hidden]``.
+    """
+    for number, layer in layers(start if taps.get(start) == "residual" else start + 1, stop):
+        if number > start:
+            x = layer.attention_half(x, positions, cache(number))
+            if number == stop and taps.get(stop) == "residual":
+                break
+        x = layer.mlp_half(x)
+    return x
+
+
+def run_layers(
+    run: Callable[[int, int, Tensor], Tensor],
+    taps: Mapping[int, Tap],
+    start: int,
+    stop: int,
+    x: Tensor,
+    at_tap: Callable[[int, Tensor], Tensor],
+    *,
+    to_hidden: bool = False,
+) -> Tensor:
+    """Run layers from one place to another, calling ``at_tap`` at each tap on the way and at ``stop``.
+
+    Args:
+        run: ``run_segment`` of the tokens at hand, or compiled code that does the same, from a place to a place.
+        taps: as for ``run_segment``.
+        start: place of ``x``.
+        stop: place where the run ends.
+        x: ``[seq, batch, hidden]``.
+        at_tap: is given a place and the tap there, and returns what goes on: the tap, or the tap with the deferred
+            tokens that wait at this place.
+        to_hidden: go on to h after layer ``stop`` where the tap there is the residual.
+
+    Returns:
+        ``[seq, batch, hidden]``.
+    """
+    for place in (*(layer for layer in sorted(taps) if start < layer < stop), stop):
+        if place > start:
+            x = run(start, place, x)
+            if place in taps:
+                x = at_tap(place, x)
+            start = place
+    if to_hidden and taps.get(stop) == "residual":
+        x = run(stop, stop, x)
+    return x
