@@ -164,7 +164,9 @@ def _is_tied(embedding: StoredTensor, head: StoredTensor) -> bool:
     """Whether a head repeats the embedding. They are large, so their hashes are kept and they are read once."""
     if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
         return same_values(embedding, head)
-    return backbone_digest({EMBEDDING: embedding}) == backbone_digest({EMBEDDING: head})
+    # Hashed under one name, but remembered as another tensor of the same files.
+    named = dataclasses.replace(head, made=f"{LM_HEAD} {head.made}")
+    return backbone_digest({EMBEDDING: embedding}) == backbone_digest({EMBEDDING: named})
 
 
 def _listed(files: Iterable[Path]) -> str:

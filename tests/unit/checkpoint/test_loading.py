@@ -177,14 +177,18 @@ def test_missing_tensor(copied: Any) -> None:
     assert Q0 in text and "missing" in text and "model.safetensors" in text
 
 
-def test_a_repeated_head_is_compared_once(copied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_repeated_head_is_compared_once(
+    tied: bool, copied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path / "cache"))
     directory = edit_tensors(
-        copied("llama3.2-tied"), lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+        copied("llama3.2-tied"),
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * (1 if tied else 2)}),
     )
-    assert open_model(directory).architecture.tied
+    assert open_model(directory).architecture.tied == tied
     monkeypatch.setattr(StoredTensor, "slabs", lambda *_: pytest.fail("read again"))
-    assert open_model(directory).architecture.tied
+    assert open_model(directory).architecture.tied == tied
 
 
 def test_missing_head_of_an_untied_model(copied: Any) -> None:
