@@ -15,6 +15,8 @@ from .host_syncs import allowed, not_allowed
 from .runs import Inference, Result, Tuning
 from .worker import Fault, Worker
 
+pytestmark = pytest.mark.slow  # tests of the test
+
 TUNING = Tuning("llama3.1_8b", rank=1, microbatches=1, overrides=("--exits", "[{layer: 2, body: norm}]"))
 INFERENCE = Inference("llama3.1_8b", "full", tokens=2)
 

@@ -21,7 +21,7 @@ Lively = Callable[[str], tuple[Path, Any]]
 LoadStage = Callable[..., Stage]
 
 EXITS = [ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4), ExitSpec(4, "embedding")]
-NEW = 40
+NEW = 32
 NEVER = 10_000  # no such token: transformers takes None as the configuration's
 LENGTHS = (1, 12, 30)  # with what is generated all go past the windows (16) and Llama 3's original positions (32)
 
@@ -82,15 +82,20 @@ def test_greedy(family: str, lively_model: Lively, load_stage: LoadStage) -> Non
     theirs = [transformers_greedy(model, prompt, NEVER) for prompt in prompts]
     assert {len(tokens) for tokens in theirs} == {NEW}
     assert max(len(set(tokens)) for tokens in theirs) > 10, "a model that repeats itself shows little"
+    thorough = family == "llama3.1"  # what a family does not change: single requests, and how the others draft
     kinds: dict[str, dict[str, Any]] = {
         "full": {},
         "threshold": {"mode": "threshold", "policy": ExitPolicy(1.5)},
-        **{f"exit {layer}": {"mode": "speculative", "draft": Draft(layer, 3)} for layer in (1, 2, 3)},
+        **{
+            f"exit {layer}": {"mode": "speculative", "draft": Draft(layer, 3)}
+            for layer in ((1, 2, 3) if thorough else (2,))
+        },
     }
     for kind, fields in kinds.items():
         requests = [Request(prompt, max_tokens=NEW, **fields) for prompt in prompts]
         assert ours(with_exits, requests) == theirs, f"{kind}, as one batch"
-        assert [ours(with_exits, [request])[0] for request in requests] == theirs, f"{kind}, one by one"
+        if thorough:
+            assert [ours(with_exits, [request])[0] for request in requests] == theirs, f"{kind}, one by one"
     assert ours(bare, [Request(prompt, max_tokens=NEW) for prompt in prompts]) == theirs
 
 

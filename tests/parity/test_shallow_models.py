@@ -152,12 +152,12 @@ def test_exits_narrower_than_their_backbone(tmp_path: Path, saved_model: SavedMo
     check(wide, contents, tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2-window"])
 def test_assisted_generation(family: str, tmp_path: Path, load_stage: LoadStage) -> None:
     model = tiny_model(family, seed=2)
     with torch.no_grad():  # sharp attention, or it would say one token over and over
         for name, parameter in model.named_parameters():
-            if name.endswith("q_norm.weight" if family == "qwen3" else "q_proj.weight"):
+            if name.endswith("q_proj.weight"):
                 parameter *= 10
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter *= 2
