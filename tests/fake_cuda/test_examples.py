@@ -20,9 +20,15 @@ def test_tuning_step(example: str, worker: Worker) -> None:
     assert problems(result) == []
 
 
-@pytest.mark.parametrize("example", MODELS)
-def test_inference(example: str, worker: Worker) -> None:
-    for mode in MODES:
-        result = worker.run(Inference(example, mode))
-        print(report.line(result), report.details(result), sep="\n")
-        assert problems(result) == [], mode
+@pytest.mark.parametrize(
+    "example, mode",
+    [
+        pytest.param(example, mode, marks=() if number % len(MODES) == MODES.index(mode) else pytest.mark.slow)
+        for number, example in enumerate(MODELS)
+        for mode in MODES
+    ],
+)
+def test_inference(example: str, mode: str, worker: Worker) -> None:
+    result = worker.run(Inference(example, mode))
+    print(report.line(result), report.details(result), sep="\n")
+    assert problems(result) == []

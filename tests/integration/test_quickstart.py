@@ -28,7 +28,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @cpu_only
-@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("instructions", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_cycle(
     instructions: bool,
     project: Any,
