@@ -73,7 +73,8 @@ def load_stage(groups: Groups) -> Callable[..., Stage]:
     import torch
 
     from megatron_ee.checkpoint.initialise import initialise_exit
-    from megatron_ee.checkpoint.loading import load_backbone, open_model
+    from megatron_ee.checkpoint.loading import load_backbone
+    from megatron_ee.checkpoint.saved_model import open_model
     from megatron_ee.exits.stage import Stage
     from megatron_ee.model.setup import build_setup
 

@@ -282,7 +282,8 @@ def _tiny_stage(directory: Path, groups: Any) -> Any:
     import torch
 
     from megatron_ee.checkpoint.initialise import initialise_exit
-    from megatron_ee.checkpoint.loading import load_backbone, open_model
+    from megatron_ee.checkpoint.loading import load_backbone
+    from megatron_ee.checkpoint.saved_model import open_model
     from megatron_ee.config.exits import ExitSpec
     from megatron_ee.exits.stage import Stage
     from megatron_ee.model.setup import build_setup

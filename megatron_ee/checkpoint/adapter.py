@@ -14,17 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from megatron_ee.checkpoint.atomic import current_directory, replace_directory, write_json
+from megatron_ee.checkpoint.atomic import current_directory
 from megatron_ee.checkpoint.digest import file_sha256
-from megatron_ee.checkpoint.gathering import gather_tensors
-from megatron_ee.checkpoint.loading import SavedModel, load_backbone, load_frozen_norms
 from megatron_ee.checkpoint.manifest import MANIFEST, encode
-from megatron_ee.checkpoint.parallel import EXITS
-from megatron_ee.checkpoint.safetensors_file import read_header, write_safetensors
+from megatron_ee.checkpoint.safetensors_file import read_header
+from megatron_ee.checkpoint.saved_model import EXITS, SavedModel
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, stored
 from megatron_ee.config.architecture import MAX_LAYERS, Architecture, changed_settings, output_settings
@@ -33,13 +29,7 @@ from megatron_ee.config.schema import Body, Head, Init
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
-from megatron_ee.exits.exit import Exit
-from megatron_ee.exits.stage import Stage
-from megatron_ee.exits.tensors import exit_saved_sources, exit_tensors
-from megatron_ee.families.family import Source
-from megatron_ee.model.names import blocks
-from megatron_ee.parallel.groups import Groups
-from megatron_ee.progress import track
+from megatron_ee.exits.tensors import exit_tensors
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
@@ -71,68 +61,6 @@ class Adapter:
     steps: int
     weights: dict[str, StoredTensor]
     settings: Mapping[str, Any] | None = None
-
-
-def save_adapter(
-    path: Path,
-    exits: Sequence[Exit],
-    specs: Sequence[ExitSpec],
-    groups: Groups,
-    *,
-    base_model: str,
-    backbone_sha256: str,
-    steps: int,
-    settings: Mapping[str, Any] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the adapter directory ``path``; an older one there is replaced in one move. Every rank calls this.
-
-    Args:
-        path: directory, written by the first rank.
-        exits: hosted on this rank.
-        specs: the exits of all ranks.
-        groups: to gather tensors over, one at a time.
-        base_model: where the backbone is.
-        backbone_sha256: its hash.
-        steps: tuning steps behind the exits.
-        settings: ``output_settings`` of its architecture; None where they are not known.
-        extra: further entries of the description.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    gathered = gather_tensors(exits, groups)
-
-    def write() -> None:
-        with replace_directory(path) as directory:
-            write_safetensors(directory / WEIGHTS, gathered.shapes, {"format": "pt"}, content=gathered.whole)
-            digest = file_sha256(directory / WEIGHTS)
-            description = describe_exits(specs, base_model, backbone_sha256, steps, digest, settings, extra)
-            write_json(directory / DESCRIPTION, description)
-
-    groups.together(write if groups.is_main else gathered.send)
-
-
-def extract_adapter(checkpoint: Path, path: Path) -> None:
-    """Write the adapter directory ``path`` from the exits in a training checkpoint; as ``save_adapter``, on one rank.
-
-    Raises:
-        CheckpointError: it cannot be read or written.
-    """
-    adapter = open_adapter(checkpoint)
-    by_layer = sorted(adapter.weights, key=lambda name: (int(name.split(".")[1]), name))
-    shapes = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for name, tensor in ((name, adapter.weights[name]) for name in by_layer)
-    }
-    with replace_directory(path) as directory:
-        write_safetensors(
-            directory / WEIGHTS, shapes, {"format": "pt"}, content=lambda name: adapter.weights[name].slabs()
-        )
-        digest = file_sha256(directory / WEIGHTS)
-        about = (adapter.base_model, adapter.backbone_sha256, adapter.steps, digest, adapter.settings)
-        description = describe_exits(adapter.exits, *about)
-        write_json(directory / DESCRIPTION, description)
 
 
 def describe_exits(
@@ -354,48 +282,12 @@ def check_fits(adapter: Adapter, specs: Iterable[ExitSpec], architecture: Archit
     """
     known = {spec.layer: spec for spec in adapter.exits}
     for spec in specs:
-        _check_same_kind(spec, known.get(spec.layer), adapter)
+        check_same_kind(spec, known.get(spec.layer), adapter)
         for name, (shape, _) in exit_tensors(spec, architecture).items():
-            _named_tensor(adapter, name, shape)
+            named_tensor(adapter, name, shape)
 
 
-def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> None:
-    """Fill exits from an adapter, and what they hold frozen from the model.
-
-    Raises:
-        CheckpointError: the adapter has no such exit, another kind of it, or a tensor is missing or mis-shaped.
-    """
-    known = {spec.layer: spec for spec in adapter.exits}
-    with torch.no_grad():
-        for exit_ in exits:
-            _check_same_kind(exit_.spec, known.get(exit_.spec.layer), adapter)
-            load_frozen_norms(exit_, model)
-            for parameter, source in exit_saved_sources(exit_):
-                _read(parameter, source, exit_, adapter)
-
-
-def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None:
-    """Load the layers and the exits that a stage holds, with a progress bar on the first rank.
-
-    Raises:
-        CheckpointError: a file cannot be read, or does not hold what the stage needs.
-    """
-    total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
-    with track(total, "B", "loading", enabled=stage.setup.groups.is_main) as bar:
-        load_backbone(stage, model, bar.advance)
-    if adapter is not None:
-        load_exits(stage.exits, adapter, model)
-
-
-def _read(parameter: Tensor, source: Source, exit_: Exit, adapter: Adapter) -> None:
-    setup = exit_.setup
-    if source.kind == "vocabulary":
-        parameter.zero_()
-    for block in blocks(parameter, source, setup.architecture, setup.groups.tensor.rank(), setup.groups.tensor.size()):
-        _named_tensor(adapter, block.name, block.shape).read(block.tensor, block.offset)
-
-
-def _named_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> StoredTensor:
+def named_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> StoredTensor:
     """The adapter's tensor ``name``, which must be there and have this shape."""
     tensor = adapter.weights.get(name)
     if tensor is None:
@@ -407,7 +299,8 @@ def _named_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> Stored
     return tensor
 
 
-def _check_same_kind(wanted: ExitSpec, found: ExitSpec | None, adapter: Adapter) -> None:
+def check_same_kind(wanted: ExitSpec, found: ExitSpec | None, adapter: Adapter) -> None:
+    """Refuse an exit that the adapter does not have, or has with another body, head or rank."""
     where = adapter.path / DESCRIPTION
     if found is None:
         layers = ", ".join(str(spec.layer) for spec in adapter.exits)

@@ -8,7 +8,8 @@ import math
 import torch
 
 from megatron_ee.checkpoint.derived import constant, normal
-from megatron_ee.checkpoint.loading import SavedModel, fill, load_frozen_norms
+from megatron_ee.checkpoint.loading import fill, load_frozen_norms
+from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.tensors import exit_copy_sources, exit_saved_sources

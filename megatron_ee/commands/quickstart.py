@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_output(arguments.out, "quickstart", "--out")
     from megatron_ee import platform
-    from megatron_ee.checkpoint.loading import open_model
+    from megatron_ee.checkpoint.saved_model import open_model
 
     started = arguments.started or time.time()
     out, base = arguments.out, arguments.base

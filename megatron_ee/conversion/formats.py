@@ -9,9 +9,8 @@ from megatron_ee.checkpoint.adapter import DESCRIPTION, Adapter, exits_in, exits
 from megatron_ee.checkpoint.atomic import current_directory
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.hf_directory import released_assets
-from megatron_ee.checkpoint.loading import SavedModel, model_in, open_model
 from megatron_ee.checkpoint.manifest import MANIFEST
-from megatron_ee.checkpoint.parallel import is_parallel
+from megatron_ee.checkpoint.saved_model import SavedModel, is_parallel, model_in, open_model
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError

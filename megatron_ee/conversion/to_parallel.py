@@ -12,8 +12,8 @@ from megatron_ee.checkpoint.adapter import SETTINGS
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.manifest import MANIFEST, ShardContent, manifest_bytes, piece_name
 from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Part, Written, split_parts
-from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
+from megatron_ee.checkpoint.saved_model import KIND
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.conversion.slices import rank_boxes
 from megatron_ee.errors import CheckpointError, ConfigError

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, check_hash, fill_stage, find_exits
+from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.checkpoint.digest import hash_backbone
-from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, open_model
+from megatron_ee.checkpoint.loading import fill_stage
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_tensor
 from megatron_ee.config.exits import ExitSpec

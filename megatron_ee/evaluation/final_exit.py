@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.digest import cache_directory
-from megatron_ee.checkpoint.loading import SavedModel, load_backbone
+from megatron_ee.checkpoint.loading import load_backbone
 from megatron_ee.checkpoint.safetensors_file import read_header, read_into, write_safetensors
+from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.config.architecture import outputs_digest
 from megatron_ee.data.loader import ValidationWindows
 from megatron_ee.errors import CheckpointError

@@ -17,8 +17,8 @@ from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS, describe_exits
 from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.hf_directory import INDEX, SINGLE
 from megatron_ee.checkpoint.manifest import MANIFEST, encode
-from megatron_ee.checkpoint.parallel import KIND
 from megatron_ee.checkpoint.safetensors_file import write_safetensors
+from megatron_ee.checkpoint.saved_model import KIND
 from megatron_ee.checkpoint.writing import Piece, write_checkpoint
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.initialise import initialise_exit
-from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.loading import load_backbone
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import LossConfig, OptimizerConfig, ScheduleConfig

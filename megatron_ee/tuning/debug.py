@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from megatron_ee.checkpoint.atomic import LOCK_NAME, storage_errors, writer_lock
-from megatron_ee.checkpoint.loading import SavedModel, open_model
 from megatron_ee.checkpoint.ownership import MARKER, check_output
+from megatron_ee.checkpoint.saved_model import SavedModel, open_model
 from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig, WandbConfig

@@ -12,21 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import (
-    SETTINGS,
-    Adapter,
-    check_backbone,
-    check_fits,
-    check_settings,
-    load_exits,
-    open_adapter,
-)
+from megatron_ee.checkpoint.adapter import SETTINGS, Adapter, check_backbone, check_fits, check_settings, open_adapter
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.initialise import initialise_exit
-from megatron_ee.checkpoint.loading import SavedModel, choose_dtype, load_backbone, open_model
+from megatron_ee.checkpoint.loading import load_backbone, load_exits
 from megatron_ee.checkpoint.ownership import claim_output
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.check import check_run

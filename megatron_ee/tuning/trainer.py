@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.checkpoint.adapter import SETTINGS, extract_adapter, save_adapter
+from megatron_ee.checkpoint.adapter import SETTINGS
+from megatron_ee.checkpoint.adapter_writing import extract_adapter, save_adapter
 from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig

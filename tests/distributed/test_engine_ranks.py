@@ -56,7 +56,8 @@ def requests() -> list[Request]:
 def engine_of(directory: str, tensor: int, pipeline: int, **options: Any) -> Iterator[Engine | None]:
     """The engine on one rank, None on the ranks that only help."""
     from megatron_ee.checkpoint.initialise import initialise_exit
-    from megatron_ee.checkpoint.loading import load_backbone, open_model
+    from megatron_ee.checkpoint.loading import load_backbone
+    from megatron_ee.checkpoint.saved_model import open_model
     from megatron_ee.exits.stage import Stage
     from megatron_ee.model.setup import build_setup
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint import store
-from megatron_ee.checkpoint.adapter import load_exits, open_adapter
-from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.adapter import open_adapter
+from megatron_ee.checkpoint.loading import load_backbone, load_exits
 from megatron_ee.checkpoint.safetensors_file import TensorEntry
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.edit import add_exits

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.loading import load_backbone
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.commands.main import main
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.indexed import open_corpus

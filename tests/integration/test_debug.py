@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.checkpoint.ownership import claim_output
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.commands.main import main
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict

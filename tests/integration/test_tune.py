@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ee.checkpoint.loading import SavedModel
+from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.commands.main import main
 from megatron_ee.data.indexed import Corpus

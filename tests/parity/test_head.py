@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import save_adapter
+from megatron_ee.checkpoint.adapter_writing import save_adapter
 from megatron_ee.checkpoint.contents import Contents
-from megatron_ee.checkpoint.loading import open_model
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.formats import open_contents

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import save_adapter
+from megatron_ee.checkpoint.adapter_writing import save_adapter
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.conversion.copy import write_output

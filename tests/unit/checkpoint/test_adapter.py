@@ -11,15 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ee.checkpoint.adapter import (
-    Adapter,
-    check_backbone,
-    find_exits,
-    load_exits,
-    open_adapter,
-    save_adapter,
-)
-from megatron_ee.checkpoint.loading import open_model
+from megatron_ee.checkpoint.adapter import Adapter, check_backbone, find_exits, open_adapter
+from megatron_ee.checkpoint.adapter_writing import save_adapter
+from megatron_ee.checkpoint.loading import load_exits
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS, Adapter, open_adapter
 from megatron_ee.checkpoint.hf_directory import INDEX, SINGLE, HFDirectory
-from megatron_ee.checkpoint.loading import SavedModel, open_model
 from megatron_ee.checkpoint.manifest import MANIFEST, encode
 from megatron_ee.checkpoint.safetensors_file import read_header, read_metadata
+from megatron_ee.checkpoint.saved_model import SavedModel, open_model
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, stored
 from megatron_ee.errors import CheckpointError

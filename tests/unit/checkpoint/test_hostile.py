@@ -16,8 +16,8 @@ import pytest
 from megatron_ee.checkpoint.adapter import open_adapter
 from megatron_ee.checkpoint.digest import backbone_digest, cache_directory
 from megatron_ee.checkpoint.hf_directory import HFDirectory
-from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.checkpoint.safetensors_file import read_header
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.commands.main import main
 from megatron_ee.data.tokenizer import load_tokenizer

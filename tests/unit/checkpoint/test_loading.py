@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.loading import load_backbone
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from megatron_ee.checkpoint.adapter import check_backbone, load_exits, open_adapter
-from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.adapter import check_backbone, open_adapter
+from megatron_ee.checkpoint.loading import load_backbone, load_exits
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig

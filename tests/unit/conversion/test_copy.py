@@ -20,9 +20,9 @@ import torch
 
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.failpoints import NAMES, VARIABLE
-from megatron_ee.checkpoint.loading import open_model
 from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, whole_part
 from megatron_ee.checkpoint.safetensors_file import PIECE, read_header
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.formats import open_contents

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ee.checkpoint.adapter import save_adapter
+from megatron_ee.checkpoint.adapter_writing import save_adapter
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import output_settings

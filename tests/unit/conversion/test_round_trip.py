@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ee.checkpoint.contents import Contents
-from megatron_ee.checkpoint.loading import open_model
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config import untrusted
 from megatron_ee.config.exits import ExitSpec

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ee.checkpoint.loading import SavedModel, open_model
+from megatron_ee.checkpoint.saved_model import SavedModel, open_model
 from megatron_ee.evaluation import final_exit as module
 from megatron_ee.evaluation.final_exit import FinalExit, final_exit
 from megatron_ee.model.setup import ModelSetup, build_setup

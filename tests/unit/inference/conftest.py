@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import save_adapter
+from megatron_ee.checkpoint.adapter_writing import save_adapter
 from megatron_ee.checkpoint.initialise import initialise_exit
-from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.loading import load_backbone
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.model.setup import build_setup

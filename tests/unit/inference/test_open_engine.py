@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.loading import choose_dtype, open_model
+from megatron_ee.checkpoint.saved_model import choose_dtype, open_model
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference import ExitPolicy, Request, open_engine, open_released
 

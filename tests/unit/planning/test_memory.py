@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.loading import open_model
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DistillationConfig, LossConfig, OptimizerConfig, ScheduleConfig

@@ -1,18 +1,90 @@
-"""Exits spread over ranks, put together tensor by tensor on the first rank; no rank ever holds two whole ones."""
+"""Writing an adapter: exits spread over ranks are put together on the first one, tensor by tensor.
+
+No rank ever holds two whole tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS, describe_exits, open_adapter
+from megatron_ee.checkpoint.atomic import replace_directory, write_json
+from megatron_ee.checkpoint.digest import file_sha256
+from megatron_ee.checkpoint.safetensors_file import write_safetensors
+from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.tensors import exit_saved_sources
 from megatron_ee.model.names import blocks
 from megatron_ee.parallel.groups import Groups
+
+
+def save_adapter(
+    path: Path,
+    exits: Sequence[Exit],
+    specs: Sequence[ExitSpec],
+    groups: Groups,
+    *,
+    base_model: str,
+    backbone_sha256: str,
+    steps: int,
+    settings: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapter directory ``path``; an older one there is replaced in one move. Every rank calls this.
+
+    Args:
+        path: directory, written by the first rank.
+        exits: hosted on this rank.
+        specs: the exits of all ranks.
+        groups: to gather tensors over, one at a time.
+        base_model: where the backbone is.
+        backbone_sha256: its hash.
+        steps: tuning steps behind the exits.
+        settings: ``output_settings`` of its architecture; None where they are not known.
+        extra: further entries of the description.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    gathered = gather_tensors(exits, groups)
+
+    def write() -> None:
+        with replace_directory(path) as directory:
+            write_safetensors(directory / WEIGHTS, gathered.shapes, {"format": "pt"}, content=gathered.whole)
+            digest = file_sha256(directory / WEIGHTS)
+            description = describe_exits(specs, base_model, backbone_sha256, steps, digest, settings, extra)
+            write_json(directory / DESCRIPTION, description)
+
+    groups.together(write if groups.is_main else gathered.send)
+
+
+def extract_adapter(checkpoint: Path, path: Path) -> None:
+    """Write the adapter directory ``path`` from the exits in a training checkpoint; as ``save_adapter``, on one rank.
+
+    Raises:
+        CheckpointError: it cannot be read or written.
+    """
+    adapter = open_adapter(checkpoint)
+    by_layer = sorted(adapter.weights, key=lambda name: (int(name.split(".")[1]), name))
+    shapes = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in ((name, adapter.weights[name]) for name in by_layer)
+    }
+    with replace_directory(path) as directory:
+        write_safetensors(
+            directory / WEIGHTS, shapes, {"format": "pt"}, content=lambda name: adapter.weights[name].slabs()
+        )
+        digest = file_sha256(directory / WEIGHTS)
+        about = (adapter.base_model, adapter.backbone_sha256, adapter.steps, digest, adapter.settings)
+        description = describe_exits(adapter.exits, *about)
+        write_json(directory / DESCRIPTION, description)
 
 
 @dataclass(frozen=True)
