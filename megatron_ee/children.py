@@ -1,4 +1,4 @@
-"""What a process that another one has started owes it."""
+"""Rules for a process that this package started: it follows its parent."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Protocol
 
 
 class Parent(Protocol):
-    """What ``multiprocessing.parent_process()`` gives a child."""
+    """The parent of a child process, as ``multiprocessing.parent_process()`` gives it."""
 
     def join(self) -> None:
-        """Wait for its end."""
+        """Wait until it ends."""
 
 
 def follow(parent: Parent | None) -> None:
-    """In a child: leave Ctrl-C, which reaches the whole group, to the parent, and end with it.
+    """In a child: ignore Ctrl-C, which reaches the whole process group, and end when the parent ends.
 
-    Also in the middle of its work, and where the parent was killed: a child would else wait forever, or work on.
+    The child also ends in the middle of its work, and if the parent was killed. Otherwise it would wait for ever or
+    keep working.
     """
     assert parent is not None, "this process is nobody's child"
     signal.signal(signal.SIGINT, signal.SIG_IGN)

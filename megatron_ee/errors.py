@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one clear line each, no traceback at the command line."""
+"""Errors that a user can act on. The command line prints each as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 200, 80, 40
 class UserError(ValueError):
     """Bad input. The message is one line that names the key, file or value and what to do.
 
-    Commands print it to stderr and end with ``exit_status``. Much of it comes from files and their names, so it goes
-    through ``printable``.
+    Commands print it to stderr and end with ``exit_status``. Messages contain text from files, so they go through
+    ``printable``.
 
     Attributes:
-        common: every rank of the run raised it, so the first one speaks for all.
+        common: every rank of the run raised it, so only the first rank prints it.
     """
 
     exit_status = 1
@@ -42,7 +42,7 @@ class CheckpointError(UserError):
 
 
 class DamagedError(CheckpointError):
-    """The bytes of a file are not what they must be: truncated, malformed, or another checksum."""
+    """A file's bytes are wrong: truncated, malformed, or with another checksum."""
 
 
 class DataError(UserError):
@@ -54,10 +54,10 @@ class Interrupted(UserError):
 
 
 def printable(text: str) -> str:
-    """``text`` as one line that a terminal just shows, its middle left out where it is very long.
+    """``text`` as one line that is safe on a terminal. The middle of a very long text is left out.
 
-    Whatever moves the cursor, changes colours, reorders or hides text (control characters, bidirectional marks, lone
-    surrogates) is spelt out as an escape; line ends become spaces.
+    Characters that move the cursor, change colours, reorder or hide text (control characters, bidirectional marks, lone
+    surrogates) are shown as escapes. Line ends become spaces.
     """
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE * 2 // 3]} ... {text[-MAX_MESSAGE // 4 :]}"
@@ -68,19 +68,19 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error that is not ours says first, shortened; its kind where it says nothing."""
+    """The first line of another library's error, shortened; the error's type if it has no text."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.strip()[:300]
 
 
 def shown(value: object) -> str:
-    """``repr`` of a value that came from a file, shortened: it may be megabytes long or deeply nested."""
+    """``repr`` of a value from a file, shortened, since it may be megabytes long or deeply nested."""
     return _SHORT.repr(value)
 
 
 @contextlib.contextmanager
 def storage_errors(path: str | os.PathLike[str], action: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the body into one line: the path, what could not be done, and why.
+    """Turn an ``OSError`` of the body into one line: the path, the failed action and the reason.
 
     Raises:
         CheckpointError: in place of any ``OSError`` of the file system.

@@ -1,6 +1,6 @@
-"""Progress of long work on stderr: rich's bar on a terminal, a plain line now and then elsewhere.
+"""Progress of long work on stderr: rich's bar on a terminal, occasional plain lines elsewhere.
 
-Rate and time left are rich's in both cases.
+rich computes rate and time left in both cases.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-LINE_SECONDS = 10.0  # between two plain lines
-_RATE_SECONDS = 600.0  # the rate is the mean over this much of the past, or over the last 1000 updates
+LINE_SECONDS = 10.0  # seconds between two plain lines
+_RATE_SECONDS = 600.0  # the rate is the mean over so many seconds, or over the last 1000 updates
 
 
 class _Figures(ProgressColumn):
@@ -29,7 +29,7 @@ class _Figures(ProgressColumn):
 
 
 class Progress:
-    """What ``track`` gives."""
+    """The object that ``track`` yields."""
 
     def __init__(
         self, total: int, unit: str, description: str, rate_unit: str, completed: int, *, enabled: bool = True
@@ -50,7 +50,7 @@ class Progress:
         counted: dict[str, Any] = {"before": completed, "unit": unit, "amount": 0.0, "rate_unit": rate_unit}
         self._id = self._bars.add_task(description, total=total, completed=completed, **counted)
         self._task = self._bars.tasks[0]
-        self._bars.advance(self._id, 0)  # rates count from here
+        self._bars.advance(self._id, 0)  # rates are measured from here
         self._shown = time.monotonic()
 
     @property
@@ -59,7 +59,7 @@ class Progress:
         return int(self._task.completed)
 
     def advance(self, count: int = 1, amount: float | None = None) -> None:
-        """``count`` more units are done, worth ``amount`` in the rate's unit (default: ``count``)."""
+        """Record ``count`` more finished units, and ``amount`` in the rate's unit (default: ``count``)."""
         self._task.fields["amount"] += count if amount is None else amount
         self._bars.advance(self._id, count)
         now = time.monotonic()
@@ -68,11 +68,11 @@ class Progress:
             self.note(self._line())
 
     def describe(self, text: str) -> None:
-        """Replace the description, for example by one with the latest losses; shown with the next update."""
+        """Replace the description, for example by one with the latest losses. It is shown with the next update."""
         self._task.description = text
 
     def note(self, text: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
+        """Print a separate line, above the bar if there is one."""
         if self._lines:
             print(text, file=sys.stderr, flush=True)
         elif self._enabled:
@@ -96,18 +96,18 @@ def track(
     """Show progress while the block runs.
 
     Args:
-        total: units of work in all.
+        total: total units of work.
         unit: their name, such as ``"steps"``; ``"B"`` for bytes, shown as MB.
         description: what is being done.
         rate_unit: name of what ``advance``'s ``amount`` counts, such as ``"tokens"``; default: ``unit``.
-        completed: units done before, by an earlier run: they count in the total, not in the rate.
-        enabled: False shows nothing (processes other than the first).
+        completed: units that an earlier run finished. They count in the total, not in the rate.
+        enabled: False shows nothing, for all processes but the first.
     """
     progress = Progress(total, unit, description, rate_unit or unit, completed, enabled=enabled)
     with progress._bars:
         yield progress
     if progress._lines and progress.done > completed:
-        progress._task.finished_time = progress._task.elapsed  # the last line gives the mean over all of it
+        progress._task.finished_time = progress._task.elapsed  # the last line gives the mean over the whole work
         progress.note(progress._line())
 
 

@@ -1,4 +1,4 @@
-"""Tables for people: ruled on a terminal, plain columns elsewhere."""
+"""Tables: with rules on a terminal, plain columns elsewhere."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PLAIN_WIDTH = 160  # columns of a table that goes to a file or a pipe
+PLAIN_WIDTH = 160  # width in characters of a table that goes to a file or a pipe
 
 
 def make_console(file: TextIO | None = None) -> Console:
-    """A console on ``file`` (default: stdout): as wide as the terminal, or ``PLAIN_WIDTH`` where there is none."""
+    """A console on ``file`` (default: stdout), as wide as the terminal, or ``PLAIN_WIDTH`` without one."""
     from rich.console import Console
 
-    console = Console(file=file or sys.stdout, highlight=False, markup=False)  # a [name] is a name
+    console = Console(file=file or sys.stdout, highlight=False, markup=False)  # [name] is text, not rich markup
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console
@@ -39,7 +39,7 @@ def new_table(title: str, console: Console) -> Table:
 
 def add_columns(table: Table, *names: str, words: bool = False) -> None:
     """Columns of numbers, or of ``words``."""
-    # Where space is short, headings break between words, and neither a word nor a number is cut.
+    # If space is short, headings break between words; words and numbers are not cut.
     for name in names:
         longest = max(len(word) for word in name.split())
         table.add_column(name, justify="left" if words else "right", min_width=longest)

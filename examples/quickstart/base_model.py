@@ -1,8 +1,8 @@
-"""Train the quickstart's base model, a SentencePiece tokenizer and a small Llama: an ordinary Hugging Face checkpoint.
+"""Train the quickstart's base model: a SentencePiece tokenizer and a small Llama, saved as a Hugging Face checkpoint.
 
-``python base_model.py --corpus DIR --out DIR --minutes 3.5`` reads ``DIR/train.jsonl`` and ``DIR/held_out.jsonl``
-(see corpus.py) and prints the model's directory on stdout: ``OUT/base-<hash of settings and corpus>``. If that
-directory is there already, it is used as it is. Plain transformers, torch and sentencepiece.
+``python base_model.py --corpus DIR --out DIR --minutes 3.5`` reads ``DIR/train.jsonl`` and ``DIR/held_out.jsonl`` (see
+corpus.py) and prints the model's directory on stdout: ``OUT/base-<hash of settings and corpus>``. If that directory
+exists, it is reused. Needs only transformers, torch and sentencepiece.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ REPORT_SECONDS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that decides what the model becomes, but for the corpus; hashed into the directory's name.
+    """All settings of the training, hashed into the directory's name together with the corpus.
 
     Attributes:
-        minutes: time for training; the learning rate follows the share of it that has passed, so that a slow machine
-            trains fewer steps but ends at the end of the schedule all the same.
+        minutes: training time. The learning rate depends on the elapsed share of this time, so a slow machine trains
+            fewer steps but completes the schedule.
     """
 
     minutes: float = 3.5
@@ -64,15 +64,16 @@ def read_texts(path: Path) -> list[str]:
 
 
 def pieces_of(text: str, size: int = 1000) -> Iterator[str]:
-    """The text in pieces of at most ``size`` characters, line breaks and all: SentencePiece skips long sentences."""
+    """The text in pieces of at most ``size`` characters, line breaks included, since SentencePiece skips long
+    sentences."""
     return (text[start : start + size] for start in range(0, len(text), size))
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
-    """A SentencePiece BPE model (the bytes of ``tokenizer.model``) that gives every text back exactly.
+    """A SentencePiece BPE model (the bytes of ``tokenizer.model``) that decodes every text exactly.
 
-    Digits stand alone, runs of spaces are pieces (indentation), line breaks are characters like others, and what is
-    rare falls back to bytes. Ids 0, 1 and 2 are <unk>, <s> and </s>.
+    Each digit is a piece, runs of spaces are pieces (indentation), line breaks are ordinary characters, and rare
+    characters fall back to bytes. Ids 0, 1 and 2 are <unk>, <s> and </s>.
     """
     import sentencepiece
 
@@ -115,7 +116,8 @@ def save_tokenizer(model: bytes, directory: Path) -> None:
 
 
 def build_model(settings: Settings, vocab_size: int) -> Any:
-    """A randomly initialised ``LlamaForCausalLM``; each layer's two outputs start at zero, so that it learns sooner."""
+    """A randomly initialised ``LlamaForCausalLM``; each layer's two output projections start at zero, which speeds up
+    training."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -140,7 +142,7 @@ def build_model(settings: Settings, vocab_size: int) -> Any:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine has instructions for it: without, products take twenty times as long as in float32."""
+    """Whether this machine has bfloat16 instructions. Without them products take twenty times as long as in float32."""
     import torch
 
     here = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -149,7 +151,7 @@ def multiplies_bfloat16() -> bool:
 
 @contextmanager
 def exact_muon() -> Iterator[None]:
-    """Let torch's Muon iterate in float32, which it otherwise leaves for bfloat16 whatever it is given."""
+    """Make torch's Muon iterate in float32. By default it converts to bfloat16."""
     import torch
 
     with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
@@ -166,7 +168,8 @@ def token_loss(model: Any, windows: Any) -> Any:
 
 
 def batches(stream: Any, settings: Settings) -> Iterator[Any]:
-    """Windows [batch, sequence + 1] of the stream, without end: each epoch cuts it elsewhere and shuffles the cuts."""
+    """Endless windows [batch, sequence + 1] of the stream. Each epoch cuts it at other places and shuffles the
+    windows."""
     import torch
 
     generator = torch.Generator().manual_seed(settings.seed)
@@ -189,7 +192,7 @@ def rate_factor(share: float, warmup_share: float) -> float:
 def make_optimizers(model: Any, settings: Settings) -> list[Any]:
     """Muon for the layers' matrices, AdamW for the rest: embedding, head and norms.
 
-    At so few tokens this is worth several times as many of them with AdamW alone.
+    With so few tokens, AdamW alone would need several times as many.
     """
     import torch
 
@@ -256,7 +259,8 @@ def held_out_loss(model: Any, stream: Any, settings: Settings, limit: int = 200)
 
 @contextmanager
 def progress(seconds: float) -> Iterator[Any]:
-    """A function of (elapsed seconds, text): a bar on a terminal, otherwise a line now and then; on stderr."""
+    """A function of (elapsed seconds, text) that shows progress on stderr: a bar on a terminal, else occasional
+    lines."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -283,7 +287,7 @@ def note(text: str) -> None:
 
 
 def directory_name(corpus: Path, settings: Settings) -> str:
-    """``base-`` and a hash over the settings, this file and the corpus: another of any is another model."""
+    """``base-`` and a hash of the settings, this file and the corpus."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(settings), sort_keys=True).encode())
     for path in (Path(__file__), corpus / "train.jsonl", corpus / "held_out.jsonl"):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -336,7 +340,7 @@ def make(corpus: Path, directory: Path, settings: Settings) -> None:
         (temporary / "quickstart.json").write_text(json.dumps({**dataclasses.asdict(settings), **run}, indent=2) + "\n")
         os.rename(temporary, directory)
     except OSError:
-        if not directory.is_dir():  # where it is there by now, another run has finished the same model first
+        if not directory.is_dir():  # if it exists now, another run has finished the same model first
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""Build the quickstart's corpus: Python's own standard library, or a text file of the user's.
+"""Build the quickstart's corpus from Python's standard library, or from a user's text file.
 
-``python corpus.py --out DIR`` writes ``DIR/train.jsonl`` and ``DIR/held_out.jsonl``, one document per line:
-``{"text": ..., "source": ...}``. Without ``--data`` the documents are the standard library's source files, docstrings
-and all; whole files are held out, chosen by a hash of their name, so that every run on the same Python gives the same
-split. Needs nothing but Python.
+``python corpus.py --out DIR`` writes ``DIR/train.jsonl`` and ``DIR/held_out.jsonl``, one document per line: ``{"text":
+..., "source": ...}``. Without ``--data`` the documents are the standard library's source files, docstrings included.
+Whole files are held out, chosen by a hash of their name, so every run on the same Python gives the same split. Needs
+only Python.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_ee.checkpoint.ownership import check_output, claim_output
 
-# Left out: tests and bundled tools, which repeat themselves; character tables; files that differ by machine.
+# Left out: tests and bundled tools, which are repetitive; character tables; files that differ by machine.
 SKIPPED_DIRECTORIES = {
     "test", "tests", "idle_test", "lib2to3", "encodings", "ensurepip", "site-packages", "dist-packages", "__pycache__"
 }  # fmt: skip
@@ -41,7 +41,7 @@ def standard_library(root: Path) -> Iterator[Document]:
             path = Path(directory) / name
             try:
                 text = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError):  # a few sources are in other encodings, or not ours to read
+            except (OSError, UnicodeDecodeError):  # a few sources have other encodings, or no read permission
                 continue
             if text.strip():
                 yield path.relative_to(root).as_posix(), text
@@ -65,7 +65,7 @@ def split_user_file(path: Path, text_key: str) -> tuple[list[Document], list[Doc
     """Training and held-out documents of the user's file: one line in twenty of a ``.jsonl``, else the last tenth.
 
     Raises:
-        ValueError: unreadable, not UTF-8, a bad line (named by its number), or too little text to hold any out.
+        ValueError: unreadable, not UTF-8, a bad line (named by its number), or too little text to split.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def split_user_file(path: Path, text_key: str) -> tuple[list[Document], list[Doc
         train = [(f"{path.name}:train", content[:cut])] if content[:cut].strip() else []
         held_out = [(f"{path.name}:held_out", content[cut:])] if content[cut:].strip() else []
     if not train or not held_out:
-        raise ValueError(f"{path}: too little text to hold some of it out; give more lines or documents")
+        raise ValueError(f"{path}: too little text to hold out a part; give more lines or documents")
     return train, held_out
 
 

@@ -3,9 +3,9 @@
 #
 #   bash examples/quickstart/run.sh [--out DIR] [--base DIR] [--data FILE]
 #
-#   --out DIR    where everything it makes goes: new, or an earlier one's (default: examples/quickstart/out)
-#   --base DIR   a Hugging Face model of yours, instead of training a small one
-#   --data FILE  a .txt or .jsonl file of yours, instead of the Python standard library's sources
+#   --out DIR    output directory: new, or an earlier quickstart's (default: examples/quickstart/out)
+#   --base DIR   your own Hugging Face model, in place of a small one that is trained here
+#   --data FILE  your own .txt or .jsonl file, in place of the Python standard library's sources
 #
 # MEGATRON_EE_QUICKSTART_VENV: where the environment is (default: .venv-quickstart). MEGATRON_EE_CACHE: where the
 # trained base model is kept for the next run (default: .cache/quickstart). See tools/setup_env.sh for PYTHON and
@@ -33,7 +33,7 @@ done
 
 make_environment "${MEGATRON_EE_QUICKSTART_VENV:-$root/.venv-quickstart}"
 
-started="$(date +%s)"  # what the report calls seconds is without the installation
+started="$(date +%s)"  # the report's seconds do not include the installation
 mkdir -p "$out"
 corpus="$out/corpus"
 "$VENV_PYTHON" "$here/corpus.py" --out "$corpus" ${data:+--data "$data"}

@@ -1,4 +1,4 @@
-"""What a configuration must satisfy beyond its types: ranges, keys that contradict each other, and the model."""
+"""Checks of a configuration beyond its types: ranges, contradicting keys, and the fit to the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_ee.config.schema import (
 )
 from megatron_ee.errors import ConfigError
 
-MAX_SEED = 2**32 - 1  # numpy takes no larger one
+MAX_SEED = 2**32 - 1  # numpy's largest seed
 
 
 def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1) -> tuple[ExitSpec, ...]:
@@ -32,7 +32,7 @@ def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1
         The exits in the order of their layers, positions resolved to layer numbers.
 
     Raises:
-        ConfigError: one line naming the key, its value and what is possible.
+        ConfigError: one line that names the key, its value and the possible values.
     """
     check_model_path(config.model.path)
     exits = resolve_exits(config.exits, architecture.num_layers)
@@ -72,7 +72,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def check_tensor(architecture: Architecture, tensor: int, key: str) -> None:
-    """Refuse a number of tensor-parallel ranks that the model cannot be cut for.
+    """Refuse a tensor-parallel size that does not divide the model.
 
     Raises:
         ConfigError: naming ``key``.
@@ -95,7 +95,7 @@ def _check_parallel(parallel: ParallelConfig, architecture: Architecture, sequen
     _positive("parallel.timeout_seconds", parallel.timeout_seconds)
     check_tensor(architecture, parallel.tensor, "parallel.tensor")
     if parallel.sequence and parallel.tensor == 1:
-        raise ConfigError("parallel.sequence: needs parallel.tensor above 1, which it runs on top of")
+        raise ConfigError("parallel.sequence: needs parallel.tensor above 1")
     if parallel.sequence and sequence_length % parallel.tensor:
         raise ConfigError(
             f"data.sequence_length: {sequence_length} is not a multiple of parallel.tensor {parallel.tensor}, over "
@@ -116,7 +116,7 @@ def _check_data(data: DataConfig, max_positions: int) -> None:
     _fraction("data.validation_fraction", data.validation_fraction)
     if data.validation and data.validation_fraction:
         raise ConfigError(
-            "data.validation_fraction: contradicts data.validation, which names corpora of its own; give one of the two"
+            "data.validation_fraction: contradicts data.validation, which names corpora; give only one of the two"
         )
     _at_least(1, "data.sequence_length", data.sequence_length)
     if data.sequence_length > max_positions:
@@ -137,7 +137,7 @@ def _check_corpora(key: str, corpora: Sequence[str | CorpusConfig]) -> None:
 def _check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> None:
     _positive("optimizer.lr", optimizer.lr)
     _not_negative("optimizer.min_lr", optimizer.min_lr)
-    # A constant schedule never reads min_lr, whose default may well be above a small lr.
+    # A constant schedule does not use min_lr, whose default may be above a small lr.
     if schedule.decay != "constant" and optimizer.min_lr > optimizer.lr:
         raise ConfigError(
             f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}, from which it decays"
@@ -160,7 +160,7 @@ def _check_distillation(distillation: DistillationConfig, vocab_size: int) -> No
     _not_negative(f"{key}.kl", distillation.kl)
     _not_negative(f"{key}.cross_entropy", distillation.cross_entropy)
     if distillation.kl == distillation.cross_entropy == 0:
-        raise ConfigError(f"{key}.cross_entropy: 0, and {key}.kl is 0 too: nothing is learned; raise one of them")
+        raise ConfigError(f"{key}.cross_entropy: 0, and {key}.kl is 0 too: nothing would be trained; raise one of them")
     if distillation.kl == 0 and distillation.cross_entropy != 1:
         raise ConfigError(
             f"{key}.cross_entropy: {distillation.cross_entropy:g} has no effect without {key}.kl; set that above 0, "
@@ -203,7 +203,7 @@ def _check_wandb(wandb: WandbConfig) -> None:
         raise ConfigError(f"logging.wandb.project: is empty, so logging.wandb.{given} has no effect; name a project")
 
 
-# Comparisons are written so that NaN fails them.
+# NaN fails these comparisons.
 
 
 def _at_least(least: int, key: str, value: int) -> None:

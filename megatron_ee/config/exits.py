@@ -1,4 +1,4 @@
-"""Exits as the rest of the package sees them: positions resolved to layer numbers, checked against the model."""
+"""Exits with positions resolved to layer numbers and checked against the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ExitSpec:
 
     @property
     def trains(self) -> bool:
-        """Whether this exit has a parameter to train: only W h with the frozen head has none."""
+        """Whether this exit has a parameter to train. Only an ``embedding`` exit with a ``shared`` head has none."""
         return self.body != "embedding" or self.head != "shared"
 
 
@@ -40,7 +40,9 @@ def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpe
         key = f"exits[{index}]"
         layer = layer_number(exit_.layer, num_layers, f"{key}.layer")
         if layer in specs:
-            raise ConfigError(f"{key}.layer: there is already an exit after layer {layer}; give each its own place")
+            raise ConfigError(
+                f"{key}.layer: there is already an exit after layer {layer}; give each exit its own layer"
+            )
         if not 0 < exit_.weight < float("inf"):
             raise ConfigError(f"{key}.weight: must be a positive number, not {exit_.weight}")
         if exit_.rank < 1:

@@ -1,8 +1,8 @@
 """From a YAML file and dotted overrides to a ``RunConfig``.
 
-jsonargparse knows the dataclasses: it writes the help, fills in defaults and builds the objects. What the user wrote
-is checked first, here, since jsonargparse is lenient (it reads ``steps: '10'`` as 10), explains unions over several
-lines and does not reach into lists (``--exits.0.layer 4``).
+jsonargparse writes the help, fills in defaults and builds the dataclasses. This module first checks the user's values,
+since jsonargparse is lenient (it reads ``steps: '10'`` as 10), reports errors in unions over several lines, and does
+not support items of lists (``--exits.0.layer 4``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             (items of a list count from 0), ``--exits '[{layer: 4}]'``. Values are YAML.
 
     Raises:
-        ConfigError: one line naming the key (or file and line) and what is possible there.
+        ConfigError: one line that names the key (or file and line) and the possible values.
     """
     values = read_yaml(Path(path))
     for key, text in _pairs(overrides):
@@ -47,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """The configuration that ``values`` (nested dicts and lists, as in YAML or JSON) describe.
+    """The configuration in ``values`` (nested dicts and lists, as in YAML or JSON).
 
     Raises:
         ConfigError: as ``load_config``.
@@ -57,19 +57,19 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
 
     parser = _parser()
     try:
-        config = parser.instantiate(parser.parse_object(copy.deepcopy(values)))  # it changes what it is given
+        config = parser.instantiate(parser.parse_object(copy.deepcopy(values)))  # jsonargparse changes its argument
     except ArgumentError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     return RunConfig(**{field.name: config[field.name] for field in dataclasses.fields(RunConfig)})
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Every value of ``config``, defaults included, as JSON or YAML can hold it; ``config_from_dict`` reads it back."""
+    """Every value of ``config``, defaults included, in types of JSON and YAML. ``config_from_dict`` reads it back."""
     return dataclasses.asdict(config)
 
 
 def parse_exits(text: str, key: str) -> list[ExitConfig]:
-    """The exits that a YAML list describes, as in a configuration: at least one.
+    """The exits in a YAML list, written as in a configuration; at least one.
 
     Raises:
         ConfigError: as ``load_config``, naming ``key``.
@@ -82,14 +82,14 @@ def parse_exits(text: str, key: str) -> list[ExitConfig]:
 
 
 def config_help() -> str:
-    """The configuration's keys with meaning, type and default, as text for ``--help``."""
+    """The configuration's keys with description, type and default, as text for ``--help``."""
     parser = _parser()
     parser.add_class_arguments(ExitConfig, "exits.N", help="one exit; N counts from 0")
     parser.add_class_arguments(CorpusConfig, "data.train.N", help="one corpus of data.train or data.validation")
     parser.add_class_arguments(StageConfig, "parallel.layout.N", help="one stage of a layout; N counts from 0")
     text = parser.format_help()
-    text = text[text.index("--exits [") :]  # what stands before belongs to the parser, not to the configuration
-    # Entries for whole blocks and for jsonargparse's own --X.help would only repeat what the groups list.
+    text = text[text.index("--exits [") :]  # the text before belongs to the parser, not to the configuration
+    # Entries for whole blocks and for jsonargparse's --X.help only repeat the groups.
     text = re.sub(r"^  --\S+ CONFIG\s+Path to a configuration file\.\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^  --\S+\.help\s+Show the help for \w+ and exit\.\n", "", text, flags=re.MULTILINE)
     text = re.sub(r", --[\w.]+\+ \S+", "", text)
@@ -105,7 +105,7 @@ def _parser() -> ArgumentParser:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but ``1e-4`` is a number and a key given twice is an error."""
+    """YAML 1.1 as in PyYAML, but ``1e-4`` is a number, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -146,7 +146,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """``LINE: what is wrong``, on one line."""
+    """``LINE: problem``, on one line."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line = f"{mark.line + 1}: " if mark else " "
     problem = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -163,18 +163,18 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not equals:
             text = next(words, "--")
             if text.startswith("--"):
-                _locate(RunConfig, _path(key))  # a misspelt key is the better thing to tell
+                _locate(RunConfig, _path(key))  # report a misspelt key first
                 raise ConfigError(f"{key}: --{key} needs a value")
         yield key, text
 
 
 def _path(key: str) -> list[str]:
-    """``exits.0.layer`` and ``exits[0].layer`` alike."""
+    """The parts of ``exits.0.layer`` or ``exits[0].layer``."""
     return re.sub(r"\[(\d+)\]", r".\1", key).split(".")
 
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
-    """Set the dotted ``key`` in ``values``; a mapping adds to the mapping already there."""
+    """Set the dotted ``key`` in ``values``. A mapping is merged into an existing mapping."""
     path = _path(key)
     kind = _locate(RunConfig, path)
     here: Any = values
@@ -203,7 +203,7 @@ def _index(items: list[Any], part: str, key: str) -> int:
 
 
 def _parse(text: str, kind: Any, key: str) -> Any:
-    """The value of an override: text where ``kind`` takes text (a path may look like a number), else YAML."""
+    """The value of an override: text if ``kind`` is text (a path may look like a number), else YAML."""
     choices = _choices(kind)
     takes_text = any(choice is str or get_origin(choice) is Literal for choice in choices)
     takes_list = any(get_origin(choice) is list for choice in choices)
@@ -221,7 +221,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 
 def _locate(kind: Any, path: list[str]) -> Any:
-    """The type at ``path`` below ``kind``; ConfigError where there is no such key."""
+    """The type at ``path`` below ``kind``; ConfigError if there is no such key."""
     for depth, part in enumerate(path):
         choices = _choices(kind)
         block = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
@@ -259,7 +259,7 @@ def _check(kind: Any, value: Any, key: str) -> None:
 
 
 def _structure(choices: Sequence[Any], value: Any) -> Any:
-    """The block or list among ``choices`` that ``value`` is written as; None where there is none."""
+    """The block or list type among ``choices`` that fits the form of ``value``; None if none does."""
     blocks = (choice for choice in choices if dataclasses.is_dataclass(choice) and isinstance(value, dict))
     lists = (choice for choice in choices if get_origin(choice) is list and isinstance(value, list))
     return next(chain(blocks, lists), None)
@@ -281,7 +281,7 @@ def _check_block(kind: Any, value: Any, key: str) -> None:
 
 
 def _is(kind: Any, value: Any) -> bool:
-    """Whether ``value`` is of the plain type ``kind``: true is no number, a number no text, 1.0 no whole number."""
+    """Whether ``value`` is strictly of the plain type ``kind``: true is not a number, 1.0 is not a whole number."""
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if kind is float:
@@ -295,7 +295,7 @@ def _unknown(name: str, known: list[str], block: str) -> ConfigError:
 
 
 def _meant(value: Any, known: Sequence[Any]) -> str:
-    """``; did you mean 'X'?`` where something known is near."""
+    """``; did you mean 'X'?`` if a known name is similar."""
     near = difflib.get_close_matches(str(value), [word for word in known if isinstance(word, str)], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -317,7 +317,7 @@ def _some_keys(kind: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """The value as the user may have written it, kept short."""
+    """The value as the user may have written it, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
     text = repr(value)
@@ -325,5 +325,5 @@ def _show(value: Any) -> str:
 
 
 def _join(path: Sequence[str]) -> str:
-    """``exits[0].layer`` of its parts."""
+    """``exits[0].layer`` from its parts."""
     return "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in path).lstrip(".")

@@ -1,4 +1,4 @@
-"""Files that anyone may have written: JSON by the letter and of bounded size, nothing outside the directory."""
+"""Reads untrusted files: strict JSON of bounded size, and nothing outside the directory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 from megatron_ee.errors import CheckpointError, DamagedError, shown, storage_errors
 
-MAX_FILE = 64 * 2**20  # bytes; the manifest of a model of many TB has a tenth of it
+MAX_FILE = 64 * 2**20  # bytes; ten times the manifest of a model of many TB
 MAX_VALUES = 2**22
-"""More than any checkpoint says. A value takes 2 bytes in the file and up to 100 in memory."""
+"""More values than any checkpoint has. A value takes 2 bytes in the file and up to 100 in memory."""
 
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Yield a read descriptor of a regular file; a pipe or device is refused instead of waited for.
+    """Yield a read descriptor of a regular file. A pipe or device is refused, since opening it could block.
 
     Raises:
         CheckpointError: it cannot be opened, or reading from it fails in the body.
@@ -36,7 +36,7 @@ def open_regular(path: Path) -> Iterator[int]:
 
 
 def read_exactly(fd: int, out: memoryview, position: int, path: Path) -> None:
-    """Fill ``out`` with the file's bytes from ``position``; one ``preadv`` may give less than it is asked.
+    """Fill ``out`` with the file's bytes from ``position``. One ``preadv`` may return fewer bytes than requested.
 
     Raises:
         DamagedError: the file ends too early.
@@ -50,10 +50,10 @@ def read_exactly(fd: int, out: memoryview, position: int, path: Path) -> None:
 
 
 def allowed_root(directory: Path) -> Path:
-    """The folder that a directory's files may resolve into: itself, or the hub repository folder that it belongs to.
+    """The folder that a directory's files must resolve into: itself, or its Hugging Face hub repository folder.
 
     In a download cache of the Hugging Face hub, ``models--ORG--NAME/snapshots/REVISION/x`` is a symbolic link to
-    ``models--ORG--NAME/blobs/HASH``, so there links may lead anywhere inside that ``models--ORG--NAME`` folder.
+    ``models--ORG--NAME/blobs/HASH``, so links there may lead anywhere inside the ``models--ORG--NAME`` folder.
     """
     real = Path(os.path.realpath(directory))
     for parent in real.parents:
@@ -64,14 +64,14 @@ def allowed_root(directory: Path) -> Path:
 
 
 def check_confined(file: Path, root: Path, where: Path | None = None) -> None:
-    """Refuse what is no regular file inside ``root``, symbolic links followed.
+    """Refuse a path that is not a regular file inside ``root``, with symbolic links followed.
 
     Args:
         root: from ``allowed_root``.
-        where: what names the file, for messages; its directory by default.
+        where: name of the file's container for messages; its directory by default.
 
     Raises:
-        CheckpointError: it leads outside, is missing, or is a directory, pipe or device.
+        CheckpointError: the path leads outside, is missing, or is a directory, pipe or device.
     """
     where = file.parent if where is None else where
     target = Path(os.path.realpath(file))
@@ -101,7 +101,7 @@ def read_json(path: Path, limit: int = MAX_FILE) -> Any:
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """JSON by the letter: UTF-8, no key twice in one object, no number that is not finite.
+    """Strict JSON: UTF-8, no repeated key in an object, only finite numbers.
 
     Raises:
         DamagedError: naming ``where``.

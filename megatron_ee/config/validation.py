@@ -1,8 +1,8 @@
-"""One validator for what people and files give: pydantic's strict models, whose errors become one line each.
+"""One validator for values from users and files: strict pydantic models, with one-line errors.
 
-``Strict`` is the base class of such models, ``validated`` reads values into one. Types are taken as they are: '1' and
-true are no numbers, 1.0 is no whole number, NaN and infinity are refused, unknown keys are errors. A check of one's own
-raises ``ValueError`` in a ``field_validator`` or ``model_validator``; its text is then what stands after the key.
+``Strict`` is the base class of such models, and ``validated`` reads values into one. Types are strict: '1' and true are
+not numbers, 1.0 is not a whole number, NaN and infinity are refused, and unknown keys are errors. A model's own check
+raises ``ValueError`` in a ``field_validator`` or ``model_validator``. Its text follows the key in the message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_ee.errors import ConfigError, UserError, shown
 
 T = TypeVar("T")
 
-# What must be there, by pydantic's names of errors; braces are filled from an error's context.
+# Descriptions of the expected value by pydantic's error names. Braces are filled from the error's context.
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -49,7 +49,7 @@ _EXPECTED = {
 class Strict(BaseModel):
     """Base of the models that ``validated`` reads.
 
-    A field that is a tuple takes a list, as JSON has it, where it is declared with ``Field(strict=False)``.
+    A tuple field accepts a list, as in JSON, if it is declared with ``Field(strict=False)``.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -60,8 +60,8 @@ def validated(kind: type[T], values: Any, *, where: str = "", error: type[UserEr
 
     Args:
         kind: a ``Strict`` model, or any other type that pydantic knows.
-        where: what the values are, such as a file and line; begins the message.
-        error: what is raised.
+        where: source of the values, such as a file and line; begins the message.
+        error: class of the raised error.
 
     Raises:
         UserError: ``error``; its message is one line that names the key and the value.
@@ -74,19 +74,19 @@ def validated(kind: type[T], values: Any, *, where: str = "", error: type[UserEr
 
 
 def first_problem(error: ValidationError, kind: Any = None, values: Any = None) -> str:
-    """The first of an error's problems, unknown keys before others: ``key: what must be there, not the value``.
+    """The first problem of an error, unknown keys before others: ``key: must be EXPECTED, not VALUE``.
 
     Args:
-        kind: what was validated; where given, a problem with an unknown key names the known ones.
-        values: what was validated; where given, the names of a union's members are left out of the key.
+        kind: the validated type. If given, a problem with an unknown key names the known keys.
+        values: the validated values. If given, the names of a union's members are left out of the key.
     """
     problems = [
         (each, tuple(_path(each["loc"], values) if values is not None else each["loc"]))
         for each in error.errors(include_url=False)
     ]
-    problems.sort(key=lambda problem: problem[0]["type"] != "extra_forbidden")  # else in the order of the fields
+    problems.sort(key=lambda problem: problem[0]["type"] != "extra_forbidden")  # otherwise in the order of the fields
     first, path = problems[0]
-    # Of the members of a union, the one that the value is like fails within the value.
+    # In a union, the member that fits the value's form fails inside the value.
     first, path = max((each for each in problems if each[1][: len(path)] == path), key=lambda each: len(each[1]))
     name, value = _spelt(path), shown(first["input"])
     prefix = f"{name}: " if name else ""
@@ -96,7 +96,7 @@ def first_problem(error: ValidationError, kind: Any = None, values: Any = None) 
         return f"{prefix}unknown key{_meant(str(path[-1]), _keys(kind, path[:-1]))}"
     if first["type"] == "value_error":
         return prefix + str(first["ctx"]["error"])
-    # Otherwise they all fail at one place, each with a problem of its own.
+    # Otherwise all members fail at the same place, each with its own problem.
     here = [_expected(each) for each, other in problems if other == path]
     of_key = "its keys " if first["loc"][-1:] == ("[key]",) else ""
     return f"{prefix}{of_key}must be {' or '.join(dict.fromkeys(here))}, not {value}"
@@ -110,12 +110,12 @@ def _expected(problem: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers as people write them: 1 for 1.0."""
+    """Numbers in plain form: 1 for 1.0."""
     return f"{value:.15g}" if isinstance(value, float) else value
 
 
 def _path(loc: tuple[int | str, ...], values: Any) -> Iterator[int | str]:
-    """The parts of ``loc`` that are keys and indices of ``values``; others name the members of a union."""
+    """The parts of ``loc`` that are keys and indices of ``values``. Other parts name the members of a union."""
     for index, part in enumerate(loc):
         missing = isinstance(values, dict) and part != "[key]" and index == len(loc) - 1
         try:
@@ -127,14 +127,14 @@ def _path(loc: tuple[int | str, ...], values: Any) -> Iterator[int | str]:
 
 
 def _spelt(path: Sequence[int | str]) -> str:
-    """``exits[0].layer`` of its parts."""
+    """``exits[0].layer`` from its parts."""
     names = ((f"[{part}]" if isinstance(part, int) else f".{part}") for part in path)
     text = "".join(names).removeprefix(".")
     return text if text.isprintable() and len(text) <= 80 else shown(text)
 
 
 def _keys(kind: Any, path: Sequence[int | str]) -> list[str]:
-    """The keys that are known at ``path`` within ``kind``."""
+    """The known keys at ``path`` within ``kind``."""
     for part in path:
         kind = _item(kind) if isinstance(part, int) else getattr(_fields(kind).get(part), "annotation", None)
     return list(_fields(kind))
@@ -149,13 +149,13 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 def _item(kind: Any) -> Any:
-    """What a list, or the list in a union, holds."""
+    """The item type of a list, or of the list in a union."""
     inner = [each for each in get_args(kind) if each is not Ellipsis]
     return next((_item(each) for each in inner if get_args(each)), inner[0] if inner else None)
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
-    """What a misspelt key may have been meant for."""
+    """A hint for a misspelt key: a similar known key, or all known keys."""
     near = difflib.get_close_matches(name[:80], known, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"

@@ -1,12 +1,13 @@
-"""Chat conversations as tokens with a mask: the model's own template renders, only the assistant's tokens are trained.
+"""Chat conversations as tokens with a mask: the chat template renders them, only the assistant's tokens are labels.
 
-A conversation is rendered and tokenised once, as at inference; the assistant's turns are spans of its text, mapped to
-tokens by the tokenizer's offsets. So a tokenizer that splits a prefix otherwise than the whole does no harm. The spans
-are those the template marks with ``{% generation %}``. Without marks, a turn begins behind what the template writes
-before any answer (such as an empty thinking block), and ends where the rendering of the messages up to it ends.
+A conversation is rendered and tokenised once, as at inference. The assistant's turns are spans of the rendered text,
+which the tokenizer's offsets map to tokens. So it does not matter if the tokenizer splits a prefix differently from the
+whole text. The spans are those that the template marks with ``{% generation %}``. Without marks, a turn begins after
+the text that the template writes before any answer (such as an empty thinking block), and ends where the rendering of
+the messages up to it ends.
 
-Some templates render a turn in another way once later ones follow: they drop its thinking block, for example. Such a
-turn is trained as the model says it, where it is the last: in a document that ends with it.
+Some templates render a turn differently once later turns follow: for example, they drop its thinking block. Such a turn
+is trained as the model generates it: in a document that ends with this turn.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Document = tuple[list[int], list[bool]]
 """Token ids, and which of them are labels to be trained on."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the mark as transformers recognises it
-_OTHER_ANSWER = "\ue000"  # of private use, so that neither a template nor an answer begins with it
+_OTHER_ANSWER = "\ue000"  # a private-use character, so that neither a template nor an answer begins with it
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class _Turn:
     """An assistant's message.
 
     Attributes:
-        text: the conversation up to it, rendered; it begins every rendering in which this turn looks the same.
+        text: the rendered conversation up to and including this turn. Every rendering that shows the turn unchanged
+            begins with this text.
         span: its place in ``text``.
     """
 
@@ -50,7 +52,7 @@ class ChatRenderer:
     """Renders conversations with a tokenizer's chat template.
 
     Args:
-        tokenizer: whose special tokens the template writes.
+        tokenizer: provides the special tokens that the template writes.
         template: replaces the tokenizer's own templates.
 
     Raises:
@@ -73,8 +75,8 @@ class ChatRenderer:
     def encode(self, messages: Sequence[Message], where: str, tools: Any = None) -> list[Document]:
         """A conversation as one or more documents, each ending with end-of-text.
 
-        There is one document, unless the template renders an assistant's turn in another way once later ones follow.
-        Each turn is trained in one of them.
+        There is one document, unless the template renders an assistant's turn differently once later turns follow. Each
+        turn is trained in exactly one document.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each.
@@ -82,15 +84,15 @@ class ChatRenderer:
             tools: passed to the template.
 
         Raises:
-            DataError: malformed messages, a template that refuses them or renders a turn's prompt in another way once
-                it is answered, or no token to train on.
+            DataError: malformed messages, a template that refuses them or renders a turn's prompt differently once it
+                is answered, or no token to train on.
         """
         check_messages(messages, where)
         answered = messages[-1]["role"] == "assistant"
-        # Asked for each time: a tokenizer may keep another template for conversations with tools.
+        # Looked up each time: a tokenizer may have another template for conversations with tools.
         if _GENERATION.search(self._template or chosen_template(self._tokenizer, tools)):
             text, spans = self._render(messages, where, tools, marks=True)
-            # The end-of-text token that is added to an answer is worth nothing where the answer itself is not marked.
+            # The end-of-text token after an answer is a label only if the answer itself is marked.
             documents = [self._document(text, spans, answered and any(start < end for start, end in spans))]
         else:
             documents = self._split(messages, where, tools, answered)
@@ -99,7 +101,7 @@ class ChatRenderer:
         return documents
 
     def _split(self, messages: Sequence[Message], where: str, tools: Any, answered: bool) -> list[Document]:
-        """The whole conversation, and the parts of it in which turns are rendered as nowhere else."""
+        """The whole conversation, and each shorter part that renders some turn differently from all longer parts."""
         turns = [self._turn(messages, i, where, tools) for i, m in enumerate(messages) if m["role"] == "assistant"]
         text, _ = self._render(messages, where, tools)
         documents: list[Document] = []
@@ -116,13 +118,13 @@ class ChatRenderer:
         prompt, _ = self._render(messages[:index], where, tools, prompt=True)
         text, _ = self._render(messages[: index + 1], where, tools)
         if not text.startswith(prompt):
-            # The prompt may end with what this answer lacks, such as the opening of a thinking block.
+            # The prompt may end with text that this answer lacks, such as the start of a thinking block.
             history, _ = self._render(messages[:index], where, tools)
             if _common(prompt, text) < _common(prompt, history):
                 raise self._ambiguous(where, index)
         header = self._header(messages, index, where, tools)
         if header is not None and not text.startswith(header):
-            header = None  # the template writes this answer's beginning in another way, as its thinking
+            header = None  # the template begins this answer differently, for example with its thinking
         if text.startswith(prompt):
             start = len(prompt)
         elif header is not None:
@@ -130,7 +132,7 @@ class ChatRenderer:
         else:
             raise self._ambiguous(where, index)
         if header is not None:
-            # Most tokenizers join a space with the word that follows, the answer's first.
+            # Most tokenizers join a space with the next word, here the first word of the answer.
             start = max(start, len(header.rstrip(" ")))
         end = self._turn_end(text, start)
         content = messages[index].get("content")
@@ -142,12 +144,12 @@ class ChatRenderer:
         return _Turn(text, (start, end))
 
     def _header(self, messages: Sequence[Message], index: int, where: str, tools: Any) -> str | None:
-        """What the template writes before any plain answer; None where it shows none."""
-        # No other key: thinking in a key of its own, or a call of a tool, is what the assistant says.
+        """The text that the template writes before any plain answer; None if it does not render plain answers."""
+        # Only role and content: thinking in its own key, or a tool call, is part of the assistant's answer.
         other = [*messages[:index], {"role": messages[index]["role"], "content": _OTHER_ANSWER}]
         try:
             header, found, _ = self._render(other, where, tools)[0].partition(_OTHER_ANSWER)
-        except DataError:  # it wants other keys, too
+        except DataError:  # the template requires other keys too
             return None
         return header if found else None
 
@@ -168,20 +170,20 @@ class ChatRenderer:
                 f"{where}: the chat template cannot be rendered: its line {error.lineno}: {error.message}; correct it, "
                 "or give another one with --chat-template"
             ) from None
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template can raise any exception
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{where}: the chat template refuses this conversation: {reason[:300]}") from None
 
     def _turn_end(self, text: str, start: int) -> int:
-        """Where the turn that ends ``text`` ends: the white space a template puts after an end-of-turn token is not
-        the assistant's, who has stopped by then."""
+        """End of the turn that ends ``text``: white space after the end-of-turn token is not part of the turn."""
         stripped = text.rstrip()
         if len(stripped) > start and stripped.endswith(self._special):
             return len(stripped)
         return len(text)
 
     def _document(self, text: str, spans: Sequence[Span], answered: bool) -> Document:
-        """Tokens of a rendered conversation. It ends with one end-of-text token, a label where it ends an answer."""
+        """Tokens of a rendered conversation. The last is an end-of-text token, which is a label if it ends an
+        answer."""
         ids, offsets = self._tokenizer.encode_spans(text)
         mask = _mask(offsets, spans)
         end = len(text.rstrip())
@@ -206,26 +208,26 @@ def render_chat(
     prompt: bool = False,
     marks: bool = False,
 ) -> tuple[str, list[Span]]:
-    """A conversation in a chat template.
+    """A conversation rendered with a chat template.
 
-    The template may be a stranger's: transformers renders it in jinja2's sandbox, without access to attributes that
-    begin with an underscore or to anything outside.
+    The template is untrusted: transformers renders it in jinja2's sandbox, without access to attributes that begin with
+    an underscore or to anything outside.
 
     Args:
-        tokenizer: its template is used where ``template`` is None, and its special tokens.
+        tokenizer: provides the special tokens, and the template if ``template`` is None.
         tools: passed to the template.
-        prompt: end with what an answer of the assistant begins with.
+        prompt: end with the generation prompt, the text that begins an assistant's answer.
         marks: find the spans between the template's ``{% generation %}`` marks.
 
     Returns:
         The text, and with ``marks`` the spans.
 
     Raises:
-        Exception: of any kind; a template is a program.
+        Exception: of any kind, since a template is a program.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # As apply_chat_template does: templates handle a missing key better than None.
+    # As in apply_chat_template: templates handle a missing key better than None.
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
     texts, spans = render_jinja_template(
         conversations=[plain],
@@ -239,10 +241,10 @@ def render_chat(
 
 
 def chosen_template(tokenizer: Tokenizer, tools: Any = None) -> str:
-    """The tokenizer's template for a conversation, which may be another one where there are tools.
+    """The tokenizer's template for a conversation. Conversations with tools may have their own template.
 
     Raises:
-        DataError: it has none for this conversation.
+        DataError: there is no template for this conversation.
     """
     names = [TOOLS_TEMPLATE, DEFAULT_TEMPLATE] if tools is not None else [DEFAULT_TEMPLATE]
     for name in names:
@@ -270,12 +272,12 @@ def check_messages(messages: Any, where: str) -> None:
 
 
 def _common(*texts: str) -> int:
-    """Length of what all texts begin with."""
+    """Length of the common prefix."""
     return len(os.path.commonprefix(texts))
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """A token is the assistant's if it begins within a span; one that begins before also holds what was given."""
+    """True for tokens that begin within a span. A token that begins before a span also holds text of the prompt."""
     starts = np.array([start for start, _ in offsets], dtype=np.int64)
     mask = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:

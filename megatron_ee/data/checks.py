@@ -1,4 +1,4 @@
-"""Whether corpora suit a model, and whether they are those of an earlier run."""
+"""Checks that corpora fit a model, and that they are the corpora of an earlier run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def check_tokenizer(corpora: Sequence[tuple[str, Corpus]], model: Path) -> list[
     """Check that corpora were made with the tokenizer in a model's directory.
 
     Args:
-        corpora: each with the key or option that names it.
-        model: a directory; without a tokenizer in it there is nothing to compare with.
+        corpora: pairs of the key or option that names the corpus, and the corpus.
+        model: a directory. If it holds no tokenizer, nothing is checked.
 
     Returns:
-        A line to show for each corpus whose tokenizer is not recorded.
+        A notice for each corpus that does not record its tokenizer.
 
     Raises:
         DataError: another tokenizer or another end-of-text token, naming the corpus and both; or a file beside the
@@ -35,8 +35,7 @@ def check_tokenizer(corpora: Sequence[tuple[str, Corpus]], model: Path) -> list[
         made = corpus.metadata
         if made is None or made.tokenizer_sha256 is None:
             lines.append(
-                f"{key}: {corpus.prefix} does not say which tokenizer it was made with; make sure that it was that of "
-                f"{model}"
+                f"{key}: {corpus.prefix} does not record its tokenizer; make sure that it is the tokenizer of {model}"
             )
         elif made.tokenizer_sha256 not in digests:
             raise DataError(
@@ -44,7 +43,7 @@ def check_tokenizer(corpora: Sequence[tuple[str, Corpus]], model: Path) -> list[
                 f"it again with --tokenizer {model}"
             )
         elif made.eos_id not in ends:
-            own = load_tokenizer(model).eos_id  # takes a second, so only where it decides
+            own = load_tokenizer(model).eos_id  # takes a second, so only if the result matters
             ends |= set() if own is None else {own}
             if made.eos_id not in ends:
                 raise DataError(
@@ -58,7 +57,7 @@ def check_data(train: Sequence[Corpus], validation: Sequence[Corpus], model: Pat
     """Check the corpora of ``data.train`` and ``data.validation`` with ``check_tokenizer``.
 
     Returns:
-        Its lines, and one for each corpus that is both trained and validated on.
+        The notices of ``check_tokenizer``, and one for each corpus that is given for both training and validation.
 
     Raises:
         DataError: as ``check_tokenizer``.
@@ -70,13 +69,13 @@ def check_data(train: Sequence[Corpus], validation: Sequence[Corpus], model: Pat
         if corpus.fingerprint in known:
             lines.append(
                 f"{key}: {corpus.prefix} has the same content as {known[corpus.fingerprint]}: the validation loss will "
-                "not show how the exits do on text that they were not trained on"
+                "not measure the exits on text that they were not trained on"
             )
     return lines
 
 
 def describe_data(train: Sequence[Corpus], validation: Sequence[Corpus]) -> dict[str, list[dict[str, str]]]:
-    """What identifies the corpora of a run in its checkpoints.
+    """Identification of a run's corpora, for its checkpoints.
 
     Returns:
         ``path`` and ``sha256`` of each corpus, in lists named ``train`` and ``validation``.
@@ -88,13 +87,13 @@ def describe_data(train: Sequence[Corpus], validation: Sequence[Corpus]) -> dict
 
 
 def changed_data(recorded: Any, now: dict[str, list[dict[str, str]]]) -> dict[str, str]:
-    """What differs between two results of ``describe_data``; paths alone make no difference.
+    """Differences between two results of ``describe_data``. Paths alone are not compared.
 
     Args:
-        recorded: from a checkpoint; one that older versions wrote has nothing to compare.
+        recorded: from a checkpoint. Checkpoints of older versions hold nothing to compare.
 
     Returns:
-        The difference in words, by configuration key, such as ``data.train`` or ``data.train[0]``.
+        A description of the difference by configuration key, such as ``data.train`` or ``data.train[0]``.
     """
     changes: dict[str, str] = {}
     if not isinstance(recorded, dict):

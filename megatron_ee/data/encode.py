@@ -1,4 +1,4 @@
-"""One piece of an input file to token ids; what the processes of ``prepare-data`` run."""
+"""Tokenises one piece of an input file; the processes of ``prepare-data`` run this."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_ee.errors import DataError
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How documents become tokens; see ``prepare_corpus``."""
+    """How documents are tokenised; see ``prepare_corpus``."""
 
     tokenizer_path: Path
     text_key: str
@@ -33,9 +33,9 @@ class Encoded:
     """Tokens of a piece.
 
     Attributes:
-        ids: int32 [tokens], of all documents one after the other.
+        ids: int32 [tokens], all documents concatenated.
         mask: uint8 [tokens] for chat data, else None.
-        lengths: tokens of each document, or of the part of one.
+        lengths: tokens of each document, or of the part of a document.
         ends: whether the last document ends here; otherwise the next piece continues it.
         skipped: lines whose text was empty.
     """
@@ -154,7 +154,7 @@ def _decode(data: bytes, path: Path, line: int, offset: int) -> str:
 
 
 def _check_surrogates(record: dict[str, Any], where: str) -> None:
-    """JSON can spell half a surrogate pair, which is no text and which tokenizers choke on."""
+    """Refuse half a surrogate pair: JSON can hold one, but it is no text and tokenizers fail on it."""
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

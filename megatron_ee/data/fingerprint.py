@@ -1,4 +1,4 @@
-"""What identifies a tokenizer: digests of its files. The tokenizer itself is not loaded."""
+"""Digests of a tokenizer's files, which identify it. The tokenizer itself is not loaded."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_ee.data.indexed import sha256
 from megatron_ee.data.tokenizer_files import read_object
 from megatron_ee.errors import CheckpointError
 
-# Of tokenizer.json. What else there is (truncation, padding, post_processor, decoder) changes no id of a text.
+# Keys of tokenizer.json. The others (truncation, padding, post_processor, decoder) do not change the ids of a text.
 _DECISIVE = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 _TOKEN = ("id", "content", "single_word", "lstrip", "rstrip", "normalized")
-# Of tokenizer_config.json, where there is no tokenizer.json.
+# Keys of tokenizer_config.json, used if there is no tokenizer.json.
 _SETTINGS = ("legacy", "add_prefix_space", "do_lower_case", "added_tokens_decoder")
 _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def tokenizer_digests(path: Path) -> tuple[str, ...]:
-    """SHA-256 (hex) of what decides the ids of a text. Templates and the roles of special tokens do not count.
+    """SHA-256 (hex) of everything that decides the ids of a text, without templates and roles of special tokens.
 
     A directory may hold the same tokenizer in two forms, ``tokenizer.json`` and ``tokenizer.model``. The first digest
     is of the form that ``load_tokenizer`` uses. A corpus made from any of the forms fits.
@@ -30,7 +30,7 @@ def tokenizer_digests(path: Path) -> tuple[str, ...]:
         path: a directory, or one of its files, as ``load_tokenizer`` takes it.
 
     Returns:
-        One digest per form; none where there is no tokenizer.
+        One digest per form; empty if there is no tokenizer.
 
     Raises:
         DataError: ``tokenizer_config.json`` is damaged.
@@ -52,7 +52,7 @@ def tokenizer_digests(path: Path) -> tuple[str, ...]:
 
 
 def _of_tokenizer_json(path: Path) -> str:
-    """Digest of the decisive parts, whatever the layout of the file. One that cannot be read counts byte by byte."""
+    """Digest of the keys that matter, whatever the file's formatting; of the bytes if the file is not valid JSON."""
     try:
         content = read_json(path)
     except CheckpointError:
@@ -64,7 +64,7 @@ def _of_tokenizer_json(path: Path) -> str:
     if isinstance(model.get("merges"), list):  # pairs, formerly one text each
         merges = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in model["merges"]]
         model = {**model, "merges": merges}
-    # Newer releases of the library write out what is off.
+    # Newer releases of the library also write settings that are off.
     parts["model"] = {key: value for key, value in model.items() if value is not None and value is not False}
     if isinstance(added, list):
         parts["added_tokens"] = [{key: token.get(key) for key in _TOKEN} for token in added if isinstance(token, dict)]

@@ -1,8 +1,8 @@
 """Corpora on disk: megatron-core's indexed datasets with an optional mask beside the tokens.
 
 ``PREFIX.bin``/``.idx`` hold the tokens, one sequence per document, each ending with the end-of-text token;
-``PREFIX.mask.bin``/``.idx`` hold one uint8 per token where only some are labels to be trained on; ``PREFIX.json`` says
-where they came from. Datasets that Megatron-LM prepared have no ``.json`` and are read just as well.
+``PREFIX.mask.bin``/``.idx`` hold one uint8 per token if only some tokens are labels; ``PREFIX.json`` records how the
+corpus was made. Datasets that Megatron-LM prepared have no ``.json`` and can be read too.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 
 COUNTED = 20_000_000
-"""Tokens that say enough about how frequent each is."""
+"""Number of tokens that are counted to find the most frequent ones."""
 SCANNED = 2**24
-"""Tokens that are looked at between two updates of a progress bar."""
+"""Tokens read between two updates of a progress bar."""
 BLOCK, BLOCKS = 64 * 1024, 256
-"""Bytes of a sample of a file, and samples of each file: smaller files are read whole."""
+"""Bytes of one sample of a file, and number of samples per file. Smaller files are read whole."""
 
 
 class CorpusMetadata(Strict):
     """What ``PREFIX.json`` holds.
 
     Attributes:
-        tokenizer: path of the tokenizer, as it was given.
+        tokenizer: path of the tokenizer, as given on the command line.
         vocab_size: its vocabulary size.
         eos_id: its end-of-text token.
         documents: number of documents.
         tokens: number of tokens, end-of-text tokens included.
-        trained_tokens: number of tokens that are labels to be trained on.
+        trained_tokens: number of tokens that are labels.
         sha256: of ``PREFIX.bin``.
         mask_sha256: of ``PREFIX.mask.bin``, or None without masks.
-        largest_id: the largest token id that occurs; None in older files.
+        largest_id: the largest token id in the corpus; None in older files.
         largest_token: that token, as the tokenizer spells it.
-        tokenizer_sha256: of what decides the ids of a text, see ``data.fingerprint``; None in older files.
+        tokenizer_sha256: digest of the tokenizer, see ``data.fingerprint``; None in older files.
     """
 
     tokenizer: str
@@ -70,9 +70,9 @@ class Corpus:
     """An open corpus.
 
     Attributes:
-        prefix: what all its files' names begin with.
+        prefix: path of the corpus, without suffix.
         tokens: token ids by document.
-        masks: uint8 by document, 1 where the token is a label to be trained on, or None: all are.
+        masks: uint8 by document, 1 if the token is a label; None if all tokens are labels.
         metadata: None for datasets made by other tools.
     """
 
@@ -100,8 +100,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """Digest of tokens, masks and document boundaries.
 
-        Without metadata it is of samples of the files, so that it takes no time for corpora of any size; together with
-        the lengths of all documents they identify a corpus.
+        Without metadata only samples of the files are read, so it is fast for corpora of any size. The samples and the
+        lengths of all documents together identify a corpus.
         """
         tokens = self.metadata.sha256 if self.metadata else sampled_sha256(file_of(self.prefix, ".bin"))
         masks = self.metadata.mask_sha256 if self.metadata else None
@@ -111,11 +111,11 @@ class Corpus:
         return hashlib.sha256(f"{tokens} {masks} {lengths}".encode()).hexdigest()
 
     def every_token(self) -> NDArray[Any]:
-        """The tokens of all documents one after another, ``[tokens]``, memory-mapped."""
+        """The tokens of all documents, concatenated, ``[tokens]``, memory-mapped."""
         return np.memmap(file_of(self.prefix, ".bin"), dtype=self.tokens.index.dtype, mode="r")
 
     def largest_id(self, check: Callable[[], None] = lambda: None) -> int:
-        """Largest token id, found by reading all tokens; shows its progress. ``check`` may raise to end it."""
+        """Largest token id, found by reading all tokens, with a progress bar. ``check`` may raise to stop."""
         tokens, largest = self.every_token(), 0
         with track(tokens.nbytes, "B", f"reading the tokens of {self.prefix}") as bar:
             for start in range(0, len(tokens), SCANNED):
@@ -126,14 +126,14 @@ class Corpus:
         return largest
 
     def check_vocabulary(self, model_vocab_size: int, check: Callable[[], None] = lambda: None) -> None:
-        """Check that the model knows every token. Tokens of the tokenizer that do not occur may be unknown.
+        """Check that every token in the corpus is in the model's vocabulary.
 
         Args:
             model_vocab_size: rows of the model's embedding.
-            check: called now and then while the tokens are read, where they have to be; it may raise to end that.
+            check: called now and then if the tokens have to be read. It may raise to stop.
 
         Raises:
-            DataError: a token lies outside the vocabulary; names it.
+            DataError: a token is outside the vocabulary; the message names it.
         """
         metadata = self.metadata
         if metadata is not None and metadata.vocab_size <= model_vocab_size:
@@ -153,7 +153,7 @@ class Corpus:
 def frequent_tokens(prefix: str | Path, count: int, model_vocab_size: int) -> list[int]:
     """The ``count`` most frequent token ids of a corpus's first ``COUNTED`` tokens, ascending.
 
-    Fewer where it does not hold as many different ones.
+    Fewer if the corpus has fewer different tokens.
 
     Raises:
         DataError: the corpus cannot be used, or does not fit the model's vocabulary.
@@ -171,7 +171,7 @@ def file_of(prefix: str | Path, suffix: str) -> Path:
 
 
 def open_corpus(prefix: str | Path) -> Corpus:
-    """Open ``PREFIX.bin`` and what belongs to it, memory-mapped.
+    """Open ``PREFIX.bin`` and its companion files, memory-mapped.
 
     Raises:
         DataError: a file is missing, damaged or empty, or mask and tokens do not have the same lengths.
@@ -202,7 +202,7 @@ def sha256(path: Path) -> str:
 
 
 def sampled_sha256(path: Path) -> str:
-    """Digest of a file's size and of ``BLOCKS`` blocks spread evenly over it; of all its bytes if these are fewer."""
+    """Digest of a file's size and of ``BLOCKS`` blocks spread evenly over it. A smaller file is read whole."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -221,7 +221,7 @@ def _open_dataset(prefix: Path, corpus: Path) -> IndexedDataset:
         path = file_of(prefix, suffix)
         if not path.is_file():
             raise DataError(
-                f"{path}: not found; {corpus} is no corpus: give the prefix that prepare-data --output made"
+                f"{path}: not found; {corpus} is no corpus; give the prefix that prepare-data --output wrote"
             )
         if path.stat().st_size == 0:
             raise DataError(f"{path}: empty; prepare the corpus again")
@@ -238,22 +238,22 @@ def _open_dataset(prefix: Path, corpus: Path) -> IndexedDataset:
 
 
 def _check_index(path: Path) -> None:
-    """Check header and size before megatron-core maps the file, which it does without looking."""
+    """Check header and size before megatron-core maps the file, which it does without a check."""
     header = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(header.size)
     if len(start) == header.size:
         magic, version, dtype, sequences, boundaries = header.unpack(start)
-        # Per sequence an int32 length and an int64 place, per boundary an int64.
+        # Per sequence an int32 length and an int64 offset, per boundary an int64.
         expected = header.size + 12 * sequences + 8 * boundaries
         if magic == b"MMIDIDX\x00\x00" and version == 1 and 1 <= dtype <= 8 and sequences and size == expected:
             return
-    raise DataError(f"{path}: damaged or no index of an indexed dataset; prepare the corpus again")
+    raise DataError(f"{path}: damaged, or not the index of an indexed dataset; prepare the corpus again")
 
 
 def describes_corpus(path: Path) -> bool:
-    """Whether a file is the description of a corpus that ``prepare-data`` wrote, of whatever version."""
+    """Whether a file is the description of a corpus that any version of ``prepare-data`` wrote."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -271,7 +271,7 @@ def _read_metadata(path: Path) -> CorpusMetadata | None:
 
 
 def indexed_dataset() -> Any:
-    """megatron-core's module of that name. Imported when needed: it takes seconds."""
+    """megatron-core's module of that name. Imported when needed, since the import takes seconds."""
     from megatron_ee.platform import quiet_imports, quiet_runtime
 
     quiet_runtime()

@@ -1,6 +1,6 @@
 """Batches for tuning and validation: weighted blends of corpora, at a position that can be saved.
 
-The position of a run is one number, the sequences consumed so far.
+The position of a run is one number: the sequences consumed so far.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_ee.data.packing import DocumentRange, PackedDocuments, split, whol
 from megatron_ee.errors import ConfigError, DataError
 
 RUN = 8
-"""Validation batches per stage that go through several stages in one go: enough to keep them busy, few enough to hold
-in memory and to end soon after a signal."""
+"""Validation batches per stage in one run through several stages: enough to keep the stages busy, few enough to fit in
+memory and to stop soon after a signal."""
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
 
@@ -36,7 +36,7 @@ class Batch:
         labels: int64 [batch, seq], the next token of each.
         mask: bool [batch, seq], whether the label counts in the loss.
         num_tokens: number of labels that count.
-        sequences: where they stand in the order of the data.
+        sequences: positions of these sequences in the order of the data.
     """
 
     tokens: Tensor
@@ -47,9 +47,9 @@ class Batch:
 
 
 class PackedBlend:
-    """Sequences from several corpora in proportion to their weights, without end.
+    """An endless sequence of samples from several corpora, in proportion to their weights.
 
-    Sequence ``i`` is a function of (corpora, weights, seed, i) alone. ``corpora`` holds the corpora in their order.
+    Sequence ``i`` depends only on (corpora, weights, seed, i). ``corpora`` holds the corpora in their order.
 
     Raises:
         ConfigError: a weight that is not positive, a negative seed, or a sequence length below 2.
@@ -75,15 +75,15 @@ class PackedBlend:
 
     @property
     def samples_per_epoch(self) -> tuple[int, ...]:
-        """Sequences that one pass over each corpus gives."""
+        """Sequences in one pass over each corpus."""
         return tuple(part.samples_per_epoch for part in self._parts)
 
     def source(self, index: int) -> tuple[int, int]:
-        """Corpus that sequence ``index`` comes from, and its number among that corpus's sequences."""
+        """Corpus of sequence ``index``, and the sequence's number within that corpus."""
         if len(self._parts) == 1:
             return 0, index
         if index >= len(self._corpus_of):
-            # Built greedily from the front, so a longer table begins with the shorter one.
+            # Built greedily from the front, so every longer table begins with the shorter one.
             size = max(1 << 14, 2 * len(self._corpus_of), index + 1)
             self._corpus_of = np.zeros(size, dtype=np.int16)
             self._place_in = np.zeros(size, dtype=np.int64)
@@ -100,10 +100,10 @@ class PackedBlend:
 
 
 class ValidationWindows:
-    """Corpora cut, in their order, into windows without overlap, so that each label is scored exactly once.
+    """Corpora cut in order into windows without overlap, so that each label is scored exactly once.
 
-    The last window of a corpus is filled up with token 0, masked. Under a limit every corpus gives its first windows,
-    all corpora the same number as far as they have them. ``corpora`` holds the corpora in their order.
+    The last window of a corpus is padded with token 0, masked. With a limit each corpus gives its first windows, and
+    all corpora the same number if they have enough. ``corpora`` holds the corpora in their order.
 
     Args:
         ranges: documents to validate on.
@@ -111,7 +111,7 @@ class ValidationWindows:
         limit: largest number of windows; 0 for all.
 
     Raises:
-        DataError: there is no label to be scored.
+        DataError: there is no label to score.
     """
 
     def __init__(self, ranges: Sequence[DocumentRange], sequence_length: int, limit: int = 0) -> None:
@@ -155,14 +155,16 @@ class ValidationWindows:
         stages: int = 1,
         check: Callable[[], None] = lambda: None,
     ) -> Iterator[list[Batch]]:
-        """The same batches, some at a time: one where there is one stage, else ``RUN`` for each stage.
+        """The same batches in groups: one batch if there is one stage, else ``RUN`` per stage.
 
         Args:
-            check: called before each run, equally often on every rank, also where a rank has no batch left. It may
+            check: called before each group, equally often on every rank, even if a rank has no batch left. It may
                 communicate, and raise to end the loop on all ranks.
         """
         batches, length = self.batches(batch_size, rank, size), 1 if stages == 1 else RUN * stages
-        most = -(-len(range(0, len(self), size)) // batch_size)  # of the first rank, which has no fewer than others
+        most = -(
+            -len(range(0, len(self), size)) // batch_size
+        )  # of the first rank, which has at least as many as the others
         for _ in range(0, most, length):
             check()
             run = list(itertools.islice(batches, length))
@@ -171,13 +173,13 @@ class ValidationWindows:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the content of all windows, to key what was computed on them."""
+        """Digest of the content of all windows, the key of results that are cached for them."""
         parts = [(r.corpus.fingerprint, r.start, r.stop) for r in self._ranges]
         text = repr((parts, self.sequence_length, self._windows))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _read(self, place: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Up to sequence_length + 1 tokens of a range, from its token ``begin``, and their mask."""
+        """Up to sequence_length + 1 tokens of a range from token ``begin`` on, and their mask."""
         documents, starts = self._ranges[place], self._starts[place]
         end = min(begin + self.sequence_length + 1, int(starts[-1]))
         parts = []
@@ -192,14 +194,14 @@ class ValidationWindows:
 class MicrobatchStream:
     """The microbatches of one data-parallel rank, step by step.
 
-    The global batch is sequences ``consumed`` to ``consumed + global_batch_size``, whatever ``data_size``. It is dealt
-    out in runs of ``micro_batch_size`` sequences, to rank 0, 1, ... in turn.
+    The global batch is sequences ``consumed`` to ``consumed + global_batch_size``, for every ``data_size``. Rank 0, 1,
+    ... take runs of ``micro_batch_size`` sequences in turn.
 
     Args:
-        consumed: sequences taken by all ranks so far; the attribute of that name is what a checkpoint saves.
+        consumed: sequences that all ranks have taken so far. A checkpoint saves the attribute of this name.
 
     Raises:
-        ConfigError: the global batch cannot be divided so.
+        ConfigError: the global batch size is not a multiple of micro batch size times ranks.
     """
 
     def __init__(
@@ -227,7 +229,7 @@ class MicrobatchStream:
         return self._global // (self._micro * self._size)
 
     def step(self) -> list[Batch]:
-        """This rank's microbatches of the next step; ``consumed`` moves on by the global batch."""
+        """This rank's microbatches of the next step. ``consumed`` increases by the global batch size."""
         batches = []
         for number in range(self.num_microbatches):
             first = self.consumed + (number * self._size + self._rank) * self._micro
@@ -249,13 +251,13 @@ def open_data(
     validation_sequences: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[PackedBlend, ValidationWindows | None]:
-    """The blend to tune on and the windows to validate on, or None where none are configured.
+    """The training blend and the validation windows, or None if none are configured.
 
     Args:
-        model_vocab_size: rows of the model's embedding. None skips this check, for ranks other than the first: it
-            reads the whole of a corpus that has no description.
+        model_vocab_size: rows of the model's embedding. None skips the vocabulary check, which reads all of a corpus
+            without a description: only the first rank needs it.
         validation_sequences: largest number of windows; 0 for all.
-        check: called now and then while a whole corpus is read; it may raise to end that.
+        check: called now and then while a whole corpus is read. It may raise to stop.
 
     Raises:
         ConfigError: contradictory or impossible settings, naming the key.
@@ -290,9 +292,9 @@ def _open_blend(
 
 
 def _share(available: Sequence[int], limit: int) -> list[int]:
-    """Split ``limit`` evenly; what a corpus does not have goes to the others."""
+    """Split ``limit`` evenly. If a corpus has fewer, the others get the rest."""
     counts = [0] * len(available)
-    # From the smallest on, each takes at most an even share of what is left.
+    # In ascending order of size, each takes at most an even share of the rest.
     for done, place in enumerate(sorted(range(len(available)), key=lambda place: available[place])):
         counts[place] = min(available[place], limit // (len(available) - done))
         limit -= counts[place]

@@ -1,4 +1,4 @@
-"""Documents of one corpus packed into full sequences, in an order that depends on seed and position alone."""
+"""Documents of one corpus, packed into full sequences in an order that depends only on seed and position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEPT_EPOCHS = 2  # a global batch may reach from one epoch into the next
 
 @dataclass(frozen=True)
 class DocumentRange:
-    """Documents ``start`` up to but without ``stop`` of a corpus; they lie side by side on disk."""
+    """Documents ``start`` to ``stop`` (exclusive) of a corpus, which are adjacent on disk."""
 
     corpus: Corpus
     start: int
@@ -28,7 +28,7 @@ class DocumentRange:
         return int(self.corpus.lengths[self.start : self.stop].sum(dtype=np.int64))
 
     def read(self, document: int, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokens of one document of the corpus, and which are labels to be trained on; both [length]."""
+        """Tokens of one document of the corpus, and whether each is a label; both [length]."""
         if length == 0:  # datasets made by other tools may hold empty documents
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
         tokens = self.corpus.tokens.get(document, offset, length)
@@ -43,7 +43,7 @@ def whole(corpus: Corpus) -> DocumentRange:
 
 
 def split(corpus: Corpus, validation_fraction: float) -> tuple[DocumentRange, DocumentRange]:
-    """Documents to train on, and those at the end held out: ``validation_fraction`` of them, at least one.
+    """Training documents, and the held-out documents at the end: ``validation_fraction`` of all, at least one.
 
     Raises:
         ConfigError: the fraction is not between 0 and 1.
@@ -64,10 +64,10 @@ def split(corpus: Corpus, validation_fraction: float) -> tuple[DocumentRange, Do
 class PackedDocuments:
     """Sequences of one range of documents, epoch after epoch without end.
 
-    Each epoch joins the documents in a new order into one stream and cuts that into ``samples_per_epoch`` sequences
-    of ``sequence_length`` labels, which are then shuffled. Neighbours share one token: the last label of one is the
-    first token of the next. What is left of an epoch's stream, less than a sequence, is dropped; it is other tokens
-    each time. Sequence ``i`` is a function of (documents, seed, i), so any position is reached at once.
+    Each epoch joins the documents in a new order into one stream and cuts that into ``samples_per_epoch`` sequences of
+    ``sequence_length`` labels, which are then shuffled. Adjacent sequences share one token: the last label of one is
+    the first token of the next. The rest of an epoch's stream, less than one sequence, is dropped; these are different
+    tokens in each epoch. Sequence ``i`` depends only on (documents, seed, i), so any position can be read directly.
     """
 
     def __init__(self, documents: DocumentRange, sequence_length: int, seed: tuple[int, ...]) -> None:
@@ -96,7 +96,7 @@ class PackedDocuments:
         for position in range(first, last + 1):
             document = int(epoch.documents[position])
             offset = begin if position == first else 0
-            # The index names the place of the next sample's first token; one token more is this one's last label.
+            # The index gives the position of the next sample's first token, which is also this sample's last label.
             stop = end + 1 if position == last else int(self._documents.corpus.lengths[document])
             parts.append(self._documents.read(document, offset, stop - offset))
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
@@ -125,9 +125,9 @@ class _Epoch:
     """One epoch's order.
 
     Attributes:
-        documents: int32 [documents], as they are joined.
-        samples: [samples + 1, 2], where each begins: place in ``documents``, offset in that document.
-        order: int64 [samples], as they are given out.
+        documents: int32 [documents], in the order in which they are joined.
+        samples: [samples + 1, 2], the start of each: index in ``documents``, offset in that document.
+        order: int64 [samples], in the order in which they are read.
     """
 
     documents: NDArray[np.int32]

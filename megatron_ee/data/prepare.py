@@ -1,4 +1,4 @@
-"""Text, JSON lines and chat JSON lines into an indexed corpus, over several processes."""
+"""Tokenises text, JSON lines and chat JSON lines into an indexed corpus, with several processes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from megatron_ee.errors import ConfigError, DataError
 from megatron_ee.progress import Progress, track
 
 SIGNAL_SECONDS = 0.5
-"""A signal to the whole job may end a worker a little before it arrives here, where it says more than that end."""
-_PER_WORKER = 4  # pieces in flight per process: enough to keep it busy, few enough for little memory
-_ONE_PROCESS_BYTES = 4 << 20  # below this, starting processes takes longer than the work
+"""Seconds to wait for a signal after a worker ended: a signal to the whole job may reach the worker first."""
+_PER_WORKER = 4  # pieces in flight per process: enough to keep it busy, few enough to save memory
+_ONE_PROCESS_BYTES = 4 << 20  # below this size, starting processes takes longer than the work
 
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What was made.
+    """Result of ``prepare_corpus``.
 
     Attributes:
         metadata: contents of ``PREFIX.json``.
@@ -60,12 +60,12 @@ def prepare_corpus(
 
     Files named ``*.jsonl``, ``*.ndjson`` or ``*.json`` hold one JSON object per line, each a document; any other file
     is one document of UTF-8 text. With ``chat`` every file holds one ``{"messages": [...]}`` per line. Documents keep
-    their order and each ends with the tokenizer's end-of-text token. Nothing appears under the output's names before
-    all is done.
+    their order and each ends with the tokenizer's end-of-text token. The output files appear only when everything is
+    done.
 
     Args:
         text_key: key of the text in JSON lines; chat data has ``messages``.
-        workers: processes; default: as many as there are cores, one for little data. The result is the same.
+        workers: number of processes; default: one per core, or one for small inputs. It does not change the result.
         prepend_bos: begin each document with the beginning-of-text token (chat templates write their own).
         overwrite: replace an existing corpus.
         chat_template: a jinja file that chat data is rendered with instead of the tokenizer's own template.
@@ -82,7 +82,7 @@ def prepare_corpus(
             raise DataError(f"{path}: is an input, and --output {prefix} would overwrite it; choose another --output")
     template = None if chat_template is None else read_template(Path(chat_template))
     options = EncodeOptions(Path(tokenizer_path), text_key, chat, prepend_bos, template)
-    encoder = PieceEncoder(options)  # a tokenizer that will not do is told before anything is read
+    encoder = PieceEncoder(options)  # an unusable tokenizer is reported before anything is read
     if workers is None:
         workers = _cores() if total >= _ONE_PROCESS_BYTES else 1
     if workers < 1:
@@ -121,12 +121,13 @@ def _add_all(writer: CorpusWriter, results: Iterable[tuple[TextPiece, Encoded]],
 def _encode_all(
     pieces: Iterable[TextPiece], encoder: PieceEncoder, options: EncodeOptions, workers: int
 ) -> Iterator[tuple[TextPiece, Encoded]]:
-    """Each piece with its tokens, in order. The pieces in flight are bounded, and so is memory."""
+    """Each piece with its tokens, in order. The number of pieces in flight, and so the memory, is bounded."""
     if workers == 1:
         for piece in pieces:
             yield piece, encoder(piece)
         return
-    # Not forked from here: threads of the tokenizer library do not survive that. The server imports once for all.
+    # Not forked from this process, since the tokenizer library's threads do not survive a fork. The server imports once
+    # for all workers.
     context = multiprocessing.get_context("forkserver")
     slow_imports = [
         "tokenizers",
@@ -148,7 +149,7 @@ def _encode_all(
     except BrokenProcessPool:
         time.sleep(SIGNAL_SECONDS)
         raise DataError("a tokenising process died, perhaps for lack of memory; try fewer --workers") from None
-    except BaseException:  # nobody wants what is being tokenised, which takes seconds
+    except BaseException:  # the pieces in flight are not needed, and finishing them takes seconds
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
         raise
@@ -172,5 +173,5 @@ def _encode(piece: TextPiece) -> Encoded:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

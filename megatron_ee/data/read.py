@@ -1,6 +1,6 @@
-"""Input files of ``prepare-data``, read in pieces that can be tokenised apart from each other.
+"""Input files of ``prepare-data``, read in pieces that can be tokenised independently.
 
-The cut depends on the files alone, so the corpus does not depend on the number of processes.
+The pieces depend only on the files, so the corpus does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PIECE_BYTES = 1 << 20
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# A text is cut where a line ends and the next begins without white space: no tokenizer joins tokens across that.
+# A text is cut where a line ends and the next begins without white space: no tokenizer joins tokens across this point.
 _CUT = re.compile(rb"\n(?=[^\s])")
 
 
@@ -32,8 +32,8 @@ class TextPiece:
         size: bytes of the file that the piece stands for.
         offset: where ``data`` begins in the file, in bytes.
         line: number of its first line, from 1.
-        first: it begins the file.
-        last: it ends the file.
+        first: whether it is the first piece of the file.
+        last: whether it is the last piece of the file.
     """
 
     path: Path
@@ -50,7 +50,7 @@ def check_inputs(inputs: list[Path]) -> int:
     """Total size in bytes of the input files.
 
     Raises:
-        DataError: there is none, or one is missing, no file, or empty.
+        DataError: there is no input, or one is missing, empty or not a file.
     """
     if not inputs:
         raise DataError("--input: give at least one file")
@@ -92,7 +92,7 @@ def _pieces(file: IO[bytes], path: Path, lines: bool, piece_bytes: int) -> Itera
     offset, line, first = skipped, 1, True
     searched = 0  # the buffer holds no cut from piece_bytes up to here
     while True:
-        block = file.read(max(piece_bytes, len(buffer)))  # doubling: a giant line is not copied over and over
+        block = file.read(max(piece_bytes, len(buffer)))  # doubling, so that a very long line is not copied repeatedly
         buffer += block
         cut = len(buffer) if not block else _cut(buffer, lines, max(piece_bytes, searched))
         while cut:
@@ -107,7 +107,7 @@ def _pieces(file: IO[bytes], path: Path, lines: bool, piece_bytes: int) -> Itera
 
 
 def _cut(buffer: bytes, lines: bool, start: int) -> int:
-    """Length of the first piece, which is at least ``start`` long, or 0 where the buffer holds no whole one."""
+    """Length of the first piece, at least ``start``; 0 if the buffer holds no complete piece."""
     if len(buffer) <= start:
         return 0
     if lines:

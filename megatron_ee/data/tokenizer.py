@@ -1,4 +1,4 @@
-"""Released tokenizers: exactly the one in the model's directory, in whatever form it was released."""
+"""Released tokenizers: the one in the model's directory, in any form that it was released in."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from megatron_ee.data.tokenizer_backends import Backend, SentencePieceBackend, S
 from megatron_ee.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from megatron_ee.errors import DataError
 
-_UNFINISHED = "\ufffd"  # decoders write it for bytes that are no character, or not yet
-_LONGEST = 4  # bytes, and so tokens, that a character is spread over at most
-_CONTEXT, _MOST_CONTEXT = 8, 64  # tokens decoded together with the next: enough to see what they begin with
+_UNFINISHED = "\ufffd"  # decoders write it for bytes that are not, or not yet, a whole character
+_LONGEST = 4  # the most bytes, and so tokens, of one character
+_CONTEXT, _MOST_CONTEXT = (
+    8,
+    64,
+)  # tokens that are decoded together with the next one: enough context for its first character
 
-# Continuation pieces are encoded behind this, so that no beginning-of-text space is put before them.
+# Continuations are encoded after this text, so that the tokenizer adds no beginning-of-text space to them.
 _JOINT = "\n"
 
 
@@ -21,14 +24,14 @@ class Tokenizer:
     """A tokenizer and where it came from.
 
     Attributes:
-        path: the file or directory it was loaded from.
+        path: the file or directory that it was loaded from.
         vocab_size: one more than the largest token id, added tokens included. It may exceed the model's vocabulary.
         eos_id: end-of-text token, or None.
         bos_id: beginning-of-text token, or None.
-        special: the tokens that are no text, as the vocabulary spells them.
-        special_tokens: those of them that have a name (``bos_token``, ``eos_token`` and so on), for chat templates.
+        special: the special tokens, as the vocabulary spells them.
+        special_tokens: the named special tokens (``bos_token``, ``eos_token`` and so on), for chat templates.
         templates: chat templates by name.
-        model_vocab_size: rows of the model's embedding, or None where no ``config.json`` lies beside the tokenizer.
+        model_vocab_size: rows of the model's embedding; None if there is no ``config.json`` beside the tokenizer.
     """
 
     def __init__(self, path: Path, backend: Backend, files: TokenizerFiles) -> None:
@@ -56,7 +59,7 @@ class Tokenizer:
         return self._backend.encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids with the special tokens that the tokenizer puts around a text, such as beginning-of-text."""
+        """Token ids with the special tokens that the tokenizer adds around a text, such as beginning-of-text."""
         return self._backend.encode_prompt(text)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
@@ -64,21 +67,20 @@ class Tokenizer:
         return self._backend.encode_spans(text)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text that goes on after a line end: without the space some tokenizers put before a text."""
+        """Token ids of text that follows a line end: without the space that some tokenizers add before a text."""
         ids = self._backend.encode(_JOINT + text)
         size = len(self._joint)
-        # Where the joint melts into the text's first token, the text stands better alone.
+        # If the line end is merged into the text's first token, the text is encoded alone.
         return ids[size:] if ids[:size] == self._joint else self._backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids. Special tokens appear by their names; ids that are no token, as in a padded vocabulary,
-        add nothing."""
+        """Text of the ids. Special tokens appear by name; ids that are no token (a padded vocabulary) add nothing."""
         return self._backend.decode(list(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text each token adds to what stands before it; joined they are ``decode(ids)``.
+        """The text that each token adds to the text before it; joined, they equal ``decode(ids)``.
 
-        A character that is spread over several tokens appears with the last of them.
+        A character of several tokens appears with the last of them.
         """
         stream = Detokenizer(self)
         pieces = [stream.push(token) for token in ids]
@@ -87,14 +89,14 @@ class Tokenizer:
         return pieces
 
     def name_of(self, token: int) -> str | None:
-        """A token as the vocabulary spells it; None where the id is no token."""
+        """A token as the vocabulary spells it; None if the id is no token."""
         return self._backend.token_name(token)
 
     def unknown_token(self, ids: Sequence[int], model_vocab_size: int) -> str | None:
-        """A message about the first id that the model has no embedding for; None if it knows all.
+        """A message about the first id without an embedding in the model; None if there is no such id.
 
-        A tokenizer may have more tokens than its model, such as a padding token that was added later. They do no harm
-        until one occurs.
+        A tokenizer may have more tokens than its model, such as a padding token that was added later. This is an error
+        only if such a token occurs.
         """
         for token in ids:
             if token >= model_vocab_size:
@@ -104,31 +106,33 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text of a sequence that grows token by token, at a cost per token that does not grow with it.
+    """Text of a sequence that grows token by token, at a constant cost per token.
 
-    What has come out, joined, is ``decode(context + tokens)`` behind ``decode(context)``. A character that is spread
-    over several tokens comes with the last of them. (Where bytes are no text at all, some decoders take back
-    characters before them; what has come out stays.)
+    The returned texts, joined, are the part of ``decode(context + tokens)`` after ``decode(context)``. A character of
+    several tokens is returned with the last of them. (If bytes are no text at all, some decoders change characters
+    before them. Text that was already returned stays.)
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        """``context``: tokens before the first one, whose text does not come out."""
+        """``context``: tokens before the first one, whose text is not returned."""
         self._decode, self._name_of = tokenizer.decode, tokenizer.name_of
-        # The last tokens, and the number of characters of their text that have come out.
+        # The last tokens, and the number of characters of their text that were returned.
         self._ids, text = self._tail([token for token in context if self._name_of(token) is not None])
         self._given = len(text)
         self._waits = 0  # tokens since the last one that ended with a whole character
         self._limit = len(self._ids) + _CONTEXT
 
     def push(self, token: int) -> str:
-        """The text that is certain once ``token`` is there; empty where it does not complete a character."""
-        if self._name_of(token) is None:  # padding of the vocabulary: many would push out what gives text its place
+        """The text that is final after ``token``; empty if the token does not complete a character."""
+        if (
+            self._name_of(token) is None
+        ):  # padding of the vocabulary: many of these would push the context out of the window
             return ""
         self._ids.append(token)
         text = self._decode(self._ids)
         certain = len(text.rstrip(_UNFINISHED))
         self._waits = self._waits + 1 if certain < len(text) else 0
-        if self._waits >= _LONGEST:  # no character takes so long: only the end may still become one
+        if self._waits >= _LONGEST:  # no character has so many bytes: only the end may still become one
             certain = max(certain, len(text) - (_LONGEST - 1))
         certain = max(certain, self._given)
         new = text[self._given : certain]
@@ -141,16 +145,16 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What has been held back, when no token follows: half a character, as the decoder shows it."""
+        """The rest of the text if no token follows: an incomplete character, as the decoder shows it."""
         text = self._decode(self._ids)
         new = text[self._given :]
         self._given = len(text)
         return new
 
     def _tail(self, ids: Sequence[int]) -> tuple[list[int], str]:
-        """So many of the last tokens that their text goes on as that of all would; and their text.
+        """The shortest tail of tokens whose text continues as that of all tokens would, and its text.
 
-        A text that begins amid a character is decoded otherwise, and before a blank one spaces may get lost.
+        A text that begins inside a character is decoded differently, and spaces before a blank text may get lost.
         """
         for count in range(_CONTEXT, min(len(ids), _MOST_CONTEXT)):
             text = self._decode(ids[-count:])
@@ -168,7 +172,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     of an older tokenizer, is converted by transformers. Code from the directory is never run.
 
     Raises:
-        DataError: nothing there, no tokenizer in it, or one that cannot be read.
+        DataError: the path does not exist, holds no tokenizer, or the tokenizer cannot be read.
     """
     path = Path(path)
     if not path.exists():
@@ -194,7 +198,7 @@ def _of_tokenizers(directory: Path, files: TokenizerFiles) -> Tokenizer:
         return Tokenizer(directory, TokenizersBackend(core, files, directory), files)
     except DataError:
         raise
-    except Exception as error:  # the library raises bare Exception, too
+    except Exception as error:  # the library also raises bare Exception
         raise _unusable(directory, error) from None
 
 
@@ -209,10 +213,10 @@ def _of_transformers(directory: Path, files: TokenizerFiles) -> Tokenizer:
     from transformers import AutoTokenizer  # noqa: TID251  trust_remote_code=False below
 
     try:
-        # Spelt out: left open, transformers would ask on the terminal.
+        # Given explicitly: otherwise transformers would ask on the terminal.
         hf = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         if not hf.is_fast:
-            raise DataError(f"{directory}: no tokenizer.json can be made of this tokenizer; add one")
+            raise DataError(f"{directory}: this tokenizer cannot be converted to tokenizer.json; add that file")
         return Tokenizer(directory, TokenizersBackend(hf.backend_tokenizer, files, directory), files)
     except DataError:
         raise

@@ -1,4 +1,4 @@
-"""The two libraries that tokenise, behind one interface: ``tokenizers`` and ``sentencepiece``."""
+"""One interface to the two tokenizer libraries, ``tokenizers`` and ``sentencepiece``."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     import tokenizers
 
 Span = tuple[int, int]
-"""Where a token stands in its text: its first character and the one after its last."""
+"""Position of a token in its text: its first character and the one after its last."""
 
-# Fields of a serialised SentencePiece model: appended, they replace ``normalizer_spec.add_dummy_prefix``.
+# Fields of a serialised SentencePiece model. Appended to a model, they replace ``normalizer_spec.add_dummy_prefix``.
 _PREFIX, _NO_PREFIX = b"\x1a\x02\x18\x01", b"\x1a\x02\x18\x00"
 
 
 class Backend(Protocol):
-    """What a tokenizer library must offer. Token ids are plain integers."""
+    """Interface of a tokenizer library. Token ids are plain integers."""
 
     vocab_size: int  # one more than the largest id
     eos_id: int | None
     bos_id: int | None
-    special: frozenset[str]  # names of the tokens that are no text
+    special: frozenset[str]  # names of the special tokens
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without special tokens put around it."""
+        """Ids of the text, without added special tokens."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of the text with the special tokens that the tokenizer puts around it."""
+        """Ids of the text with the special tokens that the tokenizer adds around it."""
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids of a rendered chat template, in which every special token stands by its name; and where each stands."""
+        """Ids of a rendered chat template, which spells special tokens by name, and the span of each token."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included. Ids that are no token add nothing."""
@@ -50,14 +50,14 @@ class Backend(Protocol):
 class TokenizersBackend:
     """A tokenizer of the ``tokenizers`` library, as ``tokenizer.json`` holds it.
 
-    Tokens that only the files beside it name are added; those that it has stay as they are.
+    Tokens that only the files beside it name are added. Its own tokens stay as they are.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, files: TokenizerFiles, where: Path) -> None:
         """Take over ``core``.
 
         Raises:
-            DataError: a file beside it gives a token an id that it cannot have.
+            DataError: a file beside it gives a token another id.
         """
         import tokenizers
 
@@ -79,7 +79,7 @@ class TokenizersBackend:
         self.eos_id, self.bos_id = _named_id(self, files, "eos_token"), _named_id(self, files, "bos_token")
 
     def encode(self, text: str) -> list[int]:
-        # The same ids as ``encode`` without their places in the text: 1.5 times as fast.
+        # The same ids as ``encode`` without offsets, 1.5 times as fast.
         return list(self._core.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -120,7 +120,8 @@ class SentencePieceBackend:
         self._later = self._first
         if _flag(files, "legacy") is False:
             self._later = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_PREFIX)
-        # A model that removes extra spaces would lose a single one before a part, too: there the prefix stands for it.
+        # A model that removes extra spaces would also lose a single space before a part. The prefix replaces this
+        # space.
         spaced = sentencepiece.SentencePieceProcessor(model_proto=model + _PREFIX)
         self._spaced = None if spaced.encode(" ") else spaced
         self._pieces = int(self._first.vocab_size())
@@ -173,7 +174,7 @@ class SentencePieceBackend:
         return ids, spans
 
     def decode(self, ids: Sequence[int]) -> str:
-        # The library decodes control tokens to nothing: they are named, as Hugging Face names them.
+        # The library decodes control tokens to nothing. Here they are named, as in Hugging Face.
         parts: list[str] = []
         run: list[int] = []
         processor = self._first
@@ -204,14 +205,14 @@ class SentencePieceBackend:
 
 
 class _Matcher:
-    """Finds added tokens in text: the first one, and of those that begin there the longest."""
+    """Finds added tokens in text: the first one, and the longest of those that begin at the same place."""
 
     def __init__(self, tokens: Sequence[AddedToken]) -> None:
         self._tokens = sorted((token for token in tokens), key=lambda token: -len(token.content))
         self._pattern = re.compile("|".join(map(_pattern, self._tokens))) if tokens else None
 
     def split(self, text: str) -> Iterator[tuple[int, int, str | None]]:
-        """First character, end and content of each added token; content is None for the text between them."""
+        """Start, end and content of each added token and of the text between them, whose content is None."""
         done = 0
         for match in self._pattern.finditer(text) if self._pattern is not None else ():
             if match.start() > done:
@@ -231,7 +232,7 @@ def _pattern(token: AddedToken) -> str:
 
 
 def _named_id(backend: Backend, files: TokenizerFiles, name: str, own: int = -1) -> int | None:
-    """The id of a special token: what the files name, or else the model's ``own``, which is negative for none."""
+    """The id of a special token: the one that the files name, or else the model's ``own`` (negative: none)."""
     if name in files.special:
         content = files.special[name]
         return None if content is None else backend.token_id(content)

@@ -1,4 +1,4 @@
-"""The files beside a released tokenizer: special and added tokens, chat templates, and what the model says of both."""
+"""The files beside a released tokenizer: special and added tokens, chat templates, keys of ``config.json``."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from megatron_ee.errors import CheckpointError, DataError, shown
 
 DEFAULT_TEMPLATE, TOOLS_TEMPLATE = "default", "tool_use"
 """Names of the chat templates for conversations without and with tools."""
-_ID_DIGITS = 9  # of a token id, at most: corpora hold ids as int32
+_ID_DIGITS = 9  # of a token id at most, since corpora hold ids as int32
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in text before the tokenizer's model sees it.
+    """A token that is matched in text before the tokenizer's model runs.
 
     Attributes:
         content: its text.
-        id: None where no file states it: the next free one.
-        special: it is one of the named special tokens, or marked so.
-        lstrip: white space before it belongs to it.
-        rstrip: white space after it belongs to it.
-        single_word: it does not match inside a word.
-        normalized: it is matched in the normalised text.
+        id: None if no file states it; the token then gets the next free id.
+        special: whether it is a named special token, or marked as special.
+        lstrip: whether it includes white space before it.
+        rstrip: whether it includes white space after it.
+        single_word: whether it does not match inside a word.
+        normalized: whether it is matched in the normalised text.
     """
 
     content: str
@@ -40,11 +40,11 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files beside a tokenizer say. By default nothing, as for a bare ``tokenizer.model``.
+    """Content of the files beside a tokenizer. The defaults are those of a bare ``tokenizer.model``.
 
     Attributes:
         settings: ``tokenizer_config.json``.
-        special: content by name (``bos_token``, ``eos_token`` and so on); None where the file says null.
+        special: content by name (``bos_token``, ``eos_token`` and so on); None if the file says null.
         added: tokens to match in text, those with an id first, in the order of their ids.
         templates: chat templates by name.
         eos_ids: ``eos_token_id`` of ``generation_config.json`` and ``config.json``, in this order.
@@ -62,10 +62,10 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
-    """Read ``tokenizer_config.json`` and the files that belong to it, as far as they are there.
+    """Read ``tokenizer_config.json`` and its companion files, if they exist.
 
-    ``special_tokens_map.json`` and ``added_tokens.json`` count only where the configuration has no
-    ``added_tokens_decoder``, as in transformers: newer releases keep all tokens there.
+    As in transformers, ``special_tokens_map.json`` and ``added_tokens.json`` count only if the configuration has no
+    ``added_tokens_decoder``: newer releases keep all tokens there.
 
     Raises:
         DataError: a file is damaged, or asks for code from the directory.
@@ -74,7 +74,7 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     in_model = "AutoTokenizer" in (config.get("auto_map") or ())
     for name, has_code in (("tokenizer_config.json", settings.get("auto_map")), ("config.json", in_model)):
         if has_code:
-            raise DataError(f"{directory / name}: auto_map asks for code from the checkpoint; never run")
+            raise DataError(f"{directory / name}: auto_map asks for code from the checkpoint, which is never run")
     has_decoder = "added_tokens_decoder" in settings
     special_map = {} if has_decoder else read_object(directory / "special_tokens_map.json")
     named = _named_tokens({**settings, **special_map})
@@ -113,7 +113,7 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _named_tokens(content: Mapping[str, Any]) -> dict[str, AddedToken | None]:
-    """``bos_token``, ``eos_token`` and the like; a model's own ones may be collected in ``extra_special_tokens``."""
+    """``bos_token``, ``eos_token`` and so on. A model's own special tokens may be in ``extra_special_tokens``."""
     extra = content.get("extra_special_tokens")
     content = {**content, **extra} if isinstance(extra, dict) else content
     named: dict[str, AddedToken | None] = {}
@@ -126,7 +126,7 @@ def _named_tokens(content: Mapping[str, Any]) -> dict[str, AddedToken | None]:
 
 
 def _tokens_of(values: Any) -> list[AddedToken]:
-    """Special tokens of a list of texts or of objects with ``content``; anything else is left out."""
+    """Special tokens in a list of texts or of objects with ``content``. Anything else is ignored."""
     if not isinstance(values, list):
         return []
     contents = [value.get("content") if isinstance(value, dict) else value for value in values]
@@ -144,7 +144,7 @@ def _added_token(content: str, flags: Mapping[str, Any], *, special: bool, id: i
 
 
 def _added_tokens(directory: Path, settings: Mapping[str, Any], special: list[AddedToken]) -> tuple[AddedToken, ...]:
-    """Every token that some file adds, each once."""
+    """Every token that a file adds, each once."""
     special_contents = {token.content for token in special}
     entries: list[tuple[str, Any]]
     if "added_tokens_decoder" in settings:
@@ -157,7 +157,7 @@ def _added_tokens(directory: Path, settings: Mapping[str, Any], special: list[Ad
     for key, entry in entries:
         content = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(content, str) or not content or not key.isdecimal() or len(key) > _ID_DIGITS:
-            raise DataError(f"{where}: {shown(key)}: {shown(entry)} is no added token with its id")
+            raise DataError(f"{where}: {shown(key)}: {shown(entry)} is not an added token with its id")
         is_special = bool(entry.get("special")) or content in special_contents
         tokens[content] = _added_token(content, entry, special=is_special, id=int(key))
     numbered = sorted(tokens.values(), key=lambda token: token.id or 0)
@@ -166,11 +166,11 @@ def _added_tokens(directory: Path, settings: Mapping[str, Any], special: list[Ad
 
 
 def _templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates by name. A file wins over the configuration's template of the same name."""
+    """Chat templates by name. A template file takes precedence over the configuration's template of the same name."""
     value = settings.get("chat_template")
     if isinstance(value, str):
         value = {DEFAULT_TEMPLATE: value}
-    elif isinstance(value, list):  # as transformers saved several before they had files of their own
+    elif isinstance(value, list):  # older transformers saved several templates in this form
         value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
     templates = {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
     files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
@@ -194,7 +194,7 @@ def read_template(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is no file.
+    """The JSON object in a file; empty if there is no file.
 
     Raises:
         DataError: it cannot be read, or is not a JSON object.

@@ -1,4 +1,4 @@
-"""Writing a corpus: beside its place under other names, then renamed, the index last."""
+"""Writes a corpus under temporary names in the same directory, then renames the files, the index last."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_ee.data.encode import Encoded
 from megatron_ee.data.indexed import describes_corpus, file_of, indexed_dataset, sha256
 from megatron_ee.errors import DataError
 
-# The order of the renames: a corpus without its index cannot be opened, so a torn one is never read.
-# The description comes first: by it a torn one is known as ours, so that it may be replaced.
+# The order of the renames. A corpus without its index cannot be opened, so an incomplete one is never read. The
+# description comes first: it marks an incomplete corpus as ours, so that it may be replaced.
 SUFFIXES = (".json", ".mask.bin", ".mask.idx", ".bin", ".idx")
 _MOST_TOKENS = 2**31 - 1  # document lengths are int32 in the index
 
 
 class CorpusWriter:
-    """Collects encoded pieces in order. As a context manager it removes what was not committed.
+    """Collects encoded pieces in order. As a context manager it removes files that were not committed.
 
     Raises:
         DataError: the output exists and ``overwrite`` is False, or cannot be written.
@@ -47,7 +47,7 @@ class CorpusWriter:
         self._dtype = module.DType.optimal_dtype(vocab_size)
         self.documents = self.tokens = self.trained = 0
         self.largest_id = 0  # of all tokens
-        self._open_tokens = 0  # of the document that is not yet complete
+        self._open_tokens = 0  # of the incomplete document
         self._builders: list[Any] = []
         try:
             with self._writing():
@@ -84,7 +84,7 @@ class CorpusWriter:
         self.trained += len(encoded.ids) if encoded.mask is None else int(encoded.mask.sum())
 
     def finish(self) -> dict[str, Any]:
-        """Write the indices; counts and digests, as ``CorpusMetadata`` names them."""
+        """Write the indices. Return counts and digests under the names of ``CorpusMetadata``."""
         for builder, suffix in zip(self._builders, ("", ".mask"), strict=False):
             with self._writing():
                 builder.finalize(str(self._file(f"{suffix}.idx")))
@@ -97,7 +97,7 @@ class CorpusWriter:
         }
 
     def commit(self, metadata: str) -> tuple[Path, ...]:
-        """Put everything in its place; the files' paths."""
+        """Rename all files to their final names. Return their paths."""
         with self._writing():
             self._file(".json").write_text(metadata, encoding="utf-8")
             written = [suffix for suffix in SUFFIXES if self._file(suffix).exists()]
@@ -114,7 +114,7 @@ class CorpusWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for builder in self._builders:
-            with contextlib.suppress(OSError):  # a full disk has been reported already
+            with contextlib.suppress(OSError):  # a full disk was already reported
                 builder.data_file.close()
         self._remove()
 
@@ -123,7 +123,7 @@ class CorpusWriter:
 
     def _remove(self) -> None:
         for suffix in SUFFIXES:
-            with contextlib.suppress(OSError):  # the reason is being reported already
+            with contextlib.suppress(OSError):  # the reason is already being reported
                 self._file(suffix).unlink(missing_ok=True)
 
     @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""Quality per exit, sweeps, calibration, and how they are shown."""
+"""Quality per exit, threshold sweeps and calibration error, as tables, plots and JSON."""

@@ -1,4 +1,4 @@
-"""``evaluate``: a model's exits on a corpus; and the validation that ``tune`` calls while it runs."""
+"""``evaluate``: measures a model's exits on a corpus. Also the validation that ``tune`` calls."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ DEFAULT_SEQUENCE_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model's exits, with what was measured.
+    """Quality of a model's exits, and the inputs of the evaluation.
 
     Attributes:
         quality: the figures.
-        exits: what the exits are, in the same order.
+        exits: the exits, in the same order.
         model: the model's directory.
         adapter: the exits' directory, if any.
         sequence_length: tokens per window.
@@ -68,7 +68,7 @@ class Evaluation:
     sequence_length: int
 
     def to_dict(self) -> dict[str, Any]:
-        """``final_loss``, ``exits`` and the rest of ``report_dict``, with what was measured."""
+        """``final_loss``, ``exits`` and the rest of ``report_dict``, and the inputs of the evaluation."""
         what = {"model": self.model, "adapter": self.adapter, "sequence_length": self.sequence_length}
         return {**what, **report_dict(self.quality, self.exits)}
 
@@ -87,20 +87,20 @@ def evaluate(
     pipeline: int = 1,
     verify: bool = True,
 ) -> Evaluation:
-    """Score the final exit, and the exits of ``adapter``, on a corpus. Every rank calls this and gets the result.
+    """Measure the final exit, and the exits of ``adapter``, on a corpus. Every rank calls this and gets the result.
 
     Args:
         model: Hugging Face directory or parallel checkpoint.
-        adapter: exits; None takes those that lie with the model, or scores the final exit alone.
+        adapter: the exits; None uses those in the model's directory, or measures only the final exit.
         data: prefix of a corpus.
-        sequence_length: tokens per window; default 2048, or the model's positions where these are fewer.
-        sequences: largest number of windows, 0 for all.
-        batch_size: windows at a time.
-        dtype: to run the model in; ``auto`` is the checkpoint's own.
-        thresholds: of the sweep, empty for none; default as for validation while tuning.
-        tensor: ranks that share each layer.
-        pipeline: stages. Data parallelism takes the ranks that are left.
-        verify: check what is read against its checksums, where there are any.
+        sequence_length: tokens per window; default 2048, or the model's number of positions if that is lower.
+        sequences: largest number of windows; 0 for all.
+        batch_size: windows per pass.
+        dtype: dtype of the model; ``auto`` is the checkpoint's own.
+        thresholds: thresholds of the sweep, empty for none; default as in validation while tuning.
+        tensor: tensor-parallel size.
+        pipeline: number of stages. Data parallelism takes the ranks that are left.
+        verify: check checksums, if the files have any.
 
     Raises:
         ConfigError: the sequence is longer than the model's positions, or the ranks do not fit the model.
@@ -132,7 +132,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is evaluated, opened and checked but for the backbone's hash; nothing of it takes much memory yet."""
+    """The inputs of an evaluation, opened and checked but for the backbone's hash. None takes much memory yet."""
 
     model: SavedModel
     adapter: Adapter | None
@@ -160,7 +160,7 @@ def _open_subject(
     if length > arch.max_positions:
         raise ConfigError(f"--sequence-length: {length} is more than the model's {arch.max_positions} positions")
     corpus = open_corpus(data)
-    if launched_rank() == 0:  # for all: a corpus without a description is read as a whole
+    if launched_rank() == 0:  # on the first rank for all, since a corpus without a description is read as a whole
         corpus.check_vocabulary(arch.vocab_size)
         for line in check_tokenizer([("--data", corpus)], saved.path):
             print(line, file=sys.stderr, flush=True)
@@ -184,7 +184,7 @@ def _watched(groups: Groups) -> contextlib.AbstractContextManager[None]:
 
 
 def _check_adapter(subject: _Subject, groups: Groups) -> None:
-    """Refuse exits that were made for another backbone, which the first rank hashes."""
+    """Refuse exits of another backbone. The first rank hashes the backbone."""
     opened, model = subject.adapter, subject.model
     if opened is not None:
         groups.together(
@@ -213,7 +213,7 @@ def make_validator(
     layout: Layout,
     interrupt: Interrupt,
 ) -> Validate:
-    """Validation for ``tune``: computes the final exit's share now, and returns what is called while tuning.
+    """Validation for ``tune``: compute the final exit's part now, and return the function to call while tuning.
 
     Both end with ``Interrupted`` on all ranks soon after a signal. Each call prints tables to stderr and writes
     ``validation/step-N.json`` and ``.png`` under ``output``.
@@ -234,7 +234,7 @@ def make_validator(
 
 
 def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> None:
-    """Write ``path.json`` and, where exits were swept, the plot of the sweep, ``path.png``.
+    """Write ``path.json`` and, if there was a sweep over exits, its plot ``path.png``.
 
     Raises:
         CheckpointError: they cannot be written.

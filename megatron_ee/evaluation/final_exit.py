@@ -1,6 +1,6 @@
-"""The final exit's share of validation: its loss and top-1 tokens, computed once and cached.
+"""The final exit's part of validation: its loss and top-1 tokens, computed once and cached.
 
-Tuning loads no layer beyond the deepest exit, so this runs before it, through all layers, and frees them again.
+Tuning loads no layer beyond the deepest exit. So this runs before tuning, through all layers, and frees them again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 VERSION = 1
-"""Part of the cache's key: raise it where the same model and data come to give another result."""
+"""Part of the cache's key. Raise it if the same model and data give another result in a new version."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def final_exit(
     chunk_tokens: int,
     interrupt: Interrupt,
 ) -> FinalExit:
-    """From the cache, by what decides it, or computed and put there. Every rank calls this.
+    """The final exit's results, from the cache or computed and cached. Every rank calls this.
 
-    It is decided by the backbone's hash and settings, the data and the dtype. Results of other layouts, batch and chunk
-    sizes differ by rounding only, and are taken.
+    The cache's key is the backbone's hash and settings, the data and the dtype. Results of other layouts, batch and
+    chunk sizes differ only by rounding, and are used.
 
     Args:
         setup: of the run.
@@ -74,9 +74,9 @@ def final_exit(
         digest: its hash.
         windows: each data-parallel rank takes its share.
         layout: all layers, spread over the stages.
-        batch_size: windows at a time.
-        chunk_tokens: tokens whose logits exist at one time.
-        interrupt: looked at between microbatches.
+        batch_size: windows per pass.
+        chunk_tokens: tokens whose logits exist at a time.
+        interrupt: checked between microbatches.
 
     Raises:
         CheckpointError: the model's files cannot be read.
@@ -136,7 +136,7 @@ def _compute(
 
 
 def _read(path: Path, shape: tuple[int, int]) -> FinalExit | None:
-    """The cached result; None where there is none that can be used."""
+    """The cached result; None if there is no usable one."""
     if not path.is_file():
         return None
     try:
@@ -150,7 +150,7 @@ def _read(path: Path, shape: tuple[int, int]) -> FinalExit | None:
 
 
 def _write(path: Path, result: FinalExit) -> None:
-    """A cache that cannot be written is done without."""
+    """Write the cache. If this fails, continue without it."""
     with contextlib.suppress(OSError, CheckpointError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, {"loss": result.loss, "top1": result.top1}, {"format": "pt"})

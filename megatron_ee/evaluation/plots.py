@@ -1,4 +1,4 @@
-"""Pictures of quality per exit and of a tuning run; matplotlib is imported when one is drawn, and needs no display."""
+"""Plots of quality per exit and of a tuning run. matplotlib is imported when a plot is drawn, and needs no display."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that are told apart by colour-blind readers too (Okabe and Ito).
+# Colours that colour-blind readers can tell apart too (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
 FORMATS = (".png", ".pdf", ".svg")
@@ -34,14 +34,14 @@ STYLE = {
     "legend.fontsize": 9,
     "savefig.dpi": 150,
 }
-SMOOTHED_FROM = 60  # steps; with fewer the curve is drawn as it is
+SMOOTHED_FROM = 60  # steps; with fewer the curve is not smoothed
 
 
 def plot_sweep(quality: Quality, path: str | Path, title: str = "Early exit: what a threshold saves and costs") -> None:
-    """Agreement and accuracy of what is emitted against layers run per token, one point per threshold.
+    """Agreement and accuracy of the emitted tokens against layers per token, one point per threshold.
 
-    Hollow markers show each exit used for every token, for comparison: a threshold is worth its name where its line
-    lies above them.
+    For comparison, hollow markers show each exit used for every token. Thresholds help if their line lies above the
+    markers.
 
     Raises:
         UserError: not a .png, .pdf or .svg, or it cannot be written.
@@ -76,7 +76,7 @@ def plot_sweep(quality: Quality, path: str | Path, title: str = "Early exit: wha
 
 
 def plot_reliability(quality: Quality, path: str | Path, title: str = "Reliability of the exits' confidence") -> None:
-    """Per exit: accuracy and agreement against confidence, with the share of tokens at each confidence behind.
+    """Per exit: accuracy and agreement against confidence, and the share of tokens at each confidence.
 
     Raises:
         UserError: not a .png, .pdf or .svg, or it cannot be written.
@@ -104,7 +104,7 @@ def plot_reliability(quality: Quality, path: str | Path, title: str = "Reliabili
             axes.set(xlim=(0, 100), ylim=(0, 103), xticks=range(0, 100, 20), yticks=range(0, 101, 20))
         for axes in grid[:, 0]:
             axes.set_ylabel("tokens (%)")
-        for axes in grid.flat[max(0, len(quality.exits) - columns) : len(quality.exits)]:  # nothing stands below these
+        for axes in grid.flat[max(0, len(quality.exits) - columns) : len(quality.exits)]:  # the bottom row of plots
             axes.set_xlabel("confidence (%)")
             axes.tick_params(labelbottom=True)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -152,11 +152,11 @@ Losses = dict[int, dict[int, float]]
 def read_log(log: str | Path) -> tuple[Losses, Losses]:
     """Losses of a run's JSONL log by step, then by layer: those of steps, and those of validations.
 
-    A step that is there twice counts as it came last; a last line that was cut short is passed over. Layer 0 of a
-    validation stands for the final exit.
+    If a step appears twice, the later line counts. An incomplete last line is ignored. Layer 0 of a validation is the
+    final exit.
 
     Raises:
-        DataError: the log cannot be read, has a line that is no such JSON, or has neither steps nor validations.
+        DataError: the log cannot be read, has an invalid line, or has neither steps nor validations.
     """
     try:
         lines = Path(log).read_text(encoding="utf-8").splitlines()
@@ -180,7 +180,7 @@ def read_log(log: str | Path) -> tuple[Losses, Losses]:
                 break
             raise DataError(f"{log}:{number}: not a line of a tuning log: {error!r}") from None
     if not steps and not validations:
-        raise DataError(f"{log}: no step and no validation in it yet")
+        raise DataError(f"{log}: holds no step and no validation yet")
     return steps, validations
 
 
@@ -194,7 +194,7 @@ def _curve(losses: Losses, layer: int) -> tuple[list[int], list[float]]:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a thirtieth of the values, without the pull of a start at 0."""
+    """Exponential mean over about a thirtieth of the values, with correction of the bias towards 0."""
     keep = 1 - 30 / len(values) if len(values) > 60 else 0.5
     mean = weight = 0.0
     result = []
@@ -210,8 +210,8 @@ def _percents(shares: Sequence[float]) -> list[float]:
 
 
 def _annotate(figure: Figure, axes: Axes, texts: list[tuple[float, float, str]], prefix: str) -> None:
-    """Write each text above its point, the first with ``prefix``; leave out those that would run into another."""
-    figure.canvas.draw()  # fixes the layout that positions in pixels depend on
+    """Write each text above its point, the first with ``prefix``. Leave out texts that would overlap."""
+    figure.canvas.draw()  # fixes the layout, on which positions in pixels depend
     taken: list[Any] = []
     for index, (x, y, text) in enumerate(texts):
         note = axes.annotate(
@@ -233,7 +233,7 @@ def _annotate(figure: Figure, axes: Axes, texts: list[tuple[float, float, str]],
 
 @contextmanager
 def saved_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure that is saved to ``path``, under a temporary name first, when the block ends without an error."""
+    """A figure that is saved to ``path`` when the block ends without an error, under a temporary name first."""
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
         raise UserError(f"{target}: a plot must be one of {', '.join(FORMATS)}")
@@ -248,7 +248,7 @@ def saved_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)  # pyplot is left alone: it keeps state and may look for a display
+        FigureCanvasAgg(figure)  # without pyplot, which keeps state and may look for a display
         yield figure
         try:
             figure.savefig(temporary, format=target.suffix[1:].lower(), metadata={"Creator": MADE_BY})

@@ -1,4 +1,4 @@
-"""Quality per exit on validation windows: the loop that feeds ``model.metrics``, over all stages."""
+"""Measures quality per exit on validation windows, over all stages; ``model.metrics`` does the counting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_ee.progress import track
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 FINAL = 0
-"""Stands for the final exit where exits go by their layers."""
+"""The final exit's key in dictionaries of exits by layer."""
 
 
 def measure(
@@ -32,19 +32,19 @@ def measure(
 ) -> Quality:
     """Quality of the exits of all stages, equal on every rank.
 
-    Each stage sends three numbers per token and exit to the first one, which counts.
+    Each stage sends three numbers per token and exit to the first stage, which counts.
 
     Args:
-        pipeline: the stages; the last one holds the final exit, where ``final`` is not given.
-        windows: what to score; each data-parallel rank takes its share.
+        pipeline: the stages. The last one holds the final exit if ``final`` is not given.
+        windows: validation windows; each data-parallel rank takes its share.
         thresholds: confidences of the sweep.
-        final: the final exit's outcome, computed before.
-        batch_size: windows at a time.
-        chunk_tokens: tokens whose logits exist at one time.
-        check: called by every rank between runs of microbatches; it may raise, on all of them.
+        final: results of the final exit, if they were computed before.
+        batch_size: windows per pass.
+        chunk_tokens: tokens whose logits exist at a time.
+        check: called by every rank between groups of microbatches; it may raise, on all ranks.
 
     Raises:
-        DataError: not one token counts.
+        DataError: all tokens are masked.
     """
     stage, specs, groups = pipeline.stage, pipeline.specs, pipeline.stage.setup.groups
     sums = QualityAccumulator(
@@ -77,7 +77,7 @@ def measure(
 def _score(
     pipeline: Pipeline, batches: Sequence[Batch], chunk_tokens: int, with_final: bool
 ) -> dict[int, list[TokenStats]]:
-    """Statistics of each microbatch, by layer of the exit; those of exits hosted elsewhere are left empty."""
+    """Statistics of each microbatch, by layer of the exit; empty for exits on other stages."""
     stage, layers = pipeline.stage, [spec.layer for spec in pipeline.specs]
     scored: dict[int, list[TokenStats]] = {layer: [] for layer in (*layers, *([FINAL] if with_final else []))}
 
@@ -97,7 +97,7 @@ def _score(
 def _on_first_stage(
     pipeline: Pipeline, scored: dict[int, list[TokenStats]], batches: Sequence[Batch]
 ) -> dict[int, list[TokenStats]]:
-    """All of what the stages have, brought to the first one; nothing on the others."""
+    """The statistics of all stages, on the first stage; empty on the others."""
     group, layout = pipeline.stage.setup.groups.pipeline, pipeline.layout
     tokens = [batch.tokens.numel() for batch in batches]
     for layer, stats in scored.items():
@@ -112,7 +112,7 @@ def _on_first_stage(
 
 
 def _packed(stats: TokenStats) -> Tensor:
-    """``[3, tokens]`` int32, the bits of what is float."""
+    """Statistics as ``[3, tokens]`` int32; floats by their bits."""
     return torch.stack([stats.loss.view(torch.int32), stats.confidence.view(torch.int32), stats.top1.int()])
 
 

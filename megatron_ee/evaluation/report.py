@@ -31,7 +31,7 @@ def report_dict(quality: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
 
 
 def comparison_dict(initial: Quality, tuned: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
-    """``final_loss``, and per exit its loss, agreement and accuracy before and after tuning, in short keys."""
+    """``final_loss``, and per exit its loss, agreement and accuracy before and after tuning, as a dict."""
     before, after = report_dict(initial, exits), report_dict(tuned, exits)
     rows = []
     for old, new in zip(before["exits"], after["exits"], strict=True):
@@ -50,14 +50,14 @@ def print_quality(
     to_stderr: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Print the table per exit and, where there are thresholds, the sweep.
+    """Print the table per exit and, if there are thresholds, the sweep.
 
     Args:
         quality: the figures.
-        exits: what the exits are, in the same order.
-        title: of the first table.
-        to_stderr: print there rather than to stdout.
-        console: print there instead.
+        exits: the exits, in the same order.
+        title: title of the first table.
+        to_stderr: print to stderr, not to stdout.
+        console: print to this console.
 
     Raises:
         ValueError: ``exits`` are not those of ``quality``.

@@ -1,1 +1,1 @@
-"""Processes: their groups, and data parallelism over the exits' parameters."""
+"""Process groups, layout, stage-to-stage transfer, data parallelism and optimizer of the exits, watchdog."""

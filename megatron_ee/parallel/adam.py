@@ -1,8 +1,8 @@
 """The Adam inside megatron-core's distributed optimizer: torch's (for bfloat16 weights in ``split_adam``), NVIDIA
 apex's, or DeepSpeed's in host memory.
 
-megatron-core takes whatever FusedAdam it could import. Here one is chosen by what works on this machine, and
-megatron-core is handed that one.
+megatron-core uses any FusedAdam that it can import. This module chooses one that works on this machine, and passes it
+to megatron-core.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from megatron_ee.parallel.split_adam import SplitAdam
 
 KEY = "optimizer.implementation"
 PATIENCE_SECONDS = 10.0
-"""How long DeepSpeed may load before a line says that it is being compiled."""
+"""Seconds of loading DeepSpeed after which a line says that it is being compiled."""
 
 
 def adam_class(implementation: str, dtype: torch.dtype) -> type[Optimizer]:
-    """The class that ``optimizer.implementation`` means on this machine, proven to work on this run's device.
+    """The class for ``optimizer.implementation`` on this machine, tested on this run's device.
 
-    DeepSpeed's is compiled here if it was not yet, which takes minutes.
+    DeepSpeed's is compiled if necessary, which takes minutes.
 
     Args:
         dtype: of the weights.
 
     Raises:
-        ConfigError: what was asked for by name is not installed or does not work.
+        ConfigError: the named implementation is not installed or does not work.
     """
     if implementation in ("apex", "auto"):
         found = _find_apex_adam()
@@ -57,14 +57,14 @@ def adam_class(implementation: str, dtype: torch.dtype) -> type[Optimizer]:
 
 
 def _find_apex_adam() -> type[Optimizer] | str:
-    """NVIDIA apex's FusedAdam, or why it cannot be used."""
+    """NVIDIA apex's FusedAdam, or the reason why it cannot be used."""
     spec = find_spec("apex")
     if spec is None:
         return "apex is not installed"
-    # Looked up without importing: what else goes by that name may not even be Python 3.
+    # Looked up without importing: other packages of that name may not even be Python 3.
     places = spec.submodule_search_locations or []
     if PathFinder.find_spec("apex.optimizers", places) is None:
-        return f"the apex that is installed, {spec.origin or ', '.join(places)}, is another package than NVIDIA's"
+        return f"the apex that is installed, {spec.origin or ', '.join(places)}, is not NVIDIA's package"
     try:
         fused_adam: type[Optimizer] = importlib.import_module("apex.optimizers").FusedAdam
         weight = nn.Parameter(torch.ones(1, device=platform.device()))
@@ -74,7 +74,7 @@ def _find_apex_adam() -> type[Optimizer] | str:
     except Exception as error:  # a broken build raises anything
         return f"apex's FusedAdam does not work here ({_reason(error)})"
     if abs(result - 0.5) > 1e-3:
-        return f"apex's FusedAdam does not work here (a step from 1 to 0.5 came to {result:g})"
+        return f"apex's FusedAdam does not work here (a test step from 1 to 0.5 gave {result:g})"
     return fused_adam
 
 
@@ -90,9 +90,9 @@ def _load_deepspeed() -> type[Optimizer]:
     notice.start()
     try:
         settings = {
-            # Only its CPU side is needed: asked for a GPU's, it looks for a CUDA compiler.
+            # Only its CPU part is needed; for the GPU part it would look for a CUDA compiler.
             "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
-            # ninja is installed beside Python, which is on no path where an environment is not activated.
+            # ninja is installed beside Python, which is not on PATH if the environment is not activated.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         }
         with mock.patch.dict(os.environ, settings):
@@ -104,7 +104,7 @@ def _load_deepspeed() -> type[Optimizer]:
         raise ConfigError(
             f"{KEY}: deepspeed_cpu needs DeepSpeed, which is not installed; pip install 'megatron-ee[deepspeed]'"
         ) from None
-    except Exception as error:  # of the compiler, of ninja, of loading what they made
+    except Exception as error:  # errors of the compiler, of ninja, of loading the result
         raise ConfigError(
             f"{KEY}: DeepSpeed's CPU Adam cannot be compiled or loaded here ({_reason(error)}); "
             "it needs g++ with OpenMP and ninja"
@@ -115,7 +115,7 @@ def _load_deepspeed() -> type[Optimizer]:
 
 
 def _reason(error: Exception) -> str:
-    """The one line of an error that says most, compiler output included."""
+    """The most informative line of an error, which may include compiler output."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     telling = [line for line in lines if "error:" in line.lower() or "not found" in line.lower()]
     return f"{type(error).__name__}: {(telling or lines)[0][:300]}"
@@ -123,7 +123,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def inside_megatron(adam: type[Optimizer], config: Any) -> Iterator[None]:
-    """While open, megatron-core builds its optimizers around ``adam``, whatever it found at import.
+    """While open, megatron-core builds its optimizers around ``adam``.
 
     Args:
         config: megatron-core's optimizer configuration, which is told whether ``adam`` keeps main weights of its own.
@@ -131,8 +131,8 @@ def inside_megatron(adam: type[Optimizer], config: Any) -> Iterator[None]:
     with platform.quiet_imports():
         from megatron.core import optimizer
         from megatron.core.optimizer import distrib_optimizer
-    # Derived from options that check for Transformer Engine. megatron-core's own class for host memory, which they
-    # also allow, takes CUDA tensors only.
+    # Set by options that check for Transformer Engine. They also allow megatron-core's own class for host memory, which
+    # accepts only CUDA tensors.
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = issubclass(adam, HostAdam | SplitAdam)
     with (
         mock.patch.multiple(optimizer, Adam=adam, USING_PYTORCH_OPTIMIZER=adam is AdamW),
@@ -142,24 +142,24 @@ def inside_megatron(adam: type[Optimizer], config: Any) -> Iterator[None]:
 
 
 def prepare_adam(adam: Optimizer) -> None:
-    """Finish an inner optimizer once megatron-core has given it the shards that this rank updates."""
+    """Finish an inner optimizer after megatron-core has given it the shards that this rank updates."""
     if isinstance(adam, HostAdam | SplitAdam):
         adam.allocate()
     if isinstance(adam, AdamW):
-        # One pass over memory instead of ten: torch has it for CPU and CUDA, megatron-core does not ask for it.
+        # One pass over memory instead of ten. torch has it for CPU and CUDA, but megatron-core does not enable it.
         for group in adam.param_groups:
             group["fused"] = True
 
 
 def adam_steps(adam: Optimizer) -> int:
-    """Steps taken, which the bias correction of the next one counts from; 0 where there is nothing to update."""
+    """Number of steps so far, for the bias correction of the next; 0 if there is nothing to update."""
     steps = [int(state["step"]) for state in adam.state.values() if "step" in state]
     steps += [int(group["step"]) for group in adam.param_groups if group["params"] and "step" in group]
     return max(steps, default=0)
 
 
 def set_adam_steps(adam: Optimizer, steps: int) -> None:
-    """Take back what ``adam_steps`` gave."""
+    """Restore a value of ``adam_steps``."""
     if isinstance(adam, AdamW):
         for state in adam.state.values():
             state["step"].fill_(steps)
@@ -171,8 +171,8 @@ def set_adam_steps(adam: Optimizer, steps: int) -> None:
 class HostAdam(Optimizer):
     """AdamW of a rank's shards by DeepSpeed on the CPU; float32 main weights and moments are in host memory.
 
-    In megatron-core it takes the place of a fused Adam with main weights of its own: gradients come as the shards'
-    ``decoupled_grad``, and ``step`` writes the shards. The update runs on ``OMP_NUM_THREADS`` threads.
+    For megatron-core it is a fused Adam that keeps main weights: gradients come as the shards' ``decoupled_grad``, and
+    ``step`` writes the shards. The update runs on ``OMP_NUM_THREADS`` threads.
     """
 
     def __init__(
@@ -181,12 +181,12 @@ class HostAdam(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._mains: list[tuple[Tensor, Tensor]] = []  # (shard, its main weights)
         self._staging: list[Tensor] = []
-        self._buffer = platform.host_buffer(0)  # what both lie in
+        self._buffer = platform.host_buffer(0)  # the memory of both
         self._inner: Optimizer | None = None
 
     @torch.no_grad()
     def allocate(self) -> None:
-        """Make the host's tensors, the main weights equal to the shards."""
+        """Allocate the host tensors. The main weights start equal to the shards."""
         sizes = [shard.numel() for group in self.param_groups for shard in group["params"]]
         if not sizes:
             return
@@ -211,13 +211,13 @@ class HostAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the shards. Each one's transfers overlap with the updates of its neighbours."""
+        """Update the shards. The transfers of one shard overlap with the updates of its neighbours."""
         if self._inner is None:
             return
         self._set_rates(self._inner)
         self._fetch(0)
         for index, (_, main) in enumerate(self._mains):
-            platform.synchronize()  # this one's gradient is here, and staging of the one before is free
+            platform.synchronize()  # this shard's gradient has arrived, and the previous shard's staging buffer is free
             if index > 0:
                 self._send(index - 1)
             if index + 1 < len(self._mains):
@@ -230,8 +230,8 @@ class HostAdam(Optimizer):
     def _set_rates(self, inner: Optimizer) -> None:
         """Count the step and fold Adam's bias correction into the rates.
 
-        DeepSpeed carries powers of the betas from step to step, rounded, and computes them anew after a restart;
-        folded in, a resumed run stays equal to an uninterrupted one bit for bit.
+        DeepSpeed carries rounded powers of the betas from step to step, but computes them anew after a restart. With
+        the correction in the rates, a resumed run equals an uninterrupted one bit for bit.
         """
         for group, its in zip(self.param_groups, inner.param_groups, strict=True):
             group["step"] = group.get("step", 0) + 1
@@ -243,7 +243,7 @@ class HostAdam(Optimizer):
 
     def _fetch(self, index: int) -> None:
         shard, main = self._mains[index]
-        if shard.dtype == torch.float32:  # these weights are the model's own, which others may have written
+        if shard.dtype == torch.float32:  # these are the model's own weights, which other code may have written
             main.copy_(shard, non_blocking=True)
         self._staging[index % 2][: main.numel()].copy_(shard.decoupled_grad, non_blocking=True)  # type: ignore[attr-defined]
 
@@ -252,5 +252,5 @@ class HostAdam(Optimizer):
         shard.copy_(main, non_blocking=True)
 
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
-        """What megatron-core asks a fused Adam with main weights for."""
+        """The interface that megatron-core expects of a fused Adam with main weights."""
         return self.state[parameter][name]  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Ranks that must succeed or fail together."""
+"""Makes ranks succeed or fail together."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from megatron_ee.errors import UserError
 
 T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]
-"""Gives every rank the list of all ranks' objects (tuples, lists, dicts, strings and numbers), in order of rank."""
+"""A function that gives every rank the list of all ranks' objects (tuples, lists, dicts, strings and numbers), by
+rank."""
 
 
 def together(gather: Gather | None, work: Callable[[], T]) -> list[T]:
     """Every rank's result of ``work``, in order of rank.
 
     Args:
-        gather: None where there is one rank.
+        gather: None if there is only one rank.
 
     Raises:
-        UserError: of the kind that the first failing rank raised, on all ranks; ``common`` is set on it, so that one
-            rank can speak for all. A rank that failed raises its own error.
+        UserError: on all ranks, with the type of the first failing rank's error. ``common`` is set, so that only one
+            rank prints it. A rank that failed raises its own error.
     """
     if gather is None:
         return [work()]
@@ -44,7 +45,7 @@ def together(gather: Gather | None, work: Callable[[], T]) -> list[T]:
 
 
 def each_own(gather: Gather | None, work: Callable[[], T]) -> T:
-    """This rank's own result of ``work``, which stays here; raises as ``together``."""
+    """This rank's own result of ``work``, which is not sent to others. Raises as ``together``."""
     results: list[T] = []
     together(gather, lambda: results.append(work()))
     return results[0]

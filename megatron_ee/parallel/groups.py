@@ -20,24 +20,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 COLLECTIVE_MINUTES = 10.0
-"""After which a collective on the device that is not answered ends the run. The watchdog notices a lost rank sooner."""
+"""Time limit of collectives on the device, in minutes. The watchdog notices a lost rank sooner."""
 CONTROL_TIMEOUT = timedelta(hours=12)
-"""The others wait this long while the first rank hashes a model from a slow disk; a lost rank is noticed otherwise."""
+"""Time limit on the host: others wait this long while the first rank hashes a model from a slow disk. The watchdog
+notices a lost rank."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups of this rank, passed to whatever communicates.
+    """The process groups of this rank, passed to all code that communicates.
 
     Attributes:
         collection: megatron-core's collection, as its layers, data-parallel wrapper and optimizer take it.
         tensor: ranks that share each layer.
         pipeline: ranks that hold the stages of one model copy, in their order.
         data: ranks that hold the same parameters.
-        teacher: the pipeline's ranks again, for what goes backward: its transfers must not queue behind hidden states.
+        teacher: the pipeline's ranks again, for teacher messages, which must not queue behind hidden states.
         world: all ranks, on the device.
         control: all ranks, on the host, for decisions and small objects.
-        saving: the same for saves in the background, whose messages must not meet those of the main thread.
+        saving: the same for saves in the background, whose messages must not mix with those of the main thread.
     """
 
     collection: ProcessGroupCollection
@@ -64,25 +65,26 @@ class Groups:
         return gather_objects(value, self.control)
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Every rank's result of ``work``; raises on all ranks where it raised on one. See ``agreement.together``."""
+        """Every rank's result of ``work``. Raises on all ranks if it raised on one; see ``agreement.together``."""
         return together(self.gather, work)
 
 
 def collective_minutes(silence_seconds: float) -> float:
-    """Time limit of collectives in a run whose watchdog waits ``silence_seconds`` for a sign of life.
+    """Time limit of collectives in a run whose watchdog waits ``silence_seconds`` for a rank's report.
 
-    It is the longer one: a lost rank is named before torch gives up on a collective, which names the ranks that wait.
+    It is longer than the watchdog's, so that the lost rank is named first. Torch's own message names only the ranks
+    that wait.
     """
     return max(COLLECTIVE_MINUTES, 2 * silence_seconds / 60)
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started, before any group exists."""
+    """Number of processes that the launcher started; needs no process group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """Rank that the launcher gave this process, before any group exists."""
+    """Rank that the launcher gave this process; needs no process group."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -95,15 +97,15 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 @contextlib.contextmanager
 def joined_processes(timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[dist.ProcessGroup]:
-    """Meet the run's other processes; gives the group of all of them on the host.
+    """Connect to the run's other processes. Yields the group of all processes on the host.
 
-    Started by torchrun or SLURM the process finds its peers through ``MASTER_ADDR`` and ``RANK``; started alone it
-    is a world of one, with no network involved.
+    Under torchrun or SLURM the process finds its peers through ``MASTER_ADDR`` and ``RANK``. A process that was started
+    alone is a world of one, without any network.
     """
     platform.quiet_runtime()
     platform.return_freed_memory()
     if platform.has_accelerator():
-        # A launcher may show each process all devices of its machine, or its own alone.
+        # A launcher may show each process all devices of its machine, or only its own.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend, timeout = platform.communication_backend(), timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
@@ -120,9 +122,9 @@ def joined_processes(timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[di
 def model_groups(
     control: dist.ProcessGroup, tensor: int = 1, pipeline: int = 1, timeout_minutes: float = COLLECTIVE_MINUTES
 ) -> Iterator[Groups]:
-    """Form the groups of a run among processes that have met; they are gone with ``joined_processes``.
+    """Form the groups of a run among connected processes. They end with ``joined_processes``.
 
-    ``timeout_minutes``: as there, for those on the device.
+    ``timeout_minutes``: as in ``joined_processes``, for the groups on the device.
     """
     timeout = timedelta(minutes=timeout_minutes)
     with platform.quiet_imports():
@@ -134,10 +136,10 @@ def model_groups(
             parallel_state.initialize_model_parallel(
                 tensor, pipeline, create_gloo_process_groups=False, distributed_timeout_minutes=timeout_minutes
             )
-            # Its usual tracker wants CUDA generators; a frozen backbone has no dropout to draw for.
+            # The usual tracker needs CUDA generators. A frozen backbone has no dropout.
             tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
             collection = ProcessGroupCollection.use_mpu_process_groups()
-            # No embedding is trained, so none has gradients to sum between the first stage and the last.
+            # No embedding is trained, so there are no gradients to sum between the first and the last stage.
             collection.embd = collection.pos_embd = _group_of([dist.get_rank()], control, timeout)
             stages = parallel_state.get_pipeline_model_parallel_group()
             world = dist.group.WORLD
@@ -157,17 +159,17 @@ def model_groups(
 
 
 def host_group(group: dist.ProcessGroup, control: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The ranks of ``group`` once more, on the host, for small messages. Every rank of the run takes part."""
+    """A second group of ``group``'s ranks, on the host, for small messages. Every rank of the run calls this."""
     return _group_of(dist.get_process_group_ranks(group), control, CONTROL_TIMEOUT, "gloo")
 
 
 def _group_of(
     ranks: list[int], control: dist.ProcessGroup, timeout: timedelta, backend: str | None = None
 ) -> dist.ProcessGroup:
-    """A group of ``ranks``, this rank's part of a partition. Every rank takes part in making all parts.
+    """The group of ``ranks``, this rank's part of a partition. Every rank calls this.
 
-    torch can make a group among its members alone, but names it by the number of groups that each is in, which
-    differs: the members then wait for each other under different names.
+    torch can form a group with only its members taking part, but it names the group by the number of groups that a rank
+    is in. This number may differ, and the members would wait for each other under different names.
     """
     parts = sorted({tuple(part) for part in gather_objects(ranks, control)})
     made = {part: dist.new_group(list(part), backend=backend, timeout=timeout) for part in parts}
@@ -176,7 +178,7 @@ def _group_of(
 
 @contextlib.contextmanager
 def process_groups(tensor: int = 1, pipeline: int = 1, timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[Groups]:
-    """``joined_processes`` and ``model_groups`` in one, where nothing has to be agreed on between them."""
+    """``joined_processes`` and ``model_groups`` in one, for callers that do nothing in between."""
     with (
         joined_processes(timeout_minutes) as control,
         model_groups(control, tensor, pipeline, timeout_minutes) as groups,

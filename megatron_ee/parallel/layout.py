@@ -1,7 +1,7 @@
-"""The layout: which stage holds which layers and exits, and what therefore travels between stages.
+"""The layout: the layers and exits of each stage, and the messages between stages that follow from it.
 
-Pure: no process group is needed. Hidden states only ever go forward; an exit's tap goes straight to the stage that
-hosts it (design: the tuning step).
+Pure: no process group is needed. Hidden states only go forward. An exit's tap goes directly to the stage that hosts the
+exit (design: the tuning step).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class StageLayout:
     """One pipeline rank.
 
     Attributes:
-        layers: numbers of its layers, from 1, a run without gaps; empty where it only hosts exits.
-        exits: layers of the exits that it hosts, rising; empty where it trains nothing.
+        layers: numbers of its layers, from 1, without gaps; empty if it only hosts exits.
+        exits: layers of the exits that it hosts, ascending; empty if it trains nothing.
     """
 
     layers: range
@@ -29,13 +29,13 @@ class StageLayout:
 
 @dataclass(frozen=True)
 class Message:
-    """What one stage sends another for each microbatch, in one piece.
+    """The message from one stage to another for each microbatch.
 
     Attributes:
         source: sending stage.
         target: receiving stage.
-        hidden: whether h goes first, for the target's layers.
-        taps: layers of the exits whose taps follow, rising.
+        hidden: whether it begins with h, for the target's layers.
+        taps: layers of the exits whose taps follow, ascending.
     """
 
     source: int
@@ -69,7 +69,7 @@ class Layout:
         return next(index for index, stage in enumerate(self.stages) if exit_layer in stage.exits)
 
     def messages(self) -> tuple[Message, ...]:
-        """Every message of one microbatch, at most one between two stages, by source and then target."""
+        """All messages of one microbatch, at most one between two stages, ordered by source and target."""
         following = dict(zip(self.layered, self.layered[1:], strict=False))
         found = []
         for source in self.layered:
@@ -81,21 +81,21 @@ class Layout:
         return tuple(found)
 
     def depth(self, stage: int) -> int:
-        """Stages with layers before a microbatch reaches ``stage``: its own place, or that of its last tap's owner."""
+        """Number of stages with layers that a microbatch passes before ``stage`` can run its exits."""
         if self.stages[stage].layers:
             return self.layered.index(stage)
         return max((self.layered.index(self.owner(layer)) for layer in self.stages[stage].exits), default=0)
 
     def lag(self, stage: int) -> int:
-        """With distillation: microbatches that pass before the exits of ``stage`` can work on the first.
+        """With distillation: number of microbatches by which the exits of ``stage`` run late.
 
-        By then the verdict on it has come back from the stage of the last layer.
+        By then the teacher message has come back from the stage of the last layer.
         """
         return self.depth(self.last_layered) - self.depth(stage) if self.stages[stage].exits else 0
 
 
 def even_layout(num_layers: int, stages: int) -> Layout:
-    """All layers without exits, to run the final exit; stages beyond the number of layers stay empty."""
+    """All layers spread evenly, without exits, to run the final exit. Stages beyond the number of layers are empty."""
     used = min(stages, num_layers)
     bounds = [num_layers * index // used for index in range(used + 1)]
     runs = [range(first + 1, last + 1) for first, last in zip(bounds, bounds[1:], strict=False)]
@@ -112,8 +112,8 @@ def parse_layout(configured: Sequence[StageConfig], specs: Sequence[ExitSpec], n
         run: the last layer that runs: the deepest exit's, or with distillation the model's.
 
     Raises:
-        ConfigError: layers with gaps, twice, out of order or that nothing needs; an exit that no stage or several
-            host, or that stands before its layer; a stage that holds nothing.
+        ConfigError: layers with gaps, repeated, out of order or not needed; an exit that no stage or several stages
+            host, or that is hosted before its layer; an empty stage.
     """
     stages, before, hosted = [], 0, set()
     known = [spec.layer for spec in specs]

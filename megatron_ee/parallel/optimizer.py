@@ -1,7 +1,7 @@
-"""Data parallelism and AdamW over the exits' parameters, both megatron-core's.
+"""Data parallelism and AdamW for the exits' parameters, with megatron-core's classes.
 
-Each exit is wrapped on its own: one backward per microbatch then completes its gradients, so that their reduction
-overlaps with the other exits' work. The backbone is in no wrapper: it has no gradient, buffer or optimizer state.
+Each exit has its own wrapper. One backward per microbatch then completes the exit's gradients, and their reduction
+overlaps with the work of other exits. The backbone has no wrapper, and so no gradient, buffer or optimizer state.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 NORM_RUN = 2**22
-"""Elements whose norm is taken in float32 before it is added up in float64: no copy of a whole gradient is made."""
+"""Elements per float32 partial norm. Partial norms are added in float64, so no whole gradient is copied."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class ParameterState:
 
     Attributes:
         parameter: the model's own.
-        tensors: ``exp_avg``, ``exp_avg_sq`` and, where the model's weights are not float32, these: as ``main``, or as
-            ``remainder`` (int16, see ``split_adam``). Flat, float32, the elements ``start:stop`` of the flattened
+        tensors: ``exp_avg``, ``exp_avg_sq`` and, if the model's weights are not float32, the main weights as ``main``,
+            or as ``remainder`` (int16, see ``split_adam``). Flat, float32, the elements ``start:stop`` of the flattened
             parameter that this data-parallel rank updates.
     """
 
@@ -67,10 +67,10 @@ class ExitOptimizer:
         schedule: ScheduleConfig,
         steps: int,
     ) -> None:
-        """Wrap ``exits``; parameters without ``requires_grad`` and exits without any trained one are left alone."""
+        """Wrap ``exits``, but for parameters without ``requires_grad`` and exits without trained parameters."""
         trained = [exit_ for exit_ in exits if any(p.requires_grad for p in exit_.parameters())]
         if not trained:
-            trained = [nn.Module()]  # megatron-core's optimizer wants a module, also on a stage without exits
+            trained = [nn.Module()]  # megatron-core's optimizer needs a module, even on a stage without exits
         self.groups, self._clip = groups, optimizer.clip_grad
         platform.return_freed_memory(config.hidden_size)
         base = torch.optim.Optimizer
@@ -112,7 +112,7 @@ class ExitOptimizer:
         for adam in self._adams():
             prepare_adam(adam)
         for buffer in (buffer for wrapper in self.wrappers.values() for buffer in wrapper.buffers):
-            # Between the update and its own exit's backward a gradient takes no memory then, where that can be.
+            # If possible, a gradient then takes no memory between the update and the next backward of its exit.
             buffer.reset = functools.partial(platform.zero_, buffer.grad_data)
         self.scheduler = _scheduler(self.optimizer, optimizer, schedule, steps)
 
@@ -122,17 +122,18 @@ class ExitOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the coming step, also where nothing is trained."""
+        """Learning rate of the next step, also on a stage that trains nothing."""
         return float(self.scheduler.get_lr({}))
 
     def zero_gradients(self) -> None:
-        """Before the first backward of a step."""
+        """Zero all gradients, before the first backward of a step."""
         for wrapper in self.wrappers.values():
             wrapper.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def reduce_gradients(self) -> None:
-        """After the last backward of a step: wait for the sums over data-parallel (and sequence-parallel) ranks."""
+        """Wait for the gradient sums over data-parallel and sequence-parallel ranks, after the last backward of a
+        step."""
         if self.groups.data.size() == self.groups.tensor.size() == 1:
             return  # a sum over one rank, for which gloo would copy every gradient
         with platform.translated():
@@ -141,8 +142,8 @@ class ExitOptimizer:
     def squared_norm(self, exit_: nn.Module) -> Tensor:
         """This rank's share, a float64 scalar, of the squared norm of one exit's reduced gradients before clipping.
 
-        Shares add up over all ranks: each data-parallel rank counts the part that it updates, and what every
-        tensor-parallel rank holds whole is counted by the first.
+        The shares of all ranks add up: each data-parallel rank counts the elements that it updates. Parameters that all
+        tensor-parallel ranks hold whole are counted by the first of these ranks.
         """
         first = self.groups.tensor.rank() == 0
         own = set(exit_.parameters())
@@ -156,8 +157,8 @@ class ExitOptimizer:
         """Clip, update, advance the schedule.
 
         Args:
-            grad_norm: over all exits of all ranks, before clipping. megatron-core would compute it once more, and to
-                scale a gradient make a copy of it.
+            grad_norm: over all exits of all ranks, before clipping. It is passed in, since megatron-core would compute
+                it again, and would copy a gradient to scale it.
         """
         if grad_norm > self._clip > 0:
             for wrapper in self.wrappers.values():
@@ -182,8 +183,8 @@ class ExitOptimizer:
     def parameter_states(self) -> Iterator[ParameterState]:
         """This rank's optimizer state, in place: writing into the tensors restores it.
 
-        Before the first step Adam has no state yet. It is then made by a step without gradients, which moves the
-        weights (weight decay), so a caller that restores must write the weights after this.
+        Before the first step Adam has no state. It is then created by a step without gradients, which changes the
+        weights (weight decay). So a caller that restores must write the weights after this call.
         """
         for part in self.optimizer.chained_optimizers:
             if part.optimizer is None:
@@ -200,11 +201,11 @@ class ExitOptimizer:
                 yield ParameterState(parameter, bounds.start, bounds.end, tensors)
 
     def counters(self) -> dict[str, int]:
-        """What is no tensor of a parameter: Adam's step count and the schedule's."""
+        """State that is not per parameter: the step counts of Adam and of the schedule."""
         return {"adam_step": max(map(adam_steps, self._adams()), default=0), "scheduler": self.scheduler.num_steps}
 
     def restore_counters(self, counters: dict[str, int]) -> None:
-        """Take back what ``counters`` gave, after the tensors."""
+        """Restore values of ``counters``, after the tensors."""
         for adam in self._adams():
             set_adam_steps(adam, counters["adam_step"])
         self.scheduler.step(counters["scheduler"] - self.scheduler.num_steps)
@@ -213,10 +214,9 @@ class ExitOptimizer:
 def _scheduler(
     optimizer: Any, settings: OptimizerConfig, schedule: ScheduleConfig, steps: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then the decay; weight decay stays as it is.
+    """Linear warm-up from 0, then the decay. Weight decay is constant.
 
-    The rate of a step is read before it and counted from 0, so the first of ``n`` warm-up steps has rate ``lr / n``:
-    a step at rate 0 would be lost.
+    The first of ``n`` warm-up steps has rate ``lr / n``, since a step at rate 0 would change nothing.
     """
     warmup = min(round(schedule.warmup_fraction * steps), steps - 1)
     scheduler = OptimizerParamScheduler(

@@ -1,9 +1,9 @@
-"""AdamW over bfloat16 weights whose float32 main weights take 2 bytes more, not 4.
+"""AdamW for bfloat16 weights whose float32 main weights need only 2 more bytes, not 4.
 
-A main weight is the model's own bfloat16 one and a remainder: the integer, of 16 bits, that its float32 pattern has
-over the bfloat16 one's. Together they are the main weight exactly, so that nothing is held twice (the idea is that of
-Transformer Engine's and megatron-core's ``store_param_remainders``). A tuning step holds 16 bytes for each trained
-weight then, as much as in float32: weight 2, remainder 2, gradient 4, moments 8.
+A main weight is the model's bfloat16 weight plus a remainder: the 16-bit integer difference between the bit patterns of
+the float32 and the bfloat16 value. Together they give the main weight exactly, so nothing is stored twice (as in
+Transformer Engine's and megatron-core's ``store_param_remainders``). A tuning step then holds 16 bytes per trained
+weight, as in float32: weight 2, remainder 2, gradient 4, moments 8.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megatron_ee.parallel.tiles import UPDATE_RUN
 
 
 def join(weight: Tensor, remainder: Tensor, out: Tensor | None = None) -> Tensor:
-    """Main weights, float32, of bfloat16 weights and their int16 remainders; all of one shape.
+    """float32 main weights from bfloat16 weights and their int16 remainders; all of one shape.
 
     Args:
-        out: contiguous float32, to write them into.
+        out: contiguous float32 output.
     """
     bits = torch.empty_like(remainder, dtype=torch.int32) if out is None else out.view(torch.int32)
     bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(remainder)
@@ -32,10 +32,10 @@ def join(weight: Tensor, remainder: Tensor, out: Tensor | None = None) -> Tensor
 
 
 def split_(main: Tensor, weight: Tensor, remainder: Tensor) -> None:
-    """Write contiguous float32 main weights, which are used up, into ``weight`` and ``remainder``, of which ``join``
-    makes them again.
+    """Split contiguous float32 main weights, which are overwritten, into ``weight`` and ``remainder``. ``join`` is the
+    inverse.
 
-    A weight is the bfloat16 nearest to its main weight; of two that are equally near, the larger in magnitude.
+    A weight is the bfloat16 value nearest to its main weight; in a tie, the larger in magnitude.
     """
     bits = main.view(torch.int32)
     nearest = (bits + 2**15).bitwise_right_shift_(16)
@@ -44,19 +44,20 @@ def split_(main: Tensor, weight: Tensor, remainder: Tensor) -> None:
 
 
 def remainder_of(main: Tensor, weight: Tensor) -> Tensor:
-    """int16 remainders of float32 main weights over bfloat16 weights that were rounded from them in whatever way.
+    """int16 remainders of float32 main weights over bfloat16 weights that were rounded from them in any way.
 
-    Half a bfloat16 step above the weight is one more than the largest remainder: it is then off by float32's last bit.
+    Half a bfloat16 step above the weight is one more than the largest remainder. Such a main weight is off by float32's
+    last bit.
     """
     nearest = weight.view(torch.int16).int() << 16
     return (main.contiguous().view(torch.int32) - nearest).clamp_(-(2**15), 2**15 - 1).short()
 
 
 class SplitAdam(Optimizer):
-    """torch's fused AdamW on main weights that are put together for it, some at a time.
+    """torch's fused AdamW on main weights that are joined for it, some at a time.
 
-    In megatron-core it takes the place of a fused Adam with main weights of its own: gradients come as the shards'
-    ``decoupled_grad``, and ``step`` writes the shards.
+    For megatron-core it is a fused Adam that keeps main weights: gradients come as the shards' ``decoupled_grad``, and
+    ``step`` writes the shards.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class SplitAdam(Optimizer):
 
     @torch.no_grad()
     def allocate(self) -> None:
-        """Make the state, the main weights equal to the shards."""
+        """Allocate the state. The main weights start equal to the shards."""
         for group in self.param_groups:
             for shard in group["params"]:
                 assert shard.dtype == torch.bfloat16, f"a weight of {shard.dtype} has no remainder"
@@ -80,7 +81,7 @@ class SplitAdam(Optimizer):
         shards = [shard for group in self.param_groups for shard in group["params"]]
         longest = min(run, max((len(shard) for shard in shards), default=0))
         scratch = torch.empty(longest, dtype=torch.float32, device=platform.device())
-        count = torch.empty((), dtype=torch.float32, device=platform.device())  # which the update adds one to
+        count = torch.empty((), dtype=torch.float32, device=platform.device())  # the update adds one to it
         for group in self.param_groups:
             steps = group.get("step", 0)
             group["step"] = steps + 1
@@ -93,7 +94,8 @@ class SplitAdam(Optimizer):
                     _update_(parts, scratch[: len(parts[0])], count.fill_(steps), options)
 
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
-        """What megatron-core asks a fused Adam with main weights for; here ``master_param`` are the remainders."""
+        """The interface that megatron-core expects of a fused Adam with main weights; ``master_param`` are the
+        remainders."""
         return self.state[parameter][name]  # type: ignore[no-any-return]
 
 

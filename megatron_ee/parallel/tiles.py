@@ -1,4 +1,4 @@
-"""How much is worked on at a time: a number for each kind of device, chosen where a stage is built.
+"""Sizes of the pieces that are computed at a time, per kind of device. They are chosen when a stage is built.
 
 Pure: the plan asks for an accelerator's numbers on machines without one.
 """
@@ -8,19 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LOGITS = 2**26
-"""Logits that an accelerator works on at a time, 256 MiB in float32: far more than it takes to keep it busy."""
+"""Logits that an accelerator computes at a time: 256 MiB in float32, far more than it needs to be busy."""
 WINDOW_QUERIES = 512
 """Queries of a sliding window that are computed together. Smaller blocks compute fewer scores that the window hides and
 need a smaller mask, but launch more kernels."""
 TOP_RUN = 64
-"""Columns of a teacher's logits whose maximum decides whether they are sorted; it divides the padded vocabulary."""
+"""Columns of the teacher's logits that are sorted only if their maximum is large enough. Divides the padded
+vocabulary."""
 UPDATE_RUN = 2**24
-"""Elements at most whose main weights the split optimizer puts together in float32 at a time."""
+"""Largest number of elements whose main weights the split optimizer joins in float32 at a time."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How much is worked on at a time. The defaults are a CPU's.
+    """Sizes of the pieces that are computed at a time. The defaults are for a CPU.
 
     Attributes:
         logit_tokens: tokens whose logits exist at a time, at most. On a CPU more take as long (float32) or spare a
@@ -42,7 +43,7 @@ class Tiles:
 
 
 def accelerator_tiles(vocabulary_rows: int) -> Tiles:
-    """An accelerator's, which has no use for small pieces: each costs it some launches.
+    """Sizes for an accelerator. They are large, since each piece costs kernel launches.
 
     Args:
         vocabulary_rows: rows of a head on one tensor-parallel rank.

@@ -1,12 +1,12 @@
-"""What travels between stages: each microbatch's hidden states and taps forward, and a teacher's verdict backward.
+"""Messages between stages: each microbatch's hidden states and taps forward, and teacher messages backward.
 
-One message per pair of stages and microbatch, always in the order of the microbatches, so that a pair of ranks needs
-no tags. Receives are posted ahead of their turn, and a send is not waited for until its memory is needed again, so
-that transfer overlaps computing; buffers are made once and used in turn. megatron-core's own transfer reaches
-neighbours only and always waits.
+There is one message per pair of stages and microbatch, always in the order of the microbatches, so a pair of ranks
+needs no tags. Receives are posted early, and a send is waited for only when its memory is needed again, so transfer
+overlaps computation. Buffers are allocated once and reused. megatron-core's own transfer reaches only neighbours and
+always waits.
 
-A posted receive occupies the device until its message arrives. A rank posts one only after it has sent everything that
-the message depends on.
+A posted receive occupies the device until its message arrives. So a rank posts a receive only after it has sent
+everything that this message depends on.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megatron_ee import platform
 
 
 def connect(group: dist.ProcessGroup, source: int, target: int) -> None:
-    """Exchange a first message between two ranks; every rank calls this for all pairs in the same order.
+    """Exchange a first message between two ranks. Every rank calls this for all pairs in the same order.
 
-    NCCL sets up a pair's communicator at its first message, and the rank that posts a receive then waits for the other.
-    Receives are posted long before the sends, so stages could come to wait for each other in a circle.
+    NCCL sets up a pair's communicator at the first message, and a rank that posts a receive then waits for the other.
+    Since receives are posted long before the sends, stages could deadlock.
     """
     token = torch.zeros(1, device=platform.device())
     if group.rank() == source:
@@ -44,8 +44,8 @@ class Inbox:
             group: the communicator.
             source: rank in it.
             dtype: of all messages.
-            ahead: messages that may be expected beside the one that is taken, at least 1.
-            held: messages still read when a later one is taken.
+            ahead: receives that may be posted besides the message that is taken, at least 1.
+            held: messages that are still in use when a later one is taken.
         """
         self._group, self._source, self._dtype = group, source, dtype
         self._buffers: list[Tensor] = [_nothing(dtype)] * (ahead + held + 1)
@@ -54,19 +54,19 @@ class Inbox:
         self._taken = 0
 
     def begin(self, sizes: Sequence[int]) -> None:
-        """Get ready for messages of these numbers of elements, in this order."""
+        """Expect messages of these numbers of elements, in this order."""
         self._sizes, self._posted, self._taken = list(sizes), [], 0
         self._buffers = _room(self._buffers, max(sizes, default=0), self._dtype)
 
     def post(self, count: int) -> None:
-        """Post receives until the first ``count`` messages have one; at most ``ahead`` of them not taken yet."""
+        """Post receives for the first ``count`` messages, with at most ``ahead`` of them not taken yet."""
         for number in range(len(self._posted), min(count, len(self._sizes))):
             work = dist.irecv(self._buffer(number), group=self._group, group_src=self._source)
             assert work is not None
             self._posted.append(work)
 
     def take(self) -> Tensor:
-        """The next message, flat, whose receive was posted. It is overwritten ``held + 1`` takes later."""
+        """The next message, flat; its receive must be posted. It is overwritten ``held + 1`` takes later."""
         number = self._taken
         self._posted[number].wait()
         self._taken += 1
@@ -85,14 +85,14 @@ class Outbox:
     """
 
     def __init__(self, group: dist.ProcessGroup, target: int, dtype: torch.dtype, *, ahead: int = 1) -> None:
-        """``ahead``: sends that may be under way when another is started."""
+        """``ahead``: sends that may be in progress when another is started."""
         self._group, self.target, self._dtype = group, target, dtype
         self._buffers: list[Tensor] = [_nothing(dtype)] * (ahead + 1)
         self._work: list[dist.Work | None] = [None] * (ahead + 1)
         self.messages = 0
 
     def send(self, parts: Sequence[Tensor]) -> None:
-        """Start sending ``parts`` as one message; they may be changed at once."""
+        """Start to send ``parts`` as one message. The caller may change them at once."""
         slot, size = self.messages % len(self._work), sum(part.numel() for part in parts)
         self._wait(slot)
         if len(self._buffers[slot]) < size:
@@ -103,7 +103,7 @@ class Outbox:
         self.messages += 1
 
     def finish(self) -> None:
-        """Wait until everything has left."""
+        """Wait until all messages are sent."""
         for slot in range(len(self._work)):
             self._wait(slot)
 
@@ -118,7 +118,7 @@ def _nothing(dtype: torch.dtype) -> Tensor:
 
 
 def _room(buffers: list[Tensor], size: int, dtype: torch.dtype) -> list[Tensor]:
-    """``buffers``, made anew where they are too small."""
+    """``buffers``, or larger ones if they are too small."""
     if len(buffers[0]) >= size:
         return buffers
     return [torch.empty(size, dtype=dtype, device=platform.device()) for _ in buffers]

@@ -1,10 +1,9 @@
 """Failure detection: when one rank dies, hangs or raises, all ranks end, and one line says which.
 
-Every rank keeps a connection to a monitor on rank 0, from a thread of its own, and both ends send a sign of life about
-every second. The kernel closes the connections of a process that dies, however it dies, so that is noticed at once; a
-frozen process or a lost machine falls silent. The monitor prints the line and tells all ranks; where rank 0 is the lost
-one, the last rank prints it. Processes are ended from these threads, since main threads may be in a collective that
-never returns.
+Every rank has a thread with a connection to a monitor on rank 0. Both ends send a heartbeat about every second. The
+kernel closes the connections of a process that dies, so a death is noticed at once. A frozen process or a lost machine
+becomes silent. The monitor prints the line and notifies all ranks. If rank 0 is the lost one, the last rank prints it.
+These threads end the processes, since a main thread may be in a collective that never returns.
 """
 
 from __future__ import annotations
@@ -26,11 +25,12 @@ from megatron_ee.errors import UserError
 STORE_KEY = "megatron_ee/watchdog"
 BEAT_SECONDS = 1.0
 BLAME_SECONDS = 15.0
-"""How long a rank whose collective failed waits to hear which other rank is lost, before it takes the blame."""
+"""Seconds that a rank whose collective failed waits for the news of another lost rank, before it counts as the failed
+one."""
 SILENCE_SECONDS = 60.0
-"""Usual ``timeout_seconds`` of ``watch_ranks``, where no configuration gives one."""
+"""Default ``timeout_seconds`` of ``watch_ranks``, for commands without this setting."""
 GRACE_SECONDS = 10.0
-"""How long a rank may take to end once the run has failed."""
+"""Seconds that a rank may take to end after the run has failed."""
 
 
 @contextlib.contextmanager
@@ -41,18 +41,19 @@ def watch_ranks(
     where: Callable[[], str],
     on_failure: Callable[[str], None] = lambda line: None,
 ) -> Iterator[None]:
-    """Watch all ranks while the context is open. Once per process group; does nothing for a single rank.
+    """Watch all ranks while the context is open. Used once per process group; does nothing for a single rank.
 
-    When a rank is lost, or leaves the context by an exception, all others end with status 1 (an error that is
-    ``common`` leaves that to each of them). A rank that leaves it normally has finished; rank 0 then waits for the
-    others, which could not tell its end from a failure.
+    When a rank is lost, or leaves the context by an exception, all others end with status 1 (but with a ``common``
+    error each rank ends by itself). A rank that leaves the context normally has finished. Rank 0 then waits for the
+    others, which could not distinguish its end from a failure.
 
     Args:
         rank: of the default process group, which must exist.
-        world_size: of the same.
-        timeout_seconds: silence after which a rank counts as lost. One that died is noticed at once.
-        where: what this rank is at, such as ``stage 1, step 17``; called about every second, from another thread.
-        on_failure: called with the line that is printed, on the one rank that prints it, before that rank ends.
+        world_size: of the default process group.
+        timeout_seconds: silence after which a rank counts as lost. A death is noticed at once.
+        where: returns this rank's position, such as ``stage 1, step 17``. Called about every second, from another
+            thread.
+        on_failure: called with the printed line, on the rank that prints it, before that rank ends.
 
     Raises:
         UserError: rank 0 cannot be reached.
@@ -68,12 +69,12 @@ def watch_ranks(
         yield
     except BaseException as error:
         if _is_communication_error(error):
-            # Most likely another rank's fault: this one ends here as soon as that is known.
+            # Most likely another rank failed: this one ends here as soon as that is known.
             last.join(min(BLAME_SECONDS, timeout_seconds))
         _end_within_grace()
         watch.raising = True
         if isinstance(error, UserError) and error.common:
-            member.leave("done")  # all ranks end by it, and one of them says so
+            member.leave("done")  # all ranks raise this error, and one of them prints it
         else:
             said = isinstance(error, (UserError, KeyboardInterrupt)) and str(error)
             member.leave("raised", said or repr(error))
@@ -85,7 +86,7 @@ def watch_ranks(
 
 @dataclass
 class _Watch:
-    """What the threads of one rank share. ``raising``: its main thread is about to end the process."""
+    """State that the threads of one rank share. ``raising``: its main thread is about to end the process."""
 
     rank: int
     world_size: int
@@ -99,17 +100,17 @@ class _Watch:
         return min(BEAT_SECONDS, self.timeout / 4)
 
     def lost(self, rank: int, where: str, silent: bool) -> str:
-        what = f"has given no sign of life for {self.timeout:g} s" if silent else "is gone: it was killed or crashed"
+        what = f"has not responded for {self.timeout:g} s" if silent else "is gone: it was killed or crashed"
         return f"rank {rank} ({where}) {what}; ending the run"
 
     def report(self, line: str) -> None:
-        # At once and past sys.stderr, whose locks the main thread may hold for ever; a progress bar may end its line.
+        # Written directly, not through sys.stderr, whose locks the main thread may hold for ever.
         os.write(2, f"{chr(10) * os.isatty(2)}error: {line}\n".encode())
         self.on_failure(line)
 
 
 class _Lines:
-    """Short messages over a socket, one per line: what kind it is, and text. ``rank``: whose, once that is known."""
+    """Short messages over a socket, one per line: kind and text. ``rank``: the sender, once it is known."""
 
     def __init__(self, endpoint: socket.socket, timeout: float) -> None:
         endpoint.settimeout(timeout)
@@ -118,12 +119,12 @@ class _Lines:
         self.rank: int | None = None
 
     def send(self, kind: str, text: str = "") -> None:
-        """Send, or leave it: who does not take a few bytes is found out by silence."""
+        """Send. Errors are ignored: a peer that cannot receive is detected by its silence."""
         with contextlib.suppress(OSError):
             self.socket.send(" ".join([kind, *text.split()])[:2000].encode() + b"\n")
 
     def receive(self) -> list[tuple[str, str]] | None:
-        """What comes within the timeout, as (kind, text); None if the other end is gone or sends no lines."""
+        """The next message within the timeout, as (kind, text); None if the other end is gone or sends no lines."""
         try:
             data = self.socket.recv(65536)
         except (BlockingIOError, TimeoutError):
@@ -136,7 +137,7 @@ class _Lines:
 
 
 class _Member(threading.Thread):
-    """The side of every rank, rank 0 among them: reports to the monitor, and ends the process when told to."""
+    """The thread of every rank, rank 0 included: reports to the monitor, and ends the process when told to."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -154,13 +155,13 @@ class _Member(threading.Thread):
         self.start()
 
     def leave(self, kind: str, text: str = "") -> None:
-        """Say, from the main thread, how this rank leaves; this thread ends once the monitor has taken note."""
+        """Report, from the main thread, how this rank leaves. The member thread ends when the monitor has confirmed."""
         self.leaving = True
         self.lines.send("at", self.watch.where())
         self.lines.send(kind, text)
 
     def run(self) -> None:
-        """Send signs of life until the run fails or this rank has left."""
+        """Send heartbeats until the run fails or this rank has left."""
         silence, monitor_at = 0.0, "starting"
         while True:
             messages = self.lines.receive()
@@ -170,15 +171,15 @@ class _Member(threading.Thread):
                 if kind == "failed":
                     return self._end(None)
                 monitor_at = text
-            # Counted, not timed: while this process itself is stopped, nobody else is silent.
+            # Counted, not timed: if this process itself is stopped, the other end must not count as silent.
             silence = 0.0 if messages else silence + self.watch.interval
             if silence > self.watch.timeout:
                 return self._end(self.watch.lost(0, monitor_at, silent=True))
             self.lines.send("at", self.watch.where())
 
     def _end(self, line: str | None) -> None:
-        """End this process, unless it is ending already; ``line`` says why where the monitor cannot."""
-        if self.leaving or self.watch.rank == 0:  # rank 0 is the monitor's to end
+        """End this process, unless it is ending already. ``line`` is printed if the monitor cannot print it."""
+        if self.leaving or self.watch.rank == 0:  # the monitor ends rank 0
             return
         _end_within_grace()
         if line and self.watch.rank == self.watch.world_size - 1:
@@ -188,7 +189,7 @@ class _Member(threading.Thread):
 
 @dataclass
 class _Peer:
-    """A rank as the monitor knows it; ``silence`` in seconds."""
+    """The monitor's record of a rank; ``silence`` in seconds."""
 
     lines: _Lines | None = None
     where: str = "not started"
@@ -197,13 +198,13 @@ class _Peer:
 
 
 class _Monitor(threading.Thread):
-    """On rank 0: finds out which rank failed first, says so, and tells all."""
+    """On rank 0: finds out which rank failed first, prints it, and notifies all ranks."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__(name="watchdog monitor", daemon=True)
         self.watch, self.failure = watch, ""
         self.peers = [_Peer() for _ in range(watch.world_size)]
-        self.token = secrets.token_hex(16)  # keeps out whoever else finds the port
+        self.token = secrets.token_hex(16)  # rejects other programs that find the port
         family = socket.getaddrinfo(os.environ["MASTER_ADDR"], None)[0][0]
         dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         self.listener = socket.create_server(("", 0), family=family, backlog=watch.world_size, dualstack_ipv6=dual)
@@ -221,7 +222,9 @@ class _Monitor(threading.Thread):
                     self._accept()
                 else:
                     self._receive(key.data)
-            if time.monotonic() >= due:  # after reading, so that what came while this process was stopped counts
+            if (
+                time.monotonic() >= due
+            ):  # after reading, so that messages that arrived while this process was stopped count
                 self._beat()
                 due = time.monotonic() + self.watch.interval
         if self.failure:
@@ -257,7 +260,7 @@ class _Monitor(threading.Thread):
             self._fail(f"rank {rank} ({peer.where}): {text}")
         elif kind == "done" and peer.lines:
             peer.done = True
-            peer.lines.socket.shutdown(socket.SHUT_WR)  # what the leaving rank waits for
+            peer.lines.socket.shutdown(socket.SHUT_WR)  # the confirmation that the leaving rank waits for
 
     def _beat(self) -> None:
         here = self.watch.where()
@@ -271,22 +274,24 @@ class _Monitor(threading.Thread):
                 self._fail(self.watch.lost(rank, peer.where, silent=True))
 
     def _fail(self, line: str) -> None:
-        self.failure = self.failure or line  # later ones follow from the first
+        self.failure = self.failure or line  # later failures follow from the first
 
     def _announce(self) -> None:
-        """Tell all ranks, then end this process, unless its main thread is about to."""
+        """Notify all ranks, then end this process, unless its main thread is about to end it."""
         _end_within_grace()
         for peer in self.peers:
             if peer.lines:
                 peer.lines.send("failed")
         self.watch.report(self.failure)
         if not self.watch.raising:
-            time.sleep(self.watch.interval)  # ending resets the connections, and with them what has not arrived
+            time.sleep(
+                self.watch.interval
+            )  # ending this process resets the connections, and drops messages that have not arrived
             os._exit(1)
 
 
 def _store() -> dist.Store:
-    """The default process group's, where rank 0 says how it is reached."""
+    """The default process group's store, through which rank 0 gives its address."""
     world = dist.group.WORLD
     assert world is not None
     return world.get_group_store()
@@ -299,7 +304,7 @@ def _end_within_grace() -> None:
 
 
 def _is_communication_error(error: BaseException | None) -> bool:
-    """Whether ``error`` came about because a collective failed, which is seldom the fault of the rank that sees it."""
+    """Whether ``error`` is a failed collective, whose cause is usually another rank."""
     while error is not None:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             return True

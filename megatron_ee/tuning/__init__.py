@@ -1,1 +1,1 @@
-"""Training exits: the step computes, the trainer decides when, callbacks validate."""
+"""Training exits: ``step`` computes, ``trainer`` decides when to step, log, validate and save."""

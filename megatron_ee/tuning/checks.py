@@ -1,4 +1,4 @@
-"""The checks of a debug run: every module's output, every gradient, every frozen weight; every shape logged once."""
+"""The checks of a debug run: every module's output, every gradient and every frozen weight. Logs all shapes once."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     DecoderLayer: ("attention_half", "mlp_half"),
     Exit: ("features", "statistics"),
 }
-"""Through these the modules are also used, past the hooks that torch calls around ``forward``."""
+"""Methods that also use modules, without the hooks that torch calls around ``forward``."""
 NAN_GRADIENT = "returned nan values"
-"""What torch's anomaly detection says, among other words."""
+"""A part of the message of torch's anomaly detection."""
 
 
 @contextlib.contextmanager
 def checked(trainer: Trainer) -> Iterator[None]:
-    """Check everything that ``trainer`` does while the context is open, and write ``debug.log`` to its output.
+    """Check all that ``trainer`` does while the context is open, and write ``debug.log`` to its output directory.
 
     Raises:
-        UserError: naming the module or parameter: a weight, a module's output or a gradient is not finite; after all
-            steps, a trained parameter never had a gradient, or a frozen one changed.
+        UserError: a weight, a module's output or a gradient is not finite; or after all steps a trained parameter never
+            had a gradient, or a frozen one changed. The message names the module or parameter.
         CheckpointError: the log cannot be written.
     """
     path = trainer.output / LOG
@@ -58,7 +58,7 @@ def checked(trainer: Trainer) -> Iterator[None]:
 
 
 class _Checks:
-    """Of one trainer. Paths are those of its stage's modules and parameters."""
+    """The checks of one trainer. Paths are those of its stage's modules and parameters."""
 
     def __init__(self, trainer: Trainer, log: TextIO) -> None:
         self._trainer, self._stage, self._log = trainer, trainer.pipeline.stage, log
@@ -70,7 +70,7 @@ class _Checks:
         self._exit = ""
 
     def log_parameters(self) -> None:
-        """One line for each parameter, which must be finite."""
+        """Log one line for each parameter, which must be finite."""
         for name, parameter in self._parameters.items():
             kind = "trained" if parameter.requires_grad else "frozen"
             print(f"{name}: {_shape(parameter)}, {kind}", file=self._log)
@@ -84,7 +84,7 @@ class _Checks:
         return {name: hashlib.sha256(tensor_bytes(p.cpu().contiguous())).hexdigest() for name, p in frozen.items()}
 
     def attach(self, stack: contextlib.ExitStack) -> None:
-        """See every call, microbatch and update from now on, until ``stack`` closes."""
+        """Hook every call, microbatch and update until ``stack`` closes."""
 
         def replace(target: object, name: str, around: Callable[..., Any]) -> None:
             stack.enter_context(mock.patch.object(target, name, partial(around, getattr(target, name))))
@@ -105,7 +105,7 @@ class _Checks:
             replace(self._trainer, "validate", self._around_validation)
 
     def finish(self, frozen: dict[str, str]) -> None:
-        """What can only be said at the end; ``frozen``: digests from the beginning."""
+        """The checks that need the whole run. ``frozen``: digests from the beginning."""
         for name, module in self._stage.named_modules():
             if _shown(name) not in self._logged:
                 print(f"{_shown(name)}: {type(module).__name__}, not called", file=self._log)
@@ -114,7 +114,7 @@ class _Checks:
                 raise UserError(f"{name}: is frozen, but changed during the run")
         done, steps = self._trainer.progress, self._trainer.config.tuning.steps
         if done.step < steps:
-            return  # told to stop: what had no gradient may have got one
+            return  # stopped early: the remaining steps might have given a gradient
         trained = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
         for name in trained:
             if name not in self._with_gradient:
@@ -155,7 +155,7 @@ class _Checks:
             if bad := _not_finite(tensor):
                 which = f"its output {name}" if name else "its output"
                 raise UserError(
-                    f"{self._where()}: {path} ({kind}): {bad} in {which}; it is the first module with such an output"
+                    f"{self._where()}: {path} ({kind}): {bad} in {which}; this is the first module with such an output"
                 )
 
     def _next_microbatch(self, module: nn.Module, args: Any) -> None:
@@ -178,7 +178,7 @@ class _Checks:
             self._validating = False
 
     def _before_update(self, update: Callable[..., None], *arguments: float) -> None:
-        """Gradients are complete and not yet clipped."""
+        """Check the gradients, which are complete and not yet clipped."""
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue
@@ -219,7 +219,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _not_finite(tensor: Tensor) -> str:
-    """How many values are NaN or infinite, and where the first one is; empty where none is."""
+    """Message with the number of NaN or infinite values and the index of the first; empty if all are finite."""
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return ""
     places = (~torch.isfinite(tensor)).nonzero()

@@ -1,10 +1,10 @@
-"""``tune --debug``: a small slice of a run, on one process, deterministic, with every check on.
+"""``tune --debug``: a small slice of a run on one process, deterministic, with all checks on.
 
-Any configuration is taken as it is. It is checked in full, as for the real run, and then cut down: one process instead
-of ``parallel``, the first few layers of the backbone with their real weights, one exit of each kind (body and head)
-spread over them, few steps on short sequences. A ``layer`` exit starts from the slice's last layer, and the final exit
-reads that layer too. The slice's hash is not the model's, so its adapter fits no whole model, and everything is written
-to a subdirectory of the output, where the next debug run takes its place.
+Any configuration works unchanged. It is checked in full, as for the real run, and then reduced: one process in place of
+``parallel``, the first few layers of the backbone with their real weights, one exit of each kind (body and head) spread
+over these layers, and few steps on short sequences. A ``layer`` exit is copied from the slice's last layer, which the
+final exit reads too. The slice has its own hash, so its adapter fits no whole model. Results go to a subdirectory of
+the output, which the next debug run replaces.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from megatron_ee.tuning.run import MakeValidator, tune
 from megatron_ee.tuning.wandb_run import check_wandb
 
 COMMAND, DIRECTORY = "tune --debug", "debug"
-"""Where a debug run writes, under the output of the real one."""
+"""Subdirectory of the run's output that a debug run writes to."""
 LAYERS, STEPS, MICROBATCHES, MICRO_BATCH_SIZE, SEQUENCE_LENGTH, VALIDATION_SEQUENCES = 4, 3, 2, 2, 128, 2
-"""At most so many of each; more layers only where the exits are of more kinds."""
+"""Limits of a slice. It has more layers only if there are more kinds of exits."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What a debug run keeps of the model and its exits.
+    """The part of the model and its exits that a debug run keeps.
 
     Attributes:
-        layers: of the backbone, from the first.
+        layers: number of backbone layers, from the first.
         exits: each exit that is kept, as configured and as it runs.
-        left_out: layers of the exits of which an earlier one has the same body and head.
+        left_out: layers of the exits that are skipped, since an earlier one has the same body and head.
     """
 
     layers: int
@@ -57,13 +57,13 @@ class Slice:
 
 
 def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator) -> int:
-    """Run a small slice of ``config`` with every check on; exit status 0 when all of them passed.
+    """Run a small slice of ``config`` with all checks on. Return exit status 0 if all pass.
 
-    Leaves in ``output`` what ``tune`` leaves, and ``debug.log``: every parameter, and every module with the shapes and
+    ``output`` then holds the files of ``tune`` and ``debug.log``: every parameter, and every module with the shapes and
     dtypes of its first call.
 
     Raises:
-        ConfigError: as ``tune``, of ``config`` as it is; or several processes are running.
+        ConfigError: as in ``tune``, for the unreduced ``config``; or several processes are running.
         UserError: a check failed; one line names the module or parameter.
     """
     if world_size() > 1:
@@ -95,7 +95,7 @@ def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator
 
 
 def choose_slice(specs: Sequence[ExitSpec], num_layers: int) -> Slice:
-    """The first exit of each kind, in their order, spread over as few layers as there must be.
+    """The first exit of each kind, in order, spread over as few layers as possible.
 
     Args:
         specs: the configured exits, by layer.
@@ -106,7 +106,7 @@ def choose_slice(specs: Sequence[ExitSpec], num_layers: int) -> Slice:
         kinds.setdefault((spec.body, spec.head), spec)
     kept = list(kinds.values())
     layers = min(num_layers, max(LAYERS, len(kept)))
-    # The last one reads the last layer, so that all layers run.
+    # The last exit reads the last layer, so that all layers run.
     places = [layers * (index + 1) // len(kept) for index in range(len(kept))]
     exits = [(spec, dataclasses.replace(spec, layer=place)) for spec, place in zip(kept, places, strict=True)]
     return Slice(layers, tuple(exits), tuple(spec.layer for spec in specs if spec not in kept))
@@ -137,7 +137,7 @@ def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
 
 
 def cut_model(model: SavedModel, layers: int) -> SavedModel:
-    """The first ``layers`` layers of a model whose files have been checked in full, as a model of its own."""
+    """The first ``layers`` layers of a model, as a model of its own. The model's files were checked in full."""
     whole = model.architecture
     architecture = dataclasses.replace(whole, num_layers=layers, windows=whole.windows[:layers])
     weights = {name: model.weights[name] for name in expected_tensors(architecture)}
@@ -148,10 +148,10 @@ def cut_model(model: SavedModel, layers: int) -> SavedModel:
 def deterministic(seed: int) -> Iterator[None]:
     """Deterministic algorithms, seeds, and autograd's anomaly detection, until the context closes.
 
-    torch fills memory that is allocated without values with NaN meanwhile, so a weight that was never loaded shows.
+    Meanwhile torch fills uninitialised memory with NaN, which reveals a weight that was never loaded.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    # cuBLAS reads it at its first use, and is deterministic only with it.
+    # cuBLAS reads this variable at its first use, and is deterministic only with it.
     workspace = {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")}
     with (
         mock.patch.dict(os.environ, workspace),
@@ -167,7 +167,8 @@ def deterministic(seed: int) -> Iterator[None]:
 
 
 def _remove_earlier(output: Path) -> None:
-    """Make room where an earlier debug run wrote; its marker stays, so that what is left of a removal is known too."""
+    """Delete an earlier debug run, but for its marker, which identifies the directory even after an incomplete
+    removal."""
     if not output.exists():
         return
     with writer_lock(output), storage_errors(output, "delete"):
@@ -181,13 +182,17 @@ def _remove_earlier(output: Path) -> None:
 
 
 def _announce(config: RunConfig, kept: Slice, num_layers: int, output: Path) -> None:
-    """Say on stderr what is run of the configuration, and where it writes."""
+    """Print to stderr which part of the configuration is run, and where results go."""
     tuning = config.tuning
     exits = "; ".join(
         f"{spec.body} with {spec.head} head, configured after layer {spec.layer}, runs after layer {small.layer}"
         for spec, small in kept.exits
     )
-    same = f"; left out, as another is of the same kind: {', '.join(map(str, kept.left_out))}" if kept.left_out else ""
+    same = (
+        f"; left out, since another exit is of the same kind: {', '.join(map(str, kept.left_out))}"
+        if kept.left_out
+        else ""
+    )
     for line in (
         f"one process, layers 1 to {kept.layers} of {num_layers}, {tuning.steps} steps of {tuning.global_batch_size} "
         f"sequences of {config.data.sequence_length} tokens; results go to {output}",

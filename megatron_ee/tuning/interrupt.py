@@ -1,6 +1,6 @@
-"""SIGTERM, SIGINT and SIGUSR1: a tuning run stops between two microbatches and saves, other commands end at once.
+"""SIGTERM, SIGINT and SIGUSR1: a tuning run finishes its step and saves; other commands end at once.
 
-The commands install the handlers before they import anything large, so that a signal finds them there from the start.
+The commands install the handlers before any large import, so that they are in place from the start.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ if TYPE_CHECKING:  # importing it means importing torch
     from megatron_ee.parallel.groups import Groups
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what SLURM sends ahead of the time limit."""
-_AGAIN_SECONDS = 0.05  # until a dropped signal is sent again: enough for most finalisers
+"""SLURM can send SIGUSR1 ahead of the time limit."""
+_AGAIN_SECONDS = 0.05  # seconds until a dropped signal is sent again: enough for most finalisers
 Handler = Callable[[int, FrameType | None], Any]
 
 
 class Signalled(KeyboardInterrupt):
-    """A signal ended a command that has nothing to save; like Ctrl-C it passes every ``except Exception``.
+    """A signal ended a command that has nothing to save. Like KeyboardInterrupt it is not caught by ``except
+    Exception``.
 
     Attributes:
         number: of the signal.
@@ -49,12 +50,12 @@ class Interrupt:
         return self.name is not None
 
     def check(self) -> None:
-        """Raise ``Interrupted`` once a signal has come to this process."""
+        """Raise ``Interrupted`` if this process has received a signal."""
         if self.name is not None:
             raise Interrupted(self.name)
 
     def check_together(self, groups: Groups) -> None:
-        """Raise ``Interrupted`` on all ranks once a signal has come to any. Every rank calls this."""
+        """Raise ``Interrupted`` on all ranks if any rank has received a signal. Every rank calls this."""
         if groups.world.size() == 1:
             self.check()
         else:
@@ -62,14 +63,14 @@ class Interrupt:
 
 
 _watching: Interrupt | None = None
-"""Signals belong to the process, and so does the one watch that remembers them."""
+"""The open watch of this process, since signals belong to the process."""
 
 
 @contextlib.contextmanager
 def watch_signals() -> Iterator[Interrupt]:
-    """Remember SIGTERM, SIGINT and SIGUSR1 while the context is open; a second SIGINT interrupts at once.
+    """Record SIGTERM, SIGINT and SIGUSR1 while the context is open. A second SIGINT interrupts at once.
 
-    Inside another ``watch_signals`` it gives that one's ``Interrupt``, with the signals that came before.
+    Inside another ``watch_signals`` it yields the outer ``Interrupt``, with the signals received so far.
     """
     global _watching
     if _watching is not None:
@@ -94,7 +95,7 @@ def raise_signals() -> Iterator[None]:
     """Let the first SIGTERM, SIGINT or SIGUSR1 raise ``Signalled`` in the main thread while the context is open.
 
     Open contexts then clean up. Meanwhile further signals have no effect, except SIGINT, which interrupts again. Python
-    drops what is raised while it runs a finaliser, such as ``__del__``; a signal that comes then is sent once more.
+    drops exceptions that are raised inside a finaliser, such as ``__del__``, so such a signal is sent once more.
     """
     seen: list[int] = []
     timers: list[threading.Timer] = []
@@ -108,7 +109,7 @@ def raise_signals() -> Iterator[None]:
         if not isinstance(dropped.exc_value, Signalled):
             return report(dropped)
         seen.clear()
-        # To the main thread, so that it interrupts what that waits in.
+        # To the main thread, to interrupt a blocking call there.
         to_main = (threading.main_thread().ident, dropped.exc_value.number)
         timers.append(threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, to_main))
         timers[-1].daemon = True

@@ -1,6 +1,6 @@
-"""What a run leaves to look at: ``log.jsonl``, TensorBoard and wandb.
+"""Logs of a run: ``log.jsonl``, TensorBoard and wandb.
 
-All have one loss, weight and gradient norm per exit.
+Each has loss, weight and gradient norm per exit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOG = "log.jsonl"
 class RunLog:
     """Writes one JSON object per line, each flushed, and the same figures to TensorBoard and wandb.
 
-    A resumed run goes on in the same file: lines past the checkpoint's step are taken back first.
+    A resumed run appends to the same file, after it has removed the lines after the checkpoint's step.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class RunLog:
         settings: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ) -> None:
-        """Open the log, and what else the figures go to.
+        """Open the log, TensorBoard and wandb.
 
         Args:
             output: the run's directory.
-            config: where to write.
+            config: which logs to write.
             step: steps done.
             settings: the run's configuration, which wandb records.
             enabled: False on processes that do not write.
@@ -72,7 +72,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # After an error that is said already: closing writes once more what a full disk did not take.
+        # The error was already reported; closing would try the failed write again.
         with contextlib.suppress(OSError) if error is not None else storage_errors(self._where, "write"):
             if self._file is not None:
                 self._file.close()
@@ -103,7 +103,7 @@ class RunLog:
         self._plot(points, step)
 
     def save(self, step: int, stopped_seconds: float, write_seconds: float) -> None:
-        """The state after ``step`` steps is on disk: how long tuning stood still for it, and how long writing took."""
+        """The state after ``step`` steps is on disk. Logs how long tuning waited and how long writing took."""
         seconds = {"stopped_seconds": round(stopped_seconds, 4), "write_seconds": round(write_seconds, 4)}
         self._write({"step": step, "save": seconds})
         self._plot({f"save/{name}": value for name, value in seconds.items()}, step)
@@ -124,7 +124,7 @@ class RunLog:
 
 
 def _take_back(path: Path, step: int) -> None:
-    """Keep the lines up to ``step``; a line cut short by a crash goes too."""
+    """Keep the lines up to ``step``. Remove the others, and a line that a crash cut short."""
     if not path.exists():
         return
     kept = []

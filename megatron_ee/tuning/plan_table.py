@@ -1,4 +1,4 @@
-"""The plan as a table for people, before anything is loaded."""
+"""Prints the plan as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print the stages, what each of their ranks holds, and the expected share of idle time, by default to stderr."""
+    """Print per stage: content, parameters, memory per rank and expected idle time; by default to stderr."""
     console = console or make_console(sys.stderr)
     sizes = f"tensor {plan.tensor} x pipeline {len(plan.stages)} x data {plan.data}"
     table = new_table(f"Plan: {sizes}, {plan.microbatches} microbatches per step; parameters and GiB per rank", console)

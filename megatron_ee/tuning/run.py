@@ -59,8 +59,8 @@ from megatron_ee.tuning.trainer import Trainer, Validate
 from megatron_ee.tuning.wandb_run import check_wandb
 
 MakeValidator = Callable[[RunConfig, ModelSetup, SavedModel, str, ValidationWindows, Layout, Interrupt], Validate]
-"""Prepares validation before tuning takes its memory; gets the backbone's hash, the windows, a layout of all layers
-without exits, and what to look at for signals."""
+"""Prepares validation before tuning allocates memory. Arguments include the backbone's hash, the validation windows, a
+layout of all layers without exits, and the ``Interrupt``."""
 
 
 def tune(
@@ -75,16 +75,16 @@ def tune(
     around: Callable[[Trainer], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     command: str = "tune",
 ) -> int:
-    """Tune the exits that ``config`` asks for; exit status 0 when done, or saved after a signal. Every rank calls this.
+    """Tune the exits of ``config``. Return exit status 0 when done, or saved after a signal. Every rank calls this.
 
-    Leaves in ``output``: ``adapter/``, ``adapter-best/``, ``checkpoints/step-N/``, ``log.jsonl``, ``tensorboard/``,
-    ``config.json``, ``status.json``. ``open_model`` gives the model at a path, or the part of it that is to be tuned;
-    ``around`` is open while the trainer runs; ``command`` is written into the output's marker;
-    ``allow_new_data`` lets ``resume`` go on with other corpora.
+    ``output`` then holds ``adapter/``, ``adapter-best/``, ``checkpoints/step-N/``, ``log.jsonl``, ``tensorboard/``,
+    ``config.json`` and ``status.json``. ``open_model`` opens the model at a path, or the part of it to tune. ``around``
+    is a context that is open while the trainer runs. ``command`` is written into the output's marker.
+    ``allow_new_data`` lets ``resume`` continue with changed corpora.
 
     Raises:
-        ConfigError: a setting that is impossible for this model, or ``output`` holds another run, or one with
-            other corpora, or anything else that this command did not write.
+        ConfigError: a setting is impossible for this model, or ``output`` holds another run, a run with other corpora,
+            or files that this command did not write.
         CheckpointError: the model, adapter or checkpoint cannot be used.
         DataError: a corpus cannot be used.
     """
@@ -114,19 +114,19 @@ def tune(
                 log = RunLog(output, config.logging, progress.step, settings=settings, enabled=groups.is_main)
                 with log, around(trainer):
                     trainer.run(log, interrupt)
-        except Interrupted as error:  # nothing is tuned yet, so nothing has to be saved
+        except Interrupted as error:  # nothing is tuned yet, so there is nothing to save
             if launched_rank() == 0:
-                print(f"{error}: ended before the first step; go on with --resume", file=sys.stderr, flush=True)
+                print(f"{error}: ended before the first step; continue with --resume", file=sys.stderr, flush=True)
     return 0
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run is made from, opened and checked; nothing of it takes much memory yet.
+    """The inputs of a run, opened and checked. None of them takes much memory yet.
 
     Attributes:
-        config: with the dtype that ``auto`` stands for.
-        windows: to validate on; None without validation.
+        config: the configuration, with ``auto`` resolved to a dtype.
+        windows: validation windows; None without validation.
         held_out: corpora that ``data.validation`` names.
     """
 
@@ -149,7 +149,7 @@ def _open_inputs(
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     arch = model.architecture
     specs = check_run(config, arch, world_size())
-    # Refused here where this machine does not have them.
+    # Refused here if they are not installed on this machine.
     check_wandb(config.logging.wandb)
     adam_class(config.optimizer.implementation, platform.DTYPES[config.model.dtype])
     distillation = config.loss.distillation.kl > 0
@@ -164,7 +164,7 @@ def _open_inputs(
     held_out = windows.corpora if windows is not None and config.data.validation else ()
     for line in check_data(blend.corpora, held_out, model.path) if first else ():
         print(line, file=sys.stderr, flush=True)
-    # Hashed last: what its description and the data show takes no time.
+    # Hashed last: all other checks are faster.
     adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None
     return _Inputs(config, model, specs, layout, adapter, blend, windows, held_out)
 
@@ -180,14 +180,14 @@ def _prepare(
     make_validator: MakeValidator,
     interrupt: Interrupt,
 ) -> Trainer:
-    """Load the backbone and the exits, and go back to where the run was; ``progress`` is brought up to that.
+    """Load the backbone and the exits, and restore the run's state into ``progress``.
 
     Raises:
         Interrupted: a signal came to one of the ranks; raised on all.
     """
     model, specs, layout = inputs.model, inputs.specs, inputs.layout
     description = _description(config, specs, model)
-    interrupt.check_together(groups)  # what came while libraries were imported
+    interrupt.check_together(groups)  # signals during the import of libraries
     data = groups.together(lambda: describe_data(inputs.blend.corpora, inputs.held_out) if groups.is_main else {})[0]
     description["data"] = data
     leave_out = {"data"} if allow_new_data else set()
@@ -227,7 +227,7 @@ def _prepare(
 
 @contextlib.contextmanager
 def _owned(output: Path, command: str, resume: bool, groups: Groups) -> Iterator[None]:
-    """The first rank holds the output's lock for all, and refuses to start over in another run's place."""
+    """Hold the output's lock, on the first rank for all. Refuse to overwrite another run."""
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
@@ -235,7 +235,7 @@ def _owned(output: Path, command: str, resume: bool, groups: Groups) -> Iterator
             stack.enter_context(writer_lock(output))
             if not resume and (numbered_directories(output / "checkpoints") or (output / "adapter").exists()):
                 raise ConfigError(
-                    f"--output: {output} holds a run already; go on with --resume, or choose another directory"
+                    f"--output: {output} holds a run already; continue it with --resume, or choose another directory"
                 )
 
         groups.together(lambda: take() if groups.is_main else None)
@@ -243,14 +243,14 @@ def _owned(output: Path, command: str, resume: bool, groups: Groups) -> Iterator
 
 
 def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
-    """Print what each stage holds and does, where there are several processes."""
+    """Print the plan if there are several processes."""
     if groups.is_main and groups.world.size() > 1:
         plan = plan_run(config, inputs.layout, inputs.model.architecture, inputs.specs, groups.world.size())
         print_plan(plan)
 
 
 def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, interrupt: Interrupt) -> None:
-    """The layers held here, and the exits with their first values."""
+    """Load this stage's layers, and initialise its exits."""
     groups = stage.setup.groups
     total = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
 
@@ -272,7 +272,7 @@ def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, i
 
 
 def _check_resumable(config: RunConfig, output: Path, description: dict[str, Any], groups: Groups) -> None:
-    """Refuse to go on from another run's checkpoint, as far as ``description`` shows it, before anything is loaded."""
+    """Refuse a checkpoint whose ``description`` is another run's, before anything is loaded."""
 
     def check() -> None:
         found = newest_readable(output / "checkpoints", verify=config.checkpoint.verify)
@@ -291,7 +291,7 @@ def _resume(
     leave_out: set[str],
     progress: Progress,
 ) -> None:
-    """Go on from the newest good checkpoint, or from the beginning where there is none yet.
+    """Continue from the newest good checkpoint, or start a new run if there is none.
 
     Args:
         leave_out: parts of ``description`` that may differ from the checkpoint's.
@@ -325,11 +325,11 @@ def _resume(
     for key, change in new_data.items():
         report(f"{key}: {change}")
         if key.startswith("data.validation"):
-            progress.best_loss = progress.best_step = None  # a loss on other text does not compare
+            progress.best_loss = progress.best_step = None  # losses on different texts are not comparable
     changed = [name for name, value in description["config"].items() if made_with.get(name) != value]
     if changed:
         report(f"the configuration changed since the checkpoint was made, in: {', '.join(changed)}")
-    report(f"going on after step {progress.step}")
+    report(f"continuing after step {progress.step}")
 
 
 def _without(description: dict[str, Any], keys: set[str]) -> dict[str, Any]:
@@ -337,7 +337,7 @@ def _without(description: dict[str, Any], keys: set[str]) -> dict[str, Any]:
 
 
 def _description(config: RunConfig, specs: tuple[ExitSpec, ...], model: SavedModel) -> dict[str, Any]:
-    """What identifies a run, but for the backbone's hash."""
+    """Identification of a run, without the backbone's hash."""
     return {
         "base_model": str(Path(config.model.path).resolve()),
         SETTINGS: output_settings(model.architecture),

@@ -1,8 +1,8 @@
-"""The schedule of a step over the stages: forward only, with the exits' work done where their taps arrive.
+"""The schedule of a step over the stages: forward only. Each stage trains its exits when their taps have arrived.
 
-There is no backward pipeline, so nothing waits for an exit: h and taps leave before the exits' work starts. Only a
-teacher's verdict (distillation) comes back, from the last stage; a stage then lets as many microbatches pass as there
-are stages behind it before it works on the first one, by when its verdict has arrived.
+There is no backward pipeline, so no stage waits for an exit: h and taps are sent before the exits' work starts. With
+distillation, the teacher's message (top-k tokens of the final exit) comes back from the last stage. A stage with n
+stages after it then runs its exits n microbatches late, when the first teacher message has arrived.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What a stage knows of a microbatch once its layers have run.
+    """A microbatch on one stage, after the stage's layers have run.
 
     Attributes:
-        number: in the step, from 0.
+        number: its number in the step, from 0.
         batch: the sequences, on the host.
         positions: for ``layer`` exits.
         labels: ``[seq * batch]`` int64, sequence-major as hidden states are.
         mask: ``[seq * batch]`` float32.
-        taps: of the exits hosted here, by layer, ``[seq, batch, hidden]`` (a share of seq with sequence parallelism).
+        taps: inputs of the exits on this stage, by layer, ``[seq, batch, hidden]`` (with sequence parallelism, this
+            rank's share of seq).
     """
 
     number: int
@@ -53,8 +54,8 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Span:
-    """What a stage did: ``receive``, ``forward``, ``send``, ``exits``, ``teach`` (the final exit's work) or ``teacher``
-    (waiting for its verdict); times in seconds."""
+    """A timed action of a stage, in seconds: ``receive``, ``forward``, ``send``, ``exits``, ``teach`` (the final exit's
+    work) or ``teacher`` (waiting for the teacher's message)."""
 
     kind: str
     microbatch: int
@@ -73,7 +74,7 @@ class Pipeline:
     """
 
     def __init__(self, stage: Stage, layout: Layout, specs: Sequence[ExitSpec], *, top_k: int = 0) -> None:
-        """``top_k``: tokens of a teacher's verdict that come back from the last stage; 0 without a teacher."""
+        """``top_k``: tokens in a teacher message, which comes back from the last stage; 0 without distillation."""
         self.stage, self.layout, self.specs = stage, layout, tuple(specs)
         self.events: list[Span] | None = None
         groups, dtype = stage.setup.groups, stage.setup.dtype
@@ -81,12 +82,12 @@ class Pipeline:
         hosts = [index for index, place in enumerate(layout.stages) if place.exits and index != last]
         self.lag = layout.depth(last) - layout.depth(self.index) if top_k and self.index in hosts else 0
         self._top_k = top_k
-        # Warm-up is for messages in both directions: those that only go forward cannot wait in a circle.
+        # Warm-up is needed for messages in both directions. Messages that only go forward cannot deadlock.
         self._needs_warm_up = bool(top_k and hosts) and platform.loads_kernels_lazily()
         self._inboxes, self._outboxes = [], []
         for message in layout.messages():
             connect(groups.pipeline, message.source, message.target)
-            # A tap from an early stage is there long before one from a later stage of the same microbatch.
+            # A tap from an early stage arrives long before a tap of the same microbatch from a later stage.
             ahead = max(1, layout.depth(message.target) - layout.depth(message.source) + 1)
             if message.target == self.index:
                 box = Inbox(groups.pipeline, message.source, dtype, ahead=ahead, held=self.lag)
@@ -95,9 +96,9 @@ class Pipeline:
                 self._outboxes.append((message, Outbox(groups.pipeline, message.target, dtype, ahead=ahead)))
         for host in hosts if top_k else []:
             connect(groups.teacher, last, host)
-        taught = hosts if top_k and self.index == last else []
-        self._pupils = [Outbox(groups.teacher, host, torch.int32) for host in taught]
-        self._lessons = Inbox(groups.teacher, last, torch.int32) if top_k and self.index in hosts else None
+        students = hosts if top_k and self.index == last else []
+        self._teacher_outboxes = [Outbox(groups.teacher, host, torch.int32) for host in students]
+        self._teacher_inbox = Inbox(groups.teacher, last, torch.int32) if top_k and self.index in hosts else None
 
     @platform.tuning_attention()
     def run(
@@ -108,14 +109,15 @@ class Pipeline:
         *,
         taught: bool = False,
     ) -> None:
-        """Every microbatch through the layers held here, and on to the exits hosted here.
+        """Run every microbatch through this stage's layers, and then through its exits.
 
         Args:
-            batches: this data-parallel rank's microbatches; all stages are given the same.
-            exits_work: called once for each, in order.
-            at_end: called with h after the last layer, on the stage that runs it; the teacher that it returns goes to
-                all stages that host exits.
-            taught: whether it does, equal on all stages: exits then wait for it. Validation takes no lessons.
+            batches: this data-parallel rank's microbatches, the same on all stages.
+            exits_work: called once for each microbatch, in order.
+            at_end: called with h after the last layer, on the stage that runs this layer. The teacher that it returns
+                is sent to all stages that host exits.
+            taught: whether ``at_end`` returns a teacher, for which the exits then wait. Equal on all stages; False in
+                validation.
         """
         ends = at_end is not None and self.index == self.layout.last_layered
         needs_h = ends or any(message.hidden for message, _ in self._outboxes)
@@ -124,7 +126,7 @@ class Pipeline:
             self._needs_warm_up = False
             self._warm_up(batches[0], exits_work, at_end)
         data = on_device(batches)
-        # Microbatches share them, and the masks in them.
+        # Microbatches of one length share positions and masks.
         of_length = {length: self.stage.backbone.positions(length) for length in {b.tokens.shape[1] for b in batches}}
         self._expect(batches, taught)
         lag = self.lag if taught else 0
@@ -138,25 +140,25 @@ class Pipeline:
                 micro = Microbatch(
                     turn, batches[turn], positions, data[turn].labels, data[turn].mask, self._hosted(own | taps)
                 )
-                del own, taps  # but for the hosted ones they are gone before the next microbatch's
+                del own, taps  # frees all taps but this stage's own before the next microbatch
                 teacher = None
                 if ends and at_end is not None:
                     with self._event("teach", turn):
                         teacher = at_end(micro, h)
                     if taught:
-                        self._teach(turn, teacher)
+                        self._send_teacher(turn, teacher)
                 del h  # taps are all that the exits' work needs
                 waiting.append((micro, teacher))
-            if taught and self._lessons is not None:
-                # The verdict that is needed now and the next one, if this stage has sent what they depend on.
-                self._lessons.post(min(turn, turn - lag + 1) + 1)
-            if turn >= lag:  # steady state and drain: the exits' work on one whose teacher has arrived
+            if taught and self._teacher_inbox is not None:
+                # The teacher message that is needed now and the next one, if this stage has sent what they depend on.
+                self._teacher_inbox.post(min(turn, turn - lag + 1) + 1)
+            if turn >= lag:  # steady state and drain: the exits' work on a microbatch whose teacher message has arrived
                 micro, teacher = waiting.popleft()
-                if taught and self._lessons is not None:
-                    teacher = self._learn(micro)
+                if taught and self._teacher_inbox is not None:
+                    teacher = self._receive_teacher(micro)
                 with self._event("exits", micro.number):
                     exits_work(micro, teacher)
-        for outbox in (*(box for _, box in self._outboxes), *self._pupils):
+        for outbox in (*(box for _, box in self._outboxes), *self._teacher_outboxes):
             outbox.finish()
 
     def _warm_up(
@@ -165,11 +167,11 @@ class Pipeline:
         exits_work: Callable[[Microbatch, Teacher | None], None],
         at_end: Callable[[Microbatch, Tensor], Teacher | None] | None,
     ) -> None:
-        """Compute one microbatch without messages and without a token that counts, before any receive is posted.
+        """Compute one microbatch without messages, with all tokens masked, before any receive is posted.
 
-        CUDA loads a kernel when it is first used, and may wait for the device then. A device that waits for a message
-        which depends on what this rank has yet to send would never be done. Afterwards all kernels are loaded and
-        memory is allocated. Gradients and sums are left as they were.
+        CUDA loads a kernel at its first use, and may then wait for the device. If the device is waiting for a message
+        that depends on a send of this rank, this would deadlock. After the warm-up all kernels are loaded and memory is
+        allocated. Gradients and sums are unchanged.
         """
         (data,), shape = on_device([batch]), self._shape(batch)
         positions = self.stage.backbone.positions(batch.tokens.shape[1])
@@ -183,7 +185,7 @@ class Pipeline:
         taps = {exit_.spec.layer: own.get(exit_.spec.layer, zeros) for exit_ in self.stage.exits}
         micro = Microbatch(-1, batch, positions, data.labels, torch.zeros_like(data.mask), taps)
         teacher = at_end(micro, h) if ends and at_end is not None else None
-        if self._lessons is not None:
+        if self._teacher_inbox is not None:
             ids = torch.arange(self._top_k, device=platform.device()).expand(len(data.labels), -1)
             teacher = Teacher(ids, torch.full(ids.shape, -math.log(self._top_k), device=platform.device()))
         exits_work(micro, teacher)
@@ -194,11 +196,11 @@ class Pipeline:
             tensors = message.hidden + len(message.taps)
             inbox.begin([tensors * self._shape(batch).numel() for batch in batches])
             inbox.post(ahead)
-        if taught and self._lessons is not None:
-            self._lessons.begin([2 * batch.tokens.numel() * self._top_k for batch in batches])
+        if taught and self._teacher_inbox is not None:
+            self._teacher_inbox.begin([2 * batch.tokens.numel() * self._top_k for batch in batches])
 
     def _receive(self, number: int, batch: Batch, data: DeviceBatch) -> tuple[Tensor, dict[int, Tensor]]:
-        """h and taps as they come in."""
+        """h and taps from other stages, or the embedded tokens."""
         if self.stage.backbone.embedding is not None:
             with torch.no_grad(), self._event("forward", number):
                 return self.stage.backbone.embed(data.tokens), {}
@@ -217,23 +219,23 @@ class Pipeline:
             with self._event("send", number):
                 outbox.send(([h] if message.hidden else []) + [taps[layer] for layer in message.taps])
 
-    def _teach(self, number: int, teacher: Teacher | None) -> None:
-        for pupil in self._pupils:
-            assert teacher is not None, "the pupils wait for a verdict"
+    def _send_teacher(self, number: int, teacher: Teacher | None) -> None:
+        for outbox in self._teacher_outboxes:
+            assert teacher is not None, "other stages wait for the teacher's message"
             with self._event("send", number):
-                pupil.send((teacher.ids.int(), teacher.log_probabilities.contiguous().view(torch.int32)))
+                outbox.send((teacher.ids.int(), teacher.log_probabilities.contiguous().view(torch.int32)))
 
-    def _learn(self, micro: Microbatch) -> Teacher:
-        assert self._lessons is not None
+    def _receive_teacher(self, micro: Microbatch) -> Teacher:
+        assert self._teacher_inbox is not None
         with self._event("teacher", micro.number):
-            ids, bits = self._lessons.take().view(2, len(micro.labels), self._top_k).unbind()
+            ids, bits = self._teacher_inbox.take().view(2, len(micro.labels), self._top_k).unbind()
         return Teacher(ids.long(), bits.view(torch.float32))
 
     def _hosted(self, taps: dict[int, Tensor]) -> dict[int, Tensor]:
         return {exit_.spec.layer: taps[exit_.spec.layer] for exit_ in self.stage.exits}
 
     def _shape(self, batch: Batch) -> torch.Size:
-        """Of hidden states."""
+        """Shape of a microbatch's hidden states on this rank."""
         config, (rows, seq) = self.stage.setup.config, batch.tokens.shape
         share = self.stage.setup.groups.tensor.size() if config.sequence_parallel else 1
         return torch.Size((seq // share, rows, config.hidden_size))
@@ -270,7 +272,7 @@ class DeviceBatch:
 
 
 def on_device(batches: Sequence[Batch]) -> list[DeviceBatch]:
-    """The data of some microbatches on the device, in three copies for all of them."""
+    """The data of all microbatches on the device, with three host-to-device copies in total."""
     sizes = [batch.labels.numel() for batch in batches]
     tokens = platform.to_device(torch.cat([batch.tokens.reshape(-1) for batch in batches])).split(sizes)
     labels = platform.to_device(torch.cat([batch.labels.t().reshape(-1) for batch in batches])).split(sizes)

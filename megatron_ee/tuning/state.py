@@ -1,10 +1,10 @@
-"""The training checkpoint: exits, optimizer, schedule and data position, enough to go on bit for bit.
+"""The training checkpoint: exits, optimizer, schedule and data position, enough to continue bit for bit.
 
 It is in the native format (``checkpoint.manifest``), under global keys: an exit's tensor by its adapter name, optimizer
-state as ``optimizer.<kind>.<adapter name>`` with the shape of the weights it belongs to. Each rank writes the elements
-that it updates, as boxes of these, so that a checkpoint loads in any other layout. The backbone is named by path and
-hash, not copied. No random state is needed: the backbone has no dropout, the data order is a
-function of seed and position, and random exit initialisation is over before the first step.
+state as ``optimizer.<kind>.<adapter name>`` with the shape of its weights. Each rank writes the elements that it
+updates, as boxes of these tensors, so that a checkpoint loads in any other layout. The backbone is named by path and
+hash, not copied. No random state is needed: the backbone has no dropout, the data order depends on seed and position
+only, and random exit initialisation happens before the first step.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Progress(Strict, frozen=False):
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
-        step: steps done.
-        consumed: sequences taken from the blend.
-        tokens: tokens that counted in the loss.
+        step: steps completed.
+        consumed: sequences read from the blend.
+        tokens: unmasked tokens so far.
         best_loss: lowest weighted validation loss so far; None before the first.
-        best_step: the step it was reached at.
-        skipped: steps in a row, up to the last one, that updated nothing.
-        validation_due: a signal ended the validation after this step; a resumed run does it first.
+        best_step: the step of ``best_loss``.
+        skipped: number of steps in a row, up to the last one, that updated nothing.
+        validation_due: a signal ended the validation after this step, so a resumed run validates first.
     """
 
     step: Count = 0
@@ -66,7 +66,7 @@ class _Counters(Strict, extra="ignore"):
 
 
 class _Metadata(Strict, extra="ignore"):
-    """The part of a checkpoint's metadata that says where the run stood."""
+    """The part of a checkpoint's metadata that holds the run's progress."""
 
     progress: Progress
     counters: _Counters
@@ -87,17 +87,18 @@ def save_state(
     """Write ``step-N`` and delete the oldest beyond ``keep``. Every rank calls this.
 
     Args:
-        description: what identifies the run: backbone path and hash, configuration, exits.
-        saver: may do it in the background; None does it here and now.
-        then: given the checkpoint by the first rank once it is on disk.
-        wait: return when it is.
+        description: identification of the run: backbone path and hash, configuration, exits.
+        saver: writes in the background; None writes in this thread.
+        then: called by the first rank with the checkpoint when it is on disk.
+        wait: return only when it is on disk.
 
     Raises:
-        CheckpointError: it, or an earlier save of ``saver``, cannot be written; nothing half-written stays.
+        CheckpointError: this checkpoint, or an earlier one of ``saver``, cannot be written. No incomplete checkpoint
+            stays.
     """
     groups, path = stage.setup.groups, checkpoints / f"step-{progress.step}"
     saver = saver or group_saver(groups, asynchronous=False)
-    # The first rank may train nothing, and then has counted no step of Adam.
+    # The first rank may train nothing; its Adam has then counted no steps.
     counters = groups.gather(optimizer.counters())
     metadata = {
         **description,
@@ -122,23 +123,23 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
     """Refuse a checkpoint of another backbone, dtype, exits or data, from its metadata alone.
 
     Args:
-        description: as for ``save_state``; what it leaves out is not compared.
+        description: as in ``save_state``. Missing keys are not compared.
 
     Raises:
-        CheckpointError: naming what differs.
-        ConfigError: naming the key of a corpus that has other content.
+        CheckpointError: the runs differ; the message names what differs.
+        ConfigError: a corpus has other content; the message names its key.
     """
     recorded, found = checkpoint.metadata.get(SETTINGS), description.get(SETTINGS)
     if isinstance(recorded, dict) and found is not None and (changed := changed_settings(recorded, found)):
         raise CheckpointError(
             f"{checkpoint.path}: made with other settings of the model: {changed}; restore its config.json, or start "
-            "anew"
+            "a new run"
         )
     for key, kind in (("exits", "other exits"), ("dtype", "another dtype"), ("backbone_sha256", "another backbone")):
         if key in description and checkpoint.metadata.get(key) != description[key]:
             raise CheckpointError(
                 f"{checkpoint.path}: made with {kind}; resume with the configuration it was started with, "
-                f"or start anew with --init-adapter"
+                f"or start a new run with --init-adapter"
             )
     if "data" in description and (changes := changed_data(checkpoint.metadata.get("data"), description["data"])):
         named = "; ".join(f"{key}: {change}" for key, change in changes.items())
@@ -146,14 +147,14 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
 
 
 def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]) -> Progress:
-    """Put a checkpoint's content in place, whatever layout it was made in.
+    """Load a checkpoint, made in any layout, into ``stage`` and ``optimizer``.
 
     Raises:
         CheckpointError: it is damaged, or of another backbone, dtype or exits (see ``check_same_run``).
     """
     check_same_run(checkpoint, description)
     progress, counters = _read_progress(checkpoint)
-    # The weights last: making Adam's first state moves them.
+    # The weights last, since creating Adam's state changes them.
     pieces = [*_state_pieces(stage, optimizer), *_weight_pieces(stage, None)]
     with torch.no_grad():
         for piece in pieces:
@@ -167,7 +168,7 @@ def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, d
 
 
 def _read(checkpoint: Checkpoint, key: str, piece: Piece, out: Tensor) -> Tensor:
-    """The box of ``piece``, which may be one of another tensor of that shape."""
+    """Read the box of ``piece`` from tensor ``key``, which must have the shape of the piece's tensor."""
     if checkpoint.shape(key) != tuple(piece.global_shape):
         found, expected = list(checkpoint.shape(key)), list(piece.global_shape)
         raise CheckpointError(f"{checkpoint.path}: tensor {key!r} has shape {found}, expected {expected}")
@@ -187,13 +188,14 @@ def _read_converted(checkpoint: Checkpoint, kind: str, name: str, piece: Piece) 
 
 
 def _read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, int]]:
-    """Where the run stood, and the optimizer's counters."""
+    """The run's progress, and the optimizer's counters."""
     metadata = validated(_Metadata, checkpoint.metadata, where=str(checkpoint.path), error=CheckpointError)
     return metadata.progress, metadata.counters.model_dump()
 
 
 def _own_pieces(stage: Stage, optimizer: ExitOptimizer) -> Iterator[Piece]:
-    """What this rank writes: what it updates, and of what all tensor-parallel ranks hold whole only the first's."""
+    """The pieces that this rank writes: those that it updates. Tensors that all tensor-parallel ranks hold whole are
+    written by the first."""
     ranges = {id(state.parameter): (state.start, state.stop) for state in optimizer.parameter_states()}
     first = stage.setup.groups.tensor.rank() == 0
     yield from _state_pieces(stage, optimizer, skip_whole=not first)
@@ -213,7 +215,7 @@ def _state_pieces(stage: Stage, optimizer: ExitOptimizer, *, skip_whole: bool = 
 def _weight_pieces(
     stage: Stage, ranges: dict[int, tuple[int, int]] | None, *, skip_whole: bool = False
 ) -> Iterator[Piece]:
-    """Elements ``ranges`` of the weights, by parameter; all where it is None."""
+    """Elements ``ranges`` of the weights, by parameter; all elements if ``ranges`` is None."""
     for parameter, source in _saved(stage, skip_whole):
         whole = (0, parameter.numel())
         start, stop = whole if ranges is None else ranges.get(id(parameter), (0, 0))
@@ -233,7 +235,7 @@ def _pieces(
     """Boxes of released tensors in ``flat``, which belongs to elements ``start:stop`` of the flattened parameter."""
     setup, origin = stage.setup, parameter.storage_offset()
     for block in blocks(parameter, source, setup.architecture, setup.groups.tensor.rank(), setup.groups.tensor.size()):
-        begin = int(block.tensor.storage_offset()) - int(origin)  # a block is a run of the parameter's memory
+        begin = int(block.tensor.storage_offset()) - int(origin)  # a block is contiguous in the parameter's memory
         first, last = max(start, begin), min(stop, begin + block.tensor.numel())
         for offset, shape in run_boxes(block.tensor.shape, first - begin, last - begin):
             count = math.prod(shape)

@@ -1,4 +1,4 @@
-"""``status.json``: what became of a run, for the script that started it.
+"""``status.json``: the state of a run, for the script that started it.
 
 torchrun ends with status 1 after a signal even if every process saved and ended with 0, so a batch script reads this
 file to decide whether to start the run again.
@@ -24,8 +24,8 @@ def write_status(output: Path, state: str, progress: Progress, steps: int) -> No
     Args:
         output: directory of the run.
         state: ``running``, ``finished``, ``interrupted`` (saved; go on with ``--resume``) or ``failed``.
-        progress: where the run stands.
-        steps: that it is to do.
+        progress: the run's progress.
+        steps: number of steps of the whole run.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -34,7 +34,7 @@ def write_status(output: Path, state: str, progress: Progress, steps: int) -> No
 
 
 def write_failed(output: Path, progress: Progress, steps: int) -> None:
-    """``write_status`` of a run that failed, if it can: the error that ends it is said elsewhere, and counts."""
+    """``write_status`` of a failed run. Errors are ignored: the error that ended the run is reported elsewhere."""
     with contextlib.suppress(CheckpointError):
         write_status(output, "failed", progress, steps)
 
@@ -54,7 +54,7 @@ def reported_status(
     write_status(output, "running", progress, steps)
     try:
         yield
-    except Interrupted:  # before the first step; a run that resumes may not have read where it stands
+    except Interrupted:  # before the first step; a resumed run may not have read its progress yet
         saved = [step for step, _ in numbered_directories(output / "checkpoints")]
         write_json(output / STATUS, {"state": "interrupted", "step": max(saved, default=0), "steps": steps})
         raise

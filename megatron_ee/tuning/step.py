@@ -1,8 +1,8 @@
 """One tuning step (design: the tuning step; arXiv 2402.00518, section 3.3).
 
 Per microbatch the frozen layers run without gradient and keep only the taps (``tuning.schedule``); then each exit
-computes its loss and its gradients by itself, some tokens at a time where its body allows that, so the graph of one
-exit and these tokens is alive at a time and nothing flows back into the backbone.
+computes its own loss and gradients, a chunk of tokens at a time if its body allows this. So only one exit's graph of
+one chunk is alive at a time, and no gradient reaches the backbone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ExitResult:
     """One exit in one step.
 
     Attributes:
-        layer: where it stands.
-        loss: mean cross-entropy over the unmasked tokens of the global batch, nats; without any weight.
+        layer: the layer it reads.
+        loss: mean cross-entropy over the unmasked tokens of the global batch, in nats, without weights.
         weight: the loss weight in effect.
         grad_norm: norm of its gradients before clipping.
     """
@@ -49,11 +49,12 @@ class StepResult:
     """What one step reports, equal on every rank.
 
     Attributes:
-        tokens: labels of the global batch that counted.
+        tokens: unmasked labels of the global batch.
         lr: learning rate used.
         grad_norm: over all exits of all stages, before clipping.
         exits: the trained exits of all stages, by layer.
-        skipped: why nothing was updated: the exits and sequences whose loss or gradient is not finite; else empty.
+        skipped: why nothing was updated: the exits and sequences whose loss or gradient is not finite. Empty after an
+            update.
     """
 
     tokens: int
@@ -69,8 +70,8 @@ def tuning_step(
     """Train the exits of all stages on one global batch.
 
     Args:
-        pipeline: this rank's stage among the others.
-        optimizer: of the exits hosted here.
+        pipeline: this rank's stage and its links to the others.
+        optimizer: of the exits on this stage.
         batches: this data-parallel rank's microbatches.
         loss: settings of the loss.
         ramp: factor of all loss weights at this step, see ``weight_ramp``.
@@ -89,7 +90,7 @@ def tuning_step(
             pieces = _pieces(exit_, micro, at_a_time)
             for number, (tap, labels, mask, part) in enumerate(pieces, start=1):
                 last = micro.number == len(batches) - 1 and number == len(pieces)
-                # The last backward starts the reduction over data-parallel ranks.
+                # The last backward starts the gradient reduction over data-parallel ranks.
                 with contextlib.nullcontext() if last else wrapper.no_sync():
                     exit_loss, stats = wrapper(
                         tap,
@@ -138,7 +139,7 @@ def weight_ramp(loss: LossConfig, step: int, steps: int) -> float:
 
 
 def _pieces(exit_: Exit, micro: Microbatch, at_a_time: int) -> list[tuple[Tensor, Tensor, Tensor, slice]]:
-    """What an exit works on one after another: tap, labels and mask of some tokens, and which these are."""
+    """The chunks that an exit computes in turn: tap, labels and mask of some tokens, and their range."""
     taps = exit_.pieces(micro.taps.pop(exit_.spec.layer), at_a_time)
     size = at_a_time if len(taps) > 1 else len(micro.labels)
     parts = [slice(start, start + size) for start in range(0, len(micro.labels), size)]
@@ -153,11 +154,11 @@ def _distillation(loss: LossConfig, teacher: Teacher | None, part: slice) -> Dis
 
 
 def _global_tokens(batches: Sequence[Batch], data: dist.ProcessGroup) -> int:
-    """Unmasked tokens of the global batch, known before the first backward."""
+    """Number of unmasked tokens of the global batch, reduced before the first backward."""
     own = sum(batch.num_tokens for batch in batches)
     count = torch.full((), own, dtype=torch.int64, device=platform.device())
     dist.all_reduce(count, group=data)
-    # A batch without a single one has no loss: 1 keeps its zeros from becoming 0 / 0.
+    # A batch without unmasked tokens has zero loss; 1 avoids 0 / 0.
     return max(1, int(count))
 
 
@@ -167,7 +168,7 @@ def _over_all_ranks(
     """Summed losses and squared gradient norms of every trained exit of every stage, by layer, in one reduction."""
     both = torch.zeros(2, len(losses), dtype=torch.float64, device=platform.device())
     for place, (layer, loss) in enumerate(losses.items()):
-        if stage.setup.groups.tensor.rank() == 0:  # each of its ranks has the same
+        if stage.setup.groups.tensor.rank() == 0:  # all tensor-parallel ranks have the same loss
             both[0, place] = loss
         if layer in norms:
             both[1, place] = norms[layer]
@@ -184,14 +185,15 @@ def _bad_parts(parts: Sequence[tuple[int, range, Tensor]]) -> list[tuple[int, li
 
 
 def _sequences(batches: Sequence[Batch], groups: Groups) -> range:
-    """Of the global batch."""
+    """Range of the global batch's sequences."""
     ranges = groups.gather([batch.sequences for batch in batches])
     together = [each for own in ranges for each in own]
     return range(min(each.start for each in together), max(each.stop for each in together))
 
 
 def _not_finite(exits: Sequence[ExitResult], gathered: Sequence[list[tuple[int, list[int]]]], of_step: range) -> str:
-    """Which exits and sequences, for the user: all of the step where only the gradient, their sum, is not finite."""
+    """Message that names exits and sequences. If only the gradient is not finite, it names all sequences of the
+    step."""
     where: dict[int, set[int]] = {}
     for layer, sequences in (pair for pairs in gathered for pair in pairs):
         where.setdefault(layer, set()).update(sequences)

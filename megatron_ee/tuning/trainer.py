@@ -1,4 +1,4 @@
-"""The trainer decides when: to step, log, validate, save and stop. ``tuning.step`` computes."""
+"""The trainer decides when to step, log, validate, save and stop. ``tuning.step`` computes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from megatron_ee.tuning.state import Progress, save_state, saved_step
 from megatron_ee.tuning.step import StepResult, tuning_step, weight_ramp
 
 Validate = Callable[[Pipeline, int], Quality]
-"""Quality of the exits of all stages after so many steps, on every rank; what is shown and written of it is the
-callback's business."""
+"""Measures the exits of all stages after a number of steps, and returns the result on every rank. The callback also
+prints and writes it."""
 
 
 @dataclass
 class Trainer:
-    """Everything one tuning run holds.
+    """The state of one tuning run.
 
     Attributes:
         validate: called every ``validation.interval`` steps and at both ends; None without validation data.
-        description: what identifies the run in its checkpoints and adapters.
+        description: identification of the run in its checkpoints and adapters.
     """
 
     config: RunConfig
@@ -51,18 +51,18 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        # A resumed run starts from what is on disk already.
+        # A resumed run starts from the state on disk.
         self._started = self._saved = self.progress.step or None
 
     def run(self, log: RunLog, interrupt: Interrupt) -> bool:
         """Tune until the last step or an interrupt; True if all steps are done. Every rank calls this.
 
-        Either way the state and the adapter of the last step done are on disk afterwards. An interrupt lets the step
-        in work finish; a validation ends at its next microbatch, and a resumed run does it again.
+        In both cases the state and the adapter after the last completed step are on disk afterwards. An interrupt lets
+        the current step finish. A validation ends at its next microbatch, and a resumed run repeats it.
 
         Raises:
             UserError: more steps in a row than ``tuning.skip_limit`` had a loss or gradient that is not finite.
-            CheckpointError: a save failed; one in the background says so at the next step.
+            CheckpointError: a save failed. A failed save in the background raises at the next step.
         """
         steps, done, is_main = self.config.tuning.steps, self.progress, self._groups.is_main
         if done.step == 0 or done.validation_due:
@@ -88,7 +88,7 @@ class Trainer:
                     self._save(saver)
                 self._log_saves(log, saver)
             if interrupt.requested:
-                bar.note(f"{interrupt.name}: saving after step {done.step}; go on with --resume")
+                bar.note(f"{interrupt.name}: saving after step {done.step}; continue with --resume")
             self._finish(saver)
             self._log_saves(log, saver)
         return done.step >= steps
@@ -98,7 +98,8 @@ class Trainer:
         return self.optimizer.groups
 
     def _told_to_stop(self, interrupt: Interrupt, saver: Saver) -> bool:
-        """Whether any rank was: all then stop after the same step, also where the save in work failed."""
+        """Whether any rank received a signal. All ranks then stop after the same step, even if a save in progress
+        failed."""
         own = (interrupt.name, saver.failure)
         names, failures = zip(*(self._groups.gather(own) if self._groups.world.size() > 1 else [own]), strict=True)
         saver.check(failures)
@@ -119,7 +120,7 @@ class Trainer:
         if skipped > limit:
             error = UserError(
                 f"step {self.progress.step}: {result.skipped}; {skipped} steps in a row were not finite, and "
-                f"tuning.skip_limit is {limit}: lower optimizer.lr, or look at these sequences of the data"
+                f"tuning.skip_limit is {limit}: lower optimizer.lr, or check these sequences of the data"
             )
             error.common = True
             raise error
@@ -128,7 +129,7 @@ class Trainer:
         return interval > 0 and self.progress.step % interval == 0
 
     def _validate(self, log: RunLog) -> None:
-        """Validate, and keep the adapter if it is the best so far; the untuned exits are measured, not kept."""
+        """Validate, and keep the adapter if it is the best so far. Untuned exits are measured, but not kept."""
         if self.validate is None:
             return
         done = self.progress
@@ -149,7 +150,7 @@ class Trainer:
             self._save_adapter("adapter-best", {"validation_loss": loss})
 
     def _save(self, saver: Saver, *, wait: bool = False) -> None:
-        """Save the state, and with it the adapter, which is made from the checkpoint."""
+        """Save the state, and the adapter, which is made from the checkpoint."""
         save_state(
             self.output / "checkpoints",
             self.pipeline.stage,
@@ -164,12 +165,12 @@ class Trainer:
         self._saved = self.progress.step
 
     def _finish(self, saver: Saver) -> None:
-        """See to it that state and adapter of the last step are on disk."""
+        """Make sure that state and adapter of the last step are on disk."""
         if self.progress.step != self._saved:
             self._save(saver, wait=True)
         saver.wait()
         if self.progress.step == self._started:
-            self._save_adapter("adapter", {})  # the run before may have been killed between the two
+            self._save_adapter("adapter", {})  # an earlier run may have been killed between the two saves
 
     def _log_saves(self, log: RunLog, saver: Saver) -> None:
         for save in saver.finished():
@@ -190,13 +191,14 @@ class Trainer:
 
 
 def validation_loss(quality: Quality, specs: Sequence[ExitSpec]) -> float:
-    """Mean validation loss of the exits, weighted by their loss weights; ``adapter-best`` has the lowest."""
+    """Mean validation loss of the exits, weighted by their loss weights. ``adapter-best`` is the adapter with the
+    lowest."""
     weights = {spec.layer: spec.weight for spec in specs}
     return sum(weights[exit_.layer] * exit_.loss for exit_ in quality.exits) / sum(weights.values())
 
 
 def _not_finite(quality: Quality) -> str:
-    """The exits whose loss is NaN or infinite, for the user; empty where there is none."""
+    """Message that names the exits whose loss is NaN or infinite; empty if there are none."""
     losses = [(f"the exit after layer {exit_.layer}", exit_.loss) for exit_ in quality.exits]
     losses.append(("the final exit", quality.final_loss))
     return ", ".join(f"{name} ({loss})" for name, loss in losses if not math.isfinite(loss))

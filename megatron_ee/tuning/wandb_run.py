@@ -1,4 +1,4 @@
-"""A run's figures in Weights & Biases (extra ``wandb``), offline under ``OUTPUT/wandb`` unless asked otherwise.
+"""Logs a run to Weights & Biases (extra ``wandb``), by default offline under ``OUTPUT/wandb``.
 
 Figures, the configuration and wandb's own system metrics are recorded; no code and no terminal output.
 """
@@ -17,11 +17,11 @@ from megatron_ee.errors import ConfigError, UserError, first_line, storage_error
 from megatron_ee.parallel.groups import launched_rank
 
 DIRECTORY, RUN_ID = "wandb", "run_id"
-"""Under the run's output: where wandb writes, and in it the file with the id that a resumed run goes on under."""
+"""wandb's directory under the run's output, and the file there with the id that a resumed run reuses."""
 
 
 def check_wandb(config: WandbConfig) -> None:
-    """Refuse, before anything is loaded, what ``start_run`` could not do.
+    """Check, before anything is loaded, that ``start_run`` can work.
 
     Raises:
         ConfigError: wandb is not installed, or ``online`` without an API key.
@@ -42,17 +42,17 @@ def check_wandb(config: WandbConfig) -> None:
 
 
 class WandbRun:
-    """A wandb run that figures go to. Where it fails, a line says so, and tuning goes on without it."""
+    """A wandb run. If it fails, a line says so and tuning continues without it."""
 
     def __init__(self, run: Any) -> None:
         self._run: Any = run
 
     def log(self, points: Mapping[str, float], step: int) -> None:
-        """Record figures by name after ``step`` steps."""
+        """Record values by name after ``step`` steps."""
         self._try(lambda: self._run.log({**points, "step": step}))
 
     def finish(self, *, failed: bool) -> None:
-        """Write what is left; ``failed``: the tuning run ended with an error."""
+        """Write the remaining data. ``failed``: the tuning run ended with an error."""
         self._try(lambda: self._run.finish(exit_code=int(failed)))
 
     def _try(self, action: Callable[[], object]) -> None:
@@ -60,17 +60,17 @@ class WandbRun:
             return
         try:
             action()
-        except Exception as error:  # its service is a process of its own, which a signal to the job may have ended
+        except Exception as error:  # its service is a separate process, which a signal to the job may have ended
             self._run = None
             print(f"wandb: nothing more is recorded: {first_line(error)}", file=sys.stderr, flush=True)
 
 
 def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[str, Any]) -> WandbRun:
-    """Start to log to wandb, to the earlier run where ``step`` steps are done already.
+    """Start logging to wandb; if ``step`` is above 0, to the earlier wandb run.
 
     Args:
         output: the tuning run's directory.
-        config: with a project.
+        config: the wandb block, with a project.
         step: steps done.
         settings: the run's configuration, recorded with it.
 
@@ -85,7 +85,7 @@ def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[st
             name=config.name or output.resolve().name,
             mode=config.mode,
             id=_run_id(output / DIRECTORY, step),
-            # wandb warns of it offline, where each part is a run directory of its own with the same id.
+            # wandb warns about this offline, where each part is a separate run directory with the same id.
             resume="allow" if config.mode == "online" else None,
             dir=str(output),
             config=dict(settings),
@@ -93,7 +93,7 @@ def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[st
         )
     except (wandb.Error, OSError) as error:
         raise UserError(f"logging.wandb: the run cannot be started: {first_line(error)}") from None
-    # Not wandb's own step, which must not go back: a save in the background is reported some steps later.
+    # Not wandb's own step, which must not decrease: a save in the background is reported some steps later.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     where = run.url if config.mode == "online" else f"{run.settings.sync_dir} (wandb sync uploads it)"

@@ -111,7 +111,7 @@ def test_a_rank_killed_in_a_save_ends_the_run(
     assert "Traceback" not in run.errors(1 - rank)
     assert not (run.checkpoints / "step-6").exists()
     run.go("--resume")
-    assert "going on after step 3\n" in run.errors()
+    assert "continuing after step 3\n" in run.errors()
     assert_ended_as(run, straight)
 
 
@@ -159,7 +159,7 @@ def test_missing_and_swapped_shards(damage: Callable[[list[Path]], None], straig
     run.go("--resume")
     (line,) = (line for line in run.errors().splitlines() if "DAMAGED CHECKPOINT" in line)
     assert "step-12/shard-000" in line
-    assert "going on after step 9\n" in run.errors()
+    assert "continuing after step 9\n" in run.errors()
     assert_ended_as(run, straight)
 
 

@@ -146,7 +146,7 @@ def test_a_frozen_rank_is_named_after_the_timeout(start: Any, lost: int) -> None
     assert run.statuses(*others(lost), within=TIMEOUT + SLACK) == [1, 1]
     assert time.monotonic() - stopped > TIMEOUT - 1
     [line] = run.errors()
-    pattern = rf"error: rank {lost} \(stage {lost}, step [1-9]\d*\) has given no sign of life for 2 s; ending the run"
+    pattern = rf"error: rank {lost} \(stage {lost}, step [1-9]\d*\) has not responded for 2 s; ending the run"
     assert re.fullmatch(pattern, line)
     assert run.reported() == [line.removeprefix("error: ")]
     # Thawed, it finds that the run is over.

@@ -107,7 +107,7 @@ def assert_goes_on(run: Run, straight: Run, step: int) -> str:
     """Resume after ``step``, and end as the other run did. Gives what was said."""
     status, errors = run.go("--resume")
     assert status == 0, errors
-    assert f"going on after step {step}\n" in errors
+    assert f"continuing after step {step}\n" in errors
     assert read_log(run.output) == read_log(straight.output)
     found, expected = (saved_tensors(each.checkpoints / "step-12") for each in (run, straight))
     assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in expected)

@@ -159,7 +159,7 @@ def test_a_signal_before_the_first_step_is_an_interruption(
     monkeypatch.setattr(place, signalled)
     monkeypatch.setattr(Trainer, "run", lambda self, log, interrupt: pytest.fail("it went on"))
     assert main(["tune", "--config", str(config), "--output", str(output), "--resume"]) == 0
-    assert "SIGUSR1: ended before the first step; go on with --resume" in capsys.readouterr().err
+    assert "SIGUSR1: ended before the first step; continue with --resume" in capsys.readouterr().err
     assert json.loads((output / "status.json").read_text()) == {"state": "interrupted", "step": 0, "steps": 12}
 
 
@@ -198,7 +198,7 @@ def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, t
 
     done = project.run("tune", "--config", config, "--output", output, "--resume")
     assert "DAMAGED" in done.stderr and "shard-0000.safetensors" in done.stderr
-    assert "going on after step" in done.stderr
+    assert "continuing after step" in done.stderr
     assert_same(all_tensors(output, 12), all_tensors(tuned, 12))
     assert read_log(output) == read_log(tuned)
 

@@ -71,7 +71,7 @@ def test_a_corpus_that_does_not_say_is_taken_with_a_line(described: bool, prepar
     else:
         file_of(prefix, ".json").unlink()
     (line,) = check_data(*opened(prefix), hf_dir)
-    assert line.startswith(f"data.train[0]: {prefix} does not say which tokenizer")
+    assert line.startswith(f"data.train[0]: {prefix} does not record its tokenizer")
 
 
 def test_training_and_validation_on_the_same_text_is_named(prepare: Prepare, hf_dir: Path) -> None:

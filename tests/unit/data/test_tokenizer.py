@@ -243,7 +243,7 @@ def test_refused(tmp_path: Path, hf_dir: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     for id_ in ('"first"', "-1", "9" * 10, "[1]"):
         (tmp_path / "added_tokens.json").write_text(f'{{"<pad>": {id_}}}')
-        with pytest.raises(DataError, match="added_tokens.json: '.*': .*<pad>.* is no added token with its id"):
+        with pytest.raises(DataError, match="added_tokens.json: '.*': .*<pad>.* is not an added token with its id"):
             load_tokenizer(tmp_path)
     (tmp_path / "added_tokens.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"")
