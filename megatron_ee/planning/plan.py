@@ -45,7 +45,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """All stages, in pipeline order; ``tensor`` and ``data`` are the parallel sizes."""
 
     stages: tuple[StagePlan, ...]
@@ -86,7 +86,7 @@ class StageWork:
 
 def plan_run(
     config: RunConfig, layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], world_size: int
-) -> Plan:
+) -> RunPlan:
     """``make_plan`` of a configuration that ``config.check`` has passed, for ``world_size`` processes.
 
     Its ``model.dtype`` is the one that ``auto`` stands for.
@@ -115,7 +115,7 @@ def _has_whole_main_weights(implementation: str) -> bool:
     return implementation == "apex" or (implementation == "auto" and find_spec("apex") is not None)
 
 
-def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> Plan:
+def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> RunPlan:
     """Count what each stage of ``layout`` holds and does in a step; ``specs``: the exits of all stages."""
     work = stage_work(layout, architecture, specs, workload)
     idle = idle_shares(layout, work, workload.microbatches, distillation=workload.top_k > 0)
@@ -127,7 +127,7 @@ def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSp
         flops = work[index].total * workload.microbatches
         memory = stage_memory(layout, index, architecture, specs, workload)
         stages.append(StagePlan(stage.layers, stage.exits, frozen, trained, flops, idle[index], memory))
-    return Plan(tuple(stages), workload.tensor, workload.data, workload.microbatches)
+    return RunPlan(tuple(stages), workload.tensor, workload.data, workload.microbatches)
 
 
 def stage_work(

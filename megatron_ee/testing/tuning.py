@@ -24,7 +24,7 @@ from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.tuning.schedule import Pipeline, Span
-from megatron_ee.tuning.state import Progress, load_state, save_state
+from megatron_ee.tuning.state import RunProgress, load_state, save_state
 from megatron_ee.tuning.step import StepResult, tuning_step
 
 SEQUENCE_LENGTH, GLOBAL_BATCH, STEPS = 16, 12, 3
@@ -103,7 +103,7 @@ def _tune_case(
             "exits": [dataclasses.asdict(s) for s in case.specs],
             "dtype": case.dtype,
         }
-        progress, results, saved = Progress(), [], []
+        progress, results, saved = RunProgress(), [], []
         if start is not None:
             checkpoint = open_checkpoint(start / case.name / "step-1")
             progress = load_state(checkpoint, pipeline.stage, optimizer, description)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ee.planning.plan import Plan, StagePlan
+from megatron_ee.planning.plan import RunPlan, StagePlan
 from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: RunPlan, console: Console | None = None) -> None:
     """Print per stage: content, parameters, memory per rank and expected idle time; by default to stderr."""
     console = console or make_console(sys.stderr)
     sizes = f"tensor {plan.tensor} x pipeline {len(plan.stages)} x data {plan.data}"

@@ -53,7 +53,7 @@ from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.plan_table import print_plan
 from megatron_ee.tuning.schedule import Pipeline
-from megatron_ee.tuning.state import Progress, check_same_run, load_state
+from megatron_ee.tuning.state import RunProgress, check_same_run, load_state
 from megatron_ee.tuning.status import reported_status, write_failed
 from megatron_ee.tuning.trainer import Trainer, Validate
 from megatron_ee.tuning.wandb_run import check_wandb
@@ -88,7 +88,7 @@ def tune(
         CheckpointError: the model, adapter or checkpoint cannot be used.
         DataError: a corpus cannot be used.
     """
-    progress, steps = Progress(), config.tuning.steps
+    progress, steps = RunProgress(), config.tuning.steps
     minutes = collective_minutes(config.parallel.timeout_seconds)
     with watch_signals() as interrupt, joined_processes(minutes) as control:
         gather = partial(gather_objects, group=control)
@@ -176,7 +176,7 @@ def _prepare(
     output: Path,
     resume: bool,
     allow_new_data: bool,
-    progress: Progress,
+    progress: RunProgress,
     make_validator: MakeValidator,
     interrupt: Interrupt,
 ) -> Trainer:
@@ -289,7 +289,7 @@ def _resume(
     optimizer: ExitOptimizer,
     description: dict[str, Any],
     leave_out: set[str],
-    progress: Progress,
+    progress: RunProgress,
 ) -> None:
     """Continue from the newest good checkpoint, or start a new run if there is none.
 
@@ -302,7 +302,7 @@ def _resume(
         if groups.is_main:
             print(line, file=sys.stderr, flush=True)
 
-    def load(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any], dict[str, str]]:
+    def load(checkpoint: Checkpoint) -> tuple[RunProgress, dict[str, Any], dict[str, str]]:
         made_with = checkpoint.metadata.get("config")
         made_with = made_with if isinstance(made_with, dict) else {}
         changes = changed_data(checkpoint.metadata.get("data"), description["data"])
@@ -347,7 +347,7 @@ def _description(config: RunConfig, specs: tuple[ExitSpec, ...], model: SavedMod
     }
 
 
-def _stream(config: RunConfig, blend: PackedBlend, groups: Groups, progress: Progress) -> MicrobatchStream:
+def _stream(config: RunConfig, blend: PackedBlend, groups: Groups, progress: RunProgress) -> MicrobatchStream:
     return MicrobatchStream(
         blend,
         config.tuning.micro_batch_size,

@@ -38,8 +38,8 @@ OPTIMIZER = "optimizer."
 Count = Annotated[int, Field(ge=0)]
 
 
-class Progress(Strict, frozen=False):
-    """Progress of a run.
+class RunProgress(Strict, frozen=False):
+    """RunProgress of a run.
 
     Attributes:
         step: steps completed.
@@ -68,7 +68,7 @@ class _Counters(Strict, extra="ignore"):
 class _Metadata(Strict, extra="ignore"):
     """The part of a checkpoint's metadata that holds the run's progress."""
 
-    progress: Progress
+    progress: RunProgress
     counters: _Counters
 
 
@@ -76,7 +76,7 @@ def save_state(
     checkpoints: Path,
     stage: Stage,
     optimizer: ExitOptimizer,
-    progress: Progress,
+    progress: RunProgress,
     description: dict[str, Any],
     keep: int,
     saver: Saver | None = None,
@@ -146,7 +146,9 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
         raise ConfigError(f"{named}; restore the data, or use the new one with --allow-new-data")
 
 
-def load_state(checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]) -> Progress:
+def load_state(
+    checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]
+) -> RunProgress:
     """Load a checkpoint, made in any layout, into ``stage`` and ``optimizer``.
 
     Raises:
@@ -187,7 +189,7 @@ def _read_converted(checkpoint: Checkpoint, kind: str, name: str, piece: Piece) 
         like.copy_(join(weight, stored))
 
 
-def _read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, int]]:
+def _read_progress(checkpoint: Checkpoint) -> tuple[RunProgress, dict[str, int]]:
     """The run's progress, and the optimizer's counters."""
     metadata = validated(_Metadata, checkpoint.metadata, where=str(checkpoint.path), error=CheckpointError)
     return metadata.progress, metadata.counters.model_dump()

@@ -13,12 +13,12 @@ from pathlib import Path
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json
 from megatron_ee.errors import CheckpointError, Interrupted
 from megatron_ee.tuning.interrupt import Interrupt
-from megatron_ee.tuning.state import Progress
+from megatron_ee.tuning.state import RunProgress
 
 STATUS = "status.json"
 
 
-def write_status(output: Path, state: str, progress: Progress, steps: int) -> None:
+def write_status(output: Path, state: str, progress: RunProgress, steps: int) -> None:
     """Write ``output/status.json``.
 
     Args:
@@ -33,7 +33,7 @@ def write_status(output: Path, state: str, progress: Progress, steps: int) -> No
     write_json(output / STATUS, {"state": state, "step": progress.step, "steps": steps})
 
 
-def write_failed(output: Path, progress: Progress, steps: int) -> None:
+def write_failed(output: Path, progress: RunProgress, steps: int) -> None:
     """``write_status`` of a failed run. Errors are ignored: the error that ended the run is reported elsewhere."""
     with contextlib.suppress(CheckpointError):
         write_status(output, "failed", progress, steps)
@@ -41,7 +41,7 @@ def write_failed(output: Path, progress: Progress, steps: int) -> None:
 
 @contextlib.contextmanager
 def reported_status(
-    output: Path, steps: int, progress: Progress, interrupt: Interrupt, *, enabled: bool
+    output: Path, steps: int, progress: RunProgress, interrupt: Interrupt, *, enabled: bool
 ) -> Iterator[None]:
     """Keep ``status.json`` up to date for as long as the run lasts; one of its processes is ``enabled``.
 

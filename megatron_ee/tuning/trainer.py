@@ -24,7 +24,7 @@ from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.schedule import Pipeline
-from megatron_ee.tuning.state import Progress, save_state, saved_step
+from megatron_ee.tuning.state import RunProgress, save_state, saved_step
 from megatron_ee.tuning.step import StepResult, tuning_step, weight_ramp
 
 Validate = Callable[[Pipeline, int], Quality]
@@ -48,7 +48,7 @@ class Trainer:
     output: Path
     description: dict[str, Any]
     validate: Validate | None = None
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
 
     def __post_init__(self) -> None:
         # A resumed run starts from the state on disk.

@@ -7,7 +7,7 @@ import pytest
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import LossConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from megatron_ee.planning.balance import resolve_layout
-from megatron_ee.planning.plan import Plan, plan_run
+from megatron_ee.planning.plan import RunPlan, plan_run
 from megatron_ee.testing.examples import EXAMPLES, MODELS, example_architecture, open_example, written
 
 GPU_BYTES = 80e9
@@ -21,7 +21,7 @@ TRAINED = {
 }
 
 
-def planned(name: str, processes: int | None = None) -> tuple[RunConfig, tuple[ExitSpec, ...], Plan]:
+def planned(name: str, processes: int | None = None) -> tuple[RunConfig, tuple[ExitSpec, ...], RunPlan]:
     config, specs, processes = open_example(name, processes=processes)
     architecture = example_architecture(name)
     layout = resolve_layout(config.parallel, specs, architecture, config.data.sequence_length)

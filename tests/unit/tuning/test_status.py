@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ee.errors import CheckpointError
 from megatron_ee.tuning.interrupt import Interrupt
-from megatron_ee.tuning.state import Progress
+from megatron_ee.tuning.state import RunProgress
 from megatron_ee.tuning.status import STATUS, reported_status
 
 
@@ -21,7 +21,7 @@ def read(output: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("told, done, state", [(None, 5, "finished"), ("SIGTERM", 3, "interrupted")])
 def test_a_run_that_ends_well(told: str | None, done: int, state: str, tmp_path: Path) -> None:
-    progress, interrupt = Progress(), Interrupt()
+    progress, interrupt = RunProgress(), Interrupt()
     with reported_status(tmp_path, 5, progress, interrupt, enabled=True):
         assert read(tmp_path) == {"state": "running", "step": 0, "steps": 5}
         progress.step, interrupt.name = done, told
@@ -29,7 +29,7 @@ def test_a_run_that_ends_well(told: str | None, done: int, state: str, tmp_path:
 
 
 def test_a_run_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), reported_status(tmp_path, 5, Progress(), Interrupt(), enabled=True):
+    with pytest.raises(ZeroDivisionError), reported_status(tmp_path, 5, RunProgress(), Interrupt(), enabled=True):
         raise ZeroDivisionError
     assert read(tmp_path)["state"] == "failed"
 
@@ -39,7 +39,7 @@ def test_the_error_that_counts_is_the_first(tmp_path: Path) -> None:
     output.mkdir()
     with (
         pytest.raises(CheckpointError, match="the shard cannot be written"),
-        reported_status(output, 5, Progress(), Interrupt(), enabled=True),
+        reported_status(output, 5, RunProgress(), Interrupt(), enabled=True),
     ):
         shutil.rmtree(output)
         raise CheckpointError("the shard cannot be written")
