@@ -14,15 +14,15 @@ from megatron_ee.errors import UserError
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.compiled import CompiledStage
 from megatron_ee.inference.engine import Engine, make_sequence
-from megatron_ee.inference.links import StageMap, StageWorker
 from megatron_ee.inference.memory import Budget, stage_memory
 from megatron_ee.inference.messages import Mail, share
-from megatron_ee.inference.passes import StageRunner
+from megatron_ee.inference.passes import StageMap, StageWorker
 from megatron_ee.inference.prefixes import Prefixes
 from megatron_ee.inference.remote import DriverScheduler, RemoteChannel, RemoteStage, follow, serve_stage
 from megatron_ee.inference.requests import MAX_DRAFT
 from megatron_ee.inference.scheduler import PASS_TOKENS, Scheduler
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
+from megatron_ee.inference.stage_runner import StageRunner
 from megatron_ee.parallel.groups import Groups, host_group
 from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.transfer import connect

@@ -1,4 +1,4 @@
-"""The traversal and the heads as compiled functions (``torch.compile``), for a sequence that runs alone.
+"""The traversal of layers as compiled functions (``torch.compile``), for a sequence that runs alone.
 
 A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations per layer
 that do little each. A compiled segment, from one place with a tap to the next, is one call, and the operations between
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError, first_line
-from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
 from megatron_ee.model.attention import Positions
@@ -32,7 +31,7 @@ WARM_POSITIONS = 8
 
 
 class CompiledStage:
-    """Every segment and every head of a stage, compiled."""
+    """Every segment of a stage, compiled."""
 
     def __init__(self, stage: Stage) -> None:
         """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time."""
@@ -40,9 +39,6 @@ class CompiledStage:
         numbers = [number for number, _ in stage.backbone.numbered_layers()]
         places = sorted({numbers[0] - 1, numbers[-1], *stage.taps})
         self._segments = {(start, stop): _compiled(_Segment(stage, start, stop)) for start, stop in pairwise(places)}
-        self._heads = {exit_.spec.layer: _compiled(_Head(stage, exit_)) for exit_ in stage.exits}
-        if stage.backbone.head is not None:
-            self._heads[self._arch.num_layers + 1] = _compiled(_Head(stage, None))
 
     @platform.inference_attention()
     @torch.inference_mode()
@@ -54,7 +50,7 @@ class CompiledStage:
             return torch.zeros(shape, dtype=self._stage.setup.dtype, device=platform.device())
 
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
-        size, parts = self._arch.hidden_size, len(self._segments) + len(self._heads)
+        size, parts = self._arch.hidden_size, len(self._segments)
         kept = zeros(WARM_POSITIONS, self._arch.num_kv_heads, self._arch.head_dim)
         # The norms' epsilon is the only float. As a variable, the default, it makes every trace run twice.
         with (
@@ -72,20 +68,6 @@ class CompiledStage:
                     positions = self._stage.backbone.packed_positions(where)
                     self.run(start, stop, zeros(tokens, 1, size), positions, caches, {})
                 bar.advance()
-            for place in self._heads:
-                for tokens in (1, 3):
-                    self.logits(place, zeros(tokens, 1, size))
-                bar.advance()
-
-    def logits(self, place: int, x: Tensor) -> Tensor | None:
-        """Float32 logits ``[tokens, vocab]`` of the head at a place; None where there is no head.
-
-        Args:
-            place: of the head.
-            x: ``[tokens, 1, hidden]``, what an exit's ``attention_half`` made of the tap, or h for the final exit.
-        """
-        head = self._heads.get(place)
-        return None if head is None else head(x)
 
     def run(
         self, start: int, stop: int, x: Tensor, positions: Positions, caches: Sequence[LayerKV], masks: Masks
@@ -146,19 +128,6 @@ class _Segment(nn.Module):
         )
 
 
-class _Head(nn.Module):
-    """An exit's logits, or the final exit's."""
-
-    def __init__(self, stage: Stage, exit_: Exit | None) -> None:
-        super().__init__()
-        self.stage, self.exit_ = stage, exit_
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.exit_ is None:
-            return self.stage.final_logits(self.stage.final_features(x)[:, 0])
-        return self.exit_.logits(self.exit_.rest(x)[:, 0])
-
-
 @dataclass
 class _Room:
     """One layer's cache with room for the tokens, as a ``LayerCache``; no window hides anything yet."""
@@ -180,22 +149,19 @@ def _compiled(module: nn.Module) -> Callable[..., Any]:
     """The ``forward`` of a module whose parts stay what they are.
 
     torch keeps what it made with a function's code and checks at each call which of it fits: a copy of the code for
-    each module, and no checks of modules and globals, spare half of a small model's time.
+    each module, and no checks of modules, spare much of a small model's time.
     """
     given: Any = type(module).forward
     forward = MethodType(FunctionType(given.__code__.replace(), given.__globals__), module)
-    options: dict[str, Any] = {"guard_filter_fn": _on_arguments, "size_asserts": False}
+    options: dict[str, Any] = {
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        "size_asserts": False,
+    }
     return torch.compile(forward, fullgraph=True, dynamic=True, options=options)
 
 
-def _on_arguments(guards: Sequence[Any]) -> list[bool]:
-    """Which checks are of arguments, rather than of modules or of what their code refers to."""
-    kept = (torch.compiler.skip_guard_on_all_nn_modules_unsafe, torch.compiler.skip_guard_on_globals_unsafe)
-    return [all(each) for each in zip(*(keep(guards) for keep in kept), strict=True)]
-
-
 def compile_stage(stage: Stage) -> CompiledStage:
-    """Compile layers and heads of a loaded stage. Every rank calls this.
+    """Compile the layers of a loaded stage. Every rank calls this.
 
     Raises:
         ConfigError: they cannot be compiled here.

@@ -1,8 +1,8 @@
-"""The keys and values that rows keep between passes.
+"""The KV cache: keys and values that sequences keep between passes, and attention to them.
 
-Each layer of each row has room of its own, which grows by ``CHUNK`` positions: nothing is reserved for what a row may
-become, and moving what is kept costs a small part of what attention reads of it meanwhile. Layers of one row differ in
-length: a deeper one lacks the deferred tokens.
+Each layer of each sequence has a cache of its own, which grows by ``CHUNK`` positions. Nothing is reserved for what a
+sequence may become, and moving its cache costs a small part of what attention reads meanwhile. The layers of one
+sequence differ in length: a deeper one lacks the deferred tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_ee.model.attention import visible_keys
 
 CHUNK = 256
 Masks = dict[tuple[int, int, int, int | None], Tensor]
-"""Made for a pass so far, and shared by its layers: by ``place`` of ``shared_mask``."""
+"""Masks of a pass, shared by its layers, by ``place`` of ``shared_mask``."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Extent:
     """How many positions a layer keeps.
 
     Attributes:
-        limit: positions that the row will ever have.
+        limit: positions that the sequence will ever have.
         window: positions that a token sees, itself included; None for all before it.
         slack: positions before the window that are kept too: as many tokens may be deferred or taken back.
         pass_tokens: tokens of the longest pass.
@@ -38,7 +38,7 @@ class Extent:
     pass_tokens: int = CHUNK
 
     def room(self, length: int) -> int:
-        """Positions that there is room for once the row has ``length``."""
+        """Positions that there is room for once the sequence has ``length``."""
         room = min(self.limit, _chunks(length))
         if self.window is None:
             return room
@@ -46,7 +46,7 @@ class Extent:
 
 
 class LayerKV:
-    """Growing cache of one attention layer of one row.
+    """Growing cache of one attention layer of one sequence.
 
     Attributes:
         length: positions run so far.
@@ -136,10 +136,10 @@ def _chunks(length: int) -> int:
 
 @dataclass
 class PackedCaches:
-    """One layer's caches of the rows of a pass, whose tokens lie one after another: a ``LayerCache``.
+    """One layer's caches of the sequences of a pass, whose tokens lie one after another: a ``LayerCache``.
 
     Attributes:
-        caches: of the rows.
+        caches: of the sequences.
         counts: tokens of each in this pass.
         masks: made for this pass so far, shared by its layers.
     """
@@ -157,7 +157,7 @@ class PackedCaches:
         return torch.cat([self._attend(*part, window) for part in parts])
 
     def _attend(self, cache: LayerKV, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-        """One row: ``[tokens, heads * head_dim]``."""
+        """Of one sequence: ``[tokens, heads * head_dim]``."""
         start, count = cache.length, len(query)
         keys, values = cache.extend(key, value)
         if count == 1:
@@ -175,7 +175,7 @@ class PackedCaches:
 
 
 def attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one row's tokens.
+    """Attention of one sequence's tokens.
 
     The queries that share a key-value head go as further tokens of it: nothing of the cache is copied for them.
 

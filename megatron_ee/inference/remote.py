@@ -28,48 +28,49 @@ from megatron_ee.inference.messages import (
     unpack_params,
     unpack_pass,
 )
-from megatron_ee.inference.passes import Pass, StageRunner
+from megatron_ee.inference.passes import Pass
 from megatron_ee.inference.requests import Token
 from megatron_ee.inference.scheduler import Scheduler
 from megatron_ee.inference.sequence import Sequence, SequenceParams
+from megatron_ee.inference.stage_runner import StageRunner
 
 MakeSequence = Callable[[int, SequenceParams], Sequence]
 
 
 class RemoteStage:
-    """A stage in another process: a ``StageLink``. Called by the first stage."""
+    """A stage in another process: a ``StageWorker``. Called by the first stage."""
 
     def __init__(self, mail: Mail, stage: int) -> None:
         self._mail, self._stage = mail, stage
         self._calls: list[list[Any]] = []
 
     def open(self, row: int, limit: int) -> None:
-        """See ``StageLink``."""
+        """See ``StageWorker``."""
         self._calls.append(["open", row, limit])
 
     def close(self, row: int) -> None:
-        """See ``StageLink``."""
+        """See ``StageWorker``."""
         self._calls.append(["close", row])
 
     def crop(self, row: int, length: int) -> None:
-        """See ``StageLink``."""
+        """See ``StageWorker``."""
         self._calls.append(["crop", row, length])
 
     def copy(self, row: int, other: int, length: int) -> None:
-        """See ``StageLink``."""
+        """See ``StageWorker``."""
         self._calls.append(["copy", row, other, length])
 
     def keep(self, row: int, length: int) -> None:
-        """See ``StageLink``."""
+        """See ``StageWorker``."""
         self._calls.append(["keep", row, length])
 
     def receive(self, rows: Collection[int]) -> None:
-        """See ``StageLink``."""
+        """See ``StageWorker``."""
         self._calls.append(["receive", list(rows)])
         self._flush()  # the stage before may send no more until this has been taken
 
     def run(self, pass_: Pass) -> None:
-        """See ``StageLink``."""
+        """See ``StageWorker``."""
         self._calls.append(["run", pack_pass(pass_)])
         self._flush()
 
@@ -79,7 +80,7 @@ class RemoteStage:
         self._flush()
 
     def outputs(self) -> list[HeadOutput]:
-        """See ``StageLink``."""
+        """See ``StageWorker``."""
         return unpack_outputs(self._mail.receive(self._stage, OUTPUTS))
 
     def _flush(self) -> None:
@@ -103,7 +104,7 @@ def serve_stage(runner: StageRunner, mail: Mail) -> None:
 
 
 class RemoteChannel:
-    """Hidden states, and distributions that proposals were drawn from, from each stage to the next: ``Neighbours``."""
+    """Hidden states, and distributions that proposals were drawn from, to the next stage: a ``StageChannel``."""
 
     def __init__(self, mail: Mail, group: dist.ProcessGroup, hidden: int, vocab: int, dtype: torch.dtype) -> None:
         """``group``: the pipeline's ranks, on the device."""
@@ -112,7 +113,7 @@ class RemoteChannel:
         self._leaving: list[tuple[dist.Work | None, Tensor]] = []
 
     def send(self, parts: Collection[Tensor], drafts: Collection[Collection[Tensor]]) -> None:
-        """See ``Neighbours``."""
+        """See ``StageChannel``."""
         for work, _ in self._leaving:
             if work is not None:
                 work.wait()
@@ -127,7 +128,7 @@ class RemoteChannel:
             self._leaving.append((dist.isend(message, group=self._group, group_dst=target), message))
 
     def receive(self, rows: int) -> list[tuple[Tensor, list[Tensor]]]:
-        """See ``Neighbours``."""
+        """See ``StageChannel``."""
         source = self._group.rank() - 1
         counts, drafts = self._mail.receive(source, HEADERS)
         assert len(counts) == rows, "the stages disagree about the rows of a chain"

@@ -14,9 +14,8 @@ from typing import Protocol
 
 from megatron_ee import platform
 from megatron_ee.inference.heads import HeadInput
-from megatron_ee.inference.links import StageMap, StageWorker
 from megatron_ee.inference.memory import Budget
-from megatron_ee.inference.passes import Pass, ScheduledSequence
+from megatron_ee.inference.passes import Pass, ScheduledSequence, StageMap, StageWorker
 from megatron_ee.inference.prefixes import Prefix, Prefixes
 from megatron_ee.inference.requests import Token
 from megatron_ee.inference.scheduling import choose_place, next_stop

@@ -47,7 +47,7 @@ def run_segment(
         if number > start:
             x = layer.attention_half(x, positions, cache(number))
             if number == stop and taps.get(stop) == "residual":
-                break
+                continue
         x = layer.mlp_half(x)
     return x
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 from megatron_ee import platform
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference import assembly, passes, remote
+from megatron_ee.inference import assembly, remote, stage_runner
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Request
 from megatron_ee.inference.sampling import Sampling
@@ -35,7 +35,7 @@ def run(case: Inference, explained: int | None = None) -> Result:
         process_groups(tensor) as groups,
         mock.patch.object(assembly, "share", _shared),
         mock.patch.object(remote, "share", _shared),
-        mock.patch.object(passes, "head_outputs", _counting(passes.head_outputs, heads := [])),
+        mock.patch.object(stage_runner, "head_outputs", _counting(stage_runner.head_outputs, heads := [])),
     ):
         setup = build_setup(architecture, platform.DTYPES[config.model.dtype], groups)
         stage = Stage(setup, range(1, architecture.num_layers + 1), specs, final_exit=True)

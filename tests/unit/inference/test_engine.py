@@ -15,10 +15,10 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.passes import Pass, ScheduledSequence, StageRunner
+from megatron_ee.inference.passes import Pass, ScheduledSequence
 from megatron_ee.inference.policy import MAX_DEFERRED, ExitPolicy, confidences
 from megatron_ee.inference.requests import Completion, Draft, Request, Token
-from megatron_ee.inference.rows import Row
+from megatron_ee.inference.stage_runner import StageRunner, StageSequence
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 EveryLogit = Callable[[Stage, Sequence[int]], dict[int, Tensor]]
@@ -161,20 +161,20 @@ def test_follow_decides_on_a_given_text(mode: Any, exit_stage: MakeStage, every_
     assert ids_of(short) == ids_of(ours)[:5]
 
 
-def rows_of(engine: Engine) -> dict[int, Row]:
+def rows_of(engine: Engine) -> dict[int, StageSequence]:
     runner: Any = engine._scheduler.links[0]  # type: ignore[union-attr]
-    return runner.rows
+    return runner.sequences
 
 
-def full_pass(stage: Stage, ids: Sequence[int]) -> Row:
+def full_pass(stage: Stage, ids: Sequence[int]) -> StageSequence:
     """A row that has run all these tokens through all layers at once."""
     runner = StageRunner(stage, 0, len(ids))
     runner.open(1, len(ids))
     runner.run(Pass(0, LAYERS + 1, (ScheduledSequence(1, len(ids), tuple(ids)),)))
-    return runner.rows[1]
+    return runner.sequences[1]
 
 
-def assert_same_caches(row: Row, reference: Row) -> None:
+def assert_same_caches(row: StageSequence, reference: StageSequence) -> None:
     """What a row has kept is what a pass of all tokens has, 1e-5."""
     for kind in ("caches", "exit_caches"):
         for number, cache in getattr(row, kind).items():
@@ -209,8 +209,8 @@ def test_caches_are_those_of_a_pass_of_all_tokens_through_all_layers(
         steps += 1
         [row] = rows_of(engine).values()
         settled = len(PROMPT) + len(tokens) - 1  # beyond lie proposals that fell
-        deferred += bool(row.held)
-        if not row.held:
+        deferred += bool(row.waiting)
+        if not row.waiting:
             whole += 1
             assert {cache.length for cache in row.all_caches} == {settled}
         if steps % 6 == 1 or len(tokens) == TOKENS - 1:
@@ -277,7 +277,7 @@ def test_cap_forces_a_full_pass(cap: int, exit_stage: MakeStage) -> None:
     for event in engine.stream(number):
         layers += [token.layer for token in event.tokens]
         for row in rows_of(engine).values():
-            assert sum(len(tap) for taps in row.held.values() for tap in taps) <= cap
+            assert sum(len(tap) for taps in row.waiting.values() for tap in taps) <= cap
     assert layers == ([LAYERS, *[1] * cap] * 20)[:20]
 
 

@@ -39,7 +39,7 @@ def generate(stage: Stage, requests: Sequence[Request], **options: Any) -> list[
     engine = make_engine(stage, **options)
     found = engine.generate(requests)
     scheduler: Any = engine._scheduler
-    assert engine.idle and scheduler.budget.used == 0 and not scheduler.links[0].rows
+    assert engine.idle and scheduler.budget.used == 0 and not scheduler.links[0].sequences
     return found
 
 

@@ -45,7 +45,7 @@ def engine(stage: Stage, tokenizer: Tokenizer) -> Iterator[Engine]:
     engine = make_engine(stage, tokenizer=tokenizer)
     yield engine
     scheduler: Any = engine._scheduler
-    assert engine.idle and scheduler.budget.used == 0 and not scheduler.links[0].rows and not engine._front
+    assert engine.idle and scheduler.budget.used == 0 and not scheduler.links[0].sequences and not engine._front
 
 
 def answer(engine: Engine, **fields: Any) -> Completion:
@@ -329,7 +329,7 @@ def test_logits_that_are_not_finite_fail_one_request(
         else:
             assert ends[0].completion is not None and ids_of(ends[0].completion) == ids_of(free[index])
     scheduler: Any = engine._scheduler
-    assert scheduler.budget.used == 0 and not scheduler.links[0].rows and not engine._front
+    assert scheduler.budget.used == 0 and not scheduler.links[0].sequences and not engine._front
 
 
 def test_generate_leaves_nothing_behind_where_one_is_refused_or_fails(engine: Engine, stage: Stage) -> None:

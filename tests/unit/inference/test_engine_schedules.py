@@ -124,7 +124,7 @@ class Run:
             assert scheduler.budget.used <= scheduler.budget.total and len(scheduler.running) <= scheduler.max_rows
             assert len(scheduler.prefixes.rows) <= scheduler.prefixes.most
             assert (
-                set(scheduler.links[0].rows)
+                set(scheduler.links[0].sequences)
                 == {*scheduler.running, *scheduler.prefixes.rows}
                 == set(scheduler.budget._claims)
             )
@@ -138,7 +138,7 @@ class Run:
         assert self.engine.idle, "it runs in circles"
         scheduler = self.scheduler
         assert not scheduler.running and not scheduler.queue and not self.engine._front
-        assert scheduler.prefixes.most or (scheduler.budget.used == 0 and not scheduler.links[0].rows)
+        assert scheduler.prefixes.most or (scheduler.budget.used == 0 and not scheduler.links[0].sequences)
         assert set(self.ends) == {(n, i) for n, index in self.asked.items() for i in range(REQUESTS[index].samples)}
         for (number, sample), end in self.ends.items():
             index = self.asked[number]

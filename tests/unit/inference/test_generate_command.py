@@ -288,16 +288,13 @@ def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch:
         def run(self, start: int, stop: int, *_: Any) -> None:
             asked.append((start, stop))
 
-        def logits(self, place: int, _: Any) -> None:
-            asked.append((place,))
-
     monkeypatch.setattr("megatron_ee.inference.compiled.CompiledStage", Parts)
     said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 8, "--mode", "full"]
     monkeypatch.setenv("CXX", "/bin/sh")  # one that is there
     compiled, eager = command.json(*said, "--compile"), command.json(*said)
     assert compiled["token_ids"] == eager["token_ids"]
     # Nothing stops at the exits, which full mode does without.
-    assert asked == [(), *[(0, 4), (5,)] * 8]
+    assert asked == [(), *[(0, 4)] * 8]
     monkeypatch.setenv("CXX", "/nowhere/c++")
     status, out, err = command.run(*said, "--compile")
     assert (status, out) == (2, "") and len(err.splitlines()) == 1

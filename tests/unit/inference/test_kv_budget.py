@@ -91,7 +91,7 @@ def core_of(engine: Engine) -> Any:
 
 def bytes_kept(engine: Engine) -> int:
     """What the rows' caches really take."""
-    caches = [cache for row in core_of(engine).links[0].rows.values() for cache in row.all_caches]
+    caches = [cache for row in core_of(engine).links[0].sequences.values() for cache in row.all_caches]
     return sum(part.untyped_storage().nbytes() for cache in caches for part in cache._kept or ())
 
 
@@ -107,10 +107,12 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[Completion
             if event.completion is not None:
                 found[event.request, event.sample] = event.completion
         assert bytes_kept(engine) <= scheduler.budget.used <= scheduler.budget.total
-        assert set(scheduler.links[0].rows) == set(scheduler.running) and len(scheduler.running) <= scheduler.max_rows
+        assert (
+            set(scheduler.links[0].sequences) == set(scheduler.running) and len(scheduler.running) <= scheduler.max_rows
+        )
         assert set(scheduler.budget._claims) == set(scheduler.running)
     assert engine.idle, "it runs in circles"
-    assert scheduler.budget.used == 0 and not scheduler.links[0].rows and not engine._front
+    assert scheduler.budget.used == 0 and not scheduler.links[0].sequences and not engine._front
     return [[found[n, i] for i in range(r.samples)] for n, r in zip(numbers, requests, strict=True)]
 
 
@@ -197,7 +199,10 @@ def test_nothing_leaks_when_all_are_cancelled(after: int, exit_stage: MakeStage,
         engine.cancel(number)
     scheduler = core_of(engine)
     assert (
-        scheduler.idle and scheduler.budget.used == 0 and not scheduler.links[0].rows and not scheduler.budget._claims
+        scheduler.idle
+        and scheduler.budget.used == 0
+        and not scheduler.links[0].sequences
+        and not scheduler.budget._claims
     )
     ends = [event for event in engine.step() if event.completion is not None]
     assert engine.idle and {event.completion.finish_reason for event in ends} == {"cancelled"}  # type: ignore[union-attr]

@@ -14,10 +14,11 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.passes import Pass, ScheduledSequence, StageRunner
+from megatron_ee.inference.passes import Pass, ScheduledSequence
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.prefixes import LEAST, Prefix, Prefixes
 from megatron_ee.inference.requests import Completion, Draft, Request
+from megatron_ee.inference.stage_runner import StageRunner
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 
@@ -146,12 +147,12 @@ def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) ->
     engine.step()
     scheduler = core_of(engine)
     [output] = scheduler.running.values()
-    row = scheduler.links[0].rows[output.number]
+    row = scheduler.links[0].sequences[output.number]
     reference = StageRunner(stage, 0, 64)
     reference.open(1, 33)
     reference.run(Pass(0, LAYERS + 1, (ScheduledSequence(1, 33, (*LONG[:30], 99, 98, 97)),)))
     assert output.reused == 30
-    for ours, theirs in zip(row.all_caches, reference.rows[1].all_caches, strict=True):
+    for ours, theirs in zip(row.all_caches, reference.sequences[1].all_caches, strict=True):
         for mine, other in zip(ours.kept(), theirs.kept(), strict=True):
             assert mine.is_inference() == other.is_inference(), "compiled layers would be compiled again"
             stop = min(ours.length, theirs.length)
@@ -197,7 +198,7 @@ def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
         prompt = [start, *LONG[1:]]
         expected = said(ask(make_engine(stage), prompt))
         assert said(ask(engine, prompt)) == expected
-        assert set(scheduler.links[0].rows) == set(scheduler.prefixes.rows) == set(scheduler.budget._claims)
+        assert set(scheduler.links[0].sequences) == set(scheduler.prefixes.rows) == set(scheduler.budget._claims)
         assert scheduler.budget.used <= scheduler.budget.total
     assert 1 <= len(scheduler.prefixes.rows) <= 2 and scheduler.set_aside == 0
 
@@ -211,9 +212,9 @@ def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
         seen += [token.id for event in engine.step() for token in event.tokens]
     engine.cancel(number)
     scheduler = core_of(engine)
-    [row] = scheduler.links[0].rows.values()
+    [row] = scheduler.links[0].sequences.values()
     [lengths] = [{cache.length for cache in row.all_caches}]
-    assert len(lengths) == 1 and lengths.pop() >= len(LONG) and not row.held
+    assert len(lengths) == 1 and lengths.pop() >= len(LONG) and not row.waiting
     after = ask(engine, [*LONG, *seen, 1])
     assert after.statistics["reused_tokens"] >= len(LONG)
     assert said(after) == said(ask(make_engine(stage), [*LONG, *seen, 1]))
@@ -227,4 +228,4 @@ def test_a_row_that_failed_is_not_kept(exit_stage: MakeStage) -> None:
     engine.submit(Request(LONG, "threshold", ExitPolicy(0.06), max_tokens=4))
     while not engine.idle:
         engine.step()
-    assert not core_of(engine).links[0].rows and core_of(engine).budget.used == 0
+    assert not core_of(engine).links[0].sequences and core_of(engine).budget.used == 0

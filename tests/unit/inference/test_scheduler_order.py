@@ -9,9 +9,8 @@ import pytest
 
 from megatron_ee.inference.engine import make_sequence
 from megatron_ee.inference.heads import HeadInput, HeadOutput
-from megatron_ee.inference.links import StageMap
 from megatron_ee.inference.memory import Budget, StageMemory
-from megatron_ee.inference.passes import Pass
+from megatron_ee.inference.passes import Pass, StageMap
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft
 from megatron_ee.inference.sampling import Sampling

@@ -1,0 +1,328 @@
+"""The stage runner: owns one stage's tensors and runs the scheduler's passes (design: inference).
+
+A token that leaves at layer k is deferred: it has no keys and values above layer k. Its tap is kept, and the next pass
+of its sequence that goes beyond layer k takes it along. So each layer runs each position once, in order, and its cache
+is exactly what a pass of all tokens through all layers would have left. In a pass, layer i runs the positions that its
+cache lacks: of each sequence a contiguous run that ends with the newest token and grows with depth.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.stage import Stage
+from megatron_ee.inference.compiled import CompiledStage
+from megatron_ee.inference.heads import HeadInput, HeadOutput, head_outputs
+from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches
+from megatron_ee.inference.passes import Pass
+from megatron_ee.model.attention import Positions
+from megatron_ee.model.traversal import run_layers, run_segment
+
+TABLE = 1024
+"""Positions by which the table of rotary angles grows."""
+
+
+class StageChannel(Protocol):
+    """What joins a stage to those before and behind it."""
+
+    def send(self, parts: Sequence[Tensor], drafts: Sequence[Sequence[Tensor]]) -> None:
+        """Start sending each sequence's hidden states, ``[tokens, 1, hidden]``, and its drafts to the stage behind."""
+
+    def receive(self, rows: int) -> list[tuple[Tensor, list[Tensor]]]:
+        """What the stage before has sent of so many sequences; waits for it."""
+
+
+class StageSequence:
+    """What one sequence keeps on one stage between passes.
+
+    Attributes:
+        caches: of each backbone layer, by number.
+        exit_caches: of each ``layer`` exit's own decoder layer, filled for every token that passes the exit.
+        waiting: by place, the taps of tokens that wait there, deferred or about to go on, each ``[tokens, 1, hidden]``,
+            in the order of their positions.
+        draft_probs: distributions ``[vocab]`` that the proposals in work were drawn from, where they are sampled.
+    """
+
+    def __init__(self, stage: Stage, limit: int, slack: int, pass_tokens: int) -> None:
+        """At most ``limit`` tokens, none yet; ``slack`` and ``pass_tokens`` as in ``Extent``."""
+
+        def cache(window: int | None) -> LayerKV:
+            return LayerKV(Extent(limit, window, slack, pass_tokens))
+
+        self.caches = {number: cache(layer.attention.window) for number, layer in stage.backbone.numbered_layers()}
+        self.exit_caches = {
+            exit_.spec.layer: cache(exit_.layer.attention.window) for exit_ in stage.exits if exit_.layer is not None
+        }
+        self.waiting: dict[int, list[Tensor]] = {}
+        self.draft_probs: list[Tensor] = []
+
+    @property
+    def all_caches(self) -> list[LayerKV]:
+        """Of layers and exits."""
+        return [*self.caches.values(), *self.exit_caches.values()]
+
+    def wait(self, place: int, tap: Tensor) -> None:
+        """Let tokens wait at a place, behind those that are there."""
+        self.waiting.setdefault(place, []).append(tap)
+
+    def crop(self, length: int) -> None:
+        """Take back the positions from ``length`` on; no token may be waiting."""
+        assert not self.waiting, "a sequence is cropped when nothing waits"
+        for cache in self.all_caches:
+            cache.crop(length)
+
+    def begin(self, other: StageSequence, length: int) -> None:
+        """Begin with a copy of another's first ``length`` positions; this one is empty."""
+        for mine, theirs in zip(self.all_caches, other.all_caches, strict=True):
+            mine.begin(theirs, length)
+
+    def keep(self, length: int) -> None:
+        """Forget what waits, and the positions from ``length`` on: nothing will go on from here."""
+        self.waiting, self.draft_probs = {}, []
+        self.crop(length)
+
+
+@dataclass
+class TokenBatch:
+    """The tokens of a pass at one place, those of each sequence one after another: ``[tokens, 1, hidden]``.
+
+    Attributes:
+        sequences: in the order of the pass.
+        counts: tokens of each.
+        stops: positions that each has with its newest token.
+        positions: of the tokens.
+        masks: of ``PackedCaches``.
+    """
+
+    sequences: list[StageSequence]
+    counts: list[int]
+    stops: list[int]
+    positions: Positions
+    masks: Masks = field(default_factory=dict)
+
+    def cache(self, layer: int) -> PackedCaches:
+        """The sequences' of a backbone layer."""
+        return PackedCaches([each.caches[layer] for each in self.sequences], self.counts, self.masks)
+
+    def exit_cache(self, layer: int) -> PackedCaches:
+        """The sequences' of the ``layer`` exit after a layer."""
+        return PackedCaches([each.exit_caches[layer] for each in self.sequences], self.counts, self.masks)
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """``[tokens, 1, hidden]`` by sequence."""
+        return [x] if len(self.counts) == 1 else x.split(self.counts)
+
+
+class StageRunner:
+    """The layers and exits of one stage, and the sequences that it runs: a ``StageWorker`` within this process.
+
+    Attributes:
+        stage: with the embedding, or the final exit, where it is the first, or the last.
+        sequences: by number.
+        channel: to the stages before and behind; None where there are none.
+        compiled: its segments once more; None where they are not compiled.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        slack: int,
+        pass_tokens: int,
+        channel: StageChannel | None = None,
+        compiled: CompiledStage | None = None,
+    ) -> None:
+        """``slack`` and ``pass_tokens``: as in ``Extent``."""
+        self.stage, self.channel, self.compiled = stage, channel, compiled
+        self.sequences: dict[int, StageSequence] = {}
+        self._slack, self._pass_tokens = slack, pass_tokens
+        self._outputs: deque[list[HeadOutput]] = deque()
+        self._exits = {exit_.spec.layer: exit_ for exit_ in stage.exits}
+        self._first = min(number for number, _ in stage.backbone.numbered_layers())
+        self._final = stage.setup.architecture.num_layers + 1
+        self._table = stage.backbone.packed_positions(torch.arange(0, device=platform.device()))
+
+    def open(self, row: int, limit: int) -> None:
+        """See ``StageWorker``."""
+        self.sequences[row] = StageSequence(self.stage, limit, self._slack, self._pass_tokens)
+
+    def close(self, row: int) -> None:
+        """See ``StageWorker``."""
+        del self.sequences[row]
+
+    def crop(self, row: int, length: int) -> None:
+        """See ``StageWorker``."""
+        self.sequences[row].crop(length)
+
+    @torch.inference_mode()  # as all that sequences keep: code that is compiled for it holds for nothing else
+    def copy(self, row: int, other: int, length: int) -> None:
+        """See ``StageWorker``."""
+        self.sequences[other].begin(self.sequences[row], length)
+
+    def keep(self, row: int, length: int) -> None:
+        """See ``StageWorker``."""
+        self.sequences[row].keep(length)
+
+    @torch.inference_mode()
+    def receive(self, rows: Collection[int]) -> None:
+        """See ``StageWorker``."""
+        assert self.channel is not None, "there is no stage before this one"
+        for row, (h, draft_probs) in zip(rows, self.channel.receive(len(rows)), strict=True):
+            self.sequences[row].wait(self._first - 1, h)
+            self.sequences[row].draft_probs += draft_probs
+
+    def outputs(self) -> list[HeadOutput]:
+        """See ``StageWorker``."""
+        return self._outputs.popleft()
+
+    @platform.inference_attention()
+    @torch.inference_mode()
+    def run(self, pass_: Pass) -> None:
+        """Run a pass. At its end the tokens wait, also those that leave: deeper layers need their taps."""
+        x, batch = self._start(pass_)
+        last = min(pass_.stop, self._final - 1)
+        goes_on = pass_.sends or pass_.stop > last
+
+        def run(start: int, stop: int, x: Tensor) -> Tensor:
+            return self._run_segment(start, stop, x, batch)
+
+        def at_tap(layer: int, tap: Tensor) -> Tensor:
+            if layer == last and not goes_on:
+                return tap
+            if self._exits[layer].layer is not None:
+                self._exits[layer].attention_half(tap, batch.positions, batch.exit_cache(layer))
+            return self._join_deferred(layer, tap, batch)
+
+        x = run_layers(run, self.stage.taps, pass_.start, last, x, at_tap, to_hidden=goes_on)
+        if pass_.sends:
+            self._send(x, batch)
+        elif pass_.stop == self._final:
+            self._run_final_exit(pass_, x, batch)
+        else:
+            self._run_exit(pass_, x, batch)
+
+    def _start(self, pass_: Pass) -> tuple[Tensor, TokenBatch]:
+        """The tokens that start: new ones, embedded, or those that wait there."""
+        sequences, stops = [self.sequences[seq.row] for seq in pass_.sequences], [seq.stop for seq in pass_.sequences]
+        if pass_.start == 0:
+            ids = [token for seq in pass_.sequences for token in seq.tokens]
+            x, counts = self._embed(ids), [len(seq.tokens) for seq in pass_.sequences]
+        else:
+            waiting = [each.waiting.pop(pass_.start) for each in sequences]
+            parts = [tap for taps in waiting for tap in taps]
+            x, counts = parts[0] if len(parts) == 1 else torch.cat(parts), [sum(map(len, taps)) for taps in waiting]
+        return x, TokenBatch(sequences, counts, stops, self._positions(counts, stops))
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        """``[tokens, 1, hidden]``."""
+        return self.stage.backbone.embed(platform.to_device(torch.tensor([ids])))
+
+    def _run_segment(self, start: int, stop: int, x: Tensor, batch: TokenBatch) -> Tensor:
+        """``traversal.run_segment``, by compiled code where there is some."""
+        stage = self.stage
+        if self.compiled is not None and len(batch.sequences) == 1:
+            caches = [batch.sequences[0].caches[layer] for layer in range(start + 1, stop + 1)]
+            done = self.compiled.run(start, stop, x, batch.positions, caches, batch.masks)
+            if done is not None:
+                return done
+        return run_segment(stage.backbone.layers_between, stage.taps, start, stop, x, batch.positions, batch.cache)
+
+    def _join_deferred(self, layer: int, tap: Tensor, batch: TokenBatch) -> Tensor:
+        """Let each sequence's tokens that were deferred at ``layer`` join the batch, before its others."""
+        if not any(layer in each.waiting for each in batch.sequences):
+            return tap
+        parts, counts = [], []
+        for sequence, own in zip(batch.sequences, batch.split(tap), strict=True):
+            joined = [*sequence.waiting.pop(layer, ()), own]
+            parts += joined
+            counts.append(sum(map(len, joined)))
+        batch.counts, batch.positions = counts, self._positions(counts, batch.stops)
+        return torch.cat(parts)
+
+    def _send(self, h: Tensor, batch: TokenBatch) -> None:
+        """To the stage behind."""
+        assert self.channel is not None, "there is no stage behind this one"
+        self.channel.send(batch.split(h), [each.draft_probs for each in batch.sequences])
+        for each in batch.sequences:
+            each.draft_probs = []
+
+    def _run_exit(self, pass_: Pass, tap: Tensor, batch: TokenBatch) -> None:
+        """Ask the exit at the end of a pass, if there is one; then the tokens wait there."""
+        exit_, inputs, left = self._exits.get(pass_.stop), _head_inputs(pass_), [False] * len(batch.sequences)
+        if exit_ is not None:
+            x = tap if exit_.layer is None else exit_.attention_half(tap, batch.positions, batch.exit_cache(pass_.stop))
+            if inputs:
+                logits = _exit_logits(exit_, exit_.rest(_newest(x, pass_, batch))[:, 0], inputs)
+                emitted = iter([bool(output.tokens) for output in self._answer(logits, pass_, batch)])
+                left = [seq.head_input is not None and next(emitted) for seq in pass_.sequences]
+        for sequence, part, leaves in zip(batch.sequences, batch.split(tap), left, strict=True):
+            if not (leaves and pass_.stop == self._final - 1):  # else no layer is left to fill
+                sequence.wait(pass_.stop, part)
+
+    def _run_final_exit(self, pass_: Pass, h: Tensor, batch: TokenBatch) -> None:
+        """Ask the final exit, if a sequence wants it."""
+        if _head_inputs(pass_):
+            z = self.stage.final_features(_newest(h, pass_, batch))[:, 0]
+            self._answer(self.stage.final_logits(z), pass_, batch)
+
+    def _answer(self, logits: Tensor, pass_: Pass, batch: TokenBatch) -> list[HeadOutput]:
+        """The head's outputs for the sequences that ask; ``outputs`` gives them to the scheduler."""
+        asking = [
+            (sequence, scheduled.head_input)
+            for sequence, scheduled in zip(batch.sequences, pass_.sequences, strict=True)
+            if scheduled.head_input is not None
+        ]
+        outputs = head_outputs(logits, [each for _, each in asking], [sequence.draft_probs for sequence, _ in asking])
+        for sequence, head_input in asking:
+            if head_input.kind == "verify":
+                sequence.draft_probs = []
+        self._outputs.append(outputs)
+        return outputs
+
+    def _positions(self, counts: list[int], stops: list[int]) -> Positions:
+        """Rotary angles of each sequence's last tokens, from a table that grows."""
+        need, table = max(stops), self._table
+        if len(table.cos) < need:
+            length = -(-need // TABLE) * TABLE
+            table = self._table = self.stage.backbone.packed_positions(torch.arange(length, device=platform.device()))
+        spans = [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
+        if len(spans) == 1:
+            return Positions(table.cos[spans[0]], table.sin[spans[0]])
+        cos, sin = (torch.cat([angles[span] for span in spans]) for angles in (table.cos, table.sin))
+        return Positions(cos, sin)
+
+
+def _head_inputs(pass_: Pass) -> list[HeadInput]:
+    """Of the sequences that ask."""
+    return [seq.head_input for seq in pass_.sequences if seq.head_input is not None]
+
+
+def _exit_logits(exit_: Exit, z: Tensor, inputs: Sequence[HeadInput]) -> Tensor:
+    """Logits ``[tokens, vocab]`` from z ``[tokens, hidden]``; drafts are chosen from the exit's candidates alone."""
+    drafts = [each.kind == "draft" for each in inputs]
+    if exit_.candidates is None or not any(drafts):
+        return exit_.logits(z)
+    if all(drafts):
+        return exit_.candidate_logits(z)
+    logits = exit_.logits(z)
+    for row, draft in zip(logits, drafts, strict=True):
+        if draft:
+            row.masked_fill_(exit_.candidates.left_out, -torch.inf)
+    return logits
+
+
+def _newest(x: Tensor, pass_: Pass, batch: TokenBatch) -> Tensor:
+    """Of the sequences that ask, the last tokens that the head reads, ``[tokens, 1, hidden]``."""
+    parts = [
+        part[-scheduled.head_input.tokens :]
+        for scheduled, part in zip(pass_.sequences, batch.split(x), strict=True)
+        if scheduled.head_input is not None
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
