@@ -1,7 +1,7 @@
-"""The adapter: the exits alone, in released names, independent of the layout they were trained in.
+"""The adapter: only the exits, under released names, independent of the layout that they were trained in.
 
-``exits.safetensors`` holds what was trained, as ``exits.<layer>.<released name>``; ``exits.json`` says which exits
-they are and which backbone, by hash, they belong to.
+``exits.safetensors`` holds the trained tensors, as ``exits.<layer>.<released name>``. ``exits.json`` lists the exits
+and records the hash of their backbone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_ee.exits.tensors import exit_tensors
 VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
 INCLUDED = "adapter"
-"""Where exits lie in a Hugging Face directory that has some."""
+"""Directory of the exits in a Hugging Face directory."""
 SETTINGS = "model_settings"
 """Entry of a description, or of a checkpoint's metadata: the backbone's settings that decide what it computes."""
 MAX_DESCRIPTION = 2**20  # bytes
@@ -47,11 +47,11 @@ class Adapter:
     Attributes:
         path: the directory.
         exits: in the order of their layers.
-        backbone_sha256: hash of the backbone it was made for.
-        base_model: where that backbone was.
-        steps: tuning steps behind it.
+        backbone_sha256: hash of its backbone.
+        base_model: path of its backbone.
+        steps: number of tuning steps.
         weights: every tensor by name.
-        settings: ``output_settings`` of that backbone's architecture; None in one that does not record them.
+        settings: ``output_settings`` of the backbone's architecture; None if they are not recorded.
     """
 
     path: Path
@@ -74,7 +74,7 @@ def describe_exits(
 ) -> dict[str, Any]:
     """Content of an adapter's ``exits.json``, with its own digest; ``weights_sha256`` is ``exits.safetensors``'s.
 
-    ``settings``: ``output_settings`` of the backbone's architecture, where they are known.
+    ``settings``: ``output_settings`` of the backbone's architecture, if they are known.
     """
     content = {
         "version": VERSION,
@@ -97,12 +97,13 @@ def open_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
     """Read the description and headers of exits, and by default check the weights' digest.
 
     Args:
-        path: an adapter, or what else holds exits: a parallel or training checkpoint, or a Hugging Face directory
-            with an adapter in its ``adapter/``.
-        verify: check the weights: at once in an adapter, as they are read in a checkpoint.
+        path: an adapter, a parallel or training checkpoint with exits, or a Hugging Face directory with an adapter in
+            ``adapter/``.
+        verify: check the weights: in an adapter at once, in a checkpoint as they are read.
 
     Raises:
-        CheckpointError: no exits there, of a later version, incomplete, or damaged; the message names the file.
+        CheckpointError: there are no exits, or they are of a later version, incomplete or damaged. The message names
+            the file.
     """
     directory = current_directory(path)
     if os.path.isfile(directory / MANIFEST):
@@ -120,7 +121,7 @@ def open_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
         raise DamagedError(f"{where}: expected a JSON object")
     if content.get("version") != VERSION:
         raise CheckpointError(f"{where}: version {shown(content.get('version'))}; this version reads {VERSION}")
-    own = content.pop("sha256", None)  # the first adapters had none
+    own = content.pop("sha256", None)  # the first adapters had no digest
     if verify and own is not None and own != _own_digest(content):
         raise DamagedError(f"{where}: damaged: its SHA-256 is not the one it states")
     weights = {name: stored(entry) for name, entry in read_header(directory / WEIGHTS).items()}
@@ -135,11 +136,11 @@ def exits_in(checkpoint: Checkpoint) -> Adapter:
     """The exits in a parallel or training checkpoint.
 
     Raises:
-        CheckpointError: there are none, or they are not described as they must be.
+        CheckpointError: there are no exits, or their description is invalid.
     """
     where, metadata = checkpoint.path / MANIFEST, checkpoint.metadata
     if not metadata.get("exits"):
-        raise CheckpointError(f"{where}: there are no exits in it; give an adapter directory as tune writes it")
+        raise CheckpointError(f"{where}: holds no exits; give an adapter directory as tune writes it")
     progress = metadata.get("progress")
     steps = progress.get("step") if isinstance(progress, dict) else metadata.get("steps")
     weights = {key: tensor for key, tensor in checkpoint.tensors().items() if key.startswith(EXITS)}
@@ -158,7 +159,7 @@ class _Exit(Strict):
 
 
 class _Description(Strict, extra="ignore"):
-    """What an adapter's ``exits.json`` and a checkpoint's metadata say of exits."""
+    """The description of exits in an adapter's ``exits.json`` and in a checkpoint's metadata."""
 
     exits: list[_Exit] = Field(min_length=1)
     base_model: str
@@ -183,7 +184,7 @@ def _describe(
 
 
 def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor]) -> None:
-    """Whether the weights are of the exits that are described, as far as that can be told without the model."""
+    """Check that the weights fit the described exits, as far as this is possible without the model."""
     stray = set(weights)
     for spec in exits:
         prefix = f"{EXITS}{spec.layer}."
@@ -208,9 +209,9 @@ def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor])
 
 
 def find_exits(model: SavedModel, path: str | Path | None, *, verify: bool = True) -> Adapter | None:
-    """The exits at ``path``, or else those that lie with the model, if there are any.
+    """The exits at ``path``, or else those in the model's directory, if there are any.
 
-    Everything but the backbone's hash is compared with the model: ``check_hash`` does that.
+    Everything but the backbone's hash is compared with the model; ``check_hash`` compares the hash.
 
     Raises:
         CheckpointError: they cannot be used, or do not fit the model or its settings.
@@ -224,17 +225,17 @@ def find_exits(model: SavedModel, path: str | Path | None, *, verify: bool = Tru
 
 
 def check_hash(adapter: Adapter, model: SavedModel, digest: Callable[[], str]) -> None:
-    """Refuse exits that were made for another backbone; ``digest`` gives the model's hash, where it is needed.
+    """Refuse exits of another backbone. ``digest`` computes the model's hash if it is needed.
 
     Raises:
         CheckpointError: the hashes differ.
     """
-    if adapter.path != model.path:  # a parallel checkpoint's manifest vouches for both
+    if adapter.path != model.path:  # a parallel checkpoint's manifest covers both
         check_backbone(adapter, digest(), model.path)
 
 
 def exits_with(model: SavedModel, *, verify: bool = True) -> Adapter | None:
-    """The exits that lie with a model, in its parallel checkpoint or its directory's ``adapter/``; None without any.
+    """The exits in a model's parallel checkpoint or in its directory's ``adapter/``; None if there are none.
 
     Raises:
         CheckpointError: they cannot be used.
@@ -245,7 +246,7 @@ def exits_with(model: SavedModel, *, verify: bool = True) -> Adapter | None:
 
 
 def check_backbone(adapter: Adapter, backbone_sha256: str, model: str | Path) -> None:
-    """Refuse a backbone that the adapter was not made for.
+    """Refuse a backbone that is not the adapter's.
 
     Raises:
         CheckpointError: the hashes differ.
@@ -258,7 +259,7 @@ def check_backbone(adapter: Adapter, backbone_sha256: str, model: str | Path) ->
 
 
 def check_settings(adapter: Adapter, model: SavedModel) -> None:
-    """Refuse a model with other settings than those that the adapter was made for.
+    """Refuse a model whose settings differ from those that the adapter records.
 
     An adapter that does not record them is accepted.
 
@@ -275,7 +276,7 @@ def check_settings(adapter: Adapter, model: SavedModel) -> None:
 
 
 def check_fits(adapter: Adapter, specs: Iterable[ExitSpec], architecture: Architecture) -> None:
-    """Refuse an adapter without these exits, or whose tensors do not fit the model; reads no weights.
+    """Refuse an adapter without these exits, or with tensors that do not fit the model. Reads no weights.
 
     Raises:
         CheckpointError: naming the exit or the tensor.
@@ -288,7 +289,7 @@ def check_fits(adapter: Adapter, specs: Iterable[ExitSpec], architecture: Archit
 
 
 def named_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """The adapter's tensor ``name``, which must be there and have this shape."""
+    """The adapter's tensor ``name``, which must exist and have this shape."""
     tensor = adapter.weights.get(name)
     if tensor is None:
         raise CheckpointError(f"{adapter.path}: tensor {name!r} is missing")
@@ -300,7 +301,7 @@ def named_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> StoredT
 
 
 def check_same_kind(wanted: ExitSpec, found: ExitSpec | None, adapter: Adapter) -> None:
-    """Refuse an exit that the adapter does not have, or has with another body, head or rank."""
+    """Refuse an exit that the adapter lacks, or has with another body, head or rank."""
     where = adapter.path / DESCRIPTION
     if found is None:
         layers = ", ".join(str(spec.layer) for spec in adapter.exits)

@@ -1,6 +1,6 @@
-"""Writing an adapter: exits spread over ranks are put together on the first one, tensor by tensor.
+"""Writes an adapter: the first rank gathers the exits of all ranks, one tensor at a time.
 
-No rank ever holds two whole tensors.
+No rank holds two whole tensors at a time.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def save_adapter(
     settings: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapter directory ``path``; an older one there is replaced in one move. Every rank calls this.
+    """Write the adapter directory ``path``. An existing one is replaced atomically. Every rank calls this.
 
     Args:
         path: directory, written by the first rank.
         exits: hosted on this rank.
         specs: the exits of all ranks.
         groups: to gather tensors over, one at a time.
-        base_model: where the backbone is.
+        base_model: path of the backbone.
         backbone_sha256: its hash.
-        steps: tuning steps behind the exits.
-        settings: ``output_settings`` of its architecture; None where they are not known.
+        steps: number of tuning steps.
+        settings: ``output_settings`` of its architecture; None if they are not known.
         extra: further entries of the description.
 
     Raises:
@@ -101,7 +101,7 @@ class _Part:
 
 @dataclass
 class Gathered:
-    """Every trained tensor in its released name and shape.
+    """Every trained tensor under its released name and shape.
 
     Attributes:
         shapes: tensors without content, on the meta device, in the order in which ``whole`` must be asked for them.
@@ -113,7 +113,7 @@ class Gathered:
     _groups: Groups
 
     def whole(self, name: str) -> tuple[Tensor]:
-        """On the first rank: the content of the next tensor, on the host, as the others send theirs."""
+        """On the first rank: the content of the next tensor, on the host, received from the other ranks."""
         tensor = torch.empty_like(self.shapes[name], device="cpu")
         for part in self._parts[name]:
             box = tensor[tuple(slice(o, o + n) for o, n in zip(part.offset, part.extent, strict=True))]
@@ -126,7 +126,7 @@ class Gathered:
         return (tensor,)
 
     def send(self) -> None:
-        """On the others: give what this rank has, tensor by tensor, as the first one asks."""
+        """On the other ranks: send this rank's parts, tensor by tensor, in the first rank's order."""
         for name, parts in self._parts.items():
             for part in parts:
                 if part.rank == self._groups.rank:
@@ -134,7 +134,7 @@ class Gathered:
 
 
 def gather_tensors(exits: Iterable[Exit], groups: Groups) -> Gathered:
-    """Agree on who has which part; nothing is sent yet. Replicas have the same, so the first one gives."""
+    """Agree on the owner of each part; nothing is sent yet. Of several replicas the first one sends."""
     own: dict[tuple[str, tuple[int, ...]], Tensor] = {}
     parts: list[_Part] = []
     for exit_ in exits if groups.data.rank() == 0 else ():
@@ -158,5 +158,5 @@ def gather_tensors(exits: Iterable[Exit], groups: Groups) -> Gathered:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """``exits.<layer>.<name>``: by layer, whatever rank hosts it."""
+    """Sort key of ``exits.<layer>.<name>``: the layer, independent of the hosting rank."""
     return int(name.split(".")[1]), name

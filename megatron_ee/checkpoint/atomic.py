@@ -1,9 +1,9 @@
-"""Writes that are there whole or not at all: files, directories, one writer per output.
+"""Atomic writes of files and directories, and one writer per output.
 
 A directory is written under ``NAME.tmp-<random>`` beside its final name, every file and the directory itself are
-fsynced, and one rename makes it visible. Nothing is ever overwritten. What a killed process leaves behind carries a
-name that only this module gives (``*.tmp-*``, ``*.ready-*``, ``.trash-*``); the next holder of the output's
-``writer_lock`` clears it away.
+fsynced, and one rename makes it visible. Nothing is ever overwritten. Leftovers of a killed process have names that
+only this module uses (``*.tmp-*``, ``*.ready-*``, ``.trash-*``). The next holder of the output's ``writer_lock``
+removes them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _token() -> str:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the names in ``directory`` durable; file systems that cannot sync a directory are left alone."""
+    """Make the names in ``directory`` durable. Does nothing on file systems that cannot sync a directory."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -47,7 +47,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def _fsync_tree(directory: Path) -> None:
-    """fsync every file below ``directory``, and each directory after what it holds."""
+    """fsync every file below ``directory``, and each directory after its content."""
     for parent, _, files in os.walk(directory, topdown=False):
         for name in files:
             fd = os.open(os.path.join(parent, name), os.O_RDONLY | os.O_CLOEXEC)
@@ -84,7 +84,7 @@ def new_file(path: Path) -> Iterator[int]:
 
 
 def write_all(fd: int, data: memoryview) -> None:
-    """Write all of ``data`` (a flat memoryview of bytes); one ``write`` may take less than it is given."""
+    """Write all of ``data`` (a flat memoryview of bytes). One ``write`` may write only a part of it."""
     done = 0
     while done < len(data):
         done += os.write(fd, data[done:])
@@ -105,7 +105,7 @@ def write_json(path: Path, data: Any) -> None:
 
     Raises:
         CheckpointError: as ``new_file``.
-        ValueError: a number that JSON has no word for.
+        ValueError: NaN or infinity, which JSON cannot represent.
     """
     write_file(path, json.dumps(data, indent=2, allow_nan=False).encode() + b"\n")
 
@@ -166,12 +166,12 @@ def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """As ``new_directory``, but an existing ``final`` gives way to the new content.
+    """As ``new_directory``, but an existing ``final`` is replaced.
 
-    The finished directory is first renamed ``NAME.ready-<random>``, then the old one goes to ``.trash-*``, then the
-    new one takes its name. Between the last two renames ``final`` is absent, but the complete new content stands
-    under its ``.ready-`` name: readers find it with ``current_directory``, and ``writer_lock`` finishes the renames
-    of a process killed there.
+    The finished directory is first renamed ``NAME.ready-<random>``, then the old one goes to ``.trash-*``, then the new
+    one takes its name. Between the last two renames ``final`` is absent, but the complete new content exists under its
+    ``.ready-`` name: readers find it with ``current_directory``, and ``writer_lock`` finishes the renames of a process
+    that was killed there.
 
     Raises:
         CheckpointError: ``final`` is not a directory; disk full, read-only and the like.
@@ -187,7 +187,7 @@ def replace_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _install(ready: Path, final: Path) -> None:
-    """Put the complete directory ``ready`` in the place of ``final``."""
+    """Replace ``final`` by the complete directory ``ready``."""
     trash = final.with_name(f".trash-{final.name}-{_token()}")
     failpoint("replace.ready")
     with contextlib.suppress(FileNotFoundError):
@@ -199,13 +199,13 @@ def _install(ready: Path, final: Path) -> None:
 
 
 def current_directory(final: str | os.PathLike[str]) -> Path:
-    """Where the content of a directory written with ``replace_directory`` stands now.
+    """Current path of the content of a directory that is written with ``replace_directory``.
 
-    That is ``final``, or its finished successor if a writer was stopped between the two renames. Where there is
-    neither, ``final`` is returned, for the caller to say what is missing. Changes nothing on disk.
+    This is ``final``, or its finished successor if a writer was stopped between the two renames. If neither exists,
+    ``final`` is returned, and the caller reports it as missing. Changes nothing on disk.
     """
     final = Path(final)
-    for _ in range(2):  # a writer may take the last step between our two looks
+    for _ in range(2):  # a writer may do the last rename between our two checks
         if final.is_dir():
             return final
         for ready in _ready_directories(final.parent):
@@ -224,7 +224,7 @@ def _ready_directories(parent: Path) -> list[Path]:
 
 
 def _discard(directory: Path) -> None:
-    """Rename to ``.trash-*``, so that no half-deleted directory ever stands under its name, then delete."""
+    """Rename to ``.trash-*``, so that no half-deleted directory has the original name, then delete."""
     trash = directory.with_name(f".trash-{directory.name}-{_token()}")
     with storage_errors(directory, "delete"):
         os.rename(directory, trash)
@@ -233,7 +233,7 @@ def _discard(directory: Path) -> None:
 
 
 def numbered_directories(parent: str | os.PathLike[str], prefix: str = "step-") -> list[tuple[int, Path]]:
-    """``(N, path)`` of every directory ``<prefix>N`` in ``parent``, ascending; none where ``parent`` is missing."""
+    """``(N, path)`` of every directory ``<prefix>N`` in ``parent``, ascending; empty if ``parent`` does not exist."""
     parent = Path(parent)
     pattern = re.compile(re.escape(prefix) + r"([0-9]{1,18})")
     if not parent.is_dir():
@@ -244,7 +244,7 @@ def numbered_directories(parent: str | os.PathLike[str], prefix: str = "step-") 
 
 
 def prune(parent: str | os.PathLike[str], keep: int, prefix: str = "step-") -> list[Path]:
-    """Delete all but the ``keep`` (at least 1) highest-numbered ``<prefix>N`` of ``parent``; returns what went.
+    """Delete all but the ``keep`` (at least 1) highest-numbered ``<prefix>N`` of ``parent``. Return the deleted ones.
 
     Raises:
         CheckpointError: a directory cannot be renamed.
@@ -258,7 +258,7 @@ def prune(parent: str | os.PathLike[str], keep: int, prefix: str = "step-") -> l
 
 
 def mark_damaged(directory: str | os.PathLike[str]) -> Path:
-    """Rename ``NAME`` to ``NAME.damaged-<random>``, which no rerun collides with; returns the new path.
+    """Rename ``NAME`` to ``NAME.damaged-<random>``, which no rerun collides with. Return the new path.
 
     Raises:
         CheckpointError: it cannot be renamed.
@@ -275,10 +275,10 @@ def mark_damaged(directory: str | os.PathLike[str]) -> Path:
 def writer_lock(
     output: str | os.PathLike[str], report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
 ) -> Iterator[None]:
-    """Hold ``output`` (created if need be) as its only writer, and clear away what a killed one left there.
+    """Hold ``output`` (created if necessary) as its only writer, and remove leftovers of a killed writer.
 
-    The lock goes with the process, however it ends; the lock file itself stays. A file system without locks is used
-    unlocked, and ``report`` is told.
+    The lock ends with the process; the lock file itself stays. A file system without locks is used without a lock, and
+    ``report`` is called.
 
     Raises:
         CheckpointError: another run holds it, or ``output`` cannot be written.
@@ -300,7 +300,7 @@ def writer_lock(
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise CheckpointError(f"{output}: cannot lock: {error.strerror}") from error
-            report(f"{output}: this file system has no locks; see to it that only one run writes here")
+            report(f"{output}: this file system has no locks; make sure that only one run writes here")
         clear_leftovers(output)
         yield
     finally:
@@ -308,7 +308,7 @@ def writer_lock(
 
 
 def clear_leftovers(output: Path) -> None:
-    """Finish or remove what killed writers left in ``output`` and its direct subdirectories.
+    """Finish or remove leftovers of killed writers in ``output`` and its direct subdirectories.
 
     Only for the holder of the lock: a live writer's temporary directory looks the same.
     """
@@ -316,7 +316,7 @@ def clear_leftovers(output: Path) -> None:
         if parent != output and LEFTOVER.fullmatch(parent.name):
             continue
         with storage_errors(parent, "clean up"):
-            for ready in reversed(_ready_directories(parent)):  # the newest has the last word
+            for ready in reversed(_ready_directories(parent)):  # the newest is installed last
                 _install(ready, ready.with_name(ready.name.rpartition(".ready-")[0]))
             for path in list(parent.iterdir()):
                 if not LEFTOVER.fullmatch(path.name):

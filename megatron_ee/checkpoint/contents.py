@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whatever its format: the common ground that every conversion goes over."""
+"""The contents of a checkpoint of any format: the common form of every conversion."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from megatron_ee.config.exits import ExitSpec
 
 @dataclass(frozen=True)
 class Contents:
-    """A backbone, exits, or both; nothing of the tensors is in memory.
+    """A backbone, exits, or both. No tensor is in memory.
 
     Attributes:
-        source: where it was read from.
-        format: what was found there, in words for a person: ``Hugging Face model``, ``adapter`` and so on.
-        architecture: the backbone's shape; None where there is only an adapter.
-        backbone: every weight of the backbone under its released (Hugging Face) name, in its released shape: no
-            padding, nothing fused. Empty where there is only an adapter.
-        non_weights: tensors of the released files that hold no weight of their own and are carried along.
+        source: the directory that it was read from.
+        format: the format in words: ``Hugging Face model``, ``adapter`` and so on.
+        architecture: the backbone's shape; None for an adapter.
+        backbone: every weight of the backbone under its released (Hugging Face) name, in its released shape: not
+            padded, not fused. Empty for an adapter.
+        non_weights: tensors of the released files that hold no weight of their own. They are copied.
         exits: in the order of their layers.
-        exit_tensors: what the exits hold of their own, as an adapter names it: ``exits.<layer>.<released name>``; see
+        exit_tensors: the exits' own tensors under their names in an adapter, ``exits.<layer>.<released name>``; see
             ``names.exit_tensors``.
-        assets: small files that belong to the model (``config.json``, tokenizer, licence) by name, as they are: a
-            path to copy, or the content.
-        base_model: where the exits' backbone is.
-        backbone_sha256: the hash of the backbone that the exits were made for; None where there are none, or where
-            the exits come with their backbone in a format that does not state it.
-        settings: ``output_settings`` of that backbone's architecture; None where they are not known.
-        steps: tuning steps behind the exits.
-        notes: lines for a person, on what was changed or given up.
+        assets: small files of the model (``config.json``, tokenizer, licence) by name, unchanged: a path to copy, or
+            the content.
+        base_model: path of the exits' backbone.
+        backbone_sha256: the hash of the exits' backbone; None if there are no exits, or if they come with their
+            backbone in a format that does not record it.
+        settings: ``output_settings`` of that backbone's architecture; None if they are not known.
+        steps: number of tuning steps of the exits.
+        notes: notices for the user about what was changed or left out.
     """
 
     source: Path

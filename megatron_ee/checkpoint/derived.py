@@ -1,7 +1,7 @@
 """Tensors that no file holds: copies, constants, random values and products of others, computed as they are read.
 
-What is computed comes in tiles of whole rows whose bounds the shape alone decides, so that every value is the same in
-whatever boxes the tensor is read.
+Values are computed in tiles of whole rows, whose bounds depend only on the shape. So every value is the same for all
+boxes in which the tensor is read.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megatron_ee.checkpoint.tensors import StoredTensor
 
 DRAWN_TILE, PRODUCT_TILE = 2**20, 2**22  # elements, float32
 SMALLEST_DRAW = 16
-"""``normal_`` of torch draws this many values at a time, and fewer in another way."""
+"""torch's ``normal_`` draws this many values at a time; it draws fewer values differently."""
 
 
 def copied(name: str, tensor: StoredTensor) -> StoredTensor:
-    """What ``tensor``, called ``name``, holds, to go by another name."""
+    """The values of ``tensor``, called ``name``, for use under another name."""
     return dataclasses.replace(tensor, made=_described(name, tensor))
 
 
 def constant(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
-    """``value`` everywhere."""
+    """A tensor whose elements are all ``value``."""
 
     def read(out: Tensor, offset: Sequence[int]) -> None:
         _check_box(out, offset, shape)
@@ -37,9 +37,9 @@ def constant(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> Stored
 
 
 def normal(seed: int, std: float, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
-    """Normal(0, std) of at least 2 dimensions: what ``torch.empty(shape).normal_(0, std)`` draws with ``seed``.
+    """Normal(0, std) of at least 2 dimensions, equal to ``torch.empty(shape).normal_(0, std)`` with ``seed``.
 
-    Drawing is sequential, so the generator's state is kept for each tile that has been reached: 5 KB for 4 MiB.
+    Drawing is sequential, so the generator's state is kept for each tile that was reached: 5 KB for 4 MiB.
     """
     bounds = _tile_bounds(shape, DRAWN_TILE)
     states = {0: torch.Generator().manual_seed(seed).get_state()}  # by tile, before it
@@ -59,7 +59,7 @@ def normal(seed: int, std: float, shape: tuple[int, ...], dtype: torch.dtype) ->
 def low_rank_sum(
     base: tuple[str, StoredTensor], up: tuple[str, StoredTensor], down: tuple[str, StoredTensor], dtype: torch.dtype
 ) -> StoredTensor:
-    """``base + up @ down``, each given with its name, in float32: what a ``low_rank`` head amounts to.
+    """``base + up @ down`` in float32, the effective weight of a ``low_rank`` head; each is given with its name.
 
     Args:
         base: the frozen head W0, ``[vocab, hidden]``.
@@ -105,7 +105,8 @@ def _tile_bounds(shape: Sequence[int], elements: int) -> list[int]:
 def _tiled(
     shape: Sequence[int], dtype: torch.dtype, bounds: Sequence[int], compute: Callable[[int], Tensor]
 ) -> Callable[[Tensor, Sequence[int]], None]:
-    """Reads boxes of what ``compute`` gives by tile in float32: the rows from ``bounds[tile]`` to the next of them."""
+    """Reads boxes of a tensor that ``compute`` gives by tile, in float32; tile i has rows ``bounds[i]`` to ``bounds[i +
+    1]``."""
 
     def read(out: Tensor, offset: Sequence[int]) -> None:
         _check_box(out, offset, shape)

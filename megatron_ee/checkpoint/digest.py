@@ -1,4 +1,4 @@
-"""SHA-256 of files, of tensors, and of a whole backbone, the last equal for every format that holds it.
+"""SHA-256 of files, tensors and whole backbones. A backbone's hash is equal in all formats.
 
 Bytes stream through a small buffer; reading and hashing release Python's lock, so several tensors or blocks are
 hashed at once.
@@ -37,10 +37,10 @@ def hash_workers() -> int:
 
 
 def hash_range(fd: int, start: int, stop: int, path: Path, memory: memoryview | None = None) -> str:
-    """SHA-256 (hex) of the bytes ``start`` to ``stop`` of an open file, piece by piece so that they are in the cache.
+    """SHA-256 (hex) of the bytes ``start`` to ``stop`` of an open file, in pieces that fit into the cache.
 
     Args:
-        memory: room for these bytes, where they are wanted too.
+        memory: filled with these bytes, if given.
 
     Raises:
         CheckpointError: the file ends before ``stop``.
@@ -115,23 +115,23 @@ def backbone_digest(
 ) -> str:
     """The backbone's hash: ``combine_digests`` over its tensors under their Hugging Face names.
 
-    Equal in whatever format and files the tensors are. It is kept in ``cache_directory()`` by the path, size and time
-    of the files and by what is read of them; a cache that cannot be read or written is done without.
+    It does not depend on the format and the files of the tensors. It is cached in ``cache_directory()``, by the path,
+    size and time of the files and the tensors read from them. If the cache cannot be used, the hash is computed.
 
     Args:
         tensors: every weight of the backbone by Hugging Face name.
-        fresh: read all bytes again, whatever the cache says.
+        fresh: read all bytes again, without the cache.
         advance: called with the number of bytes just hashed, in this thread.
 
     Raises:
-        CheckpointError: a file cannot be read, or changes meanwhile.
+        CheckpointError: a file cannot be read, or changes while it is read.
     """
     before = _file_states(tensors)
     key = _cache_key(tensors, before)
     cached = None if fresh else _cached(key)
     if cached is not None:
         return cached
-    names = sorted(tensors, key=lambda name: -tensors[name].nbytes)  # the largest first keeps all threads busy
+    names = sorted(tensors, key=lambda name: -tensors[name].nbytes)  # largest first, which keeps all threads busy
     digests = {}
     with ThreadPoolExecutor(hash_workers()) as pool:
         for name, digest in zip(names, pool.map(lambda name: tensors[name].sha256(), names), strict=True):

@@ -1,7 +1,7 @@
-"""Places where a test kills the process, by name, to show that what is left there is safe.
+"""Named places where a test kills the process, to show that the files on disk are then safe.
 
 Nothing happens unless the environment variable ``MEGATRON_EE_FAILPOINT`` names one, as ``NAME``, or ``NAME:COUNT`` for
-the COUNT-th time that the process comes by.
+the COUNT-th time that the process passes this place.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ NAMES = (
     "save.begin",  # before the temporary directory is made
     "save.begun",  # after it
     "save.shard",  # after each run of bytes of a shard
-    "save.shard-done",  # a shard stands under its own name
-    "save.manifest",  # all shards do; the manifest does not
-    "save.manifest-done",  # the manifest does, in a directory that has its temporary name
-    "save.renamed",  # the directory has its own name
+    "save.shard-done",  # a shard has its final name
+    "save.manifest",  # all shards have; the manifest has not
+    "save.manifest-done",  # the manifest has, in a directory with a temporary name
+    "save.renamed",  # the directory has its final name
     "prune.renamed",  # a directory to be deleted is .trash-*
-    "replace.ready",  # the successor of a directory is complete, beside it
-    "replace.between",  # the old one is .trash-*, the new one not yet in its place
+    "replace.ready",  # the new content of a directory is complete, beside the old one
+    "replace.between",  # the old directory is .trash-*, the new one is not in its place yet
     "convert.file",  # before each run of bytes of a file
     "convert.file-done",  # a file and its record are complete
-    "convert.finish",  # all large files are
-    "convert.rename",  # everything is, under a temporary name
+    "convert.finish",  # all large files are complete
+    "convert.rename",  # everything is complete, under a temporary name
 )
 _passed: Counter[str] = Counter()
 _lock = threading.Lock()  # files are written by several threads

@@ -1,7 +1,6 @@
-"""A released model's directory: its safetensors files with every tensor in them, and its small files.
+"""A released model's directory: its safetensors files with their tensors, and its small files.
 
-Everything here comes from headers and the index; no tensor bytes are read, so a bad directory is refused before
-memory is spent.
+Only headers and the index are read, no tensor bytes, so an invalid directory is refused before memory is allocated.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx"
 ASSET_FOLDERS = ("additional_chat_templates",)
 """Folders of a model's directory whose files belong to its tokenizer."""
 NOT_CARRIED = (*WEIGHT_FILES, ".index.json", ".py")
-MAX_ASSET = 256 * 2**20  # bytes; the largest tokenizers have a tenth of it
+MAX_ASSET = 256 * 2**20  # bytes; ten times the largest tokenizers
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class HFDirectory:
     Attributes:
         path: the directory.
         files: its safetensors files, in the order of their names.
-        tensors: every tensor of these files by name, also those that the index does not mention. One that several
-            files hold is the one in the file that the index names.
-        absent: names that the index lists and no file holds, with the file that it names.
+        tensors: every tensor of these files by name, including those that the index does not mention. If several files
+            hold a tensor, it is the one in the file that the index names.
+        absent: names that the index lists but no file holds, with the file that the index names.
     """
 
     path: Path
@@ -74,7 +73,7 @@ class HFDirectory:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name to file name, the latter known to be a plain relative path."""
+    """Tensor name to file name, which is checked to be a plain relative path."""
     content = read_json(index)
     placed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(placed, dict) or not placed:
@@ -95,7 +94,7 @@ def _join_shards(
 ) -> tuple[dict[str, TensorEntry], dict[str, Path]]:
     """``HFDirectory.tensors`` and ``absent`` of the shards ``files``."""
     tensors: dict[str, TensorEntry] = {}
-    others: dict[str, str] = {}  # where a tensor is that the index places in another file
+    others: dict[str, str] = {}  # the actual file of a tensor that the index places in another file
     for name, file in files.items():
         for tensor, entry in read_header(file).items():
             if placed.get(tensor, name) != name:
@@ -113,7 +112,7 @@ def _join_shards(
 
 
 def _nothing_usable(directory: Path) -> CheckpointError:
-    """What to tell of a directory with neither ``model.safetensors`` nor an index."""
+    """Error message for a directory with neither ``model.safetensors`` nor an index."""
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if any(directory.glob("*.safetensors")):
         return CheckpointError(f"{directory}: has safetensors files but neither {SINGLE} nor {INDEX}; add the index")
@@ -130,7 +129,7 @@ def released_assets(directory: Path) -> dict[str, Path | bytes]:
     no code, nothing hidden. Names are relative to the directory, with "/" between folder and file.
 
     Raises:
-        CheckpointError: one leads outside the directory, or is too large to be what it seems.
+        CheckpointError: a file leads outside the directory, or is too large.
     """
     root = allowed_root(directory)
     found: dict[str, Path | bytes] = {}
@@ -143,6 +142,6 @@ def released_assets(directory: Path) -> dict[str, Path | bytes]:
         if not path.resolve().is_relative_to(root) or not path.is_file() or not path.name.isprintable():
             raise CheckpointError(f"{path}: not a plain file inside the model directory; refused")
         if path.stat().st_size > MAX_ASSET:
-            raise CheckpointError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are too many for a model's small files")
+            raise CheckpointError(f"{path}: {path.stat().st_size / 1e6:.0f} MB is too large for a model's small file")
         found[path.relative_to(directory).as_posix()] = path
     return found

@@ -22,9 +22,9 @@ LOW_RANK_UP = "lm_head.b"
 
 @torch.no_grad()
 def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
-    """Give a new exit its first values, equal for every tensor-parallel size.
+    """Initialise a new exit. The values are equal for every tensor-parallel size.
 
-    A ``low_rank`` head starts out as the backbone's: A is normal(0, 0.02), B is zero (as LoRA, arXiv 2106.09685).
+    A ``low_rank`` head starts equal to the backbone's: A is normal(0, 0.02), B is zero (as in LoRA, arXiv 2106.09685).
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -37,7 +37,7 @@ def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
     for parameter, source in exit_saved_sources(exit_):
         if exit_.spec.init == "copy" and parameter is not exit_.down and parameter is not exit_.up:
             continue
-        parameter.zero_()  # rows that pad the vocabulary stay so
+        parameter.zero_()  # rows that pad the vocabulary stay zero
         for block in blocks(parameter, source, exit_.setup.architecture, tensor.rank(), tensor.size()):
             if block.name not in drawn:
                 drawn[block.name] = random_tensor(block.name, block.shape, exit_.spec.layer, seed, parameter.dtype)
@@ -45,10 +45,11 @@ def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], layer: int, seed: int, dtype: torch.dtype) -> StoredTensor:
-    """First values of what is not copied of the exit after ``layer``, which its name in an adapter and seed decide.
+    """First values of a tensor that is not copied, of the exit after ``layer``. They depend on its adapter name and
+    seed.
 
-    Norms are 1; biases and a ``low_rank`` head's B are 0; all else is normal(0, 0.02), output projections
-    0.02 / sqrt(2 k), drawn in float32.
+    Norms are 1. Biases and a ``low_rank`` head's B are 0. All others are normal(0, 0.02), output projections normal(0,
+    0.02 / sqrt(2 k)), drawn in float32.
     """
     if len(shape) == 1 or name.endswith(LOW_RANK_UP):
         return constant(0.0 if name.endswith(("bias", LOW_RANK_UP)) else 1.0, shape, dtype)

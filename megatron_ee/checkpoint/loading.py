@@ -1,4 +1,4 @@
-"""Filling a stage from a saved model and an adapter: each rank reads its boxes straight into place."""
+"""Fills a stage from a saved model and an adapter. Each rank reads its boxes directly into its parameters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from megatron_ee.model.setup import ModelSetup
 from megatron_ee.progress import track
 
 READERS = 2
-"""Threads that read at a time: enough to keep a disk busy, few enough buffers to be nothing beside the model."""
+"""Threads that read at a time: enough to keep a disk busy, few enough for small buffers."""
 
 
 def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None:
-    """Load the layers and the exits that a stage holds, with a progress bar on the first rank.
+    """Load the layers and exits of a stage, with a progress bar on the first rank.
 
     Raises:
-        CheckpointError: a file cannot be read, or does not hold what the stage needs.
+        CheckpointError: a file cannot be read, or lacks a tensor that the stage needs.
     """
     total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
     with track(total, "B", "loading", enabled=stage.setup.groups.is_main) as bar:
@@ -37,7 +37,7 @@ def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None
 
 
 def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None] | None = None) -> None:
-    """Read the backbone's part of ``stage``, and its shared head, from a saved model.
+    """Read the backbone's part of ``stage``, and the stage's shared head, from a saved model.
 
     Args:
         stage: allocated, its values undefined.
@@ -51,12 +51,12 @@ def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None
 
 
 def load_frozen_norms(exit_: Exit, model: SavedModel) -> None:
-    """Read what an exit holds frozen: the norm that an ``mlp`` exit reads its tap through."""
+    """Read an exit's frozen tensors: the input norm of an ``mlp`` exit."""
     fill((pair for pair in exit_copy_sources(exit_) if not pair[0].requires_grad), model, exit_.setup)
 
 
 def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> None:
-    """Fill exits from an adapter, and what they hold frozen from the model.
+    """Fill exits from an adapter, and their frozen tensors from the model.
 
     Raises:
         CheckpointError: the adapter has no such exit, another kind of it, or a tensor is missing or mis-shaped.
@@ -76,7 +76,7 @@ def fill(
     setup: ModelSetup,
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Read this rank's blocks of each parameter; rows that pad the vocabulary become zero."""
+    """Read this rank's blocks of each parameter. Rows that pad the vocabulary become zero."""
     tensor = setup.groups.tensor
     wanted: dict[str, list[Block]] = {}
     for parameter, source in parameters:
@@ -86,7 +86,7 @@ def fill(
             wanted.setdefault(block.name, []).append(block)
 
     def read(name: str) -> int:
-        """One thread reads all that is wanted of a tensor: boxes that follow each other may share a checked block."""
+        """One thread reads all boxes of a tensor, since adjacent boxes may share a verified block."""
         for block in wanted[name]:
             model.weights[name].read(block.tensor, block.offset)
         return sum(block.tensor.numel() * block.tensor.element_size() for block in wanted[name])

@@ -1,9 +1,9 @@
 """The native checkpoint: a directory of safetensors shards, one per rank, and ``manifest.json``, written last.
 
-A tensor has a global key, dtype and shape; what is stored are boxes of it (pieces), which tile it exactly, so that it
-can be read in any other slicing. The manifest has the SHA-256 of every 16 MiB block of every shard, the header
-included, and of itself; blocks are verified as they are read. ``checkpoint.writing`` writes it, ``checkpoint.store``
-reads it, and ``checkpoint.resume`` finds the one to go on from; here is what they share.
+A tensor has a global key, dtype and shape. Its boxes (pieces) are stored. They tile the tensor exactly, so it can be
+read in any other slicing. The manifest holds the SHA-256 of every 16 MiB block of every shard, the header included, and
+of itself. Blocks are verified as they are read. ``checkpoint.writing`` writes a checkpoint, ``checkpoint.store`` reads
+it, and ``checkpoint.resume`` finds the one to continue from. This module holds what they share.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatron_ee.errors import CheckpointError
 MANIFEST = "manifest.json"
 VERSION = 1
 BLOCK = 16 * 2**20  # bytes per checksum
-MAX_CUT = 4  # dimensions that a tensor may be cut along; tensor and data parallelism cut along two
-MAX_NAMED = 200  # pieces among which two that overlap are looked for, to name them
+MAX_CUT = 4  # dimensions that a tensor may be split along; tensor and data parallelism split along two
+MAX_NAMED = 200  # number of pieces that are searched for an overlapping pair, for the message
 
 Box = tuple[Sequence[int], Sequence[int]]  # offset, shape
 
 
 def encode(content: Any, where: Path) -> bytes:
-    """JSON in one fixed spelling, which the manifest's own checksum is taken of.
+    """JSON in one fixed form, the input of the manifest's own checksum.
 
     Raises:
         CheckpointError: it is not JSON.
@@ -43,14 +43,14 @@ def encode(content: Any, where: Path) -> bytes:
 
 @dataclass(frozen=True)
 class ShardContent:
-    """A shard that is on disk, as the manifest tells of it.
+    """A shard on disk, as described in the manifest.
 
     Attributes:
         file: its name.
         size: bytes.
         blocks: SHA-256 (hex) of each ``BLOCK`` of it.
-        pieces: of each tensor in it: global key, dtype as safetensors spells it, global shape, name in the file,
-            offset and shape of the box.
+        pieces: per tensor in it: global key, dtype in safetensors' spelling, global shape, name in the file, offset and
+            shape of the box.
     """
 
     file: str
@@ -60,7 +60,7 @@ class ShardContent:
 
 
 def piece_name(key: str, global_shape: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> str:
-    """Name in its file of one box of the tensor ``key``: the key alone where it is all of it."""
+    """Name in its file of one box of the tensor ``key``: the key alone if the box is the whole tensor."""
     if tuple(shape) == tuple(global_shape):
         return key
     ranges = (f"{first}:{first + count}" for first, count in zip(offset, shape, strict=True))
@@ -97,18 +97,19 @@ def manifest_bytes(where: Path, shards: Iterable[ShardContent], metadata: Mappin
 
 
 def tiling_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Why ``boxes`` do not cover ``shape`` exactly once, or None where they do.
+    """Why ``boxes`` do not cover ``shape`` exactly once; None if they do.
 
     A box's indicator function is the sum over its corners, with alternating signs, of the step functions that begin
-    there, and step functions of different places are linearly independent. So boxes tile the whole exactly if their
-    signed corners add up to the whole's; that takes time linear in their number, which a file may choose.
+    there. Step functions that begin at different places are linearly independent. So boxes tile the tensor exactly if
+    their signed corners add up to the tensor's. This takes linear time in the number of boxes, which an untrusted file
+    can choose.
     """
     for offset, extent in boxes:
         if not is_inside(shape, (offset, extent)):
             return f"the piece of shape {list(extent)} at {list(offset)} is not inside shape {list(shape)}"
     cut = [dim for dim, size in enumerate(shape) if any(extent[dim] != size for _, extent in boxes)]
     if len(cut) > MAX_CUT:
-        return f"its pieces are cut along {len(cut)} dimensions; at most {MAX_CUT} are read"
+        return f"its pieces are split along {len(cut)} dimensions; at most {MAX_CUT} are read"
     corners: Counter[tuple[int, ...]] = Counter()
     whole = ([0] * len(shape), shape)
     for sign, (offset, extent) in itertools.chain(((-1, whole),), ((1, box) for box in boxes)):
@@ -126,7 +127,7 @@ def tiling_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
 
 
 def is_inside(shape: Sequence[int], box: Box) -> bool:
-    """Whether ``box`` has the dimensions of ``shape`` and does not leave it."""
+    """Whether ``box`` has the dimensions of ``shape`` and is inside it."""
     offset, extent = box
     return len(offset) == len(extent) == len(shape) and all(
         first >= 0 and count >= 0 and first + count <= size
@@ -135,7 +136,7 @@ def is_inside(shape: Sequence[int], box: Box) -> bool:
 
 
 def intersect(first: Box, second: Box) -> Box | None:
-    """The box common to both, or None where they share no element."""
+    """The intersection of two boxes; None if it is empty."""
     low = [max(a, b) for a, b in zip(first[0], second[0], strict=True)]
     ends = zip(first[0], first[1], second[0], second[1], strict=True)
     extent = [min(a + m, b + n) - start for start, (a, m, b, n) in zip(low, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""What a conversion writes: files, the boxes of tensors that fill them, and the small files that come last."""
+"""The output of a conversion: files, the boxes of tensors in them, and the small files that are written last."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def write_parts(path: Path, parts: Sequence[Part], watch: Watch, on_bytes: OnByt
     """Write a safetensors file, a few MiB at a time.
 
     Args:
-        watch: every tensor's runs of rows go through it; it counts them, and may raise.
-        on_bytes: told all bytes of the file in their order.
+        watch: wraps every tensor's runs of rows. It counts them, and may raise.
+        on_bytes: called with all bytes of the file in order.
 
     Raises:
         CheckpointError: something cannot be read or written.
@@ -64,12 +64,12 @@ def write_parts(path: Path, parts: Sequence[Part], watch: Watch, on_bytes: OnByt
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file of tensors to be written.
+    """A file of tensors to write.
 
     Attributes:
         name: its path in the output.
-        parts: what is in it.
-        write: writes it, as ``write_parts`` does; equal parts always give equal bytes.
+        parts: its tensors.
+        write: writes it, like ``write_parts``. Equal parts always give equal bytes.
     """
 
     name: str
@@ -84,7 +84,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Written:
-    """A file that is on disk: its size in bytes and the SHA-256 (hex) of each ``manifest.BLOCK`` of it."""
+    """A file on disk: its size in bytes and the SHA-256 (hex) of each ``manifest.BLOCK`` bytes."""
 
     size: int
     blocks: list[str]
@@ -97,13 +97,13 @@ def nothing_more(directory: Path, written: Mapping[str, Written]) -> dict[str, b
 
 @dataclass(frozen=True)
 class OutputDirectory:
-    """A directory to be written.
+    """A directory to write.
 
     Attributes:
-        format: what it will be, in words for a person.
+        format: its format in words.
         files: the large files.
         assets: small files by name: a path to copy, or the content.
-        finish: gives the files that are written last, by name, from the directory so far and its large files.
+        finish: gives the last files by name, from the directory so far and its large files.
     """
 
     format: str
@@ -118,7 +118,7 @@ class OutputDirectory:
 
 
 def split_parts(parts: Sequence[Part], limit: int) -> Iterator[tuple[Part, ...]]:
-    """Runs of parts of at most ``limit`` bytes each; a larger part is alone."""
+    """Groups of consecutive parts of at most ``limit`` bytes. A larger part is a group of its own."""
     run: list[Part] = []
     for part in parts:
         if run and sum(each.nbytes for each in run) + part.nbytes > limit:

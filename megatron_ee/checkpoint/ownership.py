@@ -1,4 +1,4 @@
-"""Ownership of outputs: a command writes only to a new or empty place, or where the same command wrote before.
+"""Ownership of outputs: a command writes only to a new or empty directory, or to one that it wrote before.
 
 A directory has a small marker file with the command's name. A single file has the package's name in its content (the
 generator of a page, the metadata of a plot).
@@ -15,7 +15,7 @@ from megatron_ee.errors import CheckpointError, ConfigError
 
 MARKER = ".megatron-ee.json"
 MADE_BY = "megatron-ee"
-"""What every single file of ours holds somewhere."""
+"""Text that every single file of this package contains."""
 _SHOWN = 3  # names of foreign files in an error
 
 
@@ -23,24 +23,24 @@ def check_new(path: Path, option: str = "--output") -> None:
     """Refuse an output that must be new.
 
     Raises:
-        CheckpointError: ``path`` exists and is no empty directory.
+        CheckpointError: ``path`` exists and is not an empty directory.
     """
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path}: exists already; nothing is overwritten, choose another {option}")
 
 
 def check_output(directory: Path, command: str, option: str = "--output") -> None:
-    """Refuse a directory that is not ``command``'s to write in; changes nothing on disk.
+    """Refuse a directory that ``command`` must not write to. Changes nothing on disk.
 
-    It may be new, or empty, or carry the command's marker. Directories in it that carry a marker of any command, locks
-    and what a killed writer left do not count.
+    It may be new, empty, or have the command's marker. Ignored are directories in it with a marker of any command,
+    locks, and leftovers of a killed writer.
 
     Args:
-        command: as ``claim_output`` was given it.
-        option: that named the directory.
+        command: as in ``claim_output``.
+        option: the option that names the directory.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it holds anything else.
     """
     if not os.path.lexists(directory):
         return
@@ -60,11 +60,11 @@ def check_output(directory: Path, command: str, option: str = "--output") -> Non
 
 
 def claim_output(directory: Path, command: str, option: str = "--output") -> None:
-    """Make ``directory`` if need be, and mark it as the command's own.
+    """Create ``directory`` if necessary, and mark it as the command's own.
 
     Raises:
         ConfigError: as ``check_output``.
-        CheckpointError: it cannot be made.
+        CheckpointError: it cannot be created.
     """
     check_output(directory, command, option)
     with storage_errors(directory, "create"):
@@ -74,7 +74,7 @@ def claim_output(directory: Path, command: str, option: str = "--output") -> Non
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse a file that exists and is not ours; changes nothing on disk.
+    """Refuse an existing file that this package did not write. Changes nothing on disk.
 
     Raises:
         ConfigError: naming the option.
@@ -91,7 +91,8 @@ def _content(path: Path) -> bytes:
 
 
 def _made_by(directory: Path) -> str | None:
-    """What the marker says; None where there is none. A run of a version without markers is known by its files."""
+    """The command in the marker; None without a marker. A run of a version without markers is recognised by its
+    files."""
     try:
         made_by = json.loads((directory / MARKER).read_text(encoding="utf-8"))["made_by"]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Going on from the newest checkpoint that is whole."""
+"""Finds the newest undamaged checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 def newest_readable(parent: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint | None:
-    """The newest ``step-N`` of ``parent`` whose manifest and headers are whole; None where there is none.
+    """The newest ``step-N`` of ``parent`` with undamaged manifest and headers; None if there is none.
 
-    For what its metadata says. ``load_latest`` may still find its tensors damaged and take an earlier one.
+    Used to read its metadata. ``load_latest`` may still find its tensors damaged and use an earlier one.
 
     Raises:
-        CheckpointError: one cannot be read for another reason than damage.
+        CheckpointError: a checkpoint cannot be read for another reason than damage.
     """
     for _, path in reversed(numbered_directories(parent)):
         with contextlib.suppress(DamagedError):
@@ -42,18 +42,18 @@ def load_latest(
     gather: Gather | None = None,
     verify: bool = True,
 ) -> T | None:
-    """``load`` of the newest undamaged ``step-N`` of ``parent``; None where there is no checkpoint at all.
+    """``load`` of the newest undamaged ``step-N`` of ``parent``; None if there is no checkpoint.
 
-    A damaged one is renamed ``step-N.damaged-*``, ``report`` is told, and the one before it is tried. Only damage
-    does this: any other error (a checkpoint of another model, no permission) leaves all in place and is raised.
+    A damaged checkpoint is renamed ``step-N.damaged-*`` and reported, and the one before it is tried. Any other error
+    (a checkpoint of another model, no permission) is raised and changes nothing on disk.
 
     Args:
-        load: reads what it wants; with several ranks it must not communicate, since it may fail on one of them.
-        gather: as for ``write_checkpoint``; all ranks then take the same checkpoint.
-        verify: check what is read; otherwise only what shows at first sight counts as damage.
+        load: reads the checkpoint. With several ranks it must not communicate, since it may fail on one of them.
+        gather: as in ``write_checkpoint``; all ranks then use the same checkpoint.
+        verify: check checksums. Otherwise only damage of manifest and headers is detected.
 
     Raises:
-        CheckpointError: there were checkpoints, but each was damaged; and whatever ``load`` raises but damage.
+        CheckpointError: all checkpoints are damaged; and all errors of ``load`` but damage.
     """
     names = together(gather, lambda: [str(path) for _, path in numbered_directories(parent)] if rank == 0 else [])[0]
     for path in map(Path, reversed(names)):

@@ -2,8 +2,8 @@
 
 Format: 8 bytes little-endian length n, n bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the tensors'
 bytes, row-major, without holes (https://huggingface.co/docs/safetensors). The ``safetensors`` library maps files into
-memory, so that the pages it reads count towards the peak; here bytes go by ``preadv`` from the page cache into the
-memory of the wanted tensor, through a small buffer only where dtype, strides or device differ.
+memory, so that the pages it reads count towards the peak. Here ``preadv`` copies bytes from the page cache into the
+tensor's memory, and uses a small buffer only if dtype, strides or device differ.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER = 32 * 2**20  # bytes; the largest models' are below 1 MiB
-PIECE = 4 * 2**20  # bytes of the buffer through which conversions and hashes go: small enough to stay in cache
+PIECE = 4 * 2**20  # bytes of the buffer for conversions and hashes: small enough to stay in cache
 SMALL_GAP = 32 * 2**10  # bytes: reading over a gap up to this costs less than another system call
 _DIRECT = 64 * 2**10  # bytes: contiguous runs from this on are read straight into place, one by one
 _scratch = threading.local()
@@ -58,14 +58,14 @@ Fetch = Callable[[memoryview, int], None]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor's bytes are.
+    """Location of one tensor's bytes.
 
     Attributes:
         name: name in the file.
         dtype: dtype in the file.
         shape: shape in the file.
         path: the file.
-        offset: of the first byte, from the start of the file.
+        offset: position of the first byte in the file.
         nbytes: number of bytes.
     """
 
@@ -81,7 +81,7 @@ class TensorEntry:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """Every tensor of one file, checked against the file's size; no tensor bytes are read.
+    """Every tensor of one file, checked against the file's size. No tensor bytes are read.
 
     Raises:
         CheckpointError: the file cannot be opened.
@@ -106,7 +106,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
             raise DamagedError(f"{path}: tensor {entry.name!r} {what} (data_offsets)")
         position += entry.nbytes
     if end < size:
-        raise DamagedError(f"{path}: expected {end} bytes, found {size}: there is more than the header describes")
+        raise DamagedError(f"{path}: expected {end} bytes, found {size}: more than the header describes")
     return entries
 
 
@@ -131,7 +131,7 @@ def _load_header(path: Path) -> tuple[dict[str, Any], int, int]:
             raise DamagedError(f"{path}: truncated: expected at least 8 bytes, found {size}")
         length = int.from_bytes(first, "little")
         if length > MAX_HEADER:
-            raise DamagedError(f"{path}: not a safetensors file: a header of {length} bytes is beyond any limit")
+            raise DamagedError(f"{path}: not a safetensors file: a header of {length} bytes is too large")
         if 8 + length > size:
             raise DamagedError(
                 f"{path}: truncated: expected at least {8 + length} bytes, found {size}; copy or download it again"
@@ -163,12 +163,12 @@ def _parse_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
     if math.prod(shape) * dtype.itemsize != nbytes:
         raise DamagedError(f"{where}: shape {shape} of {spelled} does not fit the {nbytes} bytes it is given")
     if math.prod(max(1, extent) for extent in shape) * dtype.itemsize >= 2**63:
-        raise DamagedError(f"{where}: shape {shape} has no element, and yet sizes beyond any memory")
+        raise DamagedError(f"{where}: shape {shape} has no element, but impossibly large sizes")
     return TensorEntry(name, dtype, tuple(shape), path, start + offsets[0], nbytes)
 
 
 def is_index_list(value: Any) -> bool:
-    """Whether ``value`` is a list of integers from 0 that fit 63 bits (JSON's true and 1.0 are none)."""
+    """Whether ``value`` is a list of integers from 0 that fit 63 bits (JSON's true and 1.0 are not integers)."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
@@ -195,7 +195,7 @@ def read_box(entry: TensorEntry, out: Tensor, offset: Sequence[int], read: ReadB
 
     Args:
         out: any strides and device; floating dtypes convert into each other, others must be equal.
-        read: fills memory with the open file's bytes from a position; None reads them and no more.
+        read: fills memory with the open file's bytes from a position; None uses a plain read.
 
     Raises:
         CheckpointError: the box leaves the tensor, the dtypes do not convert, or the file cannot be read.
@@ -204,7 +204,7 @@ def read_box(entry: TensorEntry, out: Tensor, offset: Sequence[int], read: ReadB
     _check_box(entry, out, offset)
     if out.numel() == 0:
         return
-    # From the last dimension that the box does not span, what it wants of the file is one contiguous run.
+    # From the last dimension that the box does not span on, its bytes in the file are contiguous.
     cut = max((dim for dim in range(out.dim()) if out.shape[dim] != entry.shape[dim]), default=0)
     pitches = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(out.dim())]
     origin = entry.offset + sum(first * pitch for first, pitch in zip(offset, pitches, strict=True))
@@ -243,7 +243,7 @@ def _in_place(entry: TensorEntry, out: Tensor) -> bool:
 
 
 def _read_run(fetch: Fetch, entry: TensorEntry, position: int, out: Tensor) -> None:
-    """Read one contiguous run of the file into ``out``, straight where memory allows, else piece by piece."""
+    """Read one contiguous run of the file into ``out``: directly if its memory layout allows, else piece by piece."""
     in_place = _in_place(entry, out)
     if in_place and out.is_contiguous():
         fetch(tensor_bytes(out), position)
@@ -265,7 +265,8 @@ def _read_run(fetch: Fetch, entry: TensorEntry, position: int, out: Tensor) -> N
 
 
 def _read_strided(fetch: Fetch, entry: TensorEntry, position: int, pitch: int, out: Tensor) -> None:
-    """Read ``out[i]`` from ``position + i * pitch`` for each i: row by row, or many rows at once over small gaps."""
+    """Read ``out[i]`` from ``position + i * pitch`` for each i: row by row, or many rows at once if the gaps are
+    small."""
     count = out.shape[0]
     run = out.numel() // count * entry.dtype.itemsize
     rows = min(count, (PIECE - run) // pitch + 1) if run <= PIECE else 1
@@ -284,12 +285,12 @@ def _read_strided(fetch: Fetch, entry: TensorEntry, position: int, pitch: int, o
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as a flat view of bytes."""
-    # as_strided, since a contiguous tensor may have any stride in a dimension of size 1, which view() minds.
+    # as_strided, since view() refuses some strides of dimensions of size 1 in a contiguous tensor.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def scratch_buffer() -> Tensor:
-    """This thread's buffer, uint8 [PIECE]; its content lasts until the next use in the same thread."""
+    """This thread's buffer, uint8 [PIECE]. Its content is valid until the next use in the same thread."""
     if not hasattr(_scratch, "buffer"):
         _scratch.buffer = torch.empty(PIECE, dtype=torch.uint8)
     buffer: Tensor = _scratch.buffer
@@ -308,20 +309,20 @@ def write_safetensors(
 ) -> dict[str, TensorEntry]:
     """Write one file, tensor by tensor, under a temporary name that is fsynced and then renamed to ``path``.
 
-    A tensor that is contiguous on the CPU is written from where it is, any other through one small buffer. Wider
-    dtypes come first, so that every tensor is aligned for readers that map the file.
+    A contiguous CPU tensor is written directly, any other through one small buffer. Wider dtypes come first, so that
+    every tensor is aligned for readers that map the file.
 
     Args:
-        metadata: strings to carry along.
-        on_bytes: called with every run of bytes in the file's order, such as to hash them.
-        content: where ``tensors`` has only shapes and dtypes: gives a tensor by name, in the file's order, as the runs
-            of its elements that together are it, row-major.
+        metadata: strings to store.
+        on_bytes: called with every run of bytes in the file's order, for example to hash them.
+        content: used if ``tensors`` has only shapes and dtypes: gives a tensor by name, in the file's order, as
+            consecutive runs of its elements, row-major.
 
     Returns:
-        What ``read_header(path)`` would.
+        The result of ``read_header(path)``.
 
     Raises:
-        CheckpointError: a dtype or name that the format has no place for, or the file cannot be written.
+        CheckpointError: a dtype or name that the format cannot hold, or the file cannot be written.
     """
     path = Path(path)
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
@@ -346,7 +347,7 @@ def _check_length(path: Path, fd: int, entries: Mapping[str, TensorEntry], heade
 
 
 def _file_bytes(tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes in the file's order; each run is gone when the next is asked for."""
+    """A tensor's bytes in the file's order. Each run is overwritten by the next."""
     if tensor.device.type == "cpu" and tensor.is_contiguous():
         yield tensor_bytes(tensor)
         return
@@ -364,14 +365,14 @@ def _file_bytes(tensor: Tensor) -> Iterator[memoryview]:
 def _plan_file(
     path: Path, pairs: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, TensorEntry]]:
-    """The bytes before the first tensor, and where each tensor will be."""
+    """The bytes before the first tensor, and the location of each tensor."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in pairs:
         if name in header or name == "__metadata__" or not name.isprintable():
             raise CheckpointError(f"{path}: tensor name {name!r} appears twice or cannot be used")
         if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{path}: tensor {name!r}: {tensor.dtype} has no place in a safetensors file")
+            raise CheckpointError(f"{path}: tensor {name!r}: {tensor.dtype} cannot be stored in a safetensors file")
         begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
         fields = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         header[name] = fields

@@ -1,9 +1,9 @@
-"""A saved model: a Hugging Face directory or a parallel checkpoint, checked before any memory is spent on it.
+"""A saved model: a Hugging Face directory or a parallel checkpoint, checked before any memory is allocated.
 
 A parallel checkpoint is a backbone, and maybe exits, in the native format under their released names. Its manifest's
-``metadata`` has ``kind`` ("parallel"), ``assets`` (SHA-256 by name of the files that lie beside it: ``config.json``,
-the tokenizer), and what an adapter's description has: ``exits``, ``base_model``, ``backbone_sha256``, ``steps``. The
-shards are cut as the ranks of one layout hold them, which says nothing about where it can be loaded.
+``metadata`` has ``kind`` ("parallel"), ``assets`` (SHA-256 by name of the files beside it: ``config.json``, the
+tokenizer), and the keys of an adapter's description: ``exits``, ``base_model``, ``backbone_sha256``, ``steps``. The
+shards follow one layout, but can be loaded in any other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_ee.families.weights import EMBEDDING, LM_HEAD, expected_tensors, i
 from megatron_ee.parallel.groups import launched_rank
 
 KIND = "parallel"
-EXITS = "exits."  # what the names of exits' tensors begin with
+EXITS = "exits."  # prefix of the names of exits' tensors
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class SavedModel:
 
     Attributes:
         path: the directory.
-        architecture: from ``config.json``; ``tied`` is what the tensors say.
+        architecture: from ``config.json``, but ``tied`` from the tensors.
         weights: every weight by released name.
-        non_weights: known tensors beside them that hold no weight of their own.
+        non_weights: known other tensors that hold no weight of their own.
         checkpoint: the parallel checkpoint; None for a Hugging Face directory.
     """
 
@@ -54,7 +54,7 @@ class SavedModel:
 
     @property
     def dtype(self) -> str:
-        """The dtype that most of its weights are stored in, of those that models run in: bfloat16 for float16."""
+        """The dtype of most of its weights, with bfloat16 for float16."""
         stored: Counter[torch.dtype] = Counter()
         for tensor in self.weights.values():
             stored[tensor.dtype] += tensor.nbytes
@@ -66,12 +66,12 @@ class SavedModel:
 
 
 def choose_dtype(asked: str, model: SavedModel, key: str, *, tuning: bool = False) -> str:
-    """The dtype to run ``model`` in: what is asked for, or with ``auto`` its own.
+    """The dtype to run ``model`` in: ``asked``, or with ``auto`` its own.
 
-    Where it is slow on this CPU the first rank says so on stderr, in one line that begins with ``key``.
+    If it is slow on this CPU, the first rank prints one line to stderr that begins with ``key``.
 
     Raises:
-        ConfigError: it is unknown; names ``key``.
+        ConfigError: the dtype is unknown; the message names ``key``.
     """
     if asked not in ("auto", *platform.DTYPES):
         raise ConfigError(f"{key}: {shown(asked)} is unknown; possible: auto, {', '.join(platform.DTYPES)}")
@@ -84,11 +84,11 @@ def choose_dtype(asked: str, model: SavedModel, key: str, *, tuning: bool = Fals
 
 
 def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
-    """Check a model before any memory is spent on it.
+    """Open a model and check it before any memory is allocated.
 
     Args:
         path: a Hugging Face directory or a parallel checkpoint.
-        verify: check what is read of a parallel checkpoint; Hugging Face directories hold nothing to check against.
+        verify: check the checksums of a parallel checkpoint. Hugging Face directories have none.
 
     Raises:
         CheckpointError: the directory, ``config.json`` or a file is not usable, a weight is missing, unknown, of
@@ -115,7 +115,7 @@ def model_in(checkpoint: Checkpoint) -> SavedModel:
 
 
 def is_parallel(checkpoint: Checkpoint) -> bool:
-    """Whether it holds a backbone, and is not a training checkpoint."""
+    """Whether it is a parallel checkpoint, not a training checkpoint."""
     return bool(checkpoint.metadata.get("kind") == KIND)
 
 
@@ -128,9 +128,7 @@ def check_parallel(checkpoint: Checkpoint) -> None:
     """
     path = checkpoint.path
     if not is_parallel(checkpoint):
-        raise CheckpointError(
-            f"{path}: is a training checkpoint, which holds exits but no backbone; give the model it was tuned on"
-        )
+        raise CheckpointError(f"{path}: is a training checkpoint, which holds exits but no backbone; give their model")
     assets = checkpoint.metadata.get("assets")
     if not isinstance(assets, dict) or "config.json" not in assets:
         raise DamagedError(f"{path}: its manifest does not list its files")
@@ -142,7 +140,7 @@ def check_parallel(checkpoint: Checkpoint) -> None:
 
 
 def _is_plain_file(directory: Path, name: str) -> bool:
-    """Whether ``name`` is a file in the directory or a folder of it, reached without links and detours."""
+    """Whether ``name`` is a file in the directory or in a folder of it, without links and ``..``."""
     pure = PurePosixPath(name)
     if str(pure) != name or pure.is_absolute() or ".." in pure.parts or not os.path.isfile(directory / name):
         return False
@@ -152,7 +150,7 @@ def _is_plain_file(directory: Path, name: str) -> bool:
 def _checked(
     path: Path, architecture: Architecture, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
 ) -> SavedModel:
-    """The model of these tensors, compared with what its architecture needs; ``absent`` as in ``HFDirectory``."""
+    """The model with these tensors, checked against its architecture; ``absent`` as in ``HFDirectory``."""
     architecture, tensors = _resolve_head(architecture, tensors)
     expected = expected_tensors(architecture)
     for name, file in absent.items():
@@ -179,10 +177,10 @@ def _checked(
 def _resolve_head(
     architecture: Architecture, tensors: dict[str, StoredTensor]
 ) -> tuple[Architecture, dict[str, StoredTensor]]:
-    """Whether the head is tied, by the tensors rather than ``config.json``, and the tensors; as transformers ties them.
+    """Whether the head is tied, by the tensors and not by ``config.json``, as in transformers; and the tensors.
 
-    A head that differs from the input embedding is kept: the model was tuned so. Where there is a head alone, it is
-    the embedding too.
+    A head that differs from the input embedding is kept, since the model was trained like this. If there is only a
+    head, it is also the embedding.
     """
     if not architecture.tied or LM_HEAD not in tensors:
         return architecture, tensors
@@ -192,10 +190,10 @@ def _resolve_head(
 
 
 def _is_tied(embedding: StoredTensor, head: StoredTensor) -> bool:
-    """Whether a head repeats the embedding. They are large, so their hashes are kept and they are read once."""
+    """Whether the head equals the embedding. Both are large, so their hashes are cached and they are read once."""
     if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
         return same_values(embedding, head)
-    # Hashed under one name, but remembered as another tensor of the same files.
+    # Hashed under one name, but cached as another tensor of the same files.
     named = dataclasses.replace(head, made=f"{LM_HEAD} {head.made}")
     return backbone_digest({EMBEDDING: embedding}) == backbone_digest({EMBEDDING: named})
 

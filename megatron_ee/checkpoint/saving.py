@@ -1,7 +1,7 @@
-"""Saving while the work goes on: a copy in host memory, and a thread that writes it.
+"""Saves in the background: a copy in host memory, and a thread that writes it.
 
-One save at a time: the next one waits for it. A save that failed is known to all ranks, since each step of it is one
-that they take together, and its error is raised by ``Saver.check``, ``wait`` or the next ``save``.
+There is one save at a time; the next one waits for it. All ranks take each step of a save together, so all know of a
+failure. ``Saver.check``, ``wait`` or the next ``save`` raises its error.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from megatron_ee.parallel.agreement import Gather, together
 from megatron_ee.parallel.groups import Groups, gather_objects
 
 ALIGNMENT = 64  # bytes
-NOTICEABLE = 0.5  # seconds of waiting for another save, from which on a line says so
+NOTICEABLE = 0.5  # seconds of waiting for an earlier save from which on a line reports it
 
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """What a finished save took, in seconds.
+    """Times of a finished save, in seconds.
 
     Attributes:
         final: the checkpoint.
-        stopped: that the caller stood still: waiting for the save before, copying, and all of it where it waited.
-        writing: from the first byte to the end, in the background or not.
+        stopped: time that the caller waited: for the earlier save, for the copy, and for the whole save if it was not
+            in the background.
+        writing: time from the first byte to the end, in the background or not.
     """
 
     final: Path
@@ -48,14 +49,14 @@ class SaveTimes:
 class Saver:
     """Writes checkpoints one after another. Every rank has one, and all call the same methods in the same order.
 
-    As a context it waits for the last save. Where an error leaves it, that save is finished too: what it holds is good.
+    As a context manager it waits for the last save, even if an error leaves the context: that save is valid.
 
     Attributes:
-        asynchronous: write in a thread; otherwise ``save`` returns when all is on disk.
+        asynchronous: write in a thread. Otherwise ``save`` returns when everything is on disk.
         rank: of this process.
         world_size: number of processes.
-        gather: as for ``write_checkpoint``, over a group that nothing else uses while a save runs.
-        report: told when a save had to wait for the one before it.
+        gather: as in ``write_checkpoint``, over a group that nothing else uses during a save.
+        report: called when a save had to wait for the one before it.
     """
 
     asynchronous: bool = True
@@ -79,9 +80,9 @@ class Saver:
         """Write a checkpoint; see ``write_checkpoint``. In the background it returns when the pieces are copied.
 
         Args:
-            metadata: not copied: must not be changed.
-            then: run by the first rank when the checkpoint is in its place, in the background too.
-            wait: return when all is on disk, whatever ``asynchronous`` says; nothing is copied then.
+            metadata: not copied, so it must not be changed.
+            then: called by the first rank when the checkpoint is in place, also in the background.
+            wait: return when everything is on disk, even if ``asynchronous``. Nothing is copied then.
 
         Raises:
             CheckpointError: this save, or the one before it, failed.
@@ -108,7 +109,7 @@ class Saver:
         self._running.stopped = time.perf_counter() - started
 
     def _copy(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The same pieces in host memory, which is kept for the next time."""
+        """The same pieces in host memory, which is reused by the next save."""
         starts, end = [], 0
         for piece in pieces:
             starts.append(end)
@@ -128,7 +129,7 @@ class Saver:
 
     @property
     def failure(self) -> str | None:
-        """Why the save in the background failed, as soon as this rank knows."""
+        """The reason why the save in the background failed, if this rank knows of a failure."""
         error = self._running.error if self._running is not None else None
         return None if error is None else str(error) or type(error).__name__
 
@@ -136,20 +137,20 @@ class Saver:
         """Raise if the save in the background has failed; otherwise let it run.
 
         Args:
-            failures: every rank's ``failure``, so that all raise where one would; None where there is one rank.
+            failures: every rank's ``failure``, so that all ranks raise if one would; None with only one rank.
 
         Raises:
             CheckpointError: it failed.
         """
         for rank, failure in enumerate([self.failure] if failures is None else failures):
             if failure is not None:
-                self.wait()  # this rank's own error, which may be about to come
+                self.wait()  # this rank's own error, which may arrive soon
                 error = CheckpointError(f"rank {rank}: {failure}")
                 error.common = True
                 raise error
 
     def wait(self) -> None:
-        """Return when no save runs.
+        """Wait until no save is running.
 
         Raises:
             CheckpointError: it failed.
@@ -164,7 +165,7 @@ class Saver:
         self._finished.append(SaveTimes(running.final, running.stopped, running.writing))
 
     def finished(self) -> list[SaveTimes]:
-        """The saves that have ended well since this was last asked."""
+        """The saves that have succeeded since the last call."""
         if self._running is not None and not self._running.is_alive() and self._running.error is None:
             self.wait()
         times, self._finished = self._finished, []
@@ -176,12 +177,12 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is None:
             self.wait()
-        elif isinstance(error, Exception):  # an interrupt means at once
+        elif isinstance(error, Exception):  # an interrupt must end at once
             try:
                 self.wait()
             except UserError as failure:
-                self.report(f"the save in work failed too: {failure}")
-            except Exception:  # of a rank that is gone, say, about which the watchdog has a clearer word
+                self.report(f"the save in progress failed too: {failure}")
+            except Exception:  # for example of a lost rank, which the watchdog reports more clearly
                 pass
 
 
@@ -189,19 +190,19 @@ class _Running(threading.Thread):
     """A save in the background.
 
     Attributes:
-        error: what it ended with.
-        stopped: seconds that its caller stood still.
+        error: its error, if it failed.
+        stopped: seconds that its caller waited.
         writing: seconds it took.
     """
 
     def __init__(self, final: Path, work: Callable[[], None]) -> None:
-        super().__init__(name="saving", daemon=True)  # nothing but an interrupt leaves it running
+        super().__init__(name="saving", daemon=True)  # only an interrupt leaves it running
         self.final, self._work = final, work
         self.error: BaseException | None = None
         self.stopped = self.writing = 0.0
 
     def run(self) -> None:
-        """Write, and remember how it ended."""
+        """Write, and record the result."""
         started = time.perf_counter()
         try:
             failpoint("save.thread")

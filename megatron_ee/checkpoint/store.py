@@ -1,4 +1,4 @@
-"""Reading a native checkpoint in any slicing, every block verified."""
+"""Reads a native checkpoint in any slicing, with every block verified."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Checkpoint:
 
     Attributes:
         path: its directory.
-        metadata: what was given to ``write_checkpoint``.
-        verify: whether what is read is checked.
+        metadata: the argument of ``write_checkpoint``.
+        verify: whether checksums are checked.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Checkpoint:
 
     def _lazily(self, key: str) -> StoredTensor:
         found = self._stored(key)
-        # Of the manifest every change is one of the tensor: it has the digests.
+        # The manifest holds the digests, so any change of the tensor changes the manifest.
         files = (self.path / MANIFEST, *{shard.path: None for _, _, shard in found.pieces})
 
         def read(out: Tensor, offset: Sequence[int]) -> None:
@@ -76,16 +76,16 @@ class Checkpoint:
     def read(self, key: str, out: Tensor, offset: Sequence[int] | None = None) -> Tensor:
         """Read a box of a tensor into ``out`` and return it.
 
-        Each block of each file is verified as it is read, unless the checkpoint was opened without; where this raises,
-        ``out`` holds anything.
+        Each block of each file is verified as it is read, unless the checkpoint was opened without ``verify``. After an
+        error the content of ``out`` is undefined.
 
         Args:
             out: any strides and device; floating dtypes convert into each other.
-            offset: where the box of ``out``'s shape starts; None wants the whole tensor.
+            offset: start of the box of ``out``'s shape; None reads the whole tensor.
 
         Raises:
-            CheckpointError: no such tensor, or it does not have this box or a dtype of this kind.
-            DamagedError: a file's content is not what was written.
+            CheckpointError: there is no such tensor, or the box or the kind of dtype does not fit.
+            DamagedError: a file's content has changed.
         """
         stored = self._stored(key)
         box: Box = ((0,) * out.dim() if offset is None else tuple(offset), tuple(out.shape))
@@ -113,11 +113,12 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
-    """Open a checkpoint directory and check everything but the tensors' bytes, whose checks ``verify`` is about.
+    """Open a checkpoint directory and check everything but the tensors' bytes. ``verify``: check these when they are
+    read.
 
     Raises:
         CheckpointError: not a checkpoint, of a newer version, or not readable.
-        DamagedError: manifest or headers damaged, a shard missing or of another size, pieces that do not fit.
+        DamagedError: the manifest or a header is damaged, a shard is missing or has another size, or pieces do not fit.
     """
     directory = Path(directory)
     path = directory / MANIFEST
@@ -125,7 +126,7 @@ def open_checkpoint(directory: str | os.PathLike[str], *, verify: bool = True) -
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint directory")
     if not os.path.lexists(path):
-        raise DamagedError(f"{directory}: {MANIFEST} is missing; this is no complete checkpoint")
+        raise DamagedError(f"{directory}: {MANIFEST} is missing; the checkpoint is not complete")
     if os.path.islink(path):
         raise DamagedError(f"{path}: is a link; a checkpoint's files lie in it")
     content = read_json(path)
@@ -146,7 +147,7 @@ def open_checkpoint(directory: str | os.PathLike[str], *, verify: bool = True) -
 
 
 def _object(value: Any, where: str, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """``value``, known to be a JSON object with at least these keys."""
+    """``value``, checked to be a JSON object with at least these keys."""
     if not isinstance(value, dict) or not value.keys() >= set(keys):
         raise DamagedError(f"{where}: expected an object" + (f" with {', '.join(keys)}" if keys else ""))
     return value
@@ -181,7 +182,7 @@ def _open_tensors(
         tensor = _object(tensor, where, ("dtype", "shape", "pieces"))
         dtype = DTYPES.get(tensor["dtype"]) if isinstance(tensor["dtype"], str) else None
         if dtype is None or not key.isprintable() or not isinstance(tensor["pieces"], list):
-            raise DamagedError(f"{where}: its name, dtype or pieces are not what they must be")
+            raise DamagedError(f"{where}: its name, dtype or pieces are invalid")
         if not is_index_list(tensor["shape"]):
             raise DamagedError(f"{where}: shape {shown(tensor['shape'])} is not a list of whole numbers from 0")
         pieces: list[tuple[Box, TensorEntry, VerifiedFile]] = []

@@ -1,4 +1,4 @@
-"""A tensor that lies in some file, or follows from others that do, and is read box by box when it is wanted."""
+"""A tensor that is stored in a file, or computed from stored ones, and is read box by box on demand."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class StoredTensor:
     """One tensor of a checkpoint of any format; no byte of it is in memory.
 
     Attributes:
-        dtype: dtype it is stored in.
+        dtype: its stored dtype.
         shape: of the whole tensor.
         read: fills its first argument (any strides and device; floating dtypes convert into each other) with the box
             that starts at its second, one index per dimension. Safe to call from several threads.
-        files: what is read for it, by which a changed checkpoint is noticed.
-        made: how it follows from these files, where it is not simply what is in them; equal text, equal values.
+        files: the files that are read for it; used to detect a changed checkpoint.
+        made: how it is computed from these files, if it is not stored directly. Equal texts mean equal values.
     """
 
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class StoredTensor:
     def slabs(self, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Iterator[Tensor]:
         """A box of it (default: all), in row-major order, as contiguous runs of rows of at most ``PIECE`` bytes.
 
-        A single row may be longer. What is yielded is overwritten by the next one.
+        A single row may be longer. Each run is overwritten by the next.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -55,7 +55,7 @@ class StoredTensor:
             yield scalar.view(1)
             return
         if 0 in shape:
-            return  # its other sizes may be beyond any memory
+            return  # its other sizes may be impossibly large
         row = math.prod(shape[1:]) * self.dtype.itemsize
         rows = max(1, min(shape[0], PIECE // row))
         buffer = torch.empty((rows, *shape[1:]), dtype=self.dtype)
@@ -73,12 +73,12 @@ class StoredTensor:
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors are equal, bit by bit where their dtypes are, else in float64.
+    """Whether two tensors are equal: bit by bit if their dtypes are equal, else in float64.
 
     Both are read a few MiB at a time, up to the first difference.
 
     Raises:
-        CheckpointError: one cannot be read, or their dtypes differ and one is not a floating one.
+        CheckpointError: one cannot be read, or the dtypes differ and are not both floating.
     """
     if first.shape != second.shape:
         return False

@@ -1,7 +1,7 @@
-"""Reading a file of which a SHA-256 is known for each block: no byte is given out before its block was checked.
+"""Reads a file with a known SHA-256 per block. No byte is returned before its block was checked.
 
-What has been hashed is what is handed on, so that each block is read once: a block that is wanted whole is read where
-it belongs and hashed there; of any other, the thread that checked it keeps the bytes for what is wanted of it next.
+The hashed bytes are the returned bytes, so each block is read once. A block that is needed as a whole is read into its
+destination and hashed there. Any other block is kept by the thread that checked it, for the next read from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_ee.errors import DamagedError
 
 
 class _Kept(threading.local):
-    """This thread's last block that was wanted in parts: ``file`` is None while ``memory`` holds none."""
+    """This thread's last block that was read in parts. ``file`` is None while ``memory`` holds no block."""
 
     memory = memoryview(b"")
     file: VerifiedFile | None = None
@@ -34,9 +34,9 @@ class VerifiedFile:
     """One file of a checkpoint.
 
     Attributes:
-        path: where it is.
+        path: its path.
         size: its bytes.
-        header_end: bytes before those of the first tensor.
+        header_end: position of the first tensor's bytes.
         digests: SHA-256 (hex) of each ``BLOCK`` bytes.
     """
 
@@ -55,10 +55,10 @@ class VerifiedFile:
 
         Args:
             fd: of the file, open for reading.
-            tensor: what is read, for the message.
+            tensor: name of the tensor, for messages.
 
         Raises:
-            DamagedError: a block that they are in, or the header, is not what was written.
+            DamagedError: one of their blocks, or the header, has changed.
         """
         for block in range(-(-self.header_end // BLOCK)):
             self._fill(fd, out[:0], 0, block, tensor)
@@ -71,7 +71,7 @@ class VerifiedFile:
             return
         with ThreadPoolExecutor(min(hash_workers(), len(whole))) as pool:
             filling = [pool.submit(self._fill, fd, out, position, block, tensor) for block in whole]
-            for block in others:  # in this thread, which keeps what is left of them
+            for block in others:  # in this thread, which keeps their remaining bytes
                 self._fill(fd, out, position, block, tensor)
             for done in filling:
                 done.result()
@@ -80,7 +80,7 @@ class VerifiedFile:
         return position <= block * BLOCK and min((block + 1) * BLOCK, self.size) <= position + count
 
     def _fill(self, fd: int, out: memoryview, position: int, block: int, tensor: str) -> None:
-        """The part of ``out`` that lies in one block, which is checked if it was not yet."""
+        """Fill the part of ``out`` in one block, which is checked if it was not yet."""
         start, stop = block * BLOCK, min((block + 1) * BLOCK, self.size)
         first = max(start, position)
         part = out[first - position : max(0, stop - position)]
@@ -91,7 +91,7 @@ class VerifiedFile:
                     self._check(fd, part, block, tensor)
                     return
                 if not checked:
-                    _kept.file = None  # until it holds what it says
+                    _kept.file = None  # until it holds this block
                     if not _kept.memory:
                         _kept.memory = tensor_bytes(torch.empty(BLOCK, dtype=torch.uint8))
                     self._check(fd, _kept.memory[: stop - start], block, tensor)

@@ -1,4 +1,4 @@
-"""Writing a native checkpoint: all of it, or nothing."""
+"""Writes a native checkpoint, all or nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_ee.parallel.agreement import Gather, together
 
 @dataclass(frozen=True)
 class Piece:
-    """One box of a tensor, to be saved.
+    """One box of a tensor, to save.
 
     Attributes:
         key: global key of the tensor.
@@ -46,7 +46,7 @@ class Piece:
 
 
 def whole(key: str, tensor: Tensor) -> Piece:
-    """The piece that is all of ``tensor``."""
+    """The piece that is the whole ``tensor``."""
     return Piece(key, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
@@ -59,17 +59,17 @@ def write_checkpoint(
     world_size: int = 1,
     gather: Gather | None = None,
 ) -> None:
-    """Write a checkpoint directory: all of it, or nothing. Every rank calls this, with pieces of its own.
+    """Write a checkpoint directory, all or nothing. Every rank calls this with its own pieces.
 
     Each rank writes ``shard-RRRR.safetensors`` (none without pieces); rank 0 writes the manifest and renames the
-    directory to ``final``. Where one rank fails, all raise.
+    directory to ``final``. If one rank fails, all raise.
 
     Args:
-        pieces: this rank's; over all ranks they must tile every tensor exactly, so a tensor that is equal on
-            several ranks is given by one of them.
-        metadata: JSON content to carry along; rank 0's counts. NaN and infinity are not JSON.
+        pieces: this rank's pieces. The pieces of all ranks must tile every tensor exactly, so only one rank gives a
+            tensor that several ranks hold.
+        metadata: JSON content to store; rank 0's is used. NaN and infinity are not JSON.
         gather: gives every rank the list of all ranks' objects (tuples, lists, dicts, strings and numbers), such as
-            ``all_gather_object`` over a gloo group. Needed where ``world_size`` is above 1.
+            ``all_gather_object`` over a gloo group. Needed if ``world_size`` is above 1.
 
     Raises:
         CheckpointError: ``final`` exists, the pieces do not fit together, or the storage fails.
@@ -110,7 +110,7 @@ def write_checkpoint(
 
 
 def _write_shard(directory: Path, pieces: Iterable[Piece], rank: int) -> dict[str, Any] | None:
-    """Write this rank's shard; returns what the manifest must say of it, as a ``ShardContent``'s fields."""
+    """Write this rank's shard. Return its description for the manifest, as the fields of a ``ShardContent``."""
     file = f"shard-{rank:04d}.safetensors"
     tensors: dict[str, Tensor] = {}
     described = []

@@ -1,1 +1,1 @@
-"""Any checkpoint format into any other, streamed: ``checkpoint.contents`` is what they have in common."""
+"""Converts any checkpoint format into any other, streamed. ``checkpoint.contents`` is the common form."""

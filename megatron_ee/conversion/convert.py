@@ -1,4 +1,4 @@
-"""One conversion: open, edit, and write in another format, or say what would be written."""
+"""One conversion: open, edit, and write in another format, or list what would be written."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ Target = Literal["hf", "parallel", "adapter", "megatron"]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to convert, and into what.
+    """A request for a conversion.
 
     Attributes:
         input: a checkpoint of any format.
         to: format to write.
-        model: where the backbone is, for an input that holds exits alone; None is where they say.
-        config: for a Megatron checkpoint: a Hugging Face directory, or its ``config.json``, that it belongs to.
+        model: the backbone, for an input that holds only exits; None uses the path that they record.
+        config: for a Megatron checkpoint: the Hugging Face directory of its model, or its ``config.json``.
         trust: allow formats that hold pickles.
-        verify: check what is read against its checksums, where there are any.
-        tensor: tensor-parallel size that a parallel checkpoint's shards are cut for.
-        pipeline: number of its stages; layers are spread evenly.
-        stages: number of layers of each stage instead.
-        exit: layer of the exit to write as a model of its own.
-        drop: layers of exits to leave out.
-        adapters: further exits.
-        add: further exits, with first values.
+        verify: check checksums, if the files have any.
+        tensor: tensor-parallel size of a parallel checkpoint's shards.
+        pipeline: number of stages of a parallel checkpoint, with layers spread evenly.
+        stages: number of layers of each stage, in place of ``pipeline``.
+        exit: layer of the exit to write as a plain model.
+        drop: layers of exits to remove.
+        adapters: adapters whose exits are merged.
+        add: new exits, to be initialised.
         heads: new heads by layer of the exit.
-        all_heads: new head of all other exits.
-        seed: of random first values.
+        all_heads: new head of all exits that ``heads`` does not name.
+        seed: seed of random weights.
         shard: bytes of tensors per file of a Hugging Face directory.
     """
 
@@ -72,11 +72,11 @@ class Conversion:
 
 
 def prepare(request: Conversion) -> tuple[Contents, Contents]:
-    """What is in the input, and what is to be written. No tensor is in memory.
+    """The contents of the input, and the contents to write. No tensor is read into memory.
 
     Raises:
-        CheckpointError: something cannot be used, or does not belong together.
-        ConfigError: an option asks for what cannot be.
+        CheckpointError: an input cannot be used, or inputs do not belong together.
+        ConfigError: an option is impossible.
     """
     _check(request)
     found = open_contents(request.input, trust=request.trust, config=request.config, verify=request.verify)
@@ -96,12 +96,12 @@ def prepare(request: Conversion) -> tuple[Contents, Contents]:
         contents = change_heads(contents, {**heads, **request.heads}, request.seed)
     check_exits(contents)
     if request.to == "megatron" and contents.exits:
-        note = f"{contents.source}: its exits are left out: Megatron has no place for them; convert them --to adapter"
+        note = f"{contents.source}: its exits are left out: Megatron's format cannot hold them; use --to adapter"
         contents = dataclasses.replace(contents, notes=(*contents.notes, note))
     if request.exit is not None:
         contents = shallow_model(contents, request.exit)
     elif contents.exits and contents.backbone_sha256 is None and request.to in ("adapter", "hf", "parallel"):
-        # Whoever loads these exits later must be able to tell whether they fit.
+        # Recorded so that a later load can check that the exits fit the model.
         settings = output_settings(contents.architecture) if contents.architecture is not None else None
         contents = dataclasses.replace(contents, backbone_sha256=backbone_hash(contents), settings=settings)
     return found, contents
@@ -111,15 +111,15 @@ def plan_output(contents: Contents, request: Conversion) -> OutputDirectory:
     """The files to write.
 
     Raises:
-        CheckpointError: ``contents`` lacks what the format is for.
-        ConfigError: the model cannot be cut as asked.
+        CheckpointError: ``contents`` lacks what the format needs.
+        ConfigError: the model cannot be split as requested.
     """
     if request.to == "hf":
         return to_hf(contents, shard=request.shard)
     if request.to == "adapter":
         return to_adapter(contents)
     if request.to == "megatron":
-        # It imports torch's distributed checkpoints, and with them pickle.
+        # Imported late: it imports torch's distributed checkpoints, and with them pickle.
         from megatron_ee.importers.megatron.export import to_torch_dist
 
         return to_torch_dist(contents)
@@ -132,7 +132,7 @@ def write(contents: Contents, request: Conversion, output: Path) -> None:
     """Write ``contents`` to the new directory ``output``, with progress on stderr.
 
     Raises:
-        CheckpointError: something cannot be read or written; the same request goes on where this one stopped.
+        CheckpointError: something cannot be read or written. The same request then continues where this one stopped.
     """
     plan = plan_output(contents, request)
     with track(plan.nbytes, "B", f"writing {output}") as bar:
@@ -140,7 +140,7 @@ def write(contents: Contents, request: Conversion, output: Path) -> None:
 
 
 def backbone_hash(contents: Contents) -> str:
-    """The hash of the backbone in ``contents``, from the cache where it is known; else with progress on stderr."""
+    """The hash of the backbone in ``contents``, from the cache or computed with progress on stderr."""
     return hash_backbone(contents.backbone, enabled=sys.stderr.isatty())
 
 
@@ -148,9 +148,13 @@ def _check(request: Conversion) -> None:
     if request.exit is not None and request.to != "hf":
         raise ConfigError(f"--exit: writes an exit as a Hugging Face model; use --to hf, not --to {request.to}")
     if request.to != "parallel" and (request.tensor, request.pipeline, tuple(request.stages)) != (1, 1, ()):
-        raise ConfigError(f"--tensor, --pipeline and --stages belong to --to parallel; --to {request.to} is not cut")
+        raise ConfigError(
+            f"--tensor, --pipeline and --stages have no effect with --to {request.to}; use them with --to parallel"
+        )
     if request.stages and request.pipeline not in (1, len(request.stages)):
-        raise ConfigError(f"--stages: {list(request.stages)} are not the {request.pipeline} stages of --pipeline")
+        raise ConfigError(
+            f"--stages: {list(request.stages)} contradicts --pipeline {request.pipeline}; give one of the two"
+        )
 
 
 def _needs_backbone(found: Contents, request: Conversion) -> bool:
@@ -159,10 +163,12 @@ def _needs_backbone(found: Contents, request: Conversion) -> bool:
 
 
 def _with_backbone(found: Contents, request: Conversion) -> Contents:
-    """Exits on the backbone that they were made for."""
+    """Add the backbone that the exits were made for."""
     place = request.model or Path(found.base_model)
     if request.model is None and not place.is_dir():
-        raise CheckpointError(f"{found.source}: its model {found.base_model!r} is not there; give it with --model")
+        raise CheckpointError(
+            f"{found.source}: its model {found.base_model!r} does not exist; give its path with --model"
+        )
     model = open_contents(place, trust=request.trust, config=request.config, verify=request.verify)
     if not model.backbone:
         raise CheckpointError(f"{place}: holds no backbone; give the model with --model")

@@ -1,8 +1,8 @@
-"""The loop that moves weights: streams an ``OutputDirectory`` to disk in bounded memory, and goes on where it stopped.
+"""Streams an ``OutputDirectory`` to disk in bounded memory, and continues after an interruption.
 
-Files are written in ``NAME.converting`` beside the output, several at a time, each through one buffer of a few MiB; a
-finished one leaves its checksums in ``.progress``. When all are there, one rename makes the output visible. The same
-command, run again after an interruption, keeps the finished files that still are what they were.
+Files are written in ``NAME.converting`` beside the output, several at a time, each through one buffer of a few MiB. The
+checksums of a finished file are kept in ``.progress``. When all files are finished, one rename makes the output
+visible. The same command, run again after an interruption, keeps the finished files that are unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_ee.config.untrusted import open_regular, read_json
 from megatron_ee.errors import CheckpointError
 
 WRITERS = 2
-"""Files written at a time: one hashes while the other waits for the disk."""
+"""Files written at a time: one is hashed while the other waits for the disk."""
 PROGRESS, LOCK = ".progress", ".lock"
 SPARE = 64 * 2**20  # bytes for headers and small files
 
@@ -43,11 +43,11 @@ def write_output(
     advance: Callable[[int], None] = lambda count: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write ``output`` to the new directory ``final``: all of it, or something to go on from.
+    """Write ``output`` to the new directory ``final``: completely, or in a form that a rerun continues.
 
     Args:
         advance: called with the number of bytes of tensors just written, or found finished.
-        report: told about files kept of an earlier try.
+        report: called with lines about files that an earlier run finished.
 
     Raises:
         CheckpointError: ``final`` exists, another conversion writes there, the disk is too small, or something cannot
@@ -76,10 +76,10 @@ def write_output(
 
 @contextlib.contextmanager
 def _work_directory(final: Path) -> Iterator[Path]:
-    """The directory that is written in, held by a lock; finished files in it stay when the body fails."""
+    """The working directory, held by a lock. Finished files in it stay when the body fails."""
     work = final.with_name(f"{final.name}.converting")
     if work.is_dir() and any(work.iterdir()) and not (work / LOCK).is_file():
-        raise CheckpointError(f"{work}: exists already, and not from an interrupted conversion; move it away")
+        raise CheckpointError(f"{work}: exists already and is not from an interrupted conversion; move it away")
     with storage_errors(work, "write"):
         (work / PROGRESS).mkdir(parents=True, exist_ok=True)
         fd = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -89,23 +89,23 @@ def _work_directory(final: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise CheckpointError(f"{work}: another conversion is writing here; wait for it") from None
         except OSError:
-            pass  # a file system without locks: the final rename still lets one of two win
+            pass  # a file system without locks: if two run, the final rename lets only one succeed
         clear_leftovers(work)
         try:
             yield work
         except BaseException:
             if (work / PROGRESS).is_dir() and not any((work / PROGRESS).iterdir()):
-                shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
+                shutil.rmtree(work, ignore_errors=True)  # nothing to continue from
             raise
     finally:
         os.close(fd)
 
 
 def _clear_others(output: OutputDirectory, work: Path) -> None:
-    """Remove files that are no part of ``output``: another command, with other options, was interrupted here."""
+    """Remove files that are not part of ``output``, left by an interrupted command with other options."""
     own = {work / file.name for file in output.files} | {_record(file, work) for file in output.files}
     with storage_errors(work, "clean up"):
-        for path in sorted(work.rglob("*"), reverse=True):  # what is in a directory comes before it
+        for path in sorted(work.rglob("*"), reverse=True):  # the content of a directory comes before the directory
             if path.is_dir() and not path.is_symlink():
                 if path != work / PROGRESS and not any(path.iterdir()):
                     path.rmdir()
@@ -114,12 +114,13 @@ def _clear_others(output: OutputDirectory, work: Path) -> None:
 
 
 def _record(file: OutputFile, work: Path) -> Path:
-    """Where it is noted that a file is finished."""
+    """Path of the record that a file is finished."""
     return work / PROGRESS / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.json"
 
 
 def _check_space(output: OutputDirectory, work: Path) -> None:
-    """Refuse before hours of writing what cannot fit; what an earlier try left counts as written."""
+    """Refuse an output that does not fit on the disk, before hours of writing. Files of an earlier run count as
+    written."""
     with storage_errors(work, "measure the free space"):
         free = shutil.disk_usage(work).free
         there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
@@ -154,7 +155,7 @@ def _write_files(
         return written
 
     with ThreadPoolExecutor(WRITERS) as pool:
-        # The largest first keeps all threads busy to the end.
+        # Largest first, which keeps all threads busy to the end.
         futures = {file.name: pool.submit(make, file) for file in sorted(output.files, key=lambda file: -file.nbytes)}
         try:
             wait(futures.values(), return_when=FIRST_EXCEPTION)
@@ -186,7 +187,7 @@ def _write_file(file: OutputFile, path: Path, stop: threading.Event, count: Call
 
 
 def _fingerprint(file: OutputFile) -> str:
-    """Of what the file is made of: equal only where writing it again would give the same bytes."""
+    """Fingerprint of a file's sources. Equal fingerprints mean that writing the file again gives the same bytes."""
 
     def describe(part: Part) -> list[object]:
         tensor = part.tensor
@@ -200,7 +201,7 @@ def _fingerprint(file: OutputFile) -> str:
 
 
 def _finished(path: Path, record: Path, fingerprint: str) -> Written | None:
-    """What is known of a file that an earlier run finished, if it still is what that run wrote."""
+    """The record of a file that an earlier run finished, if the file is unchanged."""
     try:
         if not (path.is_file() and record.is_file()):
             return None

@@ -1,4 +1,4 @@
-"""Exits of a checkpoint added, dropped, merged and given other heads: pure functions, no tensor is in memory."""
+"""Adds, drops and merges exits of a checkpoint, and changes their heads. Pure functions; no tensor is in memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megatron_ee.families.weights import head_name
 
 
 def check_exits(contents: Contents) -> None:
-    """Check that the exits hold exactly the tensors that they should.
+    """Check that the exits have exactly the expected tensors.
 
-    Where there is no architecture, as in an adapter, only that every tensor belongs to one of the exits.
+    Without an architecture, as in an adapter, check only that every tensor belongs to one of the exits.
 
     Raises:
         CheckpointError: an exit is outside the model or not in order; the exits are made for other settings of the
@@ -53,15 +53,15 @@ def check_exits(contents: Contents) -> None:
 
 
 def add_exits(contents: Contents, specs: Sequence[ExitSpec], seed: int) -> Contents:
-    """Attach new exits, with the first values that tuning gives them: see ``initialise_exit``.
+    """Attach new exits, initialised as in tuning: see ``initialise_exit``.
 
     Args:
         contents: a backbone, maybe with exits.
         specs: resolved (``config.exits.resolve_exits``).
-        seed: of what is drawn.
+        seed: seed of random weights.
 
     Raises:
-        ConfigError: there is no backbone, a layer is outside the model or has an exit, or no exit of all would train.
+        ConfigError: there is no backbone, a layer is outside the model or has an exit already, or no exit would train.
     """
     if not specs:
         return contents
@@ -90,10 +90,10 @@ def add_exits(contents: Contents, specs: Sequence[ExitSpec], seed: int) -> Conte
 
 
 def drop_exits(contents: Contents, layers: Collection[int]) -> Contents:
-    """Leave out the exits after ``layers``.
+    """Remove the exits after ``layers``.
 
     Raises:
-        ConfigError: there is no exit after a layer, or nothing would be left at all.
+        ConfigError: there is no exit after a layer, or nothing would be left.
     """
     for layer in layers:
         _exit_after(contents, layer)
@@ -106,20 +106,20 @@ def drop_exits(contents: Contents, layers: Collection[int]) -> Contents:
 
 
 def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha256: Callable[[], str]) -> Contents:
-    """Put the exits of several adapters onto a backbone, or together with those of another adapter.
+    """Add the exits of several adapters to a backbone or to another adapter.
 
     Args:
         contents: a backbone, an adapter, or both.
-        adapters: whose exits are added; whatever else they hold is left out.
-        backbone_sha256: computes the hash of the backbone in ``contents``; called once at most, and not for what can
-            be refused without it.
+        adapters: their exits are added. Their other content is ignored.
+        backbone_sha256: computes the hash of the backbone in ``contents``. Called at most once, after all checks that
+            do not need it.
 
     Returns:
-        ``contents`` with all the exits, and the most tuning steps that are behind one of them.
+        ``contents`` with all exits, and the largest number of tuning steps of any of them.
 
     Raises:
-        CheckpointError: two exits are after one layer, they are made for different backbones or do not say for which,
-            or a tensor does not fit (as ``check_exits``).
+        CheckpointError: two exits are after the same layer, the exits are for different backbones or do not record
+            theirs, or a tensor does not fit (as in ``check_exits``).
     """
     if not adapters:
         return contents
@@ -135,7 +135,7 @@ def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha25
             owners[spec.layer] = each.source
     first = _one_backbone(contents, adapters)
     settings = _one_kind_of_settings((contents, *adapters))
-    for each in adapters:  # one at a time, so that no tensor of one can pass for another's
+    for each in adapters:  # one adapter at a time, so that a tensor of one cannot count for another
         check_exits(replace(each, architecture=contents.architecture or each.architecture))
     if contents.backbone:
         found = backbone_sha256()
@@ -157,22 +157,22 @@ def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha25
 
 
 def _one_backbone(contents: Contents, adapters: Sequence[Contents]) -> Contents:
-    """The first of those with exits, all of which say that they are made for the same backbone."""
-    # Exits that lie with their backbone need not say which one it is.
+    """The first part with exits, after a check that all parts are for the same backbone."""
+    # Exits that are stored with their backbone need not record it.
     silent = bool(contents.backbone) and contents.backbone_sha256 is None
     parts = [*adapters] if silent or not contents.exits else [contents, *adapters]
     for each in parts:
         if each.backbone_sha256 is None:
             raise CheckpointError(
-                f"{each.source}: does not say which backbone its exits are made for; convert it --to adapter first"
+                f"{each.source}: does not record the backbone of its exits; convert it --to adapter first"
             )
         if each.backbone_sha256 != parts[0].backbone_sha256:
-            raise CheckpointError(f"{_made_for(each)}, but {_made_for(parts[0])}; exits of two models do not mix")
+            raise CheckpointError(f"{_made_for(each)}, but {_made_for(parts[0])}; exits of two models cannot be merged")
     return parts[0]
 
 
 def _one_kind_of_settings(parts: Sequence[Contents]) -> Mapping[str, Any] | None:
-    """The model settings that all exits are made for; exits that do not record any fit all."""
+    """The model settings of all exits. Exits without recorded settings fit any."""
     first: Contents | None = None
     for each in parts:
         if not each.exits or each.settings is None:
@@ -193,11 +193,11 @@ def _made_for(contents: Contents) -> str:
 
 
 def change_heads(contents: Contents, heads: Mapping[int, Head], seed: int) -> Contents:
-    """Give exits other heads.
+    """Change the heads of exits.
 
-    A new ``own`` head is what the exit's head amounts to: a copy of the backbone's, or W0 + B A multiplied out. A new
-    ``low_rank`` one, of the exit's ``rank``, starts out as the backbone's. A head that becomes ``shared`` is left out;
-    a line of ``notes`` says so.
+    A new ``own`` head computes the same as the old one: it is a copy of the backbone's head, or W0 + B A multiplied
+    out. A new ``low_rank`` head, of the exit's ``rank``, starts equal to the backbone's head. A head that becomes
+    ``shared`` is removed, with a line in ``notes``.
 
     Args:
         contents: exits; also their backbone, unless all new heads are ``shared``.
@@ -220,8 +220,8 @@ def change_heads(contents: Contents, heads: Mapping[int, Head], seed: int) -> Co
         exits[layer] = replace(spec, head=head)
         if head == "shared":
             notes.append(
-                f"the exit after layer {layer} now uses the backbone's head: what its {spec.head} head learned is left "
-                f"out ({', '.join(old)})"
+                f"the exit after layer {layer} now uses the backbone's head; its tuned {spec.head} head is removed "
+                f"({', '.join(old)})"
             )
     return replace(contents, exits=_in_order(exits.values()), exit_tensors=tensors, notes=(*contents.notes, *notes))
 
@@ -232,8 +232,8 @@ def _new_head(contents: Contents, spec: ExitSpec, head: Head, seed: int) -> dict
         return {}
     if spec.head == "own":
         raise ConfigError(
-            f"{contents.source}: the exit after layer {spec.layer} has a head of its own, which cannot be made "
-            f"{head}: that would be another head; tune a new exit with head {head}"
+            f"{contents.source}: the exit after layer {spec.layer} has an own head, which cannot become "
+            f"{head} without a change of its output; tune a new exit with head {head}"
         )
     arch = _backbone_shape(contents, f"head {head} of the exit after layer {spec.layer} is made from the model's")
     prefix, base = f"exits.{spec.layer}.lm_head", head_name(arch)
@@ -245,7 +245,7 @@ def _new_head(contents: Contents, spec: ExitSpec, head: Head, seed: int) -> dict
 
 
 def _first_values(contents: Contents, spec: ExitSpec, arch: Architecture, seed: int) -> dict[str, StoredTensor]:
-    """What a new exit holds, each tensor in the dtype of the backbone's that it is like."""
+    """Tensors of a new exit, each in the dtype of the backbone's corresponding tensor."""
     values = {}
     for name, (shape, origin) in exit_tensors(spec, arch).items():
         like = origin or head_name(arch)
@@ -275,7 +275,7 @@ def _expected(exits: Iterable[ExitSpec], arch: Architecture) -> dict[str, tuple[
 
 
 def _owner(name: str, layers: Iterable[int]) -> int | None:
-    """Which of the exits after ``layers`` a tensor belongs to."""
+    """The layer of the exit that a tensor belongs to."""
     return next((layer for layer in layers if name.startswith(f"exits.{layer}.")), None)
 
 

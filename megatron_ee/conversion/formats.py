@@ -1,4 +1,4 @@
-"""Which format a directory is in, and what it holds."""
+"""Detects the format of a checkpoint directory, and opens it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def open_contents(path: Path, *, trust: bool = False, config: Path | None = None
     Args:
         path: the directory.
         trust: allow the formats that hold pickles.
-        config: for those: a Hugging Face directory, or its ``config.json``, that the weights belong to.
-        verify: check what is read, where there are checksums.
+        config: for these formats: the Hugging Face directory of the model, or its ``config.json``.
+        verify: check checksums, if the files have any.
 
     Raises:
-        CheckpointError: no known format, or it cannot be used; the message names the file.
+        CheckpointError: unknown format, or an unusable file; the message names the file.
     """
     path = current_directory(path)
     if not path.is_dir():
@@ -46,7 +46,7 @@ def open_contents(path: Path, *, trust: bool = False, config: Path | None = None
 
 
 def _of_megatron(path: Path, trust: bool, config: Path | None, verify: bool) -> Contents:
-    # Imported only where one is wanted: nothing else may come near their pickles.
+    # Imported only for these formats, to keep their pickles away from all other code.
     if _has(path, ".metadata"):
         from megatron_ee.importers.megatron.torch_dist import open_torch_dist
 
@@ -87,9 +87,9 @@ def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
 
 
 def _corrected_config(model: SavedModel) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """``config.json`` as the tensors have it, where it ties a head that is another one, and a line that says so.
+    """``config.json`` corrected to the tensors, if it ties a head that differs from the embedding, and a notice.
 
-    transformers compares the two as ``open_model`` does, but others, such as vLLM, go by ``config.json`` alone.
+    transformers compares the tensors, as ``open_model`` does, but others, such as vLLM, use only ``config.json``.
     """
     path = model.path / "config.json"
     if model.architecture.tied or not read_architecture(model.path).tied:
@@ -100,7 +100,8 @@ def _corrected_config(model: SavedModel) -> tuple[dict[str, bytes], tuple[str, .
 
 
 def _origin(model: SavedModel, exits: Adapter | None) -> str:
-    """Where the backbone is: at the model that it was made from, while that is one which needs no trust; else here."""
+    """Path of the backbone to record: the original model if it needs no ``--trust-checkpoint``, else this
+    checkpoint."""
     if exits is not None:
         named: object = exits.base_model
     else:

@@ -1,4 +1,4 @@
-"""What a conversion would read and write, as tables."""
+"""Tables of the files that a conversion would read and write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_ee.tables import add_columns, make_console, new_table
 
 
 def print_contents(contents: Contents, output: TextIO | None = None) -> None:
-    """What was found in the input, with sizes."""
+    """Print the input's contents, with sizes."""
     console = make_console(output)
     table = new_table(f"Read: {contents.source} ({contents.format})", console)
     add_columns(table, "what", words=True)
@@ -36,7 +36,7 @@ def print_contents(contents: Contents, output: TextIO | None = None) -> None:
 
 
 def print_plan(plan: OutputDirectory, directory: Path, output: TextIO | None = None) -> None:
-    """The files that would be written, with sizes."""
+    """Print the files that would be written, with sizes."""
 
     def tensors(file: OutputFile) -> int:
         return len({part.key for part in file.parts})

@@ -1,4 +1,4 @@
-"""An exit as a plain model: the layers below it, and in their places its own MLP or layer, its norm and its head."""
+"""An exit as a plain model: the layers below the exit, with the exit's MLP or layer, norm and head in place."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ CONFIG = "config.json"
 
 
 def shallow_model(contents: Contents, layer: int) -> Contents:
-    """The exit after ``layer`` as a model of its own, which any reader of its family loads; its logits are the exit's.
+    """The exit after ``layer`` as a plain model of its family, with the exit's logits.
 
     A ``norm`` or ``mlp`` exit after layer k is a model of k layers, a ``layer`` exit one of k + 1. A ``low_rank`` head
-    is multiplied out in float32. Every tensor has the dtype of the backbone's tensor in its place. Nothing is read but
-    ``config.json``.
+    is multiplied out in float32. Every tensor has the dtype of the backbone's tensor that it replaces. Only
+    ``config.json`` is read.
 
     Args:
         contents: a backbone with its exits.
         layer: of the exit.
 
     Returns:
-        The model: no exits, no tensors but its weights, ``config.json`` changed to fit, other files as they are.
-        ``base_model`` stays, as the model that it came from.
+        The model, without exits: its weights, an adapted ``config.json``, and unchanged other files. ``base_model`` is
+        kept: it is the original model.
 
     Raises:
-        CheckpointError: there is no such exit or no backbone, a tensor is missing or has another shape, or the exit
-            has no norm (body ``embedding``), without which these families have no model.
+        CheckpointError: there is no such exit or no backbone, a tensor is missing or has another shape, or the exit has
+            no norm (body ``embedding``), which these families require.
     """
     spec = _expressible_exit(contents, layer)
     arch = contents.architecture
     if arch is None:
-        raise CheckpointError(f"{contents.source}: holds exits alone; a plain model needs their backbone as well")
+        raise CheckpointError(f"{contents.source}: holds only exits; a plain model needs their backbone as well")
     where = f"{contents.source}: {CONFIG}"
     config = shallow_config(_read_config(contents), arch, spec)
     shallow = parse_architecture(config, where)
@@ -76,7 +76,7 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
 
 def _expressible_exit(contents: Contents, layer: int) -> ExitSpec:
     if not contents.exits:
-        raise CheckpointError(f"{contents.source}: has no exits; there is nothing to make a shallower model of")
+        raise CheckpointError(f"{contents.source}: has no exits, so there is none to write as a model")
     found = {spec.layer: spec for spec in contents.exits}
     if layer not in found:
         raise CheckpointError(
@@ -84,7 +84,7 @@ def _expressible_exit(contents: Contents, layer: int) -> ExitSpec:
         )
     if found[layer].body == "embedding":
         raise CheckpointError(
-            f"{contents.source}: the exit after layer {layer} has body embedding, which no plain model expresses: "
+            f"{contents.source}: the exit after layer {layer} has body embedding, which no plain model can express: "
             "these families always have an RMSNorm before the head; export an exit with body norm, mlp or layer"
         )
     return found[layer]
@@ -116,7 +116,7 @@ def shallow_config(config: dict[str, Any], arch: Architecture, spec: ExitSpec) -
 
 
 def _exit_parts(contents: Contents, arch: Architecture, spec: ExitSpec) -> dict[str, StoredTensor]:
-    """What the exit puts into the shallow model, by released name there."""
+    """The exit's tensors by their names in the shallow model."""
     parts: dict[str, StoredTensor] = {}
     factors: dict[str, StoredTensor] = {}
     for name, (shape, origin) in exit_tensors(spec, arch).items():
@@ -136,7 +136,7 @@ def _exit_parts(contents: Contents, arch: Architecture, spec: ExitSpec) -> dict[
 
 
 def _place(origin: str, arch: Architecture, spec: ExitSpec) -> str:
-    """Where a tensor of the exit belongs, given the backbone's tensor that it started as a copy of."""
+    """Name of an exit's tensor in the shallow model, given the backbone's tensor that it was copied from."""
     if origin == head_name(arch):
         return LM_HEAD
     last = f"model.layers.{arch.num_layers - 1}."
@@ -159,7 +159,7 @@ def _check_shape(contents: Contents, name: str, tensor: StoredTensor, shape: tup
 
 
 def _in_dtype(tensor: StoredTensor, dtype: torch.dtype) -> StoredTensor:
-    """``tensor`` rounded to ``dtype``, also where it is read into a wider one."""
+    """``tensor`` rounded to ``dtype``, even if it is read into a wider dtype."""
     if tensor.dtype == dtype:
         return tensor
 

@@ -1,4 +1,4 @@
-"""Which boxes of a released tensor a tensor-parallel rank holds, by the tensor's name alone: no module is built."""
+"""The boxes of a released tensor that a tensor-parallel rank holds, from the tensor's name; no module is built."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _VOCABULARY = (EMBEDDING, LM_HEAD, "lm_head.b")
 
 
 def rank_boxes(name: str, shape: Sequence[int], arch: Architecture, rank: int, size: int) -> list[Box]:
-    """What tensor-parallel rank ``rank`` of ``size`` holds of a released or exit's tensor, as boxes of it.
+    """The boxes of a released or exit's tensor that tensor-parallel rank ``rank`` of ``size`` holds.
 
-    What every rank holds whole is given to the first.
+    Tensors that every rank holds whole are assigned to the first rank.
 
     Args:
         name: released name, or an exit's tensor as its adapter names it.
@@ -25,7 +25,7 @@ def rank_boxes(name: str, shape: Sequence[int], arch: Architecture, rank: int, s
         arch: of the model; ``size`` divides its key-value heads and MLP columns.
     """
     inner = re.sub(r"^(model\.layers|exits)\.\d+\.", "", name)
-    if inner in _VOCABULARY:  # the ranks pad it, so the last ones hold fewer real rows, or none
+    if inner in _VOCABULARY:  # the vocabulary is padded, so the last ranks hold fewer real rows, or none
         rows = padded_vocab(arch.vocab_size, size) // size
         start = min(rows * rank, shape[0])
         count = min(rows, shape[0] - start)

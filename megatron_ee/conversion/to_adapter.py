@@ -1,4 +1,4 @@
-"""An adapter: the exits alone."""
+"""Writes an adapter, which holds only the exits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_ee.errors import CheckpointError
 
 
 def to_adapter(contents: Contents) -> OutputDirectory:
-    """The exits of ``contents``, for the backbone that they name.
+    """The exits of ``contents``, with the backbone that they record.
 
     Raises:
         CheckpointError: there are none.
@@ -30,7 +30,7 @@ def to_adapter(contents: Contents) -> OutputDirectory:
 
 def adapter_file(contents: Contents, prefix: str = "") -> OutputFile:
     """The weights of an adapter whose directory is ``prefix`` in the output."""
-    # In one order, whatever format they come from: equal exits give equal files.
+    # In a fixed order for all source formats, so that equal exits give equal files.
     return OutputFile(prefix + WEIGHTS, tuple(whole_part(*pair) for pair in sorted(contents.exit_tensors.items())))
 
 

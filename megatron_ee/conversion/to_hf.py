@@ -1,4 +1,4 @@
-"""A Hugging Face directory: what transformers, and every tool that reads its format, loads."""
+"""Writes a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Written,
 from megatron_ee.conversion.to_adapter import adapter_file, describe
 from megatron_ee.errors import CheckpointError
 
-SHARD = 5 * 10**9  # bytes, as transformers cuts
+SHARD = 5 * 10**9  # bytes, as in transformers
 
 
 def to_hf(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:

@@ -1,4 +1,4 @@
-"""The parallel checkpoint: cut as the ranks of one layout hold it, loadable by those of any."""
+"""Writes a parallel checkpoint: sharded for one layout, loadable in any."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.families.weights import FINAL_NORM, LM_HEAD
 from megatron_ee.parallel.layout import even_layout
 
-SHARD = 2 * 2**30  # bytes per file: enough files to write several at a time, and little to do again
+SHARD = (
+    2 * 2**30
+)  # bytes per file: small enough to write several files at a time and to repeat little after an interruption
 
 
 def to_parallel(
@@ -29,12 +31,12 @@ def to_parallel(
     """The backbone and its exits.
 
     Args:
-        tensor: tensor-parallel size of the layout that the shards are cut for.
+        tensor: tensor-parallel size of the layout.
         stages: number of layers of each of its stages; none is one stage.
         shard: bytes of tensors per file, at most (one piece may be larger).
 
     Raises:
-        ConfigError: the model cannot be cut so.
+        ConfigError: the model cannot be split like this.
         CheckpointError: there is no backbone.
     """
     arch = contents.architecture
@@ -68,7 +70,7 @@ def to_parallel(
 
 
 def even_stages(num_layers: int, pipeline: int) -> list[int]:
-    """Layers per stage, as equal as can be.
+    """Layers per stage, as even as possible.
 
     Raises:
         ConfigError: there are more stages than layers.
@@ -79,7 +81,7 @@ def even_stages(num_layers: int, pipeline: int) -> list[int]:
 
 
 def check_cut(arch: Architecture, tensor: int, stages: Sequence[int]) -> None:
-    """Refuse what no rank could hold.
+    """Refuse sizes that do not divide the model.
 
     Raises:
         ConfigError: naming the option.
@@ -103,7 +105,7 @@ _EXIT = re.compile(r"exits\.(\d+)\.")
 
 
 def _layer_of(name: str, arch: Architecture) -> int:
-    """The layer, from 1, whose stage holds a tensor: the first for the embedding, the last for the final exit."""
+    """The layer (from 1) whose stage holds a tensor: the first layer for the embedding, the last for the final exit."""
     if match := _LAYER.match(name):
         return min(int(match[1]) + 1, arch.num_layers)
     if match := _EXIT.match(name):
@@ -112,7 +114,7 @@ def _layer_of(name: str, arch: Architecture) -> int:
 
 
 def _parts(contents: Contents, arch: Architecture, layers: range, rank: int, size: int) -> Iterator[Part]:
-    """What one rank holds. What all tensor-parallel ranks hold whole is the first one's to write."""
+    """The parts of one rank. The first rank writes tensors that all tensor-parallel ranks hold whole."""
     for name, tensor in {**contents.backbone, **contents.non_weights, **contents.exit_tensors}.items():
         if _layer_of(name, arch) not in layers:
             continue

@@ -1,4 +1,4 @@
-"""What is printed after an exit became a plain model: commands that let it draft for the model it came from."""
+"""Commands, printed after ``--exit``, that use the exported exit as a draft model for the original."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.manifest import MANIFEST
 
 DRAFT_TOKENS = 4
-"""Tokens drafted at a time: each tool's own default is 3 to 5 where the draft is a model."""
+"""Tokens drafted at a time. Each tool's own default for draft models is 3 to 5."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""One of these is beside every released model of these families that has its tokenizer with it."""
+"""Every released model of these families with a tokenizer has one of these files."""
 
 TEXT = """\
 {output} is a plain {family} model of {layers} layers: use it by itself, or let it draft for
@@ -65,9 +65,9 @@ def usage(output: Path, original: str, contents: Contents, config: Path | None =
 
     Args:
         output: directory of the shallow model.
-        original: directory of the model that it came from, or its name on the Hugging Face hub.
+        original: directory of the original model, or its name on the Hugging Face hub.
         contents: what is written to ``output``; see ``shallow_model``.
-        config: the Hugging Face model that was given for a Megatron checkpoint.
+        config: the Hugging Face directory that was given for a Megatron checkpoint.
 
     Returns:
         Several lines of text, with paths made absolute, so that the commands run anywhere.
@@ -85,10 +85,10 @@ def usage(output: Path, original: str, contents: Contents, config: Path | None =
         released = RELEASED.format(original=target, convert=shlex.join(convert))
         target = place
     if any(name in contents.assets for name in TOKENIZERS):
-        tokenizer = "Both must have one tokenizer, so it was copied along."
+        tokenizer = "Both need the same tokenizer, so it was copied."
     else:
         tokenizer = (
-            f"Both must have one tokenizer, but {contents.source} has none: copy {original}'s tokenizer files to "
+            f"Both need the same tokenizer, but {contents.source} has none: copy {original}'s tokenizer files to "
             f"{output} before SGLang or llama.cpp read it."
         )
     return TEXT.format(
@@ -106,7 +106,7 @@ def usage(output: Path, original: str, contents: Contents, config: Path | None =
 
 
 def _unreadable(original: Path) -> bool:
-    """Whether it is a directory here, but of a format that only we read: parallel or Megatron's."""
+    """Whether it is a local directory in a format that these tools do not read: parallel or Megatron's."""
     return original.is_dir() and ((original / MANIFEST).is_file() or not (original / "config.json").is_file())
 
 
@@ -116,7 +116,7 @@ def _vllm(draft: str, target: str) -> str:
 
 
 def _sglang(draft: str, target: str) -> str:
-    # One candidate per step (topk 1) is a plain chain; it is verified together with the last token before it.
+    # One candidate per step (topk 1) is a plain chain. It is verified together with the token before it.
     model = ["sglang", "serve", "--model-path", target]
     algorithm = ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", draft]
     lengths = ["--speculative-num-steps", str(DRAFT_TOKENS), "--speculative-eagle-topk", "1"]
@@ -132,7 +132,7 @@ def _llama_cpp(draft: str, target: str) -> str:
         [
             shlex.join([*convert, *remote, target, "--outfile", "original.gguf"]),
             shlex.join([*convert, draft, "--outfile", "draft.gguf"]),
-            # Without --spec-type the draft is loaded and never asked.
+            # Without --spec-type the draft model is loaded, but not used.
             shlex.join([*serve, "--spec-type", "draft-simple", "--spec-draft-n-max", str(DRAFT_TOKENS)]),
         ]
     )

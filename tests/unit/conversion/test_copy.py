@@ -151,7 +151,7 @@ def test_nothing_of_an_interrupted_command_gets_into_another(model: Path, tmp_pa
 def test_two_at_one_place(model: Path, tmp_path: Path) -> None:
     (tmp_path / "parallel.converting").mkdir()
     (tmp_path / "parallel.converting" / "someone's file").touch()
-    with pytest.raises(CheckpointError, match=r"converting: exists already, and not from an interrupted conversion"):
+    with pytest.raises(CheckpointError, match=r"converting: exists already and is not from an interrupted conversion"):
         convert(str(model), str(tmp_path / "parallel"))
     assert (tmp_path / "parallel.converting" / "someone's file").is_file()
     with (tmp_path / "parallel.converting" / ".lock").open("w") as lock:
