@@ -179,18 +179,20 @@ def _moved(family: str, specs: tuple[ExitSpec, ...], dtype: str) -> list[tuple[i
     ]
 
 
-def test_a_run_goes_on_in_another_layout(models: Models, tmp_path: Path) -> None:
-    """From one process to each layout, and from each layout back to one process."""
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=pytest.mark.slow), 1, 2, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_a_run_goes_on_in_another_layout(number: int, models: Models, tmp_path: Path) -> None:
+    """From one process to a layout, and from it back to one process."""
     (_, case), *elsewhere = _moved("llama2", EVERY_BODY, "float32")
+    size, there = elsewhere[number]
     ((straight,),) = run_ranks(1, tune_cases, models, [case], tmp_path / "alone")
     expected = saved_tensors(straight.checkpoints[-1])
-    for number, (size, there) in enumerate(elsewhere):
-        begun, back = tmp_path / f"begun-{number}", tmp_path / f"back-{number}"
-        ranks = run_ranks(size, tune_cases, models, [there], begun, tmp_path / "alone")
-        _check_state(there, saved_tensors(ranks[0][0].checkpoints[-1]), expected)
-        run_ranks(size, tune_cases, models, [there], begun / "own")
-        ((returned,),) = run_ranks(1, tune_cases, models, [case], back, begun / "own")
-        _check_state(there, saved_tensors(returned.checkpoints[-1]), expected)
+    ranks = run_ranks(size, tune_cases, models, [there], tmp_path / "begun", tmp_path / "alone")
+    _check_state(there, saved_tensors(ranks[0][0].checkpoints[-1]), expected)
+    run_ranks(size, tune_cases, models, [there], tmp_path / "own")
+    ((returned,),) = run_ranks(1, tune_cases, models, [case], tmp_path / "back", tmp_path / "own")
+    _check_state(there, saved_tensors(returned.checkpoints[-1]), expected)
 
 
 @pytest.mark.parametrize("family, specs", [("llama2", EVERY_BODY), ("qwen3", OTHER_HEADS)])

@@ -29,7 +29,11 @@ from megatron_ee.testing.ranks import Ranks, run_command
 
 SHARD = "shard-0000.safetensors"
 KILL = -signal.SIGKILL
+SLOW = pytest.mark.slow
+# Before, within and after what is written, and between two renames; at the others the state on disk is one of these.
+TELLING = ("save.shard", "save.manifest-done", "save.renamed", "replace.between")
 POINTS = [name for name in NAMES if not name.startswith("convert.")]
+ASYNCHRONOUS = [True, pytest.param(False, marks=SLOW)]
 
 
 def limited_command(file_size: int, arguments: list[str], environment: dict[str, str], stderr: str) -> int:
@@ -127,10 +131,10 @@ def test_the_log_tells_of_saves(straight: Run) -> None:
 @pytest.mark.parametrize(
     "point, asynchronous",
     [
-        *((point, True) for point in POINTS),
-        ("save.shard", False),
+        *(pytest.param(point, True, marks=() if point in TELLING else SLOW) for point in POINTS),
+        pytest.param("save.shard", False, marks=SLOW),
         ("save.manifest-done", False),
-        ("save.renamed", False),
+        pytest.param("save.renamed", False, marks=SLOW),
     ],
 )
 def test_kill_9_at_every_failpoint(point: str, asynchronous: bool, halfway: Run, straight: Run) -> None:
@@ -192,7 +196,7 @@ def assert_fails(run: Run, file: str, reason: str, *arguments: object, file_size
     assert '"failed"' in (run.output / "status.json").read_text()
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", ASYNCHRONOUS)
 def test_no_room_for_the_shard(asynchronous: bool, halfway: Run, straight: Run) -> None:
     """A limit on the size of files, which needs no privilege; it is met in the middle of the shard."""
     size = (halfway.checkpoints / "step-6" / SHARD).stat().st_size
@@ -201,7 +205,7 @@ def test_no_room_for_the_shard(asynchronous: bool, halfway: Run, straight: Run) 
     assert_goes_on(halfway, straight, 6)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", ASYNCHRONOUS)
 def test_a_full_disk(asynchronous: bool, halfway: Run, straight: Run) -> None:
     """A small file system that has room for two checkpoints, but not for a third beside them."""
     used = sum(path.stat().st_size for path in halfway.output.rglob("*") if path.is_file())
@@ -215,7 +219,7 @@ def test_a_full_disk(asynchronous: bool, halfway: Run, straight: Run) -> None:
         assert_goes_on(halfway, straight, 6)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", ASYNCHRONOUS)
 def test_a_read_only_directory(asynchronous: bool, halfway: Run, straight: Run) -> None:
     with read_only(halfway.checkpoints):
         options = ("--checkpoint.asynchronous", asynchronous)
@@ -256,12 +260,17 @@ DAMAGES = [
     (flip, MANIFEST),
     (truncate, SHARD),
     (truncate, MANIFEST),
-    (remove, SHARD),
-    (remove, MANIFEST),
 ]
 
 
-@pytest.mark.parametrize("damage, file", DAMAGES)
+@pytest.mark.parametrize(
+    "damage, file",
+    [
+        (flip, SHARD),
+        (truncate, MANIFEST),
+        *(pytest.param(*each, marks=SLOW) for each in [*DAMAGES[1:3], (remove, SHARD), (remove, MANIFEST)]),
+    ],
+)
 def test_a_damaged_checkpoint_is_set_aside(
     damage: Callable[[Path, random.Random], None], file: str, halfway: Run, straight: Run
 ) -> None:
@@ -272,7 +281,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert len(list(halfway.checkpoints.glob("step-6.damaged-*"))) == 1
 
 
-@pytest.mark.parametrize("damage, file", DAMAGES[:4])
+@pytest.mark.parametrize("damage, file", DAMAGES)
 def test_damage_anywhere_is_noticed(
     damage: Callable[[Path, random.Random], None], file: str, halfway: Run, straight: Run
 ) -> None:
