@@ -1,1 +1,1 @@
-"""Checkpoints of Megatron-LM, Megatron-Bridge and EE-LLM. They hold pickles: the only modules that touch any."""
+"""Checkpoints of Megatron-LM, Megatron-Bridge and EE-LLM. They contain pickles, which only these modules read."""

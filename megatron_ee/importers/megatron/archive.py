@@ -1,7 +1,7 @@
-"""Where the bytes of a tensor lie in what ``torch.save`` wrote of it: a zip archive, stored without compression.
+"""Locates the bytes of a tensor in a file of ``torch.save``: a zip archive, stored without compression.
 
-Once that is known, any box of the tensor is read straight from the file; ``torch.load`` would bring all of it to
-memory, and could be made to run code.
+Any box of the tensor can then be read directly from the file. ``torch.load`` would read all of it into memory, and
+could be made to run code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _KNOWN = (".".join(REBUILD), "collections.OrderedDict", *(f"torch.{name}" for na
 
 
 class _Window(io.RawIOBase):
-    """``length`` bytes of an open file from ``start``, as a file of their own."""
+    """``length`` bytes of an open file from ``start``, as a file object."""
 
     def __init__(self, fd: int, start: int, length: int) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ def locate_tensor(path: Path, start: int, length: int, name: str, *, verify: boo
     """The tensor that ``torch.save`` wrote to ``length`` bytes of ``path`` from ``start``.
 
     Args:
-        name: of the tensor, for messages.
-        verify: read it all once and compare its checksum; ``torch.save`` writes a CRC-32 unless told not to.
+        name: name of the tensor, for messages.
+        verify: read all of it once and compare its checksum. ``torch.save`` writes a CRC-32 by default.
 
     Raises:
-        CheckpointError: it is not such a tensor, or it does not lie contiguously.
+        CheckpointError: it is not such a tensor, or it is not contiguous.
         DamagedError: truncated, malformed or another checksum.
     """
     where = f"{path}: tensor {shown(name)}"
@@ -103,7 +103,7 @@ def _reference(pid: Any) -> Any:
 
 @contextlib.contextmanager
 def damage(where: str) -> Iterator[None]:
-    """What reading a mangled archive raises, as one line."""
+    """Turns the errors of reading a damaged archive into one line."""
     try:
         yield
     except CheckpointError:
@@ -135,20 +135,20 @@ class Archive:
         self._members = {name.removeprefix(folder): info for name, info in members.items()}
 
     def has(self, name: str) -> bool:
-        """Whether there is such a member."""
+        """Whether the member exists."""
         return name in self._members
 
     def names(self) -> Iterator[str]:
-        """Of all members, within the archive's one folder."""
+        """Names of all members, relative to the archive's one folder."""
         return iter(self._members)
 
     def place(self, name: str) -> tuple[int, int, int]:
-        """Where a member's bytes start in the file, their number and their CRC-32 (0: none was written)."""
+        """Position of a member's bytes in the file, their number and their CRC-32 (0: none was written)."""
         info = self._members[name]
         header = os.pread(self._fd, 30, self._start + info.header_offset)
         if len(header) < 30 or header[:4] != b"PK\x03\x04" or info.compress_type != zipfile.ZIP_STORED:
             raise zipfile.BadZipFile(f"no stored member {name!r}")
-        # The archive's directory leaves it to the header before the bytes how long that header is.
+        # Only the header before the bytes, not the archive's directory, gives the header's length.
         lengths = (int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little"))
         position = info.header_offset + 30 + sum(lengths)
         if info.compress_size != info.file_size or position + info.file_size > self._length:
@@ -156,7 +156,7 @@ class Archive:
         return self._start + position, info.file_size, info.CRC
 
     def content(self, name: str) -> bytes:
-        """A small member; ``zipfile`` itself refuses archives that were written without checksums."""
+        """Content of a small member. ``zipfile`` itself refuses archives that were written without checksums."""
         offset, size, crc = self.place(name)
         if size > MAX_PICKLE:
             raise zipfile.BadZipFile(f"member {name!r} is too large")
@@ -180,7 +180,7 @@ def parse_tensor(found: Any, where: str) -> tuple[torch.dtype, str, int, tuple[i
     step = 1
     for extent, distance in zip(reversed(shape), reversed(stride), strict=True):
         if extent != 1 and distance != step:
-            raise CheckpointError(f"{where}: does not lie contiguously (strides {list(stride)}); save it so")
+            raise CheckpointError(f"{where}: is not contiguous (strides {list(stride)}); save a contiguous one")
         step *= extent
     return dtype, key, first, tuple(shape)
 

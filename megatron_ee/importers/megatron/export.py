@@ -1,8 +1,8 @@
-"""A backbone written as Megatron-LM's own distributed checkpoint (``torch_dist``), a few MiB at a time.
+"""Writes a backbone as Megatron-LM's distributed checkpoint (``torch_dist``), a few MiB at a time.
 
-The layers are stacked under one key each, which is what ``GPTModel.sharded_state_dict`` asks for by default, and no
-tensor is cut for any tensor-parallel size: whoever loads it reads the boxes that it needs. The directory is called
-``release``, which Megatron-LM takes for weights that no training run stands behind: no optimizer is looked for.
+The tensors of all layers are stacked under one key per parameter, the default of ``GPTModel.sharded_state_dict``. No
+tensor is split for a tensor-parallel size; a loading rank reads the boxes that it needs. The directory is called
+``release``: Megatron-LM then does not expect optimizer state.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ from megatron_ee.importers.megatron.settings import check_expressible, to_args
 from megatron_ee.importers.megatron.torch_dist import COMMON, RELEASED, SETTINGS, TRACKER
 
 RELEASE = "release"
-SHARD = 2 * 2**30  # bytes per file: enough files to write several at a time, and little to do again
+SHARD = (
+    2 * 2**30
+)  # bytes per file: small enough to write several files at a time and to repeat little after an interruption
 DIVISIBLE = 128
-"""The vocabulary is padded to a multiple of it, as Megatron does without tensor parallelism; loading pads further."""
-ITEM = 8 * 2**20  # bytes of a tensor that are in memory, and become one item of a file, at a time
+"""The vocabulary is padded to a multiple of this, as in Megatron without tensor parallelism. Loading may pad
+further."""
+ITEM = 8 * 2**20  # bytes of a tensor that are in memory at a time and become one item of a file
 MODULES = (
     "self_attention.linear_qkv",
     "self_attention.core_attention",
@@ -44,15 +47,15 @@ MODULES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""Modules of a layer that ask for an extra state, or may: which of them do depends on Transformer Engine's release.
+"""Modules of a layer that may have an extra state, depending on Transformer Engine's release.
 
-None has any without FP8, but loading fails where one is missing; one too many is not looked at.
+Without FP8 all are empty, but loading fails if one is missing. Additional ones are ignored.
 """
 
 
 @dataclass(frozen=True)
 class ItemLocation:
-    """Where a part is: its file, position and length there, in bytes."""
+    """Location of a part: its file, and position and length there in bytes."""
 
     file: str
     position: int
@@ -62,13 +65,14 @@ class ItemLocation:
 def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
     """The backbone of ``contents`` in ``release/``, its small files in ``release/huggingface/``.
 
-    Exits are left out: Megatron has no place for them.
+    Exits are left out, since Megatron's format cannot hold them.
 
     Args:
         shard: bytes of tensors per file, at most.
 
     Raises:
-        CheckpointError: there is no backbone, or Megatron cannot express it or hold its dtypes together.
+        CheckpointError: there is no backbone, Megatron cannot express it, or tensors of different dtypes would be
+            stacked.
     """
     arch = contents.architecture
     if arch is None or not contents.backbone:
@@ -98,7 +102,7 @@ def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
 def _plan(
     contents: Contents, arch: Architecture, vocabulary: int
 ) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], list[Part]]:
-    """Dtype and shape of every tensor by key, and the boxes that become one item of a file each."""
+    """Dtype and shape of every tensor by key, and the boxes, each of which becomes one item of a file."""
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     parts: list[Part] = []
     for parameter in parameters(arch):
@@ -116,7 +120,7 @@ def _plan(
 
 
 def _cut(key: str, lead: tuple[int, ...], tensor: StoredTensor) -> Iterator[Part]:
-    """Runs of rows of at most ``ITEM`` bytes; where layers are stacked, ``lead`` is the number of this one."""
+    """Runs of rows of at most ``ITEM`` bytes. If layers are stacked, ``lead`` is the number of this layer."""
     step = max(1, ITEM // (math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for first in range(0, tensor.shape[0], step):
         inner = (0,) * (len(tensor.shape) - 1)
@@ -125,13 +129,13 @@ def _cut(key: str, lead: tuple[int, ...], tensor: StoredTensor) -> Iterator[Part
 
 
 def write_items(path: Path, parts: Sequence[Part], watch: Watch, on_bytes: OnBytes) -> None:
-    """Write a ``*.distcp`` file: one ``torch.save`` per part, end to end. As ``outputs.write_parts``."""
-    buffer = io.BytesIO()  # one for all items: new ones would leave holes in memory
+    """Write a ``*.distcp`` file: one ``torch.save`` per part, one after another. Like ``outputs.write_parts``."""
+    buffer = io.BytesIO()  # one buffer for all items, which avoids fragmentation
     with new_file(path) as fd:
         for part, values in zip(parts, watch(_values(part) for part in parts), strict=True):
             length = _save(values, buffer)
             assert length == _saved_length(part.shape, values.dtype), "where items are follows from their shapes"
-            # Views that an exception kept alive would crash the garbage collector of Python 3.12.1.
+            # Views that an exception keeps alive would crash the garbage collector of Python 3.12.1.
             with buffer.getbuffer() as data, data[:length] as item:
                 write_all(fd, item)
                 on_bytes(item)
@@ -145,9 +149,9 @@ def _values(part: Part) -> Tensor:
 
 
 def _save(values: Tensor, buffer: io.BytesIO) -> int:
-    """Write what ``torch.save`` makes of an item to the start of ``buffer``; returns its length.
+    """Write an item with ``torch.save`` to the start of ``buffer``. Return its length.
 
-    Not straight to the file: where the disk is full, torch's writer ends the process.
+    Not directly to the file: if the disk is full, torch's writer ends the process.
     """
     buffer.seek(0)
     torch.save(values, buffer)  # noqa: TID251  Megatron's own format
@@ -160,7 +164,8 @@ def _saved_length(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def _locations(files: Sequence[OutputFile]) -> Iterator[tuple[Part, ItemLocation]]:
-    """Every part and where it is, in the order of the files. A file kept of an earlier try has the same places."""
+    """Every part and its location, in the order of the files. A file that an earlier run finished has the same
+    locations."""
     for file in files:
         position = 0
         for part in file.parts:
@@ -190,7 +195,8 @@ def _write_metadata(
 
     class Writer(FileSystemWriter):
         def storage_meta(self) -> None:
-            """Neither the temporary directory's name nor a random number: equal models give equal files."""
+            """Fixed values in place of the temporary directory's name and a random number, so that equal models give
+            equal files."""
 
     tensors = {
         key: dcp.TensorStorageMetadata(dcp.TensorProperties(dtype), torch.Size(shape), [])
@@ -228,6 +234,6 @@ def _common(arch: Architecture, vocabulary: int) -> dict[str, Any]:
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
-        # How the keys are, for those who ask ``sharded_state_dict`` for another way by default.
+        # The form of the keys, for programs whose default differs.
         "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
     }

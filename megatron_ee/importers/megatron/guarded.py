@@ -1,4 +1,4 @@
-"""Pickles read as data: whatever they name stays a name, and nothing that they ask for is imported, called or run."""
+"""Reads pickles as data: classes and functions that they name stay names, and nothing is imported, called or run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, ClassVar
 
 from megatron_ee.errors import CheckpointError, shown
 
-MAX_PICKLE = 256 * 2**20  # bytes; the description of a rank's file has a few hundred thousand
+MAX_PICKLE = 256 * 2**20  # bytes; the description of a rank's file has a few hundred KB
 _REFUSED = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
-"""Opcodes that take objects from this process, or memory as the pickle pleases; checkpoints have none of them."""
+"""Opcodes that access objects of this process, or allocate any amount of memory. Checkpoints do not use them."""
 
 
 class Inert:
-    """What a pickle would have had made of a class or function: the name, and what was given to it.
+    """Stands for the result of a class or function that a pickle names: the name and its arguments.
 
-    Every name has a subclass of its own, so that the pickle can "call" it, which makes one of these.
+    Every name has its own subclass, which the pickle can "call" to create an instance.
 
     Attributes:
         origin: module and name.
-        args: what it was called with.
-        state: what it was to hold; None if nothing was given.
+        args: arguments of the call.
+        state: its state; None if none was given.
     """
 
     __slots__ = ("args", "state")
@@ -51,7 +51,7 @@ class Inert:
 
 
 class Mapping(dict[Any, Any]):
-    """An ``OrderedDict`` of the pickle; the attributes that a state dict has besides its items are not kept."""
+    """An ``OrderedDict`` of the pickle. Attributes of a state dict besides its items are not kept."""
 
     __slots__ = ()
 
@@ -60,8 +60,8 @@ class Mapping(dict[Any, Any]):
 
 
 class _GuardedUnpickler(pickle._Unpickler):
-    # The one in Python: the one in C allocates, and touches, whatever size of memo table the pickle claims to need.
-    # Everything that BUILD can reach has a __setstate__, so that it never comes to set attributes of its choice.
+    # The unpickler in Python: the one in C allocates, and touches, a memo table of the size that the pickle claims.
+    # Every object that BUILD can reach has a __setstate__, so BUILD never sets arbitrary attributes.
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED}
 
     def __init__(self, data: bytes, load_storage: Callable[[Any], Any], known: Collection[str] | None) -> None:
@@ -74,7 +74,7 @@ class _GuardedUnpickler(pickle._Unpickler):
         if origin not in self._named:
             full = f"{module}.{name}"
             if self._known is not None and not any(full == one or full.startswith(f"{one}.") for one in self._known):
-                raise ValueError(f"asks for {full}, which has no place in such a file")
+                raise ValueError(f"names {full}, which does not belong in such a file")
             inert = type("Inert", (Inert,), {"__slots__": (), "origin": origin})
             self._named[origin] = Mapping if origin == ("collections", "OrderedDict") else inert
         return self._named[origin]
@@ -89,16 +89,16 @@ def unpickle(
     load_storage: Callable[[Any], Any] | None = None,
     known: Collection[str] | None = None,
 ) -> Any:
-    """What a pickle describes: numbers, strings, lists, tuples, dicts, and ``Inert`` for all else.
+    """The content of a pickle: numbers, strings, lists, tuples, dicts, and ``Inert`` for everything else.
 
     Args:
         data: the pickle.
         where: names it in errors.
-        load_storage: stands in for what the pickle refers to outside itself; without it there must be nothing.
-        known: modules, and classes or functions as ``module.name``, that it may name; None is any.
+        load_storage: gives the objects that the pickle refers to outside itself. Without it there must be none.
+        known: modules, and classes or functions as ``module.name``, that it may name; None allows any.
 
     Raises:
-        CheckpointError: it is too large, not a pickle, names something else, or does what no checkpoint's does.
+        CheckpointError: it is too large, not a pickle, names anything else, or uses a refused opcode.
     """
     if len(data) > MAX_PICKLE:
         raise CheckpointError(f"{where}: {len(data)} bytes are too many for a description; at most {MAX_PICKLE}")
@@ -108,7 +108,7 @@ def unpickle(
 
     try:
         return _GuardedUnpickler(data, load_storage or nothing, known).load()
-    except Exception as error:  # a hostile pickle can provoke any of them
+    except Exception as error:  # a hostile pickle can cause any of these
         what = f"{type(error).__name__} {error}"
         raise CheckpointError(
             f"{where}: not a pickle as checkpoints have it: {shown(what)}; refused, and nothing of it was run"

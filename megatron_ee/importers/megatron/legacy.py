@@ -1,7 +1,7 @@
 """Megatron-LM's legacy checkpoints, and EE-LLM's with exits: ``iter_*/mp_rank_TT[_PPP]/model_optim_rng.pt``.
 
-What the model and its exits must have is looked up in the ranks' files, one parameter after the other, so that what is
-missing there, and what is left over, is known by name before anything is read.
+Every expected parameter of the model and its exits is looked up in the ranks' files. So missing and unknown keys are
+reported by name before anything is read.
 """
 
 from __future__ import annotations
@@ -50,15 +50,14 @@ def open_legacy(path: Path, *, trust: bool, config: Path | None = None, verify: 
     Tensors are not read, except a tied embedding: the last stage's copy must equal the first stage's.
 
     Args:
-        path: directory of one iteration, or of all, of which the latest is taken.
-        trust: allow it; it is made of pickles.
-        config: a Hugging Face directory, or its ``config.json``, that the weights belong to. None is: what the
-            arguments of the run, which are in the files, say.
-        verify: compare what is read with the CRC-32 that ``torch.save`` wrote with it, once.
+        path: directory of one iteration, or of all iterations, of which the latest is used.
+        trust: allow pickles, of which the format consists.
+        config: the model's Hugging Face directory, or its ``config.json``. None uses the run's arguments in the files.
+        verify: check the CRC-32 that ``torch.save`` wrote, once per storage.
 
     Raises:
-        CheckpointError: ``trust`` is not given, a file or key is missing, unknown or of another shape than the model
-            makes it, or model or exits are of a kind that is not supported; the message names the file and the key.
+        CheckpointError: ``trust`` is not given, a file or key is missing, unknown or of a wrong shape, or the model or
+            its exits are not supported. The message names the file and the key.
     """
     require_trust(path, trust)
     directory = path if next(path.glob("mp_rank_*"), None) else tracked_iteration(path)
@@ -106,7 +105,7 @@ def _model(ranks: RankFiles, config: Path | None) -> ImportedModel:
 
 
 def _tensors(ranks: RankFiles, model: ImportedModel, exits: Sequence[EarlyExit]) -> dict[str, StoredTensor]:
-    """Every tensor of the backbone and of the exits, by its name there."""
+    """Every tensor of the backbone and of the exits, by its released or adapter name."""
     arch, size = model.architecture, ranks.tensor
     last = ranks.stages[-1]
     if last.first + last.layers != arch.num_layers:
@@ -147,7 +146,7 @@ def _check_tied_head(ranks: RankFiles, model: ImportedModel, embedding: StoredTe
 
 
 def _parameters(stage: StageFiles, tied: bool) -> dict[StageParameter, str]:
-    """The keys of a stage by what they hold."""
+    """The keys of a stage by the parameter that they hold."""
     keys: dict[StageParameter, str] = {}
     for key in stage.values[0]:
         parameter = find_parameter(key, tied)
@@ -170,7 +169,7 @@ def _take(keys: dict[StageParameter, str], parameter: StageParameter, stage: Sta
 def _backbone_parameters(
     stage: StageFiles, ranks: RankFiles, shapes: Shapes
 ) -> Iterator[tuple[StageParameter, Source]]:
-    """What a stage must hold of the backbone."""
+    """The backbone's parameters that a stage must hold."""
     if stage is ranks.stages[0]:
         yield StageParameter("backbone", "embedding.weight"), Source((EMBEDDING,), "vocabulary")
     for index in range(stage.layers):
@@ -188,7 +187,7 @@ def _backbone_parameters(
 def _exit_parameters(
     stage: StageFiles, exits: Sequence[EarlyExit], arch: Architecture
 ) -> Iterator[tuple[StageParameter, Source, Shapes]]:
-    """What a stage must hold of exits; their heads are numbered within it."""
+    """The exits' parameters that a stage must hold. Heads are numbered within the stage."""
     inside = [each for each in exits if stage.first < each.layer <= stage.first + stage.layers]
     for number, each in enumerate(inside):
         for part in exit_parts(each.spec, arch):
@@ -201,7 +200,7 @@ def _exit_parameters(
 def _join(
     stage: StageFiles, key: str, source: Source, shapes: Shapes, model: ImportedModel, size: int
 ) -> dict[str, StoredTensor]:
-    """The released tensors that the ranks' tensors under ``key`` are made of, put together."""
+    """The released tensors that the ranks' tensors under ``key`` consist of, joined."""
     arch = model.architecture
     parts = [file.tensor(values[key], key) for file, values in zip(stage.files, stage.values, strict=True)]
     for file, part in zip(stage.files, parts, strict=True):
@@ -223,7 +222,7 @@ def _join(
         return {source.names[0]: _join_columns(parts, made)}
     runs: dict[str, list[Run]] = {name: [] for name in source.names}
     for rank, part in enumerate(parts):
-        # Only a map of which rows of it are which of the released tensors': they come in the order of ranks.
+        # Only a map from its rows to rows of the released tensors, in the order of the ranks.
         held = torch.empty(part.shape, dtype=part.dtype, device="meta")
         for block in blocks(held, source, arch, rank, size):
             first = block.tensor.storage_offset() // math.prod(part.shape[1:])
@@ -232,7 +231,7 @@ def _join(
 
 
 def _rank_shape(source: Source, shapes: Shapes, size: int) -> tuple[int, ...]:
-    """Shape of what each rank holds; of the vocabulary, the fewest rows that can hold it."""
+    """Shape of each rank's tensor; for the vocabulary with the smallest possible number of rows."""
     first = shapes[source.names[0]]
     if source.kind == "whole":
         return first
@@ -242,7 +241,7 @@ def _rank_shape(source: Source, shapes: Shapes, size: int) -> tuple[int, ...]:
 
 
 def _join_columns(parts: Sequence[StoredTensor], made: str) -> StoredTensor:
-    """The matrix whose columns are those of ``parts``, all of one shape, one after the other."""
+    """The matrix of the concatenated columns of ``parts``, which all have the same shape."""
     rows, width = parts[0].shape
 
     def read(out: Tensor, offset: Sequence[int]) -> None:

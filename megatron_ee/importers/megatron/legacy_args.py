@@ -1,4 +1,4 @@
-"""What a Megatron run's arguments, which its checkpoints hold, say of the model: its ``config.json`` and its exits."""
+"""Derives ``config.json`` and the exits from a Megatron run's arguments, which its checkpoints hold."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class Args:
     """The arguments of a run.
 
     Attributes:
-        where: names them in errors.
-        values: by name, as the checkpoint has them.
+        where: their source, for messages.
+        values: arguments by name, as in the checkpoint.
     """
 
     where: str
     values: Mapping[str, Any]
 
     def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """The value of ``name``, which must be of ``kind`` (a bool is no number).
+        """The value of ``name``, which must be of ``kind`` (a bool is not a number).
 
         Raises:
-            CheckpointError: there is none, or it is of another kind.
+            CheckpointError: it is missing, or of another kind.
         """
         if self.values.get(name) is None:
             raise CheckpointError(f"{self.where}: {name} is missing, which config.json needs; give --config DIR")
         return self.get(name, None, kind)
 
     def get(self, name: str, default: Any, kind: type | tuple[type, ...]) -> Any:
-        """As ``need``, but ``default`` where there is none or it is None. Raises CheckpointError likewise."""
+        """As ``need``, but ``default`` if it is missing or None. Raises CheckpointError likewise."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -61,13 +61,13 @@ class Args:
 
 
 def check_supported(args: Args) -> None:
-    """Refuse what our decoder layer does not do, much of which the shapes of weights do not show.
+    """Refuse options that our decoder layer does not support. Many of them do not show in the shapes of weights.
 
     Raises:
         CheckpointError: naming the argument.
     """
     values = dict(args.values)
-    if values.get("use_rotary_position_embeddings"):  # Megatron's older way of saying so
+    if values.get("use_rotary_position_embeddings"):  # Megatron's older form of this option
         values["position_embedding_type"] = "rope"
     for name, wanted in _MUST_BE.items():
         if values.get(name) not in (None, wanted):
@@ -110,7 +110,7 @@ def derive_config(args: Args, dtype: torch.dtype) -> dict[str, Any]:
         # Not the padded one, of which nothing tells how much is padding.
         "vocab_size": args.need("vocab_size", int),
         "torch_dtype": str(dtype).removeprefix("torch."),
-        # Megatron names no tokens here; transformers would take Llama's for granted.
+        # Megatron records no special tokens; transformers would assume Llama's.
         "bos_token_id": None,
         "eos_token_id": None,
         **_rope(args),
@@ -131,8 +131,8 @@ def _family(args: Args) -> dict[str, Any]:
         name, more = "Llama", {"attention_bias": biases, "mlp_bias": biases}
     else:
         raise CheckpointError(
-            f"{args.where}: add_bias_linear, add_qkv_bias, qk_layernorm and window_size are together those of no "
-            "supported family"
+            f"{args.where}: no supported family has this combination of add_bias_linear, add_qkv_bias, qk_layernorm "
+            "and window_size"
         )
     if name.startswith("Qwen"):
         windows = {**windows, "use_sliding_window": bool(windows), "max_window_layers": 0}
@@ -140,7 +140,7 @@ def _family(args: Args) -> dict[str, Any]:
 
 
 def _windows(args: Args) -> dict[str, Any]:
-    """Megatron counts the positions that attention sees before its own, and those after, of which there are none."""
+    """Attention windows. Megatron counts the positions before the own one, and those after it (none)."""
     window, skip = args.get("window_size", None, (list, tuple)), args.values.get("window_attn_skip_freq")
     if window is None or tuple(window) == (-1, 0):
         return {}
@@ -157,7 +157,7 @@ def _windows(args: Args) -> dict[str, Any]:
 
 
 def _positions(args: Args) -> int:
-    """Megatron states the context as it is used; ``config.json`` with linear scaling states it before scaling."""
+    """Context length. Megatron records it after scaling, ``config.json`` with linear scaling before."""
     used = int(args.need("max_position_embeddings", int))
     factor = args.get(STRETCHED, 1.0, (int, float))
     if not 0 < factor < float("inf"):
@@ -181,19 +181,19 @@ def _rope(args: Args) -> dict[str, Any]:
         }
     elif stretched is not None:
         scaling = {"rope_type": "linear", "factor": float(stretched)}
-    # Before it was an argument, it was always this.
+    # Its fixed value before it was an argument.
     return {"rope_theta": float(args.get("rotary_base", 10_000, (int, float))), "rope_scaling": scaling}
 
 
 def check_agreement(args: Args, arch: Architecture, config: str) -> None:
-    """Refuse a configuration that contradicts what the arguments say of the model and of how its weights are laid out.
+    """Refuse a configuration that contradicts the arguments about the model and the layout of its weights.
 
     Args:
         arch: of the configuration.
-        config: names it.
+        config: the configuration's name, for messages.
 
     Raises:
-        CheckpointError: naming the argument and both values, or as ``check_supported``.
+        CheckpointError: a contradiction, with the argument and both values; or as in ``check_supported``.
     """
     check_supported(args)
     ours: dict[str, Any] = {
@@ -216,9 +216,10 @@ def check_agreement(args: Args, arch: Architecture, config: str) -> None:
 
 
 def differing_settings(args: Args, arch: Architecture, config: str) -> tuple[str, ...]:
-    """Lines for the user on settings in which the arguments contradict the configuration.
+    """Notices about settings in which the arguments contradict the configuration.
 
-    Only settings that no tensor's shape shows. The configuration is used: the arguments may be a converter's defaults.
+    Only settings that no tensor's shape shows. The configuration is used, since the arguments may be a converter's
+    defaults.
 
     Args:
         args: of the checkpoint.
@@ -229,7 +230,7 @@ def differing_settings(args: Args, arch: Architecture, config: str) -> tuple[str
     windows = [window for window in arch.windows if window is not None]
     ours: dict[str, Any] = {
         "norm_epsilon": arch.norm_eps,
-        "layernorm_epsilon": arch.norm_eps,  # its name in older releases
+        "layernorm_epsilon": arch.norm_eps,  # name of the argument in older releases
         "rotary_base": rope.theta,
         STRETCHED: rope.factor if rope.kind == "linear" else None,
         "use_rope_scaling": rope.kind == "llama3",
@@ -251,8 +252,8 @@ class EarlyExit:
     """An exit of EE-LLM.
 
     Attributes:
-        spec: what it is here.
-        layer: number, from 1, of the layer that holds its weights there.
+        spec: the equivalent exit.
+        layer: number, from 1, of EE-LLM's layer that holds its weights.
     """
 
     spec: ExitSpec
@@ -262,13 +263,13 @@ class EarlyExit:
 def early_exits(args: Args, arch: Architecture) -> tuple[EarlyExit, ...]:
     """EE-LLM's exits, in the order in which each pipeline stage numbers their heads.
 
-    With ``pre_exit`` an exit reads what its layer reads: it stands after the layer before.
+    With ``pre_exit`` an exit reads its layer's input, so it is an exit after the previous layer.
 
     Args:
         arch: of the backbone.
 
     Raises:
-        CheckpointError: ours have no counterpart of such exits.
+        CheckpointError: the exits have no equivalent here.
     """
     layers = args.get("exit_layer_nums", [], (list, tuple))
     if not layers:
@@ -281,7 +282,9 @@ def early_exits(args: Args, arch: Architecture) -> tuple[EarlyExit, ...]:
         raise CheckpointError(f"{args.where}: exit_layer_nums {shown(layers)} name a layer twice")
     before, own = args.get("pre_exit", False, bool), args.get("untie_exit_output_weights", False, bool)
     if before and 1 in layers:
-        raise CheckpointError(f"{args.where}: pre_exit at layer 1 reads the embedding; ours stand after a layer")
+        raise CheckpointError(
+            f"{args.where}: pre_exit at layer 1 reads the embedding; exits here read a layer's output"
+        )
     if not own and not arch.tied:
         raise CheckpointError(
             f"{args.where}: untie_exit_output_weights is off, so that exits share the input embedding, which is not "
@@ -297,7 +300,7 @@ def early_exits(args: Args, arch: Architecture) -> tuple[EarlyExit, ...]:
 
 
 def _spec(layer: int, body: Body, head: str, weight: Any) -> ExitSpec:
-    """An exit whose weight in the loss was 0, or is none at all, gets 1: ours are tuned."""
+    """The exit, with loss weight 1 if its weight was 0 or is not a number."""
     usable = isinstance(weight, (int, float)) and 0 < weight < float("inf")
     named: Head = "own" if head == "own" else "shared"
     return ExitSpec(layer, body, named, float(weight) if usable else 1.0)

@@ -1,7 +1,7 @@
-"""The names of weights in Megatron's ``model_optim_rng.pt`` files: of the old language model, megatron-core and EE-LLM.
+"""Names of weights in Megatron's ``model_optim_rng.pt`` files, of the old language model, megatron-core and EE-LLM.
 
-The tables give a weight's place in the model as our own parameter names do; which released tensors a parameter is
-made of, and how the ranks share it, is in ``model/names.py``.
+The tables map them to our own parameter names. The weight tables of the families say which released tensors a parameter
+consists of, and how ranks share it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Scope = Literal["backbone", "exit", "exit head", "known"]
 
 @dataclass(frozen=True)
 class StageParameter:
-    """What a key of one pipeline stage's file holds.
+    """The parameter under a key of one pipeline stage's file.
 
     Attributes:
-        scope: ``known`` is known to hold no weight of its own.
-        name: our name of it, in its layer if it has one.
-        index: layer in this stage, or number of an exit's head, from 0; None if it is in no layer.
+        scope: ``known`` means that the key holds no weight of its own.
+        name: our name of the parameter, within its layer if it has one.
+        index: layer in this stage, or number of an exit's head, from 0; None outside of layers.
     """
 
     scope: Scope
@@ -42,7 +42,7 @@ OLD_LAYER: dict[str, str] = {
     "mlp.dense_4h_to_h.weight": "mlp.down.weight",
     "mlp.dense_4h_to_h.bias": "mlp.down.bias",
 }
-"""``language_model.encoder.layers.N.``; "layernorm" was spelled out at first, which Megatron reads as "norm" too."""
+"""``language_model.encoder.layers.N.``. Older files have "layernorm" for "norm"; Megatron reads both."""
 OLD_MODEL: dict[str, str] = {
     "embedding.word_embeddings.weight": "embedding.weight",
     "encoder.final_norm.weight": "final_norm.weight",
@@ -66,7 +66,7 @@ CORE_FUSED: dict[str, str] = {
     "self_attention.linear_qkv.layer_norm_weight": "attention_norm.weight",
     "mlp.linear_fc1.layer_norm_weight": "mlp_norm.weight",
 }
-"""Where Transformer Engine's linear layers hold the norm before them."""
+"""Names of the norms that Transformer Engine's linear layers contain."""
 CORE_MODEL: dict[str, str] = {
     "embedding.word_embeddings.weight": "embedding.weight",
     "decoder.final_layernorm.weight": "final_norm.weight",
@@ -78,11 +78,11 @@ _NO_WEIGHT = ("_extra_state", "rotary_pos_emb.inv_freq")
 
 
 def find_parameter(key: str, tied: bool) -> StageParameter | None:
-    """What ``key`` holds, the levels of a nested state dict joined by dots; None if it is not known.
+    """The parameter under ``key``, the levels of a nested state dict joined by dots; None if the key is unknown.
 
     Args:
-        key: as the file has it.
-        tied: the LM head is the input embedding, of which later stages hold copies.
+        key: as in the file.
+        tied: whether the LM head is the input embedding, of which later stages hold copies.
     """
     if key.endswith(_NO_WEIGHT):
         return StageParameter("known", key)
@@ -111,7 +111,7 @@ def _in_tables(key: str, layers: str, layer: dict[str, str], model: dict[str, st
 
 
 def _with_exits() -> dict[str, str]:
-    """EE-LLM's early-exit layer: its MLP is ``mlp.trunk``, an exit's is ``mlp.branch`` or in ``exit_block``."""
+    """EE-LLM's early-exit layer: its own MLP is ``mlp.trunk``; the exit's is ``mlp.branch`` or in ``exit_block``."""
     table = {**OLD_LAYER, "exit_norm.weight": "exit.norm.weight"}
     for name, parameter in OLD_LAYER.items():
         table[f"exit_block.{name}"] = f"exit.layer.{parameter}"
@@ -125,7 +125,8 @@ _OLD_AND_EXITS = _with_exits()
 
 
 def spell(parameter: StageParameter, old: bool) -> str:
-    """A key of ``parameter``, for errors about a missing one; ``old`` is the language model's, else core's."""
+    """A key of ``parameter``, for messages about a missing key; ``old``: as in the old language model, not
+    megatron-core."""
     if parameter.scope == "exit head":
         return f"{OLD}exit_output_layer.{parameter.index}.weight"
     wanted = f"exit.{parameter.name}" if parameter.scope == "exit" else parameter.name

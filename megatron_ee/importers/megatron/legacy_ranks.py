@@ -1,8 +1,8 @@
 """The files of a legacy Megatron checkpoint, one per rank, each with its part of the model.
 
-They are ``mp_rank_TT/model_optim_rng.pt``, or ``mp_rank_TT_PPP/...`` where there are pipeline stages. A stage numbers
-its layers from 0. With a virtual pipeline it holds several models, ``model0``, ``model1`` and so on: the first of every
-stage come first, then the second of every stage.
+They are ``mp_rank_TT/model_optim_rng.pt``, or ``mp_rank_TT_PPP/...`` with pipeline stages. A stage numbers its layers
+from 0. With a virtual pipeline it holds several models, ``model0``, ``model1`` and so on: the first of every stage come
+first, then the second of every stage.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_ee.importers.megatron.torch_file import TorchFile
 
 FILE = "model_optim_rng.pt"
 VERSION = 3.0
-"""Of the order of rows in fused q, k and v, since Megatron-LM of 2021; those before have none or a lower one."""
+"""Version of the row order in fused q, k and v, since Megatron-LM of 2021. Earlier files have none or a lower one."""
 _RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
-_NESTED = 4  # levels of a state dict; none has more
+_NESTED = 4  # maximum number of levels of a state dict
 
 
 @dataclass(frozen=True)
 class StageFiles:
-    """One model of one pipeline stage, as its tensor-parallel ranks hold it.
+    """One model of one pipeline stage, in the files of its tensor-parallel ranks.
 
     Attributes:
         files: by tensor-parallel rank.
@@ -50,8 +50,8 @@ class RankFiles:
     Attributes:
         stages: in the order of their layers.
         tensor: tensor-parallel size.
-        args: of the run; of none, if the files have none.
-        iteration: number of steps that were taken.
+        args: arguments of the run; empty if the files have none.
+        iteration: number of completed steps.
     """
 
     stages: tuple[StageFiles, ...]
@@ -137,7 +137,7 @@ def _content(file: TorchFile) -> dict[str, Any]:
 
 
 def _attributes(args: Any) -> Mapping[str, Any]:
-    """What a ``Namespace``, of which only the name is left, would hold."""
+    """The attributes of a ``Namespace``, which was read as ``Inert``."""
     state = args.state if isinstance(args, Inert) else args
     return {key: value for key, value in state.items() if isinstance(key, str)} if isinstance(state, dict) else {}
 

@@ -1,7 +1,7 @@
-"""The ``.metadata`` of a torch distributed checkpoint: which tensors it holds, and which file holds which box.
+"""The ``.metadata`` of a torch distributed checkpoint: its tensors, and the file of each box.
 
-It is a pickle, of which only plain values are taken. Tensors are checked and opened when they are asked for, since a
-checkpoint of a training run holds many that nobody wants here.
+It is a pickle, of which only plain values are used. Tensors are checked and opened on demand, since a checkpoint of a
+training run holds many that are not needed here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METADATA = ".metadata"
 _DTYPES = {str(dtype): dtype for dtype in DTYPE_NAMES}
 KNOWN = (
     "torch.distributed.checkpoint",
-    # Where some of these classes were before.
+    # Earlier modules of some of these classes.
     "torch.distributed._shard.metadata",
     "torch.distributed._shard.sharded_tensor.metadata",
     "torch.serialization._get_layout",
@@ -39,7 +39,7 @@ KNOWN = (
     "megatron.core.dist_checkpointing",
     "pathlib",
 )
-"""What may be in it, besides plain values: see ``unpickle``."""
+"""Names that it may contain, besides plain values: see ``unpickle``."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape
 Place = tuple[str, int, int]  # file name, first byte and number of bytes
@@ -58,12 +58,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What ``.metadata`` says.
+    """The content of ``.metadata``.
 
     Attributes:
         path: the directory.
-        tensors: by key, as they were described; objects that are not tensors have None.
-        places: by key and offset of the box.
+        tensors: descriptions by key; None for objects that are not tensors.
+        places: locations by key and offset of the box.
     """
 
     path: Path
@@ -75,8 +75,8 @@ def read_metadata(directory: Path) -> Metadata:
     """Read ``directory/.metadata``.
 
     Raises:
-        CheckpointError: there is none, or it names what has no place there.
-        DamagedError: it is not what torch writes.
+        CheckpointError: it is missing, or names something that does not belong there.
+        DamagedError: it is not in torch's format.
     """
     path = directory / METADATA
     if not path.is_file():
@@ -120,7 +120,7 @@ def _fields(value: Any, path: Path) -> dict[str, Any]:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    """A ``torch.Size`` or plain tuple of numbers from 0; None if it is something else."""
+    """A ``torch.Size`` or plain tuple of numbers from 0; None for anything else."""
     if isinstance(value, Inert) and value.origin == ("torch", "Size") and len(value.args) == 1:
         value = value.args[0]
     fine = isinstance(value, tuple) and all(type(each) is int and 0 <= each < 2**63 for each in value)
@@ -128,13 +128,13 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
 
 
 def open_tensor(metadata: Metadata, key: str, *, verify: bool) -> StoredTensor:
-    """One tensor; none of its bytes are read before they are asked for.
+    """One tensor, whose bytes are read on demand.
 
     Args:
-        verify: check each item, the first time that something is read of it, against its CRC-32.
+        verify: check the CRC-32 of each item at the first read from it.
 
     Raises:
-        CheckpointError: a file is missing or lies outside the directory.
+        CheckpointError: a file is missing or outside the directory.
         DamagedError: the description contradicts itself, or a file is truncated.
     """
     path = metadata.path / METADATA
@@ -157,11 +157,11 @@ def open_tensor(metadata: Metadata, key: str, *, verify: bool) -> StoredTensor:
 
 
 def read_object(metadata: Metadata, key: str) -> Any:
-    """What lies under a key that is no tensor, as ``unpickle`` gives it; tensors in it are left out.
+    """The object under a key that is not a tensor, as ``unpickle`` gives it. Tensors in it are left out.
 
     Raises:
-        CheckpointError: its file is missing or lies outside the directory, or it names what is not read.
-        DamagedError: no file is named for it, or that is truncated or malformed.
+        CheckpointError: its file is missing or outside the directory, or it names something that is not allowed.
+        DamagedError: no file is recorded for it, or the file is truncated or malformed.
     """
     (item,) = _items(metadata, key, [((), ())])
     where = f"{item.path}: {shown(key)}"
@@ -171,7 +171,7 @@ def read_object(metadata: Metadata, key: str) -> Any:
 
 
 def tensor_dtype(metadata: Metadata, key: str) -> torch.dtype | None:
-    """Dtype of a tensor, as far as it is described as torch does it."""
+    """Dtype of a tensor, if its description has torch's form."""
     properties = _fields(metadata.tensors[key], metadata.path / METADATA).get("properties")
     state = properties.state if isinstance(properties, Inert) else None
     spelled = getattr(state[0], "origin", None) if isinstance(state, tuple) and state else None
@@ -179,9 +179,9 @@ def tensor_dtype(metadata: Metadata, key: str) -> torch.dtype | None:
 
 
 def _fill(boxes: Sequence[Box], shape: Sequence[int], dim: int = 0) -> bool:
-    """Whether boxes fill ``shape`` exactly, from dimension ``dim`` on.
+    """Whether the boxes tile ``shape`` exactly, from dimension ``dim`` on.
 
-    Whatever writes such checkpoints cuts dimension by dimension, so it is enough to look for cuts of that kind.
+    All programs that write such checkpoints split dimension by dimension, so only such splits are recognised.
     """
     if dim == len(shape):
         return len(boxes) == 1
@@ -197,7 +197,7 @@ def _fill(boxes: Sequence[Box], shape: Sequence[int], dim: int = 0) -> bool:
 
 
 def _items(metadata: Metadata, key: str, boxes: Sequence[Box]) -> tuple[Item, ...]:
-    """Where each box is, once it is known to be there."""
+    """Location of each box, after a check that its file exists and is long enough."""
     path, ends = metadata.path / METADATA, dict[str, int]()
     items = []
     for offset, extent in boxes:
@@ -221,7 +221,7 @@ def _items(metadata: Metadata, key: str, boxes: Sequence[Box]) -> tuple[Item, ..
 def _reader(
     key: str, dtype: torch.dtype, items: tuple[Item, ...], verify: bool
 ) -> Callable[[Tensor, Sequence[int]], None]:
-    located: dict[Item, TensorEntry] = {}  # two threads may look for one at a time, and find the same
+    located: dict[Item, TensorEntry] = {}  # two threads may locate the same item at the same time, with the same result
 
     def entry(item: Item) -> TensorEntry:
         if item not in located:
@@ -234,7 +234,7 @@ def _reader(
             located[item] = found
         return located[item]
 
-    slices: dict[int, list[Item]] = {}  # by where they start along the first dimension, which they divide
+    slices: dict[int, list[Item]] = {}  # by their start along the first dimension, which they divide
     for item in items:
         slices.setdefault(item.offset[0], []).append(item)
     starts = sorted(slices)
@@ -256,7 +256,8 @@ def _reader(
 
 
 def _overlap(item: Item, shape: Sequence[int], offset: Sequence[int]) -> Box | None:
-    """What an item holds of the box of ``shape`` at ``offset``, as a box of the tensor; None where it is nothing."""
+    """The intersection of an item with the box of ``shape`` at ``offset``, as a box of the tensor; None if it is
+    empty."""
     first = tuple(max(a, b) for a, b in zip(item.offset, offset, strict=True))
     stops = (min(a + m, b + n) for a, m, b, n in zip(item.offset, item.shape, offset, shape, strict=True))
     extent = tuple(stop - start for start, stop in zip(first, stops, strict=True))

@@ -1,7 +1,7 @@
-"""The name table between megatron-core's ``GPTModel`` and released models, read in both directions.
+"""The name table between megatron-core's ``GPTModel`` and released models, used in both directions.
 
-A tensor of Megatron's is made of one released tensor or of several fused ones. ``row_runs`` says which of its rows are
-which of theirs; import takes them apart along it (``released_parts``), export puts them together (``fuse``).
+A tensor of Megatron's consists of one released tensor or of several fused ones. ``row_runs`` maps its rows to rows of
+these. Import splits it (``released_parts``), and export fuses it (``fuse``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPLIT = {
     "mlp.linear_fc1.bias_w": "mlp.gate_proj.bias",
     "mlp.linear_fc1.bias_v": "mlp.up_proj.bias",
 }
-"""Gate and up apart, as checkpoints with ``singleton_local_shards`` have them."""
+"""Separate gate and up, as in checkpoints with ``singleton_local_shards``."""
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
 MODEL = {
     EMBEDDING_KEY: Source((EMBEDDING,), "vocabulary"),
@@ -34,7 +34,7 @@ MODEL = {
     "output_layer.weight": Source((LM_HEAD,), "vocabulary"),
 }
 RENAMED = {"input_layernorm.weight", "pre_mlp_layernorm.weight"}
-"""Norms of their own, which ``GPTModel`` saves under the names of those that are fused into the next linear layer."""
+"""Separate norms, which ``GPTModel`` saves under the names of norms that are fused into the next linear layer."""
 LAYERS = "decoder.layers"
 _LAYER_KEY = re.compile(r"decoder\.layers\.(?:(0|[1-9]\d{0,4})\.)?(.+)")
 
@@ -45,7 +45,7 @@ class Parameter:
 
     Attributes:
         key: in a checkpoint.
-        sources: what it is made of, released names in full: one, or one per layer.
+        sources: its released tensors, by full names: one source, or one per layer.
         stacked: all layers' tensors are stacked under the key, along a leading axis.
     """
 
@@ -55,7 +55,7 @@ class Parameter:
 
 
 def parse_key(key: str, num_layers: int) -> Parameter | None:
-    """What Megatron's key stands for, or None if it is not in the tables.
+    """The parameter of a Megatron key, or None if the key is not in the tables.
 
     Args:
         key: without ``module.`` or ``model.`` before it.
@@ -79,7 +79,7 @@ def _layer_source(inner: str, layer: int) -> Source:
 def row_runs(
     source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Architecture
 ) -> Iterator[tuple[str, int, int]]:
-    """The runs of rows that Megatron's tensor consists of, in its order: released name, first row of it, number.
+    """The runs of rows that Megatron's tensor consists of, in order: released name, first row, number of rows.
 
     Verified against megatron-core 0.16.1: ``linear_qkv`` is, for each key-value group, its query heads, its key and
     its value (``SelfAttention.get_query_key_value_tensors``); ``linear_fc1`` of the whole model, whatever the
@@ -102,11 +102,11 @@ def fused_shape(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
 def released_parts(
     source: Source, fused: StoredTensor, shapes: Mapping[str, tuple[int, ...]], arch: Architecture
 ) -> dict[str, StoredTensor]:
-    """Megatron's tensor taken apart: released name -> tensor.
+    """Megatron's tensor split into released tensors, by name.
 
     Args:
         source: with released names in full.
-        fused: Megatron's tensor, of ``fused_shape`` or, of the vocabulary, with more rows.
+        fused: Megatron's tensor, of ``fused_shape``; for the vocabulary it may have more rows.
         shapes: of the released tensors.
     """
     if fused.shape == shapes[source.names[0]]:
@@ -122,15 +122,15 @@ def released_parts(
 
 
 def fuse(source: Source, backbone: Mapping[str, StoredTensor], arch: Architecture, rows: int = 0) -> StoredTensor:
-    """Released tensors put together to Megatron's; the inverse of ``released_parts``.
+    """Fuse released tensors into Megatron's; the inverse of ``released_parts``.
 
     Args:
         source: with released names in full.
         backbone: every released tensor.
-        rows: it is padded with zeros to at least so many.
+        rows: pad with zeros to at least this number of rows.
 
     Raises:
-        CheckpointError: they differ in dtype.
+        CheckpointError: the tensors differ in dtype.
     """
     shapes = {name: backbone[name].shape for name in source.names}
     if len({backbone[name].dtype for name in source.names}) > 1:

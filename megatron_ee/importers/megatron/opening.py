@@ -1,4 +1,4 @@
-"""What opening Megatron's directories of either format begins with: trust, the iteration, and what the model is."""
+"""First steps of opening a Megatron directory of either format: trust, the iteration, and the model's configuration."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """The model that weights are of.
+    """The model of imported weights.
 
     Attributes:
         architecture: its shape.
-        assets: its small files, ``config.json`` among them.
-        where: the file that says so.
-        notes: lines for a person.
+        assets: its small files, including ``config.json``.
+        where: the file that describes it.
+        notes: notices for the user.
     """
 
     architecture: Architecture
@@ -36,20 +36,20 @@ class ImportedModel:
 
 
 def require_trust(path: Path, trust: bool) -> None:
-    """Refuse a directory of pickles unless the user vouches for it.
+    """Refuse a directory of pickles unless the user trusts it.
 
     Raises:
         CheckpointError: ``trust`` is false.
     """
     if not trust:
         raise CheckpointError(
-            f"{path}: Megatron's checkpoints are pickles, which can run code when they are read; here nothing of them "
-            "is run, but read only those of people you trust: say so with --trust-checkpoint"
+            f"{path}: Megatron's checkpoints are pickles, which can run code when they are read; megatron-ee runs "
+            "none of it, but read only those of people you trust: confirm with --trust-checkpoint"
         )
 
 
 def tracked_iteration(path: Path) -> Path | None:
-    """The directory in ``path`` that its tracker names as the latest; None where there is no tracker.
+    """The directory in ``path`` that its tracker file names as the latest; None without a tracker file.
 
     Raises:
         CheckpointError: the tracker cannot be read, or names no iteration.
@@ -67,10 +67,10 @@ def tracked_iteration(path: Path) -> Path | None:
 
 
 def given_model(config: Path) -> ImportedModel:
-    """The model that the user says it is.
+    """The model that the user gives with --config.
 
     Args:
-        config: a Hugging Face directory, all small files of which are carried along, or its ``config.json`` alone.
+        config: a Hugging Face directory, whose small files are copied, or only its ``config.json``.
 
     Raises:
         CheckpointError: it cannot be read, or is not supported.
@@ -84,7 +84,7 @@ def given_model(config: Path) -> ImportedModel:
 
 
 def derived_model(content: dict[str, Any], where: str) -> ImportedModel:
-    """The model of a ``config.json`` that was made of a checkpoint's own settings, which are in ``where``.
+    """The model of a ``config.json`` that was derived from a checkpoint's own settings in ``where``.
 
     Raises:
         CheckpointError: it is not supported.

@@ -1,4 +1,4 @@
-"""Tensors put together of runs of rows of others: what fusing, its inverse and padding have in common."""
+"""Tensors that consist of runs of rows of other tensors, for fusing, splitting and padding."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Run:
 
 
 def join_rows(runs: Sequence[Run], made: str) -> StoredTensor:
-    """The tensor whose rows are those of ``runs`` one after the other; all but the rows must be alike.
+    """The tensor of the concatenated rows of ``runs``. All other dimensions must be equal.
 
     Args:
         runs: at least one.
-        made: says what it is; see ``StoredTensor``.
+        made: description of the tensor; see ``StoredTensor``.
     """
     ends = list(itertools.accumulate(run.count for run in runs))
 
@@ -46,7 +46,7 @@ def join_rows(runs: Sequence[Run], made: str) -> StoredTensor:
 
 
 def take_layer(stacked: StoredTensor, index: int) -> StoredTensor:
-    """Tensor ``index`` of those that are stacked along a leading axis."""
+    """Tensor ``index`` of a stack along a leading axis."""
 
     def read(out: Tensor, offset: Sequence[int]) -> None:
         stacked.read(out.unsqueeze(0), (index, *offset))

@@ -1,7 +1,8 @@
-"""Between Megatron's two ways of saying what a model is, and ours.
+"""Converts between Megatron's two forms of a model's settings and ours.
 
-Megatron-LM keeps its command line's arguments in ``common.pt``; ``legacy_args`` reads them, and ``to_args`` makes them.
-Megatron-Bridge keeps a ``run_config.yaml``, whose ``model`` has the fields of megatron-core's ``TransformerConfig``.
+Megatron-LM saves its command line's arguments in ``common.pt``; ``legacy_args`` reads them, and ``to_args`` creates
+them. Megatron-Bridge saves a ``run_config.yaml``, whose ``model`` has the fields of megatron-core's
+``TransformerConfig``.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _ARGUMENTS = {
 
 
 def bridge_args(content: Any, where: str) -> Args:
-    """What Megatron-LM's arguments would be for the model of a ``run_config.yaml``.
+    """Megatron-LM's arguments for the model of a ``run_config.yaml``.
 
     Args:
-        content: of the file.
+        content: content of the file.
         where: names it in errors.
 
     Raises:
-        CheckpointError: it describes no such model.
+        CheckpointError: it does not describe a supported model.
     """
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
@@ -44,7 +45,7 @@ def bridge_args(content: Any, where: str) -> Args:
     name = activation.get("_target_") if isinstance(activation, dict) else activation
     if not str(name).endswith("silu"):
         values["swiglu"] = False
-    if "old_context_len" in fields:  # the first releases' own code for Llama 3's scaling
+    if "old_context_len" in fields:  # the first releases' form of Llama 3's scaling
         found = tuple(fields.get(name) for name in ("low_freq_factor", "high_freq_factor", "old_context_len"))
         if found != (LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT):
             raise CheckpointError(f"{where}: rope scaling {shown(found)} is not Llama 3's; give --config DIR")
@@ -55,7 +56,7 @@ def bridge_args(content: Any, where: str) -> Args:
 
 
 def check_expressible(arch: Architecture, where: str) -> None:
-    """Refuse a model that megatron-core's ``GPTModel`` cannot be configured to compute.
+    """Refuse a model that megatron-core's ``GPTModel`` cannot compute.
 
     Args:
         arch: of the model.
@@ -83,9 +84,9 @@ def check_expressible(arch: Architecture, where: str) -> None:
 
 
 def to_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
-    """Megatron-LM's arguments for a model; ``--use-checkpoint-args`` takes them from there.
+    """Megatron-LM's arguments for a model, which ``--use-checkpoint-args`` reads.
 
-    They say all of a model that passes ``check_expressible``.
+    They describe every model that passes ``check_expressible`` completely.
     """
     windows = sorted({window for window in arch.windows if window is not None})
     args: dict[str, Any] = {

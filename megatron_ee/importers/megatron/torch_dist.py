@@ -1,8 +1,8 @@
-"""Megatron-LM's and Megatron-Bridge's distributed checkpoints (``torch_dist``), opened as any other checkpoint is.
+"""Opens Megatron-LM's and Megatron-Bridge's distributed checkpoints (``torch_dist``).
 
-A directory ``iter_*`` or ``release`` with ``metadata.json`` (written last), ``.metadata`` (a pickle: what is where),
-``*.distcp`` (the boxes of tensors that each rank wrote), and ``common.pt`` or ``run_config.yaml`` (settings).
-megatron-core from 0.19 on has no ``common.pt``, but an object among the tensors.
+A directory ``iter_*`` or ``release`` with ``metadata.json`` (written last), ``.metadata`` (a pickle with the location
+of each tensor), ``*.distcp`` (the boxes of tensors that each rank wrote), and ``common.pt`` or ``run_config.yaml``
+(settings). megatron-core 0.19 and later stores the content of ``common.pt`` as an object among the tensors.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from megatron_ee.importers.megatron.torch_file import TorchFile
 FORMAT = "Megatron torch_dist checkpoint"
 SETTINGS, COMMON, RUN_CONFIG, CONFIG = "metadata.json", "common.pt", "run_config.yaml", "config.json"
 COMMON_STATE = "common_state/shard_0_1"
-"""Key of what was in ``common.pt`` before."""
+"""Key of the former content of ``common.pt``."""
 RELEASED = "huggingface"
-"""Folder of ``config.json`` and the tokenizer in what we export."""
+"""Folder of ``config.json`` and the tokenizer in our exports."""
 TOKENIZER = "tokenizer"
-"""Folder that Megatron-Bridge keeps the tokenizer's files in."""
+"""Folder of the tokenizer's files in Megatron-Bridge's checkpoints."""
 MAX_RUN_CONFIG = 16 * 2**20  # bytes
 _WRAPPERS = re.compile(r"^(?:(?:module|model)\.)+")
 NOT_WEIGHTS = re.compile(
@@ -66,18 +66,18 @@ def open_torch_dist(path: Path, *, trust: bool, config: Path | None, verify: boo
     """Open a distributed checkpoint. No bytes of tensors are read.
 
     Args:
-        path: directory of one iteration, or of all, of which the latest is taken.
-        trust: allow it; it holds pickles.
-        config: a Hugging Face directory, or its ``config.json``, that the weights belong to. None is: what the
-            checkpoint says of itself, where that is all.
-        verify: check what is read against the CRC-32 that ``torch.save`` wrote with it, once.
+        path: directory of one iteration, or of all iterations, of which the latest is used.
+        trust: allow pickles, which the format contains.
+        config: the model's Hugging Face directory, or its ``config.json``. None uses the checkpoint's own settings, if
+            they are complete.
+        verify: check the CRC-32 that ``torch.save`` wrote, once per item.
 
     Returns:
-        The backbone. Optimizer, random state and the like are left out.
+        The backbone. Optimizer state, random state and so on are left out.
 
     Raises:
         CheckpointError: ``trust`` is not given, or the checkpoint is damaged, incomplete, of another model than
-            ``config``'s, or of a kind that is not supported; the message names the file and the tensor.
+            ``config``'s, or not supported. The message names the file and the tensor.
     """
     require_trust(path, trust)
     directory = _latest(path)
@@ -105,7 +105,7 @@ def open_torch_dist(path: Path, *, trust: bool, config: Path | None, verify: boo
 
 
 def _latest(path: Path) -> Path | None:
-    """The iteration's directory: ``path`` or what its tracker names; None where it is neither."""
+    """The iteration's directory: ``path``, or the one that its tracker file names; None if neither exists."""
     if any((path / name).is_file() for name in (SETTINGS, METADATA)):
         return path
     return tracked_iteration(path)
@@ -114,17 +114,18 @@ def _latest(path: Path) -> Path | None:
 def _check_settings(directory: Path) -> None:
     path = directory / SETTINGS
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: is missing: the checkpoint was not written to its end, or is of another format than torch_dist"
-        )
+        raise CheckpointError(f"{path}: is missing: the checkpoint is incomplete, or of another format than torch_dist")
     settings = read_json(path)
     backend = settings.get("sharded_backend") if isinstance(settings, dict) else None
     if backend != "torch_dist":
-        raise CheckpointError(f"{path}: the format is {shown(backend)}; only torch_dist is read: save it so")
+        raise CheckpointError(
+            f"{path}: the format is {shown(backend)}; only torch_dist is read; save it in this format"
+        )
 
 
 def _describe(metadata: Metadata, config: Path | None, dtype: torch.dtype) -> ImportedModel:
-    """From ``config``, or a copy of it that we exported, or the checkpoint's own settings; they must agree."""
+    """The model from ``config``, from our exported copy of it, or from the checkpoint's own settings. They must
+    agree."""
     directory = metadata.path
     if config is None and (directory / RELEASED / CONFIG).is_file():
         config = directory / RELEASED
@@ -137,7 +138,7 @@ def _describe(metadata: Metadata, config: Path | None, dtype: torch.dtype) -> Im
         return model
     if args is None:
         raise CheckpointError(
-            f"{directory}: does not say what the model is; give its Hugging Face directory with --config DIR"
+            f"{directory}: does not describe its model; give the model's Hugging Face directory with --config DIR"
         )
     model = derived_model(derive_config(args, dtype), args.where)
     tokenizer = directory / TOKENIZER
@@ -146,7 +147,7 @@ def _describe(metadata: Metadata, config: Path | None, dtype: torch.dtype) -> Im
 
 
 def _stated_args(metadata: Metadata) -> Args | None:
-    """What the checkpoint says of its model, as Megatron-LM's arguments; None if it says nothing."""
+    """The checkpoint's own settings as Megatron-LM's arguments; None if it has none."""
     directory = metadata.path
     path = directory / RUN_CONFIG
     if path.is_file():
@@ -195,7 +196,7 @@ def _backbone(metadata: Metadata, model: ImportedModel, verify: bool) -> dict[st
 
 
 def _model_keys(metadata: Metadata) -> Iterator[tuple[str, str]]:
-    """Every key of a model's tensor, as it is and without what wrappers put before it."""
+    """Every key of a model's tensor, with and without the prefixes of wrappers."""
     for key in metadata.tensors:
         inner = _WRAPPERS.sub("", key)
         if not NOT_WEIGHTS.fullmatch(inner):

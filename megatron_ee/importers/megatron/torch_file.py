@@ -1,4 +1,4 @@
-"""A file of ``torch.save`` with many tensors, of which nothing is run, and no tensor read before it is wanted."""
+"""Reads a file of ``torch.save`` with many tensors: no code is run, and tensors are read on demand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PARAMETER = ("torch._utils", "_rebuild_parameter")
 
 @dataclass
 class _Storage:
-    """Where a storage's bytes are; they are compared with their checksum once, when some of them are first wanted."""
+    """Location of a storage's bytes. Their checksum is checked once, before the first read."""
 
     path: Path
     offset: int
@@ -47,15 +47,15 @@ class TorchFile:
 
     Attributes:
         path: the file.
-        content: what was saved, as ``guarded.unpickle`` gives it; see ``tensor`` for tensors in it.
+        content: the saved object, as ``guarded.unpickle`` gives it; see ``tensor`` for tensors in it.
     """
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
-        """Read all but tensors.
+        """Read everything but tensors.
 
         Args:
             path: the file.
-            verify: compare a storage's bytes, before the first is used, with the CRC-32 that was written with them.
+            verify: check the CRC-32 of a storage before the first read from it.
 
         Raises:
             CheckpointError: it cannot be opened, or was written before torch 1.6.
@@ -68,8 +68,8 @@ class TorchFile:
                 raise DamagedError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`")
             if not start.startswith(b"PK\x03\x04"):
                 raise CheckpointError(
-                    f"{path}: is no zip archive, which torch.save writes since torch 1.6; with the program that it "
-                    "comes from, load it and save it again with a recent torch"
+                    f"{path}: is not a zip archive, which torch.save writes since torch 1.6; load it in the program "
+                    "that wrote it, and save it again with a recent torch"
                 )
             archive = Archive(fd, 0, os.fstat(fd).st_size)
             if archive.has("byteorder") and archive.content("byteorder") != sys.byteorder.encode():
@@ -86,10 +86,10 @@ class TorchFile:
 
         Args:
             value: the part of the content that should be one.
-            name: of it, for messages.
+            name: its name, for messages.
 
         Raises:
-            CheckpointError: it is no tensor of a known dtype that lies contiguously.
+            CheckpointError: it is not a contiguous tensor of a known dtype.
             DamagedError: it is not inside its storage.
         """
         where = f"{self.path}: tensor {shown(name)}"

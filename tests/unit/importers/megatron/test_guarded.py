@@ -65,7 +65,7 @@ def test_nothing_is_run(tmp_path: Path, kind: str, protocol: int) -> None:
     data = pickle.dumps({"weights": [payloads(mark)[kind]]}, protocol)
     found = unpickle(data, "file")
     assert isinstance(found["weights"][0], Inert) and not mark.exists()
-    with pytest.raises(CheckpointError, match="file: .*no place in such a file.*nothing of it was run"):
+    with pytest.raises(CheckpointError, match="file: .*does not belong in such a file.*nothing of it was run"):
         unpickle(data, "file", known=("collections", "torch._utils._rebuild_tensor_v2"))
     assert not mark.exists()
     # It would have been, so that this test shows something.
@@ -187,8 +187,8 @@ def test_what_this_process_has_at_hand_for_pickles_is_out_of_reach() -> None:
         (0, (2**40, 2**40), (2**40, 1), "does not fit 48 bytes"),
         (-1, (3,), (1,), "not a tensor as torch.save writes it"),
         (0, (-3,), (1,), "not a tensor as torch.save writes it"),
-        (0, (4, 3), (1, 4), "does not lie contiguously"),
-        (0, (4, 3), (0, 1), "does not lie contiguously"),
+        (0, (4, 3), (1, 4), "is not contiguous"),
+        (0, (4, 3), (0, 1), "is not contiguous"),
         (0, (3,), (4, 1), "tensor 'x'"),
         (0, 3, 1, "tensor 'x'"),
         (0.0, (3.0,), (True,), "tensor 'x'"),

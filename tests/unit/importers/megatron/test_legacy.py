@@ -433,7 +433,7 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda content: _encoder(content).update({FC2: torch.ones(64, 55)}), f"encoder.{FC2}' has shape [64, 55], but"),
     (lambda content: _encoder(content).update({FC2: torch.ones(64, 56).half()}), "is of torch.float16, but"),
     (lambda content: _encoder(content).update({FC2: torch.ones(64, 56).int()}), "is of torch.int32, but"),
-    (lambda content: _encoder(content).update({FC2: torch.ones(56, 64).T}), "does not lie contiguously"),
+    (lambda content: _encoder(content).update({FC2: torch.ones(56, 64).T}), "is not contiguous"),
     (lambda content: _encoder(content).update({FC2: "text"}), f"{FC2}'"),
     (lambda content: _encoder(content).update({FC2: torch.ones(64, 56).to_sparse()}), f"{FC2}'"),
 ]

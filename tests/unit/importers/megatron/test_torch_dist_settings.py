@@ -193,7 +193,7 @@ def test_an_export_is_checked_before_anything_is_written(saved_model: Callable[.
 
 def test_windows_of_some_layers_without_norms_or_biases_are_of_no_family() -> None:
     args = to_args(changed("mistral"), 256) | {"window_attn_skip_freq": [1, 0, 1, 0]}
-    with pytest.raises(CheckpointError, match="window_size are together those of no supported family"):
+    with pytest.raises(CheckpointError, match="no supported family has this combination of add_bias_linear"):
         derive_config(Args("args", args), torch.float32)
 
 
