@@ -1,1 +1,2 @@
-"""Run configuration: dataclasses (schema), loading (load, strict), checks against the model (check, exits)."""
+"""Run configuration: dataclasses (schema), loading (load), checks (check, exits, validation), untrusted files
+(untrusted)."""
