@@ -1,4 +1,4 @@
-"""Tensors that no file holds: copies, constants, random values and products of others, computed as they are read.
+"""Tensors that no file holds: copies, constants, random values, parts and products of others, made as they are read.
 
 Values are computed in tiles of whole rows, whose bounds depend only on the shape. So every value is the same for all
 boxes in which the tensor is read.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,6 +79,62 @@ def low_rank_sum(
     files = tuple(dict.fromkeys((*w0.files, *b.files, *a.files)))
     made = f"{_described(*base)} + {_described(*up)} @ {_described(*down)}"
     return StoredTensor(dtype, w0.shape, _tiled(w0.shape, dtype, bounds, compute), files, made)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``count`` rows of ``tensor`` from row ``first``."""
+
+    tensor: StoredTensor
+    first: int
+    count: int
+
+
+def join_rows(runs: Sequence[Rows], made: str) -> StoredTensor:
+    """The tensor of the concatenated rows of ``runs``. All other dimensions must be equal.
+
+    Args:
+        runs: at least one.
+        made: description of the tensor; see ``StoredTensor``.
+    """
+    ends = list(itertools.accumulate(run.count for run in runs))
+
+    def read(out: Tensor, offset: Sequence[int]) -> None:
+        row, stop = offset[0], offset[0] + len(out)
+        assert 0 <= row and stop <= ends[-1], "a box must be inside the tensor"
+        index = bisect.bisect_right(ends, row)
+        while row < stop:
+            run, count = runs[index], min(ends[index], stop) - row
+            within = run.first + row - (ends[index] - run.count)
+            run.tensor.read(out[row - offset[0] : row - offset[0] + count], (within, *offset[1:]))
+            row, index = row + count, index + 1
+
+    files = tuple(dict.fromkeys(file for run in runs for file in run.tensor.files))
+    like = runs[0].tensor
+    return StoredTensor(like.dtype, (ends[-1], *like.shape[1:]), read, files, made)
+
+
+def join_columns(parts: Sequence[StoredTensor], made: str) -> StoredTensor:
+    """The matrix of the concatenated columns of ``parts``, which all have the same shape."""
+    rows, width = parts[0].shape
+
+    def read(out: Tensor, offset: Sequence[int]) -> None:
+        start, stop = offset[1], offset[1] + out.shape[1]
+        for rank in range(start // width, -(-stop // width)):
+            first, end = max(start, rank * width), min(stop, (rank + 1) * width)
+            parts[rank].read(out[:, first - start : end - start], (offset[0], first - rank * width))
+
+    files = tuple(file for part in parts for file in part.files)
+    return StoredTensor(parts[0].dtype, (rows, width * len(parts)), read, files, made)
+
+
+def take_layer(stacked: StoredTensor, index: int) -> StoredTensor:
+    """Tensor ``index`` of a stack along a leading axis."""
+
+    def read(out: Tensor, offset: Sequence[int]) -> None:
+        stacked.read(out.unsqueeze(0), (index, *offset))
+
+    return StoredTensor(stacked.dtype, stacked.shape[1:], read, stacked.files, f"{stacked.made}[{index}]")
 
 
 def _described(name: str, tensor: StoredTensor) -> str:

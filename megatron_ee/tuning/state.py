@@ -39,7 +39,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class RunProgress(Strict, frozen=False):
-    """RunProgress of a run.
+    """Progress of a run.
 
     Attributes:
         step: steps completed.

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.derived import Rows, join_columns, join_rows
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, shown
@@ -38,7 +38,6 @@ from megatron_ee.importers.megatron.opening import (
     require_trust,
     tracked_iteration,
 )
-from megatron_ee.importers.megatron.rows import Run, join_rows
 from megatron_ee.model.names import blocks
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -219,14 +218,14 @@ def _join(
     if source.kind == "whole":
         return {source.names[0]: dataclasses.replace(parts[0], made=made)}
     if source.kind == "columns":
-        return {source.names[0]: _join_columns(parts, made)}
-    runs: dict[str, list[Run]] = {name: [] for name in source.names}
+        return {source.names[0]: join_columns(parts, made)}
+    runs: dict[str, list[Rows]] = {name: [] for name in source.names}
     for rank, part in enumerate(parts):
         # Only a map from its rows to rows of the released tensors, in the order of the ranks.
         held = torch.empty(part.shape, dtype=part.dtype, device="meta")
         for block in blocks(held, source, arch, rank, size):
             first = block.tensor.storage_offset() // math.prod(part.shape[1:])
-            runs[block.name].append(Run(part, first, len(block.tensor)))
+            runs[block.name].append(Rows(part, first, len(block.tensor)))
     return {name: join_rows(found, f"{name} of {made}") for name, found in runs.items()}
 
 
@@ -238,17 +237,3 @@ def _rank_shape(source: Source, shapes: Shapes, size: int) -> tuple[int, ...]:
     if source.kind == "columns":
         return first[0], first[1] // size
     return -(-sum(shapes[name][0] for name in source.names) // size), *first[1:]
-
-
-def _join_columns(parts: Sequence[StoredTensor], made: str) -> StoredTensor:
-    """The matrix of the concatenated columns of ``parts``, which all have the same shape."""
-    rows, width = parts[0].shape
-
-    def read(out: Tensor, offset: Sequence[int]) -> None:
-        start, stop = offset[1], offset[1] + out.shape[1]
-        for rank in range(start // width, -(-stop // width)):
-            first, end = max(start, rank * width), min(stop, (rank + 1) * width)
-            parts[rank].read(out[:, first - start : end - start], (offset[0], first - rank * width))
-
-    files = tuple(file for part in parts for file in part.files)
-    return StoredTensor(parts[0].dtype, (rows, width * len(parts)), read, files, made)

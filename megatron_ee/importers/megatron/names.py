@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megatron_ee.checkpoint.derived import constant
+from megatron_ee.checkpoint.derived import Rows, constant, join_rows
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError
 from megatron_ee.families.family import LLAMA_LAYER, Source
 from megatron_ee.families.weights import EMBEDDING, FINAL_NORM, LM_HEAD, expected_tensors
 from megatron_ee.importers.megatron.legacy_names import CORE_FUSED, CORE_LAYER
-from megatron_ee.importers.megatron.rows import Run, join_rows
 
 CORE = {**CORE_LAYER, **CORE_FUSED}
 SPLIT = {
@@ -111,11 +110,11 @@ def released_parts(
     """
     if fused.shape == shapes[source.names[0]]:
         return {source.names[0]: fused}
-    runs: dict[str, list[Run]] = {name: [] for name in source.names}
+    runs: dict[str, list[Rows]] = {name: [] for name in source.names}
     row = 0
     for name, first, count in row_runs(source, shapes, arch):
         assert first == sum(run.count for run in runs[name]), "the runs of a released tensor come in its order"
-        runs[name].append(Run(fused, row, count))
+        runs[name].append(Rows(fused, row, count))
         row += count
     how = f"{source.kind}, {arch.num_heads} heads in {arch.num_kv_heads} groups"
     return {name: join_rows(found, f"{name} of {fused.made} ({how})") for name, found in runs.items()}
@@ -136,10 +135,10 @@ def fuse(source: Source, backbone: Mapping[str, StoredTensor], arch: Architectur
     if len({backbone[name].dtype for name in source.names}) > 1:
         found = ", ".join(f"{name} is {backbone[name].dtype}" for name in source.names)
         raise CheckpointError(f"{found}: Megatron fuses them; convert them to one dtype first")
-    runs = [Run(backbone[name], first, count) for name, first, count in row_runs(source, shapes, arch)]
+    runs = [Rows(backbone[name], first, count) for name, first, count in row_runs(source, shapes, arch)]
     like, total = backbone[source.names[0]], fused_shape(source, shapes)[0]
     if rows > total:
-        runs.append(Run(constant(0, (rows - total, *like.shape[1:]), like.dtype), 0, rows - total))
+        runs.append(Rows(constant(0, (rows - total, *like.shape[1:]), like.dtype), 0, rows - total))
     parts = ", ".join(f"{name} {backbone[name].made}".strip() for name in source.names)
     return join_rows(runs, f"{source.kind} of {parts} ({arch.num_heads} heads in {arch.num_kv_heads} groups)")
 

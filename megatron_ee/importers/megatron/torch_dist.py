@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from megatron_ee.checkpoint.contents import Contents
+from megatron_ee.checkpoint.derived import take_layer
 from megatron_ee.checkpoint.hf_directory import released_assets
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.untrusted import open_regular, read_json
@@ -41,7 +42,6 @@ from megatron_ee.importers.megatron.opening import (
     require_trust,
     tracked_iteration,
 )
-from megatron_ee.importers.megatron.rows import take_layer
 from megatron_ee.importers.megatron.settings import bridge_args
 from megatron_ee.importers.megatron.torch_file import TorchFile
 
