@@ -1,7 +1,7 @@
 """The one traversal of decoder layers, for tuning, validation, inference and compiled code.
 
-A *place* between layers is named by a number: 0 is the embedding's output, k is what an exit after layer k reads. That
-is h_k, or, where the exit reads there, the residual r_k between the two halves of layer k.
+A *depth* is a point between layers, named by a number: 0 is the embedding's output, k is where an exit after layer k
+reads. That is h_k, or, for some exits, the residual r_k between the two halves of layer k.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def run_segment(
     positions: Positions,
     cache: Callable[[int], LayerCache | None] = lambda layer: None,
 ) -> Tensor:
-    """Run layers from one place to another, without regard to taps between them.
+    """Run layers from one depth to another, without regard to taps between them.
 
     Args:
         layers: the frozen layers.
-        taps: what is read at which place: it decides where in layers ``start`` and ``stop`` the run begins and ends.
-        start: place of ``x``.
-        stop: place of the result. Where it is ``start``, the result is h after that layer.
+        taps: what is read at which depth: it decides where in layers ``start`` and ``stop`` the run begins and ends.
+        start: depth of ``x``.
+        stop: depth of the result. Where it is ``start``, the result is h after that layer.
         x: ``[seq, batch, hidden]``.
         positions: of the tokens.
         cache: gives a layer's cache of keys and values; None where ``x`` holds whole sequences.
@@ -62,27 +62,27 @@ def run_layers(
     *,
     to_hidden: bool = False,
 ) -> Tensor:
-    """Run layers from one place to another, calling ``at_tap`` at each tap on the way and at ``stop``.
+    """Run layers from one depth to another, calling ``at_tap`` at each tap on the way and at ``stop``.
 
     Args:
-        run: ``run_segment`` of the tokens at hand, or compiled code that does the same, from a place to a place.
+        run: ``run_segment`` of the tokens at hand, or compiled code that does the same, from a depth to a depth.
         taps: as for ``run_segment``.
-        start: place of ``x``.
-        stop: place where the run ends.
+        start: depth of ``x``.
+        stop: depth where the run ends.
         x: ``[seq, batch, hidden]``.
-        at_tap: is given a place and the tap there, and returns what goes on: the tap, or the tap with the deferred
-            tokens that wait at this place.
+        at_tap: is given a depth and the tap there, and returns what goes on: the tap, or the tap with the deferred
+            tokens that wait at this depth.
         to_hidden: go on to h after layer ``stop`` where the tap there is the residual.
 
     Returns:
         ``[seq, batch, hidden]``.
     """
-    for place in (*(layer for layer in sorted(taps) if start < layer < stop), stop):
-        if place > start:
-            x = run(start, place, x)
-            if place in taps:
-                x = at_tap(place, x)
-            start = place
+    for depth in (*(layer for layer in sorted(taps) if start < layer < stop), stop):
+        if depth > start:
+            x = run(start, depth, x)
+            if depth in taps:
+                x = at_tap(depth, x)
+            start = depth
     if to_hidden and taps.get(stop) == "residual":
         x = run(stop, stop, x)
     return x

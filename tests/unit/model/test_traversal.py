@@ -24,7 +24,7 @@ def stage(saved_model: Any, load_stage: Any) -> Stage:
 
 
 def traverse(stage: Stage, start: int, x: Tensor, *, to_hidden: bool) -> tuple[Tensor, dict[int, Tensor]]:
-    """From a place to the last one, and what was found at each tap."""
+    """From a depth to the last one, and what was found at each tap."""
     positions, found = stage.backbone.positions(len(x)), {}
 
     def run(first: int, last: int, x: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ def test_it_goes_on_from_every_tap(stage: Stage, tokens: Tensor) -> None:
     embedded = stage.backbone.embed(tokens.to(platform.device()))
     h, taps = traverse(stage, 0, embedded, to_hidden=True)
     assert list(taps) == [1, 2, LAST]
-    for place, tap in taps.items():
-        again, later = traverse(stage, place, tap, to_hidden=True)
-        assert torch.equal(again, h) and list(later) == [layer for layer in taps if layer > place]
-        at_end, _ = traverse(stage, place, tap, to_hidden=False)
+    for depth, tap in taps.items():
+        again, later = traverse(stage, depth, tap, to_hidden=True)
+        assert torch.equal(again, h) and list(later) == [layer for layer in taps if layer > depth]
+        at_end, _ = traverse(stage, depth, tap, to_hidden=False)
         assert torch.equal(at_end, taps[LAST]), "the tap of an mlp exit is the residual"
     assert not torch.equal(h, taps[LAST])
 
