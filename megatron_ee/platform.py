@@ -1,9 +1,9 @@
-"""Device, dtype and communication backend: what differs between CPU and GPU.
+"""Device, dtype and communication backend: the differences between CPU and GPU.
 
-megatron-core is written for CUDA. Where no accelerator is present, a small stand-in lets its unchanged code run on
-the CPU with gloo: ``stand_in`` replaces a few ``torch.cuda`` functions for as long as it is open, which costs nothing
-per operation, and ``translated`` sends ``device="cuda"`` to the CPU around the calls that construct or step
-megatron-core's optimizer. Both do nothing on a GPU.
+megatron-core is written for CUDA. Without an accelerator, a small stand-in lets its unchanged code run on the CPU with
+gloo. ``stand_in`` replaces a few ``torch.cuda`` functions while it is open, at no cost per operation. ``translated``
+redirects ``device="cuda"`` to the CPU around the calls that construct or step megatron-core's optimizer. Both do
+nothing on a GPU.
 """
 
 from __future__ import annotations
@@ -40,59 +40,59 @@ def has_accelerator() -> bool:
 
 
 def device() -> torch.device:
-    """The device this process computes on."""
+    """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else torch.device("cpu")
 
 
 def cpp_compiler() -> tuple[str, bool]:
-    """The C++ compiler that torch is to take, ``CXX`` or g++, and whether it is there."""
+    """The C++ compiler that torch uses, ``CXX`` or g++, and whether it exists."""
     compiler = os.environ.get("CXX", "g++")
     return compiler, shutil.which(compiler) is not None
 
 
 def communication_backend() -> str:
-    """The ``torch.distributed`` backend for that device."""
+    """The ``torch.distributed`` backend for this process's device."""
     return "nccl" if has_accelerator() else "gloo"
 
 
 def synchronize() -> None:
-    """Wait for queued device work, so that a host clock measures it."""
+    """Wait for queued device work, so that a clock on the host measures it."""
     if has_accelerator():
         torch.cuda.synchronize()
 
 
 def to_device(tensor: torch.Tensor, where: torch.device | None = None) -> torch.Tensor:
-    """A host tensor on a device, through page-locked memory: the host does not wait for the copy.
+    """Copy a host tensor to a device through page-locked memory, without making the host wait.
 
-    Each call takes one copy and some microseconds: put what is needed together into one tensor.
+    Each call costs one copy and some microseconds, so combine values into one tensor.
 
     Args:
-        where: by default this process's device.
+        where: the device; by default this process's.
     """
     where = device() if where is None else where
     return tensor.pin_memory().to(where, non_blocking=True) if queues_work(where) else tensor
 
 
 def loads_kernels_lazily() -> bool:
-    """Whether the first use of a kernel loads it, for which the device may have to finish all queued work."""
+    """Whether a kernel is loaded at its first use, which may wait for all queued device work."""
     return has_accelerator()
 
 
 class DeviceTimer:
-    """Measures the device work that is queued between its creation and ``stop``. The host waits in ``seconds`` alone.
+    """Measures the device work that is queued between its creation and ``stop``. The host waits only in ``seconds``.
 
-    Only for work of the current stream: nothing that other processes have to do is waited for.
+    It measures only work of the current stream, not waits for other processes.
     """
 
     def __init__(self) -> None:
         self._start = self._end = _mark()
 
     def stop(self) -> None:
-        """All that is measured has been queued."""
+        """End of the measured work."""
         self._end = _mark()
 
     def seconds(self) -> float:
-        """How long the work took; waits until it is done."""
+        """Duration of the work; waits until the work is done."""
         if isinstance(self._end, float):
             return float(self._end - self._start)
         self._end.synchronize()
@@ -100,7 +100,7 @@ class DeviceTimer:
 
 
 def _mark() -> Any:
-    """This point of the current stream; of the clock where there is no accelerator."""
+    """The current point of the stream; the current time without an accelerator."""
     if not has_accelerator():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -109,21 +109,21 @@ def _mark() -> Any:
 
 
 def queues_work(device: torch.device) -> bool:
-    """Whether operations on a device are only queued: reading a result then waits for all that is queued before it."""
+    """Whether a device queues operations. Reading a result then waits for all earlier operations."""
     return device.type != "cpu"
 
 
 def host_buffer(nbytes: int, instead: str = "checkpoint.asynchronous to false") -> torch.Tensor:
-    """Bytes in host memory, uint8 [nbytes]; page-locked where there is an accelerator, so that it copies there itself.
+    """Bytes in host memory, uint8 [nbytes]; page-locked if there is an accelerator, for asynchronous copies.
 
-    Not ``pin_memory=True``, which rounds up to a power of two. The memory is unlocked when this tensor object is gone:
-    keep it for as long as its views.
+    Not ``pin_memory=True``, which rounds up to a power of two. The memory is unlocked when this tensor object is freed,
+    so keep it as long as its views.
 
     Args:
-        instead: which setting does without the buffer, for the error.
+        instead: a setting that avoids the buffer, for the message.
 
     Raises:
-        UserError: the system does not let this process lock so much.
+        UserError: the system does not let this process lock so much memory.
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     if has_accelerator() and nbytes > 0:
@@ -138,10 +138,10 @@ def host_buffer(nbytes: int, instead: str = "checkpoint.asynchronous to false") 
 
 
 def peak_memory() -> int:
-    """Largest memory held so far, in bytes: of the device, or of the process where there is none."""
+    """Peak memory so far, in bytes: of the device, or of the process if there is no accelerator."""
     if has_accelerator():
         return torch.cuda.max_memory_allocated()
-    # Not getrusage's on Linux: a process that another one started begins there with the peak of the one that did.
+    # Not getrusage's value on Linux, since a child process starts with its parent's peak there.
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
@@ -149,19 +149,20 @@ def peak_memory() -> int:
 
 
 def memory_name() -> str:
-    """Names the memory that this process computes in: its device's, or its machine's. Those that share it agree.
+    """Name of the memory that this process uses: its device's, or its machine's. Processes with the same memory get
+    equal names.
 
-    Numbers of devices do not tell: each process may see its own device alone, as number 0.
+    Device numbers are not enough: each process may see only its own device, as number 0.
     """
     host = socket.gethostname()
     return f"{host} {torch.cuda.get_device_properties(device()).uuid}" if has_accelerator() else host
 
 
 def free_memory(processes: int = 1) -> int:
-    """Bytes that this process can still take: of its device, or of the machine where there is none.
+    """Bytes that this process can still allocate: of its device, or of the machine if there is no accelerator.
 
     Args:
-        processes: that share this memory: those with the same ``memory_name``.
+        processes: number of processes with the same ``memory_name``.
     """
     if has_accelerator():
         return int(torch.cuda.mem_get_info()[0]) // processes
@@ -185,23 +186,23 @@ def multiplies_bfloat16() -> bool:
 
 
 def is_slow(dtype: str) -> bool:
-    """Whether this device takes several times as long in ``dtype`` as in float32, for more than one row."""
+    """Whether this device is several times slower in ``dtype`` than in float32, for more than one row."""
     return dtype == "bfloat16" and not has_accelerator() and not multiplies_bfloat16()
 
 
 def groups_heads(dtype: torch.dtype) -> bool:
-    """Whether a fused attention kernel takes fewer key-value heads than query heads (``enable_gqa``).
+    """Whether a fused attention kernel supports fewer key-value heads than query heads (``enable_gqa``).
 
-    On a GPU those of 16-bit types do. The one for float32 does not: torch would compute all scores at once.
+    On a GPU the kernels for 16-bit types do. The kernel for float32 does not: torch would compute all scores at once.
     """
     return not (has_accelerator() and dtype == torch.float32)
 
 
 @contextlib.contextmanager
 def tuning_attention() -> Iterator[None]:
-    """While open, scaled dot product attention takes the fastest kernel for tuning: flash, then cuDNN's.
+    """While open, scaled dot product attention uses the fastest kernel for tuning: flash, then cuDNN's.
 
-    Every microbatch has the same shape, so that cuDNN plans once for each kind of layer.
+    Every microbatch has the same shape, so cuDNN plans once per kind of layer.
     """
     with _attention_kernels("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         yield
@@ -209,9 +210,9 @@ def tuning_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def inference_attention() -> Iterator[None]:
-    """While open, scaled dot product attention takes the fastest kernel for inference, but never cuDNN's.
+    """While open, scaled dot product attention uses the fastest kernel for inference, but never cuDNN's.
 
-    cuDNN plans anew for each shape, and the number of keys grows with every token.
+    cuDNN makes a plan per shape, and the number of keys grows with every token.
     """
     with _attention_kernels("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         yield
@@ -219,9 +220,9 @@ def inference_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention_kernels(*names: str) -> Iterator[None]:
-    """Allow these kernels alone, the first one that can take a call; on a CPU torch's own choice stands.
+    """Allow only these kernels; torch uses the first one that supports a call. On a CPU torch chooses.
 
-    The setting is the process's. Backward takes the kernel of its forward pass.
+    The setting is global to the process. Backward uses the kernel of its forward pass.
     """
     if not has_accelerator():
         yield
@@ -233,16 +234,16 @@ def _attention_kernels(*names: str) -> Iterator[None]:
 
 
 def zero_(tensor: torch.Tensor) -> None:
-    """Fill a contiguous tensor with zeros. On a CPU its memory goes back to the system until it is written again."""
+    """Fill a contiguous tensor with zeros. On a CPU its memory is returned to the system until it is written again."""
     if tensor.is_cpu and sys.platform == "linux" and _give_back(tensor):
         return
     tensor.zero_()
 
 
 def _give_back(tensor: torch.Tensor) -> bool:
-    """Let the system take the memory of a tensor on a Linux host, and give out zeroed pages; False where it will not.
+    """Return the memory of a tensor to the system on a Linux host, which gives zeroed pages later; False if this fails.
 
-    It does in private memory of no file, as any allocator's is.
+    It works for private anonymous memory, which all allocators use.
     """
     page, begin = resource.getpagesize(), tensor.data_ptr()
     first, end = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
@@ -257,15 +258,15 @@ def _give_back(tensor: torch.Tensor) -> bool:
 
 
 def return_freed_memory(hidden_size: int = 256) -> None:
-    """On a CPU, let large tensors go back to the system when they are freed, for the rest of the process.
+    """On a CPU, return large tensors to the system when they are freed, for the rest of the process.
 
-    glibc learns to keep what is freed up to 32 MB, to give it out again; between tensors of many sizes that piles up:
-    measured in a tuning step with 4 exits, 173 of 2836 MB. Fresh pages take 4% of its time instead. What the user
-    has set in the environment stands.
+    By default glibc adapts to keep freed blocks of up to 32 MB for reuse. With tensors of many sizes these accumulate:
+    173 of 2836 MB, measured in a tuning step with 4 exits. New pages cost 4% of the time instead. Settings of the
+    user's environment take precedence.
 
     Args:
-        hidden_size: of the model: the wider, the more is computed on each page. Up to 256 only tensors from 4 MB on go
-            back (from 1 MB on, tuning would be a fifth slower), for 1024 and more those from 1 MB on.
+        hidden_size: of the model. A wider model computes more per page. Up to 256, tensors from 4 MB on are returned
+            (from 1 MB on, tuning would be a fifth slower); for 1024 and more, tensors from 1 MB on.
     """
     m_mmap_threshold = -3  # of malloc.h
     if not has_accelerator() and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
@@ -275,7 +276,7 @@ def return_freed_memory(hidden_size: int = 256) -> None:
 
 @contextlib.contextmanager
 def _hidden(*names: str) -> Iterator[None]:
-    """Let these packages look missing to what is imported meanwhile, unless they are loaded already."""
+    """Make these packages look missing to imports in this context, unless they are loaded already."""
     hidden = [name for name in names if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -288,27 +289,27 @@ def _hidden(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Import megatron-core without words about missing optional packages or CUDA, any apex, and torch's compiler.
+    """Import megatron-core without warnings about missing optional packages or CUDA, without apex and torch's compiler.
 
-    It takes whatever apex goes by that name, with kernels or without: ``parallel.adam`` finds out which one works.
-    And it marks fused functions for compilation, none of which are used here, which would make every process load
-    the compiler: two thirds of the time that the imports take, and half of their memory.
+    megatron-core imports any package named apex, with or without kernels; ``parallel.adam`` finds out which one works.
+    It also marks fused functions for compilation, none of which are used here. This would make every process load the
+    compiler, which is two thirds of the imports' time and half of their memory.
     """
     uncompiled = mock.patch.object(torch, "compile", lambda function: function)
-    # A build of torch with CUDA says so where it finds a CUDA compiler, but no GPU.
+    # A CUDA build of torch warns if it finds a CUDA compiler, but no GPU.
     no_cuda = mock.patch.object(logging.getLogger("torch.utils.cpp_extension"), "disabled", True)
     with warnings.catch_warnings(), _hidden("apex", "amp_C"), uncompiled, no_cuda:
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
-        # Of its decorators, which torch has renamed since.
+        # Warnings about its decorators, which torch has renamed since.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
         yield
 
 
 def without_compiler(*methods: Any) -> None:
-    """Let methods that torch keeps out of its compiler run without loading it, for the rest of the process.
+    """Let methods that torch excludes from its compiler run without loading it, for the rest of the process.
 
-    Torch loads it at their first call, to say so: 25 MB of every process, where nothing is compiled.
+    torch loads it at their first call, to mark them: 25 MB per process, although nothing is compiled.
     """
     for method in methods:
         plain = getattr(method, "__wrapped__", method)
@@ -317,22 +318,22 @@ def without_compiler(*methods: Any) -> None:
 
 
 def quiet_runtime() -> None:
-    """Silence, for the rest of the process, what megatron-core says, or makes torch say, while it is used.
+    """Silence warnings of megatron-core, and of torch because of it, for the rest of the process.
 
-    None of it is for a user to act on: older names of collectives, and a gradient that its optimizer looks for.
+    Users cannot act on them: they are about older names of collectives, and a gradient that its optimizer reads.
     """
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed.*")
     warnings.filterwarnings("ignore", message=".*The .grad attribute of a Tensor that is not a leaf.*")
     warnings.filterwarnings("ignore", message=".*tp_group is None, using default tp group.*")
     warnings.filterwarnings("ignore", message=".*set the environment variable CUDA_DEVICE_MAX_CONNECTIONS.*")
-    # Data may be opened before the processes have met.
+    # Data may be opened before the processes are connected.
     warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed.*")
-    # From 0.18 on it advises to compute the layout of its buffers ahead, which comes out the same.
+    # From 0.18 on it advises to compute the layout of its buffers in advance, which gives the same layout.
     logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
 
 
 class _CudaOnCpu(TorchFunctionMode):
-    """Factory calls that name a CUDA device go to the CPU; ``Tensor.type()`` answers as on a GPU."""
+    """Factory calls that name a CUDA device use the CPU; ``Tensor.type()`` returns the name as on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -346,7 +347,8 @@ class _CudaOnCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Run megatron-core calls that allocate on ``"cuda"``; a mode left on would slow every operation."""
+    """Run megatron-core calls that allocate on ``"cuda"``. Used only around these, since the mode slows every
+    operation."""
     if has_accelerator():
         yield
         return
@@ -363,7 +365,7 @@ def stand_in() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in {
             "current_device": lambda: torch.device("cpu"),
-            "current_stream": lambda *_: None,  # where megatron-core would wait for CUDA graphs that there are none of
+            "current_stream": lambda *_: None,  # megatron-core would wait here for CUDA graphs, which are not used
             "synchronize": lambda *_: None,
             "empty_cache": lambda: None,
         }.items():

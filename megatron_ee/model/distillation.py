@@ -1,7 +1,7 @@
-"""Learning from the final exit beside the labels (design: the tuning step; soft targets of arXiv 1503.02531).
+"""Distillation from the final exit, besides the labels (design: the tuning step; soft targets of arXiv 1503.02531).
 
-The final exit's distribution of a token is kept as its most probable tokens alone, which is little enough to send to
-the stages that host exits. ``exit_loss`` compares an exit with it chunk by chunk, through ``SoftTargets``.
+Only the most probable tokens of the final exit's distribution are kept, so that it is small enough to send to the
+stages that host exits. ``exit_loss`` compares an exit with it in chunks of tokens, through ``SoftTargets``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from megatron_ee.model.backbone import VocabHead
 from megatron_ee.parallel.tiles import TOP_RUN
 
 LEAST_REST = 1e-6
-"""What an exit's probability of all tokens that the teacher does not keep counts as at least: below, it is rounding."""
+"""Lower bound of an exit's total probability of the tokens that the teacher does not keep; smaller values are rounding
+errors."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Teacher:
     """The final exit's most probable tokens, the most probable first.
 
     Attributes:
-        ids: ``[tokens, k]`` int64, global token ids.
+        ids: ``[tokens, k]`` int64, token ids of the whole vocabulary.
         log_probabilities: ``[tokens, k]`` float32, of the softmax over the whole vocabulary at the temperature.
     """
 
@@ -34,14 +35,14 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What an exit learns from besides the label.
+    """The teacher and the loss weights of distillation.
 
     The loss of a token is ``cross_entropy * CE + kl * temperature^2 * KL(p || q)``: p the teacher's distribution over
-    the tokens that are kept of it and all others as one, q the exit's over the same, both at ``temperature``. Without
-    the others an exit would learn that they never come, and lose in cross-entropy and calibration.
+    the kept tokens and all others as one, q the exit's over the same, both at ``temperature``. Without the others an
+    exit would learn that they never occur, which harms cross-entropy and calibration.
 
     Attributes:
-        teacher: made at the same temperature.
+        teacher: computed at the same temperature.
     """
 
     teacher: Teacher
@@ -51,10 +52,10 @@ class Distillation:
 
 
 class SoftTargets:
-    """The teacher's distributions over one chunk's tokens, and where the exit stands to them.
+    """The teacher's distributions for one chunk of tokens, and the exit's loss against them.
 
-    Used in this order: ``read`` before the chunk's logits are exponentiated, ``compare`` with the sums over all
-    tensor-parallel ranks, then the others.
+    Call order: ``read`` before the chunk's logits are exponentiated, ``compare`` with the sums over all tensor-parallel
+    ranks, then the other methods.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class SoftTargets:
         Args:
             distillation: teacher of all tokens, and weights.
             part: the chunk.
-            columns: ``[chunk, k]`` int64, each id's column in this rank's logits, any where it is another rank's.
-            here: ``[chunk, k]`` bool, whether it is this rank's.
-            tempered: room for ``[chunk, padded_vocab / tp]`` float32, where the temperature is not 1.
+            columns: ``[chunk, k]`` int64, each id's column in this rank's logits; any value if the id belongs to
+                another rank.
+            here: ``[chunk, k]`` bool, whether the id belongs to this rank.
+            tempered: scratch ``[chunk, padded_vocab / tp]`` float32, if the temperature is not 1.
         """
         self.temperature, self.columns, self.here, self.tempered = distillation.temperature, columns, here, tempered
         self.cross_entropy, self.kl = distillation.cross_entropy, distillation.kl
@@ -75,10 +77,11 @@ class SoftTargets:
         self.rest = (1 - self.probabilities.sum(dim=1)).clamp(min=0)
 
     def read(self, logits: Tensor) -> list[Tensor]:
-        """What ``compare`` needs summed over the tensor-parallel ranks, from logits less their maximum, ``[chunk]``.
+        """The values that ``compare`` needs summed over tensor-parallel ranks, each ``[chunk]``, from logits minus
+        their maximum.
 
-        The teacher's mean of the logits and the sum of the exponentials, both over the tokens it keeps; where the
-        temperature is not 1, also the sum of all exponentials at it.
+        These are the teacher's mean of the logits and the sum of the exponentials, both over its kept tokens. If the
+        temperature is not 1, also the sum of all exponentials at this temperature.
         """
         own = torch.where(self.here, logits.gather(1, self.columns) / self.temperature, 0.0)
         self.kept = torch.where(self.here, own.exp(), 0.0)
@@ -89,7 +92,8 @@ class SoftTargets:
         return sums
 
     def compare(self, total: Tensor, mean_logit: Tensor, kept: Tensor, tempered_total: Tensor | None = None) -> None:
-        """Take the sums over the whole vocabulary; ``total``: of the exponentials at temperature 1, ``[chunk]``."""
+        """Receive the sums over the whole vocabulary. ``total``: sum of the exponentials at temperature 1,
+        ``[chunk]``."""
         self.total = total if tempered_total is None else tempered_total
         rest = (1 - kept / self.total).clamp(min=LEAST_REST)
         self.ratio = self.rest / rest
@@ -102,16 +106,15 @@ class SoftTargets:
         return self.cross_entropy * nll + self.kl * self.temperature**2 * self.divergence
 
     def scales(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of the exit's probabilities at temperature 1 and of the label in the gradient of the logits."""
-        # At temperature 1 the divergence pushes on the same probabilities as the cross-entropy.
+        """Factors of the exit's probabilities at temperature 1, and of the label, in the gradient of the logits."""
+        # At temperature 1 the divergence and the cross-entropy use the same probabilities.
         own = self.cross_entropy + (self.kl * (1 - self.ratio) if self.tempered is None else 0.0)
         return scale * own, scale * self.cross_entropy
 
     def add_gradient_(self, gradient: Tensor, scale: Tensor) -> None:
-        """Add what ``scales`` has not of the gradient, which is ``scale * kl * temperature`` times
-
-        ``q - p`` for the tokens that are kept, and ``q * (1 - ratio)`` for the others: ``ratio`` is how much more
-        probable the teacher takes all of them to be.
+        """Add the part of the gradient that ``scales`` does not cover. It is ``scale * kl * temperature`` times ``q -
+        p`` for the kept tokens, and times ``q * (1 - ratio)`` for the others. ``ratio`` is the teacher's total
+        probability of the others divided by the exit's.
         """
         pull = scale * (self.kl * self.temperature)
         if self.tempered is not None:
@@ -124,15 +127,15 @@ class SoftTargets:
 def teacher_top_k(
     z: Tensor, head: VocabHead, group: dist.ProcessGroup, k: int, temperature: float = 1.0, *, chunk_tokens: int = 512
 ) -> Teacher:
-    """The ``k`` most probable tokens of the final exit; of equal logits the lower token id first.
+    """The ``k`` most probable tokens of the final exit. Among equal logits the lower token id comes first.
 
     Args:
         z: ``[tokens, hidden]``, after the final norm, equal on all tensor-parallel ranks.
         head: this rank's rows of the frozen LM head.
-        group: tensor-parallel ranks; all get the same.
-        k: tokens to keep; of a smaller vocabulary all are.
+        group: tensor-parallel ranks; all get the same result.
+        k: number of tokens to keep; a smaller vocabulary is kept whole.
         temperature: divides the logits.
-        chunk_tokens: tokens whose logits exist at one time.
+        chunk_tokens: tokens whose logits exist at a time.
     """
     weight, tokens = head.weight, len(z)
     width = min(k, len(weight))
@@ -144,14 +147,14 @@ def teacher_top_k(
         logits = torch.mm(z[part], weight.t()).float().div_(temperature)
         logits[:, head.valid :] = -torch.inf
         values[part], ids[part] = _top_columns(logits, width)
-        # Finite also on a rank that has padding alone.
+        # Finite even on a rank that has only padding.
         highest = values[part, :1].clamp(min=torch.finfo(torch.float32).min)
         log_total[part] = highest + logits.sub_(highest).exp_().sum(dim=1, keepdim=True).log()
     ids += head.start
 
     if group.size() > 1:
         values, ids, log_total = (_gathered(tensor, group) for tensor in (values, ids, log_total))
-        # Ranks hold ascending ids, so a stable sort keeps the lower one first.
+        # Ranks hold ascending ids, so a stable sort keeps the lower id first.
         values, order = values.sort(dim=1, descending=True, stable=True)
         ids = ids.gather(1, order)
     k = min(k, head.vocabulary)
@@ -159,9 +162,9 @@ def teacher_top_k(
 
 
 def _top_columns(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` highest of each row and their columns, of equals the lower column first, which ``topk`` leaves open.
+    """The ``k`` highest values of each row and their columns; among equals the lower column first, unlike ``topk``.
 
-    They lie in the k runs of columns whose maxima are highest, so only those are sorted.
+    They are in the k runs of columns with the highest maxima, so only these are sorted.
     """
     run = TOP_RUN if logits.shape[1] % TOP_RUN == 0 else 1
     runs = logits.unflatten(1, (-1, run))
@@ -173,7 +176,7 @@ def _top_columns(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[tokens, n]`` of every tensor-parallel rank, side by side in order of rank."""
+    """``[tokens, n]`` of all tensor-parallel ranks, concatenated in rank order."""
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts, dim=1)

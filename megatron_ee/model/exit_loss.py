@@ -1,8 +1,8 @@
 """Loss of one exit, in chunks of tokens over a vocabulary-parallel head (design: the tuning step).
 
-The logits of a whole microbatch never exist: each chunk's are computed, turned into the loss, its statistics and its
-gradient, and dropped. Gradients are taken in the forward pass, which saves computing the logits a second time, so the
-factor of the loss (exit weight over the global batch's token count) must be known before.
+The logits of a whole microbatch never exist. Each chunk's logits are computed, turned into loss, statistics and
+gradient, and freed. Gradients are computed in the forward pass, which avoids a second computation of the logits. So the
+factor of the loss (exit weight / tokens of the global batch) must be known before.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megatron_ee.model.metrics import TokenStats
 from megatron_ee.parallel.tiles import Tiles
 
 VOCAB_RUN = 128
-"""Columns over which a maximum is taken first; the padded vocabulary is a multiple of it."""
+"""Columns of the first step of a maximum. The padded vocabulary is a multiple of it."""
 ROW_RUN = 2048
-"""Rows of a head whose gradient is computed in the model's dtype at a time, where it is."""
+"""Rows of a head whose gradient is computed at a time, if it is computed in the model's dtype."""
 CPU = Tiles()
 
 
@@ -59,18 +59,17 @@ def exit_loss(
         head: this rank's rows of the head.
         labels: ``[tokens]`` int64, global token ids.
         coefficient: ``[tokens]`` float32, factor of each token's loss: exit weight / tokens of the global batch, 0
-            where the token is masked. Gradients carry it, so the result must be backpropagated as it is, with
-            gradient 1.
+            where the token is masked. Gradients include it, so the result must be backpropagated with gradient 1.
         group: tensor-parallel ranks.
         low_rank: the trained correction of a ``low_rank`` head.
         dynamic: also weight each token by the exit's detached maximum probability (EE-LLM, arXiv 2312.04916).
-        distillation: what each token's loss is where it is not the cross-entropy alone.
-        chunk_tokens: tokens whose logits exist at one time, at most; there are ``tiles.logit_tokens`` or fewer.
-        tiles: how much the device of ``z`` works on at a time.
+        distillation: the teacher and its weights, if the loss is not only the cross-entropy.
+        chunk_tokens: largest number of tokens whose logits exist at a time, also bounded by ``tiles.logit_tokens``.
+        tiles: sizes for the device of ``z``.
 
     Returns:
-        The loss, a float32 scalar equal on all tensor-parallel ranks, and the detached statistics of each token: its
-        loss there is the cross-entropy, also with distillation.
+        The loss, a float32 scalar equal on all tensor-parallel ranks, and the detached statistics of each token. Their
+        loss is the cross-entropy, even with distillation.
     """
     hidden, up = (None, None) if low_rank is None else (low_rank.hidden, low_rank.up)
     loss, nll, confidence, top1 = _ExitLoss.apply(
@@ -89,7 +88,7 @@ def exit_statistics(
     chunk_tokens: int = 512,
     tiles: Tiles = CPU,
 ) -> TokenStats:
-    """Loss, confidence and top-1 token of each token, without gradients; arguments as for ``exit_loss``."""
+    """Loss, confidence and top-1 token of each token, without gradients; arguments as in ``exit_loss``."""
     with torch.no_grad():
         coefficient = torch.ones(len(labels), device=z.device)
         _, stats = exit_loss(
@@ -172,7 +171,7 @@ class _ExitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # Checked on the device: reading it here would make the host wait for every exit.
+        # Checked on the device: a check on the host would wait for every exit.
         torch._assert_async(grad_loss == 1, "an exit's loss is backpropagated as it is")
         gradients, ctx.gradients = ctx.gradients, None
         return (*gradients, *[None] * 8)
@@ -180,16 +179,16 @@ class _ExitLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Scratch:
-    """Memory that the chunks of one call take turns in: fresh pages for each would cost a tenth of the time.
+    """Memory that the chunks of one call reuse. New pages for each chunk would cost a tenth of the time.
 
     Attributes:
         logits: ``[chunk, padded_vocab / tp]`` in the model's dtype, later their gradient.
-        rows: tokens that are worked on at a time between the matrix products: what then lies in the CPU's caches goes
-            over its memory once, not for each operation.
-        exact: ``[rows, padded_vocab / tp]`` float32, where that is not the model's dtype.
-        tempered: as ``exact``, where distillation has another temperature than 1.
-        product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, where that is not float32
-            and the device does not add it up by itself; ``exact_product`` the same in float32.
+        rows: tokens that are processed at a time between the matrix products, so that they stay in the CPU's caches for
+            all operations.
+        exact: ``[rows, padded_vocab / tp]`` float32, if this is not the model's dtype.
+        tempered: as ``exact``, if distillation has another temperature than 1.
+        product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, if this is not float32 and
+            the device cannot add products in float32; ``exact_product`` the same in float32.
     """
 
     logits: Tensor
@@ -218,13 +217,13 @@ class _Scratch:
         return run if self.exact is None else self.exact[: len(run)].copy_(run)
 
     def narrow_(self, run: Tensor, exact: Tensor) -> None:
-        """Write what became of ``widened(run)`` back into ``run``."""
+        """Write the changed ``widened(run)`` back into ``run``."""
         if self.exact is not None:
             run.copy_(exact)
 
 
 def _soft_targets(distillation: Distillation, part: slice, head: VocabHead, scratch: _Scratch) -> SoftTargets:
-    """What the final exit makes of some tokens."""
+    """The final exit's soft targets for some tokens."""
     ids = distillation.teacher.ids[part]
     tempered = None if scratch.tempered is None else scratch.tempered[: len(ids)]
     return SoftTargets(distillation, part, *_local_columns(ids, head), tempered)
@@ -241,15 +240,15 @@ def _exponentiate_(
 
     ``label``: see ``_local_columns``.
 
-    Leaves exp(logit - highest) in ``logits``: probabilities, once multiplied by the confidence, which is the inverse
-    of their sum. That product is left to whoever needs it, since a pass over them costs as much as adding them up.
+    Leaves exp(logit - highest) in ``logits``. Times the confidence, the inverse of their sum, these are the
+    probabilities. The caller multiplies if necessary, since a pass over them costs as much as the sum.
     """
     highest, top1 = _highest(logits)
     top1 += head.start
     if group.size() > 1:
         own = highest.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-        # Equal maxima on two ranks: the lower token id, as one process takes it.
+        # With equal maxima on two ranks, the lower token id, as on one process.
         top1.masked_fill_(own < highest, torch.iinfo(top1.dtype).max)
         dist.all_reduce(top1, dist.ReduceOp.MIN, group=group)
     logits -= highest[:, None]
@@ -270,7 +269,7 @@ def _exponentiate_(
 def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum of each row and the first column that has it.
 
-    In two steps, by runs of columns: a maximum with its index is not vectorised on the CPU, a maximum alone is.
+    In two steps, by runs of columns: on the CPU a maximum is vectorised, but a maximum with its index is not.
     """
     if logits.shape[1] % VOCAB_RUN:
         return logits.max(dim=1)
@@ -300,13 +299,14 @@ def _logit_gradient_(
 
 
 def _local_columns(ids: Tensor, head: VocabHead) -> tuple[Tensor, Tensor]:
-    """Column of each id in this rank's logits, 0 where it is another rank's, and whether it is here."""
+    """Column of each id in this rank's logits (0 if the id belongs to another rank), and whether it belongs to this
+    rank."""
     here = (ids >= head.start) & (ids < head.start + head.valid)
     return torch.where(here, ids - head.start, 0), here
 
 
 def _gradient_sum(parameter: Tensor) -> Tensor:
-    """Where a head's gradient is added up: the data-parallel wrapper's own buffer where there is one."""
+    """The tensor that a head's gradient is added to: the data-parallel wrapper's buffer if there is one."""
     buffer = getattr(parameter, "main_grad", None)
     if buffer is not None:
         return buffer
@@ -322,17 +322,17 @@ def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor, tiles: Tile
         torch.addmm(total, grad_logits.t(), inputs, out_dtype=total.dtype, out=total)
         return
     product, exact_product = (None, None) if scratch is None else (scratch.product, scratch.exact_product)
-    # Run by run the product never exists as a whole, and stays in the CPU's cache, where converting it is quick.
+    # In runs, so that the whole product never exists and a run stays in the CPU's cache, where its conversion is fast.
     for rows, columns in zip(total.split(ROW_RUN), grad_logits.split(ROW_RUN, dim=1), strict=True):
         part = torch.mm(columns.t(), inputs, out=None if product is None else product[: len(rows)])
         rows += part if exact_product is None else exact_product[: len(rows)].copy_(part)
 
 
 def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """What autograd hands to the parameter: nothing where the sum went straight into the wrapper's buffer.
+    """The gradient to return to autograd: empty if the sum was added directly to the wrapper's buffer.
 
-    The wrapper's hook must still run then, want a gradient and add nothing: it skips parameters marked so, as
-    megatron-core's own fused weight gradients do. Handed over by autograd, that gradient would become a full copy.
+    The wrapper's hook must still run then, but add nothing. It skips parameters that are marked like this, as for
+    megatron-core's own fused weight gradients. A full gradient through autograd would be a copy.
     """
     if total is None:
         return None

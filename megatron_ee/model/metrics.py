@@ -1,8 +1,8 @@
-"""What each exit is worth: loss, agreement with the final exit, calibration, and what a threshold would do.
+"""Metrics per exit: loss, agreement with the final exit, calibration, and a threshold sweep.
 
-``QualityAccumulator`` takes per-token statistics microbatch by microbatch and keeps nothing but sums, so that the
-result does not depend on how the tokens were split, and the sums of data-parallel ranks can be added. Pure: torch on
-the CPU, no process groups.
+``QualityAccumulator`` adds up per-token statistics of microbatches. It keeps only sums, so the result does not depend
+on the split into microbatches, and the sums of data-parallel ranks can be added. Pure: torch on the CPU, no process
+groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_ee.model.quality import AboveThreshold, ExitQuality, Quality, Reli
 
 @dataclass(frozen=True)
 class TokenStats:
-    """One exit's outcome per token.
+    """One exit's results per token.
 
     Attributes:
         loss: [tokens] float32, nats.
@@ -35,18 +35,18 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class FinalStats:
-    """The final exit's outcome per token; ``loss`` and ``top1`` as in ``TokenStats``."""
+    """The final exit's results per token; ``loss`` and ``top1`` as in ``TokenStats``."""
 
     loss: Tensor
     top1: Tensor
 
 
 class QualityAccumulator:
-    """Sums over tokens from which ``Quality`` follows.
+    """Sums over tokens, from which ``Quality`` is computed.
 
-    ``sums`` is one flat float64 tensor on the CPU, of the same layout wherever exits, thresholds and bins are the
-    same: add those of several ranks (all-reduce it in place) or use ``merge``. Counts in it are whole numbers below
-    2**53, hence exact.
+    ``sums`` is one flat float64 tensor on the CPU. Its layout depends only on exits, thresholds and bins, so the
+    tensors of several ranks can be added (all-reduced in place), or merged with ``merge``. Counts in it are whole
+    numbers below 2**53, and so exact.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class QualityAccumulator:
     ) -> None:
         """
         Args:
-            exit_layers: the layer after which each exit stands, rising, from 1 to ``num_layers``.
+            exit_layers: the layer of each exit, ascending, from 1 to ``num_layers``.
             num_layers: depth of the backbone.
-            thresholds: confidences of the sweep; above 1 none leaves early.
-            bins: equal steps of confidence for calibration.
+            thresholds: thresholds of the sweep; above 1 no token leaves early.
+            bins: number of equal bins of confidence for calibration.
             body_layers: decoder layers in each exit's own body (1 for ``layer``, else 0; default all 0). A token that
-                reaches an exit has run its body, whether it leaves there or not. Heads and MLPs are not counted.
+                reaches an exit has run its body, even if it does not leave there. Heads and MLPs are not counted.
 
         Raises:
-            ValueError: these do not fit together.
+            ValueError: the arguments do not fit together.
         """
         layers = tuple(exit_layers)
         own = tuple(body_layers) if body_layers is not None else (0,) * len(layers)
@@ -95,13 +95,13 @@ class QualityAccumulator:
         self._sums = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
     def update(self, exits: Sequence[TokenStats], final: TokenStats | FinalStats, labels: Tensor, mask: Tensor) -> None:
-        """Add one microbatch; a mask without a single token adds nothing.
+        """Add one microbatch. An empty mask adds nothing.
 
         Args:
             exits: one per exit, in the order of ``exit_layers``.
-            final: the final exit's.
+            final: the final exit's results.
             labels: [tokens] int64.
-            mask: [tokens] bool, which of them count.
+            mask: [tokens] bool, whether the token counts.
 
         Raises:
             ValueError: another number of exits, or shapes that differ.
@@ -116,7 +116,7 @@ class QualityAccumulator:
         counted = mask.bool().cpu()
 
         def pick(tensor: Tensor) -> Tensor:
-            # To the CPU first: what was computed before tuning lies there, whatever the device.
+            # On the CPU, where the results from before tuning are.
             return tensor.detach().cpu()[counted]
 
         labels, final_top1 = pick(labels), pick(final.top1)
@@ -136,7 +136,7 @@ class QualityAccumulator:
         for index, threshold in enumerate(self.thresholds):
             staying = torch.ones(len(labels), dtype=torch.bool)
             for which, confidence in enumerate(confidences):
-                # In the confidence's own dtype, so that a decoder that asks the same question gets the same answer.
+                # In the confidence's own dtype, so that decoding makes the same decision.
                 above = confidence >= threshold
                 self._sums["above"][index, which] += outcomes[which][above].sum(0)
                 self._sums["left"][index, which] += outcomes[which][above & staying].sum(0)
@@ -214,5 +214,5 @@ class QualityAccumulator:
 
 
 def _means(row: list[float]) -> list[float]:
-    """The sums of a row, divided by its first entry, their count."""
+    """The sums of a row divided by their count, its first entry."""
     return [value / row[0] if row[0] else math.nan for value in row[1:]]

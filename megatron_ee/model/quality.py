@@ -1,4 +1,4 @@
-"""What is known of the exits over many tokens, as plain numbers: loss, agreement, calibration, and each threshold."""
+"""Quality of the exits over many tokens, as plain numbers: loss, agreement, calibration, and each threshold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Tokens whose confidence lies in (lower, upper]; the means over them are nan where there are none."""
+    """Tokens with a confidence in (lower, upper]. The means are nan if there are none."""
 
     lower: float
     upper: float
@@ -21,18 +21,18 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class ExitQuality:
-    """One exit over all tokens, were it the only one.
+    """One exit, measured on all tokens.
 
     Attributes:
-        layer: the layer it stands after.
+        layer: the layer of the exit.
         loss: mean next-token loss in nats.
         accuracy: share of tokens where its top-1 is the label.
         agreement: share of tokens where its top-1 is the final exit's.
         mean_confidence: mean maximum probability.
         ece: expected calibration error: |confidence - accuracy| over the bins, weighted by their tokens
             (Guo et al. 2017, arXiv 1706.04599).
-        ece_agreement: the same against agreement, which is what an early exit's confidence stands in for.
-        bins: the reliability diagram, in equal steps of confidence.
+        ece_agreement: the same against agreement, which an early exit's confidence should predict.
+        bins: the reliability diagram, in equal bins of confidence.
     """
 
     layer: int
@@ -46,13 +46,14 @@ class ExitQuality:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss; inf where that is too large for a float."""
+        """exp of the loss; inf if this is too large for a float."""
         return perplexity(self.loss)
 
 
 @dataclass(frozen=True)
 class AboveThreshold:
-    """Tokens of which one exit is confident enough, earlier exits aside; means are nan where there are none."""
+    """Tokens with a confidence above the threshold at one exit, regardless of earlier exits. Means are nan if there are
+    none."""
 
     layer: int
     share: float
@@ -62,15 +63,15 @@ class AboveThreshold:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What happens at one threshold: each token leaves at the first exit that is at least so confident.
+    """One threshold of the sweep: each token leaves at the first exit whose confidence reaches it.
 
     Attributes:
-        threshold: the confidence asked for.
+        threshold: the required confidence.
         shares: share of tokens leaving at each exit, and last at the final exit; they sum to 1.
-        mean_layers: layers run per token (see ``QualityAccumulator``), deferred work not counted.
-        agreement: share of tokens where what is emitted is the final exit's top-1.
-        accuracy: share of tokens where what is emitted is the label.
-        above: per exit, the tokens it would let leave on its own.
+        mean_layers: layers per token (see ``QualityAccumulator``), without deferred work.
+        agreement: share of tokens where the emitted token is the final exit's top-1.
+        accuracy: share of tokens where the emitted token is the label.
+        above: per exit, the tokens that would leave if it were the only exit.
     """
 
     threshold: float
@@ -98,7 +99,7 @@ class Quality:
         return perplexity(self.final_loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """As strict JSON takes it: perplexities added, numbers that are not finite as None."""
+        """A dict for strict JSON, with perplexities added and numbers that are not finite as None."""
         data = asdict(self) | {"final_perplexity": self.final_perplexity}
         for entry, exit_ in zip(data["exits"], self.exits, strict=True):
             entry["perplexity"] = exit_.perplexity
@@ -106,7 +107,7 @@ class Quality:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Quality:
-        """The inverse of ``to_dict``; further keys are passed over, None becomes nan.
+        """The inverse of ``to_dict``. Additional keys are ignored, None becomes nan.
 
         Raises:
             KeyError: a key is missing.
@@ -128,12 +129,12 @@ class Quality:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or inf where that overflows."""
+    """exp(loss), or inf on overflow."""
     return math.exp(loss) if not loss > 709 else math.inf
 
 
 def strict_json(value: Any) -> Any:
-    """Tuples as lists, and None for numbers that JSON has no word for."""
+    """Tuples as lists, and numbers that are not finite as None."""
     if isinstance(value, dict):
         return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -142,6 +143,6 @@ def strict_json(value: Any) -> Any:
 
 
 def _read(kind: Any, data: dict[str, Any], **given: Any) -> Any:
-    """A dataclass of this kind from a dict: None as nan, further keys passed over."""
+    """A dataclass of this kind from a dict: None becomes nan, additional keys are ignored."""
     plain = {field.name: data[field.name] for field in fields(kind) if field.name not in given}
     return kind(**given, **{name: math.nan if value is None else value for name, value in plain.items()})
