@@ -89,6 +89,16 @@ def check_tensor(architecture: Architecture, tensor: int, key: str) -> None:
             raise ConfigError(f"{key}: {tensor} does not divide the model's {count} {what}; possible: {possible}")
 
 
+def check_pipeline(num_layers: int, pipeline: int, key: str) -> None:
+    """Refuse more pipeline stages than there are layers to spread over them.
+
+    Raises:
+        ConfigError: naming ``key``.
+    """
+    if pipeline > num_layers:
+        raise ConfigError(f"{key}: {pipeline} stages are more than the model's {num_layers} layers")
+
+
 def _check_parallel(parallel: ParallelConfig, architecture: Architecture, sequence_length: int) -> None:
     _at_least(1, "parallel.tensor", parallel.tensor)
     _at_least(1, "parallel.pipeline", parallel.pipeline)

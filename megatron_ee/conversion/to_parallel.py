@@ -15,6 +15,7 @@ from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Part, Wr
 from megatron_ee.checkpoint.safetensors_file import DTYPE_NAMES
 from megatron_ee.checkpoint.saved_model import KIND
 from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.check import check_pipeline
 from megatron_ee.conversion.slices import rank_boxes
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.families.weights import FINAL_NORM, LM_HEAD
@@ -75,8 +76,7 @@ def even_stages(num_layers: int, pipeline: int) -> list[int]:
     Raises:
         ConfigError: there are more stages than layers.
     """
-    if pipeline > num_layers:
-        raise ConfigError(f"--pipeline: {pipeline} stages are more than the model's {num_layers} layers")
+    check_pipeline(num_layers, pipeline, "--pipeline")
     return [len(stage.layers) for stage in even_layout(num_layers, pipeline).stages]
 
 

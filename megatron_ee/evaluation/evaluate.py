@@ -17,7 +17,7 @@ from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model
 from megatron_ee.config.architecture import Architecture
-from megatron_ee.config.check import check_tensor
+from megatron_ee.config.check import check_pipeline, check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig, ValidationConfig
 from megatron_ee.data.checks import check_tokenizer
@@ -170,8 +170,7 @@ def _open_subject(
 
 def _check_ranks(arch: Architecture, tensor: int, pipeline: int, processes: int) -> None:
     check_tensor(arch, tensor, "--tensor")
-    if pipeline > arch.num_layers:
-        raise ConfigError(f"--pipeline: {pipeline} stages are more than the model's {arch.num_layers} layers")
+    check_pipeline(arch.num_layers, pipeline, "--pipeline")
     if processes % (tensor * pipeline):
         raise ConfigError(
             f"--tensor: {tensor} x --pipeline {pipeline} = {tensor * pipeline} processes hold one model, which does "

@@ -15,7 +15,7 @@ from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model
 from megatron_ee.config.architecture import Architecture
-from megatron_ee.config.check import check_tensor
+from megatron_ee.config.check import check_pipeline, check_tensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError, shown
@@ -154,8 +154,7 @@ def check_parallel(architecture: Architecture, tensor: int, pipeline: int, proce
             f"tensor x pipeline: {tensor} x {pipeline} needs {tensor * pipeline} processes, but there are {processes}; "
             "start as many with torchrun, or change the options"
         )
-    if pipeline > architecture.num_layers:
-        raise ConfigError(f"pipeline: {pipeline} stages are more than the model's {architecture.num_layers} layers")
+    check_pipeline(architecture.num_layers, pipeline, "pipeline")
     check_tensor(architecture, tensor, "tensor")
 
 
