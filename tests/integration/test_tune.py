@@ -75,7 +75,10 @@ def test_adapter_holds_the_last_weights_and_only_the_exits(tuned: Path) -> None:
     assert [exit_["body"] for exit_ in description["exits"]] == ["mlp", "layer", "norm"]
 
 
-@pytest.mark.parametrize(("dtype", "number"), [("float32", signal.SIGTERM), ("bfloat16", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [("float32", signal.SIGTERM), pytest.param("bfloat16", signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     project: Any, tmp_path: Path, number: signal.Signals, dtype: str
 ) -> None:

@@ -277,6 +277,7 @@ def tune(models: Any, cases: list[Case], output: Path, start: Path | None, which
     return tune_cases(models, cases, output, start)
 
 
+@pytest.mark.parametrize("deepspeed", ["stand-in", pytest.param("installed", marks=pytest.mark.slow)], indirect=True)
 def test_deepspeed_across_data_parallel_ranks(deepspeed: str, saved_model: Any, tmp_path: Path) -> None:
     models = {"llama2": saved_model("llama2")[0]}
     specs = (ExitSpec(1, "embedding", "own"), ExitSpec(3, "norm", "low_rank", rank=4))
