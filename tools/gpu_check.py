@@ -1,7 +1,7 @@
-"""The checks of gpu_check.sh. Each runs in a process of its own with a time limit; one that fails stops no other.
+"""The checks of gpu_check.sh. Each runs in its own process with a time limit. A failed check does not stop the others.
 
-A check gives one JSON line for each of its findings. ``--small`` runs everything at toy size, and ``--device cpu``
-without a GPU: both try this script, not the machine.
+A check writes one JSON line per finding. ``--small`` runs everything at toy size, and ``--device cpu`` without a GPU:
+both test this script, not the machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE_7B = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 SHAPE_SMALL = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 FAMILIES = ("llama3.1", "qwen3", "mistral")
-"""Tiny models for parity: grouped heads and scaled rotation, norms of queries and keys, a sliding window."""
+"""Tiny models for parity: with grouped heads and scaled RoPE, with q/k norms, with a sliding window."""
 PROMPTS = [[5, 17, 99], list(range(30, 60))]
 NEW_TOKENS = 40
 
@@ -203,7 +203,7 @@ def parity(small: bool, folder: Path) -> Iterator[Finding]:
 
 
 def compiled(small: bool, folder: Path) -> Iterator[Finding]:
-    """A tiny model in float32 with compiled layers: the tokens of every mode are those without."""
+    """A tiny model in float32 with compiled layers: the tokens of every mode equal those without compilation."""
     import torch
 
     from megatron_ee.inference.assembly import make_engine
@@ -223,7 +223,8 @@ def compiled(small: bool, folder: Path) -> Iterator[Finding]:
 
 
 def commands(small: bool, folder: Path) -> Iterator[Finding]:
-    """The commands as a user runs them: tune with saves in the background, resume, evaluate, generate in every mode."""
+    """The commands, as a user runs them: tune with saves in the background, resume, evaluate, generate in every
+    mode."""
     from megatron_ee.testing.project import make_project
 
     project = make_project(folder)
@@ -263,7 +264,7 @@ CHECKS: dict[str, tuple[Callable[[bool, Path], Iterator[Finding]], int]] = {
     "compiled": (compiled, 100),
     "tests": (tests, 60),
 }
-"""What each does, and its time limit in seconds: less than ten minutes together."""
+"""Function and time limit in seconds of each check; together less than ten minutes."""
 
 
 def _config(small: bool) -> dict[str, Any]:
@@ -299,7 +300,7 @@ def _tiny_stage(directory: Path, groups: Any) -> Any:
 
 
 def _tokens_of_modes(engine: Any) -> dict[str, list[list[int]]]:
-    """What each mode generates from ``PROMPTS``. No exit is confident enough, so that all give full mode's tokens."""
+    """Tokens that each mode generates from ``PROMPTS``. No exit is confident enough, so all equal full mode's."""
     from megatron_ee.inference.policy import ExitPolicy
     from megatron_ee.inference.requests import Draft, Request
 
@@ -333,14 +334,14 @@ def _fill(stage: Any) -> None:
 
 
 def _here(small: bool, good: bool) -> bool | None:
-    """A limit that means something at full size on a GPU alone."""
+    """The verdict on a limit that applies only at full size on a GPU."""
     from megatron_ee import platform
 
     return good if platform.has_accelerator() and not small else None
 
 
 def _timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
-    """Seconds until the device has done the work, and its result."""
+    """Seconds until the device has finished the work, and the work's result."""
     from megatron_ee import platform
 
     platform.synchronize()
@@ -351,14 +352,14 @@ def _timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[f
 
 
 def run_here(name: str, small: bool, folder: Path, findings: Path) -> None:
-    """One check, in this process; its findings go to a file as they come, one JSON object per line."""
+    """Run one check in this process. Write its findings to a file as they come, one JSON object per line."""
     with findings.open("a") as file:
         for finding in CHECKS[name][0](small, folder):
             print(json.dumps(asdict(finding)), file=file, flush=True)
 
 
 def run_check(name: str, arguments: argparse.Namespace, folder: Path) -> list[Finding]:
-    """One check in a process of its own; what went wrong with it is a finding too."""
+    """Run one check in its own process. A failure of the process is a finding too."""
     found, limit, folder = folder / f"{name}.jsonl", arguments.seconds or CHECKS[name][1], folder / name
     folder.mkdir()
     found.touch()
@@ -381,7 +382,7 @@ def run_check(name: str, arguments: argparse.Namespace, folder: Path) -> list[Fi
 
 @contextmanager
 def _child(command: list[str], log: Path, device: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process, its children gone with it; what it prints goes to ``log``."""
+    """Run a process, and end its children with it. Its output goes to ``log``."""
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -396,7 +397,7 @@ def _child(command: list[str], log: Path, device: str) -> Iterator[subprocess.Po
 
 
 def show(rows: Sequence[tuple[str, Finding]]) -> None:
-    """The table."""
+    """Print the table of findings."""
     from megatron_ee.tables import add_columns, make_console, new_table
 
     console = make_console()
@@ -409,7 +410,7 @@ def show(rows: Sequence[tuple[str, Finding]]) -> None:
 
 
 def main() -> int:
-    """Exit status: 0 all is well, 1 a check failed, 2 there is no CUDA device, or a wrong argument."""
+    """Exit status: 0 all checks passed, 1 a check failed, 2 there is no CUDA device, or a wrong argument."""
     parser = argparse.ArgumentParser(prog="gpu_check", description="Try everything that needs a GPU, on one GPU.")
     parser.add_argument("--skip", action="append", default=[], choices=CHECKS, help="leave a check out")
     parser.add_argument("--out", type=Path, help="where logs and models go (default: a temporary folder)")
@@ -426,7 +427,7 @@ def main() -> int:
         import torch
 
         if not torch.cuda.is_available():
-            print("gpu_check: torch finds no CUDA device here; nothing was tried", file=sys.stderr)
+            print("gpu_check: torch finds no CUDA device here; no check was run", file=sys.stderr)
             return 2
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.out or Path(temporary)

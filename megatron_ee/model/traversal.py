@@ -15,9 +15,9 @@ from megatron_ee.model.attention import LayerCache, Positions
 from megatron_ee.model.layer import DecoderLayer
 
 Tap = Literal["hidden", "residual"]
-"""What an exit reads: h after a layer, or that layer's residual r after attention."""
+"""Kind of an exit's input: h after a layer, or the layer's residual r after attention."""
 LayerSource = Callable[[int, int], Iterable[tuple[int, DecoderLayer]]]
-"""Gives the layers ``first .. last`` with their numbers, in order. Each is used before the next one is taken."""
+"""Yields the layers ``first .. last`` with their numbers, in order. Each is used before the next one is requested."""
 
 
 def run_segment(
@@ -29,16 +29,16 @@ def run_segment(
     positions: Positions,
     cache: Callable[[int], LayerCache | None] = lambda layer: None,
 ) -> Tensor:
-    """Run layers from one depth to another, without regard to taps between them.
+    """Run layers from one depth to another, ignoring taps between them.
 
     Args:
         layers: the frozen layers.
-        taps: what is read at which depth: it decides where in layers ``start`` and ``stop`` the run begins and ends.
+        taps: kind of tap by depth. It decides where in layers ``start`` and ``stop`` the run begins and ends.
         start: depth of ``x``.
-        stop: depth of the result. Where it is ``start``, the result is h after that layer.
+        stop: depth of the result. If it equals ``start``, the result is h after that layer.
         x: ``[seq, batch, hidden]``.
         positions: of the tokens.
-        cache: gives a layer's cache of keys and values; None where ``x`` holds whole sequences.
+        cache: gives a layer's KV cache; None if ``x`` holds whole sequences.
 
     Returns:
         ``[seq, batch, hidden]``.
@@ -65,14 +65,14 @@ def run_layers(
     """Run layers from one depth to another, calling ``at_tap`` at each tap on the way and at ``stop``.
 
     Args:
-        run: ``run_segment`` of the tokens at hand, or compiled code that does the same, from a depth to a depth.
-        taps: as for ``run_segment``.
+        run: ``run_segment`` with the current tokens, or equivalent compiled code, from a depth to a depth.
+        taps: as in ``run_segment``.
         start: depth of ``x``.
         stop: depth where the run ends.
         x: ``[seq, batch, hidden]``.
-        at_tap: is given a depth and the tap there, and returns what goes on: the tap, or the tap with the deferred
-            tokens that wait at this depth.
-        to_hidden: go on to h after layer ``stop`` where the tap there is the residual.
+        at_tap: called with a depth and its tap. Returns the input of the next layers: the tap, or the tap joined with
+            the tokens that were deferred at this depth.
+        to_hidden: continue to h after layer ``stop`` if the tap there is the residual.
 
     Returns:
         ``[seq, batch, hidden]``.

@@ -38,7 +38,7 @@ def test_without_cuda_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "nvidia-smi").chmod(0o755)
     done = run(path=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "gpu_check: there is no CUDA device here (nvidia-smi finds none); nothing was tried\n"
+    assert done.stderr == "gpu_check: there is no CUDA device here (nvidia-smi finds none); no check was run\n"
 
 
 def test_a_check_that_takes_too_long_stops_no_other() -> None:
