@@ -107,8 +107,8 @@ def decode(small: bool, folder: Path) -> Iterator[Finding]:
     from megatron_ee import platform
     from megatron_ee.config.exits import ExitSpec
     from megatron_ee.exits.stage import Stage
-    from megatron_ee.inference.assembly import make_engine
-    from megatron_ee.inference.policy import ExitPolicy
+    from megatron_ee.inference.loading import make_engine
+    from megatron_ee.inference.policy import ThresholdPolicy
     from megatron_ee.inference.requests import Draft, Request
     from megatron_ee.inference.sampling import Sampling
     from megatron_ee.model.setup import build_setup
@@ -120,9 +120,9 @@ def decode(small: bool, folder: Path) -> Iterator[Finding]:
     drawn = Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=1)
     modes: dict[str, dict[str, Any]] = {
         "full": {},
-        "threshold": {"mode": "threshold", "policy": ExitPolicy(1e-6)},
+        "threshold": {"mode": "threshold", "policy": ThresholdPolicy(threshold=1e-6)},
         "speculative": {"mode": "speculative"},
-        "speculative, 3 drafts": {"mode": "speculative", "draft": Draft(quarter, 3)},
+        "speculative, 3 drafts": {"mode": "speculative", "draft": Draft(exit=quarter, length=3)},
     }
     with process_groups() as groups:
         specs = [ExitSpec(quarter), ExitSpec(2 * quarter, "norm", "shared")]
@@ -134,7 +134,7 @@ def decode(small: bool, folder: Path) -> Iterator[Finding]:
             for sampling in (Sampling(), drawn):
                 for rows in (1, 16):
                     requests = [
-                        Request(prompt, max_tokens=tokens, ignore_eos=True, sampling=sampling, **settings)
+                        Request(prompt=prompt, max_tokens=tokens, ignore_eos=True, sampling=sampling, **settings)
                         for prompt in prompts[:rows]
                     ]
                     engine.generate(requests)  # the first run of each shape loads kernels
@@ -165,7 +165,7 @@ def parity(small: bool, folder: Path) -> Iterator[Finding]:
     import torch
 
     from megatron_ee import platform
-    from megatron_ee.inference.assembly import make_engine
+    from megatron_ee.inference.loading import make_engine
     from megatron_ee.parallel.groups import process_groups
     from megatron_ee.testing.models import save_tiny_model
 
@@ -206,8 +206,8 @@ def compiled(small: bool, folder: Path) -> Iterator[Finding]:
     """A tiny model in float32 with compiled layers: the tokens of every mode equal those without compilation."""
     import torch
 
-    from megatron_ee.inference.assembly import make_engine
     from megatron_ee.inference.compiled import compile_stage
+    from megatron_ee.inference.loading import make_engine
     from megatron_ee.parallel.groups import process_groups
     from megatron_ee.testing.models import save_tiny_model
 
@@ -301,19 +301,19 @@ def _tiny_stage(directory: Path, groups: Any) -> Any:
 
 def _tokens_of_modes(engine: Any) -> dict[str, list[list[int]]]:
     """Tokens that each mode generates from ``PROMPTS``. No exit is confident enough, so all equal full mode's."""
-    from megatron_ee.inference.policy import ExitPolicy
+    from megatron_ee.inference.policy import ThresholdPolicy
     from megatron_ee.inference.requests import Draft, Request
 
     modes: dict[str, dict[str, Any]] = {
         "full": {},
-        "threshold": {"mode": "threshold", "policy": ExitPolicy(2.0)},
-        "speculative": {"mode": "speculative", "draft": Draft(1, 3)},
+        "threshold": {"mode": "threshold", "policy": ThresholdPolicy(threshold=2.0)},
+        "speculative": {"mode": "speculative", "draft": Draft(exit=1, length=3)},
     }
     return {
         name: [
             [token.id for token in one.tokens]
             for [one] in engine.generate(
-                [Request(prompt, max_tokens=NEW_TOKENS, ignore_eos=True, **settings) for prompt in PROMPTS]
+                [Request(prompt=prompt, max_tokens=NEW_TOKENS, ignore_eos=True, **settings) for prompt in PROMPTS]
             )
         ]
         for name, settings in modes.items()

@@ -15,10 +15,10 @@ from megatron_ee.commands import MODEL, MODEL_DTYPE, MODEL_DTYPES, Parser, at_le
 from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from megatron_ee.inference.compare import ModeResult
+    from megatron_ee.commands.generate_requests import FileRequest
     from megatron_ee.inference.engine import Engine
-    from megatron_ee.inference.fields import FileRequest
     from megatron_ee.inference.loading import Released
+    from megatron_ee.inference.offline import ModeResult
     from megatron_ee.inference.requests import Completion, Request
 
 DESCRIPTION = """Continue prompts; each token is coloured by the layer that emitted it. Under torchrun, the model is
@@ -84,7 +84,7 @@ def _add_exits(group: Any) -> None:
     add("--max-deferred", type=at_least(0), default=15, metavar="N", help="early tokens in a row (default: 15)")
     add("--min-full", type=at_least(1), default=1, metavar="N", help="tokens at the start that run all layers")
     add(
-        "--patience",
+        "--backoff",
         type=at_least(0),
         default=4,
         metavar="N",
@@ -103,17 +103,23 @@ def _add_exits(group: Any) -> None:
 
 def _add_sampling(group: Any) -> None:
     add = group.add_argument
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
-    add("--top-k", type=at_least(0), default=0, metavar="N", help="draw from the N likeliest; 0 (default) from all")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that add up to P (default: 1)")
-    add("--min-p", type=float, default=0.0, metavar="P", help="none less likely than P times the likeliest")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
+    add("--top-k", type=at_least(0), default=0, metavar="N", help="draw from the N most probable; 0 (default) from all")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the most probable that add up to P (default: 1)",
+    )
+    add("--min-p", type=float, default=0.0, metavar="P", help="none less likely than P times the most probable")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 says less again (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="the same seed draws the same (default: 0)")
     add("--samples", type=at_least(1), default=1, metavar="N", help="outputs per prompt (default: 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after the end of text")
     add("--echo", action="store_true", help="begin the text with the prompt")
-    add("--logprobs", type=at_least(0), metavar="N", help="log-probabilities, with the N likeliest tokens (--json)")
+    add("--logprobs", type=at_least(0), metavar="N", help="log-probabilities, with the N most probable tokens (--json)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -189,23 +195,21 @@ def _candidates(arguments: argparse.Namespace, vocab_size: int) -> list[int] | N
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    from megatron_ee.inference.fields import FIELDS
+    from megatron_ee.commands.generate_requests import FIELDS
 
     return {name: getattr(arguments, name) for name in FIELDS}
 
 
 def _check_settings(arguments: argparse.Namespace) -> None:
     """What needs no model, at once: opening it may mean to hash it."""
-    from megatron_ee.inference.fields import make_request
+    from megatron_ee.commands.generate_requests import make_request
 
-    request = make_request("", _settings(arguments), has_exits=False)
-    request.policy.check()
-    request.sampling.check()
+    make_request("", _settings(arguments), has_exits=False)
 
 
 def _file_requests(arguments: argparse.Namespace, released: Released) -> list[FileRequest]:
     """What ``--prompts`` asks, checked; nothing without it."""
-    from megatron_ee.inference.fields import read_requests
+    from megatron_ee.commands.generate_requests import read_requests
 
     if arguments.prompts is None:
         return []
@@ -218,7 +222,7 @@ def _file_requests(arguments: argparse.Namespace, released: Released) -> list[Fi
 
 def _requests(arguments: argparse.Namespace, released: Released) -> list[Request]:
     """What each ``--prompt`` asks, checked."""
-    from megatron_ee.inference.fields import check_request, make_request, user_prompt
+    from megatron_ee.commands.generate_requests import check_request, make_request, user_prompt
     from megatron_ee.parallel.groups import launched_rank
 
     settings = _settings(arguments)
@@ -287,7 +291,7 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
 
 def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine: Engine) -> int:
     """Answer a file's requests, one JSON line for each, in its order; status 1 where some failed."""
-    from megatron_ee.inference.batch import run_batch
+    from megatron_ee.inference.offline import run_batch
     from megatron_ee.progress import track
 
     for each in lines:
@@ -312,7 +316,7 @@ def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine
 def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:
     """Answer the requests in every mode and show what each took, beside the text of threshold mode."""
     from megatron_ee.commands.show import print_layers, print_modes
-    from megatron_ee.inference.compare import compare_modes
+    from megatron_ee.inference.offline import compare_modes
     from megatron_ee.tables import make_console
 
     results = compare_modes(engine, requests)

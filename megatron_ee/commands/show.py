@@ -14,7 +14,7 @@ from megatron_ee.tables import add_columns, new_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megatron_ee.inference.compare import ModeResult
+    from megatron_ee.inference.offline import ModeResult
 
 COLOURS = {"green": 130, "cyan": 185, "yellow": 50, "magenta": 300, "blue": 225, "red": 5}
 """Names in a terminal, and hues on a page; the shallowest layer's first, the deepest has none."""

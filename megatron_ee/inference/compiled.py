@@ -1,7 +1,7 @@
 """The traversal of layers as compiled functions (``torch.compile``), for a sequence that runs alone.
 
 A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations per layer
-that do little each. A compiled segment, from one place with a tap to the next, is one call, and the operations between
+that do little each. A compiled segment, from one depth with a tap to the next, is one call, and the operations between
 its matrix products are fused. Several sequences at once, and tokens that a sliding window limits, run eagerly, over the
 same keys and values.
 """
@@ -37,8 +37,8 @@ class CompiledStage:
         """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time."""
         self._stage, self._arch = stage, stage.setup.architecture
         numbers = [number for number, _ in stage.backbone.numbered_layers()]
-        places = sorted({numbers[0] - 1, numbers[-1], *stage.taps})
-        self._segments = {(start, stop): _compiled(_Segment(stage, start, stop)) for start, stop in pairwise(places)}
+        depths = sorted({numbers[0] - 1, numbers[-1], *stage.taps})
+        self._segments = {(start, stop): _compiled(_Segment(stage, start, stop)) for start, stop in pairwise(depths)}
 
     @platform.inference_attention()
     @torch.inference_mode()
@@ -75,8 +75,8 @@ class CompiledStage:
         """``traversal.run_segment`` for one sequence; None where that is no segment, or a cache has no room.
 
         Args:
-            start: place of ``x``.
-            stop: place of the result.
+            start: depth of ``x``.
+            stop: depth of the result.
             x: ``[tokens, 1, hidden]``.
             positions: of the tokens.
             caches: of layers ``start + 1 .. stop``.
@@ -97,7 +97,7 @@ class CompiledStage:
 
 
 class _Segment(nn.Module):
-    """The traversal from one place to another, as a function of tensors alone."""
+    """The traversal from one depth to another, as a function of tensors alone."""
 
     def __init__(self, stage: Stage, start: int, stop: int) -> None:
         super().__init__()

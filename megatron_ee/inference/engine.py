@@ -1,4 +1,4 @@
-"""The engine: requests in, text out, while it runs. Which rows run what is ``core``'s business."""
+"""The engine: requests in, text out, while it runs. Which sequence runs what is the ``Scheduler``'s business."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from dataclasses import replace
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import ConfigError, UserError
-from megatron_ee.inference.prompts import check_ids, prompt_ids
+from megatron_ee.inference.output_processor import OutputState, TextStream, Totals
 from megatron_ee.inference.remote import DriverScheduler
-from megatron_ee.inference.requests import Completion, Event, Request, Token
+from megatron_ee.inference.requests import Completion, Event, Request, Token, check_ids, prompt_ids
 from megatron_ee.inference.scheduler import Scheduler
-from megatron_ee.inference.sequence import Sequence, SequenceParams
-from megatron_ee.inference.statistics import Totals, row_statistics
-from megatron_ee.inference.text import TextStream
+from megatron_ee.inference.sequence import Sequence, SequenceParams, Status
 
 
 class Engine:
     """Continues prompts, many at a time.
 
-    ``submit`` and ``cancel`` may be called between any two ``step`` calls; ``step`` runs some layers for some rows and
-    returns what that brought. ``stream`` and ``generate`` call it as needed.
+    ``submit`` and ``cancel`` may be called between any two ``step`` calls; ``step`` runs some layers for some sequences
+    and returns the events of that. ``stream`` and ``generate`` call it as needed.
 
     Attributes:
         max_positions: the model's.
         vocab_size: the model's.
         exits: that may be asked.
-        off: layers of the model's other exits, which this engine does without.
+        off: layers of the model's other exits, which this engine does not have.
     """
 
     def __init__(
@@ -48,9 +46,9 @@ class Engine:
         self._scheduler, self._tokenizer, self._eos = scheduler, tokenizer, frozenset(eos)
         self.exits, self.off, self.num_layers = tuple(exits), tuple(sorted(off)), num_layers
         self.vocab_size, self.max_positions = vocab_size, max_positions
-        self._front: dict[int, _Front] = {}
+        self._outputs: dict[int, OutputState] = {}
         self._events: deque[Event] = deque()
-        self._requests = self._rows = 0
+        self._num_requests = self._num_seqs = 0
         self._totals, self._seconds = Totals(), 0.0
         self._closed = False
 
@@ -63,17 +61,17 @@ class Engine:
         """
         if self._closed:
             raise ConfigError("the engine is closed")
-        prompt, most, limit = self.check(request)
-        self._requests += 1
-        outputs = [self._output(request, prompt, most, limit, sample) for sample in range(request.samples)]
-        for output in outputs:
+        prompt, max_tokens, max_length = self.check(request)
+        self._num_requests += 1
+        seqs = [self._sequence(request, prompt, max_tokens, max_length, sample) for sample in range(request.samples)]
+        for seq in seqs:
             text = TextStream(self._tokenizer, prompt, request.stop) if self._tokenizer is not None else None
-            self._front[output.number] = _Front(output, text, self._echoed(request, prompt))
-        self._scheduler.add(outputs)
-        return self._requests
+            self._outputs[seq.seq_id] = OutputState(seq, text, self._prefix(request, prompt))
+        self._scheduler.add(seqs)
+        return self._num_requests
 
     def check(self, request: Request) -> tuple[tuple[int, ...], int, int]:
-        """What a request comes down to, without putting it in line: its prompt's ids, most tokens, most positions.
+        """Check a request without putting it in line; its prompt's ids, most tokens and most positions.
 
         Raises:
             ConfigError: as ``submit``.
@@ -82,9 +80,9 @@ class Engine:
         if request.stop and self._tokenizer is None:
             raise ConfigError("stop: there is no tokenizer, and so no text to find it in; give stop_ids")
         prompt = prompt_ids(request, self._tokenizer, self.vocab_size, self.max_positions)
-        check_ids("follow", request.follow, self.vocab_size)
+        check_ids("forced_ids", request.forced_ids, self.vocab_size)
         check_ids("stop_ids", request.stop_ids, self.vocab_size)
-        most = min(request.max_tokens, len(request.follow) or request.max_tokens)
+        most = min(request.max_tokens, len(request.forced_ids) or request.max_tokens)
         limit = min(len(prompt) + most, self.max_positions)
         needed = self._scheduler.budget.needed(limit, limit)
         if needed > self._scheduler.budget.total:
@@ -95,35 +93,34 @@ class Engine:
         return prompt, most, limit
 
     def cancel(self, request: int) -> None:
-        """End a request's outputs; what they have said so far comes as their completions. Unknown ones are ignored."""
-        for number, front in list(self._front.items()):
-            if front.output.settings.request == request:
-                self._scheduler.remove(number)
-                front.output.finish = front.output.finish or "cancelled"
-                self._events.append(self._end(front))
+        """End a request's outputs; their completions hold the tokens so far. Unknown numbers are ignored."""
+        for seq_id, output in list(self._outputs.items()):
+            if output.seq.params.request == request:
+                self._scheduler.finish(seq_id, "cancelled")
+                self._events.append(self._finish(output))
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do or to be told."""
+        """Whether nothing is left to do, and no event to be given."""
         return self._scheduler.idle and not self._events
 
     def step(self) -> list[Event]:
-        """Run one chain of layers for the rows whose turn it is; what that brought, often nothing."""
+        """Run a pass for the sequences whose turn it is; the events of that, often none."""
         started = time.perf_counter()
         events, self._events = list(self._events), deque()
         if not self._scheduler.idle:
-            for output, tokens in self._scheduler.advance():
-                events += self._told(output, tokens)
+            for seq, tokens in self._scheduler.step():
+                events.append(self._process(seq, tokens))
             self._seconds += time.perf_counter() - started
         return events
 
     def stream(self, request: int) -> Iterator[Event]:
         """The events of one request as they come; those of others wait for their own ``stream`` or ``step``."""
-        open_ = sum(front.output.settings.request == request for front in self._front.values())
+        open_ = sum(output.seq.params.request == request for output in self._outputs.values())
         open_ += sum(event.request == request and _last(event) for event in self._events)
         while open_:
             events = self.step()
-            # Before anything is told: whoever hears it may well step, or listen to another stream.
+            # Before anything is yielded: the caller may step, or read another stream, in between.
             self._events.extendleft(event for event in reversed(events) if event.request != request)
             for event in events:
                 if event.request == request:
@@ -156,41 +153,40 @@ class Engine:
 
     def statistics(self) -> dict[str, object]:
         """Totals over the outputs that have ended."""
-        return {**self._totals.to_dict(self._seconds), "set_aside": self._scheduler.set_aside}
+        return {**self._totals.to_dict(self._seconds), "num_preempted": self._scheduler.num_preempted}
 
     def close(self) -> None:
         """Cancel what is in work; nothing can be submitted afterwards."""
-        for front in list(self._front.values()):
-            self.cancel(front.output.settings.request)
+        for output in list(self._outputs.values()):
+            self.cancel(output.seq.params.request)
         self._closed = True
 
-    # -------------------------------------------------------------------------------------------------------- inside
-
-    def _output(self, request: Request, prompt: tuple[int, ...], most: int, limit: int, sample: int) -> Sequence:
-        self._rows += 1
+    def _sequence(
+        self, request: Request, prompt: tuple[int, ...], max_tokens: int, max_length: int, sample: int
+    ) -> Sequence:
+        self._num_seqs += 1
         exits = tuple(s.layer for s in self.exits if request.exits is None or s.layer in request.exits)
-        sampling = replace(request.sampling, seed=request.sampling.seed + sample)
-        eos = frozenset() if request.ignore_eos or request.follow else self._eos
-        settings = SequenceParams(
-            request=self._requests,
+        eos = frozenset() if request.ignore_eos or request.forced_ids else self._eos
+        params = SequenceParams(
+            request=self._num_requests,
             sample=sample,
-            prompt=prompt,
+            prompt_token_ids=prompt,
             mode=request.mode,
             policy=request.policy,
             draft=request.draft,
             exits=exits,
-            drafting=tuple(k for k in exits if k < self.num_layers and request.draft.exit in (None, k)),
-            sampling=sampling,
-            max_tokens=most,
-            limit=limit,
-            ends=eos | frozenset(request.stop_ids),
-            eos=eos,
+            draft_exits=tuple(k for k in exits if k < self.num_layers and request.draft.exit in (None, k)),
+            sampling=request.sampling.model_copy(update={"seed": request.sampling.seed + sample}),
+            max_tokens=max_tokens,
+            max_length=max_length,
+            stop_token_ids=eos | frozenset(request.stop_ids),
+            eos_token_ids=eos,
             logprobs=request.logprobs,
-            follow=tuple(request.follow),
+            forced_token_ids=request.forced_ids,
         )
-        return make_sequence(self._scheduler, self._rows, settings)
+        return Sequence(self._num_seqs, params)
 
-    def _echoed(self, request: Request, prompt: Collection[int]) -> str:
+    def _prefix(self, request: Request, prompt: Collection[int]) -> str:
         """What the output's text begins with."""
         if not request.echo:
             return ""
@@ -198,78 +194,26 @@ class Engine:
             return request.prompt
         return "" if self._tokenizer is None else self._tokenizer.decode(list(prompt))
 
-    def _told(self, output: Sequence, tokens: Collection[Token]) -> list[Event]:
-        """The event of an output, of which some tokens were emitted or which failed."""
-        front, now = self._front[output.number], time.perf_counter()
-        request, sample = output.settings.request, output.settings.sample
-        if output.failed is not None:
-            del self._front[output.number]
-            return [Event(request, sample, error=output.failed)]
-        output.first_at, output.last_at = output.first_at or now, now
-        text, taken = "", []
-        for token in tokens:
-            taken.append(token)
-            text += front.push(token, is_eos=token.id in output.settings.eos)
-            if front.text is not None and front.text.stopped is not None:
-                if output.finish is None:
-                    self._scheduler.remove(output.number)
-                del output.tokens[len(front.pieces) :]  # after every rank has removed the same
-                output.finish = "stop"
-                break
-        if output.finish is None:
-            return [Event(request, sample, text, tuple(taken))]
-        end = self._end(front)
-        return [replace(end, text=text + end.text, tokens=tuple(taken))]
+    def _process(self, seq: Sequence, tokens: list[Token]) -> Event:
+        """The event of a sequence of which tokens were emitted, or which failed."""
+        output, params = self._outputs[seq.seq_id], seq.params
+        if seq.status is Status.FAILED:
+            del self._outputs[seq.seq_id]
+            return Event(params.request, params.sample, error=seq.error)
+        text, taken = output.push(tokens)
+        if output.stopped:
+            self._scheduler.finish(seq.seq_id, "stop")
+        if seq.status is not Status.FINISHED:
+            return Event(params.request, params.sample, text, taken)
+        end = self._finish(output)
+        return replace(end, text=text + end.text, tokens=taken)
 
-    def _end(self, front: _Front) -> Event:
+    def _finish(self, output: OutputState) -> Event:
         """The last event of an output."""
-        output, settings = front.output, front.output.settings
-        del self._front[output.number]
-        rest = front.finish()
-        if front.text is not None and front.text.stopped is not None:
-            output.finish = "stop"  # completed by what was held back until the end
-        self._totals.add([output])
-        assert output.finish is not None
-        completion = Completion(
-            text=front.prefix + "".join(front.pieces),
-            tokens=tuple(output.tokens),
-            pieces=tuple(front.pieces),
-            finish_reason=output.finish,
-            statistics={"finish_reason": output.finish, **row_statistics(output)},
-        )
-        return Event(settings.request, settings.sample, text=rest, completion=completion)
-
-
-def make_sequence(scheduler: Scheduler | DriverScheduler, number: int, settings: SequenceParams) -> Sequence:
-    """An output that has yet to start, to be given to ``core``."""
-    drafter = scheduler.drafter if settings.mode == "speculative" else None
-    return Sequence(number, settings, drafter, submitted_at=time.perf_counter())
-
-
-class _Front:
-    """The text side of one output.
-
-    Attributes:
-        prefix: what its text begins with.
-        pieces: the text of each token.
-    """
-
-    def __init__(self, output: Sequence, text: TextStream | None, prefix: str) -> None:
-        self.output, self.text, self.prefix = output, text, prefix
-        self.pieces: list[str] = []
-
-    def push(self, token: Token, *, is_eos: bool) -> str:
-        """The text that is certain with one token more; end of text has none."""
-        piece = "" if self.text is None or is_eos else self.text.push(token.id)
-        self.pieces.append(piece)
-        return piece
-
-    def finish(self) -> str:
-        """What was held back in case more came."""
-        rest = "" if self.text is None else self.text.finish()
-        if rest and self.pieces:
-            self.pieces[-1] += rest
-        return rest
+        del self._outputs[output.seq.seq_id]
+        event = output.finish()
+        self._totals.add(output)
+        return event
 
 
 def _last(event: Event) -> bool:

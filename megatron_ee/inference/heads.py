@@ -1,8 +1,7 @@
-"""What a head is asked about a row, and what it answers: from logits to tokens, without model or state."""
+"""From a head's logits to tokens: what it has to do for each sequence, and what comes of it. No model, no state."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.inference.policy import Measure, confidences
+from megatron_ee.inference.policy import MEASURES, AnyPolicy
 from megatron_ee.inference.sampling import Proposals, Sampling, check_mass, penalised, probabilities, verify
 
 Kind = Literal["leave", "draft", "emit", "verify"]
@@ -20,29 +19,34 @@ Kind = Literal["leave", "draft", "emit", "verify"]
 
 @dataclass(frozen=True)
 class HeadInput:
-    """What the head after a chain is asked about one row.
+    """What the head at the end of a pass has to do for one sequence.
 
     Attributes:
-        kind: ``leave``: whether the newest token's successor leaves here; ``draft``: a proposal for it; ``emit``: it,
-            whatever the confidence; ``verify``: which of ``proposals`` stand, and the token after them.
-        position: of the token that is asked for, the first one with ``verify``.
+        kind: ``leave``: emit the next token if the policy lets it leave here; ``draft``: propose it; ``emit``: emit it
+            whatever the confidence; ``verify``: accept or reject ``proposals``, and emit the token after them.
+        position: of the next token; of the first proposal with ``verify``.
         sampling: how it is chosen.
-        measure: of confidence.
-        threshold: least confidence to leave with.
-        proposals: of the last tokens; the newest token run is the last of them.
+        policy: says what confidence is, and decides with ``leave``; None takes the probability.
+        layer: of the exit, with ``leave``.
+        proposals: the last tokens that ran, to be verified.
         seen: prompt and tokens so far, where ``sampling`` has a repetition penalty; else empty.
-        logprobs: how many of the likeliest tokens to give with their log-probabilities, beside the emitted one's;
+        logprobs: how many of the most probable tokens to give with their log-probabilities, beside the emitted one's;
             None for none at all.
     """
 
     kind: Kind
     position: int
     sampling: Sampling = field(default_factory=Sampling)
-    measure: Measure = "probability"
-    threshold: float = 0.0
+    policy: AnyPolicy | None = None
+    layer: int = 0
     proposals: tuple[int, ...] = ()
     seen: tuple[int, ...] = ()
     logprobs: int | None = None
+
+    @property
+    def measure(self) -> str:
+        """Of confidence, a key of ``MEASURES``."""
+        return "probability" if self.policy is None else self.policy.measure
 
     @property
     def plain(self) -> bool:
@@ -53,14 +57,14 @@ class HeadInput:
 
     @property
     def tokens(self) -> int:
-        """How many of the row's last tokens the head reads."""
+        """How many of the sequence's last tokens the head reads."""
         return len(self.proposals) + 1
 
 
 @dataclass(frozen=True)
 class LogProbs:
     """Natural log-probabilities of one position, before temperature and the like: of the token emitted there, and of
-    the likeliest ones by token."""
+    the most probable ones by token."""
 
     emitted: float
     top: dict[int, float]
@@ -68,11 +72,11 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What a head says.
+    """What comes of a head for one sequence.
 
     Attributes:
-        tokens: emitted, in order: none where the row goes on to a deeper head; with ``verify`` the proposals that stood
-            and one more.
+        tokens: emitted, in order: none where the sequence goes on to a deeper head; with ``verify`` the accepted
+            proposals and one more.
         confidences: of the head at each of ``tokens``.
         logprobs: of each, where asked for.
         finite: whether the logits were (-inf, a token that cannot be chosen, may be among them); if not, nothing else
@@ -85,32 +89,27 @@ class HeadOutput:
     finite: bool = True
 
 
-def single(value: float) -> float:
-    """``value`` as float32 holds it: thresholds are compared with confidences as tensors would be."""
-    return float(struct.unpack("f", struct.pack("f", min(value, 3e38)))[0])
-
-
-def likeliest(logits: Tensor) -> Tensor:
+def most_probable(logits: Tensor) -> Tensor:
     """Of ``[tokens, vocab]`` float32 each token's most probable successor and its probability.
 
     Returns:
         ``[2, tokens]`` float64: token ids, and their probabilities.
     """
     highest, top1 = logits.max(-1)
-    sure = (highest - logits.logsumexp(-1)).exp()
-    return torch.stack((top1.double(), sure.double()))
+    confidence = (highest - logits.logsumexp(-1)).exp()
+    return torch.stack((top1.double(), confidence.double()))
 
 
 def head_outputs(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]]) -> list[HeadOutput]:
-    """Answers of one head. One transfer from the device, for all rows together, is all that is waited for.
+    """Outputs of one head. The host waits once, for one transfer of all sequences' results from the device.
 
     Args:
-        logits: ``[sum of the asks' tokens, vocab]`` float32, finite or not.
-        asks: of the rows.
-        drafts: of each row, the distributions ``[vocab]`` that its proposals were drawn from; a ``draft`` that samples
+        logits: ``[sum of the inputs' tokens, vocab]`` float32, finite or not.
+        inputs: of the sequences.
+        drafts: of each, the distributions ``[vocab]`` that its proposals were drawn from; a ``draft`` that samples
             appends to a list here.
     """
-    tops = likeliest(logits)
+    tops = most_probable(logits)
     if all(each.plain for each in inputs):
         chosen, shares = tops.tolist()
         ids, parts = [int(token) for token in chosen], _spans(inputs)
@@ -120,24 +119,24 @@ def head_outputs(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[S
 
 @dataclass(frozen=True)
 class _Queued:
-    """What is to be read of one head, on the device.
+    """Results of one head on the device, which are read together.
 
     Attributes:
         chosen: each token's most probable successor after the penalty, ``[tokens]``.
         shares: by measure, each token's confidence ``[tokens]``.
         verified: what ``verify`` gave for the rows that sample; None where no row does.
         logprobs: of the tokens of rows that want them: log-probability of the emitted one ``[tokens, 1]``, and of the
-            likeliest, ``[tokens, most]``, with their ids; None where no row does.
+            most probable ones, ``[tokens, most]``, with their ids; None where no row does.
     """
 
     chosen: Tensor
-    shares: dict[Measure, Tensor]
+    shares: dict[str, Tensor]
     verified: tuple[Tensor, Tensor, Tensor] | None
     logprobs: tuple[Tensor, Tensor, Tensor] | None
 
 
 def _queue(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]], tops: Tensor) -> _Queued:
-    """Start all that the rows ask for. Whether a row leaves is not known yet: that would take another transfer."""
+    """Start all that the sequences may need. Whether one leaves is not known yet: that would take another transfer."""
     seen = [(*each.seen, *each.proposals[:number]) for each in inputs for number in range(each.tokens)]
     after = penalised(
         logits,
@@ -146,7 +145,7 @@ def _queue(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequenc
     )
     chosen = tops[0] if after is logits else after.argmax(-1)
     measures = {each.measure for each in inputs}
-    shares = {m: tops[1] if m == "probability" else confidences(logits, m) for m in measures}
+    shares = {m: tops[1] if m == "probability" else MEASURES[m](logits) for m in measures}
     verified = _verify(after, inputs, drafts)
     most = max((each.logprobs for each in inputs if each.logprobs is not None), default=None)
     if most is None:
@@ -164,7 +163,7 @@ def _queue(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequenc
 def _verify(
     logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What ``verify`` gives for the rows that sample, of logits after the penalty; their drafts are taken up."""
+    """What ``verify`` gives for the rows that sample, of logits after the penalty; and their drafts are kept."""
     sampled = [not each.sampling.greedy for each in inputs]
     if not any(sampled):
         return None
@@ -188,12 +187,12 @@ def _verify(
 
 def _replace(chosen: Tensor, inputs: Sequence[HeadInput], tokens: Tensor) -> Tensor:
     """``chosen`` ``[tokens]`` with those of rows that sample taken from ``tokens``, as ``verify`` gives them."""
-    places, row = [], 0
+    cells, row = [], 0
     for each, part in zip(inputs, _spans(inputs), strict=True):
         if not each.sampling.greedy:
-            places += [(part.start + number, row, number) for number in range(each.tokens)]
+            cells += [(part.start + number, row, number) for number in range(each.tokens)]
             row += 1
-    where, rows, numbers = platform.to_device(torch.tensor(places), chosen.device).unbind(1)
+    where, rows, numbers = platform.to_device(torch.tensor(cells), chosen.device).unbind(1)
     return chosen.index_copy(0, where, tokens[rows, numbers])
 
 
@@ -212,26 +211,31 @@ def _read(queued: _Queued, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
     if queued.logprobs is not None:
         own, values, ids = (next(lists) for _ in queued.logprobs)
         sizes = [queued.logprobs[1].shape[1]] * len(own)
-        logprobs = map(LogProbs, own, map(_likely, _cut(ids, sizes), _cut(values, sizes)))
+        logprobs = map(LogProbs, own, map(_by_token, _cut(ids, sizes), _cut(values, sizes)))
     found = []
     for each, part in zip(inputs, _spans(inputs), strict=True):
-        sure = shares[each.measure][part]
-        own_drawn = None if each.sampling.greedy else next(drawn)
+        confidence = shares[each.measure][part]
+        draw = None if each.sampling.greedy else next(drawn)
         own_logprobs = [] if each.logprobs is None else [next(logprobs) for _ in range(each.tokens)]
-        if own_drawn is None:
-            one = _greedy(each, chosen[part], sure)
+        if draw is None:
+            one = _greedy(each, chosen[part], confidence)
         else:
-            one = _drawn(each, sure, *own_drawn)
+            one = _drawn(each, confidence, *draw)
         given = (LogProbs(lp.emitted, _first(lp.top, each.logprobs)) for lp in own_logprobs[: len(one.tokens)])
         found.append(replace(one, logprobs=tuple(given)))
     return found
 
 
+def _emits(each: HeadInput, confidence: float) -> bool:
+    """Whether a token comes out of this head: not where it goes on to a deeper one."""
+    return each.kind != "leave" or each.policy is None or each.policy.leaves(each.layer, confidence)
+
+
 def _greedy(each: HeadInput, tokens: list[int], shares: list[float]) -> HeadOutput:
-    """One row: the most probable successor of each token, and its confidence."""
+    """One greedy sequence: the most probable successor of each token, and its confidence."""
     if any(share != share for share in shares):
         return HeadOutput(finite=False)
-    if each.kind == "leave" and not shares[-1] >= each.threshold:
+    if not _emits(each, shares[-1]):
         return HeadOutput()
     count = 0
     while count < len(each.proposals) and tokens[count] == each.proposals[count]:
@@ -240,10 +244,10 @@ def _greedy(each: HeadInput, tokens: list[int], shares: list[float]) -> HeadOutp
 
 
 def _drawn(each: HeadInput, shares: list[float], accepted: float, tokens: list[float], mass: float) -> HeadOutput:
-    """One row that samples: ``verify``'s results of it."""
+    """One sequence that samples, from ``verify``'s results."""
     if any(share != share for share in shares):  # as for greedy rows: a single -inf is a token that cannot be chosen
         return HeadOutput(finite=False)
-    if each.kind == "leave" and not shares[-1] >= each.threshold:
+    if not _emits(each, shares[-1]):
         return HeadOutput()
     check_mass(mass)
     count = int(accepted) + 1
@@ -268,7 +272,7 @@ def _cut(values: list[float], sizes: Sequence[int]) -> list[list[float]]:
     return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def _likely(ids: list[float], values: list[float]) -> dict[int, float]:
+def _by_token(ids: list[float], values: list[float]) -> dict[int, float]:
     return dict(zip(map(int, ids), values, strict=True))
 
 

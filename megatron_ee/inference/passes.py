@@ -1,8 +1,8 @@
-"""What the scheduler tells the stages: the passes to run, and where sequences may stop."""
+"""What the scheduler tells the pipeline stages, and a stage as the scheduler sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,29 +14,29 @@ class ScheduledSequence:
     """One sequence's part in a pass.
 
     Attributes:
-        row: the sequence's number.
-        stop: positions that it has with the newest token.
+        seq_id: its number.
+        length: positions that it has with its newest token.
         tokens: new ones, in a pass that starts from tokens.
-        head_input: for the head at the end; None where it is not asked.
+        head_input: what the head at the end does for it; None for nothing.
     """
 
-    row: int
-    stop: int
+    seq_id: int
+    length: int
     tokens: tuple[int, ...] = ()
     head_input: HeadInput | None = None
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A run of layers for some sequences, from one place to another.
+    """A run of layers for some sequences that have got equally deep.
 
-    Places are layers: 0 before the first, k after layer k, where its exit reads, and one more than the last layer for
-    the final exit.
+    A depth is a number of layers that a token has run: 0 before the first, k after layer k, where its exit reads, and
+    one more than the last layer for the final exit.
 
     Attributes:
-        start: place where the sequences are.
-        stop: place where they will be.
-        sequences: that take part.
+        start: depth that the sequences have.
+        stop: depth that they will have.
+        sequences: that run.
         sends: go on from there to the next stage, whose layers follow.
     """
 
@@ -47,42 +47,42 @@ class Pass:
 
 
 class StageWorker(Protocol):
-    """One stage as the scheduler sees it; what is called is done in that order.
+    """One stage as the scheduler sees it. Calls take effect in their order.
 
-    ``stage_runner.StageRunner`` is one in this process, ``remote.RemoteStage`` one in another.
+    ``StageRunner`` is one in this process, ``RemoteStage`` one in another.
     """
 
-    def open(self, row: int, limit: int) -> None:
-        """Begin a sequence of at most ``limit`` positions."""
+    def open(self, seq_id: int, limit: int) -> None:
+        """Make empty caches for at most ``limit`` positions."""
 
-    def close(self, row: int) -> None:
+    def close(self, seq_id: int) -> None:
         """Forget a sequence."""
 
-    def crop(self, row: int, length: int) -> None:
+    def crop(self, seq_id: int, length: int) -> None:
         """Take back the positions of a sequence from ``length`` on."""
 
-    def copy(self, row: int, other: int, length: int) -> None:
-        """Let sequence ``other``, which is empty, begin with the first ``length`` positions of ``row``."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let ``target``, which is empty, begin with a copy of the first ``length`` positions of ``source``."""
 
-    def keep(self, row: int, length: int) -> None:
-        """Keep of a sequence that has ended its first ``length`` positions, to be copied, and no more."""
+    def keep(self, seq_id: int, length: int) -> None:
+        """Keep the first ``length`` positions of a sequence that has ended, to be copied, and no more."""
 
     def run(self, pass_: Pass) -> None:
         """Start a pass."""
 
-    def receive(self, rows: Collection[int]) -> None:
-        """Take the hidden states of these sequences that the stage before sends at the end of a pass."""
+    def receive(self, seq_ids: Sequence[int]) -> None:
+        """Take the hidden states of these sequences, which the stage before sends at the end of a pass."""
 
     def outputs(self) -> list[HeadOutput]:
-        """Of the oldest pass with head inputs whose outputs were not taken; waits for them."""
+        """Of the oldest pass that ended at a head and whose outputs were not taken; waits for them."""
 
 
 @dataclass(frozen=True)
 class StageMap:
-    """Where sequences stop.
+    """Which layers the stages have.
 
     Attributes:
-        ends: by stage, its last layer; of the last stage the place of the final exit.
+        ends: by stage, its last layer; for the last stage the depth of the final exit.
         layer_exits: layers of the exits with a decoder layer of their own.
     """
 
@@ -91,9 +91,9 @@ class StageMap:
 
     @property
     def final(self) -> int:
-        """Place of the final exit."""
+        """Depth of the final exit."""
         return self.ends[-1]
 
     def layers(self, start: int, stop: int) -> int:
-        """Layers of the backbone between two places."""
+        """Layers of the backbone between two depths."""
         return min(stop, self.final - 1) - min(start, self.final - 1)

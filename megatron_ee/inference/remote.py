@@ -1,40 +1,115 @@
-"""Stages in other processes: told what to run, they send hidden states on among themselves and answers back.
+"""Stages and schedulers in other processes: what ranks tell each other, as JSON, and hidden states between stages.
 
-The first stage decides. What it tells another is not waited for, so that it can start the next token while later
+The first stage decides. It does not wait for what it tells another, so that it can start the next token while later
 stages fill the keys and values of the last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import json
+from collections import deque
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.inference.heads import HeadOutput
-from megatron_ee.inference.messages import (
-    COMMANDS,
-    HEADERS,
-    OUTPUTS,
-    Mail,
-    pack_outputs,
-    pack_params,
-    pack_pass,
-    share,
-    unpack_outputs,
-    unpack_params,
-    unpack_pass,
-)
 from megatron_ee.inference.passes import Pass
-from megatron_ee.inference.requests import Token
+from megatron_ee.inference.requests import FinishReason, Token
 from megatron_ee.inference.scheduler import Scheduler
 from megatron_ee.inference.sequence import Sequence, SequenceParams
 from megatron_ee.inference.stage_runner import StageRunner
 
-MakeSequence = Callable[[int, SequenceParams], Sequence]
+COMMANDS, HEADERS, OUTPUTS = 1, 2, 3
+"""Tags, so that messages of one kind between two ranks do not wait for those of another."""
+IN_FLIGHT = 64
+
+
+class Mail:
+    """Messages between the ranks of a host group.
+
+    Sending returns at once; a message is kept until it has left.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._leaving: deque[tuple[dist.Work | None, Tensor]] = deque()
+
+    def send(self, target: int, tag: int, content: Any) -> None:
+        """Send ``content``, which JSON can hold, to a rank of the group."""
+        payload = json.dumps(content, separators=(",", ":")).encode()
+        body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        for part in (torch.tensor([len(payload)]), body):
+            self._leaving.append((dist.isend(part, group=self._group, group_dst=target, tag=tag), part))
+        while len(self._leaving) > IN_FLIGHT:
+            self._wait_one()
+
+    def receive(self, source: int, tag: int) -> Any:
+        """The next message of this kind from a rank; waits for it."""
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, group=self._group, group_src=source, tag=tag)
+        body = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(body, group=self._group, group_src=source, tag=tag)
+        return json.loads(body.numpy().tobytes())
+
+    def finish(self) -> None:
+        """Wait until everything has left."""
+        while self._leaving:
+            self._wait_one()
+
+    def _wait_one(self) -> None:
+        work, _ = self._leaving.popleft()
+        if work is not None:
+            work.wait()
+
+
+def share(content: list[Any] | None, group: dist.ProcessGroup) -> Any:
+    """The first rank's list ``content`` on every rank of a host group; an empty one costs a single broadcast."""
+    payload = json.dumps(content, separators=(",", ":")).encode() if content and group.rank() == 0 else b""
+    size = torch.tensor([len(payload)])
+    dist.broadcast(size, group=group, group_src=0)
+    if int(size) == 0:
+        return []
+    body = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(int(size)).byte()
+    dist.broadcast(body, group=group, group_src=0)
+    return json.loads(body.numpy().tobytes())
+
+
+_PASS, _OUTPUTS, _PARAMS = TypeAdapter(Pass), TypeAdapter(list[HeadOutput]), TypeAdapter(SequenceParams)
+
+
+def pack_pass(pass_: Pass) -> Any:
+    """For ``unpack_pass``."""
+    return _PASS.dump_python(pass_, mode="json")
+
+
+def unpack_pass(packed: Any) -> Pass:
+    """The pass that ``pack_pass`` was given."""
+    return _PASS.validate_python(packed)
+
+
+def pack_outputs(outputs: Iterable[HeadOutput]) -> Any:
+    """For ``unpack_outputs``."""
+    return _OUTPUTS.dump_python(list(outputs), mode="json")
+
+
+def unpack_outputs(packed: Any) -> list[HeadOutput]:
+    """The outputs that ``pack_outputs`` was given."""
+    return _OUTPUTS.validate_python(packed)
+
+
+def pack_params(params: SequenceParams) -> Any:
+    """For ``unpack_params``."""
+    return _PARAMS.dump_python(params, mode="json")
+
+
+def unpack_params(packed: Any) -> SequenceParams:
+    """The settings that ``pack_params`` was given."""
+    return _PARAMS.validate_python(packed)
 
 
 class RemoteStage:
@@ -44,29 +119,29 @@ class RemoteStage:
         self._mail, self._stage = mail, stage
         self._calls: list[list[Any]] = []
 
-    def open(self, row: int, limit: int) -> None:
+    def open(self, seq_id: int, limit: int) -> None:
         """See ``StageWorker``."""
-        self._calls.append(["open", row, limit])
+        self._calls.append(["open", seq_id, limit])
 
-    def close(self, row: int) -> None:
+    def close(self, seq_id: int) -> None:
         """See ``StageWorker``."""
-        self._calls.append(["close", row])
+        self._calls.append(["close", seq_id])
 
-    def crop(self, row: int, length: int) -> None:
+    def crop(self, seq_id: int, length: int) -> None:
         """See ``StageWorker``."""
-        self._calls.append(["crop", row, length])
+        self._calls.append(["crop", seq_id, length])
 
-    def copy(self, row: int, other: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         """See ``StageWorker``."""
-        self._calls.append(["copy", row, other, length])
+        self._calls.append(["copy", source, target, length])
 
-    def keep(self, row: int, length: int) -> None:
+    def keep(self, seq_id: int, length: int) -> None:
         """See ``StageWorker``."""
-        self._calls.append(["keep", row, length])
+        self._calls.append(["keep", seq_id, length])
 
-    def receive(self, rows: Collection[int]) -> None:
+    def receive(self, seq_ids: Collection[int]) -> None:
         """See ``StageWorker``."""
-        self._calls.append(["receive", list(rows)])
+        self._calls.append(["receive", list(seq_ids)])
         self._flush()  # the stage before may send no more until this has been taken
 
     def run(self, pass_: Pass) -> None:
@@ -89,7 +164,7 @@ class RemoteStage:
 
 
 def serve_stage(runner: StageRunner, mail: Mail) -> None:
-    """Do what the first stage says, until it says ``stop``."""
+    """Carry out what the first stage sends, until it sends ``stop``."""
     while True:
         for name, *arguments in mail.receive(0, COMMANDS):
             if name == "stop":
@@ -104,7 +179,7 @@ def serve_stage(runner: StageRunner, mail: Mail) -> None:
 
 
 class RemoteChannel:
-    """Hidden states, and distributions that proposals were drawn from, to the next stage: a ``StageChannel``."""
+    """Hidden states from each stage to the next, and distributions of drafts: a ``StageChannel``."""
 
     def __init__(self, mail: Mail, group: dist.ProcessGroup, hidden: int, vocab: int, dtype: torch.dtype) -> None:
         """``group``: the pipeline's ranks, on the device."""
@@ -127,11 +202,11 @@ class RemoteChannel:
         for message in messages:
             self._leaving.append((dist.isend(message, group=self._group, group_dst=target), message))
 
-    def receive(self, rows: int) -> list[tuple[Tensor, list[Tensor]]]:
+    def receive(self, num_sequences: int) -> list[tuple[Tensor, list[Tensor]]]:
         """See ``StageChannel``."""
         source = self._group.rank() - 1
         counts, drafts = self._mail.receive(source, HEADERS)
-        assert len(counts) == rows, "the stages disagree about the rows of a chain"
+        assert len(counts) == num_sequences, "the stages disagree about the sequences of a pass"
         device = platform.device()
         h = torch.empty((sum(counts), 1, self._hidden), dtype=self._dtype, device=device)
         dist.recv(h, group=self._group, group_src=source)
@@ -142,53 +217,53 @@ class RemoteChannel:
 
 
 class DriverScheduler:
-    """The first stage's core on its first tensor-parallel rank: the other ranks do as it does, see ``follow``."""
+    """The first stage's scheduler on its first tensor-parallel rank; the others repeat it in ``follow_driver``."""
 
     def __init__(self, scheduler: Scheduler, group: dist.ProcessGroup) -> None:
         """``group``: the stage's ranks, on the host."""
         self._scheduler, self._group = scheduler, group
         self._calls: list[list[Any]] = []
-        self.budget, self.drafter = scheduler.budget, scheduler.drafter
+        self.budget = scheduler.budget
 
     @property
     def idle(self) -> bool:
-        """See ``Core``."""
+        """See ``Scheduler``."""
         return self._scheduler.idle
 
     @property
-    def set_aside(self) -> int:
-        """See ``Core``."""
-        return self._scheduler.set_aside
+    def num_preempted(self) -> int:
+        """See ``Scheduler``."""
+        return self._scheduler.num_preempted
 
-    def add(self, outputs: Collection[Sequence]) -> None:
-        """See ``Core``."""
-        self._calls.append(["add", [[output.number, pack_params(output.settings)] for output in outputs]])
-        self._scheduler.add(outputs)
+    def add(self, seqs: Collection[Sequence]) -> None:
+        """See ``Scheduler``."""
+        self._calls.append(["add", [[seq.seq_id, pack_params(seq.params)] for seq in seqs]])
+        self._scheduler.add(seqs)
 
-    def remove(self, number: int) -> None:
-        """See ``Core``."""
-        self._calls.append(["remove", number])
-        self._scheduler.remove(number)
+    def finish(self, seq_id: int, reason: FinishReason) -> None:
+        """See ``Scheduler``."""
+        self._calls.append(["finish", [seq_id, reason]])
+        self._scheduler.finish(seq_id, reason)
 
-    def advance(self) -> list[tuple[Sequence, list[Token]]]:
-        """See ``Core``."""
+    def step(self) -> list[tuple[Sequence, list[Token]]]:
+        """See ``Scheduler``."""
         calls, self._calls = self._calls, []
         share(calls, self._group)
-        return self._scheduler.advance()
+        return self._scheduler.step()
 
     def stop(self) -> None:
-        """Let the others leave ``follow``."""
+        """Let the others leave ``follow_driver``."""
         share([["stop", None]], self._group)
 
 
-def follow(scheduler: Scheduler, make_sequence: MakeSequence, group: dist.ProcessGroup) -> None:
-    """On the first stage's other tensor-parallel ranks: do what the first rank's core does, until it stops."""
+def follow_driver(scheduler: Scheduler, group: dist.ProcessGroup) -> None:
+    """On the first stage's other tensor-parallel ranks: do what the first rank's scheduler does, until it stops."""
     while True:
         for name, argument in share(None, group):
             if name == "stop":
                 return
             if name == "add":
-                scheduler.add([make_sequence(number, unpack_params(packed)) for number, packed in argument])
+                scheduler.add([Sequence(seq_id, unpack_params(packed)) for seq_id, packed in argument])
             else:
-                scheduler.remove(argument)
-        scheduler.advance()
+                scheduler.finish(*argument)
+        scheduler.step()

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.errors import ConfigError, shown
+from megatron_ee.config.validation import Strict
+from megatron_ee.errors import shown
 
 MAX_SEED = 2**63 - 1  # travels between ranks as an int64
 # Beyond these, float32 logits overflow or all become equal.
@@ -26,8 +27,7 @@ SORTED_ROWS = 32
 """Rows whose whole vocabulary is sorted at a time: that takes some 30 bytes for each logit."""
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(Strict):
     """How a request's tokens are chosen; names and meanings are those of transformers' ``generate``.
 
     Attributes:
@@ -40,62 +40,24 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=_PENALTIES[0], le=_PENALTIES[1])
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+    @field_validator("temperature")
+    @classmethod
+    def _within_float32(cls, value: float) -> float:
+        low, high = _TEMPERATURES
+        if not (value == 0 or low <= value <= high):
+            raise ValueError(f"must be 0 (greedy) or from {low:g} to {high:g}, not {shown(value)}")
+        return value
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
-
-    def check(self) -> None:
-        """Check types and ranges.
-
-        Raises:
-            ConfigError: one line that begins with the field's name.
-        """
-        low, high = _TEMPERATURES
-        value = _number("temperature", self.temperature)
-        if not (value == 0 or low <= value <= high):
-            raise ConfigError(
-                f"temperature: must be 0 (greedy) or lie between {low:g} and {high:g}, not {shown(self.temperature)}"
-            )
-        if _integer("top_k", self.top_k) < 0:
-            raise ConfigError(f"top_k: must be at least 0 (off), not {shown(self.top_k)}")
-        if not 0 < _number("top_p", self.top_p) <= 1:
-            raise ConfigError(f"top_p: must be above 0 and at most 1 (off), not {shown(self.top_p)}")
-        if not 0 <= _number("min_p", self.min_p) <= 1:
-            raise ConfigError(f"min_p: must lie between 0 (off) and 1, not {shown(self.min_p)}")
-        low, high = _PENALTIES
-        if not low <= _number("repetition_penalty", self.repetition_penalty) <= high:
-            raise ConfigError(
-                f"repetition_penalty: must lie between {low:g} and {high:g} (1: off), not "
-                f"{shown(self.repetition_penalty)}"
-            )
-        if not 0 <= _integer("seed", self.seed) <= MAX_SEED:
-            raise ConfigError(f"seed: must lie between 0 and {MAX_SEED}, not {shown(self.seed)}")
-
-
-def _number(name: str, value: object) -> float:
-    """``value`` as a finite float; ConfigError where it is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name}: must be a number, not {shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ConfigError(f"{name}: is too large a number") from None
-    if not isfinite(number):
-        raise ConfigError(f"{name}: must be a finite number, not {number}")
-    return number
-
-
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}: must be a whole number, not {shown(value)}")
-    return value
 
 
 def penalised(logits: Tensor, seen: Sequence[Collection[int]], penalties: Sequence[float]) -> Tensor:
@@ -125,7 +87,7 @@ def probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
     Args:
         logits: at least one of each row finite.
-        samplings: of each row, as ``Sampling.check`` lets pass.
+        samplings: of each row.
     """
     size = logits.shape[1]
     at_once = max(1, min(SORTED_ROWS, platform.cached_bytes() // (4 * size)))

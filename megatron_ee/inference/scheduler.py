@@ -1,29 +1,29 @@
-"""The engine's inside: which rows run which layers next, and what becomes of the answers. Tokens only, no text.
+"""The scheduler: which sequences run which layers next, and what the heads' outputs change. Tokens only, no text.
 
-It is deterministic but for measured times, so that tensor-parallel ranks can each run it on the same requests and
-agree; ``times`` lets them share those.
+It owns every ``Sequence``. It is deterministic but for measured times, so that tensor-parallel ranks can each run it on
+the same requests and agree; ``share_seconds`` lets them share those.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_ee import platform
-from megatron_ee.inference.heads import HeadInput
-from megatron_ee.inference.memory import Budget
+from megatron_ee.inference.heads import HeadInput, HeadOutput
+from megatron_ee.inference.kv_cache_manager import KVBudget, Prefix, PrefixCache
 from megatron_ee.inference.passes import Pass, ScheduledSequence, StageMap, StageWorker
-from megatron_ee.inference.prefixes import Prefix, Prefixes
-from megatron_ee.inference.requests import Token
-from megatron_ee.inference.scheduling import choose_place, next_stop
-from megatron_ee.inference.sequence import Sequence
-from megatron_ee.inference.speculation import Drafter
+from megatron_ee.inference.requests import FinishReason, Token
+from megatron_ee.inference.sequence import Sequence, Status
+from megatron_ee.inference.speculation import Drafter, DraftState
 
 PASS_TOKENS = 512
 """Tokens of a prompt that run at a time: as many as products need to be fast, few enough that others wait little."""
+MAX_PASSES_WAITED = 4
+"""Passes of other sequences after which a sequence runs next, however few are with it."""
 
 
 class Timer(Protocol):
@@ -38,329 +38,458 @@ class Timer(Protocol):
 
 @dataclass
 class _PendingPass:
-    """A chain whose answers are to come; ``timer``: of its device work, None where no drafts are planned by it."""
+    """A pass whose head has not reported yet; ``timer`` measures it where drafts are planned by time."""
 
     stage: int
     pass_: Pass
-    outputs: list[Sequence]
-    inputs: list[HeadInput | None]
+    seqs: list[Sequence]
     timer: Timer | None
 
 
 @dataclass
 class Scheduler:
-    """Rows in work and in line.
+    """Sequences that run, and those that wait.
 
     Attributes:
-        links: the stages.
-        places: where rows stop.
+        stages: the pipeline's stages.
+        stage_map: their layers.
         budget: memory of keys and values.
-        max_rows: rows in work at a time.
-        drafter: what speculative rows go by.
-        prefixes: what ended rows leave to others.
-        times: gives every rank the first one's seconds; None where there is one rank.
-        start_timer: starts to measure the device work of a chain.
+        max_num_seqs: sequences that run at a time.
+        drafter: plans the drafts of speculative mode.
+        prefixes: keys and values that ended sequences leave to others.
+        share_seconds: gives every rank the first one's seconds; None where there is one rank.
+        start_timer: starts to measure the device work of a pass.
+        running: by number, in the order in which they were admitted.
+        waiting: the next one first.
+        num_preempted: how often a running sequence was sent back to wait.
     """
 
-    links: list[StageWorker]
-    places: StageMap
-    budget: Budget
-    max_rows: int
+    stages: list[StageWorker]
+    stage_map: StageMap
+    budget: KVBudget
+    max_num_seqs: int
     drafter: Drafter
-    prefixes: Prefixes = field(default_factory=Prefixes)
-    times: Callable[[float], float] | None = None
+    prefixes: PrefixCache = field(default_factory=PrefixCache)
+    share_seconds: Callable[[float], float] | None = None
     start_timer: Callable[[], Timer] = platform.DeviceTimer
     running: dict[int, Sequence] = field(default_factory=dict)
-    queue: deque[Sequence] = field(default_factory=deque)
-    set_aside: int = 0
+    waiting: deque[Sequence] = field(default_factory=deque)
+    num_preempted: int = 0
     _pending: deque[_PendingPass] = field(default_factory=deque)
     _prefilled: bool = False
 
-    def add(self, outputs: Iterable[Sequence]) -> None:
-        """Put the outputs of one request in line; the first one's prompt serves all."""
-        leader, *others = outputs
-        for other in others:
-            other.waits_for = leader.number
-        self.queue += [leader, *others]
+    def add(self, seqs: Iterable[Sequence]) -> None:
+        """Take the new sequences of one request; the first one's prompt is run for all."""
+        parent, *others = seqs
+        for seq in others:
+            seq.parent = parent.seq_id
+        for seq in (parent, *others):
+            params = seq.params
+            if params.mode == "speculative":
+                fixed = (params.draft.exit, params.draft.length)
+                seq.drafting = DraftState(self.drafter, params.draft_exits, fixed, params.sampling.greedy)
+            self.waiting.append(seq)
 
-    def remove(self, number: int) -> None:
-        """Forget an output, in work or in line."""
-        self._no_longer_leads(number)
-        output = self.running.pop(number, None)
-        if output is None:
-            self.queue = deque(each for each in self.queue if each.number != number)
-            return
-        gone = [number]
-        if not output.in_flight and output.failed is None:
-            prefix = _prefix(output)
-            gone = self.prefixes.keep(prefix)
-            if number not in gone:
-                for link in self.links:
-                    link.keep(number, len(prefix.ids))
-        for row in gone:
-            self._close(row)
+    def finish(self, seq_id: int, reason: FinishReason) -> None:
+        """End a sequence from outside; nothing happens if it has ended already."""
+        seq = self.running.get(seq_id) or next((each for each in self.waiting if each.seq_id == seq_id), None)
+        if seq is not None:
+            self._remove(seq)
+            seq.status, seq.finish_reason = Status.FINISHED, reason
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do."""
-        return not self.running and not self.queue
+        return not self.running and not self.waiting
 
-    def advance(self) -> list[tuple[Sequence, list[Token]]]:
-        """Admit rows, run a chain on each stage that has work, and give what was emitted; ended rows are closed."""
+    def step(self) -> list[tuple[Sequence, list[Token]]]:
+        """Admit sequences, start a pass on each stage that has work, and take the oldest pending head's outputs.
+
+        Returns:
+            The sequences of which tokens were emitted, or which failed.
+        """
         self._admit()
-        for stage in range(len(self.links)):
-            self._run_stage(stage)
-        return self._land() if self._pending else []
+        for stage in range(len(self.stages)):
+            self._schedule(stage)
+        return self._update() if self._pending else []
 
-    # ------------------------------------------------------------------------------------------------------ admission
+    # ------------------------------------------------------------------------------------------- admission and memory
 
     def _admit(self) -> None:
-        while self.queue and len(self.running) < self.max_rows:
-            output = self.queue[0]
-            leader = None if output.waits_for is None else self.running[output.waits_for]
-            if leader is not None and leader.run >= len(output.settings.prompt) - 1:
-                output.waits_for = None  # it is past where others may join
-            fits = self.budget.claim(output.number, output.settings.limit, output.known)
-            if not fits and not self.prefixes.rows:  # as in every turn while it waits
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            parent = None if seq.parent is None else self.running[seq.parent]
+            if parent is not None and parent.num_computed_tokens >= parent.num_prompt_tokens - 1:
+                seq.parent = None  # too late to copy the prompt's keys and values from it
+            fits = self.budget.claim(seq.seq_id, seq.params.max_length, seq.num_tokens_with_spec)
+            if not fits and not self.prefixes.seq_ids:  # as in every step while it waits
                 return
             source = None
-            if output.waits_for is None:  # known before others go for its sake: it is then the last of them
+            if seq.parent is None:  # found before others are evicted for it: its source is evicted last
                 others = (_prefix(each) for each in self.running.values() if not each.in_flight)
-                source = self.prefixes.longest(output.ids, others)
-            if not fits and not self._claim(output, output.known):
+                source = self.prefixes.longest(seq.token_ids(), others)
+            if not fits and not self._claim(seq, seq.num_tokens_with_spec):
                 return
-            self.queue.popleft()
-            for link in self.links:
-                link.open(output.number, output.settings.limit)
-            if source is not None and (source.row in self.running or source.row in self.prefixes.rows):
-                output.run = output.reused = len(source.ids)
-                for link in self.links:
-                    link.copy(source.row, output.number, output.run)
-            self.running[output.number] = output
+            self.waiting.popleft()
+            for stage in self.stages:
+                stage.open(seq.seq_id, seq.params.max_length)
+            if source is not None and (source.seq_id in self.running or source.seq_id in self.prefixes.seq_ids):
+                seq.num_computed_tokens = seq.num_cached_tokens = len(source.token_ids)
+                for stage in self.stages:
+                    stage.copy(source.seq_id, seq.seq_id, seq.num_computed_tokens)
+            seq.status = Status.RUNNING
+            self.running[seq.seq_id] = seq
 
-    def _claim(self, output: Sequence, length: int) -> bool:
-        """Claim room for a row, at the expense of those that are kept for others."""
-        while not self.budget.claim(output.number, output.settings.limit, length):
-            if not self.prefixes.rows:
+    def _remove(self, seq: Sequence) -> None:
+        """Take a sequence out of those that run or wait; its keys and values may be kept for others."""
+        self._orphan(seq.seq_id)
+        if self.running.pop(seq.seq_id, None) is None:
+            self.waiting.remove(seq)
+            return
+        evicted = [seq.seq_id]
+        if seq.status is Status.RUNNING:
+            prefix = _prefix(seq)
+            evicted = self.prefixes.keep(prefix)
+            if seq.seq_id not in evicted:
+                for stage in self.stages:
+                    stage.keep(seq.seq_id, len(prefix.token_ids))
+        for number in evicted:
+            self._close(number)
+
+    def _claim(self, seq: Sequence, length: int) -> bool:
+        """Claim room for so many positions of a sequence, at the expense of ended ones that are kept for others."""
+        while not self.budget.claim(seq.seq_id, seq.params.max_length, length):
+            if not self.prefixes.seq_ids:
                 return False
             self._close(self.prefixes.evict())
         return True
 
-    def _close(self, number: int) -> None:
-        for link in self.links:
-            link.close(number)
-        self.budget.release(number)
+    def _close(self, seq_id: int) -> None:
+        for stage in self.stages:
+            stage.close(seq_id)
+        self.budget.release(seq_id)
 
-    def _make_room(self, output: Sequence, length: int) -> bool:
-        """Room for a row to have ``length`` positions, at the expense of younger ones; False where it has to wait."""
-        if output.number not in self.running:  # set aside for one before it
+    def _make_room(self, seq: Sequence, length: int) -> bool:
+        """Claim room for so many positions, at the expense of younger sequences; False where this one has to wait."""
+        if seq.seq_id not in self.running:  # preempted for one before it
             return False
-        while not self._claim(output, length):
+        while not self._claim(seq, length):
             youngest = next((each for each in reversed(self.running.values()) if not each.in_flight), None)
             if youngest is None:
                 return False
-            del self.running[youngest.number]
-            self._close(youngest.number)
-            self._no_longer_leads(youngest.number)
-            youngest.set_aside()
-            self.queue.appendleft(youngest)
-            self.set_aside += 1
-            if youngest is output:
+            self._preempt(youngest)
+            if youngest is seq:
                 return False
         return True
 
-    def _no_longer_leads(self, number: int) -> None:
-        for each in (*self.running.values(), *self.queue):
-            if each.waits_for == number:
-                each.waits_for = None
+    def _preempt(self, seq: Sequence) -> None:
+        """Send a sequence back to wait; what has run is forgotten, and will run again with the same result."""
+        del self.running[seq.seq_id]
+        self._close(seq.seq_id)
+        self._orphan(seq.seq_id)
+        seq.status = Status.WAITING
+        seq.num_computed_tokens = seq.num_cached_tokens = seq.depth = seq.stage = seq.num_passes_waited = 0
+        seq.spec_token_ids, seq.deferred, seq.parent = [], {}, None
+        if seq.drafting is not None:
+            seq.drafting.abort_round()
+        self.waiting.appendleft(seq)
+        self.num_preempted += 1
 
-    # --------------------------------------------------------------------------------------------------------- chains
+    def _orphan(self, seq_id: int) -> None:
+        """Nobody copies this sequence's prompt any more."""
+        for each in (*self.running.values(), *self.waiting):
+            if each.parent == seq_id:
+                each.parent = None
 
-    def _run_stage(self, stage: int) -> None:
-        """Run the chain of a stage that advances most rows, or prompts, in turns."""
+    def _fork(self, parent: Sequence) -> None:
+        """Give a prompt's keys and values to the sequences that wait for them, once all but its last token has run."""
+        children = [each for each in self.running.values() if each.parent == parent.seq_id]
+        if not children or parent.num_computed_tokens < parent.num_prompt_tokens - 1:
+            return
+        for child in children:
+            for stage in self.stages:
+                stage.copy(parent.seq_id, child.seq_id, parent.num_computed_tokens)
+            child.num_computed_tokens, child.parent = parent.num_computed_tokens, None
+        self._orphan(parent.seq_id)  # those that have yet to be admitted run it themselves
+
+    # --------------------------------------------------------------------------------------------------------- passes
+
+    def _schedule(self, stage: int) -> None:
+        """Start a pass on a stage that is free: prompts in turns with the depth that ``choose_depth`` prefers."""
         if any(pending.stage == stage for pending in self._pending):
             return
-        ready = [o for o in self.running.values() if o.stage == stage and not o.in_flight and o.waits_for is None]
-        prompts = [output for output in ready if output.place == 0 and output.prefilling]
-        waiting: dict[int, list[Sequence]] = {}
-        for output in ready:
-            if output.place > 0 or not output.prefilling:
-                waiting.setdefault(output.place, []).append(output)
-        if prompts and (not waiting or not self._prefilled):
+        ready = [s for s in self.running.values() if s.stage == stage and not s.in_flight and s.parent is None]
+        prompts = [seq for seq in ready if seq.depth == 0 and seq.prefilling]
+        by_depth: dict[int, list[Sequence]] = {}
+        for seq in ready:
+            if seq.depth > 0 or not seq.prefilling:
+                by_depth.setdefault(seq.depth, []).append(seq)
+        if prompts and (not by_depth or not self._prefilled):
             self._prefilled = True
             self._run_prompts(prompts)
             return
         self._prefilled = False
-        if not waiting:
+        if not by_depth:
             return
-        place = choose_place({place: [output.age for output in there] for place, there in waiting.items()})
-        for other, there in waiting.items():
-            for output in there:
-                output.age = 0 if other == place else output.age + 1
-        chosen = waiting[place]
-        if place == 0:
-            for output in chosen:
-                output.begin_round(len(chosen), time.perf_counter())
-            chosen = [output for output in chosen if self._make_room(output, output.run + 1)]
-            chosen = [output for output in chosen if output.number in self.running]
+        depth = choose_depth({depth: [s.num_passes_waited for s in seqs] for depth, seqs in by_depth.items()})
+        for other, seqs in by_depth.items():
+            for seq in seqs:
+                seq.num_passes_waited = 0 if other == depth else seq.num_passes_waited + 1
+        chosen = by_depth[depth]
+        if depth == 0:
+            for seq in chosen:
+                self._begin_round(seq, len(chosen))
+            chosen = [seq for seq in chosen if self._make_room(seq, seq.num_computed_tokens + 1)]
+            chosen = [seq for seq in chosen if seq.seq_id in self.running]
         if chosen:
-            self._start(stage, place, chosen, [output.ids_from(output.run) if place == 0 else [] for output in chosen])
+            new = [seq.token_ids(seq.num_computed_tokens) if depth == 0 else [] for seq in chosen]
+            self._start(stage, depth, chosen, new)
 
-    def _run_prompts(self, prompts: Collection[Sequence]) -> None:
+    def _begin_round(self, seq: Sequence, rows: int) -> None:
+        """Plan a sequence's drafts, where it speculates."""
+        if seq.drafting is None:
+            return
+        # The last token needs no proposal, and no position may lie beyond the sequence's last.
+        params = seq.params
+        room = min(params.max_tokens - len(seq.tokens), params.max_length - seq.num_tokens_with_spec)
+        seq.drafting.begin_round(rows, time.perf_counter(), room - 1)
+
+    def _run_prompts(self, prompts: list[Sequence]) -> None:
         """Run the next tokens of prompts, oldest first, up to ``PASS_TOKENS`` in all."""
         chosen, tokens, left = [], [], PASS_TOKENS
-        for output in prompts:
-            behind = output.ids_from(output.run)
+        for seq in prompts:
+            new = seq.token_ids(seq.num_computed_tokens)
             # Others copy the prompt but for its last token; one that goes on decides on the newest as usual.
-            forks = any(each.waits_for == output.number for each in self.running.values())
-            if len(behind) > 1 and (output.tokens or forks):
-                behind = behind[:-1]
-            behind = behind[:left]
-            if not behind or not self._make_room(output, output.run + len(behind)):
+            forks = any(each.parent == seq.seq_id for each in self.running.values())
+            if len(new) > 1 and (seq.tokens or forks):
+                new = new[:-1]
+            new = new[:left]
+            if not new or not self._make_room(seq, seq.num_computed_tokens + len(new)):
                 break
-            chosen.append(output)
-            tokens.append(behind)
-            left -= len(behind)
-        pairs = [(o, t) for o, t in zip(chosen, tokens, strict=True) if o.number in self.running]
+            chosen.append(seq)
+            tokens.append(new)
+            left -= len(new)
+        pairs = [(s, new) for s, new in zip(chosen, tokens, strict=True) if s.seq_id in self.running]
         if pairs:
-            self._start(0, 0, [output for output, _ in pairs], [tokens for _, tokens in pairs])
+            self._start(0, 0, [seq for seq, _ in pairs], [new for _, new in pairs])
 
-    def _start(self, stage: int, place: int, outputs: list[Sequence], tokens: Collection[Collection[int]]) -> None:
-        """Run rows from a place to the first where one of them stops."""
-        end, final = self.places.ends[stage], self.places.final
-        stop = min(next_stop(place, output.asked(), end) for output in outputs)
-        scheduled, inputs = [], []
-        for output, new in zip(outputs, tokens, strict=True):
-            output.run += len(new)
-            asked = stop == final or (stop in output.asked() and place != stop)
-            head_input = output.head_input(stop, final) if asked and output.run == output.known else None
-            scheduled.append(ScheduledSequence(output.number, output.run, tuple(new), head_input))
-            inputs.append(head_input)
-            self._count(output, place, stop, len(new), asked=head_input is not None)
-        pass_ = Pass(place, stop, tuple(scheduled), sends=stop == end != final and not any(inputs))
-        timer = self._run(stage, pass_, outputs)
-        if any(inputs):
-            for output in outputs:
-                output.in_flight = True
-            self._pending.append(_PendingPass(stage, pass_, outputs, inputs, timer))
+    def _start(self, stage: int, depth: int, seqs: list[Sequence], tokens: list[list[int]]) -> None:
+        """Run sequences from a depth to the first where one of them stops."""
+        end, final = self.stage_map.ends[stage], self.stage_map.final
+        stop = min(next_stop(depth, seq.exits_to_ask(), end) for seq in seqs)
+        scheduled = []
+        for seq, new in zip(seqs, tokens, strict=True):
+            seq.num_computed_tokens += len(new)
+            asks = stop == final or (stop in seq.exits_to_ask() and depth != stop)
+            newest = seq.num_computed_tokens == seq.num_tokens_with_spec
+            head_input = seq.head_input(stop, final) if asks and newest else None
+            scheduled.append(ScheduledSequence(seq.seq_id, seq.num_computed_tokens, tuple(new), head_input))
+            self._count_layers(seq, depth, stop, len(new), asked=head_input is not None)
+        reports = any(each.head_input is not None for each in scheduled)
+        pass_ = Pass(depth, stop, tuple(scheduled), sends=stop == end != final and not reports)
+        timer = self._run(stage, pass_, seqs)
+        if reports:
+            for seq in seqs:
+                seq.status = Status.IN_FLIGHT
+            self._pending.append(_PendingPass(stage, pass_, seqs, timer))
         else:
-            self._passed(stage, pass_, outputs)
+            self._passed(stage, pass_, seqs)
 
-    def _run(self, stage: int, pass_: Pass, outputs: Collection[Sequence]) -> Timer | None:
-        """Run a chain, with a timer where drafts are planned by how long it takes.
+    def _run(self, stage: int, pass_: Pass, seqs: list[Sequence]) -> Timer | None:
+        """Run a pass, with a timer where drafts are planned by time.
 
-        The timer is read with the answers. Waiting for it here could be a deadlock: a chain that sends is done only
-        after the next stage receives, and the command to receive follows this call.
+        The timer is read with the head's outputs. Waiting for it here could be a deadlock: a pass that sends is done
+        only after the next stage receives, and the command to receive follows this call.
         """
-        wanted = len(self.links) == 1 or _decodes_to_heads(pass_)
-        if stage > 0 or not wanted or not any(output.plans_by_time for output in outputs):
-            self.links[stage].run(pass_)
+        measured = stage == 0 and (len(self.stages) == 1 or _runs_from_tokens_to_heads(pass_))
+        if not measured or not any(seq.drafting is not None and seq.drafting.plans_by_time for seq in seqs):
+            self.stages[stage].run(pass_)
             return None
         timer = self.start_timer()
-        self.links[stage].run(pass_)
+        self.stages[stage].run(pass_)
         timer.stop()
         return timer
 
+    def _count_layers(self, seq: Sequence, depth: int, stop: int, new: int, *, asked: bool) -> None:
+        """Count the layers that a pass runs for a sequence, and let the deferred tokens that it meets join."""
+        tokens = new if depth == 0 else seq.num_pass_tokens + seq.deferred.pop(depth, 0)
+        at, runs = depth, 0
+        for layer in sorted(layer for layer in seq.deferred if depth < layer < stop):
+            runs += tokens * self.stage_map.layers(at, layer)
+            tokens, at = tokens + seq.deferred.pop(layer), layer
+        seq.num_pass_tokens = tokens
+        if seq.num_computed_tokens > seq.num_prompt_tokens:
+            runs += tokens * self.stage_map.layers(at, stop)
+            # In the exit's own layer, other tokens only leave keys and values.
+            seq.num_layer_runs += runs + int(asked and stop in self.stage_map.layer_exits)
+
+    def _passed(self, stage: int, pass_: Pass, seqs: list[Sequence]) -> None:
+        """Sequences have got to the end of a pass without a head."""
+        if pass_.sends:
+            self.stages[stage + 1].receive([seq.seq_id for seq in seqs])
+        for seq in seqs:
+            seq.depth = pass_.stop
+            if pass_.sends:
+                seq.stage = stage + 1
+            elif pass_.stop == self.stage_map.final:
+                seq.depth = seq.stage = 0
+                self._fork(seq)
+
+    def _fill(self, stage: int, depth: int, seq: Sequence) -> None:
+        """Let the token that has just left go on through the stages behind, while its successor starts."""
+        ends = self.stage_map.ends
+        for index in range(stage, len(self.stages)):
+            start, end = (depth if index == stage else ends[index - 1]), ends[index]
+            seq.num_layer_runs += sum(seq.deferred.values()) * self.stage_map.layers(start, end)
+            sends = end != self.stage_map.final
+            scheduled = ScheduledSequence(seq.seq_id, seq.num_computed_tokens)
+            self.stages[index].run(Pass(start, end, (scheduled,), sends))
+            if sends:
+                self.stages[index + 1].receive([seq.seq_id])
+        seq.deferred.clear()
+
+    # --------------------------------------------------------------------------------------------------- head outputs
+
+    def _update(self) -> list[tuple[Sequence, list[Token]]]:
+        """Take the oldest pending pass's head outputs."""
+        pending = self._pending.popleft()
+        stage, pass_ = pending.stage, pending.pass_
+        outputs = iter(self.stages[stage].outputs())
+        self._learn_time(pending)
+        emitted = []
+        for seq, scheduled in zip(pending.seqs, pass_.sequences, strict=True):
+            output = None if scheduled.head_input is None else next(outputs)
+            if seq.status is not Status.IN_FLIGHT:  # ended meanwhile
+                continue
+            seq.status, seq.depth = Status.RUNNING, pass_.stop
+            if output is None or scheduled.head_input is None:
+                self._passed(stage, pass_, [seq])
+                continue
+            tokens = self._process(seq, scheduled.head_input, output, pass_.stop)
+            if seq.status is not Status.RUNNING:
+                emitted.append((seq, tokens))
+                continue
+            if tokens:
+                emitted.append((seq, tokens))
+            if seq.depth == 0 and stage > 0 and scheduled.head_input.kind == "leave":
+                self._fill(stage, pass_.stop, seq)
+        return emitted
+
+    def _process(self, seq: Sequence, head_input: HeadInput, output: HeadOutput, depth: int) -> list[Token]:
+        """Change a sequence by what a head says: its newest token is then to be started, or goes on from ``depth``.
+
+        Returns:
+            The tokens that were emitted.
+        """
+        last, kind = self.stage_map.final - 1, head_input.kind
+        if not output.finite:
+            seq.status = Status.FAILED
+            seq.error = f"the logits after layer {min(depth, last)} at position {head_input.position} are not finite"
+            self._remove(seq)
+            return []
+        if kind == "draft":
+            assert seq.drafting is not None
+            if seq.drafting.propose(output.tokens[0], output.confidences[0]):
+                seq.spec_token_ids.append(output.tokens[0])
+                self._defer(seq, depth)
+            return []
+        if kind == "leave":
+            if not output.tokens:
+                seq.exit_history.stayed(depth, len(seq.tokens))
+                return []
+            seq.exit_history.left(depth, early=depth < last)
+            self._defer(seq, depth)
+        else:
+            seq.exit_history.ran_all_layers()
+            seq.depth = seq.stage = 0
+        layers = [depth if kind == "leave" else last] * len(output.tokens)
+        if seq.drafting is not None and seq.drafting.plan is not None:
+            layers[:-1] = [seq.drafting.plan_exit] * (len(layers) - 1)
+            self._end_round(seq, output.tokens)
+        logprobs = output.logprobs or (None,) * len(output.tokens)
+        tokens = _emit(seq, list(map(Token, output.tokens, layers, output.confidences, logprobs)))
+        if kind == "verify" and seq.num_computed_tokens >= seq.num_tokens_with_spec:
+            seq.num_computed_tokens = seq.num_tokens_with_spec - 1
+            for stage in self.stages:
+                stage.crop(seq.seq_id, seq.num_computed_tokens)
+        if seq.finish_reason is not None:
+            self._remove(seq)
+            seq.status = Status.FINISHED
+        return tokens
+
+    def _defer(self, seq: Sequence, depth: int) -> None:
+        """The newest token has left: it waits, and with it those that it has met so far."""
+        if depth < self.stage_map.final - 1:
+            seq.deferred[depth] = seq.deferred.get(depth, 0) + seq.num_pass_tokens
+        seq.depth = seq.stage = 0
+
+    def _end_round(self, seq: Sequence, emitted: tuple[int, ...]) -> None:
+        """The full model has verified the proposals."""
+        assert seq.drafting is not None
+        if len(self.stages) > 1 and seq.drafting.plans_by_time:
+            # Stages work at the same time: only the begin and the end of a round tell how long it took.
+            seconds = seq.drafting.elapsed(time.perf_counter())
+            seq.drafting.set_seconds(seconds if self.share_seconds is None else self.share_seconds(seconds))
+        judged, accepted = seq.drafting.end_round(emitted)
+        seq.num_draft_tokens += judged
+        seq.num_accepted_tokens += accepted
+        seq.spec_token_ids = []
+
     def _learn_time(self, pending: _PendingPass) -> None:
-        """Observe how long a chain took. Its answers have arrived, so reading the timer does not wait."""
+        """Observe how long a pass took. Its head has reported, so reading the timer does not wait."""
         if pending.timer is None:
             return
         pass_, seconds = pending.pass_, pending.timer.seconds()
-        seconds = seconds if self.times is None else self.times(seconds)
-        if len(self.links) == 1:
-            for output in pending.outputs:
-                output.spent += seconds / len(pending.outputs)
-        if _decodes_to_heads(pass_):
+        seconds = seconds if self.share_seconds is None else self.share_seconds(seconds)
+        if len(self.stages) == 1:
+            for seq in pending.seqs:
+                if seq.drafting is not None:
+                    seq.drafting.add_seconds(seconds / len(pending.seqs))
+        if _runs_from_tokens_to_heads(pass_):
             self.drafter.costs.observe(pass_.stop, len(pass_.sequences), seconds)
 
-    def _count(self, output: Sequence, place: int, stop: int, new: int, *, asked: bool) -> None:
-        """Count the layers that a row's tokens run, and let the deferred ones that it meets go on."""
-        tokens = new if place == 0 else output.carried + output.deferred.pop(place, 0)
-        at, products = place, 0
-        for layer in sorted(layer for layer in output.deferred if place < layer < stop):
-            products += tokens * self.places.layers(at, layer)
-            tokens, at = tokens + output.deferred.pop(layer), layer
-        output.carried = tokens
-        if output.run > len(output.settings.prompt):
-            products += tokens * self.places.layers(at, stop)
-            # Other tokens only leave keys and values in the exit's layer.
-            output.products += products + int(asked and stop in self.places.layer_exits)
 
-    def _passed(self, stage: int, pass_: Pass, outputs: Collection[Sequence]) -> None:
-        """Rows have got to the end of a chain without being asked anything."""
-        if pass_.sends:
-            self.links[stage + 1].receive([output.number for output in outputs])
-        for output in outputs:
-            output.place = pass_.stop
-            if pass_.sends:
-                output.stage = stage + 1
-            elif pass_.stop == self.places.final:
-                output.place = output.stage = 0
-                self._fork(output)
-
-    def _fork(self, leader: Sequence) -> None:
-        """Give those that wait for a prompt its keys and values, once all but its last token has run."""
-        waiting = [each for each in self.running.values() if each.waits_for == leader.number]
-        if not waiting or leader.run < len(leader.settings.prompt) - 1:
-            return
-        for each in waiting:
-            for link in self.links:
-                link.copy(leader.number, each.number, leader.run)
-            each.run, each.waits_for = leader.run, None
-        self._no_longer_leads(leader.number)  # those still in line run it themselves
-
-    # -------------------------------------------------------------------------------------------------------- answers
-
-    def _land(self) -> list[tuple[Sequence, list[Token]]]:
-        """Take the oldest answers."""
-        pending = self._pending.popleft()
-        outputs = iter(self.links[pending.stage].outputs())
-        self._learn_time(pending)
-        emitted = []
-        for output, head_input in zip(pending.outputs, pending.inputs, strict=True):
-            output.in_flight = False
-            output.place = pending.pass_.stop
-            if head_input is None:
-                if output.number in self.running:
-                    self._passed(pending.stage, pending.pass_, [output])
-                continue
-            head_output = next(outputs)
-            if output.number not in self.running:
-                continue
-            if len(self.links) > 1 and head_input.kind in ("emit", "verify") and output.plans_by_time:
-                # Stages work at the same time: what a round takes is known from its begin and end alone.
-                seconds = time.perf_counter() - output.began
-                output.spent = (seconds if self.times is None else self.times(seconds)) / output.rows
-            tokens = output.take(head_output, head_input, pending.pass_.stop, self.places.final - 1)
-            if head_input.kind == "verify" and output.run >= output.known:
-                output.run = output.known - 1
-                for link in self.links:
-                    link.crop(output.number, output.run)
-            if output.finish is not None or output.failed is not None:
-                self.remove(output.number)
-            if tokens or output.failed is not None:
-                emitted.append((output, tokens))
-            if output.place == 0 and pending.stage > 0 and head_input.kind == "leave" and output.number in self.running:
-                self._fill(pending.stage, pending.pass_.stop, output)
-        return emitted
-
-    def _fill(self, stage: int, place: int, output: Sequence) -> None:
-        """Let the token that has just left go on through the stages behind, while its successor starts."""
-        for index in range(stage, len(self.links)):
-            start, end = (place if index == stage else self.places.ends[index - 1]), self.places.ends[index]
-            output.products += sum(output.deferred.values()) * self.places.layers(start, end)
-            sends = end != self.places.final
-            self.links[index].run(Pass(start, end, (ScheduledSequence(output.number, output.run),), sends))
-            if sends:
-                self.links[index + 1].receive([output.number])
-        output.deferred.clear()
+def _emit(seq: Sequence, tokens: list[Token]) -> list[Token]:
+    """Append tokens to a sequence, up to one that ends it; those that were appended."""
+    params = seq.params
+    for number, token in enumerate(tokens, start=1):
+        seq.tokens.append(token)
+        if token.id in params.stop_token_ids:
+            seq.finish_reason = "eos" if token.id in params.eos_token_ids else "stop"
+        elif len(seq.tokens) == params.max_tokens:
+            seq.finish_reason = "length"
+        elif seq.num_prompt_tokens + len(seq.tokens) == params.max_length:
+            seq.finish_reason = "context"
+        if seq.finish_reason is not None:
+            return tokens[:number]
+    return tokens
 
 
-def _decodes_to_heads(pass_: Pass) -> bool:
-    """Whether each row of a chain starts from tokens and asks: the costs of such chains are learnt."""
-    return pass_.start == 0 and all(work.head_input is not None for work in pass_.sequences)
+def choose_depth(waiting: Mapping[int, list[int]], max_waited: int = MAX_PASSES_WAITED) -> int:
+    """The depth whose sequences go on next.
+
+    A pass over few tokens costs about as much as one over a single one, since the weights have to be read either way:
+    most is gained where most sequences wait. So those that need deep layers are left to gather while others are more,
+    but for ``max_waited`` passes at most.
+
+    Args:
+        waiting: by depth, how many passes of others each sequence there has waited.
+        max_waited: see above.
+    """
+    late = [depth for depth, waited in waiting.items() if max(waited) >= max_waited]
+    return max(late) if late else max(waiting, key=lambda depth: (len(waiting[depth]), depth))
 
 
-def _prefix(output: Sequence) -> Prefix:
-    """What a row that is not in flight could leave to others."""
-    return Prefix(output.number, tuple(output.ids[: output.complete]))
+def next_stop(depth: int, exits: tuple[int, ...], end: int) -> int:
+    """Where a token that goes on from ``depth`` stops: at the next exit that it asks, or the ``end`` of the stage."""
+    return min((layer for layer in exits if depth < layer <= end), default=end)
+
+
+def _runs_from_tokens_to_heads(pass_: Pass) -> bool:
+    """Whether all sequences of a pass start from tokens and end at a head: the costs of such passes are learnt."""
+    return pass_.start == 0 and all(seq.head_input is not None for seq in pass_.sequences)
+
+
+def _prefix(seq: Sequence) -> Prefix:
+    """What a sequence that is not in flight could leave to others."""
+    return Prefix(seq.seq_id, tuple(seq.token_ids()[: seq.num_complete_tokens]))

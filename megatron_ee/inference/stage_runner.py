@@ -31,13 +31,13 @@ TABLE = 1024
 
 
 class StageChannel(Protocol):
-    """What joins a stage to those before and behind it."""
+    """Carries hidden states from each stage to the next."""
 
     def send(self, parts: Sequence[Tensor], drafts: Sequence[Sequence[Tensor]]) -> None:
         """Start sending each sequence's hidden states, ``[tokens, 1, hidden]``, and its drafts to the stage behind."""
 
-    def receive(self, rows: int) -> list[tuple[Tensor, list[Tensor]]]:
-        """What the stage before has sent of so many sequences; waits for it."""
+    def receive(self, num_sequences: int) -> list[tuple[Tensor, list[Tensor]]]:
+        """Hidden states and draft distributions of so many sequences from the stage before; waits for them."""
 
 
 class StageSequence:
@@ -46,7 +46,7 @@ class StageSequence:
     Attributes:
         caches: of each backbone layer, by number.
         exit_caches: of each ``layer`` exit's own decoder layer, filled for every token that passes the exit.
-        waiting: by place, the taps of tokens that wait there, deferred or about to go on, each ``[tokens, 1, hidden]``,
+        waiting: by depth, the taps of tokens that wait there, deferred or about to go on, each ``[tokens, 1, hidden]``,
             in the order of their positions.
         draft_probs: distributions ``[vocab]`` that the proposals in work were drawn from, where they are sampled.
     """
@@ -69,9 +69,9 @@ class StageSequence:
         """Of layers and exits."""
         return [*self.caches.values(), *self.exit_caches.values()]
 
-    def wait(self, place: int, tap: Tensor) -> None:
-        """Let tokens wait at a place, behind those that are there."""
-        self.waiting.setdefault(place, []).append(tap)
+    def wait(self, depth: int, tap: Tensor) -> None:
+        """Let tokens wait at a depth, behind those that are there."""
+        self.waiting.setdefault(depth, []).append(tap)
 
     def crop(self, length: int) -> None:
         """Take back the positions from ``length`` on; no token may be waiting."""
@@ -92,7 +92,7 @@ class StageSequence:
 
 @dataclass
 class TokenBatch:
-    """The tokens of a pass at one place, those of each sequence one after another: ``[tokens, 1, hidden]``.
+    """The tokens of a pass at one depth, those of each sequence one after another: ``[tokens, 1, hidden]``.
 
     Attributes:
         sequences: in the order of the pass.
@@ -128,7 +128,7 @@ class StageRunner:
         stage: with the embedding, or the final exit, where it is the first, or the last.
         sequences: by number.
         channel: to the stages before and behind; None where there are none.
-        compiled: its segments once more; None where they are not compiled.
+        compiled: its layers as compiled code; None where they are not compiled.
     """
 
     def __init__(
@@ -149,34 +149,34 @@ class StageRunner:
         self._final = stage.setup.architecture.num_layers + 1
         self._table = stage.backbone.packed_positions(torch.arange(0, device=platform.device()))
 
-    def open(self, row: int, limit: int) -> None:
+    def open(self, seq_id: int, limit: int) -> None:
         """See ``StageWorker``."""
-        self.sequences[row] = StageSequence(self.stage, limit, self._slack, self._pass_tokens)
+        self.sequences[seq_id] = StageSequence(self.stage, limit, self._slack, self._pass_tokens)
 
-    def close(self, row: int) -> None:
+    def close(self, seq_id: int) -> None:
         """See ``StageWorker``."""
-        del self.sequences[row]
+        del self.sequences[seq_id]
 
-    def crop(self, row: int, length: int) -> None:
+    def crop(self, seq_id: int, length: int) -> None:
         """See ``StageWorker``."""
-        self.sequences[row].crop(length)
+        self.sequences[seq_id].crop(length)
 
     @torch.inference_mode()  # as all that sequences keep: code that is compiled for it holds for nothing else
-    def copy(self, row: int, other: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         """See ``StageWorker``."""
-        self.sequences[other].begin(self.sequences[row], length)
+        self.sequences[target].begin(self.sequences[source], length)
 
-    def keep(self, row: int, length: int) -> None:
+    def keep(self, seq_id: int, length: int) -> None:
         """See ``StageWorker``."""
-        self.sequences[row].keep(length)
+        self.sequences[seq_id].keep(length)
 
     @torch.inference_mode()
-    def receive(self, rows: Collection[int]) -> None:
+    def receive(self, seq_ids: Collection[int]) -> None:
         """See ``StageWorker``."""
         assert self.channel is not None, "there is no stage before this one"
-        for row, (h, draft_probs) in zip(rows, self.channel.receive(len(rows)), strict=True):
-            self.sequences[row].wait(self._first - 1, h)
-            self.sequences[row].draft_probs += draft_probs
+        for seq_id, (h, draft_probs) in zip(seq_ids, self.channel.receive(len(seq_ids)), strict=True):
+            self.sequences[seq_id].wait(self._first - 1, h)
+            self.sequences[seq_id].draft_probs += draft_probs
 
     def outputs(self) -> list[HeadOutput]:
         """See ``StageWorker``."""
@@ -210,7 +210,10 @@ class StageRunner:
 
     def _start(self, pass_: Pass) -> tuple[Tensor, TokenBatch]:
         """The tokens that start: new ones, embedded, or those that wait there."""
-        sequences, stops = [self.sequences[seq.row] for seq in pass_.sequences], [seq.stop for seq in pass_.sequences]
+        sequences, stops = (
+            [self.sequences[seq.seq_id] for seq in pass_.sequences],
+            [seq.length for seq in pass_.sequences],
+        )
         if pass_.start == 0:
             ids = [token for seq in pass_.sequences for token in seq.tokens]
             x, counts = self._embed(ids), [len(seq.tokens) for seq in pass_.sequences]
@@ -260,7 +263,7 @@ class StageRunner:
             x = tap if exit_.layer is None else exit_.attention_half(tap, batch.positions, batch.exit_cache(pass_.stop))
             if inputs:
                 logits = _exit_logits(exit_, exit_.rest(_newest(x, pass_, batch))[:, 0], inputs)
-                emitted = iter([bool(output.tokens) for output in self._answer(logits, pass_, batch)])
+                emitted = iter([bool(output.tokens) for output in self._run_head(logits, pass_, batch)])
                 left = [seq.head_input is not None and next(emitted) for seq in pass_.sequences]
         for sequence, part, leaves in zip(batch.sequences, batch.split(tap), left, strict=True):
             if not (leaves and pass_.stop == self._final - 1):  # else no layer is left to fill
@@ -270,17 +273,17 @@ class StageRunner:
         """Ask the final exit, if a sequence wants it."""
         if _head_inputs(pass_):
             z = self.stage.final_features(_newest(h, pass_, batch))[:, 0]
-            self._answer(self.stage.final_logits(z), pass_, batch)
+            self._run_head(self.stage.final_logits(z), pass_, batch)
 
-    def _answer(self, logits: Tensor, pass_: Pass, batch: TokenBatch) -> list[HeadOutput]:
+    def _run_head(self, logits: Tensor, pass_: Pass, batch: TokenBatch) -> list[HeadOutput]:
         """The head's outputs for the sequences that ask; ``outputs`` gives them to the scheduler."""
-        asking = [
+        wanted = [
             (sequence, scheduled.head_input)
             for sequence, scheduled in zip(batch.sequences, pass_.sequences, strict=True)
             if scheduled.head_input is not None
         ]
-        outputs = head_outputs(logits, [each for _, each in asking], [sequence.draft_probs for sequence, _ in asking])
-        for sequence, head_input in asking:
+        outputs = head_outputs(logits, [each for _, each in wanted], [sequence.draft_probs for sequence, _ in wanted])
+        for sequence, head_input in wanted:
             if head_input.kind == "verify":
                 sequence.draft_probs = []
         self._outputs.append(outputs)

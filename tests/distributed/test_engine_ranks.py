@@ -8,17 +8,17 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.inference import kv_cache, memory, prefixes, scheduler
-from megatron_ee.inference.assembly import engine_on_ranks
+from megatron_ee.inference import kv_cache, kv_cache_manager, scheduler
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.loading import engine_on_ranks
+from megatron_ee.inference.policy import POLICIES, ExitHistory, ExitPolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.parallel.groups import process_groups
@@ -32,22 +32,60 @@ PROMPTS = [[5, 17, 99, 42, 3, 77, 120], [9, 8, 7], [30, 31, 32, 33, 34, 35, 36, 
 DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=3)
 
 
+class RunOut(ExitPolicy):
+    """A policy that the package does not know: each output asks one exit only, and leaves there but for every third
+    token and where the head is all too sure."""
+
+    name: Literal["run_out"] = "run_out"
+    exit: int
+
+    def exits_to_ask(self, exits: tuple[int, ...], index: int, history: ExitHistory) -> tuple[int, ...]:
+        return () if index % 3 == 0 else (self.exit,)
+
+    def leaves(self, layer: int, confidence: float) -> bool:
+        assert layer == self.exit
+        return confidence < 0.9
+
+
+POLICIES["run_out"] = RunOut
+
+
 def requests() -> list[Request]:
     """Of every mode, with and without sampling, on prompts of several lengths."""
     found = []
     for number, prompt in enumerate(PROMPTS):
         count = 18 + 3 * number
         found += [
-            Request(prompt, max_tokens=count),
-            Request(prompt, mode="threshold", policy=ExitPolicy(0.06, max_deferred=4), max_tokens=count, logprobs=2),
-            Request(prompt, mode="threshold", policy=ExitPolicy(0.04, {1: 0.08}), exits=(1, 3), max_tokens=count),
-            Request(prompt, mode="speculative", draft=Draft(1 + number % 3, 3), max_tokens=count),
+            Request(prompt=prompt, max_tokens=count),
+            Request(
+                prompt=prompt,
+                mode="threshold",
+                policy=ThresholdPolicy(threshold=0.06, max_deferred=4),
+                max_tokens=count,
+                logprobs=2,
+            ),
+            Request(
+                prompt=prompt,
+                mode="threshold",
+                policy=ThresholdPolicy(threshold=0.04, thresholds={1: 0.08}),
+                exits=(1, 3),
+                max_tokens=count,
+            ),
+            Request(prompt=prompt, mode="speculative", draft=Draft(exit=1 + number % 3, length=3), max_tokens=count),
         ]
     found += [
-        Request(PROMPTS[0], mode="speculative", max_tokens=20),
-        Request(PROMPTS[0], mode="speculative", draft=Draft(2, 2), sampling=DRAWN, max_tokens=20),
-        Request(PROMPTS[1], mode="threshold", policy=ExitPolicy(0.05), sampling=DRAWN, samples=3, max_tokens=16),
-        Request(PROMPTS[2], sampling=DRAWN, samples=2, max_tokens=12, stop_ids=(7, 8)),
+        Request(prompt=PROMPTS[0], mode="speculative", max_tokens=20),
+        Request(prompt=PROMPTS[0], mode="speculative", draft=Draft(exit=2, length=2), sampling=DRAWN, max_tokens=20),
+        Request(
+            prompt=PROMPTS[1],
+            mode="threshold",
+            policy=ThresholdPolicy(threshold=0.05),
+            sampling=DRAWN,
+            samples=3,
+            max_tokens=16,
+        ),
+        Request(prompt=PROMPTS[2], sampling=DRAWN, samples=2, max_tokens=12, stop_ids=(7, 8)),
+        *(Request(prompt=PROMPTS[0], mode="threshold", policy=RunOut(exit=k), max_tokens=14) for k in (1, 3)),
     ]
     return found
 
@@ -87,7 +125,7 @@ def told(completion: Completion) -> tuple[list[int], list[int], str]:
 
 def generate(directory: str, tensor: int, pipeline: int, batched: bool, prefix_rows: int = 0) -> Any:
     """Answers on one rank, by request and sample, and how many tokens were reused."""
-    prefixes.LEAST = 2
+    kv_cache_manager.MIN_PREFIX = 2
     with engine_of(directory, tensor, pipeline, prefix_rows=prefix_rows) as engine:
         if engine is None:
             return None
@@ -103,11 +141,11 @@ def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: rang
 
     Returns:
         For each output that ended: seed, index of its request, sample, whether it may be cut, and what is ``told``;
-        and how often rows were set aside.
+        and how often sequences were preempted.
     """
-    kv_cache.CHUNK = memory.CHUNK = 4
+    kv_cache.CHUNK = kv_cache_manager.CHUNK = 4
     scheduler.PASS_TOKENS = 7
-    prefixes.LEAST = 2
+    kv_cache_manager.MIN_PREFIX = 2
     found: list[tuple[int, int, int, bool, Any]] = []
     everything = requests()
     with engine_of(directory, tensor, pipeline, memory=kept, max_rows=6, prefix_rows=2) as engine:
@@ -133,7 +171,7 @@ def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: rang
             for event in ended:
                 cut = event.request in cancelled
                 found.append((seed, asked[event.request], event.sample, cut, told(event.completion)))  # type: ignore[arg-type]
-        return None if engine is None else (found, engine.statistics()["set_aside"])
+        return None if engine is None else (found, engine.statistics()["num_preempted"])
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +221,9 @@ def test_equals_one_process(
         if adaptive(index):
             ours, theirs = ([(tokens, end) for tokens, _, end in each] for each in (ours, theirs))
         assert ours == theirs, requests()[index]
+    for index, exit_ in ((-2, 1), (-1, 3)):
+        (_, layers, _), *_ = alone[index]
+        assert set(layers) == {exit_, 4} and layers[::3] == [4] * 5, "the policy of this file does not decide"
     layers = {layer for completions in alone for _, where, _ in completions for layer in where}
     assert layers == {1, 2, 3, 4}, "too little happens"
 
@@ -192,7 +233,7 @@ def test_equals_one_process(
 )
 def test_any_schedule_equals_one_process(tensor: int, pipeline: int, kept: int, directory: str, alone: Any) -> None:
     ranks = run_ranks(tensor * pipeline, schedules, directory, tensor, pipeline, kept, range(2))
-    (found, set_aside), *others = ranks
+    (found, num_preempted), *others = ranks
     assert all(other is None for other in others)
     cut_short = 0
     for seed, index, sample, cut, ours in found:
@@ -203,7 +244,7 @@ def test_any_schedule_equals_one_process(tensor: int, pipeline: int, kept: int, 
             cut_short += 1
             ours, theirs = ours[0], theirs[0][: len(ours[0])]
         assert ours == theirs, f"schedule {seed}: {requests()[index]}"
-    assert len(found) > 20 and cut_short > 1 and set_aside > 1, "too little happens"
+    assert len(found) > 20 and cut_short > 1 and num_preempted > 1, "too little happens"
 
 
 def command(output: str, arguments: list[str]) -> int:

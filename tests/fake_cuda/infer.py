@@ -8,8 +8,8 @@ from unittest import mock
 
 from megatron_ee import platform
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference import assembly, remote, stage_runner
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference import loading, remote, stage_runner
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model.setup import build_setup
@@ -33,13 +33,13 @@ def run(case: Inference, explained: int | None = None) -> Result:
     with (
         as_rank(0, tensor, explained) as watch,
         process_groups(tensor) as groups,
-        mock.patch.object(assembly, "share", _shared),
+        mock.patch.object(loading, "share", _shared),
         mock.patch.object(remote, "share", _shared),
         mock.patch.object(stage_runner, "head_outputs", _counting(stage_runner.head_outputs, heads := [])),
     ):
         setup = build_setup(architecture, platform.DTYPES[config.model.dtype], groups)
         stage = Stage(setup, range(1, architecture.num_layers + 1), specs, final_exit=True)
-        with assembly.engine_on_ranks(stage, layout, specs) as engine:
+        with loading.engine_on_ranks(stage, layout, specs) as engine:
             assert engine is not None, "the first rank has the engine"
             built = watch.live
             watch.restart()
@@ -51,7 +51,7 @@ def run(case: Inference, explained: int | None = None) -> Result:
                     Request(
                         prompt=[1] * (PROMPT + row),
                         mode=case.mode,
-                        policy=ExitPolicy(0.8),
+                        policy=ThresholdPolicy(threshold=0.8),
                         sampling=sampling,
                         max_tokens=case.tokens,
                         ignore_eos=True,
@@ -89,5 +89,5 @@ def _counting(call: Any, calls: list[None]) -> Any:
 
 
 def _shared(content: Sequence[Any] | None, group: Any) -> list[Any]:
-    """``messages.share`` of the first rank, without the message."""
+    """``remote.share`` of the first rank, without the message."""
     return list(content or ())

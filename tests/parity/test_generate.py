@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.assembly import make_engine
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.testing.models import FAMILIES, tiny_model
 
@@ -85,18 +85,18 @@ def test_greedy(family: str, lively_model: Lively, load_stage: LoadStage) -> Non
     thorough = family == "llama3.1"  # what a family does not change: single requests, and how the others draft
     kinds: dict[str, dict[str, Any]] = {
         "full": {},
-        "threshold": {"mode": "threshold", "policy": ExitPolicy(1.5)},
+        "threshold": {"mode": "threshold", "policy": ThresholdPolicy(threshold=1.5)},
         **{
-            f"exit {layer}": {"mode": "speculative", "draft": Draft(layer, 3)}
+            f"exit {layer}": {"mode": "speculative", "draft": Draft(exit=layer, length=3)}
             for layer in ((1, 2, 3) if thorough else (2,))
         },
     }
     for kind, fields in kinds.items():
-        requests = [Request(prompt, max_tokens=NEW, **fields) for prompt in prompts]
+        requests = [Request(prompt=prompt, max_tokens=NEW, **fields) for prompt in prompts]
         assert ours(with_exits, requests) == theirs, f"{kind}, as one batch"
         if thorough:
             assert [ours(with_exits, [request])[0] for request in requests] == theirs, f"{kind}, one by one"
-    assert ours(bare, [Request(prompt, max_tokens=NEW) for prompt in prompts]) == theirs
+    assert ours(bare, [Request(prompt=prompt, max_tokens=NEW) for prompt in prompts]) == theirs
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -110,5 +110,5 @@ def test_end_of_text(several: bool, lively_model: Lively, load_stage: LoadStage)
     theirs = transformers_greedy(model, prompt, eos if several else eos[0])
     assert theirs == free[: first + 1]
     stage = load_stage(path, EXITS)
-    for fields in ({}, {"mode": "speculative", "draft": Draft(3, 4)}):
-        assert ours(stage, [Request(prompt, max_tokens=NEW, **fields)], eos=eos) == [theirs]
+    for fields in ({}, {"mode": "speculative", "draft": Draft(exit=3, length=4)}):
+        assert ours(stage, [Request(prompt=prompt, max_tokens=NEW, **fields)], eos=eos) == [theirs]

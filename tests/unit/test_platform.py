@@ -13,7 +13,7 @@ from torch.nn import attention
 
 from megatron_ee import platform
 from megatron_ee.errors import UserError
-from megatron_ee.inference.assembly import free_memory
+from megatron_ee.inference.loading import free_memory
 
 cpu_only = pytest.mark.skipif(platform.has_accelerator(), reason="the stand-in does nothing on a GPU")
 NAMES = ("current_device", "current_stream", "synchronize", "empty_cache")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +15,10 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference import kv_cache
-from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Draft, Request
 
 MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
@@ -27,8 +26,8 @@ MakeStage = Callable[[str, Sequence[ExitSpec]], Stage]
 PROMPTS = [[5, 17, 99, 42, 3, 77, 120], [9]]
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
-    "threshold": {"mode": "threshold", "policy": ExitPolicy(0.3, patience=0)},
-    "speculative": {"mode": "speculative", "draft": Draft(2, 3)},
+    "threshold": {"mode": "threshold", "policy": ThresholdPolicy(threshold=0.3, backoff=0)},
+    "speculative": {"mode": "speculative", "draft": Draft(exit=2, length=3)},
 }
 
 
@@ -85,7 +84,7 @@ def test_compiled_layers_are_the_eager_ones(stage: Stage, monkeypatch: pytest.Mo
 
 
 def check_mode(mode: str, prompt: list[int], stage: Stage, watched: Watched) -> None:
-    request = Request(prompt, max_tokens=40, **MODES[mode])
+    request = Request(prompt=prompt, max_tokens=40, **MODES[mode])
     assert answer(stage, watched, request) == answer(stage, None, request)
     taken = Counter({key[:3]: count for key, count in watched.seen.items() if key[3]})
     left = Counter({key[:3]: count for key, count in watched.seen.items() if not key[3]})
@@ -101,11 +100,11 @@ def check_caches(stage: Stage, watched: Watched) -> None:
     caches = {}
     for name, compiled_stage in (("compiled", watched), ("eager", None)):
         engine = make_engine(stage, compiled_stage=compiled_stage)  # type: ignore[arg-type]
-        engine.submit(Request(PROMPTS[0], max_tokens=6, ignore_eos=True))
+        engine.submit(Request(prompt=PROMPTS[0], max_tokens=6, ignore_eos=True))
         for _ in range(4):
             engine.step()
         scheduler: Any = engine._scheduler
-        (row,) = scheduler.links[0].sequences.values()
+        (row,) = scheduler.stages[0].sequences.values()
         caches[name] = [cache.kept() for cache in row.all_caches]
         engine.close()
     for ours, theirs in zip(caches["compiled"], caches["eager"], strict=True):
@@ -115,16 +114,18 @@ def check_caches(stage: Stage, watched: Watched) -> None:
 
 def check_several_sequences(stage: Stage, watched: Watched) -> None:
     """They run eagerly; the last tokens of the longest one are alone, and compiled."""
-    requests = [Request(prompt, max_tokens=8, ignore_eos=True) for prompt in PROMPTS]
-    longest = replace(requests[0], max_tokens=12)
+    requests = [Request(prompt=prompt, max_tokens=8, ignore_eos=True) for prompt in PROMPTS]
+    longest = requests[0].model_copy(update={"max_tokens": 12})
     assert answer(stage, watched, *requests, longest) == answer(stage, None, *requests, longest)
     assert 0 < sum(count for (place, *_, taken), count in watched.seen.items() if taken and place == 0) <= 4
-    mixed = [Request(prompt, max_tokens=16, ignore_eos=True, **mode) for prompt in PROMPTS for mode in MODES.values()]
+    mixed = [
+        Request(prompt=prompt, max_tokens=16, ignore_eos=True, **mode) for prompt in PROMPTS for mode in MODES.values()
+    ]
     assert answer(stage, watched, *mixed) == answer(stage, None, *mixed)
 
 
 def check_growth(stage: Stage, watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(PROMPTS[1], max_tokens=14, ignore_eos=True)
+    request = Request(prompt=PROMPTS[1], max_tokens=14, ignore_eos=True)
     expected = answer(stage, None, request)
     monkeypatch.setattr(kv_cache, "CHUNK", 4)
     assert answer(stage, watched, request) == expected

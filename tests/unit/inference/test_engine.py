@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
+from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.passes import Pass, ScheduledSequence
-from megatron_ee.inference.policy import MAX_DEFERRED, ExitPolicy, confidences
+from megatron_ee.inference.policy import MAX_DEFERRED, MEASURES, ThresholdPolicy, backoff_length
 from megatron_ee.inference.requests import Completion, Draft, Request, Token
 from megatron_ee.inference.stage_runner import StageRunner, StageSequence
 
@@ -44,15 +43,17 @@ def generate(stage: Stage, *requests: Request) -> list[Completion]:
     return [completion for outputs in engine.generate(requests) for completion in outputs]
 
 
-def threshold_request(policy: ExitPolicy, count: int = TOKENS, **fields: Any) -> Request:
-    return Request(PROMPT, mode="threshold", policy=policy, max_tokens=count, **fields)
+def threshold_request(policy: ThresholdPolicy, count: int = TOKENS, **fields: Any) -> Request:
+    return Request(prompt=PROMPT, mode="threshold", policy=policy, max_tokens=count, **fields)
 
 
 def ids_of(completion: Completion) -> list[int]:
     return [token.id for token in completion.tokens]
 
 
-def must_emit(logits: dict[int, Tensor], prompt: int, count: int, policy: ExitPolicy) -> list[tuple[int, int, float]]:
+def must_emit(
+    logits: dict[int, Tensor], prompt: int, count: int, policy: ThresholdPolicy
+) -> list[tuple[int, int, float]]:
     """Token, layer and confidence at each position, decided from the logits of every head there."""
     found: list[tuple[int, int, float]] = []
     deferred = 0
@@ -67,14 +68,14 @@ def must_emit(logits: dict[int, Tensor], prompt: int, count: int, policy: ExitPo
             if not final and (emitted < policy.min_full or deferred >= policy.max_deferred or layer in resting):
                 continue
             row = logits[layer][at]
-            sure = float(confidences(row[None], policy.measure))
-            if final or sure >= policy.at(layer):
+            sure = float(MEASURES[policy.measure](row[None]))
+            if final or policy.leaves(layer, sure):
                 deferred = deferred + 1 if layer < LAYERS else 0
                 found.append((int(row.argmax()), min(layer, LAYERS), sure))
                 stayed[layer] = 0
                 break
             stayed[layer] += 1
-            rests[layer] = policy.rest(stayed[layer])
+            rests[layer] = backoff_length(stayed[layer], policy.backoff)
     return found
 
 
@@ -85,7 +86,9 @@ def assert_emits(tokens: Sequence[Token], expected: Sequence[tuple[int, int, flo
 
 def some_threshold(stage: Stage, measure: Any = "probability") -> float:
     """A threshold that about half of the tokens reach at the shallowest exit, and none all but exactly."""
-    [everything] = generate(stage, threshold_request(ExitPolicy(1e-9, measure=measure, max_deferred=NO_CAP)))
+    [everything] = generate(
+        stage, threshold_request(ThresholdPolicy(threshold=1e-9, measure=measure, max_deferred=NO_CAP))
+    )
     ordered = sorted(token.confidence for token in everything.tokens[1:])
     middle = ordered[len(ordered) // 3 : 2 * len(ordered) // 3]
     low, high = max(zip(middle, middle[1:], strict=False), key=lambda pair: pair[1] - pair[0])
@@ -100,7 +103,7 @@ def test_emits_what_computing_everything_anew_emits(
     stage = exit_stage(family, BODIES[bodies])
     threshold = some_threshold(stage)
     for cap in (MAX_DEFERRED, 2):
-        policy = ExitPolicy(threshold, max_deferred=cap, patience=0)
+        policy = ThresholdPolicy(threshold=threshold, max_deferred=cap, backoff=0)
         [ours] = generate(stage, threshold_request(policy))
         logits = every_logit(stage, [*PROMPT, *ids_of(ours)])
         assert_emits(ours.tokens, must_emit(logits, len(PROMPT), TOKENS, policy))
@@ -111,34 +114,34 @@ def test_emits_what_computing_everything_anew_emits(
 @pytest.mark.parametrize(
     "policy",
     [
-        ExitPolicy(measure="margin"),
-        ExitPolicy(measure="entropy"),
-        ExitPolicy(thresholds={1: 1.5}),
-        ExitPolicy(thresholds={1: 1e-9, 2: 1.5, 3: 1.5}),
-        ExitPolicy(min_full=7),
-        ExitPolicy(patience=1),
-        ExitPolicy(patience=0),
-        ExitPolicy(measure="margin", thresholds={2: 0.02}, min_full=3, max_deferred=3, patience=2),
+        ThresholdPolicy(measure="margin"),
+        ThresholdPolicy(measure="entropy"),
+        ThresholdPolicy(thresholds={1: 1.5}),
+        ThresholdPolicy(thresholds={1: 1e-9, 2: 1.5, 3: 1.5}),
+        ThresholdPolicy(min_full=7),
+        ThresholdPolicy(backoff=1),
+        ThresholdPolicy(backoff=0),
+        ThresholdPolicy(measure="margin", thresholds={2: 0.02}, min_full=3, max_deferred=3, backoff=2),
     ],
     ids=["margin", "entropy", "none at 1", "all at 1", "min_full", "impatient", "patient", "everything"],
 )
-def test_the_whole_policy_counts(policy: ExitPolicy, exit_stage: MakeStage, every_logit: EveryLogit) -> None:
+def test_the_whole_policy_counts(policy: ThresholdPolicy, exit_stage: MakeStage, every_logit: EveryLogit) -> None:
     stage = exit_stage("llama3.1", BODIES["mixed"])
     threshold = some_threshold(stage, policy.measure)
-    policy = replace(policy, threshold=threshold)
+    policy = policy.model_copy(update={"threshold": threshold})
     [ours] = generate(stage, threshold_request(policy))
     logits = every_logit(stage, [*PROMPT, *ids_of(ours)])
     assert_emits(ours.tokens, must_emit(logits, len(PROMPT), TOKENS, policy))
     layers = [token.layer for token in ours.tokens]
     assert len(set(layers)) > 1 and set(layers[: policy.min_full]) == {LAYERS}
-    if policy.at(1) > 1:
+    if policy.thresholds.get(1, 0) > 1:
         assert 1 not in layers
 
 
 @pytest.mark.parametrize("exits", [(2,), (1, 3)])
 def test_only_enabled_exits_are_asked(exits: tuple[int, ...], exit_stage: MakeStage, every_logit: EveryLogit) -> None:
     stage = exit_stage("llama2", BODIES["mixed"])
-    policy = ExitPolicy(some_threshold(stage))
+    policy = ThresholdPolicy(threshold=some_threshold(stage))
     [ours] = generate(stage, threshold_request(policy, exits=exits))
     logits = every_logit(stage, [*PROMPT, *ids_of(ours)])
     asked = {layer: logits[layer] for layer in (*exits, LAYERS + 1)}
@@ -147,22 +150,22 @@ def test_only_enabled_exits_are_asked(exits: tuple[int, ...], exit_stage: MakeSt
 
 
 @pytest.mark.parametrize("mode", ["threshold", "full"])
-def test_follow_decides_on_a_given_text(mode: Any, exit_stage: MakeStage, every_logit: EveryLogit) -> None:
+def test_forced_ids_decide_on_a_given_text(mode: Any, exit_stage: MakeStage, every_logit: EveryLogit) -> None:
     stage = exit_stage("mistral", BODIES["mixed"])
-    policy = ExitPolicy(some_threshold(stage), max_deferred=4)
+    policy = ThresholdPolicy(threshold=some_threshold(stage), max_deferred=4)
     text = torch.randint(3, 131, (TOKENS,), generator=torch.Generator().manual_seed(5)).tolist()
-    [ours] = generate(stage, Request(PROMPT, mode=mode, policy=policy, follow=text, max_tokens=1000))
+    [ours] = generate(stage, Request(prompt=PROMPT, mode=mode, policy=policy, forced_ids=text, max_tokens=1000))
     logits = every_logit(stage, [*PROMPT, *text])
     if mode == "full":
         logits = {LAYERS + 1: logits[LAYERS + 1]}
     assert_emits(ours.tokens, must_emit(logits, len(PROMPT), TOKENS, policy))
     assert len(ours.tokens) == TOKENS and ids_of(ours) != text and ours.finish_reason == "length"
-    [short] = generate(stage, Request(PROMPT, mode=mode, policy=policy, follow=text, max_tokens=5))
+    [short] = generate(stage, Request(prompt=PROMPT, mode=mode, policy=policy, forced_ids=text, max_tokens=5))
     assert ids_of(short) == ids_of(ours)[:5]
 
 
 def rows_of(engine: Engine) -> dict[int, StageSequence]:
-    runner: Any = engine._scheduler.links[0]  # type: ignore[union-attr]
+    runner: Any = engine._scheduler.stages[0]  # type: ignore[union-attr]
     return runner.sequences
 
 
@@ -195,8 +198,8 @@ def test_caches_are_those_of_a_pass_of_all_tokens_through_all_layers(
     family: str, bodies: str, mode: Any, exit_stage: MakeStage
 ) -> None:
     stage = exit_stage(family, BODIES[bodies])
-    policy = ExitPolicy(some_threshold(stage))
-    request = Request(PROMPT, mode=mode, policy=policy, draft=Draft(None, 3), max_tokens=TOKENS)
+    policy = ThresholdPolicy(threshold=some_threshold(stage))
+    request = Request(prompt=PROMPT, mode=mode, policy=policy, draft=Draft(exit=None, length=3), max_tokens=TOKENS)
     engine = make_engine(stage)
     number = engine.submit(request)
     tokens: list[int] = []
@@ -224,9 +227,11 @@ def test_caches_are_those_of_a_pass_of_all_tokens_through_all_layers(
 @pytest.mark.parametrize("bodies", BODIES)
 def test_no_layer_runs_a_token_twice(bodies: str, mode: Any, exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", BODIES[bodies])
-    request = threshold_request(ExitPolicy(some_threshold(stage)))
+    request = threshold_request(ThresholdPolicy(threshold=some_threshold(stage)))
     if mode == "speculative":
-        request = Request(PROMPT, mode=mode, draft=Draft(stage.exits[0].spec.layer, 3), max_tokens=TOKENS)
+        request = Request(
+            prompt=PROMPT, mode=mode, draft=Draft(exit=stage.exits[0].spec.layer, length=3), max_tokens=TOKENS
+        )
     ran: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., None]:
@@ -272,7 +277,7 @@ def test_no_layer_runs_a_token_twice(bodies: str, mode: Any, exit_stage: MakeSta
 def test_cap_forces_a_full_pass(cap: int, exit_stage: MakeStage) -> None:
     stage = exit_stage("llama2", BODIES["mixed"])
     engine = make_engine(stage)
-    number = engine.submit(threshold_request(ExitPolicy(1e-9, max_deferred=cap), 20))
+    number = engine.submit(threshold_request(ThresholdPolicy(threshold=1e-9, max_deferred=cap), 20))
     layers = []
     for event in engine.stream(number):
         layers += [token.layer for token in event.tokens]
@@ -303,28 +308,29 @@ def test_heads_are_computed_for_one_position_and_only_while_asked(
 
     def heads_of(count: int, **fields: Any) -> list[tuple[str, int]]:
         seen.clear()
-        generate(stage, Request(PROMPT, max_tokens=count, **fields))
+        generate(stage, Request(prompt=PROMPT, max_tokens=count, **fields))
         return list(seen)
 
-    def threshold(policy: ExitPolicy) -> dict[str, Any]:
+    def threshold(policy: ThresholdPolicy) -> dict[str, Any]:
         return {"mode": "threshold", "policy": policy}
 
     one, final = ("logits", 1), ("final_logits", 1)
     assert heads_of(3) == [final] * 3  # full mode, of which the first is the prompt's
-    assert heads_of(3, **threshold(ExitPolicy(2.0))) == [final, *[one, one, one, final] * 2]
-    assert heads_of(3, **threshold(ExitPolicy(2.0)), exits=(2,)) == [final, *[one, final] * 2]
-    assert heads_of(5, **threshold(ExitPolicy(1e-9, max_deferred=1))) == [final, one, final, one, final]
-    assert heads_of(3, **threshold(ExitPolicy(1e-9, min_full=2))) == [final, final, one]
-    impatient = threshold(ExitPolicy(2.0, patience=2))  # asked, asked, not, asked, and then not for three tokens
+    assert heads_of(3, **threshold(ThresholdPolicy(threshold=2.0))) == [final, *[one, one, one, final] * 2]
+    assert heads_of(3, **threshold(ThresholdPolicy(threshold=2.0)), exits=(2,)) == [final, *[one, final] * 2]
+    assert heads_of(5, **threshold(ThresholdPolicy(threshold=1e-9, max_deferred=1))) == [final, one, final, one, final]
+    assert heads_of(3, **threshold(ThresholdPolicy(threshold=1e-9, min_full=2))) == [final, final, one]
+    # Asked, asked, not, asked, and then not for three tokens.
+    impatient = threshold(ThresholdPolicy(threshold=2.0, backoff=2))
     asked = [(one, final), (one, final), (final,), (one, final), (final,), (final,), (final,), (one, final)]
     assert heads_of(9, **impatient, exits=(2,)) == [final, *(head for heads in asked for head in heads)]
-    drafted = heads_of(5, mode="speculative", draft=Draft(2, 3))
+    drafted = heads_of(5, mode="speculative", draft=Draft(exit=2, length=3))
     assert drafted[:5] == [final, one, one, one, ("final_logits", 4)]
 
 
 def test_prefill_never_exits(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama2", BODIES["norm"])
-    [completion] = generate(stage, threshold_request(ExitPolicy(1e-9), 5))
+    [completion] = generate(stage, threshold_request(ThresholdPolicy(threshold=1e-9), 5))
     assert [token.layer for token in completion.tokens] == [LAYERS, 1, 1, 1, 1]
 
 
@@ -333,12 +339,12 @@ def test_prompts_may_run_in_parts(chunk: int, exit_stage: MakeStage, monkeypatch
     import megatron_ee.inference.scheduler as scheduler
 
     stage = exit_stage("qwen2-window", BODIES["mixed"])
-    policy = ExitPolicy(some_threshold(stage))
+    policy = ThresholdPolicy(threshold=some_threshold(stage))
     prompt = torch.randint(3, 131, (50,), generator=torch.Generator().manual_seed(1)).tolist()
     requests = [
-        Request(prompt, max_tokens=6, logprobs=0),
-        Request(prompt[:11], mode="threshold", policy=policy, max_tokens=12),
-        Request(prompt[:30], mode="speculative", draft=Draft(2, 2), max_tokens=12),
+        Request(prompt=prompt, max_tokens=6, logprobs=0),
+        Request(prompt=prompt[:11], mode="threshold", policy=policy, max_tokens=12),
+        Request(prompt=prompt[:30], mode="speculative", draft=Draft(exit=2, length=2), max_tokens=12),
     ]
     whole = generate(stage, *requests)
     monkeypatch.setattr(scheduler, "PASS_TOKENS", chunk)
@@ -350,5 +356,7 @@ def test_prompts_may_run_in_parts(chunk: int, exit_stage: MakeStage, monkeypatch
 def test_bfloat16_runs(saved_model: Any, load_stage: Any) -> None:
     stage = load_stage(saved_model("qwen3")[0], BODIES["mixed"], dtype=torch.bfloat16)
     for mode in ("threshold", "speculative"):
-        [completion] = generate(stage, Request(PROMPT, mode=mode, policy=ExitPolicy(0.02), max_tokens=TOKENS))
+        [completion] = generate(
+            stage, Request(prompt=PROMPT, mode=mode, policy=ThresholdPolicy(threshold=0.02), max_tokens=TOKENS)
+        )
         assert len(completion.tokens) == TOKENS and all(0 <= token.id < 131 for token in completion.tokens)

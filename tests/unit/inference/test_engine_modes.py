@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.assembly import make_engine
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.inference.sampling import Sampling
 
@@ -39,7 +38,7 @@ def generate(stage: Stage, requests: Sequence[Request], **options: Any) -> list[
     engine = make_engine(stage, **options)
     found = engine.generate(requests)
     scheduler: Any = engine._scheduler
-    assert engine.idle and scheduler.budget.used == 0 and not scheduler.links[0].sequences
+    assert engine.idle and scheduler.budget.used == 0 and not scheduler.stages[0].sequences
     return found
 
 
@@ -55,8 +54,11 @@ def told(completion: Completion) -> tuple[Any, ...]:
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, None])
 @pytest.mark.parametrize("exit_", [1, 2, 3, None])
 def test_speculative_mode_says_what_full_mode_says(exit_: int | None, length: int | None, stage: Stage) -> None:
-    full = [Request(prompt, max_tokens=TOKENS, logprobs=3) for prompt in PROMPTS[:2]]
-    drafted = [replace(request, mode="speculative", draft=Draft(exit_, length)) for request in full]
+    full = [Request(prompt=prompt, max_tokens=TOKENS, logprobs=3) for prompt in PROMPTS[:2]]
+    drafted = [
+        request.model_copy(update={"mode": "speculative", "draft": Draft(exit=exit_, length=length)})
+        for request in full
+    ]
     for [theirs], [ours] in zip(generate(stage, full), generate(stage, drafted), strict=True):
         assert tokens_of(ours) == tokens_of(theirs)
         for one, other in zip(ours.tokens, theirs.tokens, strict=True):
@@ -77,7 +79,7 @@ def test_proposals_stand_and_fall(stage: Stage) -> None:
     stood: Counter[int] = Counter()
     for prompt in PROMPTS:
         engine = make_engine(stage)
-        number = engine.submit(Request(prompt, mode="speculative", draft=Draft(3, 3), max_tokens=60))
+        number = engine.submit(Request(prompt=prompt, mode="speculative", draft=Draft(exit=3, length=3), max_tokens=60))
         for event in engine.stream(number):
             stood[len(event.tokens) - 1] += 1
     assert min(stood[count] for count in range(4)) > 0, stood
@@ -95,9 +97,12 @@ def restricted(saved_model: Callable[..., tuple[Path, Any]], load_stage: Callabl
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 def test_drafts_from_some_of_the_vocabulary(sampling: Sampling, restricted: Stage) -> None:
     """Proposals are candidates, the full model's own tokens any; neighbours that are no drafts change nothing."""
-    full = [Request(prompt, sampling=sampling, max_tokens=60) for prompt in PROMPTS]
-    drafted = [replace(request, mode="speculative", draft=Draft(2, 3)) for request in full]
-    leaving = [replace(request, mode="threshold", policy=ExitPolicy(0.02), exits=(2,)) for request in full]
+    full = [Request(prompt=prompt, sampling=sampling, max_tokens=60) for prompt in PROMPTS]
+    drafted = [request.model_copy(update={"mode": "speculative", "draft": Draft(exit=2, length=3)}) for request in full]
+    leaving = [
+        request.model_copy(update={"mode": "threshold", "policy": ThresholdPolicy(threshold=0.02), "exits": (2,)})
+        for request in full
+    ]
     proposed, others = set(), set()
     beside = generate(restricted, [*drafted, *leaving])
     for number, [ours] in enumerate(generate(restricted, drafted)):
@@ -117,14 +122,52 @@ def mixed_requests() -> list[Request]:
     for number, prompt in enumerate(PROMPTS):
         count = 16 + 4 * number
         found += [
-            Request(prompt, max_tokens=count),
-            Request(prompt, "threshold", ExitPolicy(0.1, max_deferred=3), max_tokens=count, logprobs=2),
-            Request(prompt, "threshold", ExitPolicy(0.03, {1: 0.2}, "margin", min_full=4), exits=(1, 3), max_tokens=9),
-            Request(prompt, "speculative", draft=Draft(1 + number % 3, 1 + number), max_tokens=count),
-            Request(prompt, "speculative", draft=Draft(3, 2), sampling=replace(DRAWN, seed=number), max_tokens=count),
-            Request(prompt, "threshold", ExitPolicy(0.2, measure="entropy"), sampling=DRAWN, max_tokens=count),
-            Request(prompt, "full", sampling=replace(DRAWN, temperature=1.5), stop_ids=(7, 9, 30), max_tokens=count),
-            Request(prompt, "threshold", ExitPolicy(0.1), follow=PROMPTS[2], max_tokens=count),
+            Request(prompt=prompt, max_tokens=count),
+            Request(
+                prompt=prompt,
+                mode="threshold",
+                policy=ThresholdPolicy(threshold=0.1, max_deferred=3),
+                max_tokens=count,
+                logprobs=2,
+            ),
+            Request(
+                prompt=prompt,
+                mode="threshold",
+                policy=ThresholdPolicy(threshold=0.03, thresholds={1: 0.2}, measure="margin", min_full=4),
+                exits=(1, 3),
+                max_tokens=9,
+            ),
+            Request(
+                prompt=prompt, mode="speculative", draft=Draft(exit=1 + number % 3, length=1 + number), max_tokens=count
+            ),
+            Request(
+                prompt=prompt,
+                mode="speculative",
+                draft=Draft(exit=3, length=2),
+                sampling=DRAWN.model_copy(update={"seed": number}),
+                max_tokens=count,
+            ),
+            Request(
+                prompt=prompt,
+                mode="threshold",
+                policy=ThresholdPolicy(threshold=0.2, measure="entropy"),
+                sampling=DRAWN,
+                max_tokens=count,
+            ),
+            Request(
+                prompt=prompt,
+                mode="full",
+                sampling=DRAWN.model_copy(update={"temperature": 1.5}),
+                stop_ids=(7, 9, 30),
+                max_tokens=count,
+            ),
+            Request(
+                prompt=prompt,
+                mode="threshold",
+                policy=ThresholdPolicy(threshold=0.1),
+                forced_ids=PROMPTS[2],
+                max_tokens=count,
+            ),
         ]
     return found
 
@@ -149,7 +192,7 @@ def test_rows_do_not_depend_on_their_neighbours(
 
 
 def test_adaptive_rows_say_the_same_beside_others(stage: Stage, alone: list[list[Completion]]) -> None:
-    adaptive = [Request(prompt, "speculative", max_tokens=16 + 4 * i) for i, prompt in enumerate(PROMPTS)]
+    adaptive = [Request(prompt=prompt, mode="speculative", max_tokens=16 + 4 * i) for i, prompt in enumerate(PROMPTS)]
     together = generate(stage, [*adaptive, *mixed_requests()])
     for number, [ours] in enumerate(together[: len(adaptive)]):
         assert tokens_of(ours) == tokens_of(alone[8 * number][0])
@@ -164,8 +207,8 @@ def test_adaptive_rows_say_the_same_beside_others(stage: Stage, alone: list[list
     "fields",
     [
         {"mode": "full"},
-        {"mode": "threshold", "policy": ExitPolicy(0.1)},
-        {"mode": "speculative", "draft": Draft(2, 3)},
+        {"mode": "threshold", "policy": ThresholdPolicy(threshold=0.1)},
+        {"mode": "speculative", "draft": Draft(exit=2, length=3)},
     ],
     ids=["full", "threshold", "speculative"],
 )
@@ -174,13 +217,15 @@ def test_adaptive_rows_say_the_same_beside_others(stage: Stage, alone: list[list
 def test_samples_are_requests_with_the_next_seeds(
     prompt: list[int], max_rows: int, fields: dict[str, Any], stage: Stage
 ) -> None:
-    request = Request(prompt, sampling=DRAWN, max_tokens=12, **fields)
-    [samples] = generate(stage, [replace(request, samples=4)], max_rows=max_rows)
-    seeds = [replace(request, sampling=replace(DRAWN, seed=DRAWN.seed + i)) for i in range(4)]
+    request = Request(prompt=prompt, sampling=DRAWN, max_tokens=12, **fields)
+    [samples] = generate(stage, [request.model_copy(update={"samples": 4})], max_rows=max_rows)
+    seeds = [
+        request.model_copy(update={"sampling": DRAWN.model_copy(update={"seed": DRAWN.seed + i})}) for i in range(4)
+    ]
     singles = [generate(stage, [each])[0][0] for each in seeds]
     assert [told(one) for one in samples] == [told(one) for one in singles]
     assert len({tuple(tokens_of(one)) for one in samples}) > 1
-    [again] = generate(stage, [replace(request, samples=4)], max_rows=max_rows)
+    [again] = generate(stage, [request.model_copy(update={"samples": 4})], max_rows=max_rows)
     assert [told(one) for one in again] == [told(one) for one in samples]
 
 
@@ -190,8 +235,8 @@ def test_samples_share_the_prompt(stage: Stage) -> None:
     layer = dict(stage.backbone.numbered_layers())[1]
     handle = layer.attention.register_forward_hook(lambda _module, args, _output: ran.append(len(args[0])))
     try:
-        request = Request(PROMPTS[2], sampling=DRAWN, max_tokens=6)
-        generate(stage, [replace(request, samples=5)])
+        request = Request(prompt=PROMPTS[2], sampling=DRAWN, max_tokens=6)
+        generate(stage, [request.model_copy(update={"samples": 5})])
     finally:
         handle.remove()
     prompt = len(PROMPTS[2])
@@ -203,8 +248,8 @@ def test_samples_share_the_prompt(stage: Stage) -> None:
 def test_a_sample_that_comes_late_does_not_wait_for_the_first_to_end(prompt: list[int], stage: Stage) -> None:
     """The first one has run the prompt before there is a row for the second."""
     engine = make_engine(stage, max_rows=2)
-    engine.submit(Request(PROMPTS[0], max_tokens=3))
-    number = engine.submit(Request(prompt, sampling=DRAWN, samples=2, max_tokens=60))
+    engine.submit(Request(prompt=PROMPTS[0], max_tokens=3))
+    number = engine.submit(Request(prompt=prompt, sampling=DRAWN, samples=2, max_tokens=60))
     said: Counter[int] = Counter()
     for event in engine.stream(number):
         said[event.sample] += len(event.tokens)
@@ -215,8 +260,15 @@ def test_a_sample_that_comes_late_does_not_wait_for_the_first_to_end(prompt: lis
 
 @pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])
 def test_the_seed_alone_decides(mode: Any, stage: Stage) -> None:
-    request = Request(PROMPTS[0], mode, ExitPolicy(0.1), Draft(2, 3), sampling=DRAWN, max_tokens=20)
-    others = [replace(request, sampling=replace(DRAWN, seed=seed)) for seed in range(6)]
+    request = Request(
+        prompt=PROMPTS[0],
+        mode=mode,
+        policy=ThresholdPolicy(threshold=0.1),
+        draft=Draft(exit=2, length=3),
+        sampling=DRAWN,
+        max_tokens=20,
+    )
+    others = [request.model_copy(update={"sampling": DRAWN.model_copy(update={"seed": seed})}) for seed in range(6)]
     first, again = (generate(stage, [request])[0][0] for _ in range(2))
     assert told(first) == told(again)
     found = [tokens_of(one) for [one] in generate(stage, others)]
@@ -225,30 +277,40 @@ def test_the_seed_alone_decides(mode: Any, stage: Stage) -> None:
 
 def test_full_and_speculative_mode_draw_the_first_token_alike(stage: Stage) -> None:
     """Without proposals speculative mode is full mode, drawn tokens included."""
-    full = Request(PROMPTS[0], sampling=DRAWN, max_tokens=20)
+    full = Request(prompt=PROMPTS[0], sampling=DRAWN, max_tokens=20)
     [[theirs]] = generate(stage, [full])
-    [[ours]] = generate(stage, [replace(full, mode="speculative", draft=Draft(1, 0))])
+    [[ours]] = generate(stage, [full.model_copy(update={"mode": "speculative", "draft": Draft(exit=1, length=0)})])
     assert tokens_of(ours) == tokens_of(theirs)
 
 
 def test_drawn_speculation_with_open_settings_is_deterministic(stage: Stage) -> None:
     """Measured time must not decide on what is drawn."""
-    request = Request(PROMPTS[0], "speculative", sampling=DRAWN, max_tokens=30)
+    request = Request(prompt=PROMPTS[0], mode="speculative", sampling=DRAWN, max_tokens=30)
     found = [generate(stage, [request, *mixed_requests()[: 4 * i]])[0][0] for i in range(3)]
     assert told(found[0]) == told(found[1]) == told(found[2])
 
 
 @pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])
 def test_the_repetition_penalty_keeps_tokens_from_coming_again(mode: Any, stage: Stage) -> None:
-    plain = Request(PROMPTS[0], mode, ExitPolicy(0.1), Draft(2, 3), max_tokens=40)
-    [[free], [held]] = generate(stage, [plain, replace(plain, sampling=Sampling(repetition_penalty=1000.0))])
+    plain = Request(
+        prompt=PROMPTS[0],
+        mode=mode,
+        policy=ThresholdPolicy(threshold=0.1),
+        draft=Draft(exit=2, length=3),
+        max_tokens=40,
+    )
+    [[free], [held]] = generate(
+        stage, [plain, plain.model_copy(update={"sampling": Sampling(repetition_penalty=1000.0)})]
+    )
     seen, again = set(PROMPTS[0]), 0
     for token in tokens_of(held):
         again += token in seen
         seen.add(token)
     assert again == 0 < len([*PROMPTS[0], *tokens_of(free)]) - len({*PROMPTS[0], *tokens_of(free)})
     if mode == "speculative":
-        [[full]] = generate(stage, [replace(plain, mode="full", sampling=Sampling(repetition_penalty=1000.0))])
+        [[full]] = generate(
+            stage, [plain.model_copy(update={"mode": "full", "sampling": Sampling(repetition_penalty=1000.0)})]
+        )
         assert tokens_of(held) == tokens_of(full)
 
 
@@ -263,7 +325,9 @@ def test_log_probabilities_are_those_of_transformers(
     """Before temperature, penalties and the like."""
     model = saved_model("qwen2-window")[1]
     prompt = PROMPTS[0]
-    request = Request(prompt, mode, draft=Draft(2, 3), sampling=sampling, logprobs=5, max_tokens=TOKENS)
+    request = Request(
+        prompt=prompt, mode=mode, draft=Draft(exit=2, length=3), sampling=sampling, logprobs=5, max_tokens=TOKENS
+    )
     [[completion]] = generate(stage, [request])
     with torch.no_grad():
         scores: Tensor = model(torch.tensor([[*prompt, *tokens_of(completion)]])).logits[0].log_softmax(-1)
@@ -277,7 +341,9 @@ def test_log_probabilities_are_those_of_transformers(
 
 
 def test_log_probabilities_are_given_only_where_asked_for(stage: Stage) -> None:
-    [[none], [zero]] = generate(stage, [Request(PROMPTS[0], logprobs=count, max_tokens=4) for count in (None, 0)])
+    [[none], [zero]] = generate(
+        stage, [Request(prompt=PROMPTS[0], logprobs=count, max_tokens=4) for count in (None, 0)]
+    )
     assert all(token.logprobs is None for token in none.tokens)
     assert all(token.logprobs is not None and token.logprobs.top == {} for token in zero.tokens)
     assert tokens_of(none) == tokens_of(zero)

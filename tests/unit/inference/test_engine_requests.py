@@ -13,9 +13,9 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.assembly import make_engine
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
 
@@ -23,8 +23,8 @@ PROMPT = "Once upon a time"
 EXITS = [ExitSpec(1), ExitSpec(2, "layer")]
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
-    "threshold": {"mode": "threshold", "policy": ExitPolicy(0.02, max_deferred=3)},
-    "speculative": {"mode": "speculative", "draft": Draft(2, 3)},
+    "threshold": {"mode": "threshold", "policy": ThresholdPolicy(threshold=0.02, max_deferred=3)},
+    "speculative": {"mode": "speculative", "draft": Draft(exit=2, length=3)},
 }
 DRAWN = Sampling(temperature=1.0, seed=2)
 
@@ -45,7 +45,7 @@ def engine(stage: Stage, tokenizer: Tokenizer) -> Iterator[Engine]:
     engine = make_engine(stage, tokenizer=tokenizer)
     yield engine
     scheduler: Any = engine._scheduler
-    assert engine.idle and scheduler.budget.used == 0 and not scheduler.links[0].sequences and not engine._front
+    assert engine.idle and scheduler.budget.used == 0 and not scheduler.stages[0].sequences and not engine._outputs
 
 
 def answer(engine: Engine, **fields: Any) -> Completion:
@@ -149,7 +149,7 @@ def test_a_stop_text_that_does_not_come_holds_nothing_back(engine: Engine) -> No
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_streamed_text_is_the_text(mode: str, engine: Engine, tokenizer: Tokenizer) -> None:
-    number = engine.submit(Request(PROMPT, max_tokens=40, sampling=DRAWN, stop=["zz"], **MODES[mode]))
+    number = engine.submit(Request(prompt=PROMPT, max_tokens=40, sampling=DRAWN, stop=["zz"], **MODES[mode]))
     events = list(engine.stream(number))
     completion = events[-1].completion
     assert completion is not None and all(event.completion is None for event in events[:-1])
@@ -172,14 +172,14 @@ def test_without_a_tokenizer_there_are_only_ids(stage: Stage) -> None:
     completion = answer(engine, prompt=[5, 6])
     assert completion.text == "" and len(completion.tokens) == 20
     with pytest.raises(ConfigError, match="^prompt: is text, but there is no tokenizer"):
-        engine.submit(Request(PROMPT))
+        engine.submit(Request(prompt=PROMPT))
     with pytest.raises(ConfigError, match="^stop: there is no tokenizer"):
-        engine.submit(Request([5, 6], stop=["x"]))
+        engine.submit(Request(prompt=[5, 6], stop=["x"]))
     assert engine.idle
 
 
 def test_statistics(engine: Engine) -> None:
-    always = {"mode": "threshold", "policy": ExitPolicy(1e-9, max_deferred=2)}
+    always = {"mode": "threshold", "policy": ThresholdPolicy(threshold=1e-9, max_deferred=2)}
     first = answer(engine, max_tokens=9, **always)
     assert [token.layer for token in first.tokens] == [4, 1, 1, 4, 1, 1, 4, 1, 1]
     figures = first.statistics
@@ -192,7 +192,7 @@ def test_statistics(engine: Engine) -> None:
     assert figures["tokens_per_second"] > 0 and figures["time_to_first_token"] > 0
     assert figures["acceptance_rate"] is None
     second = answer(engine, max_tokens=5)
-    number = engine.submit(Request(PROMPT))
+    number = engine.submit(Request(prompt=PROMPT))
     engine.cancel(number)
     engine.step()
     totals = engine.statistics()
@@ -216,7 +216,8 @@ def test_cancelled_in_work_and_in_line(mode: str, stage: Stage, tokenizer: Token
     engine = make_engine(stage, tokenizer=tokenizer, max_rows=2)
     free = [answer(engine, prompt=prompt, max_tokens=30, **MODES[mode]) for prompt in ("one", "two", "three", "four")]
     numbers = [
-        engine.submit(Request(prompt, max_tokens=30, **MODES[mode])) for prompt in ("one", "two", "three", "four")
+        engine.submit(Request(prompt=prompt, max_tokens=30, **MODES[mode]))
+        for prompt in ("one", "two", "three", "four")
     ]
     events: list[Event] = []
     while sum(len(event.tokens) for event in events if event.request == numbers[0]) < 5:
@@ -236,7 +237,7 @@ def test_cancelled_in_work_and_in_line(mode: str, stage: Stage, tokenizer: Token
 
 
 def test_all_samples_are_cancelled(engine: Engine) -> None:
-    number = engine.submit(Request(PROMPT, sampling=DRAWN, samples=3))
+    number = engine.submit(Request(prompt=PROMPT, sampling=DRAWN, samples=3))
     for _ in range(6):
         engine.step()
     engine.cancel(number)
@@ -245,13 +246,13 @@ def test_all_samples_are_cancelled(engine: Engine) -> None:
 
 
 def test_cancelling_the_first_sample_of_a_waiting_prompt_lets_others_run(engine: Engine) -> None:
-    """Only through the core: requests are cancelled whole."""
-    [alone] = engine.generate([Request(PROMPT, sampling=DRAWN, samples=3)])
-    engine.submit(Request(PROMPT, sampling=DRAWN, samples=3))
+    """Only through the scheduler: requests are cancelled whole."""
+    [alone] = engine.generate([Request(prompt=PROMPT, sampling=DRAWN, samples=3)])
+    engine.submit(Request(prompt=PROMPT, sampling=DRAWN, samples=3))
     scheduler: Any = engine._scheduler
-    leader = scheduler.queue[0].number
-    scheduler.remove(leader)
-    del engine._front[leader]
+    parent = scheduler.waiting[0].seq_id
+    scheduler.finish(parent, "cancelled")
+    del engine._outputs[parent]
     events = []
     while not engine.idle:
         events += engine.step()
@@ -263,21 +264,21 @@ def test_cancelling_the_first_sample_of_a_waiting_prompt_lets_others_run(engine:
 
 def test_close_ends_everything(stage: Stage, tokenizer: Tokenizer) -> None:
     engine = make_engine(stage, tokenizer=tokenizer, max_rows=1)
-    engine.submit(Request(PROMPT))
-    engine.submit(Request(PROMPT))
+    engine.submit(Request(prompt=PROMPT))
+    engine.submit(Request(prompt=PROMPT))
     engine.step()
     engine.close()
     ends = [event.completion for event in engine.step()]
     assert [end.finish_reason for end in ends if end is not None] == ["cancelled", "cancelled"] and engine.idle
     with pytest.raises(ConfigError, match="^the engine is closed$"):
-        engine.submit(Request(PROMPT))
+        engine.submit(Request(prompt=PROMPT))
     engine.close()
 
 
 def test_streams_take_turns(engine: Engine) -> None:
     """What a stream meets of another request is kept for that one's."""
     free = {prompt: answer(engine, prompt=prompt) for prompt in ("one", "two")}
-    first, second = (engine.submit(Request(prompt, max_tokens=20)) for prompt in ("one", "two"))
+    first, second = (engine.submit(Request(prompt=prompt, max_tokens=20)) for prompt in ("one", "two"))
     one, two = engine.stream(first), engine.stream(second)
     heads = [next(two), next(one), next(two)]
     events = [*heads, *one, *two]
@@ -300,10 +301,10 @@ def test_logits_that_are_not_finite_fail_one_request(
 ) -> None:
     threshold, speculative = MODES["threshold"], MODES["speculative"]
     requests = [
-        Request(PROMPT, exits=(1,), max_tokens=12, **threshold, **wanted),
-        Request(PROMPT, exits=(2,), max_tokens=12, **threshold, **wanted),
-        Request(PROMPT, max_tokens=12, **speculative),
-        Request(PROMPT, max_tokens=12),
+        Request(prompt=PROMPT, exits=(1,), max_tokens=12, **threshold, **wanted),
+        Request(prompt=PROMPT, exits=(2,), max_tokens=12, **threshold, **wanted),
+        Request(prompt=PROMPT, max_tokens=12, **speculative),
+        Request(prompt=PROMPT, max_tokens=12),
     ]
     fails = {1: [0], 2: [1, 2], 4: [0, 1, 2, 3]}[layer]
     free = [make_engine(stage, tokenizer=tokenizer).generate([request])[0][0] for request in requests]
@@ -329,12 +330,12 @@ def test_logits_that_are_not_finite_fail_one_request(
         else:
             assert ends[0].completion is not None and ids_of(ends[0].completion) == ids_of(free[index])
     scheduler: Any = engine._scheduler
-    assert scheduler.budget.used == 0 and not scheduler.links[0].sequences and not engine._front
+    assert scheduler.budget.used == 0 and not scheduler.stages[0].sequences and not engine._outputs
 
 
 def test_generate_leaves_nothing_behind_where_one_is_refused_or_fails(engine: Engine, stage: Stage) -> None:
     with pytest.raises(ConfigError, match="^prompt: is empty"):
-        engine.generate([Request(PROMPT), Request("")])
+        engine.generate([Request(prompt=PROMPT), Request(prompt="")])
     assert engine.idle
     head: Any = stage.exits[0].head.weight
     before = head.detach().clone()
@@ -342,7 +343,7 @@ def test_generate_leaves_nothing_behind_where_one_is_refused_or_fails(engine: En
         head[3] = float("nan")
     try:
         with pytest.raises(UserError, match="^the logits after layer 1 at position 18 are not finite$"):
-            engine.generate([Request(PROMPT), Request(PROMPT, max_tokens=9, **MODES["threshold"])])
+            engine.generate([Request(prompt=PROMPT), Request(prompt=PROMPT, max_tokens=9, **MODES["threshold"])])
     finally:
         with torch.no_grad():
             head.copy_(before)

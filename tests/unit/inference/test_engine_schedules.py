@@ -11,31 +11,54 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import megatron_ee.inference.kv_cache as kv_cache
-import megatron_ee.inference.memory as memory
-import megatron_ee.inference.prefixes as prefixes
 import megatron_ee.inference.scheduler as core_module
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.assembly import make_engine
+from megatron_ee.inference import kv_cache_manager
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
 
 DRAWN = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=3)
 SOUND = (1, 2)
 REQUESTS = [
-    Request([5, 17, 99], max_tokens=14),
-    Request(list(range(30, 50)), max_tokens=9, sampling=DRAWN),
-    Request([9], "threshold", ExitPolicy(0.08, max_deferred=3), exits=SOUND, max_tokens=17),
-    Request([9, 8, 7, 6, 5], "threshold", ExitPolicy(0.03, {1: 0.2}, "margin", patience=1), exits=SOUND, max_tokens=12),
-    Request([3] * 11, "threshold", ExitPolicy(0.05, patience=2), exits=(2,), sampling=DRAWN, samples=2, max_tokens=10),
-    Request([5, 17, 99, 42], "speculative", draft=Draft(2, 3), max_tokens=16),
-    Request([64, 3, 2], "speculative", draft=Draft(1, 2), sampling=DRAWN, max_tokens=13),
-    Request([7, 7, 8], "speculative", exits=SOUND, max_tokens=15),  # adaptive
-    Request([11, 12] * 6, sampling=DRAWN, samples=3, max_tokens=8, logprobs=1),
-    Request([1, 2], "threshold", ExitPolicy(0.4), exits=(1, 2, 3), max_tokens=9),  # comes to the spoilt exit
-    Request([40], "threshold", ExitPolicy(0.1), exits=SOUND, follow=list(range(60, 72))),
+    Request(prompt=[5, 17, 99], max_tokens=14),
+    Request(prompt=list(range(30, 50)), max_tokens=9, sampling=DRAWN),
+    Request(
+        prompt=[9], mode="threshold", policy=ThresholdPolicy(threshold=0.08, max_deferred=3), exits=SOUND, max_tokens=17
+    ),
+    Request(
+        prompt=[9, 8, 7, 6, 5],
+        mode="threshold",
+        policy=ThresholdPolicy(threshold=0.03, thresholds={1: 0.2}, measure="margin", backoff=1),
+        exits=SOUND,
+        max_tokens=12,
+    ),
+    Request(
+        prompt=[3] * 11,
+        mode="threshold",
+        policy=ThresholdPolicy(threshold=0.05, backoff=2),
+        exits=(2,),
+        sampling=DRAWN,
+        samples=2,
+        max_tokens=10,
+    ),
+    Request(prompt=[5, 17, 99, 42], mode="speculative", draft=Draft(exit=2, length=3), max_tokens=16),
+    Request(prompt=[64, 3, 2], mode="speculative", draft=Draft(exit=1, length=2), sampling=DRAWN, max_tokens=13),
+    Request(prompt=[7, 7, 8], mode="speculative", exits=SOUND, max_tokens=15),  # adaptive
+    Request(prompt=[11, 12] * 6, sampling=DRAWN, samples=3, max_tokens=8, logprobs=1),
+    Request(
+        prompt=[1, 2], mode="threshold", policy=ThresholdPolicy(threshold=0.4), exits=(1, 2, 3), max_tokens=9
+    ),  # comes to the spoilt exit
+    Request(
+        prompt=[40],
+        mode="threshold",
+        policy=ThresholdPolicy(threshold=0.1),
+        exits=SOUND,
+        forced_ids=list(range(60, 72)),
+    ),
 ]
 ADAPTIVE, SPOILT = 7, 9
 Told = list[Any]
@@ -75,9 +98,9 @@ def small(alone: list[Told]) -> Iterator[None]:
     """Chunks and passes so small that rows grow through many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "CHUNK", 4)
-        patch.setattr(memory, "CHUNK", 4)
+        patch.setattr(kv_cache_manager, "CHUNK", 4)
         patch.setattr(core_module, "PASS_TOKENS", 7)
-        patch.setattr(prefixes, "LEAST", 2)
+        patch.setattr(kv_cache_manager, "MIN_PREFIX", 2)
         yield
 
 
@@ -121,11 +144,11 @@ class Run:
                 if event.completion is not None or event.error is not None:
                     self.ends[key] = event
             scheduler = self.scheduler
-            assert scheduler.budget.used <= scheduler.budget.total and len(scheduler.running) <= scheduler.max_rows
-            assert len(scheduler.prefixes.rows) <= scheduler.prefixes.most
+            assert scheduler.budget.used <= scheduler.budget.total and len(scheduler.running) <= scheduler.max_num_seqs
+            assert len(scheduler.prefixes.seq_ids) <= scheduler.prefixes.max_num_seqs
             assert (
-                set(scheduler.links[0].sequences)
-                == {*scheduler.running, *scheduler.prefixes.rows}
+                set(scheduler.stages[0].sequences)
+                == {*scheduler.running, *scheduler.prefixes.seq_ids}
                 == set(scheduler.budget._claims)
             )
 
@@ -137,8 +160,8 @@ class Run:
             self.step(1)
         assert self.engine.idle, "it runs in circles"
         scheduler = self.scheduler
-        assert not scheduler.running and not scheduler.queue and not self.engine._front
-        assert scheduler.prefixes.most or (scheduler.budget.used == 0 and not scheduler.links[0].sequences)
+        assert not scheduler.running and not scheduler.waiting and not self.engine._outputs
+        assert scheduler.prefixes.max_num_seqs or (scheduler.budget.used == 0 and not scheduler.stages[0].sequences)
         assert set(self.ends) == {(n, i) for n, index in self.asked.items() for i in range(REQUESTS[index].samples)}
         for (number, sample), end in self.ends.items():
             index = self.asked[number]
@@ -195,12 +218,12 @@ def test_any_schedule(
 
 
 def test_the_schedules_are_hard(stage: Stage, alone: list[Told], small: None) -> None:
-    """What the property is about happens: rows are set aside, one fails, tokens leave everywhere."""
+    """What the property is about happens: rows are preempted, one fails, tokens leave everywhere."""
     run = Run(stage, 20, 1, 8)
     for name, argument in EVERYTHING:
         getattr(run, name)(argument)
     run.finish(alone)
-    assert run.scheduler.set_aside > 3
+    assert run.scheduler.num_preempted > 3
     assert alone[SPOILT][0].startswith("the logits after layer 3 at position ")
     layers = {layer for ends in alone for end in ends if not isinstance(end, str) for _, layer in end[0]}
     assert layers == {1, 2, 4}

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from megatron_ee.commands.generate import parser
+from megatron_ee.commands.generate_requests import FIELDS, make_request
 from megatron_ee.commands.main import main
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.fields import FIELDS, make_request
 from megatron_ee.inference.requests import Request
 from megatron_ee.testing.models import save_tiny_model
 
@@ -111,15 +111,17 @@ def test_several_prompts_and_samples(command: Command, adapter: Path) -> None:
 def test_defaults_are_the_requests_own() -> None:
     """They are written out for the command, which reads its options without torch."""
     arguments = vars(parser().parse_args(["--model", "m", "--prompt", "p"]))
-    assert make_request("p", {name: arguments[name] for name in FIELDS}, has_exits=False) == Request("p", stop=[])
+    assert make_request("p", {name: arguments[name] for name in FIELDS}, has_exits=False) == Request(
+        prompt="p", stop=[]
+    )
 
 
 def test_options_reach_the_request(command: Command, adapter: Path, byte_model: Path) -> None:
     common = ("--adapter", adapter, "--prompt", PROMPT, "--ignore-eos", "--max-tokens", 12)
     assert set(command.json(*common, "--threshold", 0.01, "--exits", "2")["layers"]) == {2, 4}
     always, rests = (
-        command.json(*common, "--threshold", 0.025, "--exits", "2", "--patience", patience)["layers"]
-        for patience in (0, 1)
+        command.json(*common, "--threshold", 0.025, "--exits", "2", "--backoff", backoff)["layers"]
+        for backoff in (0, 1)
     )
     assert always.count(2) > rests.count(2) > 0
     assert command.json(*common, "--threshold", 1e-9, "--max-deferred", 2)["layers"][:4] == [4, 1, 1, 4]
@@ -212,22 +214,22 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--mode", "threshold"), "--mode: threshold needs exits; give their adapter"),
     (("--mode", "speculative"), "--mode: speculative needs exits; give their adapter"),
     (("--mode", "quick"), "argument --mode: invalid choice: 'quick'"),
-    (("EXITS", "--threshold", 0), "--threshold: must be a number above 0, not 0.0"),
-    (("EXITS", "--threshold", "nan"), "--threshold: must be a number above 0, not nan"),
+    (("EXITS", "--threshold", 0), "--threshold: must be above 0, not 0.0"),
+    (("EXITS", "--threshold", "nan"), "--threshold: must be a finite number, not nan"),
     (("EXITS", "--threshold", "high"), "argument --threshold: invalid float value: 'high'"),
     (("EXITS", "--thresholds", "1:0.5"), "argument --thresholds: must be like 8=0.8,16=0.95, not '1:0.5'"),
     (("EXITS", "--thresholds", "3=0.5"), "--thresholds: there is no exit after layer 3; there are: 1, 2"),
-    (("EXITS", "--measure", "luck"), "--measure: 'luck' is unknown; possible: probability, margin, entropy"),
+    (("EXITS", "--measure", "luck"), "--measure: must be one of probability, margin, entropy, not 'luck'"),
     (("EXITS", "--exits", "3"), "--exits: there is no exit after layer 3; there are: 1, 2"),
     (("EXITS", "--exits", "a"), "argument --exits: must be layers such as 8,16, not 'a'"),
     (("EXITS", "--max-deferred", -1), "argument --max-deferred: must be at least 0, not -1"),
-    (("EXITS", "--patience", -1), "argument --patience: must be at least 0, not -1"),
+    (("EXITS", "--backoff", -1), "argument --backoff: must be at least 0, not -1"),
     (("EXITS", "--min-full", 0), "argument --min-full: must be at least 1, not 0"),
     (
         ("EXITS", "--mode", "speculative", "--draft-exit", 3),
         "--draft-exit: there is no exit after layer 3; there are: 1, 2",
     ),
-    (("EXITS", "--mode", "speculative", "--draft-length", 99), "--draft-length: must be a whole number from 0 to 16"),
+    (("EXITS", "--mode", "speculative", "--draft-length", 99), "--draft-length: must be at most 16, not 99"),
     (
         ("EXITS", "--draft-vocabulary", 0, "--draft-corpus", "c"),
         "argument --draft-vocabulary: must be at least 1, not 0",
@@ -235,14 +237,14 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("EXITS", "--draft-vocabulary", 9), "--draft-vocabulary and --draft-corpus belong together"),
     (("--max-tokens", 0), "argument --max-tokens: must be at least 1, not 0"),
     (("--max-tokens", "many"), "argument --max-tokens: must be a whole number, not 'many'"),
-    (("--temperature", -1), "--temperature: must be 0 (greedy) or lie between"),
-    (("--top-p", 0), "--top-p: must be above 0 and at most 1"),
-    (("--min-p", 2), "--min-p: must lie between 0 (off) and 1"),
-    (("--repetition-penalty", 0), "--repetition-penalty: must lie between"),
-    (("--seed", -1), "--seed: must lie between 0 and"),
-    (("--samples", 1000), "--samples: must be a whole number from 1 to 128, not 1000"),
-    (("--stop", ""), "--stop: must be a list of texts that are not empty"),
-    (("--logprobs", 1000), "--logprobs: must be a whole number from 0 to 100, not 1000"),
+    (("--temperature", -1), "--temperature: must be 0 (greedy) or from"),
+    (("--top-p", 0), "--top-p: must be above 0, not 0.0"),
+    (("--min-p", 2), "--min-p: must be at most 1, not 2.0"),
+    (("--repetition-penalty", 0), "--repetition-penalty: must be at least 0.001, not 0.0"),
+    (("--seed", -1), "--seed: must be at least 0, not -1"),
+    (("--samples", 1000), "--samples: must be at most 128, not 1000"),
+    (("--stop", ""), "--stop[0]: must be text of at least 1 characters, not ''"),
+    (("--logprobs", 1000), "--logprobs: must be at most 100, not 1000"),
     (("--dtype", "float16"), "argument --dtype: invalid choice: 'float16'"),
     (("--tensor", 2), "tensor x pipeline: 2 x 1 needs 2 processes, but there are 1; start as many with torchrun"),
     (("--pipeline", 3), "tensor x pipeline: 1 x 3 needs 3 processes, but there are 1; start as many with torchrun"),
@@ -358,24 +360,24 @@ def test_a_file_of_prompts_is_answered_in_order(
         ({"prompt": ["a"]}, ":3: prompt: must be text, not ['a']"),
         ({"prompt": ""}, ":3: prompt: is empty"),
         (b'{"prompt": "\xff"}', ":3: not UTF-8: byte 12 of the line: invalid start byte"),
-        ({"prompt": "a", "mode": ""}, ":3: mode: '' is unknown"),
+        ({"prompt": "a", "mode": ""}, ":3: mode: must be one of 'full', 'threshold' or 'speculative', not ''"),
         ({"prompt": "a" * 99}, ":3: prompt: has 100 tokens, but the model has 64 positions"),
         ({"messages": [{"role": "user"}]}, ":3: messages: message 1: content must be text"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the tokenizer has no chat template"),
         ({"prompt": "a", "id": [1]}, ":3: id: must be text or a whole number, not [1]"),
         ({"prompt": "a", "max_token": 3}, ":3: 'max_token': unknown key; did you mean 'max_tokens'?"),
         ('{"prompt": "a", "seed": 1, "seed": 2}', ":3: line: not valid JSON: key 'seed' appears twice"),
-        ({"prompt": "a", "max_tokens": "3"}, ":3: max_tokens: must be a whole number at least 1, not '3'"),
-        ({"prompt": "a", "top_p": 2}, ":3: top_p: must be above 0 and at most 1"),
+        ({"prompt": "a", "max_tokens": "3"}, ":3: max_tokens: must be a whole number, not '3'"),
+        ({"prompt": "a", "top_p": 2}, ":3: top_p: must be at most 1, not 2"),
         ('{"prompt": "a", "temperature": NaN}', ":3: line: not valid JSON: NaN is not JSON"),
         ({"prompt": "a", "echo": 1}, ":3: echo: must be true or false, not 1"),
         ({"prompt": "a", "stop": "x"}, ":3: stop: must be a list, not 'x'"),
-        ({"prompt": "a", "mode": "fast"}, ":3: mode: 'fast' is unknown; possible: full, threshold, speculative"),
-        ({"prompt": "a", "exits": [True]}, ":3: exits: there is no exit after layer True; there are: 1, 2"),
+        ({"prompt": "a", "mode": "fast"}, ":3: mode: must be one of 'full', 'threshold' or 'speculative', not 'fast'"),
+        ({"prompt": "a", "exits": [True]}, ":3: exits[0]: must be a whole number, not True"),
         ({"prompt": "a", "draft_exit": 3}, ":3: draft_exit: there is no exit after layer 3; there are: 1, 2"),
-        ({"prompt": "a", "thresholds": {"x": 1}}, ":3: thresholds: 'x' is no layer"),
+        ({"prompt": "a", "thresholds": {"x": 1}}, ":3: thresholds"),
         ({"prompt": "a", "thresholds": {"3": 1}}, ":3: thresholds: there is no exit after layer 3"),
-        ({"prompt": "a", "thresholds": [1]}, ":3: thresholds: must give thresholds by layer, not [1]"),
+        ({"prompt": "a", "thresholds": [1]}, ":3: thresholds: must be an object, not [1]"),
     ],
 )
 def test_a_bad_line_is_refused_before_the_model_is_loaded(

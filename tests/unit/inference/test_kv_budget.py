@@ -1,24 +1,23 @@
-"""Memory of keys and values: what rows claim, who waits, who is set aside, and that nothing is left behind."""
+"""Memory of keys and values: what rows claim, who waits, who is preempted, and that nothing is left behind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import megatron_ee.inference.kv_cache as kv_cache
-import megatron_ee.inference.memory as memory
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.assembly import make_engine
+from megatron_ee.inference import kv_cache_manager
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache import CHUNK
-from megatron_ee.inference.memory import Budget, StageMemory, stage_memory
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.kv_cache_manager import KVBudget, StageMemory, stage_memory
+from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.inference.sampling import Sampling
 
@@ -31,7 +30,7 @@ EXITS = [ExitSpec(1, "layer"), ExitSpec(2), ExitSpec(3, "norm", "shared")]
 
 
 def test_a_row_takes_whole_chunks_up_to_its_limit() -> None:
-    budget = Budget(10**9, [StageMemory(10, (None, None, None))], slack=17, pass_tokens=512)
+    budget = KVBudget(10**9, [StageMemory(10, (None, None, None))], slack=17, pass_tokens=512)
     assert budget.needed(10_000, 1) == 3 * CHUNK * 10
     assert budget.needed(10_000, CHUNK) == 3 * CHUNK * 10
     assert budget.needed(10_000, CHUNK + 1) == 2 * 3 * CHUNK * 10
@@ -40,19 +39,19 @@ def test_a_row_takes_whole_chunks_up_to_its_limit() -> None:
 
 
 def test_windows_bound_what_a_layer_takes() -> None:
-    budget = Budget(10**9, [StageMemory(1, (None, 1000, 1000))], slack=24, pass_tokens=512)
+    budget = KVBudget(10**9, [StageMemory(1, (None, 1000, 1000))], slack=24, pass_tokens=512)
     bound = 1536 // CHUNK * CHUNK
     assert budget.needed(10**6, 100 * CHUNK) == 100 * CHUNK + 2 * bound
     assert budget.needed(10**6, CHUNK) == 3 * CHUNK
 
 
 def test_the_fullest_stage_counts() -> None:
-    budget = Budget(1, [StageMemory(10, (None,)), StageMemory(10, (None, None))], slack=0, pass_tokens=1)
+    budget = KVBudget(1, [StageMemory(10, (None,)), StageMemory(10, (None, None))], slack=0, pass_tokens=1)
     assert budget.needed(CHUNK, CHUNK) == 2 * CHUNK * 10
 
 
 def test_claims_are_refused_without_being_made_and_given_back_whole() -> None:
-    budget = Budget(4 * CHUNK, [StageMemory(1, (None,))], slack=0, pass_tokens=1)
+    budget = KVBudget(4 * CHUNK, [StageMemory(1, (None,))], slack=0, pass_tokens=1)
     assert budget.claim(1, 10_000, 3 * CHUNK) and budget.used == 3 * CHUNK
     assert budget.claim(1, 10_000, 5) and budget.used == 3 * CHUNK  # it has more
     assert not budget.claim(2, 10_000, CHUNK + 1) and budget.used == 3 * CHUNK
@@ -82,7 +81,7 @@ def test_a_stage_keeps_its_layers_and_those_of_its_exits(tensor: int, heads: int
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a few tokens grow through several chunks."""
     monkeypatch.setattr(kv_cache, "CHUNK", 8)
-    monkeypatch.setattr(memory, "CHUNK", 8)
+    monkeypatch.setattr(kv_cache_manager, "CHUNK", 8)
 
 
 def core_of(engine: Engine) -> Any:
@@ -91,7 +90,7 @@ def core_of(engine: Engine) -> Any:
 
 def bytes_kept(engine: Engine) -> int:
     """What the rows' caches really take."""
-    caches = [cache for row in core_of(engine).links[0].sequences.values() for cache in row.all_caches]
+    caches = [cache for row in core_of(engine).stages[0].sequences.values() for cache in row.all_caches]
     return sum(part.untyped_storage().nbytes() for cache in caches for part in cache._kept or ())
 
 
@@ -108,11 +107,12 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[Completion
                 found[event.request, event.sample] = event.completion
         assert bytes_kept(engine) <= scheduler.budget.used <= scheduler.budget.total
         assert (
-            set(scheduler.links[0].sequences) == set(scheduler.running) and len(scheduler.running) <= scheduler.max_rows
+            set(scheduler.stages[0].sequences) == set(scheduler.running)
+            and len(scheduler.running) <= scheduler.max_num_seqs
         )
         assert set(scheduler.budget._claims) == set(scheduler.running)
     assert engine.idle, "it runs in circles"
-    assert scheduler.budget.used == 0 and not scheduler.links[0].sequences and not engine._front
+    assert scheduler.budget.used == 0 and not scheduler.stages[0].sequences and not engine._outputs
     return [[found[n, i] for i in range(r.samples)] for n, r in zip(numbers, requests, strict=True)]
 
 
@@ -124,12 +124,14 @@ def requests() -> list[Request]:
     """Each of which grows far beyond its prompt."""
     drawn = Sampling(temperature=0.9, seed=4)
     return [
-        Request([5, 6, 7], max_tokens=60),
-        Request([9, 8], "threshold", ExitPolicy(0.1), max_tokens=50),
-        Request([3] * 20, "speculative", draft=Draft(2, 3), max_tokens=40),
-        Request([11, 12], "speculative", draft=Draft(3, 2), sampling=drawn, max_tokens=45),
-        Request([30, 31, 32, 33], sampling=drawn, samples=3, max_tokens=30),
-        Request([64] * 9, "threshold", ExitPolicy(0.05), sampling=drawn, max_tokens=40),
+        Request(prompt=[5, 6, 7], max_tokens=60),
+        Request(prompt=[9, 8], mode="threshold", policy=ThresholdPolicy(threshold=0.1), max_tokens=50),
+        Request(prompt=[3] * 20, mode="speculative", draft=Draft(exit=2, length=3), max_tokens=40),
+        Request(prompt=[11, 12], mode="speculative", draft=Draft(exit=3, length=2), sampling=drawn, max_tokens=45),
+        Request(prompt=[30, 31, 32, 33], sampling=drawn, samples=3, max_tokens=30),
+        Request(
+            prompt=[64] * 9, mode="threshold", policy=ThresholdPolicy(threshold=0.05), sampling=drawn, max_tokens=40
+        ),
     ]
 
 
@@ -140,20 +142,20 @@ def memory_for(stage: Stage, *lengths: int) -> int:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_rows_wait_or_are_set_aside_with_the_same_result(rows: int, exit_stage: MakeStage, small_chunks: None) -> None:
+def test_rows_wait_or_are_preempted_with_the_same_result(rows: int, exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("qwen2-window", EXITS)
     alone = [make_engine(stage).generate([request])[0] for request in requests()]
     engine = make_engine(stage, memory=memory_for(stage, *[63] * rows), max_rows=6)
     pressed = run_all(engine, requests())
     for request, ours, theirs in zip(requests(), pressed, alone, strict=True):
         assert [told(one) for one in ours] == [told(one) for one in theirs], request
-    assert engine.statistics()["set_aside"] == core_of(engine).set_aside > 0
+    assert engine.statistics()["num_preempted"] == core_of(engine).num_preempted > 0
 
 
-def test_the_youngest_is_set_aside_and_the_oldest_never(exit_stage: MakeStage, small_chunks: None) -> None:
+def test_the_youngest_is_preempted_and_the_oldest_never(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
     engine = make_engine(stage, memory=memory_for(stage, 40, 16), max_rows=4)
-    numbers = [engine.submit(Request([5, 6, 7, number], max_tokens=36)) for number in range(3)]
+    numbers = [engine.submit(Request(prompt=[5, 6, 7, number], max_tokens=36)) for number in range(3)]
     ended, rows, left = [], core_of(engine).running, []
     while not engine.idle:
         before = list(rows)
@@ -162,13 +164,16 @@ def test_the_youngest_is_set_aside_and_the_oldest_never(exit_stage: MakeStage, s
                 ended.append(event.request)
         left += [row for row in before if row not in rows]
     assert ended == numbers
-    assert left[0] == 3 and left.count(1) == 1 and core_of(engine).set_aside > 0
+    assert left[0] == 3 and left.count(1) == 1 and core_of(engine).num_preempted > 0
 
 
 def test_a_row_that_just_fits_runs_alone(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
     engine = make_engine(stage, memory=memory_for(stage, 63), max_rows=4)
-    just = [Request([5, 6, 7], mode, ExitPolicy(0.1), max_tokens=60) for mode in ("full", "threshold", "speculative")]
+    just = [
+        Request(prompt=[5, 6, 7], mode=mode, policy=ThresholdPolicy(threshold=0.1), max_tokens=60)
+        for mode in ("full", "threshold", "speculative")
+    ]
     for [completion] in run_all(engine, just):
         assert len(completion.tokens) == 60
 
@@ -176,12 +181,12 @@ def test_a_row_that_just_fits_runs_alone(exit_stage: MakeStage, small_chunks: No
 def test_one_that_can_never_fit_is_refused_at_once(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
     engine = make_engine(stage, memory=memory_for(stage, 40), max_rows=4)
-    running = engine.submit(Request([5, 6, 7], max_tokens=36))
+    running = engine.submit(Request(prompt=[5, 6, 7], max_tokens=36))
     engine.step()
     message = r"^max_tokens: 48 positions need .* MB of keys and values, but there are .* MB; ask for less"
     for prompt, count in (([5] * 8, 40), ([5] * 40, 8)):
         with pytest.raises(ConfigError, match=message):
-            engine.submit(Request(prompt, max_tokens=count))
+            engine.submit(Request(prompt=prompt, max_tokens=count))
     [last] = [event for event in engine.stream(running) if event.completion is not None]
     assert last.completion is not None and len(last.completion.tokens) == 36
     assert engine.idle and core_of(engine).budget.used == 0
@@ -201,19 +206,21 @@ def test_nothing_leaks_when_all_are_cancelled(after: int, exit_stage: MakeStage,
     assert (
         scheduler.idle
         and scheduler.budget.used == 0
-        and not scheduler.links[0].sequences
+        and not scheduler.stages[0].sequences
         and not scheduler.budget._claims
     )
     ends = [event for event in engine.step() if event.completion is not None]
     assert engine.idle and {event.completion.finish_reason for event in ends} == {"cancelled"}  # type: ignore[union-attr]
 
 
-def test_samples_of_one_that_is_set_aside_go_on(exit_stage: MakeStage, small_chunks: None) -> None:
+def test_samples_of_one_that_is_preempted_go_on(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
-    request = Request([30] * 20, sampling=Sampling(temperature=0.9), samples=4, max_tokens=40)
-    singles = [replace(request, samples=1, sampling=Sampling(temperature=0.9, seed=seed)) for seed in range(4)]
+    request = Request(prompt=[30] * 20, sampling=Sampling(temperature=0.9), samples=4, max_tokens=40)
+    singles = [
+        request.model_copy(update={"samples": 1, "sampling": Sampling(temperature=0.9, seed=seed)}) for seed in range(4)
+    ]
     engine = make_engine(stage, memory=memory_for(stage, 60, 48), max_rows=4)
     [ours] = run_all(engine, [request])
     theirs = [make_engine(stage).generate([single])[0][0] for single in singles]
     assert [told(one) for one in ours] == [told(one) for one in theirs]
-    assert core_of(engine).set_aside > 0
+    assert core_of(engine).num_preempted > 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ee import platform
 from megatron_ee.checkpoint.saved_model import choose_dtype, open_model
 from megatron_ee.errors import ConfigError
-from megatron_ee.inference import ExitPolicy, Request, open_engine, open_released
+from megatron_ee.inference import Request, ThresholdPolicy, open_engine, open_released
 
 
 def test_an_engine_without_some_exits(byte_model: Path, adapter: Path) -> None:
@@ -21,18 +21,20 @@ def test_an_engine_without_some_exits(byte_model: Path, adapter: Path) -> None:
     for exits in (None, [1], []):
         with open_engine(released, dtype="float32", exits=exits) as engine:
             assert engine is not None
-            [[full]] = engine.generate([Request("Once", max_tokens=5, ignore_eos=True, exits=[2])])
+            [[full]] = engine.generate([Request(prompt="Once", max_tokens=5, ignore_eos=True, exits=[2])])
             ids[str(exits)] = [token.id for token in full.tokens]
             assert full.statistics["layers_per_token"] == 4
             needed[str(exits)] = engine._scheduler.budget.needed(60, 60)
-            early = Request("Once", "threshold", ExitPolicy(1e-9), max_tokens=5, ignore_eos=True)
+            early = Request(
+                prompt="Once", mode="threshold", policy=ThresholdPolicy(threshold=1e-9), max_tokens=5, ignore_eos=True
+            )
             if exits != []:
                 [[found]] = engine.generate([early])
                 assert {token.layer for token in found.tokens} == {1, 4}
             if exits == [1]:
                 assert engine.off == (2,)
                 with pytest.raises(ConfigError, match="exits: the exit after layer 2 is switched off; there are: 1"):
-                    engine.submit(Request("Once", "threshold", exits=[2]))
+                    engine.submit(Request(prompt="Once", mode="threshold", exits=[2]))
             if exits == []:
                 with pytest.raises(ConfigError, match="needs exits; those after layers 1, 2 are switched off"):
                     engine.submit(early)

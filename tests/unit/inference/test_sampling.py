@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ee import platform
+from megatron_ee.config.validation import validated
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference import sampling as batched
 from megatron_ee.inference.sampling import MAX_SEED, Proposals, Sampling, uniform
@@ -48,9 +49,8 @@ def chi_square(counts: Counter, expected: dict[Any, float], total: int) -> tuple
         {"temperature": 1e6, "repetition_penalty": 1e-3},
     ],
 )
-def test_what_check_lets_pass_gives_distributions(fields: dict[str, Any]) -> None:
+def test_what_is_allowed_gives_distributions(fields: dict[str, Any]) -> None:
     sampling = Sampling(**fields)
-    sampling.check()
     logits = penalised(torch.tensor([-40.0, 30.0, -torch.inf, 30.5, 0.0]), [0, 1, 3], sampling.repetition_penalty)
     p = probabilities(logits, sampling)
     assert p.isfinite().all() and p[2] == 0
@@ -59,9 +59,9 @@ def test_what_check_lets_pass_gives_distributions(fields: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("bad", [True, None, "1", [1.0], math.nan, math.inf, -math.inf, 1 + 0j])
 @pytest.mark.parametrize("field", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"])
-def test_check_refuses_what_is_no_number(field: str, bad: object) -> None:
-    with pytest.raises(ConfigError, match=f"^{field}: must be a (whole |finite )?number, not "):
-        Sampling(**{field: bad}).check()  # type: ignore[arg-type]
+def test_refuses_what_is_no_number(field: str, bad: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: must be (a whole number|a number|a finite number), not "):
+        validated(Sampling, {field: bad})
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_check_refuses_what_is_no_number(field: str, bad: object) -> None:
         *[("seed", value) for value in (-1, MAX_SEED + 1, 1.5)],
     ],
 )
-def test_check_refuses_ranges(field: str, bad: float) -> None:
+def test_refuses_ranges(field: str, bad: float) -> None:
     with pytest.raises(ConfigError, match=f"^{field}: must ") as error:
-        Sampling(**{field: bad}).check()  # type: ignore[arg-type]
+        validated(Sampling, {field: bad})
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_check_refuses_numbers_beyond_floats() -> None:
-    with pytest.raises(ConfigError, match=r"^temperature: is too large"):
-        Sampling(temperature=10**400).check()
-    with pytest.raises(ConfigError, match=r"^seed: must lie between") as error:
-        Sampling(seed=10**4000).check()
+@pytest.mark.parametrize("fields", [{"temperature": 10**400}, {"seed": 10**4000}])
+def test_refuses_numbers_beyond_floats(fields: dict[str, int]) -> None:
+    [name] = fields
+    with pytest.raises(ConfigError, match=f"^{name}: must be ") as error:
+        validated(Sampling, fields)
     assert len(str(error.value)) < 200
 
 
@@ -189,21 +189,27 @@ def test_borders_are_those_of_transformers_and_not_only_near_them() -> None:
 def test_order_of_the_restrictions_matters_and_is_top_k_top_p_min_p() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     # Of the two best, 0.4 / 0.7 = 0.57 is enough for top-p; of all four it would not be.
-    assert probabilities(logits, Sampling(1.0, top_k=2, top_p=0.55)).tolist() == [1, 0, 0, 0]
+    assert probabilities(logits, Sampling(temperature=1.0, top_k=2, top_p=0.55)).tolist() == [1, 0, 0, 0]
     torch.testing.assert_close(
-        probabilities(logits, Sampling(1.0, top_p=0.55)), torch.tensor([4 / 7, 3 / 7, 0.0, 0.0]), rtol=1e-5, atol=0
+        probabilities(logits, Sampling(temperature=1.0, top_p=0.55)),
+        torch.tensor([4 / 7, 3 / 7, 0.0, 0.0]),
+        rtol=1e-5,
+        atol=0,
     )
     torch.testing.assert_close(
-        probabilities(logits, Sampling(2.0)), torch.tensor([0.4, 0.3, 0.2, 0.1]).sqrt().div(1.9436), rtol=1e-3, atol=0
+        probabilities(logits, Sampling(temperature=2.0)),
+        torch.tensor([0.4, 0.3, 0.2, 0.1]).sqrt().div(1.9436),
+        rtol=1e-3,
+        atol=0,
     )
-    assert (probabilities(logits, Sampling(1.0, min_p=0.6)) > 0).tolist() == [True, True, False, False]
+    assert (probabilities(logits, Sampling(temperature=1.0, min_p=0.6)) > 0).tolist() == [True, True, False, False]
 
 
 def test_top_p_keeps_the_lowest_of_equals() -> None:
     logits = torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, -torch.inf])
-    assert probabilities(logits, Sampling(1.0, top_p=1e-9)).tolist() == [0, 1, 0, 0, 0, 0]
-    assert probabilities(logits, Sampling(1.0, top_p=0.4)).tolist() == [0, 0.5, 0.5, 0, 0, 0]
-    p = probabilities(torch.zeros(1000), Sampling(1.0, top_p=0.5))
+    assert probabilities(logits, Sampling(temperature=1.0, top_p=1e-9)).tolist() == [0, 1, 0, 0, 0, 0]
+    assert probabilities(logits, Sampling(temperature=1.0, top_p=0.4)).tolist() == [0, 0.5, 0.5, 0, 0, 0]
+    p = probabilities(torch.zeros(1000), Sampling(temperature=1.0, top_p=0.5))
     assert p[:499].min() > 0 and p[502:].max() == 0
 
 
@@ -216,7 +222,7 @@ def test_greedy_takes_the_lowest_of_equals() -> None:
 def test_logits_are_not_written_into() -> None:
     logits = random_logits(50, 1)
     before = logits.clone()
-    for sampling in (Sampling(), Sampling(0.7, top_k=5, top_p=0.8, min_p=0.1)):
+    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.8, min_p=0.1)):
         probabilities(logits, sampling)
     assert torch.equal(logits, before)
 
@@ -253,7 +259,12 @@ def test_top_p_of_a_device_is_that_of_a_cpu(kind: float | None, monkeypatch: pyt
     """It sorts everything, where a CPU sorts what is near the border."""
     logits = torch.stack([random_logits(3000, seed, kind or 1.0) for seed in range(4)])
     logits = logits.round() if kind is None else logits
-    each = [Sampling(1.0, top_p=0.9), Sampling(1.0), Sampling(0.5, top_p=0.3), Sampling(1.0, top_p=1e-9)]
+    each = [
+        Sampling(temperature=1.0, top_p=0.9),
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.5, top_p=0.3),
+        Sampling(temperature=1.0, top_p=1e-9),
+    ]
     here = batched.probabilities(logits, each)
     monkeypatch.setattr(platform, "queues_work", lambda device: True)
     monkeypatch.setattr(platform, "to_device", lambda tensor, where=None: tensor)
@@ -408,8 +419,8 @@ CASES = {
     "different": (make_table(1, PLAIN), make_table(2, PLAIN)),
     "opposed": (make_table(1, PLAIN, scale=3.0), make_table(1, PLAIN, scale=-3.0)),
     "equal": (make_table(3, PLAIN), make_table(3, PLAIN)),
-    "top-k": (make_table(4, Sampling(1.0, top_k=2)), make_table(5, Sampling(1.0, top_k=2))),
-    "top-p": (make_table(6, Sampling(1.0, top_p=0.8)), make_table(7, Sampling(1.0, top_p=0.6))),
+    "top-k": (make_table(4, Sampling(temperature=1.0, top_k=2)), make_table(5, Sampling(temperature=1.0, top_k=2))),
+    "top-p": (make_table(6, Sampling(temperature=1.0, top_p=0.8)), make_table(7, Sampling(temperature=1.0, top_p=0.6))),
     "greedy draft": (make_table(8, PLAIN), make_table(9, Sampling())),
     "greedy target": (make_table(8, Sampling()), make_table(9, PLAIN)),
 }
@@ -499,7 +510,7 @@ def test_a_proposal_stands_or_is_replaced_by_the_position_it_has() -> None:
 @pytest.mark.gpu
 def test_draws_on_a_gpu_never_leave_the_distribution() -> None:
     """A parallel scan's sums are not monotonic."""
-    p = probabilities(random_logits(128256, 0), Sampling(1.0, top_k=200)).cuda()
+    p = probabilities(random_logits(128256, 0), Sampling(temperature=1.0, top_k=200)).cuda()
     for u in [0.0, BELOW_ONE, *(uniform(0, i, "target") for i in range(2000))]:
         assert p[draw(p, u)] > 0
     for seed in range(200):

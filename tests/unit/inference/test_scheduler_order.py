@@ -1,28 +1,26 @@
-"""The order in which a core starts work, commands other stages, and waits for the device."""
+"""The order in which a scheduler starts work, commands other stages, and waits for the device."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import pytest
 
-from megatron_ee.inference.engine import make_sequence
 from megatron_ee.inference.heads import HeadInput, HeadOutput
-from megatron_ee.inference.memory import Budget, StageMemory
+from megatron_ee.inference.kv_cache_manager import KVBudget, StageMemory
 from megatron_ee.inference.passes import Pass, StageMap
-from megatron_ee.inference.policy import ExitPolicy
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Draft
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.inference.scheduler import Scheduler
-from megatron_ee.inference.sequence import SequenceParams
+from megatron_ee.inference.sequence import Sequence, SequenceParams
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
 
 LAYERS, EXIT = 4, 1
 
 
 class Recorder:
-    """A stage that runs nothing and finds that every proposal stands."""
+    """A stage that runs nothing and accepts every proposal."""
 
     def __init__(self, stage: int, log: list[str]) -> None:
         self.stage, self.log = stage, log
@@ -34,7 +32,7 @@ class Recorder:
         if inputs:
             self.asked.append(inputs)
 
-    def receive(self, rows: Sequence[int]) -> None:
+    def receive(self, rows: list[int]) -> None:
         self.log.append(f"receive {self.stage}")
 
     def outputs(self) -> list[HeadOutput]:
@@ -64,7 +62,7 @@ class Timer:
 
 
 def run_speculative(stages: int) -> list[str]:
-    """What a core does for one request of speculative mode whose drafts are planned by time."""
+    """What a scheduler does for one request of speculative mode whose drafts are planned by time."""
     log: list[str] = []
     final = LAYERS + 1
     ends = (final,) if stages == 1 else (LAYERS // 2, final)
@@ -72,19 +70,29 @@ def run_speculative(stages: int) -> list[str]:
     scheduler = Scheduler(
         [Recorder(stage, log) for stage in range(stages)],
         StageMap(ends),
-        Budget(10**9, [StageMemory(8, (None,))], 16, 512),
-        max_rows=4,
+        KVBudget(10**9, [StageMemory(8, (None,))], 16, 512),
+        max_num_seqs=4,
         drafter=Drafter(costs, {EXIT: Acceptance()}),
         start_timer=lambda: Timer(log),
     )
-    settings = SequenceParams(
-        0, 0, tuple(range(700)), "speculative", ExitPolicy(), Draft(), (EXIT,), Sampling(), 60, 900, drafting=(EXIT,)
+    params = SequenceParams(
+        0,
+        0,
+        tuple(range(700)),
+        "speculative",
+        ThresholdPolicy(),
+        Draft(),
+        (EXIT,),
+        Sampling(),
+        60,
+        900,
+        draft_exits=(EXIT,),
     )
-    scheduler.add([make_sequence(scheduler, 0, settings)])
+    scheduler.add([Sequence(0, params)])
     for _ in range(200):
         if scheduler.idle:
             return log
-        scheduler.advance()
+        scheduler.step()
     raise AssertionError("the request does not end")
 
 

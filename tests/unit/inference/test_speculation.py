@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from megatron_ee.inference.speculation import (
     Acceptance,
     Costs,
     Drafter,
+    DraftState,
     Plan,
     bucket,
 )
@@ -66,20 +70,20 @@ def simulate(
             drafter.costs.observe(plan.exit, 1, plan.exit + head)
             stands = rng.random() < agrees[plan.exit]
             sure = rng.uniform(0.5, 1.0) if stands else rng.uniform(0.0, 0.7)
-            chance *= drafter.acceptance[plan.exit].of(sure)
-            if plan.worth > 0 and chance < plan.worth:
+            chance *= drafter.acceptance[plan.exit].rate(sure)
+            if plan.min_chance > 0 and chance < plan.min_chance:
                 doubt = (sure, stands)
                 break
             made.append((sure, stands))
         if doubt is None and plan.exit:
             spent += plan.exit  # the last proposal's own way to the exit
         spent += (LAYERS - plan.exit + HEAD) * seconds(len(made) + 1)
-        stood = next((number for number, (_, stands) in enumerate(made) if not stands), len(made))
-        for number, (sure, _) in enumerate(made[: stood + 1]):
-            drafter.acceptance[plan.exit].observe(sure, number < stood)
-        if doubt is not None and stood == len(made):
+        accepted = next((number for number, (_, stands) in enumerate(made) if not stands), len(made))
+        for number, (sure, _) in enumerate(made[: accepted + 1]):
+            drafter.acceptance[plan.exit].observe(sure, number < accepted)
+        if doubt is not None and accepted == len(made):
             drafter.acceptance[plan.exit].observe(*doubt)
-        drafter.learn(plan, 1, len(made), stood + 1, spent)
+        drafter.learn(plan, 1, len(made), accepted + 1, spent)
     return plans
 
 
@@ -130,15 +134,15 @@ def test_sizes_that_cost_alike_are_one() -> None:
 def test_acceptance_follows_what_happens() -> None:
     acceptance = Acceptance()
     for confidence in (0.05, 0.55, 0.95):
-        assert acceptance.of(confidence) == pytest.approx(confidence, abs=0.051)  # as sure as the exit is
+        assert acceptance.rate(confidence) == pytest.approx(confidence, abs=0.051)  # as sure as the exit is
     for number in range(200):
         acceptance.observe(0.9, True)
         acceptance.observe(0.2, number % 4 == 0)
-    assert acceptance.of(0.9) > 0.95 and acceptance.of(0.2) == pytest.approx(0.25, abs=0.1)
+    assert acceptance.rate(0.9) > 0.95 and acceptance.rate(0.2) == pytest.approx(0.25, abs=0.1)
     for _ in range(150):
         acceptance.observe(0.9, False)
-    assert acceptance.of(0.9) < 0.1
-    assert acceptance.of(1.0) == acceptance.of(0.95) and acceptance.of(0.0) == acceptance.of(0.05)
+    assert acceptance.rate(0.9) < 0.1
+    assert acceptance.rate(1.0) == acceptance.rate(0.95) and acceptance.rate(0.0) == acceptance.rate(0.05)
 
 
 # -- plans
@@ -188,19 +192,19 @@ def test_slow_first_rounds_of_a_size_do_not_count() -> None:
 
 
 def test_a_fixed_exit_may_not_rest() -> None:
-    plans = simulate(drafter_of(), {8: 0.02}, 200, exits=(8,), may_rest=False)
+    plans = simulate(drafter_of(), {8: 0.02}, 200, exits=(8,), may_skip=False)
     assert {plan.exit for plan in plans} == {8}
 
 
 def test_a_fixed_length_has_its_exit_chosen() -> None:
     plans = simulate(drafter_of(), {4: 0.2, 8: 0.97}, 200, length=3)
-    assert {plan.length for plan in plans} == {3} and {plan.worth for plan in plans} == {0.0}
+    assert {plan.length for plan in plans} == {3} and {plan.min_chance for plan in plans} == {0.0}
     assert late(plans)[8] > 80
 
 
 def test_a_proposal_must_be_worth_its_time() -> None:
     """The surer it has to be, the dearer drafting is."""
-    worth = [simulate(drafter_of(), {4: 0.9}, 100, exits=(4,), head=head)[-1].worth for head in (HEAD, 3.0)]
+    worth = [simulate(drafter_of(), {4: 0.9}, 100, exits=(4,), head=head)[-1].min_chance for head in (HEAD, 3.0)]
     assert 0 < worth[0] < worth[1]
 
 
@@ -212,3 +216,79 @@ def test_what_was_learnt_with_few_rows_does_not_count_for_many() -> None:
         tried.append(drafter.plan(EXITS, 8))
         drafter.learn(tried[-1], 8, 0, 1, 1.0)
     assert {plan.exit for plan in tried} == {0, *EXITS}
+
+
+OPEN = (None, None)
+EXIT, LAST = 2, 8
+
+
+def drafts(state: DraftState, rounds: int, accepted: bool) -> list[bool]:
+    """In which rounds a sequence drafted; its drafts are all accepted, or all rejected."""
+    found = []
+    for _ in range(rounds):
+        state.begin_round(1, 0.0, 400)
+        proposals = 0
+        while proposals < state.plan_length and state.propose(5, 0.9):
+            proposals += 1
+        found.append(state.plan_exit > 0)
+        state.set_seconds(1.0)
+        state.end_round([5] * (proposals + 1) if accepted else [6])
+    return found
+
+
+def drafter_that_skips() -> Drafter:
+    """It has learnt from others that drafts do not pay."""
+    drafter = Drafter(Costs({EXIT: 1.0, LAST + 1: 1.0}), {EXIT: Acceptance()})
+    for _ in range(20):
+        drafter.learn(Plan(EXIT, 4), 1, 4, 1, 1.2)
+        drafter.learn(Plan(), 1, 0, 1, 1.0)
+    return drafter
+
+
+def test_after_failed_drafts_rounds_are_skipped_for_longer_and_longer() -> None:
+    drafter = drafter_that_skips()
+    for _ in range(200):
+        drafter.learn(Plan(EXIT, 4), 1, 4, 9, 0.1)  # so good that the drafter itself does not skip
+    drafter.learn(Plan(), 1, 0, 1, 1.0)  # nor tries it for some rounds
+    state = DraftState(drafter, [EXIT], OPEN, greedy=True)
+    runs = [(drafted, len(list(run))) for drafted, run in groupby(drafts(state, 45, accepted=False))]
+    assert runs == [(True, 4), (False, 1), (True, 1), (False, 3), (True, 1), (False, 7), (True, 1), (False, 15)] + [
+        (True, 1),
+        (False, 11),
+    ]
+    assert all(drafts(state, 10, accepted=True)[5:])
+
+
+def test_a_sequence_that_backs_off_teaches_nothing_until_a_draft_is_accepted() -> None:
+    drafter = drafter_that_skips()
+    state = DraftState(drafter, [EXIT], OPEN, greedy=True)
+    state.num_failed_rounds, state.rounds_to_skip = 9, 3
+    before = deepcopy(drafter)
+    assert drafts(state, 5, accepted=False) == [False] * 3 + [True, False]
+    assert drafter == replace(before, acceptance=drafter.acceptance)
+    state.rounds_to_skip = 0
+    assert drafts(state, 1, accepted=True) == [True]
+    assert drafter != replace(before, acceptance=drafter.acceptance)
+
+
+def test_a_sequence_that_backs_off_tries_each_exit_in_turn() -> None:
+    layers = (EXIT, EXIT + 1)
+    drafter = Drafter(Costs({layer: 1.0 for layer in (*layers, LAST + 1)}), {layer: Acceptance() for layer in layers})
+    state = DraftState(drafter, layers, OPEN, greedy=True)
+    tried = []
+    for failed in (9, 10, 11):
+        state.num_failed_rounds, state.rounds_to_skip, state.plan = failed, 0, None
+        state.begin_round(1, 0.0, 400)
+        tried.append(state.plan_exit)
+    assert tried == [EXIT + 1, EXIT, EXIT + 1]
+
+
+def test_a_sequence_begins_with_drafts_whatever_others_have_shown() -> None:
+    drafter = drafter_that_skips()
+    assert drafter.plan([EXIT], 1) == Plan()
+    assert (
+        drafts(DraftState(drafter, [EXIT], OPEN, greedy=True), TRIALS + 2, accepted=False)
+        == [True] * TRIALS + [False] * 2
+    )
+    # One whose drafts are accepted goes on with them.
+    assert all(drafts(DraftState(drafter, [EXIT], OPEN, greedy=True), 9, accepted=True))

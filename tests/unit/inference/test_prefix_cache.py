@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import megatron_ee.inference.kv_cache as kv_cache
-import megatron_ee.inference.memory as memory
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.assembly import make_engine
+from megatron_ee.inference import kv_cache_manager
 from megatron_ee.inference.engine import Engine
+from megatron_ee.inference.kv_cache_manager import MIN_PREFIX, Prefix, PrefixCache
+from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.passes import Pass, ScheduledSequence
-from megatron_ee.inference.policy import ExitPolicy
-from megatron_ee.inference.prefixes import LEAST, Prefix, Prefixes
+from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.inference.stage_runner import StageRunner
 
@@ -26,8 +26,8 @@ LAYERS = 4
 LONG = list(range(20, 60))
 MODES: list[dict[str, Any]] = [
     {},
-    {"mode": "threshold", "policy": ExitPolicy(0.06)},
-    {"mode": "speculative", "draft": Draft(1, 3)},
+    {"mode": "threshold", "policy": ThresholdPolicy(threshold=0.06)},
+    {"mode": "speculative", "draft": Draft(exit=1, length=3)},
 ]
 
 
@@ -39,48 +39,50 @@ def tokens(count: int, other: int = 0) -> tuple[int, ...]:
 
 
 def test_nothing_is_kept_unless_asked_for() -> None:
-    prefixes = Prefixes()
+    prefixes = PrefixCache()
     assert prefixes.keep(Prefix(1, tokens(100))) == [1]
     assert prefixes.longest(tokens(100), [Prefix(2, tokens(100))]) is None
 
 
 def test_the_row_that_shares_most_is_found() -> None:
-    prefixes = Prefixes(4)
+    prefixes = PrefixCache(4)
     assert prefixes.keep(Prefix(1, tokens(60, 30))) == [] and prefixes.keep(Prefix(2, tokens(60, 20))) == []
     assert prefixes.longest(tokens(50), []) == Prefix(2, tokens(40))
     assert prefixes.longest(tokens(50), [Prefix(7, tokens(45))]) == Prefix(7, tokens(45))
     # The last token has to run: what it is followed by is asked.
     assert prefixes.longest(tokens(40), []) == Prefix(2, tokens(39))
     assert prefixes.longest((5, *tokens(50)), []) is None
-    assert prefixes.longest(tokens(LEAST), []) is None
-    shortest = prefixes.longest(tokens(LEAST + 1), [])
-    assert shortest is not None and shortest.ids == tokens(LEAST)
+    assert prefixes.longest(tokens(MIN_PREFIX), []) is None
+    shortest = prefixes.longest(tokens(MIN_PREFIX + 1), [])
+    assert shortest is not None and shortest.token_ids == tokens(MIN_PREFIX)
 
 
 def test_short_rows_are_not_kept() -> None:
-    prefixes = Prefixes(4)
-    assert prefixes.keep(Prefix(1, tokens(LEAST - 1))) == [1] and prefixes.keep(Prefix(2, tokens(LEAST))) == []
+    prefixes = PrefixCache(4)
+    assert (
+        prefixes.keep(Prefix(1, tokens(MIN_PREFIX - 1))) == [1] and prefixes.keep(Prefix(2, tokens(MIN_PREFIX))) == []
+    )
 
 
 def test_the_row_that_was_of_no_use_for_longest_goes() -> None:
-    prefixes = Prefixes(2)
+    prefixes = PrefixCache(2)
     for row in (1, 2):
         assert prefixes.keep(Prefix(row, tokens(40, row))) == []
     assert prefixes.longest(tokens(40, 1), []) == Prefix(1, tokens(40, 1)[:-1])  # of use
-    assert prefixes.keep(Prefix(3, tokens(40, 3))) == [2] and prefixes.rows == [1, 3]
-    assert prefixes.evict() == 1 and prefixes.rows == [3]
+    assert prefixes.keep(Prefix(3, tokens(40, 3))) == [2] and prefixes.seq_ids == [1, 3]
+    assert prefixes.evict() == 1 and prefixes.seq_ids == [3]
 
 
 def test_a_row_that_begins_another_is_not_kept_beside_it() -> None:
-    prefixes = Prefixes(4)
+    prefixes = PrefixCache(4)
     assert prefixes.keep(Prefix(1, tokens(30))) == []
     assert prefixes.keep(Prefix(2, tokens(40))) == [1]  # the next message of a chat
     assert prefixes.keep(Prefix(3, tokens(35))) == [3]
-    assert prefixes.keep(Prefix(4, tokens(40, 1))) == [] and prefixes.rows == [2, 4]
+    assert prefixes.keep(Prefix(4, tokens(40, 1))) == [] and prefixes.seq_ids == [2, 4]
 
 
 def test_windows_leave_only_the_end_to_go_on_from() -> None:
-    prefixes = Prefixes(4, window=32)
+    prefixes = PrefixCache(4, window=32)
     assert prefixes.keep(Prefix(1, tokens(50))) == []
     assert prefixes.longest(tokens(40), []) is None
     assert prefixes.longest(tokens(60), []) == Prefix(1, tokens(50))
@@ -96,11 +98,11 @@ def test_windows_leave_only_the_end_to_go_on_from() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "CHUNK", 4)
-    monkeypatch.setattr(memory, "CHUNK", 4)
+    monkeypatch.setattr(kv_cache_manager, "CHUNK", 4)
 
 
 def ask(engine: Engine, prompt: Sequence[int], **fields: Any) -> Completion:
-    [[completion]] = engine.generate([Request(prompt, ignore_eos=True, **{"max_tokens": 12, **fields})])
+    [[completion]] = engine.generate([Request(prompt=prompt, ignore_eos=True, **{"max_tokens": 12, **fields})])
     return completion
 
 
@@ -142,16 +144,16 @@ def test_a_chat_goes_on_from_where_it_was(
 def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(1, "layer"), ExitSpec(2)])
     engine = make_engine(stage, prefix_rows=2)
-    ask(engine, LONG, mode="threshold", policy=ExitPolicy(0.06))
-    engine.submit(Request([*LONG[:30], 99, 98, 97], max_tokens=5))
+    ask(engine, LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06))
+    engine.submit(Request(prompt=[*LONG[:30], 99, 98, 97], max_tokens=5))
     engine.step()
     scheduler = core_of(engine)
-    [output] = scheduler.running.values()
-    row = scheduler.links[0].sequences[output.number]
+    [seq] = scheduler.running.values()
+    row = scheduler.stages[0].sequences[seq.seq_id]
     reference = StageRunner(stage, 0, 64)
     reference.open(1, 33)
     reference.run(Pass(0, LAYERS + 1, (ScheduledSequence(1, 33, (*LONG[:30], 99, 98, 97)),)))
-    assert output.reused == 30
+    assert seq.num_cached_tokens == 30
     for ours, theirs in zip(row.all_caches, reference.sequences[1].all_caches, strict=True):
         for mine, other in zip(ours.kept(), theirs.kept(), strict=True):
             assert mine.is_inference() == other.is_inference(), "compiled layers would be compiled again"
@@ -163,16 +165,16 @@ def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) ->
 def test_rows_in_work_share_too(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     engine = make_engine(stage, prefix_rows=1)
-    first = engine.submit(Request(LONG, "threshold", ExitPolicy(0.06), max_tokens=12))
+    first = engine.submit(Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=12))
     for _ in range(6):
         engine.step()
-    second = engine.submit(Request([*LONG, 5, 6], max_tokens=8, samples=2))
+    second = engine.submit(Request(prompt=[*LONG, 5, 6], max_tokens=8, samples=2))
     ends = {}
     while not engine.idle:
         for event in engine.step():
             if event.completion is not None:
                 ends[event.request, event.sample] = event.completion
-    [alone] = make_engine(stage).generate([Request([*LONG, 5, 6], max_tokens=8, samples=2)])
+    [alone] = make_engine(stage).generate([Request(prompt=[*LONG, 5, 6], max_tokens=8, samples=2)])
     assert ends[second, 0].statistics["reused_tokens"] >= len(LONG) - 1
     assert [said(ends[second, sample]) for sample in range(2)] == [said(each) for each in alone]
     assert first in {request for request, _ in ends}
@@ -182,14 +184,14 @@ def test_samples_of_a_prompt_that_is_known_all_begin_with_it(exit_stage: MakeSta
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     engine = make_engine(stage, prefix_rows=1)
     ask(engine, LONG)
-    [outputs] = engine.generate([Request(LONG, max_tokens=8, samples=3)])
+    [outputs] = engine.generate([Request(prompt=LONG, max_tokens=8, samples=3)])
     assert [each.statistics["reused_tokens"] for each in outputs] == [len(LONG) - 1] * 3
-    [alone] = make_engine(stage).generate([Request(LONG, max_tokens=8, samples=3)])
+    [alone] = make_engine(stage).generate([Request(prompt=LONG, max_tokens=8, samples=3)])
     assert [said(each) for each in outputs] == [said(each) for each in alone]
 
 
 def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
-    """Rows that wait, and rows that grow, come before those that have ended: nobody is set aside for these."""
+    """Rows that wait, and rows that grow, come before those that have ended: nobody is preempted for these."""
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     needed = core_of(make_engine(stage)).budget.needed(52, 52)
     engine = make_engine(stage, prefix_rows=8, memory=2 * needed)
@@ -198,21 +200,23 @@ def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
         prompt = [start, *LONG[1:]]
         expected = said(ask(make_engine(stage), prompt))
         assert said(ask(engine, prompt)) == expected
-        assert set(scheduler.links[0].sequences) == set(scheduler.prefixes.rows) == set(scheduler.budget._claims)
+        assert set(scheduler.stages[0].sequences) == set(scheduler.prefixes.seq_ids) == set(scheduler.budget._claims)
         assert scheduler.budget.used <= scheduler.budget.total
-    assert 1 <= len(scheduler.prefixes.rows) <= 2 and scheduler.set_aside == 0
+    assert 1 <= len(scheduler.prefixes.seq_ids) <= 2 and scheduler.num_preempted == 0
 
 
 def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     engine = make_engine(stage, prefix_rows=2)
-    number = engine.submit(Request(LONG, "threshold", ExitPolicy(0.06), max_tokens=30))
+    number = engine.submit(
+        Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=30)
+    )
     seen: list[int] = []
     while len(seen) < 5:
         seen += [token.id for event in engine.step() for token in event.tokens]
     engine.cancel(number)
     scheduler = core_of(engine)
-    [row] = scheduler.links[0].sequences.values()
+    [row] = scheduler.stages[0].sequences.values()
     [lengths] = [{cache.length for cache in row.all_caches}]
     assert len(lengths) == 1 and lengths.pop() >= len(LONG) and not row.waiting
     after = ask(engine, [*LONG, *seen, 1])
@@ -225,7 +229,7 @@ def test_a_row_that_failed_is_not_kept(exit_stage: MakeStage) -> None:
     engine = make_engine(stage, prefix_rows=2)
     with torch.no_grad():
         stage.exits[0].head.weight[50] = float("nan")
-    engine.submit(Request(LONG, "threshold", ExitPolicy(0.06), max_tokens=4))
+    engine.submit(Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=4))
     while not engine.idle:
         engine.step()
-    assert not core_of(engine).links[0].sequences and core_of(engine).budget.used == 0
+    assert not core_of(engine).stages[0].sequences and core_of(engine).budget.used == 0

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee.config.untrusted import parse_json
+from megatron_ee.config.validation import validated
 from megatron_ee.data.chat import check_messages
 from megatron_ee.errors import ConfigError, UserError, shown
 from megatron_ee.inference.loading import Released
-from megatron_ee.inference.policy import ExitPolicy
-from megatron_ee.inference.prompts import encode_chat, prompt_ids
-from megatron_ee.inference.requests import Draft, Request
+from megatron_ee.inference.policy import ThresholdPolicy
+from megatron_ee.inference.requests import Request, encode_chat, prompt_ids
 from megatron_ee.inference.sampling import Sampling
 
-POLICY = ("thresholds", "measure", "max_deferred", "min_full", "patience")
+POLICY = ("thresholds", "measure", "max_deferred", "min_full", "backoff")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 OTHERS = ("samples", "max_tokens", "stop", "ignore_eos", "echo", "logprobs", "exits")
 FIELDS = ("mode", "threshold", *POLICY, "draft_exit", "draft_length", *SAMPLING, *OTHERS)
@@ -51,13 +51,17 @@ def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, ha
     policy = {name: settings[name] for name in POLICY}
     if settings["threshold"] is not None:
         policy["threshold"] = settings["threshold"]
-    return Request(
-        prompt,
-        mode=("threshold" if has_exits else "full") if settings["mode"] is None else settings["mode"],
-        policy=ExitPolicy(**policy),
-        draft=Draft(settings["draft_exit"], settings["draft_length"]),
-        sampling=Sampling(**{name: settings[name] for name in SAMPLING}),
-        **{name: settings[name] for name in OTHERS},
+    fields = {name: settings[name] for name in OTHERS}
+    return validated(
+        Request,
+        {
+            "prompt": prompt,
+            "mode": ("threshold" if has_exits else "full") if settings["mode"] is None else settings["mode"],
+            "policy": validated(ThresholdPolicy, policy),
+            "draft": {"exit": settings["draft_exit"], "length": settings["draft_length"]},
+            "sampling": validated(Sampling, {name: settings[name] for name in SAMPLING}),
+            **fields,
+        },
     )
 
 
@@ -137,8 +141,6 @@ def _read_line(
     name = given.pop("id", None)
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise ConfigError(f"id: must be text or a whole number, not {shown(name)}")
-    if "thresholds" in given:
-        given["thresholds"] = _by_layer(given["thresholds"])
     prompt = _prompt(given, released, chat=chat)
     return name, make_request(prompt, {**defaults, **given}, has_exits=bool(released.exits))
 
@@ -151,13 +153,3 @@ def _prompt(given: Mapping[str, Any], released: Released, *, chat: bool) -> str 
     if not isinstance(prompt, str):
         raise ConfigError(f"prompt: must be text, not {shown(prompt)}")
     return user_prompt(prompt, released, chat=chat)
-
-
-def _by_layer(thresholds: Any) -> Any:
-    """JSON has texts for keys; layers are numbers."""
-    if not isinstance(thresholds, dict):
-        return thresholds
-    for layer in thresholds:
-        if not (layer.isascii() and layer.isdigit()):
-            raise ConfigError(f"thresholds: {shown(layer)} is no layer; give thresholds by layer, such as {{'8': 0.8}}")
-    return {int(layer): value for layer, value in thresholds.items()}

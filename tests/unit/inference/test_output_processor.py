@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.errors import ConfigError
-from megatron_ee.inference.text import TextStream
+from megatron_ee.inference.output_processor import TextStream
 
 MANY = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PROMPT = "a prompt with END in it\n"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_ee.inference.heads import HeadInput, HeadOutput, LogProbs, single
-from megatron_ee.inference.messages import (
+from megatron_ee.inference.heads import HeadInput, HeadOutput, LogProbs
+from megatron_ee.inference.passes import Pass, ScheduledSequence
+from megatron_ee.inference.policy import ThresholdPolicy
+from megatron_ee.inference.remote import (
     pack_outputs,
     pack_params,
     pack_pass,
@@ -14,13 +16,11 @@ from megatron_ee.inference.messages import (
     unpack_params,
     unpack_pass,
 )
-from megatron_ee.inference.passes import Pass, ScheduledSequence
-from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
 from megatron_ee.inference.sequence import SequenceParams
 
-DRAWN = Sampling(0.7, 40, 0.95, 0.01, 1.1, MAX_SEED)
+DRAWN = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=MAX_SEED)
 
 
 def sent(content: Any) -> Any:
@@ -43,14 +43,16 @@ def test_passes() -> None:
                 ScheduledSequence(
                     1, 9, (), HeadInput("verify", 6, DRAWN, proposals=(1, 2, 3), seen=(5, 6, 1), logprobs=4)
                 ),
-                ScheduledSequence(2, 3, (), HeadInput("leave", 3, measure="entropy", threshold=single(0.1))),
+                ScheduledSequence(
+                    2, 3, (), HeadInput("leave", 3, policy=ThresholdPolicy(measure="entropy", threshold=0.1), layer=2)
+                ),
                 ScheduledSequence(3, 3, (), HeadInput("draft", 3, DRAWN)),
             ),
         ),
     ]
     for pass_ in passes:
         received = unpack_pass(sent(pack_pass(pass_)))
-        assert received == pass_ and same_types(received, pass_) and hash(received) == hash(pass_)
+        assert received == pass_ and same_types(received, pass_)
 
 
 def test_outputs() -> None:
@@ -58,7 +60,7 @@ def test_outputs() -> None:
         HeadOutput((3,), (0.1,)),
         HeadOutput(),
         HeadOutput(finite=False),
-        HeadOutput((1, 2), (single(0.3), 1.0), (LogProbs(-0.25, {7: -0.25, 11: -3.5}), LogProbs(-1.0, {}))),
+        HeadOutput((1, 2), (0.25, 1.0), (LogProbs(-0.25, {7: -0.25, 11: -3.5}), LogProbs(-1.0, {}))),
     ]
     received = unpack_outputs(sent(pack_outputs(outputs)))
     assert received == outputs and same_types(received, outputs)
@@ -66,32 +68,43 @@ def test_outputs() -> None:
 
 
 def test_params() -> None:
-    common = {"request": 3, "sample": 1, "prompt": (5, 6), "max_tokens": 9, "limit": 11}
-    for settings in (
+    common = {"request": 3, "sample": 1, "prompt_token_ids": (5, 6), "max_tokens": 9, "max_length": 11}
+    for params in (
         SequenceParams(
             mode="threshold",
-            policy=ExitPolicy(0.1, {2: 0.5, 11: 1.5}, "margin", 3, 4),
+            policy=ThresholdPolicy(
+                threshold=0.1, thresholds={2: 0.5, 11: 1.5}, measure="margin", max_deferred=3, min_full=4
+            ),
             draft=Draft(),
             exits=(2, 11),
-            drafting=(2,),
+            draft_exits=(2,),
             sampling=DRAWN,
-            ends=frozenset([7, 3]),
-            eos=frozenset([3]),
+            stop_token_ids=frozenset([7, 3]),
+            eos_token_ids=frozenset([3]),
             logprobs=0,
-            follow=(1, 2, 3),
+            forced_token_ids=(1, 2, 3),
             **common,
         ),
         SequenceParams(
             mode="speculative",
-            policy=ExitPolicy(),
-            draft=Draft(2, 0),
+            policy=ThresholdPolicy(),
+            draft=Draft(exit=2, length=0),
             exits=(),
-            drafting=(),
+            draft_exits=(),
             sampling=Sampling(),
             **common,
         ),
     ):
-        received = unpack_params(sent(pack_params(settings)))
-        assert received == settings
-        for name in ("prompt", "exits", "drafting", "follow", "policy", "draft", "sampling", "logprobs"):
-            assert same_types(getattr(received, name), getattr(settings, name))
+        received = unpack_params(sent(pack_params(params)))
+        assert received == params
+        for name in (
+            "prompt_token_ids",
+            "exits",
+            "draft_exits",
+            "forced_token_ids",
+            "policy",
+            "draft",
+            "sampling",
+            "logprobs",
+        ):
+            assert same_types(getattr(received, name), getattr(params, name))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.inference.batch import run_batch
+from megatron_ee.inference.offline import run_batch
 from megatron_ee.inference.requests import Completion, Event, Request
 
 
@@ -34,7 +34,7 @@ class LastFirst:
 
 @pytest.mark.parametrize("ahead", [1, 3, 100])
 def test_outcomes_come_in_order(ahead: int) -> None:
-    requests = [Request(str(number), samples=1 + (number == 4)) for number in range(8)]
+    requests = [Request(prompt=str(number), samples=1 + (number == 4)) for number in range(8)]
     engine: Any = LastFirst(fails=3)
     advanced: list[int] = []
     found = list(run_batch(engine, requests, ahead=ahead, advance=advanced.append))

@@ -1,14 +1,57 @@
-"""The three modes side by side on the same prompts."""
+"""Many requests through an engine: a batch of any size, or the same prompts in every mode."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.requests import Completion, Mode, Request
+
+Outcome = Completion | str
+"""Of one output: its completion, or why it failed, in one line."""
+
+
+def run_batch(
+    engine: Engine,
+    requests: Sequence[Request],
+    *,
+    ahead: int = 32,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[list[Outcome]]:
+    """Answer all requests concurrently; outcomes by sample, in the order of the requests, as soon as they are known.
+
+    A request that fails does not end the others.
+
+    Args:
+        engine: to itself: events of other requests are lost.
+        ahead: requests in the engine at a time: enough that it never waits for one, few enough for a short queue.
+        advance: called with the number of tokens of a request when it has ended, in whatever order they do.
+
+    Raises:
+        ConfigError: a request is refused; ``Engine.check`` raises the same.
+    """
+    numbers: dict[int, int] = {}  # number in the engine -> index among the requests
+    done: dict[int, dict[int, Outcome]] = {}
+    started = 0
+    for index, request in enumerate(requests):
+        while len(done.get(index, {})) < request.samples:
+            while started < len(requests) and len(numbers) < ahead:
+                numbers[engine.submit(requests[started])] = started
+                started += 1
+            for event in engine.step():
+                outcome = event.completion if event.error is None else event.error
+                if outcome is None or event.request not in numbers:
+                    continue
+                at = numbers[event.request]
+                outcomes = done.setdefault(at, {})
+                outcomes[event.sample] = outcome
+                if len(outcomes) == requests[at].samples:
+                    del numbers[event.request]
+                    advance(sum(len(each.tokens) for each in outcomes.values() if isinstance(each, Completion)))
+        yield [outcome for _, outcome in sorted(done.pop(index).items())]
 
 
 @dataclass(frozen=True)
@@ -47,7 +90,7 @@ def compare_modes(engine: Engine, requests: Sequence[Request], rounds: int = 3) 
     for number in range(1 + rounds):
         for mode in modes:
             started = time.perf_counter()
-            outputs[mode] = [engine.generate([replace(request, mode=mode)])[0][0] for request in requests]
+            outputs[mode] = [engine.generate([request.model_copy(update={"mode": mode})])[0][0] for request in requests]
             if number > 0:
                 times[mode].append(time.perf_counter() - started)
     return [
@@ -57,16 +100,16 @@ def compare_modes(engine: Engine, requests: Sequence[Request], rounds: int = 3) 
 
 
 def _agreement(engine: Engine, requests: Sequence[Request], mode: Mode, outputs: dict[Mode, list[Completion]]) -> float:
-    said, truth = outputs[mode], outputs["full"]
+    emitted, truth = outputs[mode], outputs["full"]
     if mode == "threshold":
-        follow = [tuple(token.id for token in each.tokens) for each in truth]
-        said = [
-            engine.generate([replace(request, mode=mode, follow=given)])[0][0]
-            for request, given in zip(requests, follow, strict=True)
+        forced = [tuple(token.id for token in each.tokens) for each in truth]
+        emitted = [
+            engine.generate([request.model_copy(update={"mode": mode, "forced_ids": given})])[0][0]
+            for request, given in zip(requests, forced, strict=True)
         ]
     pairs = [
         mine.id == theirs.id
-        for ours, full in zip(said, truth, strict=True)
+        for ours, full in zip(emitted, truth, strict=True)
         for mine, theirs in zip(ours.tokens, full.tokens, strict=False)
     ]
     return statistics.fmean(pairs)

@@ -1,0 +1,224 @@
+"""From a sequence's tokens to what the user gets: text as it comes, the completion, and statistics."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_ee.data.tokenizer import Detokenizer, Tokenizer
+from megatron_ee.errors import ConfigError, shown
+from megatron_ee.inference.requests import Completion, Event, Token
+from megatron_ee.inference.sequence import Sequence
+
+
+class TextStream:
+    """The text of one output, given out as soon as it is certain: whole characters, and nothing of a stop string.
+
+    What ``push`` and ``finish`` return, joined, is ``decode(prompt + tokens)`` behind ``decode(prompt)``, up to the
+    stop string that is complete first; of several complete at the same character, the longest. That depends on the
+    text alone, not on how tokens cut it. Stop strings are looked for in the output only.
+
+    Attributes:
+        stopped: the stop string that was found, or None. Nothing comes out from then on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Collection[int] = (), stop: Collection[str] = ()) -> None:
+        """Begin behind ``prompt_ids``.
+
+        Raises:
+            ConfigError: ``stop`` is no list of texts, or one of them is empty.
+        """
+        if isinstance(stop, str) or not all(isinstance(each, str) for each in stop):
+            raise ConfigError(f"stop: must be a list of texts, not {shown(stop)}")
+        if not all(stop):
+            raise ConfigError("stop: holds an empty text, which would end every output at once; leave it out")
+        self.stopped: str | None = None
+        self._tokens = Detokenizer(tokenizer, list(prompt_ids))
+        self._stop = sorted(set(stop), key=len, reverse=True)
+        self._held = ""  # the beginning of what may become a stop string
+
+    def push(self, token_id: int) -> str:
+        """Add a token; the text that is certain now, which may be none, or belong to tokens before it as well."""
+        if self.stopped is not None:
+            return ""
+        return self._take(self._tokens.push(token_id))
+
+    def finish(self) -> str:
+        """What was held back, once no token follows. A stop string may be found here, too."""
+        if self.stopped is not None:
+            return ""
+        certain = self._take(self._tokens.flush())
+        rest, self._held = self._held, ""
+        return certain + rest
+
+    def _take(self, new: str) -> str:
+        """The part of ``new`` and what was held back that may go out."""
+        if not self._stop or not new:
+            return new
+        text = self._held + new
+        # The least end, then the longest: ``min`` keeps the first of equals, and long ones come first.
+        found = [(start + len(stop), stop) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if found:
+            end, self.stopped = min(found, key=lambda pair: pair[0])
+            self._held = ""
+            return text[: end - len(self.stopped)]
+        length = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - length :]
+        return text[: len(text) - length]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class OutputState:
+    """What the user has got of one sequence so far.
+
+    Attributes:
+        seq: as the scheduler keeps it; read only.
+        tokens: that were handed out.
+        pieces: the text of each.
+        submitted: when the request came; ``first_token`` and ``last_token`` likewise, in seconds of one clock.
+    """
+
+    def __init__(self, seq: Sequence, text: TextStream | None, prefix: str) -> None:
+        """``prefix``: what the output's text begins with; ``text`` is None where there is no tokenizer."""
+        self.seq = seq
+        self.tokens: list[Token] = []
+        self.pieces: list[str] = []
+        self.submitted = time.perf_counter()
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self._text, self._prefix = text, prefix
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._text is not None and self._text.stopped is not None
+
+    def push(self, tokens: Iterable[Token]) -> tuple[str, tuple[Token, ...]]:
+        """Take new tokens, up to the one that completes a stop string.
+
+        Returns:
+            The text that became certain, and the tokens that were taken.
+        """
+        now = time.perf_counter()
+        self.first_token, self.last_token = self.first_token or now, now
+        text, taken = "", []
+        for token in tokens:
+            silent = self._text is None or token.id in self.seq.params.eos_token_ids  # end of text has no text
+            piece = "" if silent or self._text is None else self._text.push(token.id)
+            self.tokens.append(token)
+            self.pieces.append(piece)
+            taken.append(token)
+            text += piece
+            if self.stopped:
+                break
+        return text, tuple(taken)
+
+    def finish(self) -> Event:
+        """The last event, with the text that was held back and the completion."""
+        rest = "" if self._text is None else self._text.finish()  # may complete a stop string
+        if rest and self.pieces:
+            self.pieces[-1] += rest
+        reason = "stop" if self.stopped else self.seq.finish_reason
+        assert reason is not None, "the sequence has not ended"
+        completion = Completion(
+            text=self._prefix + "".join(self.pieces),
+            tokens=tuple(self.tokens),
+            pieces=tuple(self.pieces),
+            finish_reason=reason,
+            statistics={"finish_reason": reason, **self.statistics()},
+        )
+        return Event(self.seq.params.request, self.seq.params.sample, text=rest, completion=completion)
+
+    def statistics(self) -> dict[str, Any]:
+        """Figures of this output as JSON takes them; None where it is too short to tell.
+
+        ``mean_exit_layer`` is over all tokens. ``layers_per_token`` is the cost: decoder layers run per token after the
+        first, for deferred tokens and rejected proposals too; a ``layer`` exit's own layer counts where it was asked.
+        ``acceptance_rate`` is the share of accepted proposals among those that were judged. ``reused_tokens`` are those
+        whose keys and values came from another request. Times are in seconds; ``tokens_per_second`` leaves out the
+        prompt and the first token.
+        """
+        seq, count = self.seq, len(self.tokens)
+        first, last = self.first_token, self.last_token
+        spent = last - first if first is not None and last is not None else 0.0
+        drafting = seq.drafting
+        return {
+            "prompt_tokens": seq.num_prompt_tokens,
+            "reused_tokens": seq.num_cached_tokens,
+            "tokens": count,
+            "tokens_by_layer": _by_layer(Counter(token.layer for token in self.tokens)),
+            "mean_exit_layer": sum(token.layer for token in self.tokens) / count if count else None,
+            "layers_per_token": seq.num_layer_runs / (count - 1) if count > 1 else None,
+            "deferred_tokens": sum(seq.deferred.values()),
+            "rounds": 0 if drafting is None else drafting.num_rounds,
+            "proposed": seq.num_draft_tokens,
+            "accepted": seq.num_accepted_tokens,
+            "acceptance_rate": seq.num_accepted_tokens / seq.num_draft_tokens if seq.num_draft_tokens else None,
+            "time_to_first_token": None if first is None else first - self.submitted,
+            "tokens_per_second": (count - 1) / spent if count > 1 and spent > 0 else None,
+            "confidences": [token.confidence for token in self.tokens],
+        }
+
+
+@dataclass
+class Totals:
+    """Sums over the outputs that have ended; ``later_tokens`` are those after the first of each."""
+
+    outputs: int = 0
+    tokens: int = 0
+    later_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    layer_runs: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    by_layer: Counter[int] = field(default_factory=Counter)
+    first_token_seconds: list[float] = field(default_factory=list)
+
+    def add(self, output: OutputState) -> None:
+        """Count an output that has ended."""
+        seq, count = output.seq, len(output.tokens)
+        self.outputs += 1
+        self.tokens += count
+        self.later_tokens += max(count - 1, 0)
+        self.prompt_tokens += seq.num_prompt_tokens
+        self.cached_tokens += seq.num_cached_tokens
+        self.layer_runs += seq.num_layer_runs
+        self.draft_tokens += seq.num_draft_tokens
+        self.accepted_tokens += seq.num_accepted_tokens
+        self.by_layer.update(token.layer for token in output.tokens)
+        if output.first_token is not None:
+            self.first_token_seconds.append(output.first_token - output.submitted)
+
+    def to_dict(self, seconds: float) -> dict[str, Any]:
+        """Figures as JSON takes them; ``seconds``: in which the engine had work."""
+        waits = self.first_token_seconds
+        return {
+            "outputs": self.outputs,
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.cached_tokens,
+            "tokens": self.tokens,
+            "tokens_by_layer": _by_layer(self.by_layer),
+            "mean_exit_layer": self.by_layer.total() and sum(k * n for k, n in self.by_layer.items()) / self.tokens,
+            "layers_per_token": self.layer_runs / self.later_tokens if self.later_tokens else None,
+            "proposed": self.draft_tokens,
+            "accepted": self.accepted_tokens,
+            "acceptance_rate": self.accepted_tokens / self.draft_tokens if self.draft_tokens else None,
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds if seconds > 0 else None,
+            "mean_time_to_first_token": sum(waits) / len(waits) if waits else None,
+        }
+
+
+def _by_layer(counts: Counter[int]) -> dict[str, int]:
+    return {str(layer): number for layer, number in sorted(counts.items())}
