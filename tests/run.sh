@@ -10,7 +10,8 @@ source tools/setup_env.sh
 
 make_environment "${MEGATRON_EE_TEST_VENV:-$PWD/.venv-test}" "[test,deepspeed,wandb]"
 
-# Two test processes with one thread each: more threads per process only fight over two cores.
+# Two test processes with one thread each: more threads per process only fight over two cores. A file's tests run in one
+# of them, so that what they share (a run, a model) is made once.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 step() { say "== $*"; }
@@ -23,4 +24,4 @@ step mypy
 step import-linter
 "$VENV_PYTHON" -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 step pytest
-"$VENV_PYTHON" -m pytest -n 2 -m "not slow" "$@"
+"$VENV_PYTHON" -m pytest -n 2 --dist loadfile -m "not slow" "$@"

@@ -23,6 +23,7 @@ from megatron_ee.parallel.groups import process_groups
 from megatron_ee.testing.project import Project, read_log, saved_tensors
 from megatron_ee.testing.ranks import Ranks, run_command, run_ranks
 
+SLOW = pytest.mark.slow
 LIMIT = 100_000  # bytes: less than a shard, more than any other file
 
 
@@ -90,7 +91,9 @@ def test_both_ranks_write_the_half_of_everything(project: Project, straight: Run
     assert {piece["file"] for pieces in weights for piece in pieces} == manifest["files"].keys()
 
 
-@pytest.mark.parametrize("rank, point", [(1, "save.shard"), (0, "save.manifest-done:2"), (1, "save.thread:2")])
+@pytest.mark.parametrize(
+    "rank, point", [(1, "save.shard"), (0, "save.manifest-done:2"), pytest.param(1, "save.thread:2", marks=SLOW)]
+)
 def test_a_rank_killed_in_a_save_ends_the_run(
     rank: int, point: str, project: Project, straight: Run, tmp_path: Path
 ) -> None:
@@ -115,7 +118,7 @@ def test_a_rank_killed_in_a_save_ends_the_run(
     assert_ended_as(run, straight)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=SLOW)])
 def test_a_save_that_fails_on_one_rank_fails_on_all(
     asynchronous: bool, project: Project, straight: Run, tmp_path: Path
 ) -> None:
@@ -149,7 +152,7 @@ def duplicate(shards: list[Path]) -> None:
     shutil.copy(shards[0], shards[1])
 
 
-@pytest.mark.parametrize("damage", [remove, swap, duplicate])
+@pytest.mark.parametrize("damage", [pytest.param(remove, marks=SLOW), swap, pytest.param(duplicate, marks=SLOW)])
 def test_missing_and_swapped_shards(damage: Callable[[list[Path]], None], straight: Run, tmp_path: Path) -> None:
     run = Run.__new__(Run)
     run.__dict__ |= {**straight.__dict__, "output": tmp_path / "run", "stderr": tmp_path / "stderr"}
