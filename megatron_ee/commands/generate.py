@@ -1,4 +1,4 @@
-"""``megatron-ee generate``: text from prompts, in any mode, showing the layer that emitted each token."""
+"""``megatron-ee generate``: text from prompts, in any mode, with the layer that emitted each token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from megatron_ee.inference.offline import ModeResult
     from megatron_ee.inference.requests import Completion, Request
 
-DESCRIPTION = """Continue prompts; each token is coloured by the layer that emitted it. Under torchrun, the model is
-spread over --tensor x --pipeline processes."""
+DESCRIPTION = """Continue prompts. The terminal colours each token by the layer that emitted it. Under torchrun the
+model is split over --tensor x --pipeline processes."""
 FULL, THRESHOLD, SPECULATIVE = "full", "threshold", "speculative"
 
 
@@ -31,107 +31,149 @@ def parser() -> argparse.ArgumentParser:
     result = Parser("generate", DESCRIPTION)
     add = result.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help=MODEL)
-    add("--adapter", type=Path, metavar="DIR", help="exits from tune (default: those with the model)")
+    add("--adapter", type=Path, metavar="DIR", help="exits to use (default: those in the model's directory)")
     prompts = result.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; repeatable")
     prompts.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="answer a file of JSON lines, and print as many: each an object with a prompt, or messages for the chat "
-        "template; other keys (max_tokens, mode, draft_exit, ...) are settings of this line, in place of the options",
+        help="read requests from JSON lines, and print one JSON line per answer. Each line has a prompt, or messages "
+        "for the chat template. Other keys (max_tokens, mode, draft_exit, ...) override the options for this line",
     )
-    add("--chat", action="store_true", help="each prompt is a user's message, put into the model's chat template")
+    add("--chat", action="store_true", help="treat each prompt as a user's message: apply the chat template")
     add(
         "--mode",
         choices=(FULL, THRESHOLD, SPECULATIVE),
-        help="full: every token runs all layers; threshold: a token leaves at the first exit that is confident enough "
-        "(default where there are exits); speculative: an exit drafts and the full model verifies, with its output",
+        help="full: every token runs all layers (default without exits). threshold: a token leaves at the first exit "
+        "that is confident enough (default with exits). speculative: an exit drafts, the full model verifies; the output is "
+        "the full model's",
     )
-    add("--compare", action="store_true", help="answer in every mode, several times, and show them side by side")
-    add("--max-tokens", type=at_least(1), default=64, metavar="N", help="at most so many (default: 64)")
+    add("--compare", action="store_true", help="run every mode several times, and compare speed and output")
+    add("--max-tokens", type=at_least(1), default=64, metavar="N", help="largest number of new tokens (default: 64)")
     add("--json", action="store_true", help="print one JSON object instead of coloured text")
     add("--html", type=Path, metavar="FILE", help="also write a page that shows the layer of each token")
     add("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
-    add("--no-verify", action="store_true", help="do not check what is read against its checksums")
+    add("--no-verify", action="store_true", help="do not check checksums")
     _add_exits(result.add_argument_group("exits"))
     _add_sampling(result.add_argument_group("output"))
     engine = result.add_argument_group("engine")
-    engine.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="processes that share each layer")
-    engine.add_argument("--pipeline", type=at_least(1), default=1, metavar="N", help="stages of layers")
+    engine.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
+    engine.add_argument("--pipeline", type=at_least(1), default=1, metavar="N", help="pipeline stages (default: 1)")
     engine.add_argument(
         "--kv-memory",
         type=_gigabytes,
         metavar="GB",
-        help="for keys and values, per process (default: half of what is free)",
+        help="memory for the KV cache, per process (default: half of the free memory)",
     )
     engine.add_argument(
         "--compile",
         action="store_true",
-        help="compile the layers first, which takes up to minutes: a single row is then faster, above all on a GPU or "
+        help="compile the layers with torch.compile first, which can take minutes. Speeds up a single sequence, most "
         "with a small model",
     )
-    engine.add_argument("--max-rows", type=at_least(1), default=16, metavar="N", help="outputs in work at a time")
+    engine.add_argument(
+        "--max-rows",
+        type=at_least(1),
+        default=16,
+        metavar="N",
+        help="largest number of sequences that run together (default: 16)",
+    )
     return result
 
 
 def _add_exits(group: Any) -> None:
     add = group.add_argument
-    add("--threshold", type=float, metavar="X", help="confidence to leave at (default: 0.9)")
-    add("--thresholds", type=_by_layer, default={}, metavar="K=X,...", help="other ones for some exits: 8=0.8,16=0.95")
-    add("--measure", default="probability", metavar="M", help="of confidence: probability (default), margin or entropy")
-    add("--exits", type=_layers, metavar="K,...", help="layers of the exits to use (default: all)")
-    add("--max-deferred", type=at_least(0), default=15, metavar="N", help="early tokens in a row (default: 15)")
-    add("--min-full", type=at_least(1), default=1, metavar="N", help="tokens at the start that run all layers")
+    add("--threshold", type=float, metavar="X", help="confidence at which a token leaves (default: 0.9)")
+    add("--thresholds", type=_by_layer, default={}, metavar="K=X,...", help="thresholds of single exits: 8=0.8,16=0.95")
+    add(
+        "--measure",
+        default="probability",
+        metavar="M",
+        help="measure of confidence: probability (default), margin or entropy",
+    )
+    add("--exits", type=_layers, metavar="K,...", help="use only the exits after these layers (default: all)")
+    add(
+        "--max-deferred",
+        type=at_least(0),
+        default=15,
+        metavar="N",
+        help="after N early tokens in a row the next runs all layers (default: 15)",
+    )
+    add("--min-full", type=at_least(1), default=1, metavar="N", help="the first N tokens run all layers (default: 1)")
     add(
         "--backoff",
         type=at_least(0),
         default=4,
         metavar="N",
-        help="tokens in a row that stay before an exit is asked less; 0 asks always (default: 4)",
+        help="after N tokens in a row that do not leave at an exit, compute its head less often; 0: always (default 4)",
     )
-    add("--draft-exit", type=at_least(1), metavar="K", help="exit that drafts (default: chosen while it runs)")
-    add("--draft-length", type=at_least(0), metavar="N", help="proposals at a time (default: chosen while it runs)")
+    add("--draft-exit", type=at_least(1), metavar="K", help="layer of the drafting exit (default: chosen at run time)")
+    add("--draft-length", type=at_least(0), metavar="N", help="tokens per draft (default: chosen at run time)")
     add(
         "--draft-vocabulary",
         type=at_least(1),
         metavar="N",
-        help="propose only the N most frequent tokens (a cheaper head)",
+        help="draft only from the N most frequent tokens, which makes the head cheaper",
     )
-    add("--draft-corpus", type=Path, metavar="PREFIX", help="corpus from prepare-data that they are counted in")
+    add(
+        "--draft-corpus",
+        type=Path,
+        metavar="PREFIX",
+        help="corpus from prepare-data in which --draft-vocabulary counts them",
+    )
 
 
 def _add_sampling(group: Any) -> None:
     add = group.add_argument
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
-    add("--top-k", type=at_least(0), default=0, metavar="N", help="draw from the N most probable; 0 (default) from all")
+    add("--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0: greedy (default)")
+    add(
+        "--top-k",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="sample from the N most probable tokens; 0: all (default)",
+    )
     add(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="draw from the most probable that add up to P (default: 1)",
+        help="sample from the most probable tokens with total probability P (default: 1)",
     )
-    add("--min-p", type=float, default=0.0, metavar="P", help="none less likely than P times the most probable")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 says less again (default: 1)")
-    add("--seed", type=int, default=0, metavar="N", help="the same seed draws the same (default: 0)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="exclude tokens below P times the largest probability")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: penalise repeated tokens (default: 1)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)")
     add("--samples", type=at_least(1), default=1, metavar="N", help="outputs per prompt (default: 1)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--ignore-eos", action="store_true", help="go on after the end of text")
-    add("--echo", action="store_true", help="begin the text with the prompt")
-    add("--logprobs", type=at_least(0), metavar="N", help="log-probabilities, with the N most probable tokens (--json)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--ignore-eos", action="store_true", help="continue after an end-of-text token")
+    add("--echo", action="store_true", help="include the prompt in the text")
+    add(
+        "--logprobs",
+        type=at_least(0),
+        metavar="N",
+        help="with --json: log-probabilities, and the N most probable tokens",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate; text with its legend, or JSON, to stdout."""
+    """Generate. Print text with a legend, or JSON, to stdout."""
     from megatron_ee.inference.compiled import check_compiler
     from megatron_ee.inference.loading import check_parallel, open_engine, open_released
     from megatron_ee.parallel.groups import world_size
 
     if (arguments.draft_vocabulary is None) != (arguments.draft_corpus is None):
-        raise ConfigError("--draft-vocabulary and --draft-corpus belong together: how many tokens, and frequent where")
+        raise ConfigError("--draft-vocabulary and --draft-corpus: give both, or neither")
     if arguments.prompts is not None and (arguments.html is not None or arguments.compare):
-        raise ConfigError(f"{'--compare' if arguments.compare else '--html'}: takes no --prompts; give --prompt")
+        raise ConfigError(
+            f"{'--compare' if arguments.compare else '--html'}: cannot be used with --prompts; give --prompt"
+        )
     if arguments.html is not None:
         _check_page(arguments)
     try:
@@ -149,7 +191,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         raise _as_option(error) from None
     except UserError as error:
-        error.common = True  # every rank has read the same
+        error.common = True  # every rank has read the same file
         raise
     memory = None if arguments.kv_memory is None else int(arguments.kv_memory * 1e9)
     with open_engine(
@@ -172,22 +214,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_page(arguments: argparse.Namespace) -> None:
-    """Refuse ``--html`` where there is not one output to show, or no file can be written to."""
+    """Refuse ``--html`` unless there is exactly one output and the file can be written."""
     from megatron_ee.checkpoint.ownership import check_file
     from megatron_ee.parallel.groups import launched_rank
 
     page: Path = arguments.html
     if len(arguments.prompt) > 1 or arguments.samples > 1 or arguments.compare:
         raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode")
-    if launched_rank() > 0:  # maybe on another machine, where nothing is written
+    if launched_rank() > 0:  # this rank may be on another machine, and writes nothing
         return
     check_file(page, "--html")
     if not (page.parent.is_dir() and os.access(page.parent, os.W_OK)):
-        raise ConfigError(f"--html: {page} cannot be written: {page.parent} is no directory that may be written to")
+        raise ConfigError(f"--html: {page} cannot be written: {page.parent} is not a writable directory")
 
 
 def _candidates(arguments: argparse.Namespace, vocab_size: int) -> list[int] | None:
-    """Tokens that drafts are chosen from."""
+    """The token ids that drafts are limited to."""
     from megatron_ee.data.indexed import frequent_tokens
 
     count = arguments.draft_vocabulary
@@ -201,14 +243,14 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_settings(arguments: argparse.Namespace) -> None:
-    """What needs no model, at once: opening it may mean to hash it."""
+    """Check the settings that need no model first, since opening a model may hash it."""
     from megatron_ee.commands.generate_requests import make_request
 
     make_request("", _settings(arguments), has_exits=False)
 
 
 def _file_requests(arguments: argparse.Namespace, released: Released) -> list[FileRequest]:
-    """What ``--prompts`` asks, checked; nothing without it."""
+    """The checked requests of ``--prompts``; empty without it."""
     from megatron_ee.commands.generate_requests import read_requests
 
     if arguments.prompts is None:
@@ -221,7 +263,7 @@ def _file_requests(arguments: argparse.Namespace, released: Released) -> list[Fi
 
 
 def _requests(arguments: argparse.Namespace, released: Released) -> list[Request]:
-    """What each ``--prompt`` asks, checked."""
+    """The checked request of each ``--prompt``."""
     from megatron_ee.commands.generate_requests import check_request, make_request, user_prompt
     from megatron_ee.parallel.groups import launched_rank
 
@@ -242,7 +284,7 @@ def _requests(arguments: argparse.Namespace, released: Released) -> list[Request
 
 
 def _used_exits(requests: list[Request], released: Released, *, every_mode: bool) -> set[int]:
-    """Layers of the exits that some request may ask: others would only cost time and memory."""
+    """Layers of the exits that some request may use. Others would only cost time and memory."""
     used: set[int] = set()
     for request in requests:
         if every_mode or request.mode != FULL:
@@ -251,7 +293,7 @@ def _used_exits(requests: list[Request], released: Released, *, every_mode: bool
 
 
 def _as_option(error: ConfigError) -> ConfigError:
-    """The same error, naming the command's option in place of the request's field; one of a file's line as it is."""
+    """The error with the option's name in place of the request's field. Errors of a file's line stay unchanged."""
     if error.common:
         return error
     field, colon, rest = str(error).partition(":")
@@ -261,7 +303,7 @@ def _as_option(error: ConfigError) -> ConfigError:
 
 
 def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:
-    """Answer the requests and show what came."""
+    """Answer the requests and show the outputs."""
     from rich.console import Console
 
     from megatron_ee.commands.show import html_layers, print_layers
@@ -280,7 +322,7 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
     else:
         for prompt, output in shown:
             print_layers(Console(highlight=False), prompt, output.pieces, [token.layer for token in output.tokens])
-    if arguments.html is not None:  # last: where it fails, the answer is there
+    if arguments.html is not None:  # last, so that a failure does not lose the answer
         from megatron_ee.checkpoint.atomic import write_file
 
         prompt, output = shown[0]
@@ -290,7 +332,7 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
 
 
 def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine: Engine) -> int:
-    """Answer a file's requests, one JSON line for each, in its order; status 1 where some failed."""
+    """Answer a file's requests in order, with one JSON line each. Return status 1 if some failed."""
     from megatron_ee.inference.offline import run_batch
     from megatron_ee.progress import track
 
@@ -314,7 +356,7 @@ def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine
 
 
 def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:
-    """Answer the requests in every mode and show what each took, beside the text of threshold mode."""
+    """Answer the requests in every mode. Show the text of threshold mode, and time and agreement of each mode."""
     from megatron_ee.commands.show import print_layers, print_modes
     from megatron_ee.inference.offline import compare_modes
     from megatron_ee.tables import make_console

@@ -1,4 +1,4 @@
-"""Requests from flat, named settings: the options of a command, or the keys of one line of a file of prompts."""
+"""Builds requests from flat settings: the options of a command, or the keys of a line in a file of prompts."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ POLICY = ("thresholds", "measure", "max_deferred", "min_full", "backoff")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 OTHERS = ("samples", "max_tokens", "stop", "ignore_eos", "echo", "logprobs", "exits")
 FIELDS = ("mode", "threshold", *POLICY, "draft_exit", "draft_length", *SAMPLING, *OTHERS)
-"""Names of the settings of a request, as ``generate --help`` explains them."""
+"""Names of a request's settings; ``generate --help`` describes them."""
 PROMPTS = ("prompt", "messages")
 KEYS = ("id", *PROMPTS, *FIELDS)
-"""Of one line of a file of prompts."""
+"""Keys of one line in a file of prompts."""
 
 
 @dataclass(frozen=True)
 class FileRequest:
-    """A request of a file of prompts.
+    """A request from a file of prompts.
 
     Attributes:
         line: its number, from 1.
-        id: what the line calls it, to be given back with the answer; None where it has no name.
-        request: what is asked.
+        id: the line's ``id``, which is returned with the answer; None without one.
+        request: the request.
     """
 
     line: int
@@ -46,7 +46,7 @@ class FileRequest:
 def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, has_exits: bool) -> Request:
     """A request with these settings, by the names in ``FIELDS``.
 
-    A ``mode`` of None is ``threshold`` where there are exits, else ``full``; a ``threshold`` of None is the default.
+    A ``mode`` of None means ``threshold`` if there are exits, else ``full``. A ``threshold`` of None means the default.
     """
     policy = {name: settings[name] for name in POLICY}
     if settings["threshold"] is not None:
@@ -66,12 +66,13 @@ def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, ha
 
 
 def user_prompt(text: str, released: Released, *, chat: bool) -> str | list[int]:
-    """A text to continue; with ``chat`` the ids of a conversation that begins with it. An empty text stays empty."""
+    """The prompt for a text: the text, or with ``chat`` the ids of a conversation with this user message. An empty text
+    stays empty."""
     return encode_chat(released.tokenizer, [{"role": "user", "content": text}]) if chat and text else text
 
 
 def check_request(request: Request, released: Released) -> None:
-    """Check a request against a model that is opened and not yet loaded.
+    """Check a request against a model that is open but not loaded.
 
     Raises:
         ConfigError: naming the field.
@@ -84,17 +85,18 @@ def check_request(request: Request, released: Released) -> None:
 def read_requests(
     path: Path, defaults: Mapping[str, Any], released: Released, *, chat: bool = False
 ) -> list[FileRequest]:
-    """The requests of a file of JSON lines, checked; blank lines are passed over.
+    """The checked requests of a file of JSON lines. Blank lines are ignored.
 
     Each line is an object with ``prompt``, a text to continue, or ``messages``, a conversation for the model's chat
-    template, and maybe an ``id``; other keys are settings, which take the place of ``defaults``.
+    template, and optionally an ``id``. Other keys are settings, which override ``defaults``.
 
     Args:
-        defaults: the settings in ``FIELDS``, where a line does not give them.
-        chat: a ``prompt`` is a user's message.
+        defaults: values of the settings in ``FIELDS`` that a line does not give.
+        chat: treat a ``prompt`` as a user's message.
 
     Raises:
-        ConfigError: the file cannot be read, holds no prompt, or a line is not such an object; names file, line, key.
+        ConfigError: the file cannot be read, holds no prompt, or a line is invalid. The message names file, line and
+            key.
     """
     requests = []
     try:

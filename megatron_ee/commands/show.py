@@ -1,4 +1,4 @@
-"""Generated text that shows which layer emitted each token, in a terminal and as a page."""
+"""Shows generated text with the layer that emitted each token, in a terminal or as an HTML page."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from megatron_ee.inference.offline import ModeResult
 
 COLOURS = {"green": 130, "cyan": 185, "yellow": 50, "magenta": 300, "blue": 225, "red": 5}
-"""Names in a terminal, and hues on a page; the shallowest layer's first, the deepest has none."""
+"""Names in a terminal, and hues on a page, from the shallowest layer on. The deepest layer has no colour."""
 
-_JOINERS = "\u200c\u200d"  # of emoji, and of letters in several scripts
+_JOINERS = "\u200c\u200d"  # parts of emoji, and of letters in several scripts
 _STYLE = "".join(
     [
         ":root{color-scheme:light dark;--light:85%}",
@@ -54,9 +54,9 @@ _PAGE = """<!DOCTYPE html>
 
 
 def print_layers(console: Console, prompt: str, pieces: Sequence[str], layers: Sequence[int]) -> None:
-    """Print the tokens' texts by layer, in colour on a terminal, else each run of one layer behind its ``[number]``.
+    """Print the tokens' texts by layer: in colour on a terminal, else with ``[layer]`` before each run of tokens.
 
-    What a model writes moves no cursor: a terminal gets pictures of control characters, a pipe the text as it is.
+    Control characters of the model's text are replaced by their pictures on a terminal. A pipe gets the text unchanged.
     """
     from rich.text import Text
 
@@ -83,14 +83,14 @@ def html_layers(
     *,
     title: str = "megatron-ee generate",
 ) -> str:
-    """A page that needs nothing but itself: the tokens by layer in colour, a legend with counts, details on hover.
+    """A self-contained HTML page: tokens in colour by layer, a legend with counts, details on hover.
 
     Args:
         prompt: shown dimmed before the output.
         pieces: the text that each token adds.
         layers: the layer that emitted each token.
-        confidences: that of each token at its exit; None where there is none to tell.
-        title: of the page.
+        confidences: confidence of each token at its exit; None if there is none.
+        title: title of the page.
     """
     known = [None] * len(layers) if confidences is None else confidences
     counts = sorted(Counter(layers).items())
@@ -116,7 +116,7 @@ def html_layers(
 
 
 def _by_layer(counts: Sequence[tuple[int, int]], deepest: str) -> dict[int, str]:
-    """A colour for each layer of ``counts``, whose layers ascend."""
+    """A colour for each layer of ``counts``, which is ordered by layer."""
     names = list(COLOURS)
     named = {layer: names[rank % len(names)] for rank, (layer, _) in enumerate(counts[:-1])}
     return named | {layer: deepest for layer, _ in counts[-1:]}
@@ -132,9 +132,9 @@ def _escaped(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """``text`` with its control characters as their pictures, but for line ends and tabs.
+    """``text`` with control characters, but for line ends and tabs, replaced by their pictures.
 
-    Marks that reorder text are spelt out, and so are lone surrogates, which no file can hold.
+    Marks that reorder text, and lone surrogates, which no file can hold, are shown as escapes.
     """
     return "".join(char if char.isprintable() or char in "\n\t" else _picture(char) for char in text)
 
@@ -151,7 +151,7 @@ def _picture(char: str) -> str:
 
 
 def print_modes(console: Console, results: Sequence[ModeResult]) -> None:
-    """What each mode took, as a table."""
+    """Print a table of time, speed and agreement per mode."""
     table = new_table("The same prompts in every mode", console)
     add_columns(table, "mode", words=True)
     add_columns(table, "seconds", "tokens/s", "speed", "exit layer", "layers per token", "agreement")

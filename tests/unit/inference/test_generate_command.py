@@ -234,7 +234,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
         ("EXITS", "--draft-vocabulary", 0, "--draft-corpus", "c"),
         "argument --draft-vocabulary: must be at least 1, not 0",
     ),
-    (("EXITS", "--draft-vocabulary", 9), "--draft-vocabulary and --draft-corpus belong together"),
+    (("EXITS", "--draft-vocabulary", 9), "--draft-vocabulary and --draft-corpus: give both"),
     (("--max-tokens", 0), "argument --max-tokens: must be at least 1, not 0"),
     (("--max-tokens", "many"), "argument --max-tokens: must be a whole number, not 'many'"),
     (("--temperature", -1), "--temperature: must be 0 (greedy) or from"),
@@ -400,7 +400,7 @@ def test_a_file_without_prompts_is_refused(command: Command, tmp_path: Path) -> 
             (status, out) == (2, "") and err.startswith("megatron-ee generate: error: --prompts: ") and message in err
         )
     status, _, err = command.run("--prompts", path, "--html", tmp_path / "page.html")
-    assert status == 2 and "--html: takes no --prompts" in err
+    assert status == 2 and "--html: cannot be used with --prompts" in err
     path = write_prompts(tmp_path / "long.jsonl", {"prompt": "good"}, {"prompt": "x", "max_tokens": 60})
     status, out, err = command.run("--prompts", path, "--max-tokens", 1, "--kv-memory", 1e-5)
     assert (status, out) == (2, "") and f"{path}:" in err and "max_tokens: " in err
@@ -431,8 +431,14 @@ def test_refuses_in_one_line(arguments: tuple[object, ...], message: str, comman
     [
         (("--compare",), "--compare: needs exits; give their adapter with --adapter"),
         (("--html", "/"), "--html: / is a directory; name a file"),
-        (("--html", f"{__file__}/a.html"), f"{__file__}/a.html cannot be written: {__file__} is no directory that may"),
-        (("--html", "/nowhere/a.html"), "--html: /nowhere/a.html cannot be written: /nowhere is no directory that may"),
+        (
+            ("--html", f"{__file__}/a.html"),
+            f"{__file__}/a.html cannot be written: {__file__} is not a writable directory",
+        ),
+        (
+            ("--html", "/nowhere/a.html"),
+            "--html: /nowhere/a.html cannot be written: /nowhere is not a writable directory",
+        ),
     ],
 )
 def test_refuses_before_the_model_is_loaded(
