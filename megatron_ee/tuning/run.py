@@ -191,12 +191,11 @@ def _prepare(
     data = groups.together(lambda: describe_data(inputs.blend.corpora, inputs.held_out) if groups.is_main else {})[0]
     description["data"] = data
     leave_out = {"data"} if allow_new_data else set()
-    if resume:
-        _check_resumable(config, output, _without(description, leave_out), groups)
+    newest = _open_newest(config, output, groups) if resume else None
+    _check_resumable(newest, _without(description, leave_out), groups)
     digest = groups.together(lambda: hash_backbone(model.weights, check=interrupt.check) if groups.is_main else "")[0]
     description["backbone_sha256"] = digest
-    if resume:
-        _check_resumable(config, output, _without(description, leave_out), groups)
+    _check_resumable(newest, _without(description, leave_out), groups)
     if inputs.adapter is not None:
         check_backbone(inputs.adapter, digest, config.model.path)
     dtype, distillation = platform.DTYPES[config.model.dtype], config.loss.distillation
@@ -271,15 +270,20 @@ def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, i
     groups.together(load)
 
 
-def _check_resumable(config: RunConfig, output: Path, description: dict[str, Any], groups: Groups) -> None:
+def _open_newest(config: RunConfig, output: Path, groups: Groups) -> Checkpoint | None:
+    """The checkpoint to go on from, on the first rank; None on the others, and where there is none."""
+    found: list[Checkpoint | None] = [None]
+
+    def look() -> None:
+        found[0] = newest_readable(output / "checkpoints", verify=config.checkpoint.verify)
+
+    groups.together(lambda: look() if groups.is_main else None)
+    return found[0]
+
+
+def _check_resumable(newest: Checkpoint | None, description: dict[str, Any], groups: Groups) -> None:
     """Refuse a checkpoint whose ``description`` is another run's, before anything is loaded."""
-
-    def check() -> None:
-        found = newest_readable(output / "checkpoints", verify=config.checkpoint.verify)
-        if found is not None:
-            check_same_run(found, description)
-
-    groups.together(lambda: check() if groups.is_main else None)
+    groups.together(lambda: check_same_run(newest, description) if newest is not None else None)
 
 
 def _resume(
