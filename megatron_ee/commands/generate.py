@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
         "--mode",
         choices=(FULL, THRESHOLD, SPECULATIVE),
         help="full: every token runs all layers (default without exits). threshold: a token leaves at the first exit "
-        "that is confident enough (default with exits). speculative: an exit drafts, the full model verifies; the output is "
-        "the full model's",
+        "that is confident enough (default with exits). speculative: an exit drafts, the full model verifies; the "
+        "output is the full model's",
     )
     add("--compare", action="store_true", help="run every mode several times, and compare speed and output")
     add("--max-tokens", type=at_least(1), default=64, metavar="N", help="largest number of new tokens (default: 64)")
@@ -106,7 +106,7 @@ def _add_exits(group: Any) -> None:
         type=at_least(0),
         default=4,
         metavar="N",
-        help="after N tokens in a row that do not leave at an exit, compute its head less often; 0: always (default 4)",
+        help="after N tokens in a row that did not leave at an exit, use it less often; 0: always use it (default: 4)",
     )
     add("--draft-exit", type=at_least(1), metavar="K", help="layer of the drafting exit (default: chosen at run time)")
     add("--draft-length", type=at_least(0), metavar="N", help="tokens per draft (default: chosen at run time)")
