@@ -51,8 +51,8 @@ choose_python() {
     "$found" -c 'import sys; print(sys.executable)'
 }
 
-# Whether pip, as configured here, would give the Python $1 a torch that brings CUDA libraries along.
-# Only torch's own metadata is asked for: resolving all of it may download those libraries.
+# Whether pip, as configured here, would give the Python $1 a torch that brings CUDA libraries along. Only torch's own
+# metadata is requested: resolving its dependencies may download these libraries.
 resolves_to_cuda() {
     local report
     report="$("$1" -m pip install --dry-run --no-deps --ignore-installed --quiet --report - "$TORCH_PIN")" ||

@@ -104,7 +104,7 @@ class Gathered:
     """Every trained tensor under its released name and shape.
 
     Attributes:
-        shapes: tensors without content, on the meta device, in the order in which ``whole`` must be asked for them.
+        shapes: tensors without content, on the meta device, in the order in which ``whole`` must be called.
     """
 
     shapes: dict[str, Tensor]

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate; tables or JSON to stdout, files where asked for."""
+    """Evaluate. Print tables or JSON to stdout, and write the requested files."""
     if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
         raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(PLOTS)}")
     from megatron_ee.checkpoint.ownership import check_file, check_output, claim_output

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _command(*words: object) -> None:
-    """Show and run one command, in this process: imports take longer than some of the steps."""
+    """Show and run one command in this process, since imports take longer than some of the steps."""
     from megatron_ee.commands.main import main
 
     print(f"\n$ megatron-ee {shlex.join(map(str, words))}", flush=True)
@@ -106,7 +106,7 @@ def _command(*words: object) -> None:
 
 
 def _write_config(arguments: argparse.Namespace, length: int) -> Path:
-    """The configuration of the tuning run, to be read and changed by whoever goes on from here."""
+    """Write the configuration of the tuning run, as a starting point for the user's own."""
     config: dict[str, Any] = {
         "model": {"path": str(arguments.base), "dtype": arguments.dtype},
         "exits": [{"layer": position, "body": "mlp"} for position in POSITIONS],
@@ -126,27 +126,27 @@ def _write_config(arguments: argparse.Namespace, length: int) -> Path:
 
 
 def _beginnings(corpus: Path, base: Path) -> list[str]:
-    """The first tokens of some held-out texts, as prompts."""
+    """The first tokens of some held-out documents, as prompts."""
     from megatron_ee.data.indexed import open_corpus
     from megatron_ee.data.tokenizer import load_tokenizer
 
-    opened = open_corpus(corpus)  # kept: what it gives are views of its memory map
+    opened = open_corpus(corpus)  # kept open: documents are views of its memory map
     tokenizer = load_tokenizer(base)
     documents = [opened.tokens[number] for number in range(min(PROMPTS, len(opened.tokens)))]
-    # A short document ends within its first tokens: with an end of text, whose name is no part of a prompt.
+    # A short document may end within these tokens. Its end-of-text token is not part of the prompt.
     beginnings = [[int(token) for token in document[:24] if token != tokenizer.eos_id] for document in documents]
     return [tokenizer.decode(tokens) for tokens in beginnings if tokens]
 
 
 def _threshold(evaluation: Path) -> float:
-    """The lowest threshold of the sweep at which what is emitted nearly always is what the full model would emit."""
+    """The lowest threshold of the sweep with at least ``AGREEMENT`` with the full model."""
     sweep = json.loads(evaluation.read_text(encoding="utf-8"))["sweep"]
     good = [point["threshold"] for point in sweep if point["agreement"] >= AGREEMENT]
     return min(good, default=max(point["threshold"] for point in sweep))
 
 
 def _report(out: Path, digests: dict[str, str], seconds: float) -> None:
-    """What tuning changed, as a table, as ``report.json`` and as the loss curves; and where everything is."""
+    """Report what tuning changed, as a table, as ``report.json`` and as loss curves, and list all results."""
     from megatron_ee.config.exits import ExitSpec
     from megatron_ee.evaluation.plots import plot_training
     from megatron_ee.evaluation.report import comparison_dict, print_comparison

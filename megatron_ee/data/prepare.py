@@ -71,7 +71,8 @@ def prepare_corpus(
         chat_template: a jinja file that chat data is rendered with instead of the tokenizer's own template.
 
     Raises:
-        DataError: an input, the tokenizer or the output is unusable; names the file and, where there is one, the line.
+        DataError: an input, the tokenizer or the output is unusable. The message names the file and the line, if there
+            is one.
         ConfigError: ``workers`` is not positive.
     """
     paths = [Path(path) for path in inputs]
@@ -135,7 +136,7 @@ def _encode_all(
         *(["transformers.utils.chat_template_utils"] if options.chat else []),
     ]
     context.set_forkserver_preload([__name__, *slow_imports])
-    others = set(multiprocessing.active_children())  # of whoever calls this
+    others = set(multiprocessing.active_children())  # the caller's own
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(options,))
     waiting: deque[tuple[TextPiece, Future[Encoded]]] = deque()
     try:

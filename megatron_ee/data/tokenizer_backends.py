@@ -100,7 +100,7 @@ class TokenizersBackend:
 
 
 class SentencePieceBackend:
-    """A SentencePiece model, with the tokens and settings of ``tokenizer_config.json`` where there is one.
+    """A SentencePiece model, with the tokens and settings of ``tokenizer_config.json`` if it exists.
 
     Without it, ids are the library's own. With it, added and special tokens are cut out of the text first, and the
     text between them is encoded by the library. ``add_prefix_space`` replaces the model's own ``add_dummy_prefix``.

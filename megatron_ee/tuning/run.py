@@ -271,7 +271,7 @@ def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, i
 
 
 def _open_newest(config: RunConfig, output: Path, groups: Groups) -> Checkpoint | None:
-    """The checkpoint to go on from, on the first rank; None on the others, and where there is none."""
+    """The checkpoint to continue from, on the first rank; None on the others, or if there is none."""
     found: list[Checkpoint | None] = [None]
 
     def look() -> None:

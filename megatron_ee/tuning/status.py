@@ -23,7 +23,7 @@ def write_status(output: Path, state: str, progress: RunProgress, steps: int) ->
 
     Args:
         output: directory of the run.
-        state: ``running``, ``finished``, ``interrupted`` (saved; go on with ``--resume``) or ``failed``.
+        state: ``running``, ``finished``, ``interrupted`` (saved; continue with ``--resume``) or ``failed``.
         progress: the run's progress.
         steps: number of steps of the whole run.
 

@@ -80,9 +80,9 @@ def row_runs(
 ) -> Iterator[tuple[str, int, int]]:
     """The runs of rows that Megatron's tensor consists of, in order: released name, first row, number of rows.
 
-    Verified against megatron-core 0.16.1: ``linear_qkv`` is, for each key-value group, its query heads, its key and
-    its value (``SelfAttention.get_query_key_value_tensors``); ``linear_fc1`` of the whole model, whatever the
-    tensor-parallel size, is all of gate, then all of up (``apply_swiglu_sharded_factory``).
+    Verified against megatron-core 0.16.1: ``linear_qkv`` is, for each key-value group, its query heads, its key and its
+    value (``SelfAttention.get_query_key_value_tensors``); ``linear_fc1`` of the whole model, for every tensor-parallel
+    size, is all of gate, then all of up (``apply_swiglu_sharded_factory``).
     """
     if source.kind != "qkv":
         yield from ((name, 0, shapes[name][0]) for name in source.names)
