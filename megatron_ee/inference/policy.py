@@ -4,8 +4,16 @@ A policy is a pydantic model. Its JSON form (``policy_from_json``, ``policy.mode
 and fields. So it travels to other ranks and in requests, and nothing else needs to know its fields. ``exits_to_ask``
 is called where the scheduler runs, ``leaves`` on the stage that has the exit.
 
-To add a policy, write a subclass of ``ExitPolicy`` with a ``name`` and ``leaves``, and add it to ``POLICIES``. To let
-it judge by something new, add a function of the logits to ``MEASURES``.
+To add a policy, write a subclass of ``ExitPolicy`` with a ``name`` and ``leaves``, and add it to ``POLICIES``::
+
+    class Decreasing(ExitPolicy):
+        name: Literal["decreasing"] = "decreasing"
+        first: float
+
+        def leaves(self, layer: int, confidence: float) -> bool:
+            return confidence >= self.first / layer
+
+To let it judge by something new, add a function of the logits to ``MEASURES`` and name it in ``measure``.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def engine_of(directory: str, tensor: int, pipeline: int, **options: Any) -> Ite
             yield engine
 
 
-def told(completion: Completion) -> tuple[list[int], list[int], str]:
+def summary(completion: Completion) -> tuple[list[int], list[int], str]:
     """Tokens, layers and end of an output."""
     return [t.id for t in completion.tokens], [t.layer for t in completion.tokens], completion.finish_reason
 
@@ -132,7 +132,7 @@ def generate(directory: str, tensor: int, pipeline: int, batched: bool, prefix_r
         asked, found = requests(), []
         for some in [asked] if batched else [[request] for request in asked]:
             found += engine.generate(some)
-        answers = [[told(completion) for completion in completions] for completions in found]
+        answers = [[summary(completion) for completion in completions] for completions in found]
         return answers, engine.statistics()["reused_tokens"]
 
 
@@ -140,7 +140,7 @@ def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: rang
     """By seed, what comes of requests that arrive and are cancelled at random, with ``kept`` bytes for keys and values.
 
     Returns:
-        For each output that ended: seed, index of its request, sample, whether it may be cut, and what is ``told``;
+        For each output that ended: seed, index of its request, sample, whether it may be cut, and its ``summary``;
         and how often sequences were preempted.
     """
     kv_cache.CHUNK = kv_cache_manager.CHUNK = 4
@@ -170,7 +170,7 @@ def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: rang
             assert {event.request for event in ended} == asked.keys(), "an output is lost"
             for event in ended:
                 cut = event.request in cancelled
-                found.append((seed, asked[event.request], event.sample, cut, told(event.completion)))  # type: ignore[arg-type]
+                found.append((seed, asked[event.request], event.sample, cut, summary(event.completion)))  # type: ignore[arg-type]
         return None if engine is None else (found, engine.statistics()["num_preempted"])
 
 

@@ -55,7 +55,7 @@ class Watched:
 
 
 def answer(stage: Stage, watched: Any, *requests: Request) -> Any:
-    """What is said, and at which layers."""
+    """Tokens and their layers."""
     if watched is not None:
         watched.seen.clear()
     outputs = make_engine(stage, compiled_stage=watched).generate(requests)

@@ -46,7 +46,7 @@ def tokens_of(completion: Completion) -> list[int]:
     return [token.id for token in completion.tokens]
 
 
-def told(completion: Completion) -> tuple[Any, ...]:
+def summary(completion: Completion) -> tuple[Any, ...]:
     """What must be the same whatever runs beside it."""
     return tokens_of(completion), [token.layer for token in completion.tokens], completion.finish_reason
 
@@ -76,13 +76,13 @@ def test_speculative_mode_says_what_full_mode_says(exit_: int | None, length: in
 
 def test_proposals_stand_and_fall(stage: Stage) -> None:
     """What the equality above rests on happens: whole drafts, parts of them and none are taken."""
-    stood: Counter[int] = Counter()
+    accepted: Counter[int] = Counter()
     for prompt in PROMPTS:
         engine = make_engine(stage)
         number = engine.submit(Request(prompt=prompt, mode="speculative", draft=Draft(exit=3, length=3), max_tokens=60))
         for event in engine.stream(number):
-            stood[len(event.tokens) - 1] += 1
-    assert min(stood[count] for count in range(4)) > 0, stood
+            accepted[len(event.tokens) - 1] += 1
+    assert min(accepted[count] for count in range(4)) > 0, accepted
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_drafts_from_some_of_the_vocabulary(sampling: Sampling, restricted: Stag
     proposed, others = set(), set()
     beside = generate(restricted, [*drafted, *leaving])
     for number, [ours] in enumerate(generate(restricted, drafted)):
-        assert told(ours) == told(beside[number][0])
+        assert summary(ours) == summary(beside[number][0])
         proposed |= {token.id for token in ours.tokens if token.layer == 2}
         others |= {token.id for token in ours.tokens if token.layer != 2}
     assert proposed and all(token % 2 == 0 for token in proposed) and any(token % 2 for token in others)
@@ -184,7 +184,7 @@ def test_rows_do_not_depend_on_their_neighbours(
 ) -> None:
     together = generate(stage, mixed_requests()[::order], max_rows=max_rows)[::order]
     for request, [ours], [theirs] in zip(mixed_requests(), together, alone, strict=True):
-        assert told(ours) == told(theirs), request
+        assert summary(ours) == summary(theirs), request
         assert [t.confidence for t in ours.tokens] == pytest.approx([t.confidence for t in theirs.tokens], abs=1e-4)
         assert ours.statistics["layers_per_token"] == theirs.statistics["layers_per_token"]
     layers = {token.layer for [completion] in alone for token in completion.tokens}
@@ -197,7 +197,7 @@ def test_adaptive_rows_say_the_same_beside_others(stage: Stage, alone: list[list
     for number, [ours] in enumerate(together[: len(adaptive)]):
         assert tokens_of(ours) == tokens_of(alone[8 * number][0])
     for [ours], [theirs] in zip(together[len(adaptive) :], alone, strict=True):
-        assert told(ours) == told(theirs)
+        assert summary(ours) == summary(theirs)
 
 
 # -- samples and seeds
@@ -223,10 +223,10 @@ def test_samples_are_requests_with_the_next_seeds(
         request.model_copy(update={"sampling": DRAWN.model_copy(update={"seed": DRAWN.seed + i})}) for i in range(4)
     ]
     singles = [generate(stage, [each])[0][0] for each in seeds]
-    assert [told(one) for one in samples] == [told(one) for one in singles]
+    assert [summary(one) for one in samples] == [summary(one) for one in singles]
     assert len({tuple(tokens_of(one)) for one in samples}) > 1
     [again] = generate(stage, [request.model_copy(update={"samples": 4})], max_rows=max_rows)
-    assert [told(one) for one in again] == [told(one) for one in samples]
+    assert [summary(one) for one in again] == [summary(one) for one in samples]
 
 
 def test_samples_share_the_prompt(stage: Stage) -> None:
@@ -240,7 +240,7 @@ def test_samples_share_the_prompt(stage: Stage) -> None:
     finally:
         handle.remove()
     prompt = len(PROMPTS[2])
-    assert ran[0] == prompt - 1  # before anything is said
+    assert ran[0] == prompt - 1  # before anything is emitted
     assert sum(ran) == prompt - 1 + 5 * 6
 
 
@@ -250,12 +250,12 @@ def test_a_sample_that_comes_late_does_not_wait_for_the_first_to_end(prompt: lis
     engine = make_engine(stage, max_rows=2)
     engine.submit(Request(prompt=PROMPTS[0], max_tokens=3))
     number = engine.submit(Request(prompt=prompt, sampling=DRAWN, samples=2, max_tokens=60))
-    said: Counter[int] = Counter()
+    emitted: Counter[int] = Counter()
     for event in engine.stream(number):
-        said[event.sample] += len(event.tokens)
+        emitted[event.sample] += len(event.tokens)
         if event.sample == 0 and event.completion is not None:
-            assert said[1] > 40
-    assert said == {0: 60, 1: 60}
+            assert emitted[1] > 40
+    assert emitted == {0: 60, 1: 60}
 
 
 @pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])
@@ -270,7 +270,7 @@ def test_the_seed_alone_decides(mode: Any, stage: Stage) -> None:
     )
     others = [request.model_copy(update={"sampling": DRAWN.model_copy(update={"seed": seed})}) for seed in range(6)]
     first, again = (generate(stage, [request])[0][0] for _ in range(2))
-    assert told(first) == told(again)
+    assert summary(first) == summary(again)
     found = [tokens_of(one) for [one] in generate(stage, others)]
     assert len(set(map(tuple, found))) > 4
 
@@ -287,7 +287,7 @@ def test_drawn_speculation_with_open_settings_is_deterministic(stage: Stage) -> 
     """Measured time must not decide on what is drawn."""
     request = Request(prompt=PROMPTS[0], mode="speculative", sampling=DRAWN, max_tokens=30)
     found = [generate(stage, [request, *mixed_requests()[: 4 * i]])[0][0] for i in range(3)]
-    assert told(found[0]) == told(found[1]) == told(found[2])
+    assert summary(found[0]) == summary(found[1]) == summary(found[2])
 
 
 @pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])

@@ -286,7 +286,7 @@ def test_streams_take_turns(engine: Engine) -> None:
     for number in (first, second):
         tokens = [token for event in events if event.request == number for token in event.tokens]
         assert tuple(tokens) == last(events, number).tokens
-    assert list(engine.stream(first)) == []  # it has been told
+    assert list(engine.stream(first)) == []  # its events have been given
     assert list(engine.stream(999)) == []
 
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import megatron_ee.inference.kv_cache as kv_cache
-import megatron_ee.inference.scheduler as core_module
+import megatron_ee.inference.scheduler as scheduler_module
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference import kv_cache_manager
@@ -61,7 +61,7 @@ REQUESTS = [
     ),
 ]
 ADAPTIVE, SPOILT = 7, 9
-Told = list[Any]
+Summary = list[Any]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def stage(exit_stage: Callable[[str, Sequence[ExitSpec]], Stage]) -> Stage:
     return stage
 
 
-def told(event: Event) -> Any:
+def summary(event: Event) -> Any:
     """How an output ended."""
     if event.completion is None:
         return event.error
@@ -82,24 +82,24 @@ def told(event: Event) -> Any:
 
 
 @pytest.fixture(scope="module")
-def alone(stage: Stage) -> list[Told]:
+def alone(stage: Stage) -> list[Summary]:
     """By request and sample."""
     found = []
     for request in REQUESTS:
         engine = make_engine(stage)
         number = engine.submit(request)
         ends = [e for e in engine.stream(number) if e.completion is not None or e.error is not None]
-        found.append([told(end) for end in sorted(ends, key=lambda end: end.sample)])
+        found.append([summary(end) for end in sorted(ends, key=lambda end: end.sample)])
     return found
 
 
 @pytest.fixture(scope="module")
-def small(alone: list[Told]) -> Iterator[None]:
+def small(alone: list[Summary]) -> Iterator[None]:
     """Chunks and passes so small that rows grow through many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "CHUNK", 4)
         patch.setattr(kv_cache_manager, "CHUNK", 4)
-        patch.setattr(core_module, "PASS_TOKENS", 7)
+        patch.setattr(scheduler_module, "PASS_TOKENS", 7)
         patch.setattr(kv_cache_manager, "MIN_PREFIX", 2)
         yield
 
@@ -118,7 +118,7 @@ class Run:
         self.scheduler = self._scheduler(self.engine)
         self.asked: dict[int, int] = {}
         self.cancelled: set[int] = set()
-        self.said: dict[tuple[int, int], list[Any]] = {}
+        self.emitted: dict[tuple[int, int], list[Any]] = {}
         self.ends: dict[tuple[int, int], Event] = {}
 
     @staticmethod
@@ -139,8 +139,8 @@ class Run:
         for _ in range(count):
             for event in self.engine.step():
                 key = event.request, event.sample
-                assert key not in self.ends, "told after its end"
-                self.said.setdefault(key, []).extend((t.id, t.layer) for t in event.tokens)
+                assert key not in self.ends, "an event after its end"
+                self.emitted.setdefault(key, []).extend((t.id, t.layer) for t in event.tokens)
                 if event.completion is not None or event.error is not None:
                     self.ends[key] = event
             scheduler = self.scheduler
@@ -152,7 +152,7 @@ class Run:
                 == set(scheduler.budget._claims)
             )
 
-    def finish(self, alone: list[Told]) -> None:
+    def finish(self, alone: list[Summary]) -> None:
         """Run out, and compare."""
         for _ in range(5000):
             if self.engine.idle:
@@ -165,15 +165,15 @@ class Run:
         assert set(self.ends) == {(n, i) for n, index in self.asked.items() for i in range(REQUESTS[index].samples)}
         for (number, sample), end in self.ends.items():
             index = self.asked[number]
-            ours, theirs = told(end), alone[index][sample]
-            if index == ADAPTIVE:  # time decides who drafts, not what is said
+            ours, theirs = summary(end), alone[index][sample]
+            if index == ADAPTIVE:  # time decides who drafts, not what is emitted
                 ours, theirs = (([token for token, _ in tokens], how) for tokens, how in (ours, theirs))
             if end.completion is not None:
-                assert self.said[number, sample] == told(end)[0]
+                assert self.emitted[number, sample] == summary(end)[0]
             if end.completion is not None and end.completion.finish_reason == "cancelled":
                 assert number in self.cancelled
-                said = theirs[0] if index != SPOILT else None
-                assert said is None or ours[0] == said[: len(ours[0])]
+                emitted = theirs[0] if index != SPOILT else None
+                assert emitted is None or ours[0] == emitted[: len(ours[0])]
             else:
                 assert ours == theirs
 
@@ -208,7 +208,7 @@ def test_any_schedule(
     spare: int,
     kept: int,
     stage: Stage,
-    alone: list[Told],
+    alone: list[Summary],
     small: None,
 ) -> None:
     run = Run(stage, max_rows, rows, spare, kept)
@@ -217,7 +217,7 @@ def test_any_schedule(
     run.finish(alone)
 
 
-def test_the_schedules_are_hard(stage: Stage, alone: list[Told], small: None) -> None:
+def test_the_schedules_are_hard(stage: Stage, alone: list[Summary], small: None) -> None:
     """What the property is about happens: rows are preempted, one fails, tokens leave everywhere."""
     run = Run(stage, 20, 1, 8)
     for name, argument in EVERYTHING:

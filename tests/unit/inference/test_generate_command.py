@@ -263,11 +263,11 @@ def test_drafts_frequent_tokens(command: Command, adapter: Path, tmp_path: Path)
     corpus = tmp_path / "corpus"
     prepared = ["--input", tmp_path / "text.txt", "--tokenizer", command.model, "--output", corpus]
     assert main(["prepare-data", *map(str, prepared)]) == 0
-    said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 24, "--ignore-eos", "--json"]
-    drafted = [*said, "--mode", "speculative", "--draft-exit", 2, "--draft-length", 3]
+    options = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 24, "--ignore-eos", "--json"]
+    drafted = [*options, "--mode", "speculative", "--draft-exit", 2, "--draft-length", 3]
     few = ["--draft-vocabulary", 3, "--draft-corpus", corpus]
     full, plain, restricted = (
-        json.loads(command.run(*a)[1]) for a in ([*said, "--mode", "full"], drafted, drafted + few)
+        json.loads(command.run(*a)[1]) for a in ([*options, "--mode", "full"], drafted, drafted + few)
     )
     assert full["token_ids"] == plain["token_ids"] == restricted["token_ids"]
     frequent = set(load_tokenizer(command.model).encode("ab "))
@@ -291,14 +291,14 @@ def test_compiled_layers_are_asked(command: Command, adapter: Path, monkeypatch:
             asked.append((start, stop))
 
     monkeypatch.setattr("megatron_ee.inference.compiled.CompiledStage", Parts)
-    said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 8, "--mode", "full"]
+    options = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 8, "--mode", "full"]
     monkeypatch.setenv("CXX", "/bin/sh")  # one that is there
-    compiled, eager = command.json(*said, "--compile"), command.json(*said)
+    compiled, eager = command.json(*options, "--compile"), command.json(*options)
     assert compiled["token_ids"] == eager["token_ids"]
     # Nothing stops at the exits, which full mode does without.
     assert asked == [(), *[(0, 4)] * 8]
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    status, out, err = command.run(*said, "--compile")
+    status, out, err = command.run(*options, "--compile")
     assert (status, out) == (2, "") and len(err.splitlines()) == 1
     assert "--compile: on a CPU it needs a C++ compiler, and there is no /nowhere/c++" in err
 
@@ -407,8 +407,8 @@ def test_a_file_without_prompts_is_refused(command: Command, tmp_path: Path) -> 
 
 
 def test_settings_without_effect_are_reported(command: Command, adapter: Path) -> None:
-    said = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 1, "--mode", "full"]
-    status, _, err = command.run(*said, "--draft-exit", 2, "--threshold", 0.5)
+    options = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 1, "--mode", "full"]
+    status, _, err = command.run(*options, "--draft-exit", 2, "--threshold", 0.5)
     assert status == 0
     assert [line.partition("--")[2] for line in err.splitlines()] == [
         "threshold has no effect in mode full",

@@ -1,4 +1,4 @@
-"""What heads answer, on logits made by hand."""
+"""Outputs of heads, on logits made by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_certain_head_has_confidence_one(measure: Any) -> None:
     [((), (0,)), ((0,), (0, 1)), ((1,), (0,)), ((0, 1, 2), (0, 1, 2, 0)), ((0, 2, 2), (0, 1)), ((2, 1, 2), (0,))],
 )
 @pytest.mark.parametrize("logprobs", [None, 2])
-def test_greedy_proposals_stand_up_to_the_first_that_differs(
+def test_greedy_proposals_are_accepted_up_to_the_first_that_differs(
     proposals: tuple[int, ...], emitted: tuple[int, ...], logprobs: int | None
 ) -> None:
     logits = torch.tensor([[3.0, 0, 0], [0, 2.0, 0], [0, 0, 1.0], [4.0, 0, 0]])[: len(proposals) + 1]
@@ -123,8 +123,8 @@ def test_drawn_proposals_are_verified_against_what_they_were_drawn_from() -> Non
             proposals += one(other[number : number + 1], HeadInput("draft", 30 + number, sampling), draft).tokens
         found = one(logits, HeadInput("verify", 30, sampling, proposals=tuple(proposals)), draft)
         target = torch.stack([probabilities(row, sampling) for row in logits])
-        stood, token = verify(target, torch.stack(draft), proposals, seed, 30)
-        assert found.tokens == (*proposals[:stood], token)
+        accepted, token = verify(target, torch.stack(draft), proposals, seed, 30)
+        assert found.tokens == (*proposals[:accepted], token)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_the_penalty_sees_the_proposals_before_each_place(sampling: Sampling) ->
         assert one(logits[:1], HeadInput("leave", 5, sampling, seen=(0,))).tokens == (1,)
     else:
         p = [probabilities(penalised(logits[0], seen, 3.0), sampling) for seen in ((3,), (3, 0), (3, 0, 1))]
-        stood, token = verify(torch.stack(p), torch.eye(4)[:2], (0, 1), sampling.seed, 5)
-        assert found.tokens == ((0, 1)[:stood] + (token,))
+        accepted, token = verify(torch.stack(p), torch.eye(4)[:2], (0, 1), sampling.seed, 5)
+        assert found.tokens == ((0, 1)[:accepted] + (token,))
 
 
 def test_log_probabilities_come_before_temperature_and_penalty() -> None:
@@ -194,7 +194,7 @@ def test_a_head_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reads.found == {"tolist": 1}
 
 
-ASKS = {
+INPUTS = {
     "plain": HeadInput("emit", 5),
     "leave": HeadInput("leave", 5, policy=ThresholdPolicy(threshold=2.0)),
     "margin": HeadInput("leave", 5, policy=ThresholdPolicy(measure="margin")),
@@ -205,22 +205,22 @@ ASKS = {
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("kind", ASKS)
+@pytest.mark.parametrize("kind", INPUTS)
 def test_logits_that_are_not_finite_are_told_and_harm_no_other_row(kind: str, bad: float) -> None:
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
     spoilt = logits.clone()
     spoilt[1, 7] = bad
-    inputs = [ASKS["plain"], ASKS[kind], ASKS["plain"]]
+    inputs = [INPUTS["plain"], INPUTS[kind], INPUTS["plain"]]
     good, found = (head_outputs(each, inputs, [[], [], []]) for each in (logits, spoilt))
     assert not found[1].finite and found[1].tokens == ()
     assert good[1].finite and [found[0], found[2]] == [good[0], good[2]]
 
 
-@pytest.mark.parametrize("kind", ASKS)
+@pytest.mark.parametrize("kind", INPUTS)
 def test_a_token_without_any_probability_is_no_mistake(kind: str) -> None:
     """Whichever way a row is answered; else its fate would hang on its neighbours."""
     logits = torch.tensor([[1.0, -math.inf, 0.5]])
-    found = one(logits, ASKS[kind])
+    found = one(logits, INPUTS[kind])
     assert found.finite and all(math.isfinite(sure) for sure in found.confidences)
     assert found.tokens in ((0,), (2,), ())
-    assert not one(torch.full((1, 3), -math.inf), ASKS[kind]).finite
+    assert not one(torch.full((1, 3), -math.inf), INPUTS[kind]).finite

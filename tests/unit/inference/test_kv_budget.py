@@ -84,19 +84,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache_manager, "CHUNK", 8)
 
 
-def core_of(engine: Engine) -> Any:
+def scheduler_of(engine: Engine) -> Any:
     return engine._scheduler
 
 
 def bytes_kept(engine: Engine) -> int:
     """What the rows' caches really take."""
-    caches = [cache for row in core_of(engine).stages[0].sequences.values() for cache in row.all_caches]
+    caches = [cache for row in scheduler_of(engine).stages[0].sequences.values() for cache in row.all_caches]
     return sum(part.untyped_storage().nbytes() for cache in caches for part in cache._kept or ())
 
 
 def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:
     """Answers by request and sample; at each step memory is within its bounds, at the end nothing is left."""
-    scheduler, found = core_of(engine), {}
+    scheduler, found = scheduler_of(engine), {}
     numbers = [engine.submit(request) for request in requests]
     for _ in range(20_000):
         if engine.idle:
@@ -116,7 +116,7 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[Completion
     return [[found[n, i] for i in range(r.samples)] for n, r in zip(numbers, requests, strict=True)]
 
 
-def told(completion: Completion) -> tuple[Any, ...]:
+def summary(completion: Completion) -> tuple[Any, ...]:
     return [(token.id, token.layer) for token in completion.tokens], completion.finish_reason
 
 
@@ -137,7 +137,7 @@ def requests() -> list[Request]:
 
 def memory_for(stage: Stage, *lengths: int) -> int:
     """Bytes of full rows of these many positions."""
-    budget = core_of(make_engine(stage)).budget
+    budget = scheduler_of(make_engine(stage)).budget
     return sum(budget.needed(length, length) for length in lengths)
 
 
@@ -148,15 +148,15 @@ def test_rows_wait_or_are_preempted_with_the_same_result(rows: int, exit_stage: 
     engine = make_engine(stage, memory=memory_for(stage, *[63] * rows), max_rows=6)
     pressed = run_all(engine, requests())
     for request, ours, theirs in zip(requests(), pressed, alone, strict=True):
-        assert [told(one) for one in ours] == [told(one) for one in theirs], request
-    assert engine.statistics()["num_preempted"] == core_of(engine).num_preempted > 0
+        assert [summary(one) for one in ours] == [summary(one) for one in theirs], request
+    assert engine.statistics()["num_preempted"] == scheduler_of(engine).num_preempted > 0
 
 
 def test_the_youngest_is_preempted_and_the_oldest_never(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
     engine = make_engine(stage, memory=memory_for(stage, 40, 16), max_rows=4)
     numbers = [engine.submit(Request(prompt=[5, 6, 7, number], max_tokens=36)) for number in range(3)]
-    ended, rows, left = [], core_of(engine).running, []
+    ended, rows, left = [], scheduler_of(engine).running, []
     while not engine.idle:
         before = list(rows)
         for event in engine.step():
@@ -164,7 +164,7 @@ def test_the_youngest_is_preempted_and_the_oldest_never(exit_stage: MakeStage, s
                 ended.append(event.request)
         left += [row for row in before if row not in rows]
     assert ended == numbers
-    assert left[0] == 3 and left.count(1) == 1 and core_of(engine).num_preempted > 0
+    assert left[0] == 3 and left.count(1) == 1 and scheduler_of(engine).num_preempted > 0
 
 
 def test_a_row_that_just_fits_runs_alone(exit_stage: MakeStage, small_chunks: None) -> None:
@@ -189,7 +189,7 @@ def test_one_that_can_never_fit_is_refused_at_once(exit_stage: MakeStage, small_
             engine.submit(Request(prompt=prompt, max_tokens=count))
     [last] = [event for event in engine.stream(running) if event.completion is not None]
     assert last.completion is not None and len(last.completion.tokens) == 36
-    assert engine.idle and core_of(engine).budget.used == 0
+    assert engine.idle and scheduler_of(engine).budget.used == 0
 
 
 @pytest.mark.parametrize("after", range(0, 60, 7))
@@ -202,7 +202,7 @@ def test_nothing_leaks_when_all_are_cancelled(after: int, exit_stage: MakeStage,
     for number in numbers[::-1]:
         engine.cancel(number)
         engine.cancel(number)
-    scheduler = core_of(engine)
+    scheduler = scheduler_of(engine)
     assert (
         scheduler.idle
         and scheduler.budget.used == 0
@@ -222,5 +222,5 @@ def test_samples_of_one_that_is_preempted_go_on(exit_stage: MakeStage, small_chu
     engine = make_engine(stage, memory=memory_for(stage, 60, 48), max_rows=4)
     [ours] = run_all(engine, [request])
     theirs = [make_engine(stage).generate([single])[0][0] for single in singles]
-    assert [told(one) for one in ours] == [told(one) for one in theirs]
-    assert core_of(engine).num_preempted > 0
+    assert [summary(one) for one in ours] == [summary(one) for one in theirs]
+    assert scheduler_of(engine).num_preempted > 0

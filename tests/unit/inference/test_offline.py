@@ -38,9 +38,9 @@ def test_outcomes_come_in_order(ahead: int) -> None:
     engine: Any = LastFirst(fails=3)
     advanced: list[int] = []
     found = list(run_batch(engine, requests, ahead=ahead, advance=advanced.append))
-    said = [[each if isinstance(each, str) else each.text for each in outcomes] for outcomes in found]
-    failed = next(number for number, texts in enumerate(said) if texts == ["not finite"])
+    outputs = [[each if isinstance(each, str) else each.text for each in outcomes] for outcomes in found]
+    failed = next(number for number, texts in enumerate(outputs) if texts == ["not finite"])
     expected = [[str(number)] * request.samples for number, request in enumerate(requests)]
     expected[failed] = ["not finite"]
-    assert said == expected and len(advanced) == 8
+    assert outputs == expected and len(advanced) == 8
     assert engine.most == min(ahead, 8)

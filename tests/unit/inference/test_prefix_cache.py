@@ -106,11 +106,11 @@ def ask(engine: Engine, prompt: Sequence[int], **fields: Any) -> Completion:
     return completion
 
 
-def said(completion: Completion) -> list[tuple[int, int]]:
+def emitted(completion: Completion) -> list[tuple[int, int]]:
     return [(token.id, token.layer) for token in completion.tokens]
 
 
-def core_of(engine: Engine) -> Any:
+def scheduler_of(engine: Engine) -> Any:
     return engine._scheduler
 
 
@@ -136,7 +136,7 @@ def test_a_chat_goes_on_from_where_it_was(
     assert reused == len(history) - 4 - before.statistics["deferred_tokens"]
     fell = after.statistics["proposed"] and 3 * after.statistics["rounds"]
     assert sum(ran) <= len(history) - reused + 11 + fell
-    assert said(after) == said(ask(make_engine(stage), history, **second))
+    assert emitted(after) == emitted(ask(make_engine(stage), history, **second))
     assert engine.statistics()["reused_tokens"] == reused
     assert before.statistics["reused_tokens"] == 0
 
@@ -147,7 +147,7 @@ def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) ->
     ask(engine, LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06))
     engine.submit(Request(prompt=[*LONG[:30], 99, 98, 97], max_tokens=5))
     engine.step()
-    scheduler = core_of(engine)
+    scheduler = scheduler_of(engine)
     [seq] = scheduler.running.values()
     row = scheduler.stages[0].sequences[seq.seq_id]
     reference = StageRunner(stage, 0, 64)
@@ -176,7 +176,7 @@ def test_rows_in_work_share_too(exit_stage: MakeStage) -> None:
                 ends[event.request, event.sample] = event.completion
     [alone] = make_engine(stage).generate([Request(prompt=[*LONG, 5, 6], max_tokens=8, samples=2)])
     assert ends[second, 0].statistics["reused_tokens"] >= len(LONG) - 1
-    assert [said(ends[second, sample]) for sample in range(2)] == [said(each) for each in alone]
+    assert [emitted(ends[second, sample]) for sample in range(2)] == [emitted(each) for each in alone]
     assert first in {request for request, _ in ends}
 
 
@@ -187,19 +187,19 @@ def test_samples_of_a_prompt_that_is_known_all_begin_with_it(exit_stage: MakeSta
     [outputs] = engine.generate([Request(prompt=LONG, max_tokens=8, samples=3)])
     assert [each.statistics["reused_tokens"] for each in outputs] == [len(LONG) - 1] * 3
     [alone] = make_engine(stage).generate([Request(prompt=LONG, max_tokens=8, samples=3)])
-    assert [said(each) for each in outputs] == [said(each) for each in alone]
+    assert [emitted(each) for each in outputs] == [emitted(each) for each in alone]
 
 
 def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
     """Rows that wait, and rows that grow, come before those that have ended: nobody is preempted for these."""
     stage = exit_stage("llama3.1", [ExitSpec(2)])
-    needed = core_of(make_engine(stage)).budget.needed(52, 52)
+    needed = scheduler_of(make_engine(stage)).budget.needed(52, 52)
     engine = make_engine(stage, prefix_rows=8, memory=2 * needed)
-    scheduler = core_of(engine)
+    scheduler = scheduler_of(engine)
     for start in range(5):
         prompt = [start, *LONG[1:]]
-        expected = said(ask(make_engine(stage), prompt))
-        assert said(ask(engine, prompt)) == expected
+        expected = emitted(ask(make_engine(stage), prompt))
+        assert emitted(ask(engine, prompt)) == expected
         assert set(scheduler.stages[0].sequences) == set(scheduler.prefixes.seq_ids) == set(scheduler.budget._claims)
         assert scheduler.budget.used <= scheduler.budget.total
     assert 1 <= len(scheduler.prefixes.seq_ids) <= 2 and scheduler.num_preempted == 0
@@ -215,13 +215,13 @@ def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
     while len(seen) < 5:
         seen += [token.id for event in engine.step() for token in event.tokens]
     engine.cancel(number)
-    scheduler = core_of(engine)
+    scheduler = scheduler_of(engine)
     [row] = scheduler.stages[0].sequences.values()
     [lengths] = [{cache.length for cache in row.all_caches}]
     assert len(lengths) == 1 and lengths.pop() >= len(LONG) and not row.waiting
     after = ask(engine, [*LONG, *seen, 1])
     assert after.statistics["reused_tokens"] >= len(LONG)
-    assert said(after) == said(ask(make_engine(stage), [*LONG, *seen, 1]))
+    assert emitted(after) == emitted(ask(make_engine(stage), [*LONG, *seen, 1]))
 
 
 def test_a_row_that_failed_is_not_kept(exit_stage: MakeStage) -> None:
@@ -232,4 +232,4 @@ def test_a_row_that_failed_is_not_kept(exit_stage: MakeStage) -> None:
     engine.submit(Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=4))
     while not engine.idle:
         engine.step()
-    assert not core_of(engine).stages[0].sequences and core_of(engine).budget.used == 0
+    assert not scheduler_of(engine).stages[0].sequences and scheduler_of(engine).budget.used == 0
