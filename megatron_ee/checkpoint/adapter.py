@@ -12,9 +12,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_ee.checkpoint.atomic import current_directory
 from megatron_ee.checkpoint.digest import file_sha256
@@ -25,10 +25,11 @@ from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, stored
 from megatron_ee.config.architecture import MAX_LAYERS, Architecture, changed_settings, output_settings
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import Body, Head, Init
+from megatron_ee.config.schema import Head, Init
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
+from megatron_ee.exits.registry import BODIES, bodies_with
 from megatron_ee.exits.tensors import exit_tensors
 
 VERSION = 1
@@ -147,11 +148,17 @@ def exits_in(checkpoint: Checkpoint) -> Adapter:
     return _describe(checkpoint.path, where, metadata, steps, weights)
 
 
+def _known_body(name: Any) -> str:
+    if not isinstance(name, str) or name not in BODIES:
+        raise ValueError(f"must be one of {', '.join(BODIES)}, not {shown(name)}")
+    return name
+
+
 class _Exit(Strict):
     """One entry of a description's ``exits``: an ``ExitSpec``."""
 
     layer: int = Field(ge=1, le=MAX_LAYERS)
-    body: Body = "mlp"
+    body: Annotated[str, BeforeValidator(_known_body)] = "mlp"
     head: Head = "own"
     weight: float = Field(1.0, gt=0)
     rank: int = Field(64, ge=1)
@@ -191,14 +198,12 @@ def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor])
         own = {name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
         stray -= {prefix + name for name in own}
         kinds = {name.partition(".")[0] for name in own}
-        body = (
-            "layer" if "self_attn" in kinds else "mlp" if "mlp" in kinds else "norm" if "norm" in kinds else "embedding"
-        )
+        bodies = bodies_with(kinds - {"lm_head"})
         head = "own" if "lm_head.weight" in own else "low_rank" if "lm_head.a" in own else "shared"
-        if (body, head) != (spec.body, spec.head):
+        if spec.body not in bodies or head != spec.head:
             raise ValueError(
                 f"the exit after layer {spec.layer} is said to be {spec.body} with head {spec.head}, "
-                f"but its weights are those of {body} with head {head}"
+                f"but its weights are those of {' or '.join(bodies) or 'no body known'} with head {head}"
             )
         if head == "low_rank" and weights[f"{prefix}lm_head.a"].shape[:1] != (spec.rank,):
             raise ValueError(

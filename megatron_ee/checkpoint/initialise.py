@@ -12,7 +12,7 @@ from megatron_ee.checkpoint.loading import fill, load_frozen_norms
 from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.exits.exit import Exit
-from megatron_ee.exits.tensors import exit_copy_sources, exit_saved_sources
+from megatron_ee.exits.tensors import exit_copy_sources, trained_parts
 from megatron_ee.model.names import blocks
 
 INIT_STD = 0.02
@@ -34,11 +34,11 @@ def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
     else:
         fill(exit_copy_sources(exit_), model, exit_.setup)
     tensor, drawn = exit_.setup.groups.tensor, dict[str, StoredTensor]()
-    for parameter, source in exit_saved_sources(exit_):
-        if exit_.spec.init == "copy" and parameter is not exit_.down and parameter is not exit_.up:
+    for parameter, part in trained_parts(exit_):
+        if exit_.spec.init == "copy" and part.copied is not None:
             continue
         parameter.zero_()  # rows that pad the vocabulary stay zero
-        for block in blocks(parameter, source, exit_.setup.architecture, tensor.rank(), tensor.size()):
+        for block in blocks(parameter, part.saved, exit_.setup.architecture, tensor.rank(), tensor.size()):
             if block.name not in drawn:
                 drawn[block.name] = random_tensor(block.name, block.shape, exit_.spec.layer, seed, parameter.dtype)
             drawn[block.name].read(block.tensor, block.offset)

@@ -51,7 +51,7 @@ def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None
 
 
 def load_frozen_norms(exit_: Exit, model: SavedModel) -> None:
-    """Read an exit's frozen tensors: the input norm of an ``mlp`` exit."""
+    """Read an exit's frozen tensors: the norms that it reads its tap through."""
     fill((pair for pair in exit_copy_sources(exit_) if not pair[0].requires_grad), model, exit_.setup)
 
 

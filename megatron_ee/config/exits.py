@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ee.config.schema import Body, ExitConfig, Head, Init
+from megatron_ee.config.schema import ExitConfig, Head, Init
 from megatron_ee.errors import ConfigError
 
 
@@ -14,24 +14,18 @@ class ExitSpec:
     """One exit after ``layer`` (from 1). Fields as in ``ExitConfig``, with the position resolved."""
 
     layer: int
-    body: Body = "mlp"
+    body: str = "mlp"
     head: Head = "own"
     weight: float = 1.0
     rank: int = 64
     init: Init = "copy"
-
-    @property
-    def trains(self) -> bool:
-        """Whether this exit has a parameter to train. Only an ``embedding`` exit with a ``shared`` head has none."""
-        return self.body != "embedding" or self.head != "shared"
 
 
 def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpec, ...]:
     """Exits in the order of their layers.
 
     Raises:
-        ConfigError: naming the key, for a position outside the model, two exits at one place, a bad weight or rank,
-            or a set of exits that trains nothing.
+        ConfigError: naming the key, for a position outside the model, two exits at one place, or a bad weight or rank.
     """
     if not exits:
         raise ConfigError("exits: at least one exit is needed")
@@ -48,10 +42,6 @@ def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpe
         if exit_.rank < 1:
             raise ConfigError(f"{key}.rank: must be at least 1, not {exit_.rank}")
         specs[layer] = ExitSpec(layer, exit_.body, exit_.head, exit_.weight, exit_.rank, exit_.init)
-    if not any(spec.trains for spec in specs.values()):
-        raise ConfigError(
-            "exits: nothing to train: body embedding with head shared has no parameter; choose another body or head"
-        )
     return tuple(specs[layer] for layer in sorted(specs))
 
 

@@ -15,6 +15,7 @@ from megatron_ee.config.architecture import Architecture, changed_settings, outp
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Head
 from megatron_ee.errors import CheckpointError, ConfigError
+from megatron_ee.exits.registry import check_trains
 from megatron_ee.exits.tensors import exit_tensors
 from megatron_ee.families.weights import head_name
 
@@ -79,10 +80,7 @@ def add_exits(contents: Contents, specs: Sequence[ExitSpec], seed: int) -> Conte
             )
         taken.add(spec.layer)
     exits = _in_order((*contents.exits, *specs))
-    if not any(spec.trains for spec in exits):
-        raise ConfigError(
-            "exits: nothing to train: body embedding with head shared has no parameter; choose another body or head"
-        )
+    check_trains(exits)
     tensors = dict(contents.exit_tensors)
     for spec in specs:
         tensors |= _first_values(contents, spec, arch, seed)

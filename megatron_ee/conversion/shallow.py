@@ -19,7 +19,8 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.untrusted import parse_json, read_json
 from megatron_ee.errors import CheckpointError
-from megatron_ee.exits.tensors import exit_tensors
+from megatron_ee.exits.registry import BODIES, body_of
+from megatron_ee.exits.tensors import exit_parts
 from megatron_ee.families.registry import FAMILIES, parse_architecture
 from megatron_ee.families.weights import LM_HEAD, expected_tensors, head_name
 
@@ -29,9 +30,8 @@ CONFIG = "config.json"
 def shallow_model(contents: Contents, layer: int) -> Contents:
     """The exit after ``layer`` as a plain model of its family, with the exit's logits.
 
-    A ``norm`` or ``mlp`` exit after layer k is a model of k layers, a ``layer`` exit one of k + 1. A ``low_rank`` head
-    is multiplied out in float32. Every tensor has the dtype of the backbone's tensor that it replaces. Only
-    ``config.json`` is read.
+    An exit after layer k is a model of k layers and those of its body. A ``low_rank`` head is multiplied out in
+    float32. Every tensor has the dtype of the backbone's tensor that it replaces. Only ``config.json`` is read.
 
     Args:
         contents: a backbone with its exits.
@@ -42,8 +42,8 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
         kept: it is the original model.
 
     Raises:
-        CheckpointError: there is no such exit or no backbone, a tensor is missing or has another shape, or the exit has
-            no norm (body ``embedding``), which these families require.
+        CheckpointError: there is no such exit or no backbone, a tensor is missing or has another shape, or these
+            families have no model that computes what the exit's body does.
     """
     spec = _expressible_exit(contents, layer)
     arch = contents.architecture
@@ -82,10 +82,11 @@ def _expressible_exit(contents: Contents, layer: int) -> ExitSpec:
         raise CheckpointError(
             f"{contents.source}: no exit after layer {layer}; it has them after {', '.join(map(str, found))}"
         )
-    if found[layer].body == "embedding":
+    if reason := body_of(found[layer]).not_plain:
+        *others, last = (name for name, body in BODIES.items() if not body.not_plain)
         raise CheckpointError(
-            f"{contents.source}: the exit after layer {layer} has body embedding, which no plain model can express: "
-            "these families always have an RMSNorm before the head; export an exit with body norm, mlp or layer"
+            f"{contents.source}: the exit after layer {layer} has body {found[layer].body}, which no plain model can "
+            f"express: {reason}; export an exit with body {', '.join(others)} or {last}"
         )
     return found[layer]
 
@@ -107,9 +108,9 @@ def shallow_config(config: dict[str, Any], arch: Architecture, spec: ExitSpec) -
     Args:
         config: of the whole model.
         arch: of the whole model.
-        spec: the exit; a ``layer`` exit's own layer is of the last layer's kind.
+        spec: the exit; a layer of its own is of the last layer's kind.
     """
-    layers = [*range(spec.layer), *([arch.num_layers - 1] if spec.body == "layer" else [])]
+    layers = [*range(spec.layer), *[arch.num_layers - 1] * body_of(spec).extra_layers]
     result = FAMILIES[arch.family].pick(config, arch, layers)
     result["tie_word_embeddings"] = arch.tied and spec.head == "shared"
     return result
@@ -119,30 +120,22 @@ def _exit_parts(contents: Contents, arch: Architecture, spec: ExitSpec) -> dict[
     """The exit's tensors by their names in the shallow model."""
     parts: dict[str, StoredTensor] = {}
     factors: dict[str, StoredTensor] = {}
-    for name, (shape, origin) in exit_tensors(spec, arch).items():
-        tensor = contents.exit_tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{contents.source}: tensor {name!r} is missing")
-        _check_shape(contents, name, tensor, shape)
-        tensor = replace(tensor, made=" of ".join(filter(None, (name, tensor.made))))
-        if origin is None:
-            factors[name.rpartition(".")[2]] = tensor
-        else:
-            parts[_place(origin, arch, spec)] = _in_dtype(tensor, _backbone_tensor(contents, origin).dtype)
+    for part in exit_parts(spec, arch):
+        for number, (name, shape) in enumerate(zip(part.saved.names, part.shapes, strict=True)):
+            tensor = contents.exit_tensors.get(name)
+            if tensor is None:
+                raise CheckpointError(f"{contents.source}: tensor {name!r} is missing")
+            _check_shape(contents, name, tensor, shape)
+            tensor = replace(tensor, made=" of ".join(filter(None, (name, tensor.made))))
+            if part.copied is None:  # of a low_rank head
+                factors[name.rpartition(".")[2]] = tensor
+            else:
+                dtype = _backbone_tensor(contents, part.copied.names[number]).dtype
+                parts[part.plain[number]] = _in_dtype(tensor, dtype)
     if factors:
         head = _backbone_tensor(contents, head_name(arch))
         parts[LM_HEAD] = low_rank_sum((head_name(arch), head), ("b", factors["b"]), ("a", factors["a"]), head.dtype)
     return parts
-
-
-def _place(origin: str, arch: Architecture, spec: ExitSpec) -> str:
-    """Name of an exit's tensor in the shallow model, given the backbone's tensor that it was copied from."""
-    if origin == head_name(arch):
-        return LM_HEAD
-    last = f"model.layers.{arch.num_layers - 1}."
-    if spec.body == "layer" and origin.startswith(last):
-        return f"model.layers.{spec.layer}.{origin.removeprefix(last)}"
-    return origin
 
 
 def _backbone_tensor(contents: Contents, name: str) -> StoredTensor:

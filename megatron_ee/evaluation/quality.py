@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.data.loader import Batch, ValidationWindows
 from megatron_ee.evaluation.final_exit import FinalExit
+from megatron_ee.exits.registry import body_of
 from megatron_ee.model.metrics import QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality
 from megatron_ee.progress import track
@@ -51,7 +52,7 @@ def measure(
         [spec.layer for spec in specs],
         stage.setup.architecture.num_layers,
         thresholds,
-        body_layers=[int(spec.body == "layer") for spec in specs],
+        body_layers=[body_of(spec).extra_layers for spec in specs],
     )
     rank, size = groups.data.rank(), groups.data.size()
     done = 0

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.registry import tap_of
 from megatron_ee.model.backbone import Backbone, VocabHead
 from megatron_ee.model.exit_loss import exit_statistics
 from megatron_ee.model.linear import product
 from megatron_ee.model.metrics import TokenStats
-from megatron_ee.model.traversal import Tap, run_layers, run_segment
+from megatron_ee.model.traversal import run_layers, run_segment
 from megatron_ee.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ class Stage(nn.Module):
         """
         super().__init__()
         self.setup = setup
-        self.taps: dict[int, Tap] = {
-            spec.layer: "residual" if spec.body == "mlp" else "hidden" for spec in (exits if tapped is None else tapped)
-        }
+        self.taps = {spec.layer: tap_of(spec) for spec in (exits if tapped is None else tapped)}
         with torch.device(platform.device()):
             self.backbone = Backbone(setup, layers, embedding=embedding, final_exit=final_exit)
             self.shared_head = self._shared_head(exits)

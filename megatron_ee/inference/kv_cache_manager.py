@@ -13,6 +13,7 @@ from itertools import takewhile
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.registry import body_of
 from megatron_ee.inference.kv_cache import CHUNK, Extent
 
 MIN_PREFIX = 16
@@ -50,7 +51,7 @@ def stage_memory(
         element_size: bytes per number of keys and values.
     """
     windows = [architecture.windows[number - 1] for number in layers]
-    windows += [architecture.windows[-1] for spec in exits if spec.body == "layer"]
+    windows += [window for spec in exits for window in body_of(spec).windows(architecture)]
     heads = -(-architecture.num_kv_heads // tensor)
     return StageMemory(2 * heads * architecture.head_dim * element_size, tuple(windows))
 

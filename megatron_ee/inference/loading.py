@@ -20,7 +20,9 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.data.tokenizer_files import eos_token_ids
 from megatron_ee.errors import ConfigError, UserError, shown
+from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.stage import Stage
+from megatron_ee.exits.tensors import body_weights
 from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache_manager import KVBudget, PrefixCache, stage_memory
@@ -197,7 +199,7 @@ def load_stage(
     if candidates is not None:
         ids = torch.tensor(sorted(set(candidates)), device=platform.device())
         for exit_ in stage.exits:
-            exit_.restrict(ids)
+            exit_.head.restrict(ids)
     return stage
 
 
@@ -351,7 +353,7 @@ def _scheduler(
     ]
     stage_map = StageMap(
         ends=(*(place.layers[-1] for place in layout.stages[:-1]), arch.num_layers + 1),
-        layer_exits=frozenset(spec.layer for spec in specs if spec.body == "layer"),
+        layer_exits=frozenset(spec.layer for spec in specs if body_of(spec).windows(arch)),
     )
     budget = KVBudget(memory, kept, SLACK, PASS_TOKENS)
     acceptance = {spec.layer: Acceptance() for spec in specs}
@@ -365,9 +367,9 @@ def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[i
     arch = architecture
     attention = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * arch.hidden_size
     mlp, head = 3 * arch.ffn_size * arch.hidden_size, arch.vocab_size * arch.hidden_size
-    bodies = {"embedding": 0, "norm": 0, "mlp": mlp, "layer": attention + mlp}
     layer = attention + mlp
-    return {spec.layer: (bodies[spec.body] + head) / layer for spec in specs} | {arch.num_layers + 1: head / layer}
+    exits = {spec.layer: (body_weights(spec, arch) + head) / layer for spec in specs}
+    return {**exits, arch.num_layers + 1: head / layer}
 
 
 def free_memory(groups: Groups) -> int:

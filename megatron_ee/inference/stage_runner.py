@@ -58,9 +58,7 @@ class StageSequence:
             return LayerKV(Extent(limit, window, slack, pass_tokens))
 
         self.caches = {number: cache(layer.attention.window) for number, layer in stage.backbone.numbered_layers()}
-        self.exit_caches = {
-            exit_.spec.layer: cache(exit_.layer.attention.window) for exit_ in stage.exits if exit_.layer is not None
-        }
+        self.exit_caches = {exit_.spec.layer: cache(window) for exit_ in stage.exits for window in exit_.windows}
         self.waiting: dict[int, list[Tensor]] = {}
         self.draft_probs: list[Tensor] = []
 
@@ -196,7 +194,7 @@ class StageRunner:
         def at_tap(layer: int, tap: Tensor) -> Tensor:
             if layer == last and not goes_on:
                 return tap
-            if self._exits[layer].layer is not None:
+            if self._exits[layer].windows:
                 self._exits[layer].attention_half(tap, batch.positions, batch.exit_cache(layer))
             return self._join_deferred(layer, tap, batch)
 
@@ -260,7 +258,7 @@ class StageRunner:
         """Ask the exit at the end of a pass, if there is one; then the tokens wait there."""
         exit_, inputs, left = self._exits.get(pass_.stop), _head_inputs(pass_), [False] * len(batch.sequences)
         if exit_ is not None:
-            x = tap if exit_.layer is None else exit_.attention_half(tap, batch.positions, batch.exit_cache(pass_.stop))
+            x = exit_.attention_half(tap, batch.positions, batch.exit_cache(pass_.stop)) if exit_.windows else tap
             if inputs:
                 logits = _exit_logits(exit_, exit_.rest(_newest(x, pass_, batch))[:, 0], inputs)
                 emitted = iter([bool(output.tokens) for output in self._run_head(logits, pass_, batch)])
@@ -310,14 +308,14 @@ def _head_inputs(pass_: Pass) -> list[HeadInput]:
 def _exit_logits(exit_: Exit, z: Tensor, inputs: Sequence[HeadInput]) -> Tensor:
     """Logits ``[tokens, vocab]`` from z ``[tokens, hidden]``; drafts are chosen from the exit's candidates alone."""
     drafts = [each.kind == "draft" for each in inputs]
-    if exit_.candidates is None or not any(drafts):
-        return exit_.logits(z)
+    if exit_.head.candidates is None or not any(drafts):
+        return exit_.head.logits(z)
     if all(drafts):
-        return exit_.candidate_logits(z)
-    logits = exit_.logits(z)
+        return exit_.head.candidate_logits(z)
+    logits = exit_.head.logits(z)
     for row, draft in zip(logits, drafts, strict=True):
         if draft:
-            row.masked_fill_(exit_.candidates.left_out, -torch.inf)
+            row.masked_fill_(exit_.head.candidates.left_out, -torch.inf)
     return logits
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.registry import body_of, tap_of, trains
 from megatron_ee.parallel.costs import attention_flops, mlp_flops, padded_vocab
 
 
@@ -19,38 +20,21 @@ def layer_flops(
 ) -> list[int]:
     """Forward of each backbone layer that a step runs, the first layer's first.
 
-    The last one's MLP is left out where only an ``mlp`` exit, which has its own, reads that layer.
+    The last one's MLP is left out where the exit after it reads the residual before the MLP.
     """
     run = last_layer(specs, architecture.num_layers, distillation)
     mlp = mlp_flops(architecture, tokens)
     costs = [attention_flops(architecture, layer, tokens) + mlp for layer in range(1, run + 1)]
-    if not distillation and all(spec.body == "mlp" for spec in specs if spec.layer == run):
+    if not distillation and all(tap_of(spec) == "residual" for spec in specs if spec.layer == run):
         costs[-1] -= mlp
     return costs
 
 
 def exit_flops(architecture: Architecture, spec: ExitSpec, tokens: int, tensor: int = 1) -> int:
-    """Forward and backward of an exit, ``body_flops + head_flops``; 0 where it trains nothing and is only read."""
-    if not spec.trains:
+    """Forward and backward of an exit, of body and head; 0 where it trains nothing and is only read."""
+    if not trains(spec):
         return 0
-    return body_flops(architecture, spec, tokens) + head_flops(architecture, spec, tokens, tensor)
-
-
-def body_flops(architecture: Architecture, spec: ExitSpec, tokens: int) -> int:
-    """Forward and backward of an exit's body. A tap needs no gradient.
-
-    - ``embedding``, ``norm``: 0.
-    - ``mlp``: ``14 T h f``: forward and weight gradients ``6 T h f`` each, and the input gradient of the down
-      projection, ``2 T h f``. What gate and up read is frozen.
-    - ``layer``: three times a layer's forward: its norms are trained too, so every product has both gradients.
-    """
-    if spec.body == "mlp":
-        return 14 * tokens * architecture.hidden_size * architecture.ffn_size
-    if spec.body == "layer":
-        # It is the last layer's copy, so it has that one's window.
-        last = architecture.num_layers
-        return 3 * (attention_flops(architecture, last, tokens) + mlp_flops(architecture, tokens))
-    return 0
+    return body_of(spec).flops(architecture, tokens) + head_flops(architecture, spec, tokens, tensor)
 
 
 def head_flops(architecture: Architecture, spec: ExitSpec, tokens: int, tensor: int = 1) -> int:
@@ -61,10 +45,10 @@ def head_flops(architecture: Architecture, spec: ExitSpec, tokens: int, tensor: 
     - ``low_rank``, of rank r: as ``shared``, and for both of its factors the same three products:
       ``6 T r (h + V)``.
 
-    The features of an ``embedding`` exit are the tap itself, so input gradients with respect to h are left out.
+    A body that trains nothing needs no gradient of what it gives, so input gradients with respect to h are left out.
     """
     vocab, hidden = padded_vocab(architecture.vocab_size, tensor), architecture.hidden_size
-    to_features = spec.body != "embedding"
+    to_features = bool(body_of(spec).saved)
     flops = 2 * tokens * hidden * vocab * (1 + to_features + (spec.head == "own"))
     if spec.head == "low_rank":
         flops += 2 * tokens * spec.rank * (hidden * (2 + to_features) + 3 * vocab)

@@ -2,8 +2,7 @@
 
 Weights, gradients and optimizer state are counted exactly but for megatron-core's alignment of each tensor; activations
 by what is alive when most is: see ``_activations``. Not counted are the few bytes per token of labels and positions,
-and what CUDA, the communication library and a fragmented allocator take. Pure: neither torch nor a process group is
-needed.
+and what CUDA, the communication library and a fragmented allocator take. Pure: no process group is needed.
 """
 
 from __future__ import annotations
@@ -14,6 +13,9 @@ from dataclasses import dataclass
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.body import LayerBytes
+from megatron_ee.exits.registry import body_of, trains
+from megatron_ee.exits.tensors import parameter_sizes
 from megatron_ee.parallel.costs import VOCAB_MULTIPLE, padded_vocab
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.tiles import TOP_RUN, UPDATE_RUN, WINDOW_QUERIES, Tiles, accelerator_tiles
@@ -131,7 +133,7 @@ def stage_parameters(
     frozen += first * vocabulary + last * hidden
     if (last or any(spec.head != "own" for spec in hosted)) and not (first and architecture.tied):
         frozen += vocabulary
-    frozen += sum(hidden for spec in hosted if spec.body == "mlp")  # the layer's own norm, which they read through
+    frozen += hidden * sum(len(body_of(spec).frozen(architecture, spec.layer)) for spec in hosted)  # norms
     return frozen, sum(trained_parameters(architecture, spec, tensor) for spec in hosted)
 
 
@@ -150,13 +152,8 @@ def mlp_parameters(architecture: Architecture, tensor: int = 1) -> int:
 
 
 def trained_parameters(architecture: Architecture, spec: ExitSpec, tensor: int = 1) -> int:
-    """Of one exit on one tensor-parallel rank: body, norm, and the head or its low-rank correction."""
-    hidden, rows = architecture.hidden_size, padded_vocab(architecture.vocab_size, tensor) // tensor
-    body = {"mlp": mlp_parameters, "layer": layer_parameters}.get(spec.body)
-    trained = body(architecture, tensor) if body is not None else 0
-    trained += hidden if spec.body != "embedding" else 0
-    trained += {"own": rows * hidden, "shared": 0, "low_rank": spec.rank * (rows + hidden)}[spec.head]
-    return trained
+    """Of one exit on one tensor-parallel rank."""
+    return sum(parameter_sizes(spec, architecture, tensor))
 
 
 def _hosted(stage: StageLayout, specs: Sequence[ExitSpec]) -> list[ExitSpec]:
@@ -178,7 +175,7 @@ def _activations(
     held = len([spec for spec in specs if spec.layer in stage.layers])
     if workload.top_k:
         held += layout.lag(index) * len([layer for layer in stage.exits if layer in stage.layers])
-    trained = [spec for spec in _hosted(stage, specs) if spec.trains]
+    trained = [spec for spec in _hosted(stage, specs) if trains(spec)]
     peaks = [_exit_peak(architecture, spec, _of_a_graph(architecture, spec, workload)) for spec in trained]
     if stage.layers:
         # The embedded tokens stay until all layers have run; what comes from another stage is in a transfer buffer.
@@ -192,7 +189,7 @@ def _activations(
 def _band_bytes(architecture: Architecture, stage: StageLayout, trained: Sequence[ExitSpec], workload: Workload) -> int:
     """Of the masks of sliding windows that are shorter than a sequence, which all layers and microbatches share."""
     windows = {architecture.windows[layer - 1] for layer in stage.layers}
-    windows |= {architecture.windows[-1] for spec in trained if spec.body == "layer"}
+    windows |= {window for spec in trained for window in body_of(spec).windows(architecture)}
     shared, size = architecture.num_heads // architecture.num_kv_heads, 0
     for window in windows:
         if window is not None and window < workload.sequence_length:
@@ -205,11 +202,8 @@ def _update_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], traine
     """Of the split optimizer: main weights of some elements in float32, and the same once more when it splits them."""
     if workload.itemsize == FLOAT32 or workload.remainder == FLOAT32 or workload.host_optimizer:
         return 0
-    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
-    head = rows * architecture.hidden_size if any(spec.head == "own" for spec in hosted) else 0
-    mlp = any(spec.body in ("mlp", "layer") for spec in hosted)
-    gate_and_up = 2 * architecture.ffn_size // workload.tensor * architecture.hidden_size if mlp else 0
-    return 2 * FLOAT32 * min(UPDATE_RUN, max(head, gate_and_up), -(-trained // workload.data))
+    largest = max((size for spec in hosted for size in parameter_sizes(spec, architecture, workload.tensor)), default=0)
+    return 2 * FLOAT32 * min(UPDATE_RUN, largest, -(-trained // workload.data))
 
 
 def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) -> Workload:
@@ -217,7 +211,7 @@ def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) 
     tiles = _tiles(architecture, workload)
     graph = tiles.graph_tokens if workload.graph_tokens is None else workload.graph_tokens
     tokens = max(graph, min(workload.chunk_tokens, tiles.logit_tokens))
-    if spec.body == "layer" or workload.sequence_parallel or tokens >= workload.tokens:
+    if body_of(spec).windows(architecture) or workload.sequence_parallel or tokens >= workload.tokens:
         return workload
     return dataclasses.replace(workload, micro_batch_size=1, sequence_length=tokens)
 
@@ -228,30 +222,15 @@ def _layer_peak(architecture: Architecture, workload: Workload) -> int:
     Alive are the layer's input and its norm's output, in attention the fused projection and four times the queries, in
     the MLP the residual too, and gate and up together, whose memory the activated gate and the product take.
     """
-    hidden, gathered, query, key, ffn = _layer_bytes(architecture, workload)
-    attention = 2 * hidden + gathered + 5 * query + 2 * key
-    return max(attention, 3 * hidden + gathered + 2 * ffn)
+    sizes = _layer_bytes(architecture, workload)
+    attention = 2 * sizes.hidden + sizes.gathered + 5 * sizes.query + 2 * sizes.key
+    return max(attention, 3 * sizes.hidden + sizes.gathered + 2 * sizes.ffn)
 
 
 def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
-    """One exit's graph: at the loss, with its scratch, or in the backward of the body, whichever is more.
-
-    Kept for backward are the input of each norm and linear, in an MLP also gate and up together and the activated gate,
-    in attention the fused projection (for the values), the turned queries and keys and the context twice. Backward
-    through the MLP holds two gradients of its size at a time beside these, or a weight's gradient.
-    """
-    hidden, gathered, query, key, ffn = _layer_bytes(architecture, workload)
-    weight = architecture.ffn_size // workload.tensor * architecture.hidden_size * workload.itemsize
-    # Before the last norm, and what the head reads; without a norm that is the tap.
-    features = gathered if spec.body == "embedding" else hidden + _gathered_bytes(architecture, workload)
-    kept = backward = 0
-    if spec.body in ("mlp", "layer"):
-        kept = hidden + gathered + 4 * ffn
-        backward = hidden + gathered + max(6 * ffn, 5 * ffn + weight, 2 * ffn + 2 * weight)
-    if spec.body == "layer":
-        attention = 2 * hidden + gathered + 4 * query + 3 * key
-        kept, backward = kept + attention, backward + attention
-    return max(features + kept + _loss_bytes(architecture, spec, workload), features + backward)
+    """One exit's graph: at the loss, with its scratch, or in the backward of the body, whichever is more."""
+    graph = body_of(spec).graph_bytes(_layer_bytes(architecture, workload))
+    return max(graph.kept + _loss_bytes(architecture, spec, workload), graph.backward)
 
 
 def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
@@ -263,7 +242,7 @@ def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) 
     rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
     narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
     logits = _chunk_logits(architecture, workload)
-    size = _gathered_bytes(architecture, workload) if spec.body != "embedding" else 0
+    size = _gathered_bytes(architecture, workload) if body_of(spec).saved else 0
     size += logits * (FLOAT32 * (1 + workload.tempered) + narrow)
     size += logits // rows * VOCAB_MULTIPLE * FLOAT32  # of the search for the maximum
     if spec.head == "low_rank":
@@ -316,11 +295,16 @@ def _hidden_bytes(architecture: Architecture, workload: Workload) -> int:
     return _gathered_bytes(architecture, workload) // (workload.tensor if workload.sequence_parallel else 1)
 
 
-def _layer_bytes(architecture: Architecture, workload: Workload) -> tuple[int, int, int, int, int]:
-    """Of a microbatch in a layer: hidden states, what gathering them adds, queries, keys, and the MLP's features."""
+def _layer_bytes(architecture: Architecture, workload: Workload) -> LayerBytes:
     per_feature = workload.tokens * workload.itemsize
     query, key = _head_rows(architecture, workload.tensor)
-    hidden = _hidden_bytes(architecture, workload)
-    gathered = _gathered_bytes(architecture, workload) if workload.sequence_parallel else 0
-    ffn = architecture.ffn_size // workload.tensor
-    return hidden, gathered, query * per_feature, key * per_feature, ffn * per_feature
+    whole, ffn = _gathered_bytes(architecture, workload), architecture.ffn_size // workload.tensor
+    return LayerBytes(
+        hidden=_hidden_bytes(architecture, workload),
+        whole=whole,
+        gathered=whole if workload.sequence_parallel else 0,
+        query=query * per_feature,
+        key=key * per_feature,
+        ffn=ffn * per_feature,
+        matrix=ffn * architecture.hidden_size * workload.itemsize,
+    )

@@ -1,6 +1,6 @@
 """The plan of a run: what each stage holds, computes and waits for, counted before anything is loaded.
 
-Pure: neither torch nor a process group is needed.
+Pure: no process group is needed.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig, WandbConfig
 from megatron_ee.errors import ConfigError
+from megatron_ee.exits.registry import check_trains
 from megatron_ee.families.weights import expected_tensors
 from megatron_ee.parallel.groups import world_size
 from megatron_ee.planning.balance import resolve_layout
@@ -72,6 +73,7 @@ def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator
         raise error
     model, parallel = open_model(config.model.path), config.parallel
     specs = check_run(config, model.architecture, parallel.tensor * parallel.pipeline)
+    check_trains(specs)
     distillation = config.loss.distillation.kl > 0
     resolve_layout(parallel, specs, model.architecture, config.data.sequence_length, distillation)
     check_wandb(config.logging.wandb)

@@ -30,6 +30,7 @@ from megatron_ee.data.checks import changed_data, check_data, describe_data
 from megatron_ee.data.indexed import Corpus
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
 from megatron_ee.errors import ConfigError, Interrupted
+from megatron_ee.exits.registry import check_trains
 from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.parallel.adam import adam_class
@@ -149,6 +150,7 @@ def _open_inputs(
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     arch = model.architecture
     specs = check_run(config, arch, world_size())
+    check_trains(specs)
     # Refused here if they are not installed on this machine.
     check_wandb(config.logging.wandb)
     adam_class(config.optimizer.implementation, platform.DTYPES[config.model.dtype])

@@ -20,6 +20,7 @@ from megatron_ee import platform
 from megatron_ee.config.schema import LossConfig
 from megatron_ee.data.loader import Batch
 from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.registry import trains
 from megatron_ee.exits.stage import Stage
 from megatron_ee.model.distillation import Distillation, Teacher, teacher_top_k
 from megatron_ee.parallel.groups import Groups
@@ -78,9 +79,9 @@ def tuning_step(
     """
     stage = pipeline.stage
     tokens = _global_tokens(batches, optimizer.groups.data)
-    weights = {spec.layer: spec.weight * ramp for spec in pipeline.specs if spec.trains}
+    weights = {spec.layer: spec.weight * ramp for spec in pipeline.specs if trains(spec)}
     sums = {layer: torch.zeros((), dtype=torch.float64, device=platform.device()) for layer in weights}
-    trained = [exit_ for exit_ in stage.exits if exit_.spec.trains]
+    trained = [exit_ for exit_ in stage.exits if exit_.trains]
     chunk = min(loss.chunk_tokens, stage.setup.tiles.logit_tokens)
     at_a_time = max(chunk, stage.setup.tiles.graph_tokens)
 

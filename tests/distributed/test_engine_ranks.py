@@ -112,8 +112,8 @@ def engine_of(directory: str, tensor: int, pipeline: int, **options: Any) -> Ite
         for exit_ in stage.exits:
             initialise_exit(exit_, model, 1)
             with torch.no_grad():  # exits that differ from each other, and now and then from the final one
-                exit_.norm.weight *= 1 + 0.2 * exit_.spec.layer
-            exit_.restrict(torch.arange(0, 131, 2, device=platform.device()))  # of which each rank has some
+                exit_.body.norm.weight *= 1 + 0.2 * exit_.spec.layer
+            exit_.head.restrict(torch.arange(0, 131, 2, device=platform.device()))  # of which each rank has some
         with engine_on_ranks(stage, layout, SPECS, **options) as engine:
             yield engine
 

@@ -103,10 +103,10 @@ def test_every_module_and_parameter_is_logged_once(
     assert not any("layers.5" in path for path in paths)
 
     log = dict(line.split(": ", 1) for line in lines)
-    assert log["exits.1.head.weight"] == "[384, 64] float32, trained"
+    assert log["exits.1.head.matrix.weight"] == "[384, 64] float32, trained"
     assert log["backbone.layers.4.mlp.down.weight"] == "[64, 112] float32, frozen"
     assert log["backbone.layers.1.mlp.down"] == "RowLinear([32, 2, 112] float32) -> [32, 2, 64] float32"
-    assert log["exits.2.layer.mlp_half"] == "DecoderLayer([32, 2, 64] float32) -> [32, 2, 64] float32"
+    assert log["exits.2.body.layer.mlp_half"] == "DecoderLayer([32, 2, 64] float32) -> [32, 2, 64] float32"
     taps = ", ".join(f"{layer}=[32, 2, 64] float32" for layer in (1, 2, 4))
     assert log["stage.run_layers"].endswith(f"-> [32, 2, 64] float32, {taps}")
 
@@ -297,15 +297,15 @@ def test_a_gradient_that_stays_zero_is_named(make_trainer: Callable[..., Trainer
 
 def test_a_frozen_weight_that_changes_is_named(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer([ExitSpec(2), ExitSpec(4, "norm")], 1)
-    with pytest.raises(UserError, match=r"^exits\.2\.input_norm\.weight: is frozen"), checked(trainer):
+    with pytest.raises(UserError, match=r"^exits\.2\.body\.input_norm\.weight: is frozen"), checked(trainer):
         step(trainer)
         with torch.no_grad():
-            trainer.pipeline.stage.exits[0].input_norm.weight[5] += 1e-3
+            trainer.pipeline.stage.exits[0].body.input_norm.weight[5] += 1e-3
 
 
 def test_a_gradient_that_is_not_finite_is_named_before_the_update(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer([ExitSpec(2), ExitSpec(4, "norm")], 1)
-    weight = trainer.pipeline.stage.exits[0].mlp.down.weight
+    weight = trainer.pipeline.stage.exits[0].body.mlp.down.weight
     before = weight.detach().clone()
     weight.register_hook(lambda gradient: gradient / 0)
     message = r"^step 1: the gradient of exits\.2\.mlp\.down\.weight: \d+ of 7168 values are not finite"
@@ -320,7 +320,7 @@ def test_nan_in_the_backward_pass_is_one_line(make_trainer: Callable[..., Traine
     def spoil_gradient(module: Any, inputs: Any, output: torch.Tensor) -> None:
         output.register_hook(lambda gradient: gradient * float("nan"))
 
-    trainer.pipeline.stage.exits[1].norm.register_forward_hook(spoil_gradient)
+    trainer.pipeline.stage.exits[1].body.norm.register_forward_hook(spoil_gradient)
     message = r"^step 1, microbatch 1 of 2: exits\.4: the backward pass: .*nan values"
     with (
         pytest.warns(UserWarning, match="Error detected in"),

@@ -87,7 +87,7 @@ def our_logits(stage: Stage) -> Iterator[Tensor]:
     positions = stage.backbone.positions(TOKENS.shape[1])
     h, taps = stage.run_layers(stage.backbone.embed(TOKENS.to(platform.device())), positions, to_end=True)
     for exit_ in stage.exits:
-        yield exit_.logits(exit_.features(taps[exit_.spec.layer], positions)).transpose(0, 1).cpu()
+        yield exit_.head.logits(exit_.features(taps[exit_.spec.layer], positions)).transpose(0, 1).cpu()
     yield stage.final_logits(stage.final_features(h)).transpose(0, 1).cpu()
 
 
@@ -120,7 +120,7 @@ def test_logits(family: str, changes: Mapping[str, Any], tied: bool, make: Make,
 def test_exits_start_from_this_head_and_are_exported_with_it(make: Make, tmp_path: Path, load_stage: LoadStage) -> None:
     path = make(head=other)
     stage = load_stage(path, EXITS)
-    assert torch.equal(stage.exits[1].head.weight[:131].cpu(), load_file(path / FILE)[HEAD])  # type: ignore[union-attr]
+    assert torch.equal(stage.exits[1].head.matrix.weight[:131].cpu(), load_file(path / FILE)[HEAD])  # type: ignore[union-attr]
     digest = open_model(path).digest()
     save_adapter(
         tmp_path / "adapter",

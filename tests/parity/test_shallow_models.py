@@ -94,7 +94,7 @@ def exit_logits(stage: Stage, tokens: Tensor) -> Iterator[tuple[ExitSpec, Tensor
     _, taps = stage.run_layers(stage.backbone.embed(tokens.to(device)), positions, to_end=True)
     for exit_ in stage.exits:
         z = exit_.features(taps[exit_.spec.layer], positions)
-        yield exit_.spec, exit_.logits(z).transpose(0, 1).cpu()
+        yield exit_.spec, exit_.head.logits(z).transpose(0, 1).cpu()
 
 
 def check(stage: Stage, contents: Contents, directory: Path) -> None:

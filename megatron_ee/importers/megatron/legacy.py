@@ -191,8 +191,8 @@ def _exit_parameters(
     for number, each in enumerate(inside):
         for part in exit_parts(each.spec, arch):
             parameter = StageParameter("exit", part.parameter, each.layer - 1 - stage.first)
-            if part.parameter == "head.weight":
-                parameter = StageParameter("exit head", part.parameter, number)
+            if part.parameter == "head.matrix.weight":
+                parameter = StageParameter("exit head", "head.weight", number)
             yield parameter, part.saved, dict(zip(part.saved.names, part.shapes, strict=True))
 
 

@@ -73,12 +73,12 @@ def test_round_trip(family: str, dtype: torch.dtype, tmp_path: Path, saved_model
     with torch.no_grad():
         for exit_ in after.exits:
             for parameter in exit_.parameters():
-                if parameter is not exit_.head.weight or parameter.requires_grad:
+                if parameter is not exit_.head.matrix.weight or parameter.requires_grad:
                     parameter.fill_(torch.nan)
     load_exits(after.exits, adapter, open_model(path))
     for ours, theirs in zip(after.exits, before.exits, strict=True):
         for (name, new), (_, old) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-            if new.requires_grad and name in ("head.weight", "up"):
+            if new.requires_grad and name in ("head.matrix.weight", "head.up"):
                 assert not new[131:].any(), f"{name}: padding must be zero"
                 new, old = new[:131], old[:131]
             assert torch.equal(new, old), name  # the frozen input norm included
@@ -110,7 +110,7 @@ def test_some_of_the_exits_can_be_loaded(saved: Path, saved_model: Any, load_sta
     stage = load_stage(path, [SPECS[2]], layers=[1, 2, 3], final_exit=False)
     load_exits(stage.exits, open_adapter(saved), open_model(path))
     expected = load_file(saved / "exits.safetensors")["exits.3.mlp.down_proj.weight"]
-    assert torch.equal(stage.exits[0].mlp.down.weight.cpu(), expected)
+    assert torch.equal(stage.exits[0].body.mlp.down.weight.cpu(), expected)
 
 
 def test_saved_twice_is_replaced(saved: Path, saved_model: Any, load_stage: Any) -> None:

@@ -74,7 +74,6 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         ("exits", [{"layer": 9}], "exits[0].layer: 9 is outside the model, which has layers 1 to 8"),
         ("exits", [{"layer": 4}, {"layer": 0.5}], "exits[1].layer: there is already an exit after layer 4"),
         ("exits", [{"layer": 4, "weight": 0}], "exits[0].weight: must be a positive number, not 0.0"),
-        ("exits", [{"layer": 4, "body": "embedding", "head": "shared"}], "exits: nothing to train"),
         ("model", {"path": ""}, "model.path: is empty"),
         ("model", {"path": "/nowhere/at/all"}, "model.path: no such directory: /nowhere/at/all"),
         ("data", {"train": []}, "data.train: is empty"),

@@ -24,6 +24,7 @@ from megatron_ee.conversion.edit import add_exits, change_heads, check_exits, dr
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.registry import trains
 from megatron_ee.exits.tensors import exit_saved_sources
 from megatron_ee.model.names import blocks
 
@@ -438,7 +439,7 @@ def edited(specs: dict[int, ExitSpec], what: str, with_: Any) -> dict[int, ExitS
     if what == "add":
         new = specs | {spec.layer: spec for spec in with_}
         possible = len(new) == len(specs) + len(with_) and new.keys() <= {1, 2, 3, 4}
-        return new if possible and (not with_ or any(spec.trains for spec in new.values())) else None
+        return new if possible and (not with_ or any(trains(spec) for spec in new.values())) else None
     if not set(with_) <= specs.keys():
         return None
     if what == "drop":

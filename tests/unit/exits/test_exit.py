@@ -40,7 +40,8 @@ def logits_of(stage: Stage, tokens: Tensor) -> list[Tensor]:
     """``[batch, seq, vocab]`` of every exit."""
     taps, positions = taps_of(stage, tokens)
     return [
-        exit_.logits(exit_.features(taps[exit_.spec.layer], positions)).transpose(0, 1).cpu() for exit_ in stage.exits
+        exit_.head.logits(exit_.features(taps[exit_.spec.layer], positions)).transpose(0, 1).cpu()
+        for exit_ in stage.exits
     ]
 
 
@@ -70,11 +71,11 @@ def test_copies_are_the_named_tensors_bit_for_bit(family: str, saved_model: Any,
         assert torch.equal(ours.detach().cpu(), theirs[name]), name
 
     for exit_ in (embedding, norm, mlp, layer):
-        same(exit_.head.weight[:VOCAB], "lm_head.weight")
-        assert not exit_.head.weight[VOCAB:].any()
+        same(exit_.head.matrix.weight[:VOCAB], "lm_head.weight")
+        assert not exit_.head.matrix.weight[VOCAB:].any()
         if exit_ is not embedding:
-            same(exit_.norm.weight, "model.norm.weight")
-    assert embedding.norm is None and {name for name, _ in embedding.named_parameters()} == {"head.weight"}
+            same(exit_.body.norm.weight, "model.norm.weight")
+    assert {name for name, _ in embedding.named_parameters()} == {"head.matrix.weight"}
 
     def same_mlp(ours: Any, prefix: str) -> None:
         gate, up = ours.gate_up.weight.chunk(2)
@@ -86,11 +87,11 @@ def test_copies_are_the_named_tensors_bit_for_bit(family: str, saved_model: Any,
             same(ours.gate_up.bias[112:], f"{prefix}.up_proj.bias")
             same(ours.down.bias, f"{prefix}.down_proj.bias")
 
-    same(mlp.input_norm.weight, "model.layers.2.post_attention_layernorm.weight")
-    assert not mlp.input_norm.weight.requires_grad
-    same_mlp(mlp.mlp, "model.layers.2.mlp")
+    same(mlp.body.input_norm.weight, "model.layers.2.post_attention_layernorm.weight")
+    assert not mlp.body.input_norm.weight.requires_grad
+    same_mlp(mlp.body.mlp, "model.layers.2.mlp")
 
-    last, inner = "model.layers.3", layer.layer
+    last, inner = "model.layers.3", layer.body.layer
     same(inner.attention_norm.weight, f"{last}.input_layernorm.weight")
     same(inner.mlp_norm.weight, f"{last}.post_attention_layernorm.weight")
     same(inner.attention.output.weight, f"{last}.self_attn.o_proj.weight")
@@ -162,23 +163,23 @@ def test_random_initialisation(saved_model: Any, load_stage: Any) -> None:
         assert float(values.abs().max()) > 3 * std
 
     embedding, norm, mlp, layer = exits
-    check(embedding.head.weight[:VOCAB], 0.02)
-    assert not embedding.head.weight[VOCAB:].any()
-    check(norm.down, 0.02)
-    assert not norm.up.any()
-    check(mlp.mlp.gate_up.weight, 0.02)
-    check(mlp.mlp.down.weight, 0.02 / math.sqrt(2 * 3))
-    check(mlp.head.weight[:VOCAB], 0.02)
-    check(layer.layer.attention.qkv.weight, 0.02)
-    check(layer.layer.attention.output.weight, 0.02 / math.sqrt(2 * 4))
-    check(layer.layer.mlp.down.weight, 0.02 / math.sqrt(2 * 4))
+    check(embedding.head.matrix.weight[:VOCAB], 0.02)
+    assert not embedding.head.matrix.weight[VOCAB:].any()
+    check(norm.head.down, 0.02)
+    assert not norm.head.up.any()
+    check(mlp.body.mlp.gate_up.weight, 0.02)
+    check(mlp.body.mlp.down.weight, 0.02 / math.sqrt(2 * 3))
+    check(mlp.head.matrix.weight[:VOCAB], 0.02)
+    check(layer.body.layer.attention.qkv.weight, 0.02)
+    check(layer.body.layer.attention.output.weight, 0.02 / math.sqrt(2 * 4))
+    check(layer.body.layer.mlp.down.weight, 0.02 / math.sqrt(2 * 4))
     for exit_ in exits:
         for name, parameter in exit_.named_parameters():
             if parameter.requires_grad and parameter.ndim == 1:
                 assert (parameter == (0.0 if name.endswith("bias") else 1.0)).all(), name
     # What is frozen is still the model's own.
-    assert torch.equal(mlp.input_norm.weight.cpu(), theirs["model.layers.2.post_attention_layernorm.weight"])
-    assert torch.equal(layer.head.weight[:VOCAB].cpu(), reference.lm_head.weight)
+    assert torch.equal(mlp.body.input_norm.weight.cpu(), theirs["model.layers.2.post_attention_layernorm.weight"])
+    assert torch.equal(layer.head.matrix.weight[:VOCAB].cpu(), reference.lm_head.weight)
 
 
 def test_random_weights_depend_on_seed_layer_and_name_alone(saved_model: Any, load_stage: Any) -> None:
@@ -186,7 +187,9 @@ def test_random_weights_depend_on_seed_layer_and_name_alone(saved_model: Any, lo
 
     def weights(seed: int, specs: list[ExitSpec]) -> dict[int, dict[str, Tensor]]:
         return {
-            exit_.spec.layer: {n: p.detach().clone() for n, p in exit_.named_parameters() if p.ndim == 2 and n != "up"}
+            exit_.spec.layer: {
+                n: p.detach().clone() for n, p in exit_.named_parameters() if p.ndim == 2 and not n.endswith("up")
+            }
             for exit_ in load_stage(path, specs, seed=seed).exits
         }
 
@@ -198,7 +201,7 @@ def test_random_weights_depend_on_seed_layer_and_name_alone(saved_model: Any, lo
         assert torch.equal(first[1][name], again[1][name]) and torch.equal(first[2][name], again[2][name])
         assert not torch.equal(first[1][name], first[2][name]), f"{name} is the same in two exits"
         assert not torch.equal(first[1][name], other[1][name]), f"{name} is the same with two seeds"
-    same = [tensor for tensor in first[1].values() if tensor.shape == first[1]["head.weight"].shape]
+    same = [tensor for tensor in first[1].values() if tensor.shape == first[1]["head.matrix.weight"].shape]
     assert len({tensor.sum().item() for tensor in same}) == len(same)
 
 
@@ -209,16 +212,16 @@ def test_low_rank_starts_as_the_shared_head(tokens: Tensor, saved_model: Any, lo
     (shared,) = logits_of(load_stage(path, [ExitSpec(2, "mlp", "shared")]), tokens)
     assert torch.equal(low_rank, shared)
     exit_ = stage.exits[0]
-    assert float(exit_.down.detach().std()) == pytest.approx(0.02, rel=0.15) and not exit_.up.any()
+    assert float(exit_.head.down.detach().std()) == pytest.approx(0.02, rel=0.15) and not exit_.head.up.any()
     with torch.no_grad():
-        exit_.up.normal_(generator=torch.Generator(device=exit_.up.device).manual_seed(1))
+        exit_.head.up.normal_(generator=torch.Generator(device=exit_.head.up.device).manual_seed(1))
         taps, positions = taps_of(stage, tokens)
         z = exit_.features(taps[2], positions)
-        expected = z @ exit_.head.weight.t() + z @ exit_.down.t() @ exit_.up.t()
-    torch.testing.assert_close(exit_.logits(z), expected[..., :VOCAB])
+        expected = z @ exit_.head.matrix.weight.t() + z @ exit_.head.down.t() @ exit_.head.up.t()
+    torch.testing.assert_close(exit_.head.logits(z), expected[..., :VOCAB])
     ids = torch.tensor([7, 2, 90], device=z.device)
-    exit_.restrict(ids)
-    some = exit_.candidate_logits(z)
+    exit_.head.restrict(ids)
+    some = exit_.head.candidate_logits(z)
     torch.testing.assert_close(some[..., ids], expected[..., ids])
     assert some.shape[-1] == VOCAB and int(some[0, 0].isfinite().sum()) == len(ids)
     assert not torch.equal(logits_of(stage, tokens)[0], shared)
@@ -247,7 +250,7 @@ def test_gradients_reach_the_exits_own_parameters_alone(
         reached = {id(p) for p in stage.parameters() if p.grad is not None and not before[id(p)]}
         assert reached == own and own
         assert taps[exit_.spec.layer].grad_fn is None and not taps[exit_.spec.layer].requires_grad
-    frozen = [*stage.backbone.parameters(), stage.shared_head.weight, stage.exits[2].input_norm.weight]
+    frozen = [*stage.backbone.parameters(), stage.shared_head.weight, stage.exits[2].body.input_norm.weight]
     assert not any(p.requires_grad or p.grad is not None for p in frozen)
 
 
@@ -258,8 +261,8 @@ def test_an_exits_gradients_are_those_of_autograd(
 ) -> None:
     stage = load_stage(saved_model(family)[0], [spec])
     (exit_,) = stage.exits
-    if exit_.up is not None:  # away from the start, where A has no gradient
-        torch.nn.init.normal_(exit_.up, std=0.1, generator=torch.Generator(exit_.up.device).manual_seed(1))
+    if exit_.head.up is not None:  # away from the start, where A has no gradient
+        torch.nn.init.normal_(exit_.head.up, std=0.1, generator=torch.Generator(exit_.head.up.device).manual_seed(1))
     taps, positions = taps_of(stage, tokens)
     labels, coefficient = targets(tokens)
     loss, _ = exit_(taps[spec.layer], positions, labels, coefficient, chunk_tokens=20)
@@ -278,9 +281,9 @@ def test_an_exits_gradients_are_those_of_autograd(
 def plain_logits(exit_: Exit, tap: Tensor, positions: Any) -> Tensor:
     """Logits ``[tokens, vocab]`` by ordinary operations, for autograd to differentiate."""
     z = exit_.features(tap, positions).flatten(0, 1)
-    logits = F.linear(z, exit_.head.weight)
-    if exit_.down is not None and exit_.up is not None:
-        logits = logits + F.linear(F.linear(z, exit_.down), exit_.up)
+    logits = F.linear(z, exit_.head.matrix.weight)
+    if exit_.head.down is not None and exit_.head.up is not None:
+        logits = logits + F.linear(F.linear(z, exit_.head.down), exit_.head.up)
     return logits[:, :VOCAB]
 
 
@@ -288,7 +291,9 @@ def test_the_taps_gradient_is_not_computed(tokens: Tensor, saved_model: Any, loa
     stage = load_stage(saved_model("llama3.1")[0], [ExitSpec(3, "mlp")])
     (exit_,) = stage.exits
     taps, positions = taps_of(stage, tokens)
-    gate_up, down = (2 * tokens.numel() * linear.weight.numel() for linear in (exit_.mlp.gate_up, exit_.mlp.down))
+    gate_up, down = (
+        2 * tokens.numel() * linear.weight.numel() for linear in (exit_.body.mlp.gate_up, exit_.body.mlp.down)
+    )
     # Forward, weight gradient, input gradient; the last not of the first linear.
     for tap, products in ((taps[3], 2 * gate_up), (taps[3].clone().requires_grad_(), 3 * gate_up)):
         with FlopCounterMode(display=False) as counter:
@@ -303,7 +308,7 @@ def test_statistics_are_those_of_the_logits(tokens: Tensor, saved_model: Any, lo
     for exit_ in stage.exits:
         stats = exit_.statistics(taps[exit_.spec.layer], positions, labels, chunk_tokens=7)
         with torch.no_grad():
-            logits = exit_.logits(exit_.features(taps[exit_.spec.layer], positions)).flatten(0, 1)
+            logits = exit_.head.logits(exit_.features(taps[exit_.spec.layer], positions)).flatten(0, 1)
         torch.testing.assert_close(stats.loss, F.cross_entropy(logits, labels, reduction="none"))
         torch.testing.assert_close(stats.confidence, logits.softmax(-1).amax(-1))
         assert not stats.loss.requires_grad

@@ -40,7 +40,7 @@ def exit_stage(
                             noise = torch.randn(parameter.shape, generator=generator)
                             parameter += 0.05 * noise.to(parameter.device)
                     if exit_.spec.head == "own":
-                        exit_.head.weight *= 3
+                        exit_.head.matrix.weight *= 3
             made[key] = stage
         return made[key]
 
@@ -59,7 +59,7 @@ def every_logit() -> Callable[[Stage, Sequence[int]], dict[int, Tensor]]:
         positions = stage.backbone.positions(len(ids))
         h = stage.backbone.embed(torch.tensor([list(ids)], device=platform.device()))
         h, taps = stage.run_layers(h, positions, to_end=True)
-        exits = {e.spec.layer: e.logits(e.features(taps[e.spec.layer], positions))[:, 0] for e in stage.exits}
+        exits = {e.spec.layer: e.head.logits(e.features(taps[e.spec.layer], positions))[:, 0] for e in stage.exits}
         final = stage.setup.architecture.num_layers + 1
         return {**exits, final: stage.final_logits(stage.final_features(h))[:, 0]}
 

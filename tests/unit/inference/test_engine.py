@@ -242,9 +242,9 @@ def test_no_layer_runs_a_token_twice(bodies: str, mode: Any, exit_stage: MakeSta
         handles.append(layer.attention.register_forward_hook(count(f"attention {number}")))
         handles.append(layer.mlp.register_forward_hook(count(f"mlp {number}")))
     for exit_ in stage.exits:
-        if exit_.layer is not None:
-            handles.append(exit_.layer.attention.register_forward_hook(count(f"exit {exit_.spec.layer}")))
-            handles.append(exit_.layer.mlp.register_forward_hook(count(f"asked {exit_.spec.layer}")))
+        if exit_.windows:
+            handles.append(exit_.body.layer.attention.register_forward_hook(count(f"exit {exit_.spec.layer}")))
+            handles.append(exit_.body.layer.mlp.register_forward_hook(count(f"asked {exit_.spec.layer}")))
     try:
         [completion] = generate(stage, request)
     finally:
@@ -267,7 +267,7 @@ def test_no_layer_runs_a_token_twice(bodies: str, mode: Any, exit_stage: MakeSta
         most = len(PROMPT) + TOKENS - 1 + 3 * figures["rounds"]
         assert len(PROMPT) + TOKENS - 1 + fell <= lengths[0] <= most
     assert all(ran[f"mlp {number}"] <= lengths[number - 1] for number in range(1, LAYERS + 1))
-    own = [exit_.spec.layer for exit_ in stage.exits if exit_.layer is not None]
+    own = [exit_.spec.layer for exit_ in stage.exits if exit_.windows]
     assert all(ran[f"exit {layer}"] == lengths[layer - 1] for layer in own)
     later = sum(lengths) + sum(ran[f"asked {layer}"] for layer in own) - len(PROMPT) * LAYERS
     assert figures["layers_per_token"] == pytest.approx(later / (TOKENS - 1))
@@ -289,7 +289,7 @@ def test_cap_forces_a_full_pass(cap: int, exit_stage: MakeStage) -> None:
 def test_heads_are_computed_for_one_position_and_only_while_asked(
     exit_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_ee.exits.exit import Exit
+    from megatron_ee.exits.head import ExitHead
 
     seen: list[tuple[str, int]] = []
 
@@ -302,7 +302,7 @@ def test_heads_are_computed_for_one_position_and_only_while_asked(
 
         monkeypatch.setattr(owner, name, recording)
 
-    record(Exit, "logits")
+    record(ExitHead, "logits")
     record(Stage, "final_logits")
     stage = exit_stage("llama2", BODIES["mixed"])
 

@@ -90,7 +90,7 @@ def restricted(saved_model: Callable[..., tuple[Path, Any]], load_stage: Callabl
     """A stage whose exits draft even token ids alone."""
     stage = load_stage(saved_model("qwen2-window")[0], EXITS)
     for exit_ in stage.exits:
-        exit_.restrict(torch.arange(0, 131, 2, device=platform.device()))
+        exit_.head.restrict(torch.arange(0, 131, 2, device=platform.device()))
     return stage
 
 

@@ -308,7 +308,7 @@ def test_logits_that_are_not_finite_fail_one_request(
     ]
     fails = {1: [0], 2: [1, 2], 4: [0, 1, 2, 3]}[layer]
     free = [make_engine(stage, tokenizer=tokenizer).generate([request])[0][0] for request in requests]
-    weight = next((e.head.weight for e in stage.exits if e.spec.layer == layer), stage.backbone.head.weight)
+    weight = next((e.head.matrix.weight for e in stage.exits if e.spec.layer == layer), stage.backbone.head.weight)
     before = weight.detach().clone()
     engine = make_engine(stage, tokenizer=tokenizer)
     with torch.no_grad():
@@ -337,7 +337,7 @@ def test_generate_leaves_nothing_behind_where_one_is_refused_or_fails(engine: En
     with pytest.raises(ConfigError, match="^prompt: is empty"):
         engine.generate([Request(prompt=PROMPT), Request(prompt="")])
     assert engine.idle
-    head: Any = stage.exits[0].head.weight
+    head: Any = stage.exits[0].head.matrix.weight
     before = head.detach().clone()
     with torch.no_grad():
         head[3] = float("nan")

@@ -228,7 +228,7 @@ def test_a_row_that_failed_is_not_kept(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     engine = make_engine(stage, prefix_rows=2)
     with torch.no_grad():
-        stage.exits[0].head.weight[50] = float("nan")
+        stage.exits[0].head.matrix.weight[50] = float("nan")
     engine.submit(Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=4))
     while not engine.idle:
         engine.step()

@@ -291,7 +291,7 @@ def test_an_exit_passes_its_teacher_on(spec: ExitSpec, tokens: Tensor, saved_mod
     trained = {name: p for name, p in exit_.named_parameters() if p.requires_grad}
     ours = {name: p.grad.clone() for name, p in trained.items()}
 
-    logits = exit_.logits(exit_.features(taps[spec.layer], positions)).flatten(0, 1)
+    logits = exit_.head.logits(exit_.features(taps[spec.layer], positions)).flatten(0, 1)
     nll = F.cross_entropy(logits, labels)
     q = with_others((logits / 2).softmax(-1), teacher.ids)
     p = with_others((stage.final_logits(stage.final_features(h).flatten(0, 1)) / 2).softmax(-1), teacher.ids)

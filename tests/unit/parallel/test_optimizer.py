@@ -73,9 +73,9 @@ def train(stage: Stage, optimizer: ExitOptimizer, steps: range) -> list[tuple[fl
 
 def plain_loss(exit_: Any, tap: Tensor, positions: Any, labels: Tensor, coefficient: Tensor) -> Tensor:
     z = exit_.features(tap, positions).flatten(0, 1)
-    logits = F.linear(z, exit_.head.weight)
-    if exit_.up is not None:
-        logits = logits + F.linear(F.linear(z, exit_.down), exit_.up)
+    logits = F.linear(z, exit_.head.matrix.weight)
+    if exit_.head.up is not None:
+        logits = logits + F.linear(F.linear(z, exit_.head.down), exit_.head.up)
     return (F.cross_entropy(logits[:, :131], labels, reduction="none") * coefficient).sum()
 
 
@@ -163,14 +163,14 @@ def test_an_exit_that_trains_nothing_is_left_alone(make: Make) -> None:
     optimizer.reduce_gradients()
     square = float(optimizer.squared_norm(norm))
     assert square > 0
-    before = norm.norm.weight.detach().clone()
+    before = norm.body.norm.weight.detach().clone()
     optimizer.step(math.sqrt(square))
-    assert not torch.equal(norm.norm.weight, before)
+    assert not torch.equal(norm.body.norm.weight, before)
 
 
 def test_the_backbone_has_no_gradient_no_buffer_and_no_state(make: Make) -> None:
     stage, optimizer = make()
-    frozen = [*stage.backbone.parameters(), stage.shared_head.weight, stage.exits[1].input_norm.weight]
+    frozen = [*stage.backbone.parameters(), stage.shared_head.weight, stage.exits[1].body.input_norm.weight]
     before = [parameter.detach().clone() for parameter in frozen]
     train(stage, optimizer, range(2))
     owned = {id(state.parameter) for state in optimizer.parameter_states()}
@@ -210,7 +210,7 @@ def test_float32_weights_are_their_own_main_weights(make: Make) -> None:
     train(stage, optimizer, range(1))
     for state in optimizer.parameter_states():
         assert set(state.tensors) == {"exp_avg", "exp_avg_sq"}
-        if state.parameter is not stage.exits[1].down:  # A has no gradient while B is zero
+        if state.parameter is not stage.exits[1].head.down:  # A has no gradient while B is zero
             assert state.tensors["exp_avg"].any()
 
 

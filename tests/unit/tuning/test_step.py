@@ -114,7 +114,7 @@ def test_a_gradient_that_is_not_finite_is_told_by_exit_and_the_steps_sequences(
     before, real = weights(pipeline), optimizer.wrappers[pipeline.stage.exits[0]].forward
 
     def overflow() -> None:  # adding up the microbatches
-        pipeline.stage.exits[1].norm.weight.main_grad[0] = torch.inf
+        pipeline.stage.exits[1].body.norm.weight.main_grad[0] = torch.inf
 
     with monkeypatch.context() as patch:
         patch.setattr(optimizer, "reduce_gradients", overflow)

@@ -1,0 +1,14 @@
+"""Body ``embedding``: none. The head reads h_k itself."""
+
+from __future__ import annotations
+
+from megatron_ee.exits.body import Body
+
+
+class EmbeddingBody(Body):
+    """``h_k``."""
+
+    not_plain = "these families always have an RMSNorm before the head"
+
+
+BODY = EmbeddingBody

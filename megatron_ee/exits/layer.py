@@ -1,0 +1,72 @@
+"""Body ``layer``: N(Layer(h_k)), where the layer starts as a copy of the last backbone layer.
+
+The exit is a model of k + 1 layers. Its attention keeps keys and values of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.exits.body import Body, ExitPart, GraphBytes, LayerBytes, layer_parts, norm_part
+from megatron_ee.exits.mlp import mlp_graph_bytes
+from megatron_ee.exits.norm import norm_graph_bytes
+from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.parallel.costs import attention_flops, mlp_flops
+
+if TYPE_CHECKING:
+    from megatron_ee.model.attention import LayerCache, Positions
+    from megatron_ee.model.setup import ModelSetup
+
+
+class LayerBody(Body):
+    """``N(Layer(h_k))``. The layer has the last one's attention window, as it is that one's copy."""
+
+    saved = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "norm"})
+    extra_layers = 1
+
+    def __init__(self, setup: ModelSetup, layer: int) -> None:
+        super().__init__(setup, layer)
+        self.layer = DecoderLayer(setup, setup.architecture.num_layers)
+        self.norm = setup.spec.norm(setup, setup.architecture.hidden_size)
+
+    @classmethod
+    def parts(cls, architecture: Architecture, layer: int) -> Iterator[ExitPart]:
+        """The layer and the norm."""
+        origin, plain = architecture.num_layers, layer + 1
+        yield from layer_parts(architecture, layer, origin=origin, plain=plain, module="layer.")
+        yield norm_part(architecture, layer)
+
+    @classmethod
+    def windows(cls, architecture: Architecture) -> tuple[int | None, ...]:
+        """Of its one layer."""
+        return architecture.windows[-1:]
+
+    @classmethod
+    def flops(cls, architecture: Architecture, tokens: int) -> int:
+        """Three times the layer's forward: its norms are trained too, so every product has both gradients."""
+        attention = attention_flops(architecture, architecture.num_layers, tokens)
+        return 3 * (attention + mlp_flops(architecture, tokens))
+
+    @classmethod
+    def graph_bytes(cls, sizes: LayerBytes) -> GraphBytes:
+        """As for an ``mlp`` body; and in attention what its norm and linears read, queries and keys as they were
+        projected (with the values) and turned, and the context twice.
+        """
+        features, mlp = norm_graph_bytes(sizes), mlp_graph_bytes(sizes)
+        attention = 2 * sizes.hidden + sizes.gathered + 4 * sizes.query + 3 * sizes.key
+        return GraphBytes(features.kept + mlp.kept + attention, features.backward + mlp.backward + attention)
+
+    def attention_half(self, tap: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """See ``Body``."""
+        return self.layer.attention_half(tap, positions, cache)
+
+    def rest(self, x: Tensor) -> Tensor:
+        """See ``Body``."""
+        return self.norm(self.layer.mlp_half(x))
+
+
+BODY = LayerBody
