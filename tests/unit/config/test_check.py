@@ -47,6 +47,7 @@ def distilled(**values: float) -> dict[str, Any]:
     return {"distillation": values}
 
 
+@pytest.mark.smoke
 def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None:
     exits = check_run(configuration(tmp_path), architecture)
     assert [(exit_.layer, exit_.body) for exit_ in exits] == [(2, "mlp"), (6, "norm")]
@@ -145,7 +146,6 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         ("loss", distilled(top_k=101), "loss.distillation.top_k: 101 is above the model's 100 tokens"),
     ],
 )
-@pytest.mark.smoke
 def test_refusals(tmp_path: Path, architecture: Architecture, block: str, values: Any, message: str) -> None:
     config = configuration(tmp_path, **{block: values})
     with pytest.raises(ConfigError) as caught:
