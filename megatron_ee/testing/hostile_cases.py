@@ -83,7 +83,7 @@ A_FEW_NOT_FILES = {name: NOT_FILES[name] for name in ("pipe", "link out")}
 
 # One safetensors file, for ``read_header``; the path is the file.
 HEADERS: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
-    "length of 2**63": (with_header({}, length=2**63), "beyond any limit"),
+    "length of 2**63": (with_header({}, length=2**63), "is too large"),
     "length beyond the file": (with_header({}, length=MAX_HEADER), "truncated"),
     "empty": (b"", "truncated"),
     "pickle": (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "not a safetensors file"),
@@ -95,7 +95,7 @@ HEADERS: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "bool": (with_header({"a": tensor(shape=[True, 2])}, bytes(8)), "whole numbers"),
     "2**63": (with_header({"a": tensor(shape=[2**63])}, bytes(8)), "whole numbers"),
     "product of 2**64": (with_header({"a": tensor("U8", [2**32, 2**32], [0, 0])}), "does not fit the 0 bytes"),
-    "no element, yet beyond memory": (with_header({"a": tensor("F32", [0, 2**62], [0, 0])}), "beyond any memory"),
+    "no element, yet beyond memory": (with_header({"a": tensor("F32", [0, 2**62], [0, 0])}), "impossibly large sizes"),
     "1000 dimensions": (with_header({"a": tensor("U8", [1] * 1000, [0, 1])}, bytes(1)), "whole numbers"),
     "scalar of 8 bytes": (with_header({"a": tensor("F32", [], [0, 8])}, bytes(8)), "does not fit the 8 bytes"),
     "zero rows with data": (with_header({"a": tensor("F32", [0, 2], [0, 8])}, bytes(8)), "does not fit the 8 bytes"),
@@ -251,7 +251,7 @@ MANIFESTS: Cases = {
     "piece twice": (forge(lambda c: c["tensors"].update(again=_cut_tensor(c))), "is used twice"),
     "20,000 pieces that overlap": (add_pieces([1, 20_000], [*single_columns(19_999), ([0, 0], [1, 1])]), "overlap"),
     "20,000 pieces and a hole": (add_pieces([1, 20_001], single_columns(20_000)), "hold 20000 of 20001"),
-    "pieces cut along 20 dimensions": (add_pieces([2] * 20, [([0] * 20, [1] * 20)]), "cut along 20 dimensions"),
+    "pieces cut along 20 dimensions": (add_pieces([2] * 20, [([0] * 20, [1] * 20)]), "split along 20 dimensions"),
     "metadata list": (forge(lambda c: c.update(metadata=[])), "metadata: expected an object"),
     "version text": (forge(lambda c: c.update(version=ESCAPES)), "is not known here"),
     "enormous": (instead(MANIFEST, sparse(2**40)), "too many for this file"),
@@ -339,8 +339,8 @@ def _metadata(**changes: Any) -> Spoil:
 
 # A training checkpoint whose exits are asked for.
 DESCRIBED: Cases = {
-    "no exits": (_metadata(exits=[]), "there are no exits in it"),
-    "exits null": (_metadata(exits=None), "there are no exits in it"),
+    "no exits": (_metadata(exits=[]), "holds no exits"),
+    "exits null": (_metadata(exits=None), "holds no exits"),
     "exit text": (_metadata(exits=["x"]), "exits[0]: must be an object"),
     "progress text": (_metadata(progress="x"), "steps: must be a whole number"),
     "progress fraction": (_metadata(progress={"step": 1.5}), "steps: must be a whole number"),

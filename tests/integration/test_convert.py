@@ -115,7 +115,7 @@ def test_dry_run_tells_of_an_output_that_is_there(
     [
         (("--to", "parallel", "--tensor", 3), 2, "--tensor: 3 does not divide the model's 2 key-value heads"),
         (("--to", "parallel", "--pipeline", 9), 2, "--pipeline: 9 stages are more than the model's 4 layers"),
-        (("--to", "hf", "--pipeline", 2), 2, "--tensor, --pipeline and --stages belong to --to parallel"),
+        (("--to", "hf", "--pipeline", 2), 2, "--tensor, --pipeline and --stages have no effect with --to"),
         (("--to", "adapter", "--exit", 1), 2, "--exit: writes an exit as a Hugging Face model"),
         (("--to", "adapter"), 1, "holds no exits; add some with --exits or --adapter"),
         (("--to", "adapter", "--exits", "[{layer: 9}]"), 2, "exits[0].layer: 9 is outside the model"),

@@ -323,7 +323,8 @@ CONFIG = {
 }
 PEAK = """
 import sys, torch
-from megatron_ee.checkpoint.loading import load_backbone, open_model
+from megatron_ee.checkpoint.loading import load_backbone
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.model.setup import build_setup
 from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.groups import process_groups

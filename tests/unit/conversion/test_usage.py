@@ -91,7 +91,7 @@ def test_a_model_on_the_hub(released: Path) -> None:
 
 
 def test_the_tokenizer(released: Path, saved_model: SavedModel) -> None:
-    assert "copied along" in usage(Path("draft"), "org/model", open_contents(released))
+    assert "so it was copied" in usage(Path("draft"), "org/model", open_contents(released))
     bare, _ = saved_model("llama3.1")
     assert f"{bare} has none: copy org/model's" in usage(Path("draft"), "org/model", open_contents(bare))
 

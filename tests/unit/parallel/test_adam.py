@@ -387,10 +387,10 @@ NO_CUDA = "raise RuntimeError('apex.optimizers.FusedAdam requires cuda extension
 WRONG_CUDA = "raise RuntimeError('CUDA error: no kernel image is available for execution on the device')"
 APEXES = {
     "missing": (None, "apex is not installed"),
-    "of-python-2": ({"__init__": "print 'flash'"}, "is another package than NVIDIA's"),
+    "of-python-2": ({"__init__": "print 'flash'"}, "is not NVIDIA's package"),
     "unrelated": (
         {"__init__": "from pyramid_mailer.interfaces import IMailer", "models": ""},
-        "is another package than NVIDIA's",
+        "is not NVIDIA's package",
     ),
     "without-kernels": (
         {"__init__": "", "optimizers": APEX_ADAM.format(construct=NO_CUDA, step="")},
