@@ -1,4 +1,4 @@
-"""What an exit body declares about itself. Everything outside ``exits`` asks these questions, never for a name."""
+"""The interface of an exit body. All code outside ``exits`` uses this interface, never the name of a body."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExitPart:
-    """A trained parameter of an exit, and the tensors that it is saved as in an adapter.
+    """A trained parameter of an exit, and its tensors in an adapter.
 
     Attributes:
         parameter: its name in the body, or with ``head.`` before it in the exit.
         saved: its tensors' names in an adapter, ``exits.<layer>...``, and how tensor parallelism cuts it.
         shapes: of these tensors.
-        copied: what each is copied from with ``init: copy``; None for what is drawn in any case.
-        plain: their names in the exit as a plain, shallower model; empty where they have no place of their own there.
+        copied: the source of each tensor with ``init: copy``; None for a tensor that is always drawn.
+        plain: their names in the exit as a plain, shallower model; empty if they are not separate tensors there.
     """
 
     parameter: str
@@ -40,16 +40,16 @@ class ExitPart:
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes that tensors of a microbatch, or of a piece of it, take in a decoder layer on one rank.
+    """Bytes of a decoder layer's tensors on one rank, for a microbatch or a piece of it.
 
     Attributes:
         hidden: this rank's share of the hidden states.
         whole: the hidden states of all tokens.
-        gathered: what gathering them adds: ``whole`` with sequence parallelism, else 0.
+        gathered: additional bytes of gathering them: ``whole`` with sequence parallelism, else 0.
         query: all query heads of this rank.
         key: its key heads, and its value heads.
         ffn: its features of the MLP.
-        matrix: weights of one matrix of the MLP, whatever the tokens.
+        matrix: weights of one matrix of the MLP, independent of the tokens.
     """
 
     hidden: int
@@ -63,11 +63,11 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class GraphBytes:
-    """Memory of a body's graph on one rank, what the head reads included.
+    """Memory of a body's graph on one rank, including the head's input.
 
     Attributes:
-        kept: alive during the loss: what the body's backward will read.
-        backward: the most that is alive during the body's backward.
+        kept: tensors that the body's backward will read, alive during the loss.
+        backward: peak during the body's backward.
     """
 
     kept: int
@@ -75,16 +75,16 @@ class GraphBytes:
 
 
 class Body(nn.Module):
-    """What stands between the taps of an exit after layer k and its head.
+    """The part of an exit between its taps and its head.
 
-    A subclass is a module of ``attention_half`` and ``rest``, and answers for all exits of its kind, before one is
-    built, what the class methods ask. The defaults are those of a body without parameters.
+    A subclass is a module with ``attention_half`` and ``rest``. Its class methods describe all exits of this kind
+    without building one. The defaults are those of a body without parameters.
 
     Attributes:
-        saved: the first parts of its tensors' names in an adapter, after ``exits.<layer>.``, by which its weights are
-            told from those of other bodies. Empty: it trains nothing.
-        extra_layers: decoder layers that it runs beside the k below it.
-        not_plain: why an exit with it is no plain model of ``k + extra_layers`` layers; empty where it is one.
+        saved: prefixes of its tensors' names in an adapter, after ``exits.<layer>.``, which distinguish its weights
+            from those of other bodies. Empty if it trains nothing.
+        extra_layers: decoder layers that it runs besides the k layers below it.
+        not_plain: why an exit with this body is not a plain model of ``k + extra_layers`` layers; empty if it is one.
     """
 
     saved: ClassVar[frozenset[str]] = frozenset()
@@ -97,7 +97,7 @@ class Body(nn.Module):
 
     @classmethod
     def taps(cls, layer: int) -> Mapping[int, Tap]:
-        """What an exit after ``layer`` reads, by backbone layer; by default h of its own."""
+        """The taps of an exit after ``layer``, by backbone layer; by default h of this layer."""
         return {layer: "hidden"}
 
     @classmethod
@@ -107,14 +107,14 @@ class Body(nn.Module):
 
     @classmethod
     def frozen(cls, architecture: Architecture, layer: int) -> Mapping[str, Source]:
-        """The backbone's norms that it reads through: its parameter's name -> what it is copied from."""
+        """The backbone's norms that it uses, frozen: its parameter's name -> the source of the copy."""
         return {}
 
     @classmethod
     def windows(cls, architecture: Architecture) -> tuple[int | None, ...]:
-        """The attention window of each layer of its own that keeps keys and values; None for no window.
+        """The attention window of each of its own layers with a KV cache; None for no window.
 
-        A body without any works on each token alone, so a microbatch may be cut into pieces of tokens.
+        A body without such layers works token by token, so a microbatch may be split into pieces of tokens.
         """
         return ()
 
@@ -133,7 +133,7 @@ class Body(nn.Module):
         return tap
 
     def rest(self, x: Tensor) -> Tensor:
-        """What ``attention_half`` gave -> what the head reads, token by token: ``[seq, batch, hidden]``."""
+        """Result of ``attention_half`` -> input of the head, token by token: ``[seq, batch, hidden]``."""
         return x
 
 
@@ -150,10 +150,10 @@ def layer_parts(
 
     Args:
         architecture: of the model.
-        layer: where the exit stands.
-        origin: number of the layer that they are copied from.
-        plain: number of the layer that they are in the plain model.
-        module: where the body has them, with a dot after it.
+        layer: the layer of the exit.
+        origin: number of the source layer.
+        plain: number of the layer in the plain model.
+        module: the body's submodule, with a dot at the end.
         only: such as ``mlp.``.
     """
     shapes = layer_tensors(architecture)

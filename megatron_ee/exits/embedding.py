@@ -1,4 +1,4 @@
-"""Body ``embedding``: none. The head reads h_k itself."""
+"""Body ``embedding``: the head reads h_k directly."""
 
 from __future__ import annotations
 

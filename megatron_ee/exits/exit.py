@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Exit(nn.Module):
-    """What is attached after layer ``spec.layer``. Its trained parameters are those that require a gradient.
+    """The exit after layer ``spec.layer``. Its trained parameters are those that require a gradient.
 
     Attributes:
-        windows: of its own layers that keep keys and values; see ``Body.windows``.
+        windows: attention windows of its own layers with a KV cache; see ``Body.windows``.
     """
 
     def __init__(self, setup: ModelSetup, spec: ExitSpec, shared_head: VocabHead | None) -> None:
-        """Allocate it; ``shared_head``: the backbone's, frozen, for a head that is not the exit's own."""
+        """Allocate the exit. ``shared_head``: the backbone's frozen head, for a head that is not the exit's own."""
         super().__init__()
         self.spec, self.setup = spec, setup
         self.body = body_of(spec)(setup, spec.layer)
@@ -47,13 +47,14 @@ class Exit(nn.Module):
         return self.body.attention_half(tap, positions, cache)
 
     def rest(self, x: Tensor) -> Tensor:
-        """What ``attention_half`` gave -> z ``[seq, batch, hidden]``, token by token."""
+        """Result of ``attention_half`` -> z ``[seq, batch, hidden]``, token by token."""
         return self.setup.gather_sequence(self.body.rest(x))
 
     def pieces(self, tap: Tensor, tokens: int) -> Sequence[Tensor]:
-        """A microbatch's tap, cut into ``[tokens, 1, hidden]`` where ``forward`` may take some tokens after others.
+        """A microbatch's tap, split into ``[tokens, 1, hidden]`` if ``forward`` can process the tokens in pieces.
 
-        Attention needs them all, and ranks that share a sequence would gather tokens that do not follow each other.
+        It cannot if the body has attention, which needs all tokens. With sequence parallelism the ranks would gather
+        tokens that are not adjacent.
         """
         if self.windows or self.setup.config.sequence_parallel:
             return (tap,)
@@ -80,10 +81,10 @@ class Exit(nn.Module):
             tap: ``[seq, batch, hidden]``, or one of ``pieces``.
             positions: of the microbatch.
             labels: ``[seq * batch]``, sequence-major as the hidden states.
-            coefficient: ``[seq * batch]`` float32.
+            coefficient: ``[seq * batch]`` float32, as in ``exit_loss``.
             dynamic: dynamic token weights.
             distillation: from the final exit.
-            chunk_tokens: tokens whose logits exist at one time.
+            chunk_tokens: tokens whose logits exist at a time.
         """
         z = self.features(tap, positions).flatten(0, 1)
         return exit_loss(
@@ -101,7 +102,7 @@ class Exit(nn.Module):
 
     @torch.no_grad()
     def statistics(self, tap: Tensor, positions: Positions, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
-        """Loss, confidence and top-1 token of each token; arguments as for ``forward``."""
+        """Loss, confidence and top-1 token of each token; arguments as in ``forward``."""
         z = self.features(tap, positions).flatten(0, 1)
         return exit_statistics(
             z,

@@ -1,4 +1,4 @@
-"""The head of an exit: a matrix of its own, the backbone's frozen one, or that one with a low-rank correction.
+"""The head of an exit: its own matrix, the backbone's frozen head, or this head with a low-rank correction.
 
 =========== ================= ==========================================
 head        logits            trained
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The part of an exit's vocabulary that drafts are chosen from.
+    """The tokens that an exit's drafts are limited to.
 
     Attributes:
         local: ``[n]`` int64, rows of this rank's head.
-        rows: ``[n, hidden]``, these rows, the trained part of a ``low_rank`` head added.
-        left_out: ``[vocab]`` bool, the tokens that are not among any rank's.
+        rows: ``[n, hidden]``, these rows, including the correction of a ``low_rank`` head.
+        left_out: ``[vocab]`` bool, the tokens that no rank has.
     """
 
     local: Tensor
@@ -49,10 +49,11 @@ class Candidates:
 
 
 class ExitHead(nn.Module):
-    """From what a body gives to logits.
+    """Maps the body's output to logits.
 
     Attributes:
-        matrix: ``own``: trained; otherwise the backbone's frozen head, one object for all exits of a stage.
+        matrix: the trained matrix of an ``own`` head, else the backbone's frozen head, one object for all exits of a
+            stage.
         down: A of a ``low_rank`` head, ``[rank, hidden]``; else None.
         up: B of a ``low_rank`` head, ``[padded_vocab / tp, rank]``; else None.
         candidates: see ``restrict``; None for none.
@@ -75,7 +76,7 @@ class ExitHead(nn.Module):
             mark_sharded(self.up, 0)
 
     def low_rank(self, z: Tensor) -> LowRank | None:
-        """The correction of a ``low_rank`` head at z ``[..., hidden]``, to be multiplied out; None for other heads."""
+        """The correction of a ``low_rank`` head at z ``[..., hidden]``, as factors; None for other heads."""
         if self.down is None or self.up is None:
             return None
         return LowRank(F.linear(z, self.down), self.up)
@@ -90,7 +91,7 @@ class ExitHead(nn.Module):
 
     @torch.no_grad()
     def restrict(self, ids: Tensor) -> None:
-        """Choose the tokens of ``candidate_logits``: distinct ``ids`` ``[n]`` int64; their rows are copied."""
+        """Set the tokens of ``candidate_logits``: distinct ``ids`` ``[n]`` int64. Their rows are copied."""
         start = self.matrix.start
         local = ids[(ids >= start) & (ids < start + self.matrix.valid)] - start
         rows = self.matrix.weight[local]
@@ -101,7 +102,8 @@ class ExitHead(nn.Module):
         left_out[ids] = False
 
     def candidate_logits(self, z: Tensor) -> Tensor:
-        """As ``logits``, but of the tokens that ``restrict`` chose alone; the others' are -inf and cost nothing."""
+        """As ``logits``, but only for the tokens of ``restrict``. The logits of others are -inf and are not
+        computed."""
         assert self.candidates is not None, "no candidates were chosen"
         found = product(z, self.candidates.rows)
         logits = found.new_full((*z.shape[:-1], len(self.matrix.weight)), -torch.inf)

@@ -1,6 +1,6 @@
-"""Body ``layer``: N(Layer(h_k)), where the layer starts as a copy of the last backbone layer.
+"""Body ``layer``: N(Layer(h_k)). The layer starts as a copy of the last backbone layer.
 
-The exit is a model of k + 1 layers. Its attention keeps keys and values of its own.
+The exit is a model of k + 1 layers. Its attention has its own KV cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LayerBody(Body):
-    """``N(Layer(h_k))``. The layer has the last one's attention window, as it is that one's copy."""
+    """``N(Layer(h_k))``. The layer has the attention window of the last layer, since it is a copy of it."""
 
     saved = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "norm"})
     extra_layers = 1
@@ -42,12 +42,12 @@ class LayerBody(Body):
 
     @classmethod
     def windows(cls, architecture: Architecture) -> tuple[int | None, ...]:
-        """Of its one layer."""
+        """The window of its one layer."""
         return architecture.windows[-1:]
 
     @classmethod
     def flops(cls, architecture: Architecture, tokens: int) -> int:
-        """Three times the layer's forward: its norms are trained too, so every product has both gradients."""
+        """Three times the layer's forward. Its norms are trained too, so every matrix product has both gradients."""
         attention = attention_flops(architecture, architecture.num_layers, tokens)
         return 3 * (attention + mlp_flops(architecture, tokens))
 

@@ -1,6 +1,6 @@
 """Body ``mlp``: N(r_k + MLP(n(r_k))), where n is layer k's own pre-MLP norm, frozen.
 
-The MLP starts as a copy of layer k's own, and takes its place: the exit is the first k layers with another last MLP.
+The MLP starts as a copy of layer k's MLP, and replaces it: the exit is the first k layers with another last MLP.
 """
 
 from __future__ import annotations

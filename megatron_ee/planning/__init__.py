@@ -1,1 +1,1 @@
-"""What a run takes, counted before anything is loaded: work, memory, a balanced layout."""
+"""Plans a run before anything is loaded: work, memory and a balanced layout."""

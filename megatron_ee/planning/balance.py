@@ -1,7 +1,7 @@
-"""Layouts made by counting: layers and exits spread over the stages so that the busiest has the least work.
+"""Balances layouts: spreads layers and exits over the stages to minimise the work of the busiest stage.
 
-Every stage works on every microbatch, so the busiest one sets the pace (design: the tuning step). Pure: no process
-group is needed.
+Every stage processes every microbatch, so the busiest stage limits the speed (design: the tuning step). Pure: no
+process group is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_ee.parallel.layout import Layout, StageLayout, parse_layout
 from megatron_ee.planning.costs import exit_flops, last_layer, layer_flops
 
 PRECISION = 1e-4
-"""The search ends when the busiest stage can at best lose this share of its work."""
+"""The search ends when the work of the busiest stage cannot fall by more than this share."""
 
 
 def resolve_layout(
@@ -28,17 +28,17 @@ def resolve_layout(
     sequence_length: int,
     distillation: bool = False,
 ) -> Layout:
-    """The layout that a configuration lists, or the balanced one where it says ``auto``.
+    """The layout in a configuration, or the balanced one for ``auto``.
 
     Args:
         parallel: the configuration's block.
         specs: the run's exits.
         architecture: of the model.
-        sequence_length: tokens per sequence: attention's share of the work grows with it.
+        sequence_length: tokens per sequence; attention's share of the work grows with it.
         distillation: all layers run, and the last stage with layers has the final exit.
 
     Raises:
-        ConfigError: a layout that is not possible, see ``parse_layout`` and ``balance``.
+        ConfigError: an impossible layout, see ``parse_layout`` and ``balance``.
     """
     if parallel.layout == "auto":
         return balance(
@@ -57,10 +57,11 @@ def balance(
     distillation: bool = False,
     tensor: int = 1,
 ) -> Layout:
-    """Runs of layers on the leading stages; each exit on the stage of its layer, or on one of the last, without layers.
+    """Ranges of layers on the first stages. Each exit is on the stage of its layer, or on one of the last stages,
+    without layers.
 
-    The busiest stage's FLOPs are as few as the search finds (see ``_Search``); of equal layouts the one with the fewest
-    stages without layers is taken.
+    The search (see ``_Search``) minimises the FLOPs of the busiest stage. Among equal layouts it takes the one with the
+    fewest stages without layers.
 
     Args:
         architecture: of the model.
@@ -68,10 +69,10 @@ def balance(
         stages: pipeline size.
         tokens: sequence length.
         distillation: all layers run, and the last stage with layers has the final exit.
-        tensor: tensor-parallel size, to which the vocabulary is padded.
+        tensor: tensor-parallel size, which decides the padding of the vocabulary.
 
     Raises:
-        ConfigError: more stages than layers and exits that could be spread over them.
+        ConfigError: more stages than layers and exits.
     """
     layers = layer_flops(architecture, specs, tokens, distillation)
     if stages > len(layers) + len(specs):
@@ -88,7 +89,7 @@ def balance(
     least = max(-(-total // stages), *layers, *exits.values())
     best = search.within(total)
     assert best is not None, "without a limit there is always a layout"
-    most, least = search.busiest(best), least - 1  # most is reached, least is not
+    most, least = search.busiest(best), least - 1  # ``most`` can be reached, ``least`` cannot
     while most - least > PRECISION * most:
         middle = (most + least) // 2
         found = search.within(middle)
@@ -96,7 +97,7 @@ def balance(
             least = middle
         else:
             best, most = found, search.busiest(found)
-    # Once more with what was reached as the limit: it may be reached with fewer stages without layers.
+    # Once more with the best limit, which may be possible with fewer stages without layers.
     return search.within(most) or best
 
 
@@ -107,9 +108,9 @@ _Cut = tuple[int, tuple[StageLayout, ...]]
 class _Search:
     """Looks for layouts whose stages all stay within a limit.
 
-    For each number of stages with layers, the layers are cut so that the exits that do not fit beside them cost least
-    (dynamic programming over the cuts), and those are put on the other stages by decreasing cost, first fit. The first
-    is exact, the second near it; with exits of one cost, the usual case, both are.
+    For each number of stages with layers, the layers are split so that the exits that do not fit beside them cost least
+    (dynamic programming over the splits). These exits are assigned to the other stages by decreasing cost, first fit.
+    The first step is exact, the second is approximate. If all exits have the same cost, the usual case, both are exact.
 
     Attributes:
         layers: cost of each layer.
@@ -126,7 +127,7 @@ class _Search:
         return max(self._work(stage) for stage in layout.stages)
 
     def within(self, limit: int) -> Layout | None:
-        """A layout of which no stage has more work than ``limit``, with the fewest stages without layers."""
+        """A layout without a stage above ``limit``, with the fewest stages without layers."""
         cuts = self._cuts(limit)
         for layered in range(min(self.stages, len(self.layers)), 0, -1):
             found = self._complete(cuts[layered], limit)
@@ -138,10 +139,11 @@ class _Search:
         return sum(self.layers[layer - 1] for layer in stage.layers) + sum(self.exits[layer] for layer in stage.exits)
 
     def _cuts(self, limit: int) -> list[tuple[StageLayout, ...] | None]:
-        """For each number of stages from 0, the layers cut into as many, with the exits that fit beside them."""
+        """For each number of stages from 0: the layers split into this many stages, with the exits that fit beside
+        them."""
         count = len(self.layers)
         runs = [self._runs(start, limit) for start in range(count)]
-        # best[end]: cost of the exits that the layers up to ``end`` leave over, and the stages that hold them.
+        # best[end]: cost of the exits of layers up to ``end`` that do not fit, and the stages of these layers.
         best: list[_Cut | None] = [(0, ()), *[None] * count]
         cuts = [best[count]]
         for _ in range(min(self.stages, count)):
@@ -158,7 +160,7 @@ class _Search:
         return [None if cut is None else cut[1] for cut in cuts]
 
     def _runs(self, start: int, limit: int) -> list[tuple[int, StageLayout]]:
-        """Stages of 1, 2, ... layers after layer ``start``, as long as they stay within ``limit``."""
+        """Stages of 1, 2, ... layers after layer ``start``, while they are within ``limit``."""
         found, work = [], 0
         for layer in range(start + 1, len(self.layers) + 1):
             work += self.layers[layer - 1]
@@ -171,7 +173,7 @@ class _Search:
         return found
 
     def _complete(self, layered: tuple[StageLayout, ...] | None, limit: int) -> Layout | None:
-        """Add stages for the exits that the stages with layers left over; each of them needs at least one."""
+        """Add stages without layers for the remaining exits; each needs at least one exit."""
         if layered is None:
             return None
         hosted = {layer for stage in layered for layer in stage.exits}
@@ -185,7 +187,7 @@ class _Search:
                 bins.append([layer])
         places = [*layered, *(StageLayout(range(0), tuple(sorted(held))) for held in bins)]
         while len(places) < self.stages:
-            # Stages to spare: each takes an exit from the busiest stage that can give one.
+            # Surplus stages: each takes an exit from the busiest stage that has one to give.
             givers = [stage for stage in places if len(stage.exits) > (not stage.layers)]
             if not givers:
                 return None
@@ -196,7 +198,7 @@ class _Search:
 
 
 def _fullest(costs: dict[int, int], room: int) -> tuple[int, ...]:
-    """The keys whose costs fill ``room`` best; sums within 1/64 of it count as one, so that many keys stay cheap."""
+    """The keys whose costs fill ``room`` best. Sums within 1/64 of it count as equal, which keeps many keys cheap."""
     if sum(costs.values()) <= room:
         return tuple(costs)
     step = room // 64 + 1

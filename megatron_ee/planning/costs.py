@@ -11,14 +11,14 @@ from megatron_ee.parallel.costs import attention_flops, mlp_flops, padded_vocab
 
 
 def last_layer(specs: Sequence[ExitSpec], num_layers: int, distillation: bool) -> int:
-    """The last layer that a step runs: the deepest exit's, or with ``distillation`` the model's."""
+    """The last layer that a step runs: the deepest exit's layer, or with ``distillation`` the model's last."""
     return num_layers if distillation else max(spec.layer for spec in specs)
 
 
 def layer_flops(
     architecture: Architecture, specs: Sequence[ExitSpec], tokens: int, distillation: bool = False
 ) -> list[int]:
-    """Forward of each backbone layer that a step runs, the first layer's first.
+    """Forward FLOPs of each backbone layer that a step runs, in order.
 
     The last one's MLP is left out where the exit after it reads the residual before the MLP.
     """

@@ -25,23 +25,23 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Workload:
-    """What of a run, besides model, exits and layout, decides on the memory and the work of a rank.
+    """Settings of a run, besides model, exits and layout, that decide the memory and the work of a rank.
 
     Attributes:
         itemsize: bytes of a weight: 2 for bfloat16, 4 for float32.
         tensor: tensor-parallel size.
-        data: data-parallel size, over which the optimizer's state is spread (ZeRO-1).
-        sequence_parallel: hidden states outside attention and MLP are spread over the tensor-parallel ranks.
+        data: data-parallel size, over which the optimizer state is sharded (ZeRO-1).
+        sequence_parallel: whether hidden states outside attention and MLP are sharded over the tensor-parallel ranks.
         micro_batch_size: sequences per forward pass.
         sequence_length: tokens per sequence.
-        microbatches: of one data-parallel rank in a step.
-        chunk_tokens: tokens whose logits exist at one time, at most; see also ``tiles``.
-        graph_tokens: tokens that an exit works on at a time at least, where its body allows that; by default an
-            accelerator's.
-        top_k: tokens of the final exit's distribution that are kept for distillation; 0 without it.
-        tempered: distillation at another temperature than 1.
-        remainder: bytes that make a float32 main weight of a weight: 2, or 4 for those who keep it whole.
-        host_optimizer: the optimizer's state is in host memory.
+        microbatches: microbatches of one data-parallel rank per step.
+        chunk_tokens: largest number of tokens whose logits exist at a time; see also ``tiles``.
+        graph_tokens: smallest number of tokens that an exit processes at a time, if its body allows pieces; by default
+            an accelerator's.
+        top_k: tokens of the final exit's distribution that are kept for distillation; 0 without distillation.
+        tempered: whether distillation has another temperature than 1.
+        remainder: additional bytes of a float32 main weight: 2, or 4 for optimizers that keep it whole.
+        host_optimizer: whether the optimizer state is in host memory.
     """
 
     itemsize: int
@@ -60,7 +60,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of a microbatch."""
+        """Tokens of a microbatch."""
         return self.micro_batch_size * self.sequence_length
 
 
@@ -69,14 +69,14 @@ class Memory:
     """Bytes on one rank.
 
     Attributes:
-        frozen: backbone, and the frozen norms and the LM head that exits read through.
+        frozen: backbone, and the frozen norms and LM head that exits use.
         trained: weights of the exits.
-        gradients: their float32 buffer.
-        optimizer: two moments, and what makes float32 main weights of the model's where these are not; 0 where they
+        gradients: float32 gradients of the exits.
+        optimizer: two moments, and the additional bytes of float32 main weights if the weights are bfloat16; 0 if they
             are in host memory.
-        activations: at the peak: one microbatch in the frozen layers, or one exit's graph and the loss's scratch; or
-            the scratch of the optimizer's update, where that is more.
-        transfer: buffers of what comes from other stages and goes to them.
+        activations: the peak of one microbatch in the frozen layers, of one exit's graph and the loss's scratch, or of
+            the optimizer's scratch.
+        transfer: buffers of messages from and to other stages.
     """
 
     frozen: int
@@ -88,7 +88,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.frozen + self.trained + self.gradients + self.optimizer + self.activations + self.transfer
 
 
@@ -119,7 +119,7 @@ def stage_parameters(
     tensor: int = 1,
     distillation: bool = False,
 ) -> tuple[int, int]:
-    """Frozen and trained parameters of each rank of stage ``index``; a tensor that two modules share counts once.
+    """Frozen and trained parameters of each rank of stage ``index``. A tensor that two modules share counts once.
 
     The first stage has the embedding. With ``distillation`` the last one with layers has the final norm and the LM
     head. A stage that hosts a ``shared`` or ``low_rank`` head has a copy of the LM head, unless it has that anyway, as
@@ -138,7 +138,7 @@ def stage_parameters(
 
 
 def layer_parameters(architecture: Architecture, tensor: int = 1) -> int:
-    """Of one decoder layer on one tensor-parallel rank."""
+    """Parameters of one decoder layer on one tensor-parallel rank."""
     arch, hidden = architecture, architecture.hidden_size
     query, key = _head_rows(arch, tensor)
     attention = (query + 2 * key) * (hidden + arch.qkv_bias) + hidden * (query + arch.output_bias)
@@ -146,7 +146,7 @@ def layer_parameters(architecture: Architecture, tensor: int = 1) -> int:
 
 
 def mlp_parameters(architecture: Architecture, tensor: int = 1) -> int:
-    """Of one gated MLP on one tensor-parallel rank."""
+    """Parameters of one gated MLP on one tensor-parallel rank."""
     arch, hidden, ffn = architecture, architecture.hidden_size, architecture.ffn_size // tensor
     return 2 * ffn * (hidden + arch.mlp_bias) + hidden * (ffn + arch.mlp_bias)
 
@@ -169,7 +169,7 @@ def _head_rows(architecture: Architecture, tensor: int) -> tuple[int, int]:
 def _activations(
     layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
 ) -> int:
-    """The larger of two peaks, in the frozen layers and in an exit; taps stay through both."""
+    """The larger of two peaks, in the frozen layers and in an exit. Taps are alive in both."""
     stage = layout.stages[index]
     hidden = _hidden_bytes(architecture, workload)
     held = len([spec for spec in specs if spec.layer in stage.layers])
@@ -178,7 +178,7 @@ def _activations(
     trained = [spec for spec in _hosted(stage, specs) if trains(spec)]
     peaks = [_exit_peak(architecture, spec, _of_a_graph(architecture, spec, workload)) for spec in trained]
     if stage.layers:
-        # The embedded tokens stay until all layers have run; what comes from another stage is in a transfer buffer.
+        # The embedded tokens stay until all layers have run. Hidden states from another stage are in a transfer buffer.
         embedded = hidden if 1 in stage.layers else 0
         peaks.append(embedded + _layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
@@ -252,7 +252,7 @@ def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) 
 
 
 def _transfer(layout: Layout, index: int, architecture: Architecture, workload: Workload) -> int:
-    """Buffers of the messages to and from a stage; a teacher's verdict is two tensors of four bytes per kept token."""
+    """Buffers of the messages to and from a stage. A teacher message is two tensors of four bytes per kept token."""
     size, hidden = 0, _hidden_bytes(architecture, workload)
     for message in layout.messages():
         ahead = max(1, layout.depth(message.target) - layout.depth(message.source) + 1)

@@ -1,4 +1,4 @@
-"""The plan of a run: what each stage holds, computes and waits for, counted before anything is loaded.
+"""The plan of a run, before anything is loaded: content, work, idle time and memory of each stage.
 
 Pure: no process group is needed.
 """
@@ -28,11 +28,11 @@ class StagePlan:
     Attributes:
         layers: numbers of its layers, from 1.
         exits: layers of the exits that it hosts.
-        frozen_parameters: held by each of its ranks.
-        trained_parameters: held by each of its ranks.
-        flops: of one step, over its tensor-parallel ranks together and for one data-parallel replica.
-        idle: share of a step in which it waits for other stages.
-        memory: of each of its ranks.
+        frozen_parameters: number per rank.
+        trained_parameters: number per rank.
+        flops: FLOPs of one step, over all tensor-parallel ranks, for one data-parallel replica.
+        idle: share of a step that it waits for other stages.
+        memory: memory per rank.
     """
 
     layers: range
