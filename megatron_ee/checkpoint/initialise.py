@@ -11,6 +11,7 @@ from megatron_ee.checkpoint.derived import constant, normal
 from megatron_ee.checkpoint.loading import fill, load_frozen_norms
 from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.tensors import exit_copy_sources, trained_parts
 from megatron_ee.model.names import blocks
@@ -40,19 +41,23 @@ def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
         parameter.zero_()  # rows that pad the vocabulary stay zero
         for block in blocks(parameter, part.saved, exit_.setup.architecture, tensor.rank(), tensor.size()):
             if block.name not in drawn:
-                drawn[block.name] = random_tensor(block.name, block.shape, exit_.spec.layer, seed, parameter.dtype)
+                layer, arch = exit_.spec.layer, exit_.setup.architecture
+                drawn[block.name] = random_tensor(block.name, block.shape, layer, seed, parameter.dtype, arch)
             drawn[block.name].read(block.tensor, block.offset)
 
 
-def random_tensor(name: str, shape: tuple[int, ...], layer: int, seed: int, dtype: torch.dtype) -> StoredTensor:
+def random_tensor(
+    name: str, shape: tuple[int, ...], layer: int, seed: int, dtype: torch.dtype, arch: Architecture
+) -> StoredTensor:
     """First values of a tensor that is not copied, of the exit after ``layer``. They depend on its adapter name and
     seed.
 
-    Norms are 1. Biases and a ``low_rank`` head's B are 0. All others are normal(0, 0.02), output projections normal(0,
-    0.02 / sqrt(2 k)), drawn in float32.
+    Norms multiply by 1. Biases and a ``low_rank`` head's B are 0. All others are normal(0, 0.02), output projections
+    normal(0, 0.02 / sqrt(2 k)), drawn in float32.
     """
     if len(shape) == 1 or name.endswith(LOW_RANK_UP):
-        return constant(0.0 if name.endswith(("bias", LOW_RANK_UP)) else 1.0, shape, dtype)
+        zero = arch.norm_plus_one or name.endswith(("bias", LOW_RANK_UP))
+        return constant(0.0 if zero else 1.0, shape, dtype)
     std = INIT_STD / math.sqrt(2 * layer) if name.endswith(OUTPUT_PROJECTIONS) else INIT_STD
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return normal(int.from_bytes(digest[:8], "little", signed=True), std, shape, dtype)

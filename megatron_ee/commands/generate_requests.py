@@ -79,7 +79,7 @@ def check_request(request: Request, released: Released) -> None:
     """
     arch = released.model.architecture
     request.check([spec.layer for spec in released.exits], arch.num_layers)
-    prompt_ids(request, released.tokenizer, arch.vocab_size, arch.max_positions)
+    prompt_ids(request, released.tokenizer, arch.vocab_size, arch.max_generated_positions)
 
 
 def read_requests(

@@ -19,15 +19,22 @@ _OUTSIDE_OUTPUTS = ("family", "max_positions", "tied")
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base, and Llama 3's or linear frequency scaling.
+    """Rotary position embedding: base, how much of a head turns, and how frequencies are scaled to longer contexts.
 
     Attributes:
         theta: base of the frequencies.
-        kind: ``default``, ``linear`` or ``llama3``.
+        kind: ``default``, ``linear``, ``llama3``, ``yarn`` (arXiv 2309.00071) or ``longrope`` (arXiv 2402.13753).
         factor: how many times longer the context becomes.
         low_freq_factor: Llama 3: wavelengths above ``original_positions / low_freq_factor`` are scaled fully.
         high_freq_factor: Llama 3: wavelengths below ``original_positions / high_freq_factor`` stay.
-        original_positions: Llama 3: context before scaling.
+        original_positions: context before scaling.
+        fraction: of each head's features that turn, the first ones.
+        magnitude: factor of cosine and sine (YaRN, longrope).
+        beta_fast: YaRN: frequencies with more turns than this within ``original_positions`` stay.
+        beta_slow: YaRN: frequencies with fewer turns are scaled fully.
+        truncate: YaRN: the bounds of the ramp between the two are whole numbers.
+        short_factors: longrope: divisors of the frequencies in contexts up to ``original_positions``.
+        long_factors: longrope: the same in longer contexts.
     """
 
     theta: float = 10_000.0
@@ -36,6 +43,13 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+    fraction: float = 1.0
+    magnitude: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,17 @@ class Architecture:
         max_positions: the context; with linear scaling ``max_position_embeddings`` times the factor, as in vLLM.
         windows: per layer, how many positions attention looks back (its own included); None is unlimited.
         tied: the LM head is the input embedding.
+        embedding_multiplier: factor of the embedding, rounded to the model's dtype.
+        residual_multiplier: factor of what attention and MLP add to the residual.
+        attention_multiplier: factor of the attention scores; None is ``head_dim ** -0.5``.
+        logit_multiplier: factor of the logits.
+        norm_placement: ``before`` attention and MLP, ``after`` them, or both (``sandwich``).
+        norm_plus_one: norms multiply by 1 + weight.
+        activation: of the MLP's gate: ``silu`` or ``gelu_tanh``.
+        qk_norm: queries and keys are normed.
+        qk_norm_whole: over the whole projection, not each head.
+        local_rope: of the layers with a window; None where it is ``rope``.
+        rotated: per layer, whether it has rotary positions; empty where all have.
     """
 
     family: str
@@ -66,6 +91,31 @@ class Architecture:
     qk_norm: bool
     tied: bool
     windows: tuple[int | None, ...]
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logit_multiplier: float = 1.0
+    norm_placement: str = "before"
+    norm_plus_one: bool = False
+    activation: str = "silu"
+    qk_norm_whole: bool = False
+    local_rope: Rope | None = None
+    rotated: tuple[bool, ...] = ()
+
+    @property
+    def max_generated_positions(self) -> int:
+        """The context of generation: with longrope the original one, since keys that are kept cannot be turned anew."""
+        return self.rope.original_positions if self.rope.kind == "longrope" else self.max_positions
+
+    @property
+    def norms_before(self) -> bool:
+        """Whether attention and MLP have a norm before them."""
+        return self.norm_placement != "after"
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether attention and MLP have a norm after them."""
+        return self.norm_placement != "before"
 
 
 def outputs_digest(architecture: Architecture) -> str:
@@ -83,7 +133,8 @@ def output_settings(architecture: Architecture) -> dict[str, Any]:
     """What ``outputs_digest`` is made of, as JSON holds it, with ``rope.theta`` and the like in one flat object."""
     found: dict[str, Any] = {}
     for name, setting in json.loads(json.dumps(_settings(architecture))).items():
-        found |= {f"{name}.{part}": each for part, each in setting.items()} if name == "rope" else {name: setting}
+        nested = isinstance(setting, dict)
+        found |= {f"{name}.{part}": each for part, each in setting.items()} if nested else {name: setting}
     return found
 
 
@@ -100,8 +151,10 @@ def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
 
 def _setting(settings: Mapping[str, Any], name: str) -> str:
     """The value for the user; one that is left out is the field's default."""
-    defaults = {f"rope.{field.name}": field.default for field in dataclasses.fields(Rope)}
-    return shown(settings[name] if name in settings else defaults.get(name))
+    ropes = {f"{rope}.{field.name}": field for rope in ("rope", "local_rope") for field in dataclasses.fields(Rope)}
+    fields = {field.name: field for field in dataclasses.fields(Architecture)} | ropes
+    default = fields[name].default if name in fields else None
+    return shown(settings.get(name, None if default is dataclasses.MISSING else default))
 
 
 def _settings(value: Architecture | Rope) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def _first_values(contents: Contents, spec: ExitSpec, arch: Architecture, seed: 
         if origin is not None and spec.init == "copy":
             values[name] = copied(origin, contents.backbone[origin])
         else:
-            values[name] = random_tensor(name, shape, spec.layer, seed, contents.backbone[like].dtype)
+            values[name] = random_tensor(name, shape, spec.layer, seed, contents.backbone[like].dtype, arch)
     return values
 
 

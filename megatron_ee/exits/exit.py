@@ -48,7 +48,7 @@ class Exit(nn.Module):
 
     def rest(self, x: Tensor) -> Tensor:
         """Result of ``attention_half`` -> z ``[seq, batch, hidden]``, token by token."""
-        return self.setup.gather_sequence(self.body.rest(x))
+        return self.setup.head_input(self.body.rest(x))
 
     def pieces(self, tap: Tensor, tokens: int) -> Sequence[Tensor]:
         """A microbatch's tap, split into ``[tokens, 1, hidden]`` if ``forward`` can process the tokens in pieces.

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 class LayerBody(Body):
     """``N(Layer(h_k))``. The layer has the attention window of the last layer, since it is a copy of it."""
 
-    saved = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "norm"})
+    saved = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "norm"}) | frozenset(
+        {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # of some families
+    )
     extra_layers = 1
 
     def __init__(self, setup: ModelSetup, layer: int) -> None:

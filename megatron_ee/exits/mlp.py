@@ -14,8 +14,8 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.exits.body import Body, ExitPart, GraphBytes, LayerBytes, layer_parts, norm_part
 from megatron_ee.exits.norm import norm_graph_bytes
 from megatron_ee.families.family import Source
-from megatron_ee.families.weights import layer_source
-from megatron_ee.model.layer import MLP
+from megatron_ee.families.weights import layer_source, parameter_parts
+from megatron_ee.model.layer import MLP, add_mlp, build_norms
 from megatron_ee.model.traversal import Tap
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ class MLPBody(Body):
 
     def __init__(self, setup: ModelSetup, layer: int) -> None:
         super().__init__(setup, layer)
-        self.input_norm = setup.spec.norm(setup, setup.architecture.hidden_size).requires_grad_(False)
+        self.multiplier = setup.architecture.residual_multiplier
+        self.input_norm, self.output_norm = build_norms(setup)
+        for norm in filter(None, (self.input_norm, self.output_norm)):
+            norm.requires_grad_(False)
         self.mlp = MLP(setup)
         self.norm = setup.spec.norm(setup, setup.architecture.hidden_size)
 
@@ -46,8 +49,10 @@ class MLPBody(Body):
 
     @classmethod
     def frozen(cls, architecture: Architecture, layer: int) -> Mapping[str, Source]:
-        """n."""
-        return {"input_norm.weight": layer_source(architecture, "mlp_norm.weight", f"model.layers.{layer - 1}")}
+        """The layer's own norms before and after its MLP."""
+        norms = {"input_norm.weight": "mlp_norm.weight", "output_norm.weight": "mlp_post_norm.weight"}
+        held, prefix = parameter_parts(architecture), f"model.layers.{layer - 1}"
+        return {name: layer_source(architecture, origin, prefix) for name, origin in norms.items() if origin in held}
 
     @classmethod
     def flops(cls, architecture: Architecture, tokens: int) -> int:
@@ -65,7 +70,7 @@ class MLPBody(Body):
 
     def rest(self, x: Tensor) -> Tensor:
         """See ``Body``."""
-        return self.norm(x + self.mlp(self.input_norm(x)))
+        return self.norm(add_mlp(x, self.input_norm, self.mlp, self.output_norm, self.multiplier))
 
 
 def mlp_graph_bytes(sizes: LayerBytes) -> GraphBytes:

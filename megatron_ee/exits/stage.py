@@ -115,7 +115,7 @@ class Stage(nn.Module):
     def final_features(self, h: Tensor) -> Tensor:
         """h after the last layer -> what the final exit's head reads, ``[seq, batch, hidden]``."""
         assert self.backbone.final_norm is not None, "no final exit here"
-        return self.setup.gather_sequence(self.backbone.final_norm(h))
+        return self.setup.head_input(self.backbone.final_norm(h))
 
     def final_logits(self, z: Tensor) -> Tensor:
         """``[..., hidden]`` -> float32 logits of the final exit ``[..., vocab]``, the same on every rank."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.families.reading import Config
 
-Kind = Literal["whole", "columns", "vocabulary", "gated", "qkv"]
+Kind = Literal["whole", "rows", "columns", "vocabulary", "gated", "qkv"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Source:
 
     Attributes:
         names: released names, one for each part of the parameter in the order of its parts, or one for all of them.
-        kind: how the parameter is cut: ``whole`` (every rank has all), ``columns``, ``vocabulary`` (rows,
-            padded), ``gated`` (parts gate and up), ``qkv`` (parts query, key, value, by key-value group).
+        kind: how the parameter is cut: ``whole`` (every rank has all), ``rows``, ``columns``, ``vocabulary``
+            (rows, padded), ``gated`` (parts gate and up), ``qkv`` (parts query, key, value, by key-value group).
     """
 
     names: tuple[str, ...]
@@ -66,6 +66,12 @@ def pick_layers(config: Mapping[str, Any], architecture: Architecture, layers: S
 def _holds_names_or_tokens(key: str) -> bool:
     """Lists that have no entry per layer, however many there are: ``eos_token_id`` of Llama 3 is a list of three."""
     return key == "architectures" or key.endswith(("_token_id", "_tokens", "_ids"))
+
+
+def pick_layers_by_type(config: Mapping[str, Any], architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:
+    """As ``pick_layers``, with ``layer_types`` spelled out: in files without it, layers follow a pattern."""
+    kinds = ["full_attention" if architecture.windows[layer] is None else "sliding_attention" for layer in layers]
+    return {**pick_layers(config, architecture, layers), "layer_types": kinds}
 
 
 def pick_layers_of_qwen(config: Mapping[str, Any], architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:

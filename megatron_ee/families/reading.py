@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ee.config.architecture import MAX_LAYERS, Architecture, Rope
@@ -58,7 +59,16 @@ class Config:
 
 
 def plain_architecture(
-    config: Config, family: str, *, positions: int, kv_heads: int | None = None, head_dim: int | None = None
+    config: Config,
+    family: str,
+    *,
+    positions: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    eps: float = 1e-6,
+    tied: bool = False,
+    rope: Rope | None = None,
+    activation: str | None = None,
 ) -> Architecture:
     """The architecture of a pre-norm model with RMSNorm, rotary positions and a gated MLP, without biases or windows.
 
@@ -70,6 +80,10 @@ def plain_architecture(
         positions: default of ``max_position_embeddings``.
         kv_heads: default of ``num_key_value_heads``; None, or a null in the file, is ``num_attention_heads``.
         head_dim: default of ``head_dim``; None, or a null in the file, is ``hidden_size / num_attention_heads``.
+        eps: default of ``rms_norm_eps``.
+        tied: default of ``tie_word_embeddings``.
+        rope: None to read it as most families have it.
+        activation: of the MLP; None is silu, as the file must have it.
     """
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
@@ -83,11 +97,13 @@ def plain_architecture(
         raise config.error(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     if head_dim % 2:
         raise config.error(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
-    if config.values.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+    if activation is None and config.values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise config.error(f"hidden_act {shown(config.values['hidden_act'])} is not supported, only 'silu'")
     num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     context = config.integer("max_position_embeddings", positions)
-    rope = read_rope(config, context)
+    if rope is None:
+        rope = read_rope(config, context)
+        context = _scaled_context(config, context, rope)
     return Architecture(
         family=family,
         num_layers=num_layers,
@@ -97,45 +113,133 @@ def plain_architecture(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=config.integer("vocab_size"),
-        max_positions=_scaled_context(config, context, rope),
-        norm_eps=config.positive("rms_norm_eps", 1e-6),
+        max_positions=context,
+        norm_eps=config.positive("rms_norm_eps", eps),
         rope=rope,
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,
         qk_norm=False,
-        tied=config.flag("tie_word_embeddings"),
+        tied=config.flag("tie_word_embeddings", tied),
         windows=(None,) * num_layers,
+        activation=activation or "silu",
     )
 
 
-def read_rope(config: Config, positions: int) -> Rope:
+def read_rope(
+    config: Config, positions: int, *, theta: float = 10_000.0, kinds: Sequence[str] = ("default", "linear", "llama3")
+) -> Rope:
     """Rotary settings, read from where transformers takes them.
 
     Released files have ``rope_theta`` and ``rope_scaling``, recent transformers writes ``rope_parameters``. Of two
     objects, ``rope_scaling`` counts. A ``rope_theta`` within the object comes before one beside it, but
-    ``original_max_position_embeddings`` beside the object comes before one within; ``positions`` is its default.
+    ``original_max_position_embeddings`` beside the object comes before one within.
+
+    Args:
+        config: of the model.
+        positions: default of ``original_max_position_embeddings``.
+        theta: default of ``rope_theta``.
+        kinds: that the family is released with.
     """
     key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     found = config.values.get(key) or {}
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise config.error(f"{key} must be one object of plain settings for all layers")
+    return make_rope(config, found, positions, theta, kinds)
+
+
+def read_ropes_by_type(
+    config: Config, positions: int, theta: float, local_theta: float, local_key: str = ""
+) -> tuple[Rope, Rope]:
+    """Rotary settings of layers with full and with sliding attention.
+
+    Recent files have ``rope_parameters`` with an object for each type. In older ones ``rope_theta`` and
+    ``rope_scaling`` are those of full attention.
+
+    Args:
+        config: of the model.
+        positions: default of ``original_max_position_embeddings``.
+        theta: default base with full attention.
+        local_theta: the same with sliding attention.
+        local_key: of that base in older files, if they state it.
+    """
+    nested = config.values.get("rope_parameters") or {}
+    if not isinstance(nested, dict):
+        raise config.error(f"rope_parameters must have an object each for {FULL} and {SLIDING}")
+    found = {kind: nested.get(kind) or {} for kind in (FULL, SLIDING)}
+    found[FULL] = {**found[FULL], **(config.values.get("rope_scaling") or {})}
+    if any(not isinstance(each, dict) for each in found.values()) or (nested and not set(nested) <= set(found)):
+        raise config.error(f"rope_parameters must have an object each for {FULL} and {SLIDING}")
+    full = make_rope(config, found[FULL], positions, theta, ("default", "linear", "llama3", "yarn"))
+    beside = config.positive(local_key, local_theta) if local_key else local_theta
+    alone = Config({}, config.where)  # ``rope_theta`` beside the object is that of full attention
+    return full, make_rope(alone, found[SLIDING], positions, beside, ("default",))
+
+
+def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: float, kinds: Sequence[str]) -> Rope:
+    """A rope from one object of settings; arguments as for ``read_rope``."""
     settings = Config(found, config.where)
     kind = found.get("rope_type", found.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise config.error(f"rope type {shown(kind)} is not supported; supported: default, linear, llama3")
-    if (config.values.get("partial_rotary_factor") or found.get("partial_rotary_factor") or 1.0) != 1.0:
+    if kind not in kinds:
+        raise config.error(f"rope type {shown(kind)} is not supported; supported: {', '.join(kinds)}")
+    fraction = found.get("partial_rotary_factor") or config.values.get("partial_rotary_factor") or 1.0
+    if fraction != 1.0 and "longrope" not in kinds:
         raise config.error("partial_rotary_factor is not supported")
-    theta = (settings if "rope_theta" in found else config).positive("rope_theta", 10_000.0)
-    factor = 1.0 if kind == "default" else settings.positive("factor", name="rope factor")
-    if kind != "llama3":
-        return Rope(theta=theta, kind=kind, factor=factor)
+    rope = Rope(
+        theta=(settings if "rope_theta" in found else config).positive("rope_theta", theta),
+        kind=kind,
+        fraction=Config({"partial_rotary_factor": fraction}, config.where).positive("partial_rotary_factor"),
+    )
+    if kind == "default":
+        return rope
+    original = "original_max_position_embeddings"
+    place = config if config.values.get(original) is not None else settings
+    if kind == "longrope":
+        return _longrope(settings, replace(rope, original_positions=place.integer(original, positions)), positions)
+    rope = replace(rope, factor=settings.positive("factor", name="rope factor"))
+    if kind == "linear":
+        return rope
+    rope = replace(rope, original_positions=place.integer(original, positions))
+    if kind == "yarn":
+        return _yarn(settings, rope)
     low, high = (settings.positive(key, name=f"rope {key}") for key in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise config.error("rope low_freq_factor must be less than high_freq_factor")
-    original = "original_max_position_embeddings"
-    place = config if config.values.get(original) is not None else settings
-    return Rope(theta, kind, factor, low, high, place.integer(original, positions))
+    return replace(rope, low_freq_factor=low, high_freq_factor=high)
+
+
+def _yarn(settings: Config, rope: Rope) -> Rope:
+    def magnitude(scale: float = 1.0) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0
+
+    found, default = settings.values, magnitude()
+    if found.get("mscale") and found.get("mscale_all_dim"):
+        scales = (settings.positive(key, name=f"rope {key}") for key in ("mscale", "mscale_all_dim"))
+        default = magnitude(next(scales)) / magnitude(next(scales))
+    given = found.get("attention_factor")
+    return replace(
+        rope,
+        magnitude=default if given is None else settings.positive("attention_factor", name="rope attention_factor"),
+        beta_fast=settings.positive("beta_fast", name="rope beta_fast") if found.get("beta_fast") else 32.0,
+        beta_slow=settings.positive("beta_slow", name="rope beta_slow") if found.get("beta_slow") else 1.0,
+        truncate=settings.flag("truncate", True),
+    )
+
+
+def _longrope(settings: Config, rope: Rope, positions: int) -> Rope:
+    factor = positions / rope.original_positions
+    if settings.values.get("factor") is not None:
+        factor = settings.positive("factor", name="rope factor")
+    magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(rope.original_positions))
+    if settings.values.get("attention_factor") is not None:
+        magnitude = settings.positive("attention_factor", name="rope attention_factor")
+    lists = []
+    for key in ("short_factor", "long_factor"):
+        values = settings.values.get(key)
+        if not isinstance(values, list) or not values:
+            raise settings.error(f"rope {key} must be a list of positive numbers")
+        lists.append(tuple(Config({key: value}, settings.where).positive(key, name=f"rope {key}") for value in values))
+    return replace(rope, magnitude=magnitude, short_factors=lists[0], long_factors=lists[1])
 
 
 def _scaled_context(config: Config, positions: int, rope: Rope) -> int:

@@ -10,19 +10,31 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.errors import CheckpointError, shown
 from megatron_ee.families.family import Family
+from megatron_ee.families.gemma3 import GEMMA3
+from megatron_ee.families.granite import GRANITE
 from megatron_ee.families.llama import LLAMA
 from megatron_ee.families.mistral import MISTRAL
+from megatron_ee.families.olmo2 import OLMO2
+from megatron_ee.families.olmo3 import OLMO3
+from megatron_ee.families.phi3 import PHI3
 from megatron_ee.families.qwen2 import QWEN2
 from megatron_ee.families.qwen3 import QWEN3
 from megatron_ee.families.reading import Config
+from megatron_ee.families.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        GEMMA3,
+        GRANITE,
         LLAMA,
         MISTRAL,
+        OLMO2,
+        OLMO3,
+        PHI3,
         QWEN2,
         QWEN3,
+        SMOLLM3,
     )
 }
 """By ``model_type``."""

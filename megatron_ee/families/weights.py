@@ -27,8 +27,11 @@ def layer_source(arch: Architecture, parameter: str, prefix: str) -> Source:
 def layer_tensors(arch: Architecture) -> dict[str, Shape]:
     """Released name within a layer -> shape of every weight of a decoder layer."""
     found: dict[str, Shape] = {}
-    for parameter, parts in parameter_parts(arch).items():
-        names = FAMILIES[arch.family].layer[parameter].names
+    every = parameter_parts(arch)
+    for parameter, source in FAMILIES[arch.family].layer.items():
+        if parameter not in every:
+            continue
+        parts, names = every[parameter], source.names
         if len(names) == len(parts):
             found |= dict(zip(names, parts, strict=True))
         else:  # one released tensor holds all the parts
@@ -60,18 +63,22 @@ def parameter_parts(arch: Architecture) -> dict[str, tuple[Shape, ...]]:
     hidden, ffn = arch.hidden_size, arch.ffn_size
     query, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     parts: dict[str, tuple[Shape, ...]] = {
-        "attention_norm.weight": ((hidden,),),
         "attention.qkv.weight": ((query, hidden), (kv, hidden), (kv, hidden)),
         "attention.output.weight": ((hidden, query),),
-        "mlp_norm.weight": ((hidden,),),
         "mlp.gate_up.weight": ((ffn, hidden), (ffn, hidden)),
         "mlp.down.weight": ((hidden, ffn),),
     }
+    if arch.norms_before:
+        parts["attention_norm.weight"] = parts["mlp_norm.weight"] = ((hidden,),)
+    if arch.norms_after:
+        parts["attention_post_norm.weight"] = parts["mlp_post_norm.weight"] = ((hidden,),)
     if arch.qkv_bias:
         parts["attention.qkv.bias"] = ((query,), (kv,), (kv,))
     if arch.output_bias:
         parts["attention.output.bias"] = ((hidden,),)
-    if arch.qk_norm:
+    if arch.qk_norm_whole:
+        parts["attention.q_norm.weight"], parts["attention.k_norm.weight"] = ((query,),), ((kv,),)
+    elif arch.qk_norm:
         parts["attention.q_layernorm.weight"] = parts["attention.k_layernorm.weight"] = ((arch.head_dim,),)
     if arch.mlp_bias:
         parts["mlp.gate_up.bias"] = ((ffn,), (ffn,))

@@ -324,7 +324,7 @@ def _engine(
         specs,
         num_layers=arch.num_layers,
         vocab_size=arch.vocab_size,
-        max_positions=arch.max_positions,
+        max_positions=arch.max_generated_positions,
         tokenizer=tokenizer,
         eos=eos,
         off=off,

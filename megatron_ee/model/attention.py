@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ee.config.architecture import Rope
+from megatron_ee.config.architecture import Architecture, Rope
+from megatron_ee.model.linear import ShardedRMSNorm
 from megatron_ee.parallel.tiles import WINDOW_QUERIES
 
 if TYPE_CHECKING:
@@ -34,13 +36,53 @@ class LayerCache(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """The frequencies of one rotary embedding.
+
+    Attributes:
+        short: inverse frequencies ``[turning features / 2]``, float32, up to ``limit`` positions.
+        long: the same for longer rows.
+        limit: see ``short``.
+        magnitude: factor of cosine and sine.
+    """
+
+    short: Tensor
+    long: Tensor
+    limit: int
+    magnitude: float
+
+    def angles(self, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each ``[seq, batch, 1, 1, n]``, at ``positions`` ``[seq, batch]`` of rows of ``length``."""
+        inverse = self.long if length > self.limit else self.short
+        angles = (positions[:, :, None].float() * inverse)[:, :, None, None]
+        cos, sin = angles.cos(), angles.sin()
+        if self.magnitude != 1:
+            cos, sin = cos * self.magnitude, sin * self.magnitude
+        return cos.to(dtype), sin.to(dtype)
+
+
+def make_rotary(rope: Rope, head_dim: int, device: torch.device | None = None) -> Rotary:
+    """Frequencies of ``rope`` for heads of ``head_dim`` features."""
+    if rope.kind != "longrope":
+        inverse = rope_frequencies(rope, head_dim).to(device)
+        return Rotary(inverse, inverse, 0, rope.magnitude)
+    plain = rope_frequencies(replace(rope, kind="default"), head_dim)
+    short, long = (plain / torch.tensor(factors) for factors in (rope.short_factors, rope.long_factors))
+    return Rotary(short.to(device), long.to(device), rope.original_positions, rope.magnitude)
+
+
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Inverse frequencies ``[head_dim / 2]``, float32, after linear or Llama 3 scaling (Llama 3.1 release notes)."""
-    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    """Inverse frequencies ``[turning features / 2]``, float32, after scaling of every kind but longrope."""
+    dim = int(head_dim * rope.fraction)
+    inverse = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     if rope.kind == "linear":
         return inverse / rope.factor
+    if rope.kind == "yarn":
+        return _yarn_frequencies(rope, inverse, dim)
     if rope.kind != "llama3":
         return inverse
+    # Llama 3.1 release notes.
     wavelength = 2 * math.pi / inverse
     # 0 where a wavelength is scaled fully, 1 where it stays, linear in between.
     kept = (rope.original_positions / wavelength - rope.low_freq_factor) / (
@@ -50,19 +92,34 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
     return kept * inverse + (1 - kept) * inverse / rope.factor
 
 
+def _yarn_frequencies(rope: Rope, inverse: Tensor, dim: int) -> Tensor:
+    """YaRN (arXiv 2309.00071, section 3.2): between two features the scaling sets in linearly."""
+
+    def feature(turns: float) -> float:
+        """The feature, as a real number, that turns so often within the original context."""
+        return dim * math.log(rope.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = feature(rope.beta_fast), feature(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low or 0.001
+    scaled = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return scaled * inverse / rope.factor + (1 - scaled) * inverse
+
+
 @dataclass
 class Positions:
     """What attention must know of the tokens in one pass; built once and read by every layer.
 
     Attributes:
-        cos: ``[seq, batch or 1, 1, 1, head_dim]`` in the model's dtype.
-        sin: as ``cos``.
+        angles: cosine and sine, each ``[seq, batch or 1, 1, 1, turning features / 2]`` in the model's dtype, of every
+            rotary embedding that the model has.
         length: tokens of each row. A pass over a cache, which knows itself what each token sees, has none.
         key_valid: ``[batch, length]``, False at padding; None where there is none.
     """
 
-    cos: Tensor
-    sin: Tensor
+    angles: tuple[tuple[Tensor, Tensor], ...]
     length: int = 0
     key_valid: Tensor | None = None
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
@@ -80,9 +137,9 @@ class Positions:
         """
         if (window, shared) not in self._bands:
             queries = min(WINDOW_QUERIES, self.length - window)
-            key = torch.arange(queries + window, device=self.cos.device)
+            key = torch.arange(queries + window, device=self.angles[0][0].device)
             hidden = ~visible_keys(key[window:], key, window).repeat_interleave(shared, dim=0)
-            scores = torch.zeros(hidden.shape, dtype=self.cos.dtype, device=hidden.device)
+            scores = torch.zeros(hidden.shape, dtype=self.angles[0][0].dtype, device=hidden.device)
             self._bands[window, shared] = scores.masked_fill_(hidden, -torch.inf)
         return self._bands[window, shared]
 
@@ -97,7 +154,7 @@ class Positions:
     def _build_mask(self, window: int | None) -> Tensor | None:
         if self.key_valid is None and window is None:
             return None
-        key = torch.arange(self.length, device=self.cos.device)
+        key = torch.arange(self.length, device=self.angles[0][0].device)
         visible = visible_keys(key, key, window)
         if self.key_valid is None:
             return visible[None, None]
@@ -114,32 +171,33 @@ def visible_keys(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 
 
 def make_positions(
-    inverse_frequencies: Tensor, dtype: torch.dtype, length: int, key_valid: Tensor | None = None
+    rotaries: Sequence[Rotary], dtype: torch.dtype, length: int, key_valid: Tensor | None = None
 ) -> Positions:
     """Positions of whole rows.
 
     Args:
-        inverse_frequencies: from ``rope_frequencies``, on the device of the model.
+        rotaries: of the model, on its device.
         dtype: the model's.
         length: tokens of each row.
         key_valid: ``[batch, length]`` bool. Rows are padded on either side; a padded row's positions count its
             valid tokens only, as transformers counts them.
     """
-    steps = torch.arange(length, device=inverse_frequencies.device)[None]
+    steps = torch.arange(length, device=rotaries[0].short.device)[None]
     counted = steps if key_valid is None else (key_valid.long().cumsum(1) - 1).clamp(min=0)
-    return Positions(*_rotary(inverse_frequencies, dtype, counted.t()), length, key_valid)
+    angles = tuple(rotary.angles(counted.t(), dtype, length) for rotary in rotaries)
+    return Positions(angles, length, key_valid)
 
 
-def packed_positions(inverse_frequencies: Tensor, dtype: torch.dtype, positions: Tensor) -> Positions:
+def packed_positions(rotaries: Sequence[Rotary], dtype: torch.dtype, positions: Tensor) -> Positions:
     """Positions of a pass over caches: the rows' tokens one after another, ``positions`` ``[tokens]`` int64."""
-    return Positions(*_rotary(inverse_frequencies, dtype, positions[:, None]))
+    return Positions(tuple(rotary.angles(positions[:, None], dtype, 0) for rotary in rotaries))
 
 
-def _rotary(inverse_frequencies: Tensor, dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine at ``positions`` ``[seq, batch or 1]``."""
-    angles = positions[:, :, None].float() * inverse_frequencies
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def rotary_index(arch: Architecture, number: int) -> int | None:
+    """Which of the model's rotary embeddings layer ``number``, from 1, has; None for none."""
+    if arch.rotated and not arch.rotated[number - 1]:
+        return None
+    return 1 if arch.local_rope is not None and arch.windows[number - 1] is not None else 0
 
 
 class Attention(nn.Module):
@@ -148,17 +206,25 @@ class Attention(nn.Module):
     The fused projection's rows are grouped by key-value head: its query heads, its key, its value.
     """
 
-    def __init__(self, setup: ModelSetup, window: int | None) -> None:
+    def __init__(self, setup: ModelSetup, number: int) -> None:
+        """Of layer ``number``, from 1."""
         super().__init__()
         arch, spec = setup.architecture, setup.spec
-        self.window, self.head_dim = window, arch.head_dim
+        self.window, self.head_dim = arch.windows[number - 1], arch.head_dim
+        self.rotary = rotary_index(arch, number)
+        # Attention itself divides by the root of head_dim.
+        asked = arch.attention_multiplier
+        self.query_factor = 1.0 if asked is None else asked * arch.head_dim**0.5
         self.queries_per_group = arch.num_heads // arch.num_kv_heads
         self.repeats_keys = setup.repeats_keys and self.queries_per_group > 1
         rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
         self.qkv = spec.column(setup, arch.hidden_size, rows, bias=arch.qkv_bias)
         self.output = spec.row(setup, arch.num_heads * arch.head_dim, arch.hidden_size, bias=arch.output_bias)
-        self.q_layernorm = self.k_layernorm = None
-        if arch.qk_norm:
+        self.q_layernorm = self.k_layernorm = self.q_norm = self.k_norm = None
+        if arch.qk_norm_whole:
+            self.q_norm = ShardedRMSNorm(setup, arch.num_heads * arch.head_dim)
+            self.k_norm = ShardedRMSNorm(setup, arch.num_kv_heads * arch.head_dim)
+        elif arch.qk_norm:
             # On heads, of which every rank has its own: megatron-core sums their gradients over ranks by these names.
             self.q_layernorm = spec.norm(setup, arch.head_dim, sharded_sequence=False)
             self.k_layernorm = spec.norm(setup, arch.head_dim, sharded_sequence=False)
@@ -210,12 +276,22 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         seq, batch, _ = qkv.shape
         qkv = qkv.view(seq, batch, -1, self.queries_per_group + 2, self.head_dim)
+        query_key, value = qkv[..., :-1, :], qkv[..., -1, :]
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = qkv[..., :-2, :], qkv[..., -2:-1, :]
-            rotated = rotate(torch.cat((self.q_layernorm(query), self.k_layernorm(key)), dim=-2), positions)
-        else:
-            rotated = rotate(qkv[..., :-1, :], positions)
-        return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
+            query_key = torch.cat((self.q_layernorm(query), self.k_layernorm(key)), dim=-2)
+        elif self.q_norm is not None and self.k_norm is not None:
+            normed = (norm(part.flatten(2)).view(part.shape) for norm, part in self._whole_norms(qkv))
+            query_key = torch.cat(tuple(normed), dim=-2)
+        if self.rotary is not None:
+            query_key = rotate(query_key, *positions.angles[self.rotary])
+        query = query_key[..., :-1, :]
+        return query if self.query_factor == 1 else query * self.query_factor, query_key[..., -1, :], value
+
+    def _whole_norms(self, qkv: Tensor) -> tuple[tuple[nn.Module, Tensor], tuple[nn.Module, Tensor]]:
+        """The norms over whole projections, with what they norm."""
+        assert self.q_norm is not None and self.k_norm is not None, "no norms over whole projections"
+        return (self.q_norm, qkv[..., :-2, :]), (self.k_norm, qkv[..., -2:-1, :])
 
 
 def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -237,12 +313,14 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> T
     return context.unflatten(2, (len(query), -1)).permute(2, 0, 1, 3, 4).flatten(2)
 
 
-def rotate(x: Tensor, positions: Positions) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864), halves rotated as in released Llama.
 
-    ``[seq, batch, kv_heads, heads per group, head_dim]`` -> the same shape.
+    ``[seq, batch, kv_heads, heads per group, head_dim]`` -> the same shape. Features after the first ``2 n`` of each
+    head stay, ``n`` the last size of ``cos`` and ``sin``.
     """
-    first, second = x.chunk(2, dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     # Both halves turn by the same angles. Put together last: what the compiler has to write it does not compute again.
-    cos, sin = positions.cos.chunk(2, dim=-1)[0], positions.sin.chunk(2, dim=-1)[0]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ee import platform
-from megatron_ee.model.attention import make_positions, packed_positions, rope_frequencies
+from megatron_ee.model.attention import make_positions, make_rotary, packed_positions
 from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.parallel.core_versions import mark_sharded
 
@@ -70,21 +70,25 @@ class Backbone(nn.Module):
         if final_exit and arch.tied and self.embedding is not None:
             self.head.weight = self.embedding.weight  # type: ignore[union-attr]
         self.requires_grad_(False)
-        self.inverse_frequencies = rope_frequencies(arch.rope, arch.head_dim).to(platform.device())
+        ropes = (arch.rope,) if arch.local_rope is None else (arch.rope, arch.local_rope)
+        self.rotaries = [make_rotary(rope, arch.head_dim, platform.device()) for rope in ropes]
+        multiplier = torch.tensor(arch.embedding_multiplier, dtype=setup.dtype, device="cpu")
+        self.embedding_multiplier = float(multiplier)
 
     def positions(self, length: int, key_valid: Tensor | None = None) -> Positions:
         """See ``make_positions``."""
-        return make_positions(self.inverse_frequencies, self.setup.dtype, length, key_valid)
+        return make_positions(self.rotaries, self.setup.dtype, length, key_valid)
 
     def packed_positions(self, positions: Tensor) -> Positions:
         """See ``packed_positions``."""
-        return packed_positions(self.inverse_frequencies, self.setup.dtype, positions)
+        return packed_positions(self.rotaries, self.setup.dtype, positions)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
         assert self.embedding is not None, "this stage has no embedding"
         # With sequence parallelism megatron-core wants [batch, seq] and turns it itself.
-        return self.embedding(tokens if self.setup.config.sequence_parallel else tokens.t())
+        hidden = self.embedding(tokens if self.setup.config.sequence_parallel else tokens.t())
+        return hidden if self.embedding_multiplier == 1 else hidden * self.embedding_multiplier
 
     def numbered_layers(self) -> Iterable[tuple[int, DecoderLayer]]:
         """The layers held here with their numbers, in order."""

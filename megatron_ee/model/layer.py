@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,42 +15,76 @@ if TYPE_CHECKING:
 
 
 class MLP(nn.Module):
-    """Gated MLP: ``down(silu(gate x) * up x)``. A rank's fused rows are its gate rows, then its up rows."""
+    """Gated MLP: ``down(act(gate x) * up x)``. A rank's fused rows are its gate rows, then its up rows."""
 
     def __init__(self, setup: ModelSetup) -> None:
         super().__init__()
         arch, spec = setup.architecture, setup.spec
+        self.activation = arch.activation
         self.gate_up = spec.column(setup, arch.hidden_size, 2 * arch.ffn_size, bias=arch.mlp_bias)
         self.down = spec.row(setup, arch.ffn_size, arch.hidden_size, bias=arch.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[seq, batch, hidden]`` -> the same shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
+        if self.activation == "gelu_tanh":
+            return self.down(F.gelu(gate, approximate="tanh") * up)
         if gate.requires_grad:
             return self.down(F.silu(gate) * up)
         return self.down(F.silu(gate, inplace=True).mul_(up))
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm decoder layer of the Llama kind; backbone layers and ``layer`` exits are this one class."""
+    """Decoder layer; backbone layers and ``layer`` exits are this one class.
+
+    Each half adds to the residual what attention or MLP makes of it, with a norm before, after, or both.
+    """
 
     def __init__(self, setup: ModelSetup, number: int) -> None:
-        """Layer ``number``, from 1; it decides the attention window."""
+        """Layer ``number``, from 1; it decides the attention window and the rotary positions."""
         super().__init__()
-        arch = setup.architecture
-        self.attention_norm = setup.spec.norm(setup, arch.hidden_size)
-        self.attention = Attention(setup, arch.windows[number - 1])
-        self.mlp_norm = setup.spec.norm(setup, arch.hidden_size)
+        self.multiplier = setup.architecture.residual_multiplier
+        self.attention_norm, self.attention_post_norm = build_norms(setup)
+        self.attention = Attention(setup, number)
+        self.mlp_norm, self.mlp_post_norm = build_norms(setup)
         self.mlp = MLP(setup)
+
+    def attention_input(self, h: Tensor) -> Tensor:
+        """What attention reads of h ``[seq, batch, hidden]``."""
+        return h if self.attention_norm is None else self.attention_norm(h)
+
+    def add_attention(self, h: Tensor, attended: Tensor) -> Tensor:
+        """h ``[seq, batch, hidden]`` and the attention's output -> r."""
+        return residual_sum(h, attended, self.attention_post_norm, self.multiplier)
 
     def attention_half(self, h: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """h ``[seq, batch, hidden]`` -> r, the residual after attention."""
-        return h + self.attention(self.attention_norm(h), positions, cache)
+        return self.add_attention(h, self.attention(self.attention_input(h), positions, cache))
 
     def mlp_half(self, r: Tensor) -> Tensor:
         """r ``[seq, batch, hidden]`` -> h of the next layer."""
-        return r + self.mlp(self.mlp_norm(r))
+        return add_mlp(r, self.mlp_norm, self.mlp, self.mlp_post_norm, self.multiplier)
 
     def forward(self, h: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """Both halves: ``[seq, batch, hidden]`` -> the same shape."""
         return self.mlp_half(self.attention_half(h, positions, cache))
+
+
+def build_norms(setup: ModelSetup) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norms before and after attention or MLP; None where the family has none there."""
+    arch, norm = setup.architecture, setup.spec.norm
+    return (
+        norm(setup, arch.hidden_size) if arch.norms_before else None,
+        norm(setup, arch.hidden_size) if arch.norms_after else None,
+    )
+
+
+def add_mlp(r: Tensor, before: nn.Module | None, mlp: MLP, after: nn.Module | None, multiplier: float) -> Tensor:
+    """r ``[seq, batch, hidden]`` plus what an MLP makes of it, through the norms of its layer."""
+    return residual_sum(r, mlp(r if before is None else before(r)), after, multiplier)
+
+
+def residual_sum(residual: Tensor, x: Tensor, norm: nn.Module | None, multiplier: float) -> Tensor:
+    """``residual + multiplier * norm(x)``."""
+    x = x if norm is None else norm(x)
+    return residual + x if multiplier == 1 else torch.add(residual, x, alpha=multiplier)

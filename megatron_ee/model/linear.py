@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,11 +94,49 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=setup.config.params_dtype))
         self.weight.sequence_parallel = sharded_sequence and setup.config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = setup.architecture.norm_eps
+        self.eps, self.plus_one = setup.architecture.norm_eps, setup.architecture.norm_plus_one
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``; the last dimension is normalised in float32."""
+        if self.plus_one:  # Gemma multiplies before it rounds
+            return F.rms_norm(x.float(), (x.shape[-1],), 1 + self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMSNorm over features that are spread over the tensor-parallel ranks, each with its own part of the weights."""
+
+    def __init__(self, setup: ModelSetup, size: int) -> None:
+        """``size``: features of all ranks."""
+        super().__init__()
+        self.size, self.group, self.eps = size, setup.groups.tensor, setup.architecture.norm_eps
+        self.weight = nn.Parameter(torch.empty(size // self.group.size(), dtype=setup.config.params_dtype))
+        mark_sharded(self.weight, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., size / tp]`` -> the same shape and dtype, normalised in float32."""
+        wide = x.float()
+        squares = wide.square().sum(dim=-1, keepdim=True)
+        if self.group.size() > 1:
+            squares = _SumOverRanks.apply(squares, self.group)
+        return (wide * torch.rsqrt(squares / self.size + self.eps) * self.weight.float()).to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum that every rank goes on with by itself: what they want of its gradient is summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def _left_empty(weight: Tensor) -> Any:

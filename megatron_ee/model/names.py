@@ -62,6 +62,8 @@ def blocks(parameter: Tensor, source: Source, arch: Architecture, rank: int, siz
     if source.kind == "columns":
         rows, columns = tensor.shape
         return [Block(name, (rows, columns * size), (0, columns * rank), tensor)]
+    if source.kind == "rows":
+        return [_rows(name, tensor, rank * len(tensor), size * len(tensor))]
     if source.kind == "vocabulary":
         start = rank * len(tensor)
         real = tensor[: max(0, arch.vocab_size - start)]

@@ -54,13 +54,19 @@ class ModelSetup:
         return padded_vocab(self.architecture.vocab_size, self.groups.tensor.size())
 
     def gather_sequence(self, x: Tensor) -> Tensor:
-        """What a head reads: ``[seq, batch, hidden]`` on every rank, gathered where the sequence is sharded.
+        """``[seq, batch, hidden]`` on every rank, gathered where the sequence is sharded.
 
         The loss returns the whole gradient on every rank, so each takes back its share and nothing is summed.
         """
         if not self.config.sequence_parallel:
             return x
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.groups.tensor)
+
+    def head_input(self, x: Tensor) -> Tensor:
+        """What a head reads of the last norm's output: gathered, times the factor that the family gives its logits."""
+        x = self.gather_sequence(x)
+        multiplier = self.architecture.logit_multiplier
+        return x if multiplier == 1 else x * multiplier
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """This rank's logits ``[..., padded_vocab / tp]`` -> those of all ranks ``[..., vocab]``, without padding."""
@@ -80,7 +86,8 @@ def build_setup(
         num_attention_heads=architecture.num_heads,
         num_query_groups=architecture.num_kv_heads,
         kv_channels=architecture.head_dim,
-        qk_layernorm=architecture.qk_norm,
+        # Norms over whole projections are sharded: their gradients are not summed over ranks.
+        qk_layernorm=architecture.qk_norm and not architecture.qk_norm_whole,
         layernorm_epsilon=architecture.norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,

@@ -142,7 +142,9 @@ def layer_parameters(architecture: Architecture, tensor: int = 1) -> int:
     arch, hidden = architecture, architecture.hidden_size
     query, key = _head_rows(arch, tensor)
     attention = (query + 2 * key) * (hidden + arch.qkv_bias) + hidden * (query + arch.output_bias)
-    return attention + 2 * arch.head_dim * arch.qk_norm + 2 * hidden + mlp_parameters(arch, tensor)
+    qk_norms = query + key if arch.qk_norm_whole else 2 * arch.head_dim * arch.qk_norm
+    norms = 2 * hidden * (arch.norms_before + arch.norms_after)
+    return attention + qk_norms + norms + mlp_parameters(arch, tensor)
 
 
 def mlp_parameters(architecture: Architecture, tensor: int = 1) -> int:

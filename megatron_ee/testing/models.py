@@ -15,6 +15,24 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 50_000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "attention_factor": 1.2,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+    "original_max_position_embeddings": 96,
+}
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
     "hidden_size": 64,
@@ -36,8 +54,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "phi3": ("Phi3", {"sliding_window": 16, "pad_token_id": 0}),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 96,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+        },
+    ),
+    "olmo2": ("Olmo2", {"pad_token_id": 0}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 16,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN},
+            "pad_token_id": 0,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"pad_token_id": 0}),
+    "gemma3": (
+        "Gemma3",
+        {
+            "sliding_window": 16,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
 }
 """Family -> transformers class prefix and what differs from ``SHAPE``."""
+PLUS_ONE = ("Gemma3",)
+"""Families whose norms multiply by 1 + weight."""
 
 
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -45,15 +105,28 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     import transformers
 
     prefix, differences = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**SHAPE, **differences, **changes})
+    config = getattr(transformers, f"{prefix}{'Text' if prefix == 'Gemma3' else ''}Config")(
+        **{**SHAPE, **differences, **changes}
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name else 0.0
+            centre = 1.0 if "norm" in name and prefix not in PLUS_ONE else 0.0
             parameter.normal_(centre, 0.2 if parameter.ndim == 1 else 0.08)
     return model
+
+
+def sharpen(model: Any) -> None:
+    """Make attention of a ``tiny_model`` sharp, which keeps it from saying one token over and over."""
+    with torch.no_grad():
+        normed = any(name.endswith("q_norm.weight") for name, _ in model.named_parameters())
+        for name, parameter in model.named_parameters():
+            if name.endswith("q_norm.weight" if normed else ("q_proj.weight", "qkv_proj.weight")):
+                parameter *= 10
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter *= 2
 
 
 def save_tiny_model(family: str, directory: Path, *, seed: int = 0, **changes: Any) -> Any:

@@ -15,7 +15,7 @@ from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Draft, Request
-from megatron_ee.testing.models import FAMILIES, tiny_model
+from megatron_ee.testing.models import FAMILIES, sharpen, tiny_model
 
 Lively = Callable[[str], tuple[Path, Any]]
 LoadStage = Callable[..., Stage]
@@ -35,12 +35,7 @@ def lively_model(tmp_path_factory: pytest.TempPathFactory) -> Lively:
     def make(family: str) -> tuple[Path, Any]:
         if family not in made:
             model = tiny_model(family, seed=2)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name.endswith("q_norm.weight" if family == "qwen3" else "q_proj.weight"):
-                        parameter *= 10
-                    elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                        parameter *= 2
+            sharpen(model)
             path = tmp_path_factory.mktemp(family)
             model.save_pretrained(path)
             made[family] = path, model

@@ -22,7 +22,7 @@ from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.shallow import shallow_model
 from megatron_ee.conversion.to_hf import to_hf
 from megatron_ee.exits.stage import Stage
-from megatron_ee.testing.models import FAMILIES, tiny_model
+from megatron_ee.testing.models import FAMILIES, sharpen, tiny_model
 
 TOLERANCE = 1e-4
 LENGTH = 48  # past the windows (16) and past Llama 3's original positions (32)
@@ -155,12 +155,7 @@ def test_exits_narrower_than_their_backbone(tmp_path: Path, saved_model: SavedMo
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2-window"])
 def test_assisted_generation(family: str, tmp_path: Path, load_stage: LoadStage) -> None:
     model = tiny_model(family, seed=2)
-    with torch.no_grad():  # sharp attention, or it would say one token over and over
-        for name, parameter in model.named_parameters():
-            if name.endswith("q_proj.weight"):
-                parameter *= 10
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter *= 2
+    sharpen(model)  # or it would say one token over and over
     model.save_pretrained(tmp_path / "model")
     specs = [ExitSpec(2, "mlp", "shared"), ExitSpec(3, "layer", "low_rank", rank=4), ExitSpec(4, "norm")]
     stage = load_stage(tmp_path / "model", specs)

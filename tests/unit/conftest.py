@@ -127,11 +127,12 @@ def trace() -> Callable[[Any, Tensor], dict[str, list[Tensor]]]:
         handles = []
         for layer in model.model.layers:
             handles.append(layer.register_forward_pre_hook(lambda _, args: seen["h"].append(args[0].transpose(0, 1))))
-            handles.append(
-                layer.post_attention_layernorm.register_forward_pre_hook(
-                    lambda _, args: seen["r"].append(args[0].transpose(0, 1))
-                )
-            )
+            # What the MLP half reads: through the norm before the MLP, or by the MLP itself.
+            named = dict(layer.named_children())
+            place = named.get("pre_feedforward_layernorm", named["post_attention_layernorm"])
+            if "post_feedforward_layernorm" in named and "pre_feedforward_layernorm" not in named:
+                place = named["mlp"]
+            handles.append(place.register_forward_pre_hook(lambda _, args: seen["r"].append(args[0].transpose(0, 1))))
         handles.append(
             model.model.norm.register_forward_pre_hook(lambda _, args: seen["h"].append(args[0].transpose(0, 1)))
         )

@@ -14,6 +14,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError, DamagedError, shown, storage_errors
 from megatron_ee.families.registry import parse_architecture
+from megatron_ee.importers.megatron.settings import check_family
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -80,6 +81,7 @@ def given_model(config: Path) -> ImportedModel:
     if not isinstance(content, dict):
         raise DamagedError(f"{path}: expected a JSON object")
     architecture = parse_architecture(content, str(path))
+    check_family(architecture, str(path))
     return ImportedModel(architecture, released_assets(config) if config.is_dir() else {"config.json": path}, str(path))
 
 

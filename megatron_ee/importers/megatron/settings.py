@@ -7,10 +7,13 @@ them. Megatron-Bridge saves a ``run_config.yaml``, whose ``model`` has the field
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, shown
+from megatron_ee.families.family import LLAMA_LAYER
+from megatron_ee.families.registry import FAMILIES
 from megatron_ee.importers.megatron.legacy_args import LLAMA3_CONTEXT, LLAMA3_HIGH, LLAMA3_LOW, Args
 
 _ARGUMENTS = {
@@ -55,6 +58,23 @@ def bridge_args(content: Any, where: str) -> Args:
     return Args(where, values)
 
 
+def check_family(arch: Architecture, where: str) -> None:
+    """Refuse a family whose tensors or options are not mapped to Megatron's; arguments and errors as below."""
+    what = None
+    if FAMILIES[arch.family].layer is not LLAMA_LAYER:
+        what = "tensors of other names"
+    elif arch.rope.kind not in ("default", "linear", "llama3"):
+        what = f"rope type {arch.rope.kind}"
+    for field in dataclasses.fields(arch):
+        if field.default is not dataclasses.MISSING and getattr(arch, field.name) != field.default:
+            what = field.name
+    if what is not None:
+        raise CheckpointError(
+            f"{where}: {arch.family} models have {what}, which has no place in Megatron's checkpoints; convert the "
+            "model --to hf or --to parallel"
+        )
+
+
 def check_expressible(arch: Architecture, where: str) -> None:
     """Refuse a model that megatron-core's ``GPTModel`` cannot compute.
 
@@ -65,6 +85,7 @@ def check_expressible(arch: Architecture, where: str) -> None:
     Raises:
         CheckpointError: naming the setting.
     """
+    check_family(arch, where)
     biases = arch.qkv_bias, arch.output_bias, arch.mlp_bias
     if biases not in ((False, False, False), (True, False, False), (True, True, True)):
         have = "attention_bias without mlp_bias" if arch.output_bias else "mlp_bias without attention_bias"

@@ -18,6 +18,7 @@ from megatron_ee.checkpoint import derived
 from megatron_ee.checkpoint.derived import constant, copied, low_rank_sum, normal
 from megatron_ee.checkpoint.initialise import random_tensor
 from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.testing.hostile import architecture
 
 
 def in_memory(tensor: Tensor, name: str = "w") -> StoredTensor:
@@ -97,7 +98,7 @@ def test_what_is_drawn_follows_from_seed_and_name() -> None:
         return drawn_at_once(int.from_bytes(digest[:8], "little", signed=True), std, shape)
 
     def values(name: str, *shape: int) -> Tensor:
-        return whole(random_tensor(name, shape, 3, 7, torch.float32))
+        return whole(random_tensor(name, shape, 3, 7, torch.float32, architecture()))
 
     down, gate = "exits.3.mlp.down_proj.weight", "exits.3.mlp.gate_proj.weight"
     assert torch.equal(values(down, 24, 10), expected(f"7/{down}", 0.02 / math.sqrt(6), (24, 10)))

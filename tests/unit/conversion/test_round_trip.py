@@ -37,7 +37,7 @@ SHAPE = {
     "num_hidden_layers": 5,
     "head_dim": 8,
 }
-FAMILIES = ("llama2", "llama3.1", "llama3.2-tied", "llama-biases", "mistral", "qwen2-window", "qwen3")
+FAMILIES = ("llama2", "llama3.2-tied", "llama-biases", "qwen2-window", "qwen3", "phi3", "olmo2", "gemma3")
 SMALL = 20_000  # bytes per file: several files
 
 

@@ -172,6 +172,15 @@ def test_both_spellings_of_rope() -> None:
     assert parse_architecture({**LLAMA2_7B, **linear}).rope == Rope(kind="linear", factor=2.0)
 
 
+def _thetas(parameters: dict[str, Any]) -> list[float]:
+    """Of one rope, or of one for each type of layers."""
+    return (
+        [parameters["rope_theta"]]
+        if "rope_theta" in parameters
+        else [each["rope_theta"] for each in parameters.values()]
+    )
+
+
 @pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, window: bool, tmp_path: Path) -> None:
@@ -191,7 +200,7 @@ def test_left_out_keys_mean_what_transformers_takes_them_for(name: str, window: 
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 512 // 32)
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tied == theirs.tie_word_embeddings
-    assert ours.rope == Rope(theirs.rope_parameters["rope_theta"])
+    assert {ours.rope.theta, (ours.local_rope or ours.rope).theta} == set(_thetas(theirs.rope_parameters))
     assert ours.max_positions == theirs.max_position_embeddings
     size = getattr(theirs, "sliding_window", None)
     types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 30
@@ -324,15 +333,24 @@ def test_the_digest_of_outputs_changes_with_what_changes_outputs_only() -> None:
     same = {"family": "mistral", "max_positions": 7, "tied": True}
     assert outputs_digest(dataclasses.replace(arch, **same)) == outputs_digest(arch)
     rope = [
-        {field.name: "x" if field.name == "kind" else getattr(arch.rope, field.name) + 1}
+        {field.name: "x" if field.name == "kind" else (2.0,) if "factors" in field.name else value + 1}
         for field in dataclasses.fields(Rope)
+        for value in [getattr(arch.rope, field.name)]
     ]
     changed = [{"rope": dataclasses.replace(arch.rope, **change)} for change in rope]
     for field in dataclasses.fields(Architecture):
         value = getattr(arch, field.name)
         if field.name not in same and isinstance(value, (bool, int, float)):
-            changed.append({field.name: not value if isinstance(value, bool) else value * 2})
-    changed.append({"windows": (4096, *arch.windows[1:])})
+            changed.append({field.name: not value if isinstance(value, bool) else value * 2 + 1})
+    others = {
+        "windows": (4096, *arch.windows[1:]),
+        "attention_multiplier": 0.5,
+        "norm_placement": "after",
+        "activation": "gelu_tanh",
+        "local_rope": Rope(),
+        "rotated": (False,) * 32,
+    }
+    changed += [{name: value} for name, value in others.items()]
     assert len(changed) == len(dataclasses.fields(Rope)) + len(dataclasses.fields(Architecture)) - len(same) - 1
     digests = {outputs_digest(dataclasses.replace(arch, **change)) for change in changed}
     assert len(digests | {outputs_digest(arch)}) == len(changed) + 1

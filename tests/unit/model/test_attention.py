@@ -17,6 +17,7 @@ from megatron_ee.model.attention import (
     Attention,
     Positions,
     make_positions,
+    make_rotary,
     packed_positions,
     rope_frequencies,
     visible_keys,
@@ -60,7 +61,7 @@ def test_frequencies_equal_transformers(rope: Rope, head_dim: int) -> None:
 
 def positions(length: int, valid: list[list[int]] | None = None) -> Positions:
     key_valid = None if valid is None else torch.tensor(valid, dtype=torch.bool)
-    return make_positions(rope_frequencies(Rope(), 8), torch.float32, length, key_valid)
+    return make_positions([make_rotary(Rope(), 8)], torch.float32, length, key_valid)
 
 
 def visible(mask: Tensor | None) -> list[list[int]]:
@@ -95,14 +96,15 @@ def test_visible_keys_of_later_queries() -> None:
 def test_padded_rows_count_their_own_tokens() -> None:
     padded = positions(4, [[0, 0, 1, 1], [1, 1, 1, 0]])
     plain = positions(4)
-    assert torch.equal(padded.cos[2:, 0], plain.cos[:2, 0]) and torch.equal(padded.sin[2:, 0], plain.sin[:2, 0])
-    assert torch.equal(padded.cos[:3, 1], plain.cos[:3, 0])
+    ((cos, sin),), ((plain_cos, plain_sin),) = padded.angles, plain.angles
+    assert torch.equal(cos[2:, 0], plain_cos[:2, 0]) and torch.equal(sin[2:, 0], plain_sin[:2, 0])
+    assert torch.equal(cos[:3, 1], plain_cos[:3, 0])
 
 
 def test_packed_positions_are_those_of_the_tokens() -> None:
-    packed = packed_positions(rope_frequencies(Rope(), 8), torch.float32, torch.tensor([3, 0, 1]))
+    packed = packed_positions([make_rotary(Rope(), 8)], torch.float32, torch.tensor([3, 0, 1]))
     plain = positions(4)
-    for ours, theirs in ((packed.cos, plain.cos), (packed.sin, plain.sin)):
+    for ours, theirs in zip(packed.angles[0], plain.angles[0], strict=True):
         assert torch.equal(ours, theirs[[3, 0, 1]])
 
 

@@ -15,7 +15,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.tensors import exit_copy_sources, exit_saved_sources, exit_tensors, shared_head_sources
 from megatron_ee.families.family import LLAMA_LAYER, Source
 from megatron_ee.families.registry import read_architecture
-from megatron_ee.families.weights import expected_tensors, is_non_weight, layer_source
+from megatron_ee.families.weights import expected_tensors, is_non_weight, layer_source, parameter_parts
 from megatron_ee.model.names import Block, backbone_sources, blocks
 from megatron_ee.testing.models import FAMILIES
 
@@ -212,8 +212,10 @@ def test_exit_tensors_are_what_modules_hold(family: str, head: Any, saved_model:
                 assert shapes.setdefault(block.name, block.shape) == block.shape
             held |= {n: (shapes[n], origin) for n, origin in zip(source.names, origins, strict=True)}
         assert exit_tensors(spec, arch) == held
-        # What else is copied is the frozen norm of an mlp exit; and all copies fit.
-        norms = [f"model.layers.{spec.layer - 1}.post_attention_layernorm.weight"] if spec.body == "mlp" else []
+        # What else is copied is the frozen norms of an mlp exit; and all copies fit.
+        around = ("mlp_norm.weight", "mlp_post_norm.weight") if spec.body == "mlp" else ()
+        kept = [name for name in around if name in parameter_parts(arch)]
+        norms = [layer_source(arch, name, f"model.layers.{spec.layer - 1}").names[0] for name in kept]
         assert [name for names in copied.values() for name in names] == norms
         expected = expected_tensors(arch)
         assert all(expected[origin] == shape for shape, origin in held.values() if origin is not None)

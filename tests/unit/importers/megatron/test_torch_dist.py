@@ -34,7 +34,6 @@ from megatron_ee.importers.megatron.settings import to_args
 from megatron_ee.importers.megatron.torch_dist import open_torch_dist
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.testing.gpt import gpt_logits, gpt_model, load_gpt, save_gpt
-from megatron_ee.testing.models import FAMILIES as TINY
 from megatron_ee.testing.ranks import Ranks
 
 LAYOUTS: dict[str, dict[str, Any] | None] = {
@@ -151,7 +150,7 @@ def test_export_and_import_give_the_same_bits(
             assert torch.equal(*box), name
 
 
-@pytest.mark.parametrize("family", sorted({*TINY} - {"llama3.1", "llama-biases"}))
+@pytest.mark.parametrize("family", ["llama2", "llama3.2-tied", "mistral", "qwen2", "qwen2-window", "qwen3"])
 def test_an_export_without_its_config_is_the_same_model_in_transformers(
     family: str, saved_model: Callable[..., Model], tmp_path: Path
 ) -> None:
