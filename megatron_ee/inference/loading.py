@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
@@ -272,7 +273,7 @@ def engine_on_ranks(
     in_step = True
     try:
         yield engine
-    except UserError:  # of a request: no rank is in the middle of anything
+    except (UserError, ValidationError):  # of a request: no rank is in the middle of anything
         raise
     except BaseException:
         in_step = False  # no message reaches the others any more: the watchdog ends them
