@@ -1,8 +1,9 @@
 """Counted parameters and memory of one rank of a stage.
 
-Weights, gradients and optimizer state are counted exactly but for megatron-core's alignment of each tensor; activations
-by what is alive when most is: see ``_activations``. Not counted are the few bytes per token of labels and positions,
-and what CUDA, the communication library and a fragmented allocator take. Pure: no process group is needed.
+Weights, gradients and optimizer state are counted exactly, but for megatron-core's alignment of each tensor.
+Activations are counted at their peak: see ``_activations``. Not counted are the few bytes per token of labels and
+positions, and the memory of CUDA, the communication library and allocator fragmentation. Pure: no process group is
+needed.
 """
 
 from __future__ import annotations
@@ -263,9 +264,9 @@ def _transfer(layout: Layout, index: int, architecture: Architecture, workload: 
             size += (ahead + 1) * tensors * hidden
         if index == message.target:
             size += (ahead + 1 + (layout.lag(index) if workload.top_k else 0)) * tensors * hidden
-    pupils = [place for place, stage in enumerate(layout.stages) if stage.exits and place != layout.last_layered]
-    verdicts = len(pupils) if index == layout.last_layered else int(index in pupils)
-    return size + 2 * verdicts * 2 * workload.tokens * workload.top_k * FLOAT32
+    students = [place for place, stage in enumerate(layout.stages) if stage.exits and place != layout.last_layered]
+    messages = len(students) if index == layout.last_layered else int(index in students)
+    return size + 2 * messages * 2 * workload.tokens * workload.top_k * FLOAT32
 
 
 def _teacher_bytes(architecture: Architecture, workload: Workload) -> int:

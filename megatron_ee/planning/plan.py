@@ -163,7 +163,7 @@ def idle_shares(
         sources[message.target].add(message.source)
     free = [0] * len(work)
     left = [[0] * microbatches for _ in work]  # when h and taps leave a stage
-    taught = [0] * microbatches  # when a teacher's verdict leaves the last stage with layers
+    taught = [0] * microbatches  # when a teacher message leaves the last stage with layers
     last = layout.last_layered
 
     def run_exits(index: int, number: int) -> None:
@@ -171,7 +171,7 @@ def idle_shares(
             free[index] = max(free[index], taught[number])
         free[index] += work[index].exits
 
-    # A stage's turn needs only earlier turns of stages further on: verdicts come back within its lag.
+    # A stage's turn needs only earlier turns of stages further on: teacher messages come back within its lag.
     for turn in range(microbatches + max(lags)):
         for index, stage in enumerate(work):
             if turn < microbatches:
