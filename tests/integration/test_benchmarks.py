@@ -1,0 +1,102 @@
+"""Each benchmark on a tiny model: it runs, and its JSON holds finite figures. Nothing is asserted of times."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import convert, decode, pipeline, tune
+from benchmarks.models import exit_layers, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("benchmarks") / "model"
+    save_model(path, "tiny", "float32")
+    return path
+
+
+@pytest.fixture
+def run(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Runs a benchmark once, with one thread, and gives its rows by what they are called."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which a benchmark sets
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path))
+
+    def run(benchmark: Any, *arguments: str) -> dict[str, Any]:
+        given = ["--model", str(model), "--repeats", "1", "--threads", "1", "--json", *arguments]
+        assert benchmark.main(given) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result.keys() == {"benchmark", "machine", "settings", "limits", "rows"}
+        assert result["machine"]["threads"] == 1
+        assert result["machine"]["load_before"] >= 0
+        assert all(finite(value) for value in result["limits"].values())
+        keys = [key for key, _, form in benchmark.COLUMNS if form]
+        figures = [row[key] for row in result["rows"] for key in keys if row.get(key) is not None]
+        assert figures and all(math.isfinite(figure) and figure >= 0 for figure in figures)
+        name = next(key for key, _, form in benchmark.COLUMNS if not form)
+        return {row[name]: row for row in result["rows"]}
+
+    return run
+
+
+def finite(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def test_tune(run: Any) -> None:
+    rows = run(tune, "--tokens", "16", "--exits", "2")
+    assert rows.keys() == {"ours", "plain PyTorch"}
+    assert rows["plain PyTorch"]["speed"] == rows["plain PyTorch"]["memory"] == 1
+    assert len(rows["ours"]["losses"]) == 2
+    assert rows["ours"]["peak_mb"] > 50  # torch itself is larger
+
+
+def test_different_work_is_noticed() -> None:
+    step = {"losses": [1.0, 2.0], "grad_norm": 3.0}
+    tune.check_same("float32", step, step)
+    for other in ({"losses": [1.0, 2.001]}, {"grad_norm": 3.01}):
+        with pytest.raises(RuntimeError, match="do not compute the same"):
+            tune.check_same("float32", step, step | other)
+
+
+def test_decode(run: Any) -> None:
+    arguments = ["--tokens", "4", "--prompt-tokens", "4", "--prompts", "1", "--rows", "1", "--dtype", "float32"]
+    rows = run(decode, *arguments, "--exits", "1", "--busy", "1")
+    assert rows.keys() == {"transformers", "full", "threshold", "speculative", "transformers, assistant_early_exit=3"}
+    assert rows["full"]["layers_per_token"] == 4
+    assert rows["full"]["bandwidth_share"] > 0
+    assert rows["transformers"]["same_outputs"] == rows["speculative"]["same_outputs"] == 1
+    assert 0 <= rows["threshold"]["agreement"] <= 1
+
+
+def test_convert(run: Any) -> None:
+    rows = run(convert)
+    assert list(rows) == ["start", "cp and fsync", "SHA-256", "HF to parallel", "parallel to HF"]
+    for name in ("HF to parallel", "parallel to HF"):
+        assert finite(rows[name]["against_copy"])
+        assert finite(rows[name]["against_copy_and_hash"])
+        assert rows[name]["peak_mb"] > 50
+
+
+def test_pipeline(run: Any) -> None:
+    rows = run(pipeline, "--tokens", "16", "--exits", "2", "--microbatches", "2", "--steps", "1")
+    assert list(rows) == ["one process", "2 stages, balanced", "2 stages, even"]
+    assert rows["one process"]["speedup"] == rows["one process"]["expected"] == rows["one process"]["limit"] == 1
+    assert 1 < rows["2 stages, balanced"]["expected"] <= 2
+    assert rows["2 stages, even"]["stages"] == "1-1 (no exit); 2-3 (2, 3)"
+
+
+def test_layers_of_exits() -> None:
+    assert exit_layers(4, 12) == [2, 4, 7, 9]
+    assert exit_layers(8, 4) == [1, 2, 3]
+
+
+def test_prompts_lie_apart() -> None:
+    groups = decode.prompt_groups(range(100), rows=2, least=3, length=10)
+    assert [[prompt[0] for prompt in group] for group in groups] == [[0, 22], [44, 66]]
+    assert all(len(prompt) == 10 for group in groups for prompt in group)
