@@ -15,6 +15,7 @@ from megatron_ee.exits.body import Body, ExitPart, GraphBytes, LayerBytes, layer
 from megatron_ee.exits.mlp import mlp_graph_bytes
 from megatron_ee.exits.norm import norm_graph_bytes
 from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.model.linear import RMSNorm
 from megatron_ee.parallel.costs import attention_flops, mlp_flops
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class LayerBody(Body):
     def __init__(self, setup: ModelSetup, layer: int) -> None:
         super().__init__(setup, layer)
         self.layer = DecoderLayer(setup, setup.architecture.num_layers)
-        self.norm = setup.spec.norm(setup, setup.architecture.hidden_size)
+        self.norm = RMSNorm(setup, setup.architecture.hidden_size)
 
     @classmethod
     def parts(cls, architecture: Architecture, layer: int) -> Iterator[ExitPart]:

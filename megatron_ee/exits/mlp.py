@@ -16,6 +16,7 @@ from megatron_ee.exits.norm import norm_graph_bytes
 from megatron_ee.families.family import Source
 from megatron_ee.families.weights import layer_source, parameter_parts
 from megatron_ee.model.layer import MLP, add_mlp, build_norms
+from megatron_ee.model.linear import RMSNorm
 from megatron_ee.model.traversal import Tap
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class MLPBody(Body):
         for norm in filter(None, (self.input_norm, self.output_norm)):
             norm.requires_grad_(False)
         self.mlp = MLP(setup)
-        self.norm = setup.spec.norm(setup, setup.architecture.hidden_size)
+        self.norm = RMSNorm(setup, setup.architecture.hidden_size)
 
     @classmethod
     def taps(cls, layer: int) -> Mapping[int, Tap]:

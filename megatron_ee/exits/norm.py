@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.exits.body import Body, ExitPart, GraphBytes, LayerBytes, norm_part
+from megatron_ee.model.linear import RMSNorm
 
 if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
@@ -21,7 +22,7 @@ class NormBody(Body):
 
     def __init__(self, setup: ModelSetup, layer: int) -> None:
         super().__init__(setup, layer)
-        self.norm = setup.spec.norm(setup, setup.architecture.hidden_size)
+        self.norm = RMSNorm(setup, setup.architecture.hidden_size)
 
     @classmethod
     def parts(cls, architecture: Architecture, layer: int) -> Iterator[ExitPart]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee.config.architecture import Architecture, Rope
-from megatron_ee.model.linear import ShardedRMSNorm
+from megatron_ee.model.linear import ColumnLinear, RMSNorm, RowLinear, ShardedRMSNorm
 from megatron_ee.parallel.tiles import WINDOW_QUERIES
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Attention(nn.Module):
     def __init__(self, setup: ModelSetup, number: int) -> None:
         """Of layer ``number``, from 1."""
         super().__init__()
-        arch, spec = setup.architecture, setup.spec
+        arch = setup.architecture
         self.window, self.head_dim = arch.windows[number - 1], arch.head_dim
         self.rotary = rotary_index(arch, number)
         # Attention itself divides by the root of head_dim.
@@ -218,16 +218,16 @@ class Attention(nn.Module):
         self.queries_per_group = arch.num_heads // arch.num_kv_heads
         self.repeats_keys = setup.repeats_keys and self.queries_per_group > 1
         rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-        self.qkv = spec.column(setup, arch.hidden_size, rows, bias=arch.qkv_bias)
-        self.output = spec.row(setup, arch.num_heads * arch.head_dim, arch.hidden_size, bias=arch.output_bias)
+        self.qkv = ColumnLinear(setup, arch.hidden_size, rows, bias=arch.qkv_bias)
+        self.output = RowLinear(setup, arch.num_heads * arch.head_dim, arch.hidden_size, bias=arch.output_bias)
         self.q_layernorm = self.k_layernorm = self.q_norm = self.k_norm = None
         if arch.qk_norm_whole:
             self.q_norm = ShardedRMSNorm(setup, arch.num_heads * arch.head_dim)
             self.k_norm = ShardedRMSNorm(setup, arch.num_kv_heads * arch.head_dim)
         elif arch.qk_norm:
             # On heads, of which every rank has its own: megatron-core sums their gradients over ranks by these names.
-            self.q_layernorm = spec.norm(setup, arch.head_dim, sharded_sequence=False)
-            self.k_layernorm = spec.norm(setup, arch.head_dim, sharded_sequence=False)
+            self.q_layernorm = RMSNorm(setup, arch.head_dim, sharded_sequence=False)
+            self.k_layernorm = RMSNorm(setup, arch.head_dim, sharded_sequence=False)
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """``[seq, batch, hidden]`` -> the same shape: the attention's output before the residual is added."""

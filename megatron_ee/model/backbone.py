@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.model.attention import make_positions, make_rotary, packed_positions
 from megatron_ee.model.layer import DecoderLayer
+from megatron_ee.model.linear import RMSNorm
 from megatron_ee.parallel.core_versions import mark_sharded
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Backbone(nn.Module):
                 tp_group=setup.groups.tensor,
             )
         self.layers = nn.ModuleDict({str(number): DecoderLayer(setup, number) for number in layers})
-        self.final_norm = setup.spec.norm(setup, arch.hidden_size) if final_exit else None
+        self.final_norm = RMSNorm(setup, arch.hidden_size) if final_exit else None
         self.head = VocabHead(setup) if final_exit else None
         if final_exit and arch.tied and self.embedding is not None:
             self.head.weight = self.embedding.weight  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee.model.attention import Attention, LayerCache, Positions
+from megatron_ee.model.linear import ColumnLinear, RMSNorm, RowLinear
 
 if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
@@ -19,10 +20,10 @@ class MLP(nn.Module):
 
     def __init__(self, setup: ModelSetup) -> None:
         super().__init__()
-        arch, spec = setup.architecture, setup.spec
+        arch = setup.architecture
         self.activation = arch.activation
-        self.gate_up = spec.column(setup, arch.hidden_size, 2 * arch.ffn_size, bias=arch.mlp_bias)
-        self.down = spec.row(setup, arch.ffn_size, arch.hidden_size, bias=arch.mlp_bias)
+        self.gate_up = ColumnLinear(setup, arch.hidden_size, 2 * arch.ffn_size, bias=arch.mlp_bias)
+        self.down = RowLinear(setup, arch.ffn_size, arch.hidden_size, bias=arch.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[seq, batch, hidden]`` -> the same shape."""
@@ -72,10 +73,10 @@ class DecoderLayer(nn.Module):
 
 def build_norms(setup: ModelSetup) -> tuple[nn.Module | None, nn.Module | None]:
     """The norms before and after attention or MLP; None where the family has none there."""
-    arch, norm = setup.architecture, setup.spec.norm
+    arch = setup.architecture
     return (
-        norm(setup, arch.hidden_size) if arch.norms_before else None,
-        norm(setup, arch.hidden_size) if arch.norms_after else None,
+        RMSNorm(setup, arch.hidden_size) if arch.norms_before else None,
+        RMSNorm(setup, arch.hidden_size) if arch.norms_after else None,
     )
 
 

@@ -1,9 +1,8 @@
-"""Norm, and megatron-core's tensor-parallel linears as the layers here use them; the spec that names them."""
+"""Norm, and megatron-core's tensor-parallel linears as the layers here use them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ee import platform
+from megatron_ee.model.setup import ModelSetup
 from megatron_ee.parallel.core_versions import mark_sharded
 
 with platform.quiet_imports():
@@ -20,9 +20,6 @@ with platform.quiet_imports():
         gather_from_sequence_parallel_region,
         reduce_from_tensor_model_parallel_region,
     )
-
-if TYPE_CHECKING:
-    from megatron_ee.model.setup import ModelSetup
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -142,12 +139,3 @@ class _SumOverRanks(torch.autograd.Function):
 def _left_empty(weight: Tensor) -> Any:
     """megatron-core asks for an initialiser; here every weight is loaded or set by its exit."""
     return weight
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """The classes a layer is made of, so that another library's fused ones can take their place."""
-
-    column: type[Any] = ColumnLinear
-    row: type[Any] = RowLinear
-    norm: type[Any] = RMSNorm

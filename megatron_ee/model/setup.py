@@ -1,4 +1,4 @@
-"""What every module needs to be built: architecture, megatron-core's configuration, process groups, spec."""
+"""What every module needs to be built: architecture, megatron-core's configuration, process groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.architecture import Architecture
-from megatron_ee.model.linear import LayerSpec
 from megatron_ee.parallel.core_versions import without_cuda_graphs
 from megatron_ee.parallel.costs import padded_vocab
 from megatron_ee.parallel.groups import Groups
@@ -31,7 +30,6 @@ class ModelSetup:
         architecture: the model's shape.
         config: megatron-core's view of it.
         groups: process groups.
-        spec: classes that layers are made of.
         tiles: how much of an exit's work this device does at a time.
         repeats_keys: whole rows attend to keys repeated for each query head, where no fused kernel groups them.
     """
@@ -39,7 +37,6 @@ class ModelSetup:
     architecture: Architecture
     config: TransformerConfig
     groups: Groups
-    spec: LayerSpec = field(default_factory=LayerSpec)
     tiles: Tiles = field(default_factory=Tiles)
     repeats_keys: bool = False
 

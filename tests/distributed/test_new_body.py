@@ -24,6 +24,7 @@ from megatron_ee.families.family import Source
 from megatron_ee.inference.loading import engine_on_ranks
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Draft, Request
+from megatron_ee.model.linear import RMSNorm
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.parallel.groups import process_groups
 from megatron_ee.parallel.layout import even_layout
@@ -47,7 +48,7 @@ class LinearBody(Body):
         super().__init__(setup, layer)
         size = setup.architecture.hidden_size
         self.map = nn.Linear(size, size, bias=False, dtype=setup.dtype)
-        self.norm = setup.spec.norm(setup, size)
+        self.norm = RMSNorm(setup, size)
 
     @classmethod
     def parts(cls, architecture: Architecture, layer: int) -> Iterator[ExitPart]:
