@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ee.errors import shown
 
 MAX_LAYERS = 10_000
-"""Far beyond any model: a hostile number of layers must not cost memory before it is refused."""
+"""Limit far above any model: a hostile number of layers must not cost memory before it is refused."""
 _OUTSIDE_OUTPUTS = ("family", "max_positions", "tied")
 """Fields that alone change no output: the first two only name and limit, and the weights show what is tied."""
 
@@ -130,7 +130,7 @@ def outputs_digest(architecture: Architecture) -> str:
 
 
 def output_settings(architecture: Architecture) -> dict[str, Any]:
-    """What ``outputs_digest`` is made of, as JSON holds it, with ``rope.theta`` and the like in one flat object."""
+    """The input of ``outputs_digest``, in types of JSON, with ``rope.theta`` and the like in one flat object."""
     found: dict[str, Any] = {}
     for name, setting in json.loads(json.dumps(_settings(architecture))).items():
         nested = isinstance(setting, dict)

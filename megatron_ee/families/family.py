@@ -1,4 +1,4 @@
-"""What a family's file says: how its ``config.json`` is read, what its tensors are called, how it is made shallower."""
+"""The declarations of a family: reading its ``config.json``, names of its tensors, shallower configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = Literal["whole", "rows", "columns", "vocabulary", "gated", "qkv"]
 
 @dataclass(frozen=True)
 class Source:
-    """Released tensors that one parameter is made of.
+    """The released tensors of one parameter.
 
     Attributes:
         names: released names, one for each part of the parameter in the order of its parts, or one for all of them.
@@ -45,7 +45,7 @@ LLAMA_LAYER: LayerTable = {
     "mlp.down.weight": Source(("mlp.down_proj.weight",), "columns"),
     "mlp.down.bias": Source(("mlp.down_proj.bias",), "whole"),
 }
-"""The names of Llama's layers, which most families took over."""
+"""The names of Llama's layers, which most families use."""
 
 
 def pick_layers(config: Mapping[str, Any], architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:

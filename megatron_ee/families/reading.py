@@ -1,4 +1,4 @@
-"""What families share in reading a ``config.json``: checked values, the common sizes, rotary settings, windows."""
+"""Shared code for reading a ``config.json``: checked values, common sizes, rotary settings, windows."""
 
 from __future__ import annotations
 

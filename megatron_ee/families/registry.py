@@ -1,4 +1,4 @@
-"""The families that are known, one line each, and the architecture of a model of any of them."""
+"""The supported families, one line each, and the architecture of a model of any of them."""
 
 from __future__ import annotations
 

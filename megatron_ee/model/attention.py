@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class LayerCache(Protocol):
-    """Where one layer keeps keys and values between passes, of one row or of several that run together."""
+    """The KV cache of one layer, for one sequence or for several that run together."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-        """Append the new tokens' keys and values, and attend to all that is kept.
+        """Append the new tokens' keys and values, and attend to all in the cache.
 
         Args:
             query: ``[tokens, kv_heads, queries per key-value head, head_dim]``, the rows' tokens one after another.
@@ -110,13 +110,13 @@ def _yarn_frequencies(rope: Rope, inverse: Tensor, dim: int) -> Tensor:
 
 @dataclass
 class Positions:
-    """What attention must know of the tokens in one pass; built once and read by every layer.
+    """Positions and masks of the tokens in one pass; built once and used by every layer.
 
     Attributes:
         angles: cosine and sine, each ``[seq, batch or 1, 1, 1, turning features / 2]`` in the model's dtype, of every
             rotary embedding that the model has.
-        length: tokens of each row. A pass over a cache, which knows itself what each token sees, has none.
-        key_valid: ``[batch, length]``, False at padding; None where there is none.
+        length: tokens per row. None in a pass over a cache, which knows which keys each token sees.
+        key_valid: ``[batch, length]``, False at padding; None without padding.
     """
 
     angles: tuple[tuple[Tensor, Tensor], ...]
@@ -126,7 +126,7 @@ class Positions:
     _bands: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def band(self, window: int, shared: int) -> Tensor:
-        """What consecutive queries add to their scores with the keys from ``window`` before the first one: 0 or -inf.
+        """Additive mask, 0 or -inf, of consecutive queries over the keys from ``window`` before the first query on.
 
         Args:
             window: positions that a token sees, itself included; fewer than ``length``.
@@ -144,7 +144,8 @@ class Positions:
         return self._bands[window, shared]
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Which keys each query sees, ``[batch or 1, 1, length, length]`` bool; None where causal order will do."""
+        """Bool mask of the keys that each query sees, ``[batch or 1, 1, length, length]``; None if causal order is
+        enough."""
         if window is not None and window >= self.length:
             window = None
         if window not in self._masks:
@@ -158,7 +159,7 @@ class Positions:
         visible = visible_keys(key, key, window)
         if self.key_valid is None:
             return visible[None, None]
-        # A padding query sees itself alone: an empty row would be NaN and spread.
+        # A padding query sees only itself: an empty row would give NaN.
         return ((visible & self.key_valid[:, None, :]) | (key == key[:, None]))[:, None]
 
 
@@ -179,8 +180,8 @@ def make_positions(
         rotaries: of the model, on its device.
         dtype: the model's.
         length: tokens of each row.
-        key_valid: ``[batch, length]`` bool. Rows are padded on either side; a padded row's positions count its
-            valid tokens only, as transformers counts them.
+        key_valid: ``[batch, length]`` bool. Rows are padded on either side; a padded row's positions count its valid
+            tokens only, as in transformers.
     """
     steps = torch.arange(length, device=rotaries[0].short.device)[None]
     counted = steps if key_valid is None else (key_valid.long().cumsum(1) - 1).clamp(min=0)
@@ -189,7 +190,7 @@ def make_positions(
 
 
 def packed_positions(rotaries: Sequence[Rotary], dtype: torch.dtype, positions: Tensor) -> Positions:
-    """Positions of a pass over caches: the rows' tokens one after another, ``positions`` ``[tokens]`` int64."""
+    """Positions of a pass over caches: the tokens of all rows concatenated, ``positions`` ``[tokens]`` int64."""
     return Positions(tuple(rotary.angles(positions[:, None], dtype, 0) for rotary in rotaries))
 
 
@@ -246,8 +247,8 @@ class Attention(nn.Module):
             assert mask is not None, "padded rows have a mask"
             return _attend_masked(query, key, value, mask.repeat_interleave(shared, dim=2))
         window = seq if self.window is None else min(self.window, seq)
-        # A mask takes memory and rules out the fastest kernels. The first tokens see all before them and need none;
-        # the others go block by block, each with the keys that one of them sees.
+        # A mask takes memory and excludes the fastest kernels. The first tokens see all earlier ones and need no mask.
+        # The others run in blocks, each with the keys that any of its tokens sees.
         parts = [self._attend_causal(query[:window], key[:window], value[:window])]
         for start in range(window, seq, WINDOW_QUERIES):
             stop = min(start + WINDOW_QUERIES, seq)
@@ -297,8 +298,8 @@ class Attention(nn.Module):
 def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention with a mask, by a kernel that does without the scores of all queries and keys.
 
-    Such kernels want as many key-value heads as there are query heads. The queries that share one go as further tokens
-    of it: nothing is copied for them but the queries.
+    Such kernels need as many key-value heads as query heads. The queries that share a key-value head become additional
+    tokens of it, so only the queries are copied.
 
     Args:
         query: ``[queries, batch, kv_heads, queries per key-value head, head_dim]``.
@@ -321,6 +322,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    # Both halves turn by the same angles. Put together last: what the compiler has to write it does not compute again.
+    # Both halves rotate by the same angles. They are concatenated last, so that compiled code computes them only once.
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)

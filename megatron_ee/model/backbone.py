@@ -1,4 +1,4 @@
-"""The frozen pre-trained model, or the part of it that one stage holds."""
+"""The frozen pre-trained model, or one stage's part of it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class VocabHead(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Layers ``layers`` of the model, with the embedding before them and the final exit after them where asked for.
+    """Layers ``layers`` of the model, optionally with the embedding before and the final exit after them.
 
     Attributes:
         layers: the decoder layers by number, from 1, as strings.
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
         assert self.embedding is not None, "this stage has no embedding"
-        # With sequence parallelism megatron-core wants [batch, seq] and turns it itself.
+        # With sequence parallelism megatron-core expects [batch, seq] and transposes it.
         hidden = self.embedding(tokens if self.setup.config.sequence_parallel else tokens.t())
         return hidden if self.embedding_multiplier == 1 else hidden * self.embedding_multiplier
 

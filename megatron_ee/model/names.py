@@ -1,4 +1,4 @@
-"""The name table: which released tensors each parameter here is made of, and where this rank's part of it lies.
+"""Maps each parameter to boxes of released tensors, for this rank's part of it.
 
 A parameter is made of one released tensor, or of several fused ones: q, k and v by key-value group, gate and up. How
 they are cut over tensor-parallel ranks is a matter of the *kind* of mapping, so a family's table holds names only.
