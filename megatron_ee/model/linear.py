@@ -34,8 +34,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class ColumnLinear(ColumnParallelLinear):
     """Linear whose output features are spread over the tensor-parallel ranks.
 
-    Differs from megatron-core's in one point: an input that needs no gradient, a tap or anything in the frozen
-    backbone, gets none computed, which spares a matrix product and a reduction.
+    Unlike megatron-core's, it computes no gradient for an input that needs none, such as a tap. This saves a matrix
+    product and a reduction.
     """
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
