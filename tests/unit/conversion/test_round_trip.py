@@ -27,6 +27,7 @@ from megatron_ee.conversion.to_hf import to_hf
 from megatron_ee.conversion.to_parallel import even_stages, to_parallel
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.importers.megatron.export import to_torch_dist
+from megatron_ee.testing.models import LONGROPE
 
 # Heads enough for eight ranks; an odd vocabulary, which no number of ranks divides.
 SHAPE = {
@@ -37,7 +38,28 @@ SHAPE = {
     "num_hidden_layers": 5,
     "head_dim": 8,
 }
-FAMILIES = ("llama2", "llama3.2-tied", "llama-biases", "qwen2-window", "qwen3", "phi3", "olmo2", "gemma3")
+FAMILIES = (
+    "llama2",
+    "llama3.2-tied",
+    "llama-biases",
+    "mistral",
+    "qwen2-window",
+    "qwen3",
+    "granite",
+    "phi3",
+    "phi4-mini",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "gemma3",
+)
+LONGROPE_OF_EIGHT = {**LONGROPE, "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0]}
+"""Six of eight features turn."""
+CHANGES: dict[str, dict[str, Any]] = {
+    "phi4-mini": {"hidden_size": 128, "rope_parameters": LONGROPE_OF_EIGHT},
+    "gemma3": {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]},
+}
+"""What differs from ``SHAPE``: longrope has a number for each two features, ``layer_types`` one for each layer."""
 SMALL = 20_000  # bytes per file: several files
 
 
@@ -46,7 +68,7 @@ def family(saved_model: Callable[..., tuple[Path, Any]]) -> Callable[[str], Path
     """A model of a family, in float32, whose directory has a tokenizer and other files."""
 
     def make(name: str) -> Path:
-        path: Path = saved_model(name, **SHAPE)[0]
+        path: Path = saved_model(name, **{**SHAPE, **CHANGES.get(name, {})})[0]
         (path / "tokenizer.json").write_bytes(b'{"version":"1.0" ,"\xc3\xa9": 1}\n')
         (path / "LICENSE.txt").write_text("as it is")
         return path
