@@ -58,7 +58,8 @@ class Architecture:
 
     Attributes:
         family: as ``config.json`` names it in ``model_type``; a file of ``families/`` has it.
-        max_positions: the context; with linear scaling ``max_position_embeddings`` times the factor, as in vLLM.
+        max_positions: the context; with linear scaling ``max_position_embeddings`` times the factor, with YaRN the
+            original one times the factor, as in vLLM.
         windows: per layer, how many positions attention looks back (its own included); None is unlimited.
         tied: the LM head is the input embedding.
         embedding_multiplier: factor of the embedding, rounded to the model's dtype.

@@ -12,6 +12,7 @@ from megatron_ee.config.architecture import MAX_LAYERS, Architecture, Rope
 from megatron_ee.errors import CheckpointError, shown
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def plain_architecture(
     head_dim: int | None = None,
     eps: float = 1e-6,
     tied: bool = False,
+    theta: float = 10_000.0,
     rope: Rope | None = None,
     activation: str | None = None,
 ) -> Architecture:
@@ -82,7 +84,8 @@ def plain_architecture(
         head_dim: default of ``head_dim``; None, or a null in the file, is ``hidden_size / num_attention_heads``.
         eps: default of ``rms_norm_eps``.
         tied: default of ``tie_word_embeddings``.
-        rope: None to read it as most families have it.
+        theta: default of ``rope_theta``.
+        rope: None to read it, and what it makes of the context, as most families have it.
         activation: of the MLP; None is silu, as the file must have it.
     """
     hidden_size = config.integer("hidden_size")
@@ -102,7 +105,7 @@ def plain_architecture(
     num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     context = config.integer("max_position_embeddings", positions)
     if rope is None:
-        rope = read_rope(config, context)
+        rope = read_rope(config, context, theta=theta)
         context = _scaled_context(config, context, rope)
     return Architecture(
         family=family,
@@ -126,9 +129,7 @@ def plain_architecture(
     )
 
 
-def read_rope(
-    config: Config, positions: int, *, theta: float = 10_000.0, kinds: Sequence[str] = ("default", "linear", "llama3")
-) -> Rope:
+def read_rope(config: Config, positions: int, *, theta: float = 10_000.0, kinds: Sequence[str] = ROPE_KINDS) -> Rope:
     """Rotary settings, read from where transformers takes them.
 
     Released files have ``rope_theta`` and ``rope_scaling``, recent transformers writes ``rope_parameters``. Of two
@@ -139,7 +140,7 @@ def read_rope(
         config: of the model.
         positions: default of ``original_max_position_embeddings``.
         theta: default of ``rope_theta``.
-        kinds: that the family is released with.
+        kinds: that are read.
     """
     key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     found = config.values.get(key) or {}
@@ -196,7 +197,12 @@ def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: f
     place = config if config.values.get(original) is not None else settings
     if kind == "longrope":
         return _longrope(settings, replace(rope, original_positions=place.integer(original, positions)), positions)
-    rope = replace(rope, factor=settings.positive("factor", name="rope factor"))
+    factor = settings.positive("factor", name="rope factor")
+    if kind == "dynamic":
+        # It begins beyond ``max_position_embeddings``, which stays the limit here: transformers then chooses the
+        # frequencies by the longest row so far, and leaves the keys that it keeps as they were.
+        return replace(rope, kind="default")
+    rope = replace(rope, factor=factor)
     if kind == "linear":
         return rope
     rope = replace(rope, original_positions=place.integer(original, positions))
@@ -209,6 +215,9 @@ def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: f
 
 
 def _yarn(settings: Config, rope: Rope) -> Rope:
+    if rope.theta <= 1:
+        raise settings.error(f"rope_theta must be more than 1 with yarn, not {rope.theta:g}")
+
     def magnitude(scale: float = 1.0) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0
 
@@ -243,8 +252,13 @@ def _longrope(settings: Config, rope: Rope, positions: int) -> Rope:
 
 
 def _scaled_context(config: Config, positions: int, rope: Rope) -> int:
-    """Positions that can be used. Files with linear scaling state those before it; all other files, those after."""
-    scaled = positions * rope.factor if rope.kind == "linear" else positions
+    """Positions that can be used, as in vLLM.
+
+    Files with linear scaling state those before it. Files with YaRN state those before it in the rope's object, and
+    either number beside it. All other files state those after scaling.
+    """
+    before = {"linear": positions, "yarn": rope.original_positions}
+    scaled = before[rope.kind] * rope.factor if rope.kind in before else positions
     if not 1 <= scaled < 2**31:
         raise config.error(f"rope factor {rope.factor:g} of {positions} positions gives no usable context")
     return int(scaled)

@@ -15,7 +15,6 @@ from megatron_ee.families.reading import (
     Config,
     plain_architecture,
     read_layer_types,
-    read_rope,
     read_window,
     windows_by_type,
 )
@@ -23,8 +22,7 @@ from megatron_ee.families.reading import (
 
 def _parse(config: Config) -> Architecture:
     bias = config.flag("attention_bias")
-    rope = read_rope(config, config.integer("max_position_embeddings", 32_768), theta=2_000_000.0)
-    plain = plain_architecture(config, "smollm3", positions=32_768, kv_heads=4, tied=True, rope=rope)
+    plain = plain_architecture(config, "smollm3", positions=32_768, kv_heads=4, tied=True, theta=2_000_000.0)
     rotated = _rotated(config, plain.num_layers)
     window = read_window(config, None) if config.flag("use_sliding_window") else None
     kinds = read_layer_types(config, plain.num_layers)

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.exits.stage import Stage
-from megatron_ee.testing.models import FAMILIES, LLAMA3_ROPE
+from megatron_ee.testing.models import FAMILIES, LLAMA3_ROPE, YARN
 
 TOLERANCE = 1e-4
 LENGTH = 48  # past the windows (16) and past Llama 3's original positions (32)
 WINDOW = 16
+YARN_ALONE = {key: YARN[key] for key in ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")}
+"""Without the settings that have defaults."""
 
 SavedModel = Callable[..., tuple[Path, Any]]
 LoadStage = Callable[..., Stage]
@@ -79,6 +81,11 @@ def test_logits(family: str, saved_model: SavedModel, load_stage: LoadStage) -> 
         ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
         ("llama2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}}),
+        ("llama2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 3.0}}),
+        ("llama2", {"rope_parameters": {**YARN_ALONE, "truncate": False}}),
+        ("mistral", {"rope_parameters": {**YARN_ALONE, "mscale": 1.5, "mscale_all_dim": 0.8}}),
+        ("qwen2", {"rope_parameters": YARN_ALONE}),
+        ("qwen3", {"rope_parameters": YARN}),
         ("llama2", {"attention_bias": True}),
         ("llama2", {"mlp_bias": True, "hidden_act": "swish"}),
     ],
@@ -140,6 +147,7 @@ def oldest_rope(config: dict[str, Any]) -> None:
         ("llama3.1", {}),
         ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
         ("llama2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}}),
+        ("qwen2", {"rope_parameters": YARN_ALONE}),
     ],
 )
 def test_older_rope_spellings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,22 @@ def test_the_context_of_linear_scaling_is_the_stretched_one() -> None:
     assert parse_architecture(LLAMA31_8B).max_positions == 131072
 
 
+def test_the_context_of_yarn_is_the_stretched_one() -> None:
+    """As Qwen's model cards tell users to set it; Qwen3 states more positions than it scales."""
+    yarn = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
+    assert parse_architecture({**QWEN25_7B, "max_position_embeddings": 32768, **yarn}).max_positions == 131072
+    qwen3 = parse_architecture({**QWEN3_06B, **yarn})
+    assert qwen3.max_positions == 131072
+    assert qwen3.rope == Rope(1e6, "yarn", 4.0, original_positions=32768, magnitude=0.1 * math.log(4.0) + 1.0)
+    alone = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
+    assert parse_architecture({**LLAMA2_7B, **alone}).max_positions == 8192
+
+
+def test_dynamic_scaling_does_not_begin_within_the_context() -> None:
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    assert parse_architecture({**LLAMA2_7B, **dynamic}) == parse_architecture(LLAMA2_7B)
+
+
 def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
     assert parse_architecture({k: v for k, v in MISTRAL_7B.items() if k != "architectures"}).family == "mistral"
 
@@ -264,8 +281,12 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
         ({"compression_config": {"format": "x"}}, ["compression_config"]),
         ({"num_key_value_heads": 5}, ["32", "num_key_value_heads 5"]),
         ({"head_dim": 7}, ["head_dim 7", "even"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "llama3"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["'yarn'"]),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["'longrope'", "llama3"]),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, ["rope factor"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, ["rope factor", "0"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1}, ["rope_theta", "1"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "fast"}}, ["rope beta_fast", "'fast'"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 1e300}}, ["rope factor 1e+300"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["rope factor"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["rope factor", "-1"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
@@ -273,8 +294,8 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": 1e-5}}, ["rope factor 1e-05", "4096"]),
         ({"rope_scaling": {"rope_type": "su"}}, ["'su'"]),
         (
-            {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-            ["'yarn'"],
+            {"rope_scaling": {"rope_type": "su"}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            ["'su'"],
         ),
         ({"rope_scaling": "linear"}, ["rope_scaling"]),
         ({"rope_scaling": [1, 2]}, ["rope_scaling"]),
