@@ -35,6 +35,8 @@ class Rope:
         truncate: YaRN: the bounds of the ramp between the two are whole numbers.
         short_factors: longrope: divisors of the frequencies in contexts up to ``original_positions``.
         long_factors: longrope: the same in longer contexts.
+        query_scaling: queries are multiplied by ``1 + query_scaling * log(1 + position // original_positions)``, as in
+            Llama 4.
     """
 
     theta: float = 10_000.0
@@ -50,6 +52,7 @@ class Rope:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    query_scaling: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,20 @@ from megatron_ee.families.reading import (
 
 def _parse(config: Config) -> Architecture:
     plain = plain_architecture(config, "mistral", positions=131_072, kv_heads=8)
-    window = read_window(config, 4096)
-    kinds = read_layer_types(config, plain.num_layers)
+    return replace(plain, windows=windows_of_all(config, plain.num_layers, 4096))
+
+
+def windows_of_all(config: Config, num_layers: int, default: int | None) -> tuple[int | None, ...]:
+    """``sliding_window``, by default ``default``, at every layer."""
+    window = read_window(config, default)
+    kinds = read_layer_types(config, num_layers)
     if window is not None and kinds is not None and FULL in kinds:
         raise config.error(
             f"layer_types has {FULL}, which transformers ignores in a Mistral model with a sliding_window; remove one "
             "of the two"
         )
-    kinds = kinds or [SLIDING if window else FULL] * plain.num_layers
-    return replace(plain, windows=windows_by_type(config, kinds, window, "sliding_window"))
+    kinds = kinds or [SLIDING if window else FULL] * num_layers
+    return windows_by_type(config, kinds, window, "sliding_window")
 
 
 MISTRAL = Family("mistral", "MistralForCausalLM", _parse, LLAMA_LAYER)

@@ -13,6 +13,7 @@ from megatron_ee.families.family import Family
 from megatron_ee.families.gemma3 import GEMMA3
 from megatron_ee.families.granite import GRANITE
 from megatron_ee.families.llama import LLAMA
+from megatron_ee.families.ministral3 import MINISTRAL3
 from megatron_ee.families.mistral import MISTRAL
 from megatron_ee.families.olmo2 import OLMO2
 from megatron_ee.families.olmo3 import OLMO3
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Family] = {
         GEMMA3,
         GRANITE,
         LLAMA,
+        MINISTRAL3,
         MISTRAL,
         OLMO2,
         OLMO3,

@@ -288,16 +288,12 @@ class StageRunner:
         return outputs
 
     def _positions(self, counts: list[int], stops: list[int]) -> Positions:
-        """Rotary angles of each sequence's last tokens, from a table that grows."""
+        """Those of each sequence's last tokens, from a table that grows."""
         need, table = max(stops), self._table
         if len(table.angles[0][0]) < need:
             length = -(-need // TABLE) * TABLE
             table = self._table = self.stage.backbone.packed_positions(torch.arange(length, device=platform.device()))
-        spans = [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
-        if len(spans) == 1:
-            return Positions(tuple((cos[spans[0]], sin[spans[0]]) for cos, sin in table.angles))
-        picked = [[torch.cat([each[span] for span in spans]) for each in pair] for pair in table.angles]
-        return Positions(tuple((cos, sin) for cos, sin in picked))
+        return table.pick([slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)])
 
 
 def _head_inputs(pass_: Pass) -> list[HeadInput]:

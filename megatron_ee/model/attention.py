@@ -45,12 +45,23 @@ class Rotary:
         long: the same for longer rows.
         limit: see ``short``.
         magnitude: factor of cosine and sine.
+        query_scaling: see ``Rope``.
+        query_span: its ``original_positions``.
     """
 
     short: Tensor
     long: Tensor
     limit: int
     magnitude: float
+    query_scaling: float = 0.0
+    query_span: int = 1
+
+    def query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Factor of the queries at ``positions`` ``[seq, batch]``, ``[seq, batch, 1, 1, 1]``; None for 1."""
+        if self.query_scaling == 0:
+            return None
+        scale = 1 + self.query_scaling * torch.log(1 + torch.floor(positions / self.query_span))
+        return scale[:, :, None, None, None].to(dtype)
 
     def angles(self, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each ``[seq, batch, 1, 1, n]``, at ``positions`` ``[seq, batch]`` of rows of ``length``."""
@@ -66,7 +77,7 @@ def make_rotary(rope: Rope, head_dim: int, device: torch.device | None = None) -
     """Frequencies of ``rope`` for heads of ``head_dim`` features."""
     if rope.kind != "longrope":
         inverse = rope_frequencies(rope, head_dim).to(device)
-        return Rotary(inverse, inverse, 0, rope.magnitude)
+        return Rotary(inverse, inverse, 0, rope.magnitude, rope.query_scaling, rope.original_positions)
     plain = rope_frequencies(replace(rope, kind="default"), head_dim)
     short, long = (plain / torch.tensor(factors) for factors in (rope.short_factors, rope.long_factors))
     return Rotary(short.to(device), long.to(device), rope.original_positions, rope.magnitude)
@@ -117,13 +128,24 @@ class Positions:
             rotary embedding that the model has.
         length: tokens per row. None in a pass over a cache, which knows which keys each token sees.
         key_valid: ``[batch, length]``, False at padding; None without padding.
+        query_scale: factor of the queries, ``[seq, batch or 1, 1, 1, 1]`` in the model's dtype; None for 1.
     """
 
     angles: tuple[tuple[Tensor, Tensor], ...]
     length: int = 0
     key_valid: Tensor | None = None
+    query_scale: Tensor | None = None
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     _bands: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def pick(self, spans: Sequence[slice]) -> Positions:
+        """Those of some runs of the tokens, one after another, for a pass over caches."""
+
+        def picked(each: Tensor) -> Tensor:
+            return each[spans[0]] if len(spans) == 1 else torch.cat([each[span] for span in spans])
+
+        angles = tuple((picked(cos), picked(sin)) for cos, sin in self.angles)
+        return Positions(angles, query_scale=None if self.query_scale is None else picked(self.query_scale))
 
     def band(self, window: int, shared: int) -> Tensor:
         """Additive mask, 0 or -inf, of consecutive queries over the keys from ``window`` before the first query on.
@@ -186,12 +208,13 @@ def make_positions(
     steps = torch.arange(length, device=rotaries[0].short.device)[None]
     counted = steps if key_valid is None else (key_valid.long().cumsum(1) - 1).clamp(min=0)
     angles = tuple(rotary.angles(counted.t(), dtype, length) for rotary in rotaries)
-    return Positions(angles, length, key_valid)
+    return Positions(angles, length, key_valid, rotaries[0].query_scale(counted.t(), dtype))
 
 
 def packed_positions(rotaries: Sequence[Rotary], dtype: torch.dtype, positions: Tensor) -> Positions:
     """Positions of a pass over caches: the tokens of all rows concatenated, ``positions`` ``[tokens]`` int64."""
-    return Positions(tuple(rotary.angles(positions[:, None], dtype, 0) for rotary in rotaries))
+    angles = tuple(rotary.angles(positions[:, None], dtype, 0) for rotary in rotaries)
+    return Positions(angles, query_scale=rotaries[0].query_scale(positions[:, None], dtype))
 
 
 def rotary_index(arch: Architecture, number: int) -> int | None:
@@ -287,6 +310,8 @@ class Attention(nn.Module):
         if self.rotary is not None:
             query_key = rotate(query_key, *positions.angles[self.rotary])
         query = query_key[..., :-1, :]
+        if positions.query_scale is not None:
+            query = query * positions.query_scale
         return query if self.query_factor == 1 else query * self.query_factor, query_key[..., -1, :], value
 
     def _whole_norms(self, qkv: Tensor) -> tuple[tuple[nn.Module, Tensor], tuple[nn.Module, Tensor]]:

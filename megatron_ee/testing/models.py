@@ -25,6 +25,14 @@ YARN = {
     "beta_fast": 8.0,
     "attention_factor": 1.2,
 }
+YARN_WITH_MSCALE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.5,
+    "mscale_all_dim": 0.8,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -51,6 +59,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3.2-tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 32}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 16}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 32,
+            "rope_parameters": {**YARN_WITH_MSCALE, "llama_4_scaling_beta": 0.5},
+            "pad_token_id": 0,
+        },
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 32}),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.exits.stage import Stage
-from megatron_ee.testing.models import FAMILIES, LLAMA3_ROPE, YARN
+from megatron_ee.testing.models import FAMILIES, LLAMA3_ROPE, YARN, YARN_WITH_MSCALE
 
 TOLERANCE = 1e-4
 LENGTH = 48  # past the windows (16) and past Llama 3's original positions (32)
@@ -83,7 +83,7 @@ def test_logits(family: str, saved_model: SavedModel, load_stage: LoadStage) -> 
         ("llama2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}}),
         ("llama2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 3.0}}),
         ("llama2", {"rope_parameters": {**YARN_ALONE, "truncate": False}}),
-        ("mistral", {"rope_parameters": {**YARN_ALONE, "mscale": 1.5, "mscale_all_dim": 0.8}}),
+        ("mistral", {"rope_parameters": YARN_WITH_MSCALE}),
         ("qwen2", {"rope_parameters": YARN_ALONE}),
         ("qwen3", {"rope_parameters": YARN}),
         ("llama2", {"attention_bias": True}),

@@ -43,6 +43,7 @@ FAMILIES = (
     "llama3.2-tied",
     "llama-biases",
     "mistral",
+    "ministral3",
     "qwen2-window",
     "qwen3",
     "granite",

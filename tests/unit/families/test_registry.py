@@ -346,6 +346,19 @@ def test_bad_windows(changes: dict[str, Any], words: list[str]) -> None:
     assert all(word in text for word in words), text
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rope_parameters": {"rope_type": "default"}}, ["rope type 'default'", "yarn"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope llama_4_scaling_beta", "None"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0}}, ["llama_4_scaling_beta", "0"]),
+    ],
+)
+def test_ropes_that_no_ministral_3_has(changes: dict[str, Any], words: list[str]) -> None:
+    text = refusal({**MISTRAL_7B, "architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", **changes})
+    assert all(word in text for word in words), text
+
+
 def test_the_digest_of_outputs_changes_with_what_changes_outputs_only() -> None:
     arch, llama2 = parse_architecture(LLAMA31_8B), parse_architecture(LLAMA2_7B)
     # Stored in adapters and caches: these values must never change.

@@ -147,6 +147,7 @@ LLAMA3 = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
 NOT_WRITTEN = {
     "gemma3": "local_rope",
     "granite": "logit_multiplier",
+    "ministral3": "rope type yarn",
     "olmo2": "qk_norm_whole",
     "olmo3": "qk_norm_whole",
     "phi3": "tensors of other names",
