@@ -25,7 +25,7 @@ class Contents:
         non_weights: tensors of the released files that hold no weight of their own. They are copied.
         exits: in the order of their layers.
         exit_tensors: the exits' own tensors under their names in an adapter, ``exits.<layer>.<released name>``; see
-            ``names.exit_tensors``.
+            ``exits.tensors.exit_tensors``.
         assets: small files of the model (``config.json``, tokenizer, licence) by name, unchanged: a path to copy, or
             the content.
         base_model: path of the exits' backbone.

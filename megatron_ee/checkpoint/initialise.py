@@ -1,4 +1,4 @@
-"""First values of a new exit: the model's own weights, or random ones (design: exits)."""
+"""First values of a new exit: the model's own weights, or random ones."""
 
 from __future__ import annotations
 

@@ -74,18 +74,6 @@ def pick_layers_by_type(config: Mapping[str, Any], architecture: Architecture, l
     return {**pick_layers(config, architecture, layers), "layer_types": kinds}
 
 
-def pick_layers_of_qwen(config: Mapping[str, Any], architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:
-    """As ``pick_layers``, for files without ``layer_types`` whose windows begin at ``max_window_layers``.
-
-    An added layer can be on the wrong side of it. Windows only ever begin once, hence this one number says it all.
-    """
-    result = pick_layers(config, architecture, layers)
-    windows = [architecture.windows[layer] for layer in layers]
-    if config.get("layer_types") is None and config.get("use_sliding_window"):
-        result["max_window_layers"] = windows.count(None)
-    return result
-
-
 @dataclass(frozen=True)
 class Family:
     """One family of released models.

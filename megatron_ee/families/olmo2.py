@@ -8,14 +8,14 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.families.family import LLAMA_LAYER, Family, LayerTable, Source
 from megatron_ee.families.reading import Config, plain_architecture
 
-_OTHERWISE = (
+_REPLACED = (
     "attention_norm.weight",
     "mlp_norm.weight",
     "attention.q_layernorm.weight",
     "attention.k_layernorm.weight",
 )
 OLMO_LAYER: LayerTable = {
-    **{parameter: source for parameter, source in LLAMA_LAYER.items() if parameter not in _OTHERWISE},
+    **{parameter: source for parameter, source in LLAMA_LAYER.items() if parameter not in _REPLACED},
     "attention.q_norm.weight": Source(("self_attn.q_norm.weight",), "rows"),
     "attention.k_norm.weight": Source(("self_attn.k_norm.weight",), "rows"),
     "attention_post_norm.weight": Source(("post_attention_layernorm.weight",), "whole"),

@@ -13,6 +13,7 @@ from megatron_ee.errors import CheckpointError, shown
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+_ORIGINAL_POSITIONS = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -168,13 +169,19 @@ def read_ropes_by_type(
     if not isinstance(nested, dict):
         raise config.error(f"rope_parameters must have an object each for {FULL} and {SLIDING}")
     found = {kind: nested.get(kind) or {} for kind in (FULL, SLIDING)}
-    found[FULL] = {**found[FULL], **(config.values.get("rope_scaling") or {})}
+    scaling = config.values.get("rope_scaling") or {}
+    found[FULL] = {**found[FULL], **scaling}
     if any(not isinstance(each, dict) for each in found.values()) or (nested and not set(nested) <= set(found)):
         raise config.error(f"rope_parameters must have an object each for {FULL} and {SLIDING}")
-    full = make_rope(config, found[FULL], positions, theta, ("default", "linear", "llama3", "yarn"))
-    beside = config.positive(local_key, local_theta) if local_key else local_theta
+    if "type" in scaling and "rope_type" not in scaling:
+        raise config.error("rope_scaling has type, which transformers ignores in this family; call it rope_type")
+    beside = {key: value for key, value in config.values.items() if key != _ORIGINAL_POSITIONS}  # counts within only
+    full = make_rope(
+        Config(beside, config.where), found[FULL], positions, theta, ("default", "linear", "llama3", "yarn")
+    )
+    local = config.positive(local_key, local_theta) if local_key else local_theta
     alone = Config({}, config.where)  # ``rope_theta`` beside the object is that of full attention
-    return full, make_rope(alone, found[SLIDING], positions, beside, ("default",))
+    return full, make_rope(alone, found[SLIDING], positions, local, ("default",))
 
 
 def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: float, kinds: Sequence[str]) -> Rope:
@@ -193,10 +200,11 @@ def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: f
     )
     if kind == "default":
         return rope
-    original = "original_max_position_embeddings"
-    place = config if config.values.get(original) is not None else settings
+    place = config if config.values.get(_ORIGINAL_POSITIONS) is not None else settings
     if kind == "longrope":
-        return _longrope(settings, replace(rope, original_positions=place.integer(original, positions)), positions)
+        return _longrope(
+            settings, replace(rope, original_positions=place.integer(_ORIGINAL_POSITIONS, positions)), positions
+        )
     factor = settings.positive("factor", name="rope factor")
     if kind == "dynamic":
         # It begins beyond ``max_position_embeddings``, which stays the limit here: transformers then chooses the
@@ -205,7 +213,7 @@ def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: f
     rope = replace(rope, factor=factor)
     if kind == "linear":
         return rope
-    rope = replace(rope, original_positions=place.integer(original, positions))
+    rope = replace(rope, original_positions=place.integer(_ORIGINAL_POSITIONS, positions))
     if kind == "yarn":
         return _yarn(settings, rope)
     low, high = (settings.positive(key, name=f"rope {key}") for key in ("low_freq_factor", "high_freq_factor"))
@@ -286,15 +294,3 @@ def windows_by_type(config: Config, kinds: Sequence[str], window: int | None, ke
     if window is None and SLIDING in kinds:
         raise config.error(f"layer_types has {SLIDING}, but {keys} says that there is none")
     return tuple(window if kind == SLIDING else None for kind in kinds)
-
-
-def switched_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
-    """Qwen's windows: off unless ``use_sliding_window``, and then from layer ``max_window_layers`` on."""
-    window = read_window(config, 4096) if config.flag("use_sliding_window") else None
-    kinds = read_layer_types(config, num_layers)
-    if kinds is not None:
-        return windows_by_type(config, kinds, window, "use_sliding_window or sliding_window")
-    first = config.values.get("max_window_layers", 28)
-    if window is not None and type(first) is not int:
-        raise config.error(f"max_window_layers must be a whole number, not {shown(first)}")
-    return tuple(window if window is not None and layer >= first else None for layer in range(num_layers))

@@ -67,7 +67,10 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
     """
     family = _find_family(config, where)
     if config.get("auto_map"):
-        raise CheckpointError(f"{where}: auto_map asks for code from the checkpoint; that is never run")
+        raise CheckpointError(
+            f"{where}: auto_map asks for code from the checkpoint, which is never run; if that code computes what "
+            f"transformers' own {family.architecture} does, remove auto_map"
+        )
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             raise CheckpointError(f"{where}: {key} is set; quantised checkpoints are not supported")

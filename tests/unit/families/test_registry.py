@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -275,7 +276,7 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
         ({"architectures": None, "model_type": ["llama"]}, ["not supported"]),
         ({"model_type": "mistral"}, ["model_type 'mistral'", "LlamaForCausalLM"]),
         ({"model_type": ["llama"]}, ["model_type"]),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Llama"}}, ["auto_map"]),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Llama"}}, ["auto_map", "LlamaForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
         ({"compression_config": {"format": "x"}}, ["compression_config"]),
@@ -322,6 +323,20 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
 def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
     text = refusal({**LLAMA2_7B, **changes})
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo3"])
+def test_scaling_of_ropes_by_type_is_what_transformers_takes_it_for(name: str) -> None:
+    import transformers
+
+    config = {"num_hidden_layers": 6, "hidden_size": 512, "intermediate_size": 96, "num_attention_heads": 8}
+    config |= {"vocab_size": 131, "max_position_embeddings": 128, "original_max_position_embeddings": 32}
+    yarn = {"factor": 4.0, "attention_factor": 1.2}
+    given = {**config, "rope_scaling": {**yarn, "rope_type": "yarn"}}
+    theirs = transformers.AutoConfig.for_model(name, **copy.deepcopy(given)).rope_parameters["full_attention"]
+    rope = parse_architecture({"model_type": name, **given}).rope
+    assert rope.original_positions == theirs["original_max_position_embeddings"] == 128
+    assert "rope_type" in refusal({"model_type": name, **config, "rope_scaling": {**yarn, "type": "yarn"}})
 
 
 @pytest.mark.parametrize(
