@@ -1,4 +1,4 @@
-"""One exit: a body on a tap of the frozen backbone, and a head (design: exits)."""
+"""One exit: a body on a tap of the frozen backbone, and a head."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def body_weights(spec: ExitSpec, arch: Architecture) -> int:
 def exit_tensors(spec: ExitSpec, arch: Architecture) -> dict[str, tuple[tuple[int, ...], str | None]]:
     """What an exit holds of its own: name in an adapter -> shape, and the released tensor it is copied from.
 
-    The source is None for a ``low_rank`` head's A and B, which start out otherwise (design: exits).
+    The source is None for a ``low_rank`` head's A and B, which start out otherwise.
     """
     found: dict[str, tuple[tuple[int, ...], str | None]] = {}
     for part in exit_parts(spec, arch):

@@ -1,4 +1,4 @@
-"""The stage runner: owns one stage's tensors and runs the scheduler's passes (design: inference).
+"""The stage runner: owns one stage's tensors and runs the scheduler's passes.
 
 A token that leaves at layer k is deferred: it has no keys and values above layer k. Its tap is kept, and the next pass
 of its sequence that goes beyond layer k takes it along. So each layer runs each position once, in order, and its cache

@@ -1,4 +1,4 @@
-"""Distillation from the final exit, besides the labels (design: the tuning step; soft targets of arXiv 1503.02531).
+"""Distillation from the final exit, besides the labels (soft targets of arXiv 1503.02531).
 
 Only the most probable tokens of the final exit's distribution are kept, so that it is small enough to send to the
 stages that host exits. ``exit_loss`` compares an exit with it in chunks of tokens, through ``SoftTargets``.

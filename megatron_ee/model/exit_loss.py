@@ -1,4 +1,4 @@
-"""Loss of one exit, in chunks of tokens over a vocabulary-parallel head (design: the tuning step).
+"""Loss of one exit, in chunks of tokens over a vocabulary-parallel head.
 
 The logits of a whole microbatch never exist. Each chunk's logits are computed, turned into loss, statistics and
 gradient, and freed. Gradients are computed in the forward pass, which avoids a second computation of the logits. So the

@@ -1,7 +1,7 @@
 """The layout: the layers and exits of each stage, and the messages between stages that follow from it.
 
 Pure: no process group is needed. Hidden states only go forward. An exit's tap goes directly to the stage that hosts the
-exit (design: the tuning step).
+exit.
 """
 
 from __future__ import annotations

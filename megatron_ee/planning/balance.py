@@ -1,6 +1,6 @@
 """Balances layouts: spreads layers and exits over the stages to minimise the work of the busiest stage.
 
-Every stage processes every microbatch, so the busiest stage limits the speed (design: the tuning step). Pure: no
+Every stage processes every microbatch, so the busiest stage limits the speed. Pure: no
 process group is needed.
 """
 

@@ -1,4 +1,4 @@
-"""One tuning step (design: the tuning step; arXiv 2402.00518, section 3.3).
+"""One tuning step (arXiv 2402.00518, section 3.3).
 
 Per microbatch the frozen layers run without gradient and keep only the taps (``tuning.schedule``); then each exit
 computes its own loss and gradients, a chunk of tokens at a time if its body allows this. So only one exit's graph of
