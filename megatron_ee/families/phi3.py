@@ -27,7 +27,7 @@ def _parse(config: Config) -> Architecture:
     rope = read_rope(Config(values, config.where), positions, kinds=("default", "longrope"))
     plain = plain_architecture(config, "phi3", positions=4096, eps=1e-5, rope=rope)
     turning = int(plain.head_dim * rope.fraction)
-    if turning % 2 or turning < 2 or turning > plain.head_dim:
+    if turning % 2 or turning < 2:
         raise config.error(f"partial_rotary_factor {rope.fraction:g} of head_dim {plain.head_dim} is no even number")
     if rope.kind == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {turning // 2}:
         raise config.error(f"rope short_factor and long_factor must have {turning // 2} numbers each")

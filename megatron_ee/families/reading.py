@@ -169,16 +169,16 @@ def read_ropes_by_type(
     if not isinstance(nested, dict):
         raise config.error(f"rope_parameters must have an object each for {FULL} and {SLIDING}")
     found = {kind: nested.get(kind) or {} for kind in (FULL, SLIDING)}
-    scaling = config.values.get("rope_scaling") or {}
-    found[FULL] = {**found[FULL], **scaling}
     if any(not isinstance(each, dict) for each in found.values()) or (nested and not set(nested) <= set(found)):
         raise config.error(f"rope_parameters must have an object each for {FULL} and {SLIDING}")
+    scaling = config.values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise config.error(f"rope_scaling must be an object, not {shown(scaling)}")
     if "type" in scaling and "rope_type" not in scaling:
         raise config.error("rope_scaling has type, which transformers ignores in this family; call it rope_type")
     beside = {key: value for key, value in config.values.items() if key != _ORIGINAL_POSITIONS}  # counts within only
-    full = make_rope(
-        Config(beside, config.where), found[FULL], positions, theta, ("default", "linear", "llama3", "yarn")
-    )
+    within, kinds = {**found[FULL], **scaling}, ("default", "linear", "llama3", "yarn")
+    full = make_rope(Config(beside, config.where), within, positions, theta, kinds)
     local = config.positive(local_key, local_theta) if local_key else local_theta
     alone = Config({}, config.where)  # ``rope_theta`` beside the object is that of full attention
     return full, make_rope(alone, found[SLIDING], positions, local, ("default",))
@@ -198,6 +198,8 @@ def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: f
         kind=kind,
         fraction=Config({"partial_rotary_factor": fraction}, config.where).positive("partial_rotary_factor"),
     )
+    if rope.fraction > 1:
+        raise config.error(f"partial_rotary_factor must be at most 1, not {rope.fraction:g}")
     if kind == "default":
         return rope
     place = config if config.values.get(_ORIGINAL_POSITIONS) is not None else settings
@@ -244,6 +246,8 @@ def _yarn(settings: Config, rope: Rope) -> Rope:
 
 
 def _longrope(settings: Config, rope: Rope, positions: int) -> Rope:
+    if rope.original_positions < 2:
+        raise settings.error(f"{_ORIGINAL_POSITIONS} must be at least 2, not {rope.original_positions}")
     factor = positions / rope.original_positions
     if settings.values.get("factor") is not None:
         factor = settings.positive("factor", name="rope factor")

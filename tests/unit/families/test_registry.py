@@ -325,6 +325,14 @@ def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
     assert all(word in text for word in words), text
 
 
+@pytest.mark.parametrize("key, value", [("partial_rotary_factor", 1e308), ("original_max_position_embeddings", 1)])
+def test_extremes_of_longrope_are_refused(key: str, value: float) -> None:
+    config = {"model_type": "phi3", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32}
+    config |= {"num_attention_heads": 4, "vocab_size": 131, "max_position_embeddings": 128}
+    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    assert key in refusal({**config, "rope_scaling": scaling, key: value})
+
+
 @pytest.mark.parametrize("name", ["gemma3_text", "olmo3"])
 def test_scaling_of_ropes_by_type_is_what_transformers_takes_it_for(name: str) -> None:
     import transformers
@@ -336,7 +344,8 @@ def test_scaling_of_ropes_by_type_is_what_transformers_takes_it_for(name: str) -
     theirs = transformers.AutoConfig.for_model(name, **copy.deepcopy(given)).rope_parameters["full_attention"]
     rope = parse_architecture({"model_type": name, **given}).rope
     assert rope.original_positions == theirs["original_max_position_embeddings"] == 128
-    assert "rope_type" in refusal({"model_type": name, **config, "rope_scaling": {**yarn, "type": "yarn"}})
+    for scaling in ({**yarn, "type": "yarn"}, "yarn", ["yarn"]):
+        assert "rope_scaling" in refusal({"model_type": name, **config, "rope_scaling": scaling})
 
 
 @pytest.mark.parametrize(
