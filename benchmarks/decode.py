@@ -31,7 +31,6 @@ COLUMNS = (
     ("against_full", "/ full", ".2fx"),
     ("layers_per_token", "layers per token", ".1f"),
     ("acceptance", "accepted", ".0%"),
-    ("agreement", "agreement", ".1%"),
     ("bandwidth_share", "of the memory bandwidth", ".0%"),
 )
 PLAIN, FULL = "transformers", "full"
@@ -84,9 +83,6 @@ def measure(options: argparse.Namespace, directory: Path) -> Result:
             bandwidths.append(max(each["rate"] for each in found.pop("bandwidth")))
             emitted = sum(len(prompts) for prompts in groups) * options.tokens
             rows += compare(found, count, emitted, peer.bytes_per_pass / bandwidths[-1])
-            truth = found[FULL][-1]["ids"]
-            agreement = forced_agreement(engine, groups, truth, options.threshold)
-            next(row for row in rows if row["rows"] == count and row["way"] == "threshold")["agreement"] = agreement
     settings |= {
         "exits": exits,
         "tuned": options.adapter is not None,
@@ -211,27 +207,6 @@ def compare(found: Mapping[str, list[dict[str, Any]]], rows: int, emitted: int, 
             }
         )
     return table
-
-
-def forced_agreement(engine: Any, groups: Sequence[Any], truth: Sequence[Sequence[int]], threshold: float) -> float:
-    """Share of the positions along full mode's output at which threshold mode emits the same token."""
-    from megatron_ee.inference.policy import ThresholdPolicy
-    from megatron_ee.inference.requests import Request
-
-    prompts = [prompt for group in groups for prompt in group]
-    requests = [
-        Request(
-            prompt=prompt,
-            mode="threshold",
-            policy=ThresholdPolicy(threshold=threshold),
-            forced_ids=tuple(given),
-            max_tokens=len(given),
-        )
-        for prompt, given in zip(prompts, truth, strict=True)
-    ]
-    said = [[token.id for token in outputs[0].tokens] for outputs in engine.generate(requests)]
-    pairs = [(a, b) for mine, given in zip(said, truth, strict=True) for a, b in zip(mine, given, strict=True)]
-    return statistics.fmean(a == b for a, b in pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
