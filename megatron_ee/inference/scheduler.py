@@ -371,7 +371,8 @@ class Scheduler:
                 continue
             if tokens:
                 emitted.append((seq, tokens))
-            if seq.depth == 0 and stage > 0 and scheduled.head_input.kind == "leave":
+            left = scheduled.head_input.kind == "leave" and seq.depth == 0
+            if left and stage > 0 and seq.deferred:  # a token that left after the last layer is not deferred
                 self._fill(stage, pass_.stop, seq)
         return emitted
 

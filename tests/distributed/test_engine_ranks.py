@@ -27,7 +27,7 @@ from megatron_ee.testing.models import save_tiny_model
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import run_ranks
 
-SPECS = [ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4)]
+SPECS = [ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4), ExitSpec(4)]
 PROMPTS = [[5, 17, 99, 42, 3, 77, 120], [9, 8, 7], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40], [64]]
 DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=3)
 
@@ -84,6 +84,7 @@ def requests() -> list[Request]:
             samples=3,
             max_tokens=16,
         ),
+        Request(prompt=PROMPTS[1], mode="threshold", policy=ThresholdPolicy(threshold=1e-6), exits=(4,), max_tokens=8),
         Request(prompt=PROMPTS[2], sampling=DRAWN, samples=2, max_tokens=12, stop_ids=(7, 8)),
         *(Request(prompt=PROMPTS[0], mode="threshold", policy=RunOut(exit=k), max_tokens=14) for k in (1, 3)),
     ]
