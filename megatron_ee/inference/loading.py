@@ -28,6 +28,7 @@ from megatron_ee.inference.compiled import CompiledStage, check_compiler, compil
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache_manager import KVBudget, PrefixCache, stage_memory
 from megatron_ee.inference.passes import StageMap, StageWorker
+from megatron_ee.inference.policy import MOST_DEFERRED
 from megatron_ee.inference.remote import (
     DriverScheduler,
     Mail,
@@ -47,8 +48,9 @@ from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.transfer import connect
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 
-SLACK = MAX_DRAFT + 1
-"""Positions before a sliding window that are kept: those that a rejected draft brings back into it."""
+SLACK = max(MAX_DRAFT, MOST_DEFERRED) + 1
+"""Positions before a sliding window that are kept. A rejected draft brings them back into it, and so does a copy of a
+sequence's complete positions: its first layers are ahead of those by the deferred tokens."""
 MEMORY_SHARE = 0.5
 """Of the memory that is free once the model is loaded: for keys and values, unless said otherwise."""
 MAX_ROWS = 16

@@ -14,7 +14,7 @@ import megatron_ee.inference.kv_cache as kv_cache
 import megatron_ee.inference.scheduler as scheduler_module
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference import kv_cache_manager
+from megatron_ee.inference import kv_cache_manager, loading
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ThresholdPolicy
@@ -99,6 +99,7 @@ def small(alone: list[Summary]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "CHUNK", 4)
         patch.setattr(kv_cache_manager, "CHUNK", 4)
+        patch.setattr(loading, "SLACK", 17)  # enough for drafts and for policies that defer 15 tokens
         patch.setattr(scheduler_module, "PASS_TOKENS", 7)
         patch.setattr(kv_cache_manager, "MIN_PREFIX", 2)
         yield

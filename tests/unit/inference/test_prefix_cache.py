@@ -11,7 +11,7 @@ import torch
 import megatron_ee.inference.kv_cache as kv_cache
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference import kv_cache_manager
+from megatron_ee.inference import kv_cache_manager, loading
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache_manager import MIN_PREFIX, Prefix, PrefixCache
 from megatron_ee.inference.loading import make_engine
@@ -99,6 +99,7 @@ def test_windows_leave_only_the_end_to_go_on_from() -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "CHUNK", 4)
     monkeypatch.setattr(kv_cache_manager, "CHUNK", 4)
+    monkeypatch.setattr(loading, "SLACK", 17)  # enough for drafts and for policies that defer 15 tokens
 
 
 def ask(engine: Engine, prompt: Sequence[int], **fields: Any) -> Completion:
@@ -139,6 +140,22 @@ def test_a_chat_goes_on_from_where_it_was(
     assert emitted(after) == emitted(ask(make_engine(stage), history, **second))
     assert engine.statistics()["reused_tokens"] == reused
     assert before.statistics["reused_tokens"] == 0
+
+
+def test_many_deferred_tokens_leave_whole_windows(exit_stage: MakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers before an exit run far ahead of the positions that are copied: they still have the window there."""
+    monkeypatch.setattr(kv_cache, "CHUNK", 4)
+    stage = exit_stage("gemma3", [ExitSpec(2)])
+    assert stage.setup.architecture.windows[0] == 16
+    engine = make_engine(stage, prefix_rows=1)
+    early = ThresholdPolicy(threshold=1e-6, max_deferred=100)
+    ask(engine, LONG, mode="threshold", policy=early, max_tokens=33)
+    after = ask(engine, [*LONG, 7, 8, 9])
+    assert after.statistics["reused_tokens"] > 0
+    alone = ask(make_engine(stage), [*LONG, 7, 8, 9])
+    assert emitted(after) == emitted(alone)
+    confidences = ([token.confidence for token in each.tokens] for each in (after, alone))
+    assert next(confidences) == pytest.approx(next(confidences), abs=1e-5)
 
 
 def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) -> None:
