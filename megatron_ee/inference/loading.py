@@ -121,7 +121,7 @@ def open_engine(
         candidates: token ids that drafts are chosen from, such as ``data.indexed.frequent_tokens`` finds: a drafting
             exit then computes no other logits (FR-Spec, arXiv 2502.14856); the full model still emits any token. None
             for all.
-        compiled: compile the layers between exits, and the exits; a sequence that runs alone is then faster.
+        compiled: compile the layers between exits; a sequence that runs alone is then faster.
         prefix_rows: rows whose keys and values are kept when they have ended, at most, while the memory is not needed:
             a request that begins with the same tokens, as the next message of a chat does, begins with a copy of them.
             It then rounds as the other did, where passes of other sizes round differently.
