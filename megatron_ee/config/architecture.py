@@ -76,6 +76,8 @@ class Architecture:
         qk_norm_whole: over the whole projection, not each head.
         local_rope: of the layers with a window; None where it is ``rope``.
         rotated: per layer, whether it has rotary positions; empty where all have.
+        attention_soft_cap: c of ``c * tanh(score / c)``, which attention scores become; None for no such bound.
+        logit_soft_cap: the same of the logits, after their factor.
     """
 
     family: str
@@ -105,6 +107,8 @@ class Architecture:
     qk_norm_whole: bool = False
     local_rope: Rope | None = None
     rotated: tuple[bool, ...] = ()
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
 
     @property
     def max_generated_positions(self) -> int:

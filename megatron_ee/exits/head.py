@@ -87,7 +87,7 @@ class ExitHead(nn.Module):
         low_rank = self.low_rank(z)
         if low_rank is not None:
             logits = logits + F.linear(low_rank.hidden, low_rank.up)
-        return self.setup.gather_vocabulary(logits).float()
+        return self.matrix.capped(self.setup.gather_vocabulary(logits).float())
 
     @torch.no_grad()
     def restrict(self, ids: Tensor) -> None:
@@ -105,7 +105,7 @@ class ExitHead(nn.Module):
         """As ``logits``, but only for the tokens of ``restrict``. The logits of others are -inf and are not
         computed."""
         assert self.candidates is not None, "no candidates were chosen"
-        found = product(z, self.candidates.rows)
+        found = self.matrix.capped(product(z, self.candidates.rows))
         logits = found.new_full((*z.shape[:-1], len(self.matrix.weight)), -torch.inf)
         return self.setup.gather_vocabulary(logits.index_copy_(-1, self.candidates.local, found)).float()
 

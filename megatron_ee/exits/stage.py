@@ -121,7 +121,7 @@ class Stage(nn.Module):
         """``[..., hidden]`` -> float32 logits of the final exit ``[..., vocab]``, the same on every rank."""
         head = self.backbone.head
         assert head is not None, "no final exit here"
-        return self.setup.gather_vocabulary(product(z, head.weight)).float()
+        return head.capped(self.setup.gather_vocabulary(product(z, head.weight)).float())
 
 
 def build_stage(setup: ModelSetup, layout: Layout, specs: Sequence[ExitSpec], *, final_exit: bool = False) -> Stage:

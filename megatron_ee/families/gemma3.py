@@ -27,12 +27,10 @@ GEMMA_LAYER: LayerTable = {
 
 
 def _parse(config: Config) -> Architecture:
-    for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
         if config.values.get(key):
             raise config.error(f"{key} is not supported for gemma3_text; released files have none")
-    activation = config.values.get("hidden_activation", "gelu_pytorch_tanh")
-    if activation != "gelu_pytorch_tanh":
-        raise config.error(f"hidden_activation {shown(activation)} is not supported, only 'gelu_pytorch_tanh'")
+    check_gemma(config)
     bias = config.flag("attention_bias")
     positions = config.integer("max_position_embeddings", 131_072)
     full, local = read_ropes_by_type(config, positions, 1_000_000.0, 10_000.0, "rope_local_base_freq")
@@ -61,6 +59,15 @@ def _parse(config: Config) -> Architecture:
         windows=windows_by_type(config, kinds, read_window(config, 4096), "sliding_window"),
         local_rope=None if local == full else local,
     )
+
+
+def check_gemma(config: Config) -> None:
+    """Refuse what no released Gemma has: attention in both directions, and other activations."""
+    if config.values.get("use_bidirectional_attention"):
+        raise config.error("use_bidirectional_attention is not supported; released files have none")
+    activation = config.values.get("hidden_activation", "gelu_pytorch_tanh")
+    if activation != "gelu_pytorch_tanh":
+        raise config.error(f"hidden_activation {shown(activation)} is not supported, only 'gelu_pytorch_tanh'")
 
 
 GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _parse, GEMMA_LAYER, pick_layers_by_type)

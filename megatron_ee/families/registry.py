@@ -10,6 +10,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.errors import CheckpointError, shown
 from megatron_ee.families.family import Family
+from megatron_ee.families.gemma2 import GEMMA2
 from megatron_ee.families.gemma3 import GEMMA3
 from megatron_ee.families.granite import GRANITE
 from megatron_ee.families.llama import LLAMA
@@ -26,6 +27,7 @@ from megatron_ee.families.smollm3 import SMOLLM3
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        GEMMA2,
         GEMMA3,
         GRANITE,
         LLAMA,

@@ -137,8 +137,10 @@ class _Room:
     mask: Tensor | None
     length: int
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-        """See ``LayerCache``."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, soft_cap: float | None = None
+    ) -> Tensor:
+        """See ``LayerCache``; ``compile_stage`` refuses a soft cap."""
         stop = self.length + query.shape[0]
         self.keys[0, :, self.length : stop] = key.transpose(0, 1)
         self.values[0, :, self.length : stop] = value.transpose(0, 1)
@@ -164,8 +166,10 @@ def compile_stage(stage: Stage) -> CompiledStage:
     """Compile the layers of a loaded stage. Every rank calls this.
 
     Raises:
-        ConfigError: they cannot be compiled here.
+        ConfigError: they cannot be compiled here, or their attention scores have a soft cap.
     """
+    if stage.setup.architecture.attention_soft_cap is not None:
+        raise ConfigError("compile: attention scores with a soft cap are not compiled; leave it out")
     compiled = CompiledStage(stage)
 
     def warm_up() -> None:

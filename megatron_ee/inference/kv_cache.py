@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ee.model.attention import visible_keys
+from megatron_ee.model.attention import attend_soft_capped, visible_keys
 
 CHUNK = 256
 Masks = dict[tuple[int, int, int, int | None], Tensor]
@@ -148,18 +148,31 @@ class PackedCaches:
     counts: Sequence[int]
     masks: Masks = field(default_factory=dict)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, soft_cap: float | None = None
+    ) -> Tensor:
         """See ``LayerCache``."""
         if len(self.caches) == 1:
-            return self._attend(self.caches[0], query, key, value, window)
+            return self._attend(self.caches[0], query, key, value, window, soft_cap)
         counts = list(self.counts)
         parts = zip(self.caches, query.split(counts), key.split(counts), value.split(counts), strict=True)
-        return torch.cat([self._attend(*part, window) for part in parts])
+        return torch.cat([self._attend(*part, window, soft_cap) for part in parts])
 
-    def _attend(self, cache: LayerKV, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    def _attend(
+        self,
+        cache: LayerKV,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
         """Of one sequence: ``[tokens, heads * head_dim]``."""
         start, count = cache.length, len(query)
         keys, values = cache.extend(key, value)
+        if soft_cap is not None:
+            keys, values = keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
+            return attend_soft_capped(query[:, None], keys, values, soft_cap, window)[:, 0]
         if count == 1:
             if window is not None:
                 keys, values = keys[:, :, -window:], values[:, :, -window:]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_ee.config.architecture import Architecture, Rope
 from megatron_ee.model.linear import ColumnLinear, RMSNorm, RowLinear, ShardedRMSNorm
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 class LayerCache(Protocol):
     """The KV cache of one layer, for one sequence or for several that run together."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, soft_cap: float | None = None
+    ) -> Tensor:
         """Append the new tokens' keys and values, and attend to all in the cache.
 
         Args:
@@ -30,6 +33,7 @@ class LayerCache(Protocol):
             key: ``[tokens, kv_heads, head_dim]``.
             value: as ``key``.
             window: positions that a token sees, itself included; None for all before it.
+            soft_cap: of the scores; None for none.
 
         Returns:
             ``[tokens, heads * head_dim]``.
@@ -235,7 +239,7 @@ class Attention(nn.Module):
         super().__init__()
         arch = setup.architecture
         self.window, self.head_dim = arch.windows[number - 1], arch.head_dim
-        self.rotary = rotary_index(arch, number)
+        self.rotary, self.soft_cap = rotary_index(arch, number), arch.attention_soft_cap
         # Attention itself divides by the root of head_dim.
         asked = arch.attention_multiplier
         self.query_factor = 1.0 if asked is None else asked * arch.head_dim**0.5
@@ -258,13 +262,16 @@ class Attention(nn.Module):
         query, key, value = self.project(x, positions)
         seq, batch = query.shape[:2]
         if cache is not None:
-            context = cache.attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), self.window)
+            tokens = query.flatten(0, 1)
+            context = cache.attend(tokens, key.flatten(0, 1), value.flatten(0, 1), self.window, self.soft_cap)
             return self.output(context.view(seq * batch, 1, -1))
         return self.output(self._attend(query, key, value, positions))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
         """Context ``[seq, batch, heads * head_dim]`` of what ``project`` gives for whole rows."""
         seq, shared = len(query), self.queries_per_group
+        if self.soft_cap is not None:
+            return attend_soft_capped(query, key, value, self.soft_cap, self.window, positions.key_valid)
         if positions.key_valid is not None:
             mask = positions.mask(self.window)
             assert mask is not None, "padded rows have a mask"
@@ -337,6 +344,55 @@ def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> T
     folded = query.permute(1, 2, 0, 3, 4).flatten(2, 3)
     context = F.scaled_dot_product_attention(folded, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), mask)
     return context.unflatten(2, (len(query), -1)).permute(2, 0, 1, 3, 4).flatten(2)
+
+
+def attend_soft_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    soft_cap: float,
+    window: int | None,
+    key_valid: Tensor | None = None,
+) -> Tensor:
+    """Causal attention whose scores are capped, for which there is no fused kernel.
+
+    Blocks of queries run one after another. Only one block's scores exist at a time, also in the backward pass, which
+    computes them again.
+
+    Args:
+        query: ``[queries, batch, kv_heads, queries per key-value head, head_dim]``, at the last positions of the keys.
+        key: ``[keys, batch, kv_heads, head_dim]``; ``value`` too.
+        soft_cap: see ``Architecture``.
+        window: positions that a token sees, itself included; None for all before it.
+        key_valid: ``[batch, keys]``, False at padding; None without padding.
+
+    Returns:
+        ``[queries, batch, heads * head_dim]``.
+    """
+    before, parts = len(key) - len(query), []
+    for start in range(0, len(query), WINDOW_QUERIES):
+        stop = min(start + WINDOW_QUERIES, len(query))
+        seen = slice(0 if window is None else max(0, before + start + 1 - window), before + stop)
+        keys = torch.arange(seen.start, seen.stop, device=query.device)
+        queries = keys[start - stop :]
+        visible = visible_keys(queries, keys, window)
+        if key_valid is not None:
+            # A padding query sees only itself: an empty row would give NaN.
+            visible = ((visible & key_valid[:, None, seen]) | (keys == queries[:, None]))[:, None, None]
+        block = (query[start:stop], key[seen], value[seen], visible, soft_cap)
+        if torch.is_grad_enabled() and query.requires_grad:
+            parts.append(checkpoint(_attend_block, *block, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_attend_block(*block))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, soft_cap: float) -> Tensor:
+    """``visible``: bool, broadcast to ``[batch, kv_heads, queries per key-value head, queries, keys]``."""
+    scores = torch.einsum("qbgsd,kbgd->bgsqk", query, key) * query.shape[-1] ** -0.5
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return torch.einsum("bgsqk,kbgd->qbgsd", weights, value).flatten(2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class VocabHead(nn.Module):
         start: first token id of this rank's rows.
         valid: how many of the rows are real tokens; the others are padding.
         vocabulary: real tokens of all ranks.
+        soft_cap: ``logit_soft_cap`` of the architecture.
     """
 
     def __init__(self, setup: ModelSetup) -> None:
@@ -39,9 +40,14 @@ class VocabHead(nn.Module):
         rows = setup.padded_vocab // setup.groups.tensor.size()
         self.start = setup.groups.tensor.rank() * rows
         self.vocabulary = setup.architecture.vocab_size
+        self.soft_cap = setup.architecture.logit_soft_cap
         self.valid = max(0, min(rows, self.vocabulary - self.start))
         self.weight = nn.Parameter(torch.empty(rows, setup.architecture.hidden_size, dtype=setup.dtype))
         mark_sharded(self.weight, 0)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Products of the weight -> logits: bounded by the soft cap where there is one."""
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 class Backbone(nn.Module):

@@ -144,7 +144,7 @@ def teacher_top_k(
     log_total = torch.empty((tokens, 1), dtype=torch.float32, device=z.device)
     for start in range(0, tokens, chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        logits = torch.mm(z[part], weight.t()).float().div_(temperature)
+        logits = head.capped(torch.mm(z[part], weight.t()).float()).div_(temperature)
         logits[:, head.valid :] = -torch.inf
         values[part], ids[part] = _top_columns(logits, width)
         # Finite even on a rank that has only padding.

@@ -124,7 +124,8 @@ class _ExitLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=z.device)
         two_temperatures = distillation is not None and distillation.temperature != 1
         at_most = min(chunk_tokens, tiles.logit_tokens)
-        scratch = _Scratch.allocate(z, weight, min(at_most, len(z)), needs_weight, two_temperatures, tiles)
+        capped = head.soft_cap is not None
+        scratch = _Scratch.allocate(z, weight, min(at_most, len(z)), needs_weight, two_temperatures, capped, tiles)
 
         for start in range(0, len(z), at_most):
             chunk = slice(start, start + at_most)
@@ -137,6 +138,7 @@ class _ExitLoss(torch.autograd.Function):
                 exact = scratch.widened(run)
                 if hidden is not None and up is not None:
                     exact += torch.mm(hidden[part], up.t())
+                slope = None if head.soft_cap is None else scratch.cap_(exact, head.soft_cap)
                 exact[:, head.valid :] = -torch.inf
                 scale = coefficient[part]
                 soft = None if distillation is None else _soft_targets(distillation, part, head, scratch)
@@ -147,6 +149,8 @@ class _ExitLoss(torch.autograd.Function):
                 loss += torch.dot(nll[part] if soft is None else soft.loss(nll[part]), scale)
                 if any(ctx.needs_input_grad[:4]):
                     _logit_gradient_(exact, confidence[part], label, scale, soft)
+                    if slope is not None:
+                        exact *= slope
                     scratch.narrow_(run, exact)
             if grad_z is not None:
                 torch.mm(logits, weight, out=grad_z[chunk])
@@ -187,6 +191,7 @@ class _Scratch:
             all operations.
         exact: ``[rows, padded_vocab / tp]`` float32, if this is not the model's dtype.
         tempered: as ``exact``, if distillation has another temperature than 1.
+        slope: as ``exact``, if logits are capped.
         product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, if this is not float32 and
             the device cannot add products in float32; ``exact_product`` the same in float32.
     """
@@ -195,26 +200,44 @@ class _Scratch:
     rows: int
     exact: Tensor | None
     tempered: Tensor | None
+    slope: Tensor | None
     product: Tensor | None
     exact_product: Tensor | None
 
     @classmethod
     def allocate(
-        cls, z: Tensor, weight: Tensor, chunk: int, needs_weight: bool, two_temperatures: bool, tiles: Tiles
+        cls,
+        z: Tensor,
+        weight: Tensor,
+        chunk: int,
+        needs_weight: bool,
+        two_temperatures: bool,
+        capped: bool,
+        tiles: Tiles,
     ) -> _Scratch:
         logits = z.new_empty((chunk, len(weight)))
         rows = max(1, min(chunk, tiles.cached_bytes // (4 * len(weight))))
         narrow = z.dtype != torch.float32
         exact = logits.new_empty((rows, len(weight)), dtype=torch.float32) if narrow else None
         tempered = logits.new_empty((rows, len(weight)), dtype=torch.float32) if two_temperatures else None
+        slope = logits.new_empty((rows, len(weight)), dtype=torch.float32) if capped else None
         rounded = narrow and needs_weight and not tiles.sums_products
         product = torch.empty_like(weight[:ROW_RUN]) if rounded else None
         exact_product = None if product is None else torch.empty_like(product, dtype=torch.float32)
-        return cls(logits, rows, exact, tempered, product, exact_product)
+        return cls(logits, rows, exact, tempered, slope, product, exact_product)
 
     def widened(self, run: Tensor) -> Tensor:
         """``run``, some rows of ``logits``, in float32: itself, or a copy."""
         return run if self.exact is None else self.exact[: len(run)].copy_(run)
+
+    def cap_(self, exact: Tensor, soft_cap: float) -> Tensor:
+        """Cap logits; the derivative of the capped ones with respect to those before."""
+        assert self.slope is not None, "no room for the derivative"
+        slope = self.slope[: len(exact)]
+        exact.div_(soft_cap).tanh_()
+        torch.mul(exact, exact, out=slope).neg_().add_(1)
+        exact.mul_(soft_cap)
+        return slope
 
     def narrow_(self, run: Tensor, exact: Tensor) -> None:
         """Write the changed ``widened(run)`` back into ``run``."""

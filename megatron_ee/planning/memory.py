@@ -246,7 +246,8 @@ def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) 
     narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
     logits = _chunk_logits(architecture, workload)
     size = _gathered_bytes(architecture, workload) if body_of(spec).saved else 0
-    size += logits * (FLOAT32 * (1 + workload.tempered) + narrow)
+    capped = architecture.logit_soft_cap is not None
+    size += logits * (FLOAT32 * (1 + workload.tempered + capped) + narrow)
     size += logits // rows * VOCAB_MULTIPLE * FLOAT32  # of the search for the maximum
     if spec.head == "low_rank":
         size += 2 * workload.tokens * spec.rank * workload.itemsize

@@ -99,6 +99,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "smollm3": ("SmolLM3", {"pad_token_id": 0}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "sliding_window": 16,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": False,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
     "gemma3": (
         "Gemma3",
         {
@@ -112,7 +123,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Family -> transformers class prefix and what differs from ``SHAPE``."""
-PLUS_ONE = ("Gemma3",)
+PLUS_ONE = ("Gemma2", "Gemma3")
 """Families whose norms multiply by 1 + weight."""
 
 

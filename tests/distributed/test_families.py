@@ -14,7 +14,7 @@ from megatron_ee.testing.project import saved_tensors
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import Case, tune_cases
 
-FAMILIES = ("granite", "phi3", "olmo2", "smollm3", "gemma3")
+FAMILIES = ("granite", "phi3", "olmo2", "smollm3", "gemma2", "gemma3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

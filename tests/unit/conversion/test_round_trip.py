@@ -52,6 +52,7 @@ FAMILIES = (
     "olmo2",
     "olmo3",
     "smollm3",
+    "gemma2",
     "gemma3",
 )
 LONGROPE_OF_EIGHT = {**LONGROPE, "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0]}

@@ -224,6 +224,11 @@ def test_low_rank_starts_as_the_shared_head(tokens: Tensor, saved_model: Any, lo
     some = exit_.head.candidate_logits(z)
     torch.testing.assert_close(some[..., ids], expected[..., ids])
     assert some.shape[-1] == VOCAB and int(some[0, 0].isfinite().sum()) == len(ids)
+    exit_.head.matrix.soft_cap = 0.5
+    capped = exit_.head.candidate_logits(z)
+    torch.testing.assert_close(capped[..., ids], 0.5 * torch.tanh(some[..., ids] / 0.5))
+    assert int(capped[0, 0].isfinite().sum()) == len(ids)
+    exit_.head.matrix.soft_cap = None
     assert not torch.equal(logits_of(stage, tokens)[0], shared)
 
 

@@ -157,6 +157,11 @@ def test_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> N
     check_compiler(1)
 
 
+def test_capped_scores_are_not_compiled(saved_model: Any, load_stage: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^compile: attention scores with a soft cap .*; leave it out$"):
+        compile_stage(load_stage(saved_model("gemma2")[0]))
+
+
 def test_what_cannot_be_compiled_is_one_line(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         def call(*_: Any) -> None:

@@ -145,7 +145,9 @@ def test_more_than_the_limit_is_a_mistake_of_ours() -> None:
 # -- several rows
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None) -> Tensor:
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None, soft_cap: float | None = None
+) -> Tensor:
     """Of one row, written out: ``query`` ``[tokens, kv_heads, per head, dim]`` from ``start`` on, all keys."""
     found = torch.empty_like(query)
     for token in range(len(query)):
@@ -154,6 +156,8 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, start: int, windo
         for head in range(KV_HEADS):
             for each in range(PER_HEAD):
                 scores = key[first : last + 1, head] @ query[token, head, each] / math.sqrt(DIM)
+                if soft_cap is not None:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
                 found[token, head, each] = scores.softmax(0) @ value[first : last + 1, head]
     return found.reshape(len(query), -1)
 
@@ -162,8 +166,9 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, start: int, windo
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4),
     st.sampled_from([None, 1, 5, 12]),
+    st.sampled_from([None, 0.7]),
 )
-def test_attention_is_that_of_each_row_alone(rows: list[list[int]], window: int | None) -> None:
+def test_attention_is_that_of_each_row_alone(rows: list[list[int]], window: int | None, soft_cap: float | None) -> None:
     """Rows of different lengths, of which some go on in each pass; masks are shared between two layers."""
     caches = [[LayerKV(Extent(60, window, 3, 9)) for _ in range(2)] for _ in rows]
     keys, values = ([[torch.empty(0, KV_HEADS, DIM) for _ in range(2)] for _ in rows] for _ in range(2))
@@ -176,13 +181,13 @@ def test_attention_is_that_of_each_row_alone(rows: list[list[int]], window: int 
             query = torch.randn(sum(counts), KV_HEADS, PER_HEAD, DIM, generator=generator)
             key, value = torch.randn(2, sum(counts), KV_HEADS, DIM, generator=generator)
             packed = PackedCaches([caches[row][layer] for row in active], counts, masks)
-            ours = packed.attend(query, key, value, window).split(counts)
+            ours = packed.attend(query, key, value, window, soft_cap).split(counts)
             parts = zip(active, query.split(counts), key.split(counts), value.split(counts), ours, strict=True)
             for row, q, k, v, one in parts:
                 start = len(keys[row][layer])
                 keys[row][layer] = torch.cat([keys[row][layer], k])
                 values[row][layer] = torch.cat([values[row][layer], v])
-                expected = plain_attention(q, keys[row][layer], values[row][layer], start, window)
+                expected = plain_attention(q, keys[row][layer], values[row][layer], start, window, soft_cap)
                 assert one.shape == expected.shape
                 assert (one - expected).abs().max() <= 1e-5
 

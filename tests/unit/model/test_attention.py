@@ -16,6 +16,7 @@ from megatron_ee.model import attention as attention_module
 from megatron_ee.model.attention import (
     Attention,
     Positions,
+    attend_soft_capped,
     make_positions,
     make_rotary,
     packed_positions,
@@ -144,6 +145,7 @@ def test_a_window_hides_keys_without_grouped_heads_beside_a_mask(
     own = object.__new__(Attention)
     torch.nn.Module.__init__(own)
     own.window, own.head_dim, own.queries_per_group, own.repeats_keys = window, size, heads // groups_of_heads, False
+    own.soft_cap = None
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
@@ -173,6 +175,31 @@ def test_a_window_hides_keys_without_grouped_heads_beside_a_mask(
     for call in calls[1:]:
         assert not call.get("enable_gqa") and call["query"][0] == call["key"][0], "which would compute all scores"
         assert call["key"][1] <= min(block, seq - seen) + seen
+
+
+@pytest.mark.parametrize("block", [3, 512])
+@pytest.mark.parametrize("window", [None, 4])
+def test_capped_scores_in_blocks(block: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients equal those of all scores, of rows with padding and of queries behind other keys."""
+    monkeypatch.setattr(attention_module, "WINDOW_QUERIES", block)
+    seq, batch, shared, size, cap = 20, 2, 3, 8, 0.7
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(seq, batch, 2, shared, size, generator=generator).requires_grad_()
+    key, value = (torch.randn(seq, batch, 2, size, generator=generator).requires_grad_() for _ in range(2))
+    where = torch.arange(seq)
+    valid = torch.stack([where >= 5, where < 17])
+    visible = visible_keys(where, where, window) & valid[:, None] | torch.eye(seq, dtype=torch.bool)
+    scores = torch.einsum("qbgsd,kbgd->bgsqk", query, key) / size**0.5
+    scores = (cap * (scores / cap).tanh()).masked_fill(~visible[:, None, None], -torch.inf)
+    expected = torch.einsum("bgsqk,kbgd->qbgsd", scores.softmax(-1), value).flatten(2)
+    inputs = (query, key, value)
+    context = attend_soft_capped(*inputs, cap, window, valid)
+    torch.testing.assert_close(context, expected, atol=1e-6, rtol=1e-5)
+    weight = torch.randn(expected.shape, generator=generator)
+    ours, theirs = (torch.autograd.grad((each * weight).sum(), inputs) for each in (context, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    behind = attend_soft_capped(query[13:], key, value, cap, window, valid)
+    torch.testing.assert_close(behind, expected[13:], atol=1e-6, rtol=1e-5)
 
 
 def test_keys_are_repeated_where_no_kernel_groups_heads(

@@ -56,7 +56,10 @@ class Lesson:
         leaves = {name: tensor.double() for name, tensor in leaves.items()}
         weight = leaves.get("weight", self.head.weight.double())
         logits = leaves["z"] @ weight[:VOCAB].t()
-        return logits + leaves["z"] @ leaves["down"].t() @ leaves["up"][:VOCAB].t() if "up" in leaves else logits
+        if "up" in leaves:
+            logits = logits + leaves["z"] @ leaves["down"].t() @ leaves["up"][:VOCAB].t()
+        cap = self.head.soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(self, **kwargs: Any) -> Any:
         low_rank = None
@@ -138,6 +141,24 @@ def test_loss_and_gradients(
     _, plain = lesson.loss(chunk_tokens=16)
     for name in ("loss", "confidence", "top1"):
         assert torch.equal(getattr(stats, name), getattr(plain, name)), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_capped_logits(temperature: float, setup: Any) -> None:
+    lesson = Lesson(setup, low_rank=True)
+    lesson.head.soft_cap = 3.0
+    given = lesson.distillation(temperature)
+    expected, gradients = reference(lesson, given, dynamic=False)
+    loss, _ = lesson.loss(distillation=given, chunk_tokens=16)
+    assert relative(loss, expected) < 1e-5
+    loss.backward()
+    for name, leaf in lesson.leaves().items():
+        assert relative(leaf.grad, gradients[name]) < 1e-5, name
+    # The teacher's logits are capped too: of oneself there is nothing to learn.
+    plain = Lesson(setup)
+    plain.head.soft_cap = 3.0
+    itself = teacher_top_k(plain.z, plain.head, plain.group, TOP_K, temperature)
+    assert abs(float(plain.loss(distillation=Distillation(itself, 1.0, 0.0, temperature))[0].detach())) < 1e-6
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 49, 50, 512])

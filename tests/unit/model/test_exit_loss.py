@@ -66,6 +66,8 @@ def reference(case: Case, dynamic: bool = False) -> tuple[Tensor, dict[str, Tens
     logits = leaves["z"] @ weight[:VOCAB].t()
     if "up" in leaves:
         logits = logits + leaves["z"] @ leaves["down"].t() @ leaves["up"][:VOCAB].t()
+    if case.head.soft_cap is not None:
+        logits = case.head.soft_cap * torch.tanh(logits / case.head.soft_cap)
     scale = case.coefficient
     if dynamic:
         scale = scale * logits.softmax(-1).amax(-1).detach()
@@ -110,6 +112,21 @@ def test_loss_statistics_and_gradients(
         assert relative(leaf.grad, gradients[name]) < tolerance, name
     if kind in ("frozen", "low_rank"):
         assert case.head.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_capped_logits(dtype: torch.dtype, tolerance: float, low_rank: bool, setups: dict[torch.dtype, Any]) -> None:
+    case = Case(setups[dtype], low_rank=low_rank, frozen=low_rank)
+    case.head.soft_cap = 3.0
+    expected, gradients, logits = reference(case, dynamic=True)
+    loss, stats = case.loss(dynamic=True, chunk_tokens=16)
+    assert relative(loss, expected) < tolerance
+    assert relative(stats.loss, F.cross_entropy(logits, case.labels, reduction="none")) < tolerance
+    assert relative(stats.confidence, logits.softmax(-1).amax(-1)) < 2 * tolerance
+    loss.backward()
+    for name, leaf in case.leaves().items():
+        assert relative(leaf.grad, gradients[name]) < tolerance, name
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 25, 49, 50, 512])

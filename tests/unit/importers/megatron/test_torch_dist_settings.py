@@ -145,6 +145,7 @@ def changed(family: str, **changes: Any) -> Architecture:
 
 LLAMA3 = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
 NOT_WRITTEN = {
+    "gemma2": "logit_soft_cap",
     "gemma3": "local_rope",
     "granite": "logit_multiplier",
     "ministral3": "rope type yarn",
