@@ -122,8 +122,8 @@ def open_engine(
             exit then computes no other logits (FR-Spec, arXiv 2502.14856); the full model still emits any token. None
             for all.
         compiled: compile the layers between exits; a sequence that runs alone is then faster.
-        prefix_rows: rows whose keys and values are kept when they have ended, at most, while the memory is not needed:
-            a request that begins with the same tokens, as the next message of a chat does, begins with a copy of them.
+        prefix_rows: ended sequences whose keys and values are kept, at most, while the memory is not needed: a request
+            that begins with the same tokens, as the next message of a chat does, begins with a copy of them.
             It then rounds as the other did, where passes of other sizes round differently.
         exits: layers of the exits to have; None for all. The others take no memory and no time, and requests that ask
             them are refused. A ``layer`` exit keeps keys and values of its own, which every token fills, also in full

@@ -130,7 +130,7 @@ class Positions:
     Attributes:
         angles: cosine and sine, each ``[seq, batch or 1, 1, 1, turning features / 2]`` in the model's dtype, of every
             rotary embedding that the model has.
-        length: tokens per row. None in a pass over a cache, which knows which keys each token sees.
+        length: tokens per row; 0 in a pass over a cache, which knows which keys each token sees.
         key_valid: ``[batch, length]``, False at padding; None without padding.
         query_scale: factor of the queries, ``[seq, batch or 1, 1, 1, 1]`` in the model's dtype; None for 1.
     """
