@@ -25,7 +25,7 @@ from megatron_ee.errors import UserError
 from megatron_ee.tables import add_columns, make_console, new_table
 
 BUSY = 0.25
-"""Load per CPU before a run from which on its figures are doubtful."""
+"""A run that starts under more load per CPU than this gets a warning."""
 T = TypeVar("T")
 AddOption = Callable[..., None]
 

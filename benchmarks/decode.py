@@ -21,8 +21,8 @@ from benchmarks.models import describe_model, exit_layers, model_directory, samp
 from megatron_ee.commands import DTYPES, at_least
 
 DESCRIPTION = """Time greedy decoding in every mode against transformers' generate, plain and with assistant_early_exit
-(which takes one row), in one process, in turns. Times include the prompts. With a random model the exits are untuned:
-full mode's figures mean something then, those of the other modes only what asking in vain costs."""
+(which takes one row), in one process, in turns. Times include the prompts. The exits of a
+random model are untuned: threshold and speculative mode then show only what unused exits cost."""
 COLUMNS = (
     ("rows", "rows", "d"),
     ("way", "way", ""),

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 (mini too): one tensor for query, key and value, one for gate and up; part of a head may turn."""
+"""Phi-3 and Phi-4 (mini too): fused query, key and value; fused gate and up; rotary positions for part of a head."""
 
 from __future__ import annotations
 

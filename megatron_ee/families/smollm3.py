@@ -38,7 +38,7 @@ def _parse(config: Config) -> Architecture:
 
 
 def _rotated(config: Config, num_layers: int) -> tuple[bool, ...]:
-    """Which layers have rotary positions: 1 in ``no_rope_layers``, whatever its name says."""
+    """Whether each layer has rotary positions; a 1 in ``no_rope_layers`` means that it has, despite the name."""
     listed = config.values.get("no_rope_layers")
     if listed is None:
         interval = config.integer("no_rope_layer_interval", 4)
