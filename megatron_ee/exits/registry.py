@@ -13,7 +13,9 @@ from megatron_ee.exits.body import Body
 from megatron_ee.model.traversal import Tap
 
 # The names stand in the schema, since a configuration is checked without torch; each is a file's here.
-BODIES: dict[str, type[Body]] = {name: import_module(f"{__package__}.{name}").BODY for name in get_args(schema.Body)}
+BODIES: dict[str, type[Body]] = {
+    name: import_module(f"megatron_ee.exits.{name}").BODY for name in get_args(schema.Body)
+}
 
 
 def body_of(spec: ExitSpec) -> type[Body]:

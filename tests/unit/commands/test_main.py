@@ -50,12 +50,12 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         (
             ["generate", "--model", "m", "--adapter", "a", "--prompt", "p", "--threshold", "0"],
             2,
-            "megatron-ee generate: error: --threshold: must be a number above 0, not 0.0;",
+            "megatron-ee generate: error: --threshold: must be above 0, not 0.0",
         ),
         (
             ["generate", "--model", "m", "--prompt", "p", "--threshold", "nan"],
             2,
-            "megatron-ee generate: error: --threshold: must be a number above 0, not nan;",
+            "megatron-ee generate: error: --threshold: must be a finite number, not nan",
         ),
         (
             ["generate", "--model", "m", "--prompt", "p", "--max-tokens", "x"],
