@@ -77,8 +77,8 @@ def choose_dtype(asked: str, model: SavedModel, key: str, *, tuning: bool = Fals
         raise ConfigError(f"{key}: {shown(asked)} is unknown; possible: auto, {', '.join(platform.DTYPES)}")
     dtype = model.dtype if asked == "auto" else asked
     if platform.is_slow(dtype) and launched_rank() == 0:
-        speed = "several times as fast for tuning" if tuning else "faster"
-        line = f"{key}: {dtype} is slow on this CPU; float32 is {speed} and takes twice the memory"
+        work = "tuning" if tuning else "long prompts"
+        line = f"{key}: {dtype} is slow on this CPU; for {work} float32 is several times as fast, with twice the memory"
         print(line, file=sys.stderr, flush=True)
     return dtype
 
