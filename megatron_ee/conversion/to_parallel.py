@@ -21,9 +21,8 @@ from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.families.weights import FINAL_NORM, LM_HEAD
 from megatron_ee.parallel.layout import even_layout
 
-SHARD = (
-    2 * 2**30
-)  # bytes per file: small enough to write several files at a time and to repeat little after an interruption
+# Bytes per file: small enough to write several files at a time and to repeat little after an interruption.
+SHARD = 2 * 2**30
 
 
 def to_parallel(

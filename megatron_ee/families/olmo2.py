@@ -8,17 +8,16 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.families.family import LLAMA_LAYER, Family, LayerTable, Source
 from megatron_ee.families.reading import Config, plain_architecture
 
-_REPLACED = (
-    "attention_norm.weight",
-    "mlp_norm.weight",
-    "attention.q_layernorm.weight",
-    "attention.k_layernorm.weight",
-)
 OLMO_LAYER: LayerTable = {
-    **{parameter: source for parameter, source in LLAMA_LAYER.items() if parameter not in _REPLACED},
+    "attention.qkv.weight": LLAMA_LAYER["attention.qkv.weight"],
+    "attention.qkv.bias": LLAMA_LAYER["attention.qkv.bias"],
     "attention.q_norm.weight": Source(("self_attn.q_norm.weight",), "rows"),
     "attention.k_norm.weight": Source(("self_attn.k_norm.weight",), "rows"),
+    "attention.output.weight": LLAMA_LAYER["attention.output.weight"],
+    "attention.output.bias": LLAMA_LAYER["attention.output.bias"],
     "attention_post_norm.weight": Source(("post_attention_layernorm.weight",), "whole"),
+    "mlp.gate_up.weight": LLAMA_LAYER["mlp.gate_up.weight"],
+    "mlp.down.weight": LLAMA_LAYER["mlp.down.weight"],
     "mlp_post_norm.weight": Source(("post_feedforward_layernorm.weight",), "whole"),
 }
 

@@ -31,9 +31,8 @@ from megatron_ee.importers.megatron.settings import check_expressible, to_args
 from megatron_ee.importers.megatron.torch_dist import COMMON, RELEASED, SETTINGS, TRACKER
 
 RELEASE = "release"
-SHARD = (
-    2 * 2**30
-)  # bytes per file: small enough to write several files at a time and to repeat little after an interruption
+# Bytes per file: small enough to write several files at a time and to repeat little after an interruption.
+SHARD = 2 * 2**30
 DIVISIBLE = 128
 """The vocabulary is padded to a multiple of this, as in Megatron without tensor parallelism. Loading may pad
 further."""
