@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
         arch = released.model.architecture
         check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
         if arguments.compile:
-            check_compiler(arguments.tensor)
+            check_compiler(arch, arguments.tensor)
         candidates = _candidates(arguments, arch.vocab_size)
     except ConfigError as error:
         raise _as_option(error) from None

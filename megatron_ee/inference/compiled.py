@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ee import platform
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import ConfigError, first_line
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
@@ -140,7 +141,7 @@ class _Room:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, window: int | None, soft_cap: float | None = None
     ) -> Tensor:
-        """See ``LayerCache``; ``compile_stage`` refuses a soft cap."""
+        """See ``LayerCache``; ``check_compiler`` refuses a soft cap."""
         stop = self.length + query.shape[0]
         self.keys[0, :, self.length : stop] = key.transpose(0, 1)
         self.values[0, :, self.length : stop] = value.transpose(0, 1)
@@ -166,10 +167,8 @@ def compile_stage(stage: Stage) -> CompiledStage:
     """Compile the layers of a loaded stage. Every rank calls this.
 
     Raises:
-        ConfigError: they cannot be compiled here, or their attention scores have a soft cap.
+        ConfigError: they cannot be compiled here.
     """
-    if stage.setup.architecture.attention_soft_cap is not None:
-        raise ConfigError("compile: attention scores with a soft cap are not compiled; leave it out")
     compiled = CompiledStage(stage)
 
     def warm_up() -> None:
@@ -183,12 +182,14 @@ def compile_stage(stage: Stage) -> CompiledStage:
     return compiled
 
 
-def check_compiler(tensor: int) -> None:
+def check_compiler(architecture: Architecture, tensor: int) -> None:
     """Refuse ``compile`` where it cannot work, before a model is loaded.
 
     Raises:
-        ConfigError: several ranks share a layer, or there is no compiler.
+        ConfigError: attention scores have a soft cap, several ranks share a layer, or there is no compiler.
     """
+    if architecture.attention_soft_cap is not None:
+        raise ConfigError("compile: attention scores with a soft cap are not compiled; leave it out")
     if tensor > 1:
         raise ConfigError(f"compile: layers that {tensor} ranks share are not compiled; leave it out, or use one")
     compiler, there = platform.cpp_compiler()

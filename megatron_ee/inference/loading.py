@@ -138,7 +138,7 @@ def open_engine(
     if type(prefix_rows) is not int or prefix_rows < 0:
         raise ConfigError(f"prefix_rows: must be a whole number from 0 on, not {prefix_rows!r}")
     if compiled:
-        check_compiler(tensor)
+        check_compiler(released.model.architecture, tensor)
     there = [spec.layer for spec in released.exits]
     for layer in exits or ():
         if layer not in there:

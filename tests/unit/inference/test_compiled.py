@@ -14,6 +14,7 @@ from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.exits.stage import Stage
+from megatron_ee.families.registry import read_architecture
 from megatron_ee.inference import kv_cache
 from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV
@@ -146,20 +147,18 @@ def test_room() -> None:
     assert cache.room(1) is not None and cache.room(2) is None
 
 
-def test_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_before_anything_is_loaded(saved_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, capped = (read_architecture(saved_model(family)[0]) for family in ("llama2", "gemma2"))
+    with pytest.raises(ConfigError, match=r"^compile: attention scores with a soft cap .*; leave it out$"):
+        check_compiler(capped, 1)
     with pytest.raises(ConfigError, match="^compile: layers that 2 ranks share"):
-        check_compiler(2)
+        check_compiler(plain, 2)
     monkeypatch.setattr(platform, "has_accelerator", lambda: False)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     with pytest.raises(ConfigError, match="^compile: on a CPU it needs a C.. compiler, and there is no /nowhere"):
-        check_compiler(1)
+        check_compiler(plain, 1)
     monkeypatch.setattr(platform, "has_accelerator", lambda: True)
-    check_compiler(1)
-
-
-def test_capped_scores_are_not_compiled(saved_model: Any, load_stage: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^compile: attention scores with a soft cap .*; leave it out$"):
-        compile_stage(load_stage(saved_model("gemma2")[0]))
+    check_compiler(plain, 1)
 
 
 def test_what_cannot_be_compiled_is_one_line(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
