@@ -231,6 +231,12 @@ def _yarn(settings: Config, rope: Rope) -> Rope:
     def magnitude(scale: float = 1.0) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0
 
+    def turns(key: str, default: float) -> float:
+        count = settings.positive(key, name=f"rope {key}") if found.get(key) else default
+        if not 0 < rope.original_positions / (count * 2 * math.pi) < math.inf:  # the model takes its logarithm
+            raise settings.error(f"rope {key} {count:g} is out of range")
+        return count
+
     found, default = settings.values, magnitude()
     if found.get("mscale") and found.get("mscale_all_dim"):
         scales = (settings.positive(key, name=f"rope {key}") for key in ("mscale", "mscale_all_dim"))
@@ -239,8 +245,8 @@ def _yarn(settings: Config, rope: Rope) -> Rope:
     return replace(
         rope,
         magnitude=default if given is None else settings.positive("attention_factor", name="rope attention_factor"),
-        beta_fast=settings.positive("beta_fast", name="rope beta_fast") if found.get("beta_fast") else 32.0,
-        beta_slow=settings.positive("beta_slow", name="rope beta_slow") if found.get("beta_slow") else 1.0,
+        beta_fast=turns("beta_fast", 32.0),
+        beta_slow=turns("beta_slow", 1.0),
         truncate=settings.flag("truncate", True),
     )
 

@@ -287,6 +287,8 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, ["rope factor", "0"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1}, ["rope_theta", "1"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "fast"}}, ["rope beta_fast", "'fast'"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1e-307}}, ["rope beta_fast 1e-307"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 1e308}}, ["rope beta_slow 1e+308"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 1e300}}, ["rope factor 1e+300"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["rope factor"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["rope factor", "-1"]),
