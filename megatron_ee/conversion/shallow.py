@@ -113,6 +113,7 @@ def shallow_config(config: dict[str, Any], arch: Architecture, spec: ExitSpec) -
     layers = [*range(spec.layer), *[arch.num_layers - 1] * body_of(spec).extra_layers]
     result = FAMILIES[arch.family].pick(config, arch, layers)
     result["tie_word_embeddings"] = arch.tied and spec.head == "shared"
+    result.pop("auto_map", None)  # names files of code, which are not carried
     return result
 
 

@@ -71,7 +71,7 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
         DataError: a file is damaged, or asks for code from the directory.
     """
     settings, config = (read_object(directory / name) for name in ("tokenizer_config.json", "config.json"))
-    in_model = "AutoTokenizer" in (config.get("auto_map") or ())
+    in_model = _asks_for_code(directory, settings, config)
     for name, has_code in (("tokenizer_config.json", settings.get("auto_map")), ("config.json", in_model)):
         if has_code:
             raise DataError(f"{directory / name}: auto_map asks for code from the checkpoint, which is never run")
@@ -94,6 +94,19 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
         bos_id=_count_or_none(config.get("bos_token_id")),
         vocab_size=_count_or_none(config.get("vocab_size")),
     )
+
+
+def _asks_for_code(directory: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether ``auto_map`` of ``config.json`` asks for code that may tokenize differently from the files here.
+
+    An entry that only names another repository, such as ``Xenova/gpt-4o`` of Phi-4-mini, does not, if there is a
+    ``tokenizer.json`` whose class ``tokenizer_config.json`` names: transformers then takes no notice of it either.
+    """
+    auto_map = config.get("auto_map")
+    wanted = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    repository = isinstance(wanted, str) and "/" in wanted and "--" not in wanted  # code elsewhere: owner/name--file.X
+    named = isinstance(settings.get("tokenizer_class"), str) and settings["tokenizer_class"]
+    return bool(wanted) and not (repository and named and (directory / "tokenizer.json").is_file())
 
 
 def eos_token_ids(directory: Path) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_ee.config.architecture import Architecture
@@ -84,6 +84,8 @@ class Family:
         parse: ``config.json`` -> ``Architecture``; raises CheckpointError.
         layer: the weight table of a decoder layer.
         pick: ``config.json`` of a model of some of the layers; see ``pick_layers``.
+        auto_map: entries of ``auto_map`` in ``config.json`` that are known to mean this same model. They are ignored,
+            and any other is refused; code of a checkpoint is never run.
     """
 
     model_type: str
@@ -91,3 +93,4 @@ class Family:
     parse: Callable[[Config], Architecture]
     layer: LayerTable
     pick: Callable[[Mapping[str, Any], Architecture, Sequence[int]], dict[str, Any]] = pick_layers
+    auto_map: Mapping[str, str] = field(default_factory=dict)

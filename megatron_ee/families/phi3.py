@@ -34,4 +34,14 @@ def _parse(config: Config) -> Architecture:
     return replace(plain, windows=(read_window(config, None),) * plain.num_layers)
 
 
-PHI3 = Family("phi3", "Phi3ForCausalLM", _parse, PHI_LAYER)
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    _parse,
+    PHI_LAYER,
+    auto_map={  # of Phi-3-mini, Phi-3.5-mini and Phi-4-mini, released before transformers had the family
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        "AutoTokenizer": "Xenova/gpt-4o",
+    },
+)

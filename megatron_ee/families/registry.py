@@ -68,7 +68,8 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
         CheckpointError: as ``read_architecture``.
     """
     family = _find_family(config, where)
-    if config.get("auto_map"):
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict) or not auto_map.items() <= family.auto_map.items():
         raise CheckpointError(
             f"{where}: auto_map asks for code from the checkpoint, which is never run; if that code computes what "
             f"transformers' own {family.architecture} does, remove auto_map"

@@ -80,7 +80,7 @@ def exported(contents: Contents, layer: int, path: Path) -> Any:
     write_output(to_hf(shallow_model(contents, layer)), path)
     # Eager attention: the only one that is the same arithmetic on every platform.
     model, loading = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False, output_loading_info=True
+        path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(loading.values()), loading
     return model.eval()
@@ -134,6 +134,24 @@ def test_windows_without_layer_types(
     stage = load_stage(path, [ExitSpec(1, "layer"), ExitSpec(2, "mlp"), ExitSpec(3, "layer"), ExitSpec(4, "layer")])
     scramble(stage)
     check(stage, with_exits(path, stage, tmp_path / "adapter"), tmp_path)
+
+
+def test_auto_map_needs_no_code(tmp_path: Path, saved_model: SavedModel, load_stage: LoadStage) -> None:
+    """As Phi-3-mini is released: with code of its own, which is neither run nor carried."""
+    path = tmp_path / "model"
+    shutil.copytree(saved_model("phi3")[0], path)
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    for name in ("configuration_phi3.py", "modeling_phi3.py"):
+        (path / name).write_text("raise SystemExit")
+    stage = load_stage(path, RUNS[0])
+    scramble(stage)
+    check(stage, with_exits(path, stage, tmp_path / "adapter"), tmp_path)
+    assert not list(tmp_path.glob("exit-*/*.py"))
 
 
 def test_exits_narrower_than_their_backbone(tmp_path: Path, saved_model: SavedModel, load_stage: LoadStage) -> None:

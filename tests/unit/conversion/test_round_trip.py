@@ -233,6 +233,16 @@ def test_code_and_links_are_not_carried(family: Callable[[str], Path], tmp_path:
         open_contents(source)
 
 
+def test_a_known_auto_map_stays_in_the_configuration(family: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(family("phi3"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (source / "config.json").write_text(json.dumps(config))
+    parallel = converted(open_contents(source), tmp_path / "parallel")
+    write_output(to_hf(open_contents(parallel)), tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
 TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 

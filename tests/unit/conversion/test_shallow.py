@@ -265,6 +265,13 @@ def test_only_what_depends_on_the_layers_changes() -> None:
     assert {**made.assets, "config.json": None} == {**contents.assets, "config.json": None}
 
 
+def test_auto_map_goes_with_the_code_that_it_names() -> None:
+    auto_map = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    contents = make_contents({"architectures": ["Phi3ForCausalLM"], "auto_map": auto_map})
+    before, after = config_of(contents), config_of(shallow_model(contents, 2))
+    assert before.pop("auto_map") and after == before | {"num_hidden_layers": 2, "tie_word_embeddings": False}
+
+
 def test_a_layer_exit_is_of_the_last_layers_kind() -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     for last in ("sliding_attention", "full_attention"):

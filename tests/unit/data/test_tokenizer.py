@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -260,3 +261,39 @@ def test_code_in_the_directory_is_refused(tmp_path: Path, hf_dir: Path) -> None:
     with pytest.raises(DataError, match="auto_map"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "wanted, changes, absent, refused",
+    [
+        ("Xenova/gpt-4o", {}, None, False),
+        ("Xenova/gpt-4o", {"tokenizer_class": None}, None, True),
+        ("Xenova/gpt-4o", {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, None, True),
+        ("Xenova/gpt-4o", {}, "tokenizer.json", True),
+        ("evil.Tokenizer", {}, None, True),
+        ("evil/evil--evil.Tokenizer", {}, None, True),
+        (["Xenova/gpt-4o", None], {}, None, True),
+    ],
+)
+def test_a_tokenizer_elsewhere_is_ignored_beside_a_complete_one(
+    wanted: Any, changes: dict[str, Any], absent: str | None, refused: bool, tmp_path: Path, hf_dir: Path
+) -> None:
+    shutil.copytree(hf_dir, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "GPT2Tokenizer", **changes}))
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": wanted}}))
+    if absent is not None:
+        (tmp_path / absent).unlink()
+    if refused:
+        with pytest.raises(DataError, match="auto_map asks for code"):
+            load_tokenizer(tmp_path)
+    else:
+        assert load_tokenizer(tmp_path).encode(TEXT) == library_ids(hf_dir, TEXT)
+
+
+@pytest.mark.parametrize("auto_map", [5, True, "evil.Tokenizer", ["evil.Tokenizer", None]])
+def test_an_auto_map_that_is_no_object_is_refused(auto_map: Any, tmp_path: Path, hf_dir: Path) -> None:
+    shutil.copytree(hf_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    with pytest.raises(DataError, match="auto_map asks for code"):
+        load_tokenizer(tmp_path)

@@ -327,6 +327,43 @@ def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
     assert all(word in text for word in words), text
 
 
+PHI_TINY: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 131,
+}
+PHI_AUTO_MAP = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"AutoTokenizer": "Xenova/gpt-4o"}])
+def test_auto_map_of_the_same_model_is_ignored(more: dict[str, str]) -> None:
+    auto_map = {**PHI_AUTO_MAP, **more}
+    assert parse_architecture({**PHI_TINY, "auto_map": auto_map}) == parse_architecture(PHI_TINY)
+    assert "auto_map" in refusal({**LLAMA2_7B, "auto_map": auto_map})
+
+
+@pytest.mark.parametrize(
+    "auto_map",
+    [
+        {**PHI_AUTO_MAP, "AutoModelForCausalLM": "modeling_phi3_small.Phi3SmallForCausalLM"},
+        {**PHI_AUTO_MAP, "AutoModelForCausalLM": ["modeling_phi3.Phi3ForCausalLM"]},
+        {**PHI_AUTO_MAP, "AutoModel": None},
+        {**PHI_AUTO_MAP, "AutoTokenizer": "evil.Tokenizer"},
+        "modeling_phi3.Phi3ForCausalLM",
+        5,
+    ],
+)
+def test_any_other_auto_map_is_refused(auto_map: Any) -> None:
+    text = refusal({**PHI_TINY, "auto_map": auto_map})
+    assert "auto_map asks for code" in text and "Phi3ForCausalLM" in text
+
+
 @pytest.mark.parametrize("key, value", [("partial_rotary_factor", 1e308), ("original_max_position_embeddings", 1)])
 def test_extremes_of_longrope_are_refused(key: str, value: float) -> None:
     config = {"model_type": "phi3", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32}
