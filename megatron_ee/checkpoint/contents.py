@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.families.multimodal import Spelling
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Contents:
         backbone: every weight of the backbone under its released (Hugging Face) name, in its released shape: not
             padded, not fused. Empty for an adapter.
         non_weights: tensors of the released files that hold no weight of their own. They are copied.
+        vision: tensors of a multimodal release that are not of its text model, by their names there.
+        spelling: how that release spells the backbone's names; None for a text model.
         exits: in the order of their layers.
         exit_tensors: the exits' own tensors under their names in an adapter, ``exits.<layer>.<released name>``; see
             ``exits.tensors.exit_tensors``.
@@ -41,6 +44,8 @@ class Contents:
     architecture: Architecture | None
     backbone: Mapping[str, StoredTensor] = field(default_factory=dict)
     non_weights: Mapping[str, StoredTensor] = field(default_factory=dict)
+    vision: Mapping[str, StoredTensor] = field(default_factory=dict)
+    spelling: Spelling | None = None
     exits: tuple[ExitSpec, ...] = ()
     exit_tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     assets: Mapping[str, Path | bytes] = field(default_factory=dict)

@@ -26,7 +26,8 @@ from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, ConfigError, DamagedError, shown
-from megatron_ee.families.registry import read_architecture
+from megatron_ee.families.multimodal import Spelling, find_release, find_spelling
+from megatron_ee.families.registry import parse_architecture, read_architecture, read_config
 from megatron_ee.families.weights import EMBEDDING, LM_HEAD, expected_tensors, is_non_weight
 from megatron_ee.parallel.groups import launched_rank
 
@@ -43,6 +44,9 @@ class SavedModel:
         architecture: from ``config.json``, but ``tied`` from the tensors.
         weights: every weight by released name.
         non_weights: known other tensors that hold no weight of their own.
+        vision: tensors of a multimodal release that are not of its text model, by their names there. They are never
+            loaded. All else here has the names that a text model has.
+        spelling: how that release spells these names; None for a text model.
         checkpoint: the parallel checkpoint; None for a Hugging Face directory.
     """
 
@@ -50,6 +54,8 @@ class SavedModel:
     architecture: Architecture
     weights: dict[str, StoredTensor]
     non_weights: dict[str, StoredTensor] = field(default_factory=dict)
+    vision: dict[str, StoredTensor] = field(default_factory=dict)
+    spelling: Spelling | None = None
     checkpoint: Checkpoint | None = None
 
     @property
@@ -97,9 +103,37 @@ def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
     path = Path(path)
     if os.path.isfile(path / MANIFEST):
         return model_in(open_checkpoint(path, verify=verify))
-    architecture, directory = read_architecture(path), HFDirectory.open(path)
+    config = read_config(path)
+    architecture, directory = parse_architecture(config, str(path / "config.json")), HFDirectory.open(path)
     tensors = {name: stored(entry) for name, entry in directory.tensors.items()}
-    return _checked(path, architecture, tensors, directory.absent)
+    if find_release(config) is None:
+        return _checked(path, architecture, tensors, directory.absent)
+    return _text_model(path, architecture, tensors, directory.absent)
+
+
+def _text_model(
+    path: Path, architecture: Architecture, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
+) -> SavedModel:
+    """The text model of a multimodal release; arguments as for ``_checked``, under the names of the release."""
+    spelling = find_spelling(tensors, str(path))
+    text: dict[str, StoredTensor] = {}
+    vision: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if spelling.is_vision(name):
+            vision[name] = tensor
+        elif plain := spelling.plain(name):
+            text[plain] = tensor
+        else:
+            raise CheckpointError(f"{tensor.files[-1]}: unknown tensor {name!r} for a {architecture.family} model")
+    model = _checked(path, architecture, text, {spelling.plain(name) or name: file for name, file in absent.items()})
+    return dataclasses.replace(model, vision=vision, spelling=spelling)
+
+
+def say_text_only(model: SavedModel) -> None:
+    """One line on the first rank's stderr if the vision tensors of a multimodal release are not loaded."""
+    if model.vision and launched_rank() == 0:
+        line = f"{model.path}: only its text model is loaded, not its {len(model.vision)} vision tensors"
+        print(line, file=sys.stderr, flush=True)
 
 
 def model_in(checkpoint: Checkpoint) -> SavedModel:

@@ -18,7 +18,7 @@ from megatron_ee.config.schema import ExitConfig, Head
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.edit import add_exits, change_heads, check_exits, drop_exits, merge_exits
 from megatron_ee.conversion.formats import open_contents
-from megatron_ee.conversion.shallow import shallow_model
+from megatron_ee.conversion.shallow import shallow_model, text_only
 from megatron_ee.conversion.to_adapter import to_adapter
 from megatron_ee.conversion.to_hf import SHARD, to_hf
 from megatron_ee.conversion.to_parallel import even_stages, to_parallel
@@ -104,7 +104,17 @@ def prepare(request: Conversion) -> tuple[Contents, Contents]:
         # Recorded so that a later load can check that the exits fit the model.
         settings = output_settings(contents.architecture) if contents.architecture is not None else None
         contents = dataclasses.replace(contents, backbone_sha256=backbone_hash(contents), settings=settings)
-    return found, contents
+    return found, _without_vision(contents, request)
+
+
+def _without_vision(contents: Contents, request: Conversion) -> Contents:
+    """Only a Hugging Face directory holds vision tensors."""
+    if request.to in ("parallel", "megatron"):
+        return text_only(contents)
+    if request.to == "hf" and contents.vision:
+        line = f"{contents.source}: its {len(contents.vision)} vision tensors are copied unchanged"
+        return dataclasses.replace(contents, notes=(*contents.notes, line))
+    return contents
 
 
 def plan_output(contents: Contents, request: Conversion) -> OutputDirectory:

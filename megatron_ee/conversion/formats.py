@@ -75,6 +75,8 @@ def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
         architecture=model.architecture,
         backbone=model.weights,
         non_weights=model.non_weights,
+        vision=model.vision,
+        spelling=model.spelling,
         exits=exits.exits if exits else (),
         exit_tensors=exits.weights if exits else {},
         assets={**released_assets(model.path), **corrected},
@@ -94,7 +96,10 @@ def _corrected_config(model: SavedModel) -> tuple[dict[str, bytes], tuple[str, .
     path = model.path / "config.json"
     if model.architecture.tied or not read_architecture(model.path).tied:
         return {}, ()
-    text = json.dumps({**read_json(path), "tie_word_embeddings": False}, indent=2) + "\n"
+    config = {**read_json(path), "tie_word_embeddings": False}
+    if model.spelling is not None:
+        config["text_config"] = {**(config.get("text_config") or {}), "tie_word_embeddings": False}
+    text = json.dumps(config, indent=2) + "\n"
     note = f"{path}: ties a head that differs from the embedding; what is written has tie_word_embeddings false"
     return {path.name: text.encode("utf-8")}, (note,)
 

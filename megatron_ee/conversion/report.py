@@ -25,6 +25,8 @@ def print_contents(contents: Contents, output: TextIO | None = None) -> None:
         table.add_row("backbone", *_sizes(contents.backbone.values()), shape)
     if contents.non_weights:
         table.add_row("non-weights", *_sizes(contents.non_weights.values()), ", ".join(contents.non_weights))
+    if contents.vision:
+        table.add_row("vision", *_sizes(contents.vision.values()), "not of the text model")
     for spec in contents.exits:
         prefix = f"exits.{spec.layer}."
         own = [tensor for name, tensor in contents.exit_tensors.items() if name.startswith(prefix)]

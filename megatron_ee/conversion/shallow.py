@@ -21,6 +21,7 @@ from megatron_ee.config.untrusted import parse_json, read_json
 from megatron_ee.errors import CheckpointError
 from megatron_ee.exits.registry import BODIES, body_of
 from megatron_ee.exits.tensors import exit_parts
+from megatron_ee.families.multimodal import VISION_FILES, plain_config
 from megatron_ee.families.registry import FAMILIES, parse_architecture
 from megatron_ee.families.weights import LM_HEAD, expected_tensors, head_name
 
@@ -38,8 +39,8 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
         layer: of the exit.
 
     Returns:
-        The model, without exits: its weights, an adapted ``config.json``, and unchanged other files. ``base_model`` is
-        kept: it is the original model.
+        The model, without exits and vision: its weights, an adapted ``config.json``, and unchanged other files.
+        ``base_model`` is kept: it is the original model.
 
     Raises:
         CheckpointError: there is no such exit or no backbone, a tensor is missing or has another shape, or these
@@ -50,6 +51,7 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
     if arch is None:
         raise CheckpointError(f"{contents.source}: holds only exits; a plain model needs their backbone as well")
     where = f"{contents.source}: {CONFIG}"
+    contents = text_only(contents)
     config = shallow_config(_read_config(contents), arch, spec)
     shallow = parse_architecture(config, where)
     tensors = {**contents.backbone, **_exit_parts(contents, arch, spec)}
@@ -71,6 +73,23 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
         assets={**contents.assets, CONFIG: text.encode("utf-8")},
         backbone_sha256=None,
         settings=None,
+    )
+
+
+def text_only(contents: Contents) -> Contents:
+    """The text model of a multimodal release as a model of its own, with a line in ``notes``; others as they are."""
+    if contents.spelling is None:
+        return contents
+    config = plain_config(_read_config(contents), f"{contents.source}: {CONFIG}")
+    text = json.dumps(config, indent=2) + "\n"
+    assets = {name: source for name, source in contents.assets.items() if name not in VISION_FILES}
+    line = f"{contents.source}: only its text model is written, not its {len(contents.vision)} vision tensors"
+    return replace(
+        contents,
+        vision={},
+        spelling=None,
+        assets={**assets, CONFIG: text.encode("utf-8")},
+        notes=(*contents.notes, line),
     )
 
 

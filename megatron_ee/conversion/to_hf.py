@@ -19,6 +19,8 @@ SHARD = 5 * 10**9  # bytes, as in transformers
 def to_hf(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
     """The backbone in its released names and dtypes, with its exits as an adapter in ``adapter/``.
 
+    A multimodal release's vision tensors are copied.
+
     Args:
         shard: bytes of tensors per file, at most (one tensor may be larger).
 
@@ -28,6 +30,9 @@ def to_hf(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
     if not contents.backbone:
         raise CheckpointError(f"{contents.source}: holds exits but no backbone; give the model with --model")
     tensors = {**contents.backbone, **contents.non_weights}
+    if contents.spelling is not None:
+        tensors = {contents.spelling.released(name): tensor for name, tensor in tensors.items()}
+    tensors |= contents.vision
     runs = list(split_parts([whole_part(name, tensor) for name, tensor in tensors.items()], shard))
     if len(runs) == 1:
         files = [OutputFile(SINGLE, runs[0])]

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError, DataError, shown
+from megatron_ee.families.multimodal import plain_config
 
 DEFAULT_TEMPLATE, TOOLS_TEMPLATE = "default", "tool_use"
 """Names of the chat templates for conversations without and with tools."""
@@ -70,7 +71,7 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     Raises:
         DataError: a file is damaged, or asks for code from the directory.
     """
-    settings, config = (read_object(directory / name) for name in ("tokenizer_config.json", "config.json"))
+    settings, config = read_object(directory / "tokenizer_config.json"), _model_config(directory)
     in_model = _asks_for_code(directory, settings, config)
     for name, has_code in (("tokenizer_config.json", settings.get("auto_map")), ("config.json", in_model)):
         if has_code:
@@ -116,13 +117,26 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
         DataError: one is not a token id or a list of them.
     """
     found: list[int] = []
-    for path in (directory / "generation_config.json", directory / "config.json"):
-        value = read_object(path).get("eos_token_id")
+    generation = directory / "generation_config.json"
+    for path, content in (
+        (generation, read_object(generation)),
+        (directory / "config.json", _model_config(directory)),
+    ):
+        value = content.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int for token in ids):
             raise DataError(f"{path}: eos_token_id must be a token id or a list of them, not {shown(value)}")
         found += ids
     return tuple(dict.fromkeys(found))
+
+
+def _model_config(directory: Path) -> dict[str, Any]:
+    """``config.json``, of a multimodal release its text model's; empty if there is no file."""
+    path = directory / "config.json"
+    try:
+        return plain_config(read_object(path), str(path))
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
 
 
 def _named_tokens(content: Mapping[str, Any]) -> dict[str, AddedToken | None]:

@@ -15,7 +15,7 @@ from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_pipeline, check_tensor
 from megatron_ee.config.exits import ExitSpec
@@ -114,6 +114,7 @@ def evaluate(
         )
         saved = subject.model
         dtype = choose_dtype(dtype, saved, "--dtype")
+        say_text_only(saved)
         with model_groups(control, tensor, pipeline) as groups, _watched(groups):
             _check_adapter(subject, groups)
             setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)

@@ -1,4 +1,4 @@
-"""Gemma 3, text only (1B, 270M): norms before and after, two rotary bases, windows at five layers of six."""
+"""Gemma 3's text models: norms before and after, two rotary bases, windows at five layers of six."""
 
 from __future__ import annotations
 

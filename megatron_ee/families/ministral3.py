@@ -1,4 +1,4 @@
-"""Ministral 3, text only: Mistral with YaRN, whose queries grow with their position."""
+"""Ministral 3's text models: Mistral with YaRN, whose queries grow with their position."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from megatron_ee.families.granite import GRANITE
 from megatron_ee.families.llama import LLAMA
 from megatron_ee.families.ministral3 import MINISTRAL3
 from megatron_ee.families.mistral import MISTRAL
+from megatron_ee.families.multimodal import RELEASES, plain_config
 from megatron_ee.families.olmo2 import OLMO2
 from megatron_ee.families.olmo3 import OLMO3
 from megatron_ee.families.phi3 import PHI3
@@ -51,6 +52,15 @@ def read_architecture(directory: str | Path) -> Architecture:
     Raises:
         CheckpointError: no such file, not JSON, a family or setting that is not supported, or a bad value.
     """
+    return parse_architecture(read_config(directory), str(Path(directory) / "config.json"))
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """``directory/config.json``, its values not checked.
+
+    Raises:
+        CheckpointError: no such file, or not a JSON object.
+    """
     path = Path(directory) / "config.json"
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: not found; give a Hugging Face model directory with a config.json")
@@ -58,15 +68,20 @@ def read_architecture(directory: str | Path) -> Architecture:
     config = read_json(path, MAX_FILE)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
-    return parse_architecture(config, str(path))
+    return config
 
 
 def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Architecture:
-    """Architecture from the parsed ``config.json``; ``where`` names it in errors.
+    """Architecture from the parsed ``config.json``, of a multimodal release its text model's.
+
+    Args:
+        config: the parsed file.
+        where: names it in errors.
 
     Raises:
         CheckpointError: as ``read_architecture``.
     """
+    config = plain_config(config, where)
     family = _find_family(config, where)
     auto_map = config.get("auto_map") or {}
     if not isinstance(auto_map, dict) or not auto_map.items() <= family.auto_map.items():
@@ -83,7 +98,7 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
 def _find_family(config: dict[str, Any], where: str) -> Family:
     names, model_type = config.get("architectures") or [], config.get("model_type")
     by_class = {family.architecture: family for family in FAMILIES.values()}
-    known = ", ".join(sorted(by_class))
+    known = ", ".join(sorted({*by_class, *(release.architecture for release in RELEASES.values())}))
     if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
         family = by_class.get(names[0])
         if family is None:

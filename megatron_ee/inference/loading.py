@@ -14,7 +14,7 @@ from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_pipeline, check_tensor
 from megatron_ee.config.exits import ExitSpec
@@ -135,6 +135,7 @@ def open_engine(
     """
     check_parallel(released.model.architecture, tensor, pipeline, world_size())
     dtype = choose_dtype(dtype, released.model, "dtype")
+    say_text_only(released.model)
     if type(prefix_rows) is not int or prefix_rows < 0:
         raise ConfigError(f"prefix_rows: must be a whole number from 0 on, not {prefix_rows!r}")
     if compiled:

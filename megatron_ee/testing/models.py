@@ -145,6 +145,49 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+MULTIMODAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": ("Gemma3", "siglip_vision_model", {"mm_tokens_per_image": 4}),
+    "ministral3": ("Mistral3", "pixtral", {}),
+}
+"""Family of the text model -> transformers class prefix, type of the vision tower, settings of the whole."""
+
+
+def save_tiny_multimodal(family: str, directory: Path, *, tied: bool, renamed: bool = False) -> Any:
+    """Save a multimodal model around ``tiny_model`` and return it.
+
+    Args:
+        family: of the text model.
+        directory: to write.
+        tied: whether the head is.
+        renamed: save the names of the classes in transformers, in place of those of the files on the hub.
+    """
+    import transformers
+
+    prefix, tower, settings = MULTIMODAL[family]
+    text = tiny_model(family, tie_word_embeddings=tied)
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=text.config.to_dict(),
+        vision_config={**VISION, "model_type": tower},
+        tie_word_embeddings=tied,
+        **settings,
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config).float().eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.save_pretrained(directory, save_original_format=not renamed)
+    return model
+
+
 def sharpen(model: Any) -> None:
     """Make attention of a ``tiny_model`` sharp, which keeps it from saying one token over and over."""
     with torch.no_grad():

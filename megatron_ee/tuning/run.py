@@ -19,7 +19,7 @@ from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_backbone, load_exits
 from megatron_ee.checkpoint.ownership import claim_output
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.check import check_run
@@ -147,6 +147,7 @@ def _open_inputs(
     verify = config.checkpoint.verify
     model = open_model(config.model.path, verify=verify)
     dtype: Any = choose_dtype(config.model.dtype, model, "model.dtype", tuning=True)
+    say_text_only(model)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     arch = model.architecture
     specs = check_run(config, arch, world_size())
