@@ -277,7 +277,7 @@ def test_no_weights_no_config_no_directory(copied: Any, tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"auto_map": {"AutoModel": "code.Model"}}, ["auto_map"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope type", "'yarn'"]),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ["rope type", "'longrope'"]),
     ],
 )
 def test_unsupported_models(changes: dict[str, Any], words: list[str], copied: Any) -> None:
