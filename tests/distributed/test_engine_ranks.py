@@ -47,9 +47,6 @@ class RunOut(ExitPolicy):
         return confidence < 0.9
 
 
-POLICIES["run_out"] = RunOut
-
-
 def requests() -> list[Request]:
     """Of every mode, with and without sampling, on prompts of several lengths."""
     found = []
@@ -102,6 +99,7 @@ def engine_of(directory: str, tensor: int, pipeline: int, **options: Any) -> Ite
 
     torch.set_num_threads(1)
     model = open_model(Path(directory))
+    POLICIES["run_out"] = RunOut  # on the ranks alone: other tests list the policies
     with process_groups(tensor, pipeline) as groups:
         setup = build_setup(model.architecture, torch.float32, groups)
         layout = even_layout(model.architecture.num_layers, pipeline)
