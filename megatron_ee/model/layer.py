@@ -50,17 +50,10 @@ class DecoderLayer(nn.Module):
         self.mlp_norm, self.mlp_post_norm = build_norms(setup)
         self.mlp = MLP(setup)
 
-    def attention_input(self, h: Tensor) -> Tensor:
-        """What attention reads of h ``[seq, batch, hidden]``."""
-        return h if self.attention_norm is None else self.attention_norm(h)
-
-    def add_attention(self, h: Tensor, attended: Tensor) -> Tensor:
-        """h ``[seq, batch, hidden]`` and the attention's output -> r."""
-        return residual_sum(h, attended, self.attention_post_norm, self.multiplier)
-
     def attention_half(self, h: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """h ``[seq, batch, hidden]`` -> r, the residual after attention."""
-        return self.add_attention(h, self.attention(self.attention_input(h), positions, cache))
+        x = h if self.attention_norm is None else self.attention_norm(h)
+        return residual_sum(h, self.attention(x, positions, cache), self.attention_post_norm, self.multiplier)
 
     def mlp_half(self, r: Tensor) -> Tensor:
         """r ``[seq, batch, hidden]`` -> h of the next layer."""
