@@ -157,11 +157,10 @@ class PrefixCache:
         """
         if self.max_num_seqs == 0:
             return None
-        found: Prefix | None = None
+        found, wanted = None, token_ids[:-1]
         for each in (*self._kept.values(), *running):
-            shared = sum(
-                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(each.token_ids, token_ids[:-1], strict=False))
-            )
+            pairs = zip(each.token_ids, wanted, strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             if shared >= MIN_PREFIX and self._serves(each, shared) and (found is None or shared > len(found.token_ids)):
                 found = Prefix(each.seq_id, each.token_ids[:shared])
         if found is not None and found.seq_id in self._kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from megatron_ee.errors import ConfigError, UserError, shown
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.stage import Stage
 from megatron_ee.exits.tensors import body_weights
+from megatron_ee.families.weights import parameter_parts
 from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache_manager import KVBudget, PrefixCache, stage_memory
@@ -368,10 +370,9 @@ def _scheduler(
 
 def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[int, float]:
     """How many layers each head costs, by its weights and its body's, by depth."""
-    arch = architecture
-    attention = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * arch.hidden_size
-    mlp, head = 3 * arch.ffn_size * arch.hidden_size, arch.vocab_size * arch.hidden_size
-    layer = attention + mlp
+    arch, head = architecture, architecture.vocab_size * architecture.hidden_size
+    shapes = [shape for parts in parameter_parts(arch).values() for shape in parts]
+    layer = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     exits = {spec.layer: (body_weights(spec, arch) + head) / layer for spec in specs}
     return {**exits, arch.num_layers + 1: head / layer}
 
