@@ -199,7 +199,7 @@ def test_chat(command: Command, byte_model: Path, tmp_path: Path, save_tokenizer
     status, _, err = command.run("--prompt", "Hi", "--chat")
     assert status == 1 and "the tokenizer has no chat template; give the prompt as text" in err
     status, _, err = chat.run("--prompt", "Hi\udcff", "--chat")  # a byte that is no UTF-8
-    assert status == 2 and "--prompt: is no text that can be encoded: character " in err
+    assert status == 2 and "--prompt: is not valid Unicode: character " in err
     assert len(err.splitlines()) == 1
     save_tokenizer(path, template="{{ messages.__class__.__mro__ }}")
     status, _, err = chat.run("--prompt", "Hi", "--chat")

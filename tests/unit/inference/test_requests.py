@@ -66,7 +66,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"stop_ids": 5}, "stop_ids: must be a list, not 5"),
     (
         {"forced_ids": [3], **SPECULATIVE},
-        "forced_ids: proposals cannot be verified on a text that is given; use another",
+        "forced_ids: speculative mode cannot verify proposals on a forced text; use another",
     ),
     ({"forced_ids": "text"}, "forced_ids: must be a list, not 'text'"),
     ({"max_token": 3}, "max_token: unknown key; did you mean 'max_tokens'?"),
@@ -78,18 +78,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x" * 63}, "prompt: has 64 tokens, but the model has 64 positions; shorten it"),
     ({"prompt": [3, 258]}, "prompt: token ids must be whole numbers from 0 to 257"),
     ({"prompt": [3, -1]}, "prompt: token ids must be whole numbers from 0 to 257"),
-    ({"prompt": "a\ud800b"}, "prompt: is no text that can be encoded"),
+    ({"prompt": "a\ud800b"}, "prompt: is not valid Unicode"),
     (
         {"policy": ThresholdPolicy(thresholds={3: 0.5})},
         "thresholds: there is no exit after layer 3; there are: 1, 2, 4",
     ),
     ({"exits": (1, 3)}, "exits: there is no exit after layer 3; there are: 1, 2, 4"),
     ({"exits": (), **THRESHOLD}, "exits: mode threshold needs at least one"),
-    ({"exits": (4,), **SPECULATIVE}, "exits: none before the last layer is enabled, so that nothing can draft"),
+    ({"exits": (4,), **SPECULATIVE}, "exits: only an exit before the last layer can draft, and none is enabled"),
     ({"draft": Draft(exit=3), **SPECULATIVE}, "draft.exit: there is no exit after layer 3; there are: 1, 2"),
     (
         {"draft": Draft(exit=4), **SPECULATIVE},
-        "draft.exit: the exit after layer 4 reads the last layer, so that its drafts would save nothing; exits that "
+        "draft.exit: the exit after layer 4 reads the last layer, so its drafts would save nothing; exits that "
         "can draft: 1, 2",
     ),
     ({"draft": Draft(exit=4)}, "draft.exit: the exit after layer 4 reads the last layer"),
