@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from functools import partial
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Continue prompts. The terminal colours each token by the layer that emitted it. Under torchrun the
 model is split over --tensor x --pipeline processes."""
 FULL, THRESHOLD, SPECULATIVE = "full", "threshold", "speculative"
+MOST_GIGABYTES = 1e9  # bytes fit an int64
 
 
 def parser() -> argparse.ArgumentParser:
@@ -181,8 +181,8 @@ def run(arguments: argparse.Namespace) -> int:
         released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
         lines = _file_requests(arguments, released)
         requests = [line.request for line in lines] or _requests(arguments, released)
-        if arguments.compare and not released.exits:
-            raise ConfigError("compare: needs exits; give their adapter with --adapter")
+        if arguments.compare:
+            _check_compare(arguments, requests, released)
         arch = released.model.architecture
         check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
         if arguments.compile:
@@ -211,6 +211,18 @@ def run(arguments: argparse.Namespace) -> int:
             return _answer_file(arguments, lines, engine)
         (_compare if arguments.compare else _show)(arguments, requests, engine)
     return 0
+
+
+def _check_compare(arguments: argparse.Namespace, requests: list[Request], released: Released) -> None:
+    """Refuse ``--compare`` unless every mode can answer, with one output for each prompt."""
+    from megatron_ee.commands.generate_requests import check_request
+
+    if not released.exits:
+        raise ConfigError("compare: needs exits; give their adapter with --adapter")
+    if arguments.samples > 1:
+        raise ConfigError("samples: --compare compares one output per prompt; leave it out")
+    for mode in (THRESHOLD, SPECULATIVE):
+        check_request(requests[0].model_copy(update={"mode": mode}), released)
 
 
 def _check_page(arguments: argparse.Namespace) -> None:
@@ -361,7 +373,10 @@ def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Eng
     from megatron_ee.inference.offline import compare_modes
     from megatron_ee.tables import make_console
 
-    results = compare_modes(engine, requests)
+    try:
+        results = compare_modes(engine, requests)
+    except ConfigError as error:
+        raise _as_option(error) from None
     if arguments.json:
         print(json.dumps({each.mode: _mode(each) for each in results}))
         return
@@ -398,8 +413,8 @@ def _gigabytes(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    if not 0 < value <= MOST_GIGABYTES:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1e9, not {text!r}")
     return value
 
 
@@ -413,6 +428,11 @@ def _layers(text: str) -> tuple[int, ...]:
 def _by_layer(text: str) -> dict[int, float]:
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        return {int(layer): float(value) for layer, value in pairs}
+        thresholds = [(int(layer), float(value)) for layer, value in pairs]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be like 8=0.8,16=0.95, not {text!r}") from None
+    layers = [layer for layer, _ in thresholds]
+    for layer in layers:
+        if layers.count(layer) > 1:
+            raise argparse.ArgumentTypeError(f"names layer {layer} twice: {text!r}")
+    return dict(thresholds)

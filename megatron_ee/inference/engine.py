@@ -94,8 +94,8 @@ class Engine:
         needed = self._scheduler.budget.needed(limit, limit)
         if needed > self._scheduler.budget.total:
             raise ConfigError(
-                f"max_tokens: {limit} positions need {needed / 1e6:,.0f} MB of keys and values, but there are "
-                f"{self._scheduler.budget.total / 1e6:,.0f} MB; ask for less, or give the engine more memory"
+                f"max_tokens: {limit} positions need {needed / 1e6:,.3f} MB of KV cache, but it may have "
+                f"{self._scheduler.budget.total / 1e6:,.3f} MB; ask for fewer tokens, or give it more memory"
             )
         return prompt, most, limit
 

@@ -169,8 +169,11 @@ class ThresholdPolicy(ExitPolicy):
         """Convert JSON's string keys to integers."""
         if not isinstance(value, Mapping):
             return value
-        digits = (isinstance(layer, str) and layer.isascii() and layer.isdigit() for layer in value)
-        return {int(k) if is_text else k: v for (k, v), is_text in zip(value.items(), digits, strict=True)}
+        layers = [int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k for k in value]
+        found = dict(zip(layers, value.values(), strict=True))
+        if len(found) != len(value):  # "8" and "08" of a file
+            raise ValueError(f"names a layer twice: {shown(list(value))}")
+        return found
 
     def leaves(self, layer: int, confidence: float) -> bool:
         """See ``ExitPolicy``."""

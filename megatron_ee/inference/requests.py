@@ -80,7 +80,9 @@ class Request(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.sampling.seed + self.samples - 1 > MAX_SEED:
-            raise ValueError(f"seed: must leave room for {self.samples} samples up to {MAX_SEED}")
+            raise ValueError(
+                f"seed: sample i of several has seed + i, which may be at most {MAX_SEED}; give a smaller seed"
+            )
         if self.forced_ids and self.mode == "speculative":
             raise ValueError("forced_ids: speculative mode cannot verify proposals on a forced text; use another mode")
         return self
@@ -213,7 +215,10 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
         _check_known(tokenizer, prompt, vocab_size)
     check_ids("prompt", prompt, vocab_size)
     if len(prompt) >= max_positions:
-        raise ConfigError(f"prompt: has {len(prompt)} tokens, but the model has {max_positions} positions; shorten it")
+        raise ConfigError(
+            f"prompt: has {len(prompt)} tokens; the model's {max_positions} positions leave room for a new token after "
+            f"at most {max_positions - 1}; shorten it"
+        )
     return prompt
 
 
