@@ -43,6 +43,7 @@ _EXPECTED = {
     "dict_type": "an object",
     "mapping_type": "an object",
     "model_type": "an object",
+    "invalid_key": "a key that is text",
 }
 
 

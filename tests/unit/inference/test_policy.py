@@ -133,6 +133,7 @@ def test_measures() -> None:
         ({"backoff": -1}, "backoff: must be at least 0, not -1"),
         ({"backoff": 2.0}, "backoff: must be a whole number, not 2.0"),
         ({"patience": 2}, "patience: unknown key"),
+        ({1: 2}, "[1]: must be a key that is text, not 1"),
     ],
 )
 def test_refuses(fields: dict[str, Any], message: str) -> None:
