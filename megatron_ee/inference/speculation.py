@@ -16,7 +16,7 @@ from megatron_ee.inference.policy import backoff_length
 K = TypeVar("K")
 
 DEFAULT_LENGTH = 3
-"""Proposals per round with sampling, unless the request sets a length."""
+"""Proposals per round with sampling, and before a round has been timed, unless the request sets a length."""
 MAX_LENGTH = 15
 """Maximum draft length chosen online: 16 tokens are then verified together, a full matrix tile. Drafts of this length
 are accepted in repetitive text only."""
@@ -156,9 +156,11 @@ class Drafter:
             return Plan()
         if length is not None:
             return Plan(layer, length)
+        rate = max(records[best].rate, self._records.get((0, size), _Record()).rate)
+        if rate == 0:  # no round has been timed: a long draft could take longer than the rest of a short output
+            return Plan(layer, DEFAULT_LENGTH)
         # A proposal gains its acceptance probability in tokens and costs one more pass up to the exit.
-        plain = self._records.get((0, size), _Record())
-        return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, rows) * max(records[best].rate, plain.rate))
+        return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, rows) * rate)
 
     def learn(self, plan: Plan, rows: int, proposals: int, tokens: int, seconds: float) -> None:
         """Record a finished round.
