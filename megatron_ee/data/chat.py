@@ -8,6 +8,9 @@ the messages up to it ends.
 
 Some templates render a turn differently once later turns follow: for example, they drop its thinking block. Such a turn
 is trained as the model generates it: in a document that ends with this turn.
+
+An answer that the model itself has generated needs none of this: it stands behind the generation prompt as it was
+generated, whatever the template makes of it later.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.data.tokenizer_backends import Span
 from megatron_ee.data.tokenizer_files import DEFAULT_TEMPLATE, TOOLS_TEMPLATE
-from megatron_ee.errors import DataError
+from megatron_ee.errors import DataError, shown
 
 Message = Mapping[str, Any]
 Document = tuple[list[int], list[bool]]
@@ -99,6 +102,45 @@ class ChatRenderer:
         if not any(any(mask) for _, mask in documents):
             raise DataError(f"{where}: no token of this conversation is an assistant's; nothing to train on")
         return documents
+
+    def encode_generated(
+        self, messages: Sequence[Message], end_token: str | None, where: str, tools: Any = None
+    ) -> Document:
+        """A conversation whose last message is the model's own output, exactly as it was generated.
+
+        Only that message is trained. Earlier answers are part of its prompt.
+
+        Args:
+            messages: as for ``encode``; the last is the assistant's.
+            end_token: the token that the model ended its output with, which is trained too. None for an output that was
+                cut: then nothing is trained after it.
+            where: file and line, for errors.
+            tools: passed to the template.
+
+        Raises:
+            DataError: malformed messages, a last message that is not an answer in text, a template that refuses the
+                prompt, an unknown ``end_token``, or no token to train on.
+        """
+        check_messages(messages, where)
+        *prompt, answer = messages
+        if not prompt or answer["role"] != "assistant" or not isinstance(answer.get("content"), str):
+            raise DataError(f"{where}: has an end_token, so the last message must be the assistant's answer to others")
+        end_id = None if end_token is None else self._tokenizer.id_of(end_token)
+        if end_token is not None and end_id is None:
+            raise DataError(f"{where}: end_token {shown(end_token)} is no token of {self._tokenizer.path}")
+        before, _ = self._render(prompt, where, tools, prompt=True)
+        text = before + answer["content"]
+        ids, offsets = self._tokenizer.encode_spans(text)
+        mask = _mask(offsets, [(len(before), len(text))])
+        if end_id is not None:
+            ids.append(end_id)
+            mask.append(True)
+        if ids[-1] != self._eos_id:
+            ids.append(self._eos_id)
+            mask.append(False)
+        if not any(mask):
+            raise DataError(f"{where}: the answer is empty; nothing to train on")
+        return ids, mask
 
     def _split(self, messages: Sequence[Message], where: str, tools: Any, answered: bool) -> list[Document]:
         """The whole conversation, and each shorter part that renders some turn differently from all longer parts."""

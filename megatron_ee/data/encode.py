@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ee.data.chat import ChatRenderer
+from megatron_ee.data.chat import ChatRenderer, Document
 from megatron_ee.data.read import TextPiece
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import DataError
@@ -94,8 +94,7 @@ class PieceEncoder:
         skipped = 0
         for where, record in _records(piece):
             if self._chat is not None:
-                messages = _value(record, "messages", where)
-                documents = self._chat.encode(messages, where, record.get("tools"))
+                documents = self._conversation(self._chat, record, where)
                 for _, document_mask in documents:
                     mask += document_mask
             else:
@@ -112,6 +111,15 @@ class PieceEncoder:
                 lengths.append(len(document))
         masks = np.array(mask, dtype=np.uint8) if self._chat is not None else None
         return Encoded(np.array(ids, dtype=np.int32), masks, lengths, True, skipped)
+
+    def _conversation(self, chat: ChatRenderer, record: dict[str, Any], where: str) -> list[Document]:
+        messages, tools = _value(record, "messages", where), record.get("tools")
+        if "end_token" not in record:
+            return chat.encode(messages, where, tools)
+        end_token = record["end_token"]  # of an answer from ``regenerate``
+        if not isinstance(end_token, str | None):
+            raise DataError(f"{where}: end_token must be text or null, not {type(end_token).__name__}")
+        return [chat.encode_generated(messages, end_token, where, tools)]
 
     def _check_known(self, ids: list[int], where: str) -> None:
         size = self.tokenizer.model_vocab_size

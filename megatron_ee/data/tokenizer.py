@@ -92,6 +92,10 @@ class Tokenizer:
         """A token as the vocabulary spells it; None if the id is no token."""
         return self._backend.token_name(token)
 
+    def id_of(self, name: str) -> int | None:
+        """The id of a token, given as the vocabulary spells it; None if there is no such token."""
+        return self._backend.token_id(name)
+
     def unknown_token(self, ids: Sequence[int], model_vocab_size: int) -> str | None:
         """A message about the first id without an embedding in the model; None if there is no such id.
 

@@ -273,3 +273,51 @@ def test_an_empty_answer_is_trained_to_end_at_once(make_hf: Callable[..., Path])
     directory = make_hf("{% for m in messages %}{{ m.content }}|{% endfor %}")
     tokenizer, ids, mask = encode(directory, [ASK, {"role": "assistant", "content": ""}])
     assert trained(tokenizer, ids, mask) == "|<|endoftext|>"
+
+
+GENERATED = {"role": "assistant", "content": "<think>\na dog</think>the  fox"}
+
+
+def generated(directory: Path, messages: Any, end_token: str | None) -> tuple[str, str]:
+    """Text and trained text of a conversation whose last answer the model has generated."""
+    tokenizer = load_tokenizer(directory)
+    ids, mask = ChatRenderer(tokenizer).encode_generated(messages, end_token, "chat.jsonl, line 1")
+    return tokenizer.decode(ids), trained(tokenizer, ids, mask)
+
+
+@pytest.mark.parametrize("template", [DROPS_THINKING, OPENS_THINKING])
+def test_a_generated_answer_stays_as_it_was_generated(make_hf: Callable[..., Path], template: str) -> None:
+    """With its thinking and white space, behind the prompt of inference; earlier answers are not trained."""
+    directory = make_hf(template)
+    opened = "<think>\n" if template == OPENS_THINKING else ""
+    text, answers = generated(directory, [ASK, ANSWER, ASK, GENERATED], "<|im_end|>")
+    assert answers == f"{GENERATED['content']}<|im_end|>"  # the end-of-text after it is not the model's own
+    assert text == f"{SHORT}the fox<|im_end|>\n{SHORT}{opened}{answers}<|endoftext|>"
+
+
+def test_nothing_is_trained_after_a_generated_answer_that_was_cut(
+    make_hf: Callable[..., Path], templates: dict[str, str]
+) -> None:
+    directory = make_hf(templates["marks"], eos="<|im_end|>")
+    for content in ("the fox", "<think>\nthe"):
+        cut = [ASK, {"role": "assistant", "content": content}]
+        assert generated(directory, cut, None) == (f"{SHORT}{content}<|im_end|>", content)
+    assert generated(directory, [ASK, {"role": "assistant", "content": ""}], "<|im_end|>")[1] == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "end_token", "message"),
+    [
+        ([ASK], "<|im_end|>", "the last message must be the assistant's answer"),
+        ([ANSWER], "<|im_end|>", "the last message must be the assistant's answer"),
+        ([ASK, {"role": "assistant", "tool_calls": [1]}], None, "the last message must be the assistant's answer"),
+        ([ASK, ANSWER], "<end>", "end_token '<end>' is no token of "),
+        ([ASK, {"role": "assistant", "content": ""}], None, "the answer is empty; nothing to train on"),
+        ([ASK, 3], None, "message 2 must be an object with a role"),
+    ],
+)
+def test_a_generated_answer_is_refused(
+    messages: Any, end_token: str | None, message: str, make_hf: Callable[..., Path], templates: dict[str, str]
+) -> None:
+    with pytest.raises(DataError, match=f"^chat.jsonl, line 1: .*{message}"):
+        generated(make_hf(templates["prefixes"]), messages, end_token)
