@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ee.commands import MODEL, MODEL_DTYPE, MODEL_DTYPES, Parser, at_least
+from megatron_ee.commands.engine_options import add_engine, add_sampling, as_option
 from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 DESCRIPTION = """Continue prompts. The terminal colours each token by the layer that emitted it. Under torchrun the
 model is split over --tensor x --pipeline processes."""
 FULL, THRESHOLD, SPECULATIVE = "full", "threshold", "speculative"
-MOST_GIGABYTES = 1e9  # bytes fit an int64
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,28 +56,16 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
     add("--no-verify", action="store_true", help="do not check checksums")
     _add_exits(result.add_argument_group("exits"))
-    _add_sampling(result.add_argument_group("output"))
+    output = result.add_argument_group("output")
+    add_sampling(output)
+    _add_output(output)
     engine = result.add_argument_group("engine")
-    engine.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
-    engine.add_argument("--pipeline", type=at_least(1), default=1, metavar="N", help="pipeline stages (default: 1)")
-    engine.add_argument(
-        "--kv-memory",
-        type=_gigabytes,
-        metavar="GB",
-        help="memory for the KV cache, per process (default: half of the free memory)",
-    )
+    add_engine(engine)
     engine.add_argument(
         "--compile",
         action="store_true",
         help="compile the layers with torch.compile first, which can take minutes. Speeds up a single sequence, most "
         "with a small model",
-    )
-    engine.add_argument(
-        "--max-rows",
-        type=at_least(1),
-        default=16,
-        metavar="N",
-        help="largest number of sequences that run together (default: 16)",
     )
     return result
 
@@ -124,33 +112,8 @@ def _add_exits(group: Any) -> None:
     )
 
 
-def _add_sampling(group: Any) -> None:
+def _add_output(group: Any) -> None:
     add = group.add_argument
-    add("--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; 0: greedy (default)")
-    add(
-        "--top-k",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="sample from the N most probable tokens; 0: all (default)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the most probable tokens with total probability P (default: 1)",
-    )
-    add("--min-p", type=float, default=0.0, metavar="P", help="exclude tokens below P times the largest probability")
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1: penalise repeated tokens (default: 1)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)")
-    add("--samples", type=at_least(1), default=1, metavar="N", help="outputs per prompt (default: 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     add("--echo", action="store_true", help="include the prompt in the text")
@@ -181,25 +144,24 @@ def run(arguments: argparse.Namespace) -> int:
         released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
         lines = _file_requests(arguments, released)
         requests = [line.request for line in lines] or _requests(arguments, released)
-        if arguments.compare:
-            _check_compare(arguments, requests, released)
+        if arguments.compare and not released.exits:
+            raise ConfigError("compare: needs exits; give their adapter with --adapter")
         arch = released.model.architecture
         check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
         if arguments.compile:
             check_compiler(arch, arguments.tensor)
         candidates = _candidates(arguments, arch.vocab_size)
     except ConfigError as error:
-        raise _as_option(error) from None
+        raise as_option(error) from None
     except UserError as error:
         error.common = True  # every rank has read the same file
         raise
-    memory = None if arguments.kv_memory is None else int(arguments.kv_memory * 1e9)
     with open_engine(
         released,
         dtype=arguments.dtype,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
-        memory=memory,
+        memory=arguments.kv_memory,
         max_rows=arguments.max_rows,
         candidates=candidates,
         compiled=arguments.compile,
@@ -211,18 +173,6 @@ def run(arguments: argparse.Namespace) -> int:
             return _answer_file(arguments, lines, engine)
         (_compare if arguments.compare else _show)(arguments, requests, engine)
     return 0
-
-
-def _check_compare(arguments: argparse.Namespace, requests: list[Request], released: Released) -> None:
-    """Refuse ``--compare`` unless every mode can answer, with one output for each prompt."""
-    from megatron_ee.commands.generate_requests import check_request
-
-    if not released.exits:
-        raise ConfigError("compare: needs exits; give their adapter with --adapter")
-    if arguments.samples > 1:
-        raise ConfigError("samples: --compare compares one output per prompt; leave it out")
-    for mode in (THRESHOLD, SPECULATIVE):
-        check_request(requests[0].model_copy(update={"mode": mode}), released)
 
 
 def _check_page(arguments: argparse.Namespace) -> None:
@@ -267,11 +217,7 @@ def _file_requests(arguments: argparse.Namespace, released: Released) -> list[Fi
 
     if arguments.prompts is None:
         return []
-    try:
-        return read_requests(arguments.prompts, _settings(arguments), released, chat=arguments.chat)
-    except ConfigError as error:
-        error.common = True
-        raise
+    return read_requests(arguments.prompts, _settings(arguments), released, chat=arguments.chat)
 
 
 def _requests(arguments: argparse.Namespace, released: Released) -> list[Request]:
@@ -304,16 +250,6 @@ def _used_exits(requests: list[Request], released: Released, *, every_mode: bool
     return used
 
 
-def _as_option(error: ConfigError) -> ConfigError:
-    """The error with the option's name in place of the request's field. Errors of a file's line stay unchanged."""
-    if error.common:
-        return error
-    field, colon, rest = str(error).partition(":")
-    named = ConfigError(f"--{field.replace('_', '-').replace('.', '-')}:{rest}" if colon else str(error))
-    named.common = True
-    return named
-
-
 def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:
     """Answer the requests and show the outputs."""
     from rich.console import Console
@@ -323,7 +259,7 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
     try:
         answers = engine.generate(requests)
     except ConfigError as error:
-        raise _as_option(error) from None
+        raise as_option(error) from None
     shown = [(prompt, one) for prompt, outputs in zip(arguments.prompt, answers, strict=True) for one in outputs]
     for _, output in shown:
         if output.finish_reason == "context":
@@ -345,14 +281,11 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
 
 def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine: Engine) -> int:
     """Answer a file's requests in order, with one JSON line each. Return status 1 if some failed."""
+    from megatron_ee.commands.generate_requests import check_memory
     from megatron_ee.inference.offline import run_batch
     from megatron_ee.progress import track
 
-    for each in lines:
-        try:
-            engine.check(each.request)
-        except ConfigError as error:
-            raise ConfigError(f"{arguments.prompts}:{each.line}: {error}") from None
+    check_memory(lines, engine, arguments.prompts)
     failed = 0
     with track(len(lines), "prompts", "answering", "tokens") as bar:
         advance = partial(bar.advance, 1)
@@ -373,10 +306,7 @@ def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Eng
     from megatron_ee.inference.offline import compare_modes
     from megatron_ee.tables import make_console
 
-    try:
-        results = compare_modes(engine, requests)
-    except ConfigError as error:
-        raise _as_option(error) from None
+    results = compare_modes(engine, requests)
     if arguments.json:
         print(json.dumps({each.mode: _mode(each) for each in results}))
         return
@@ -408,16 +338,6 @@ def _described(output: Completion) -> dict[str, Any]:
     return described
 
 
-def _gigabytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= MOST_GIGABYTES:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1e9, not {text!r}")
-    return value
-
-
 def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
@@ -428,11 +348,6 @@ def _layers(text: str) -> tuple[int, ...]:
 def _by_layer(text: str) -> dict[int, float]:
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        thresholds = [(int(layer), float(value)) for layer, value in pairs]
+        return {int(layer): float(value) for layer, value in pairs}
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be like 8=0.8,16=0.95, not {text!r}") from None
-    layers = [layer for layer, _ in thresholds]
-    for layer in layers:
-        if layers.count(layer) > 1:
-            raise argparse.ArgumentTypeError(f"names layer {layer} twice: {text!r}")
-    return dict(thresholds)

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ee.config.untrusted import parse_json
 from megatron_ee.config.validation import validated
@@ -18,14 +18,15 @@ from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Request, encode_chat, prompt_ids
 from megatron_ee.inference.sampling import Sampling
 
+if TYPE_CHECKING:
+    from megatron_ee.inference.engine import Engine
+
 POLICY = ("thresholds", "measure", "max_deferred", "min_full", "backoff")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 OTHERS = ("samples", "max_tokens", "stop", "ignore_eos", "echo", "logprobs", "exits")
 FIELDS = ("mode", "threshold", *POLICY, "draft_exit", "draft_length", *SAMPLING, *OTHERS)
 """Names of a request's settings; ``generate --help`` describes them."""
 PROMPTS = ("prompt", "messages")
-KEYS = ("id", *PROMPTS, *FIELDS)
-"""Keys of one line in a file of prompts."""
 
 
 @dataclass(frozen=True)
@@ -35,40 +36,51 @@ class FileRequest:
     Attributes:
         line: its number, from 1.
         id: the line's ``id``, which is returned with the answer; None without one.
+        messages: the conversation that the prompt is made of; None for a text to continue.
         request: the request.
     """
 
     line: int
     id: str | int | None
+    messages: list[dict[str, Any]] | None
     request: Request
 
 
 def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, has_exits: bool) -> Request:
-    """A request with these settings, by the names in ``FIELDS``.
+    """A request with these settings, by the names in ``FIELDS``. Those that are left out have their defaults.
 
     A ``mode`` of None means ``threshold`` if there are exits, else ``full``. A ``threshold`` of None means the default.
     """
-    policy = {name: settings[name] for name in POLICY}
-    if settings["threshold"] is not None:
+    mode = settings.get("mode")
+    policy = _chosen(settings, POLICY)
+    if settings.get("threshold") is not None:
         policy["threshold"] = settings["threshold"]
-    fields = {name: settings[name] for name in OTHERS}
     return validated(
         Request,
         {
             "prompt": prompt,
-            "mode": ("threshold" if has_exits else "full") if settings["mode"] is None else settings["mode"],
+            "mode": ("threshold" if has_exits else "full") if mode is None else mode,
             "policy": validated(ThresholdPolicy, policy),
-            "draft": {"exit": settings["draft_exit"], "length": settings["draft_length"]},
-            "sampling": validated(Sampling, {name: settings[name] for name in SAMPLING}),
-            **fields,
+            "draft": {"exit": settings.get("draft_exit"), "length": settings.get("draft_length")},
+            "sampling": validated(Sampling, _chosen(settings, SAMPLING)),
+            **_chosen(settings, OTHERS),
         },
     )
+
+
+def _chosen(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: settings[name] for name in names if name in settings}
 
 
 def user_prompt(text: str, released: Released, *, chat: bool) -> str | list[int]:
     """The prompt for a text: the text, or with ``chat`` the ids of a conversation with this user message. An empty text
     stays empty."""
-    return encode_chat(released.tokenizer, [{"role": "user", "content": text}]) if chat and text else text
+    messages = _user_messages(text, chat)
+    return text if messages is None else encode_chat(released.tokenizer, messages)
+
+
+def _user_messages(text: str, chat: bool) -> list[dict[str, Any]] | None:
+    return [{"role": "user", "content": text}] if chat and text else None
 
 
 def check_request(request: Request, released: Released) -> None:
@@ -91,7 +103,7 @@ def read_requests(
     template, and optionally an ``id``. Other keys are settings, which override ``defaults``.
 
     Args:
-        defaults: values of the settings in ``FIELDS`` that a line does not give.
+        defaults: the settings that a line may give, some of ``FIELDS``, with their values where it does not.
         chat: treat a ``prompt`` as a user's message.
 
     Raises:
@@ -102,21 +114,40 @@ def read_requests(
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
-        raise ConfigError(f"--prompts: {path} cannot be read: {error.strerror or error}") from None
+        raise _in_file(f"--prompts: {path} cannot be read: {error.strerror or error}") from None
     for number, encoded in enumerate(lines, start=1):
         try:
             line = _decode(encoded)
             if not line.strip():
                 continue
-            name, request = _read_line(line, defaults, released, chat=chat)
-            check_request(request, released)
+            requests.append(_read_line(number, line, defaults, released, chat=chat))
+            check_request(requests[-1].request, released)
         except UserError as error:
             field, colon, rest = str(error).partition(":")
-            raise ConfigError(f"{path}:{number}: {field.replace('draft.', 'draft_')}{colon}{rest}") from None
-        requests.append(FileRequest(number, name, request))
+            raise _in_file(f"{path}:{number}: {field.replace('draft.', 'draft_')}{colon}{rest}") from None
     if not requests:
-        raise ConfigError(f"--prompts: {path} holds no prompt; each line is a JSON object with a prompt or messages")
+        raise _in_file(f"--prompts: {path} holds no prompt; each line is a JSON object with a prompt or messages")
     return requests
+
+
+def check_memory(requests: Sequence[FileRequest], engine: Engine, path: Path) -> None:
+    """Refuse requests of ``path`` that the loaded model has no memory for.
+
+    Raises:
+        ConfigError: naming file, line and key.
+    """
+    for each in requests:
+        try:
+            engine.check(each.request)
+        except ConfigError as error:
+            raise ConfigError(f"{path}:{each.line}: {error}") from None
+
+
+def _in_file(message: str) -> ConfigError:
+    """An error in the file of prompts, which every rank reads."""
+    error = ConfigError(message)
+    error.common = True
+    return error
 
 
 def _decode(line: bytes) -> str:
@@ -126,32 +157,33 @@ def _decode(line: bytes) -> str:
         raise ConfigError(f"not UTF-8: byte {error.start} of the line: {error.reason}") from None
 
 
-def _read_line(
-    line: str, defaults: Mapping[str, Any], released: Released, *, chat: bool
-) -> tuple[str | int | None, Request]:
-    """The line's id and its request."""
+def _read_line(number: int, line: str, defaults: Mapping[str, Any], released: Released, *, chat: bool) -> FileRequest:
     given = parse_json(line.encode("utf-8"), "line")
     if not isinstance(given, dict):
         raise ConfigError(f"must be a JSON object, not {shown(given)}")
+    keys = ("id", *PROMPTS, *defaults)
     for key in given:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(KEYS)}"
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"possible: {', '.join(keys)}"
             raise ConfigError(f"{shown(key)}: unknown key; {hint}")
     if sum(key in given for key in PROMPTS) != 1:
         raise ConfigError("give either a prompt or messages")
     name = given.pop("id", None)
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise ConfigError(f"id: must be text or a whole number, not {shown(name)}")
-    prompt = _prompt(given, released, chat=chat)
-    return name, make_request(prompt, {**defaults, **given}, has_exits=bool(released.exits))
+    messages = _conversation(given, chat)
+    prompt = given["prompt"] if messages is None else encode_chat(released.tokenizer, messages)
+    request = make_request(prompt, {**defaults, **given}, has_exits=bool(released.exits))
+    return FileRequest(number, name, messages, request)
 
 
-def _prompt(given: Mapping[str, Any], released: Released, *, chat: bool) -> str | list[int]:
+def _conversation(given: Mapping[str, Any], chat: bool) -> list[dict[str, Any]] | None:
+    """The line's conversation; None for a text to continue."""
     if "messages" in given:
         check_messages(given["messages"], "messages")
-        return encode_chat(released.tokenizer, given["messages"])
+        return list(given["messages"])
     prompt = given["prompt"]
     if not isinstance(prompt, str):
         raise ConfigError(f"prompt: must be text, not {shown(prompt)}")
-    return user_prompt(prompt, released, chat=chat)
+    return _user_messages(prompt, chat)

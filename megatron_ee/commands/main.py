@@ -18,6 +18,7 @@ from megatron_ee.tuning.interrupt import Signalled, raise_signals, watch_signals
 COMMANDS = {
     "quickstart": ("quickstart", "run all steps on real text, on a small machine"),
     "prepare-data": ("prepare_data", "tokenize text or chat jsonl into a corpus"),
+    "regenerate": ("regenerate", "answer prompts with the model itself, as data to tune on"),
     "convert": ("convert", "convert checkpoints; add, drop or merge exits"),
     "tune": ("tune", "train exits on a frozen model"),
     "evaluate": ("evaluate", "measure each exit on a corpus; threshold sweep"),

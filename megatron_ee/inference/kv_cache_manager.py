@@ -1,8 +1,8 @@
-"""KV memory accounting and prefix caching. It works on sizes and token ids, without tensors.
+"""Which sequences have room for keys and values, and which prefixes are kept for others. Figures and ids, no tensors.
 
-A new sequence that begins with the same tokens as another gets a copy of that prefix's keys and values. Because it is a
-copy, the sequences do not affect each other. Only positions that every layer has run are copied, so the prefix ends
-before the first deferred token.
+A new sequence that begins with the same tokens as another gets a copy of its keys and values, so that nothing it does
+reaches back. Only positions that every layer has run are shared: where tokens left early and were deferred, those
+before the first of them.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from megatron_ee.exits.registry import body_of
 from megatron_ee.inference.kv_cache import CHUNK, Extent
 
 MIN_PREFIX = 16
-"""Minimum length of a copied prefix; shorter ones are cheap to compute."""
+"""Tokens that a copy must save: fewer are soon run."""
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """KV memory of one stage.
+    """What one stage keeps of a sequence.
 
     Attributes:
-        position_bytes: bytes of one position in one layer, on one tensor-parallel rank.
-        windows: attention window of each layer, including the layers of ``layer`` exits.
+        position_bytes: of one position in one layer, on one tensor-parallel rank.
+        windows: of each layer, those of ``layer`` exits included.
     """
 
     position_bytes: int
     windows: tuple[int | None, ...]
 
     def seq_bytes(self, extent: Extent, length: int) -> int:
-        """Bytes of a sequence of ``length`` positions. The window of ``extent`` is ignored."""
+        """Of a sequence of ``length`` positions; ``extent`` gives all but the window."""
         total = 0
         for window in set(self.windows):
             own = Extent(extent.limit, window, extent.slack, extent.pass_tokens)
@@ -44,14 +44,11 @@ class StageMemory:
 def stage_memory(
     architecture: Architecture, layers: Sequence[int], exits: Sequence[ExitSpec], tensor: int, element_size: int
 ) -> StageMemory:
-    """KV memory of a stage.
+    """Of a stage with these layers and the exits hosted there.
 
     Args:
-        architecture: of the model.
-        layers: numbers of the stage's layers.
-        exits: exits on the stage.
-        tensor: tensor-parallel size.
-        element_size: bytes per element of keys and values.
+        tensor: number of tensor-parallel ranks.
+        element_size: bytes per number of keys and values.
     """
     windows = [architecture.windows[number - 1] for number in layers]
     windows += [window for spec in exits for window in body_of(spec).windows(architecture)]
@@ -61,11 +58,11 @@ def stage_memory(
 
 @dataclass
 class KVBudget:
-    """The KV memory that sequences have claimed, against a limit.
+    """Memory that keys and values may take on each stage.
 
     Attributes:
-        total: limit in bytes, on each stage.
-        stages: one per stage.
+        total: bytes per stage.
+        stages: what each keeps of a sequence.
         slack: as in ``Extent``.
         pass_tokens: as in ``Extent``.
     """
@@ -80,18 +77,18 @@ class KVBudget:
         self._room: dict[int, int] = {}
 
     def needed(self, limit: int, length: int) -> int:
-        """Bytes of a sequence of ``length`` positions with maximum length ``limit``; maximum over the stages."""
+        """Bytes of a sequence of ``length`` positions that ends at ``limit``, on the stage where it takes most."""
         extent = Extent(limit, None, self.slack, self.pass_tokens)
         return max(stage.seq_bytes(extent, length) for stage in self.stages)
 
     @property
     def used(self) -> int:
-        """Claimed bytes."""
+        """Bytes that are claimed."""
         return sum(self._claims.values())
 
     def claim(self, seq_id: int, limit: int, length: int) -> bool:
-        """Claim memory for ``length`` positions of a sequence; returns False and changes nothing if it does not fit."""
-        if length <= self._room.get(seq_id, 0):  # the usual case
+        """Claim room for a sequence to have ``length`` positions; False, and nothing claimed, if it does not fit."""
+        if length <= self._room.get(seq_id, 0):  # as for nearly every token
             return True
         wanted, own = self.needed(limit, length), self._claims.get(seq_id, 0)
         if self.used - own + wanted > self.total:
@@ -101,18 +98,18 @@ class KVBudget:
         return True
 
     def release(self, seq_id: int) -> None:
-        """Release the memory that a sequence has claimed."""
+        """Give back what a sequence has claimed."""
         self._claims.pop(seq_id, None)
         self._room.pop(seq_id, None)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The reusable prefix of a sequence.
+    """What a sequence holds for others.
 
     Attributes:
-        seq_id: number of the sequence.
-        token_ids: token ids of the positions that every layer has run.
+        seq_id: its number.
+        token_ids: of the positions that every layer has run.
     """
 
     seq_id: int
@@ -121,11 +118,11 @@ class Prefix:
 
 @dataclass
 class PrefixCache:
-    """The finished sequences whose KV is kept for reuse. Stages hold the tensors; the budget holds the claims.
+    """Which ended sequences are kept; the stages hold their keys and values, the budget their claims.
 
     Attributes:
-        max_num_seqs: maximum number of kept sequences; 0 disables prefix caching, also between running sequences.
-        window: the model's smallest sliding window; None without any.
+        max_num_seqs: sequences that are kept at a time; 0 for none, and nothing is shared.
+        window: smallest of the model's sliding windows; None where it has none.
     """
 
     max_num_seqs: int = 0
@@ -134,15 +131,11 @@ class PrefixCache:
 
     @property
     def seq_ids(self) -> list[int]:
-        """Numbers of the kept sequences, least recently used first."""
+        """Numbers of the kept sequences, the least recently used first."""
         return list(self._kept)
 
     def keep(self, prefix: Prefix) -> list[int]:
-        """Keep a finished sequence.
-
-        Returns:
-            The numbers of the evicted sequences, which may include this one.
-        """
+        """Keep an ended sequence; the numbers of those that are evicted for it, perhaps its own."""
         if (
             self.max_num_seqs == 0
             or len(prefix.token_ids) < MIN_PREFIX
@@ -158,9 +151,9 @@ class PrefixCache:
         return evicted
 
     def longest(self, token_ids: Sequence[int], running: Iterable[Prefix]) -> Prefix | None:
-        """The longest common prefix of ``token_ids[:-1]`` with a kept or running sequence.
+        """The longest prefix of ``token_ids``, without their last one, that a kept or running sequence holds.
 
-        None if it is shorter than ``MIN_PREFIX``.
+        None where it is shorter than ``MIN_PREFIX``.
         """
         if self.max_num_seqs == 0:
             return None
@@ -175,7 +168,7 @@ class PrefixCache:
         return found
 
     def evict(self) -> int:
-        """Remove the least recently used sequence and return its number."""
+        """Forget the least recently used sequence; its number."""
         seq_id = next(iter(self._kept))
         del self._kept[seq_id]
         return seq_id
@@ -186,9 +179,9 @@ class PrefixCache:
         return prefix.token_ids[:length] == other.token_ids and self._serves(prefix, length)
 
     def _serves(self, prefix: Prefix, length: int) -> bool:
-        """Whether a sequence still has the KV that a token after the first ``length`` positions attends to.
+        """Whether a sequence still has all that a token after ``length`` positions sees.
 
-        With a sliding window, a layer drops positions before the window of its newest token.
+        With a sliding window, a layer has left behind what came before the window of its newest token.
         """
         complete = len(prefix.token_ids)
         return self.window is None or complete <= self.window or length >= complete - 1

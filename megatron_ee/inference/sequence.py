@@ -1,4 +1,4 @@
-"""The state of one output of a request. Only the ``Scheduler`` changes it."""
+"""One output of a request in work: its tokens, and how far they have run. Only the ``Scheduler`` changes it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from megatron_ee.inference.speculation import DraftState
 
 
 class Status(Enum):
-    """Status of a sequence."""
+    """Where a sequence is in its life."""
 
     WAITING = "waiting"
-    """Not admitted yet, or preempted."""
+    """For memory, or for others to end; preempted ones too."""
     RUNNING = "running"
     IN_FLIGHT = "in flight"
-    """Running, in a pass whose head outputs are pending."""
+    """Running, in a pass whose head has not reported yet."""
     FINISHED = "finished"
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class SequenceParams:
-    """The settings of one sequence, without text. See ``Request`` for the attributes that are not listed.
+    """A request's settings for one of its sequences: tokens and numbers, no text.
 
     Attributes:
-        request: number of the request.
-        sample: index of the sequence in the request.
+        request: its number.
+        sample: which of the request's sequences.
         prompt_token_ids: the prompt.
-        exits: layers of the exits to use.
-        draft_exits: layers of those that may draft.
-        max_length: maximum number of positions, including the prompt.
-        stop_token_ids: tokens that end the sequence.
-        eos_token_ids: those of ``stop_token_ids`` that are end-of-text tokens.
-        forced_token_ids: tokens that continue the sequence in place of the emitted ones; empty for none.
+        mode: see ``Request``; ``policy``, ``draft``, ``sampling``, ``max_tokens`` and ``logprobs`` too.
+        exits: layers of the exits that may be asked.
+        draft_exits: those of ``exits`` that may draft.
+        max_length: most positions, emitted tokens included.
+        stop_token_ids: tokens that end it.
+        eos_token_ids: those of them that are end of text.
+        forced_token_ids: what the sequence goes on with in place of what it emits; empty for that itself.
     """
 
     request: int
@@ -62,27 +63,26 @@ class Sequence:
     """State of one sequence.
 
     Attributes:
-        seq_id: number of the sequence.
-        params: settings; constant.
-        tokens: emitted tokens.
+        seq_id: its number.
+        params: fixed.
+        tokens: emitted so far.
         status: see ``Status``.
-        finish_reason: reason of the end, once finished.
-        error: error message of one line, once failed.
-        num_computed_tokens: positions that the first layer has run, including proposals.
-        num_cached_tokens: positions whose KV was copied from another request.
-        depth: number of layers that the newest token has run; 0 before it starts.
-        stage: pipeline stage that holds the newest token's hidden state.
-        deferred: by depth, the number of tokens that left there early and wait for a later pass.
-        num_pass_tokens: tokens of the current pass: the new ones, and the deferred ones that have joined it.
-        exit_history: input of the exit policy.
+        finish_reason: why it has ended.
+        error: why it failed, in one line.
+        num_computed_tokens: positions that the first layer has run, proposals included.
+        num_cached_tokens: positions whose keys and values were copied from another request.
+        depth: layers that the newest token has run; 0 where it has yet to start.
+        stage: pipeline stage that holds it there.
+        deferred: by depth, tokens that left there early and wait for a later pass.
+        num_pass_tokens: tokens of the pass in work: the newest, and deferred ones that have joined it.
+        exit_history: what the exit policy goes by.
         spec_token_ids: proposals that are not verified yet.
         drafting: state of speculative mode; None in other modes.
-        num_draft_tokens: number of proposals judged.
-        num_accepted_tokens: number of proposals accepted.
-        parent: number of the sequence from which it will copy the prompt's KV; None for none.
-        num_passes_waited: passes of other sequences since its last one.
-        num_layer_runs: decoder layers run for tokens after the prompt. The own layer of a ``layer`` exit counts if its
-            head was asked.
+        num_draft_tokens: proposals judged so far.
+        num_accepted_tokens: those of them that the full model accepted.
+        parent: sequence whose keys and values of the prompt it will copy.
+        num_passes_waited: passes of other sequences since its own last one.
+        num_layer_runs: decoder layers run for tokens after the prompt; those of ``layer`` exits where they were asked.
     """
 
     seq_id: int
@@ -108,23 +108,23 @@ class Sequence:
 
     @property
     def in_flight(self) -> bool:
-        """Whether it is in a pass whose head outputs are pending."""
+        """Whether a pass of it is in work whose head has not reported yet."""
         return self.status is Status.IN_FLIGHT
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Number of prompt tokens."""
+        """Length of the prompt."""
         return len(self.params.prompt_token_ids)
 
     @property
     def num_tokens_with_spec(self) -> int:
-        """Number of prompt tokens, emitted tokens and proposals."""
+        """Prompt, emitted tokens and proposals."""
         return self.num_prompt_tokens + len(self.tokens) + len(self.spec_token_ids)
 
     def token_ids(self, start: int = 0) -> list[int]:
         """Ids of prompt, emitted (or forced) tokens and proposals, from position ``start`` on.
 
-        The cost is proportional to the length of the result, not of the sequence.
+        A step that asked for all of them would take the longer the longer they are.
         """
         params = self.params
         emitted = max(0, start - self.num_prompt_tokens)
@@ -137,13 +137,13 @@ class Sequence:
 
     @property
     def num_complete_tokens(self) -> int:
-        """Number of positions that every layer has run. Valid only if the sequence is not in flight."""
+        """Positions that every layer has run; for a sequence that is not in flight."""
         waiting = self.num_pass_tokens if self.depth > 0 else 0
         return self.num_computed_tokens - sum(self.deferred.values()) - waiting
 
     @property
     def prefilling(self) -> bool:
-        """Whether tokens before the newest one, or tokens of the prompt, have not started yet."""
+        """Whether tokens have yet to run that need no head."""
         behind = self.num_tokens_with_spec - self.num_computed_tokens
         return behind > 1 or self.num_computed_tokens < self.num_prompt_tokens
 
@@ -153,7 +153,7 @@ class Sequence:
         return self.drafting is not None and len(self.spec_token_ids) < self.drafting.plan_length
 
     def exits_to_ask(self) -> tuple[int, ...]:
-        """Layers of the exits that the newest token asks."""
+        """Exits that the newest token asks on its way."""
         if self.prefilling:
             return ()
         params, history = self.params, self.exit_history
@@ -165,10 +165,9 @@ class Sequence:
         return (self.drafting.plan_exit,) if self.drafting is not None and self.proposes else ()
 
     def head_input(self, depth: int, final: int) -> HeadInput | None:
-        """Task of the head at ``depth`` for the newest token; None if that head does not run for it.
+        """What the head at ``depth`` has to do for the newest token; None for nothing.
 
         Args:
-            depth: depth of the head.
             final: depth of the final exit.
         """
         params, proposals = self.params, tuple(self.spec_token_ids)

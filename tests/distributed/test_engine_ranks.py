@@ -25,7 +25,7 @@ from megatron_ee.parallel.groups import process_groups
 from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.models import save_tiny_model
 from megatron_ee.testing.project import Project
-from megatron_ee.testing.ranks import run_ranks
+from megatron_ee.testing.ranks import run_command, run_ranks
 
 SPECS = [ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4), ExitSpec(4)]
 PROMPTS = [[5, 17, 99, 42, 3, 77, 120], [9, 8, 7], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40], [64]]
@@ -269,3 +269,18 @@ def test_command_over_processes(project: Project, tuned: Path, tmp_path: Path) -
             other[name] for name in ("text", "token_ids", "layers")
         ]
     assert Path(f"{spread}-1").read_text() == ""
+
+
+def test_regenerate_over_processes(project: Project, tmp_path: Path) -> None:
+    """The first rank writes the file, which is that of one process."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"some words {n}"}) + "\n" for n in range(5)))
+    given = ["regenerate", "--model", str(project.model), "--dtype", "float32", "--prompts", str(prompts)]
+    given += ["--max-tokens", "12", "--temperature", "1", "--samples", "2", "--resume", "--output"]
+    alone, spread, errors = tmp_path / "alone.jsonl", tmp_path / "spread.jsonl", str(tmp_path / "errors")
+    assert run_ranks(1, run_command, [*given, str(alone)], {}, errors) == [0]
+    for options in (["--pipeline", "2"], ["--tensor", "2"]):
+        spread.unlink(missing_ok=True)
+        for _ in range(2):  # the second time it is complete, and no rank waits for another one
+            assert run_ranks(2, run_command, [*given, str(spread), *options], {}, errors) == [0, 0]
+        assert spread.read_text() == alone.read_text() and len(spread.read_text().splitlines()) == 10

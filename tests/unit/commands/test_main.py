@@ -29,7 +29,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 2, "megatron-ee: error: no command given; possible: quickstart, prepare-data, convert, tune"),
+        ([], 2, "megatron-ee: error: no command given; possible: quickstart, prepare-data, regenerate, convert, tune"),
         (["tuen"], 2, "megatron-ee: error: unknown command 'tuen'; did you mean 'tune'?"),
         (["tune"], 2, "megatron-ee tune: error: the following arguments are required: --config, --output (see "),
         (
