@@ -63,7 +63,7 @@ class Progress:
         self._task.fields["amount"] += count if amount is None else amount
         self._bars.advance(self._id, count)
         now = time.monotonic()
-        if self._lines and now - self._shown >= LINE_SECONDS:
+        if self._lines and not self._task.finished and now - self._shown >= LINE_SECONDS:  # ``track`` gives the last
             self._shown = now
             self.note(self._line())
 

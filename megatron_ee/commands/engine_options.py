@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 from megatron_ee.commands import at_least
 from megatron_ee.errors import ConfigError
+
+MOST_GIGABYTES = 1e9  # bytes fit an int64
 
 
 def add_sampling(group: Any) -> None:
@@ -76,6 +77,6 @@ def _gigabytes(text: str) -> int:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    if not 0 < value <= MOST_GIGABYTES:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1e9, not {text!r}")
     return int(value * 1e9)

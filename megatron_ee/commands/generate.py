@@ -144,8 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
         released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
         lines = _file_requests(arguments, released)
         requests = [line.request for line in lines] or _requests(arguments, released)
-        if arguments.compare and not released.exits:
-            raise ConfigError("compare: needs exits; give their adapter with --adapter")
+        if arguments.compare:
+            _check_compare(arguments, requests, released)
         arch = released.model.architecture
         check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
         if arguments.compile:
@@ -173,6 +173,18 @@ def run(arguments: argparse.Namespace) -> int:
             return _answer_file(arguments, lines, engine)
         (_compare if arguments.compare else _show)(arguments, requests, engine)
     return 0
+
+
+def _check_compare(arguments: argparse.Namespace, requests: list[Request], released: Released) -> None:
+    """Refuse ``--compare`` unless every mode can answer, with one output for each prompt."""
+    from megatron_ee.commands.generate_requests import check_request
+
+    if not released.exits:
+        raise ConfigError("compare: needs exits; give their adapter with --adapter")
+    if arguments.samples > 1:
+        raise ConfigError("samples: --compare compares one output per prompt; leave it out")
+    for mode in (THRESHOLD, SPECULATIVE):
+        check_request(requests[0].model_copy(update={"mode": mode}), released)
 
 
 def _check_page(arguments: argparse.Namespace) -> None:
@@ -306,7 +318,10 @@ def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Eng
     from megatron_ee.inference.offline import compare_modes
     from megatron_ee.tables import make_console
 
-    results = compare_modes(engine, requests)
+    try:
+        results = compare_modes(engine, requests)
+    except ConfigError as error:
+        raise as_option(error) from None
     if arguments.json:
         print(json.dumps({each.mode: _mode(each) for each in results}))
         return
@@ -348,6 +363,11 @@ def _layers(text: str) -> tuple[int, ...]:
 def _by_layer(text: str) -> dict[int, float]:
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        return {int(layer): float(value) for layer, value in pairs}
+        thresholds = [(int(layer), float(value)) for layer, value in pairs]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be like 8=0.8,16=0.95, not {text!r}") from None
+    layers = [layer for layer, _ in thresholds]
+    for layer in layers:
+        if layers.count(layer) > 1:
+            raise argparse.ArgumentTypeError(f"names layer {layer} twice: {text!r}")
+    return dict(thresholds)

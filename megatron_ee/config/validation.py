@@ -25,7 +25,7 @@ _EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "string_unicode": "text without lone surrogates",
-    "string_too_short": "text of at least {min_length} characters",
+    "string_too_short": "text of {min_length} or more characters",
     "string_too_long": "text of at most {max_length} characters",
     "string_pattern_mismatch": "text like {pattern}",
     "none_required": "null",
@@ -43,6 +43,7 @@ _EXPECTED = {
     "dict_type": "an object",
     "mapping_type": "an object",
     "model_type": "an object",
+    "invalid_key": "a key that is text",
 }
 
 

@@ -12,5 +12,5 @@ To add a body ``name``:
 3. Add ``name`` to ``Body`` in ``config/schema.py``, which is the registry, and to its description in ``ExitConfig``.
 
 A part that is not copied is drawn by ``checkpoint.initialise.random_tensor``. Tuning, plan, checkpoints, adapters and
-inference use these declarations. No code outside this package uses the name of a body.
+inference use these declarations. No code outside this package branches on the name of a body.
 """

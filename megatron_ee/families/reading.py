@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,8 @@ from megatron_ee.errors import CheckpointError, shown
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+FLOAT32 = (2.0**-126, 2.0**127)
+"""Range of a model's settings: smaller and larger ones are lost, or fail, where tensors are computed with them."""
 _ORIGINAL_POSITIONS = "original_max_position_embeddings"
 
 
@@ -46,10 +47,12 @@ class Config:
         return value
 
     def positive(self, key: str, default: float | None = None, name: str = "") -> float:
-        """A positive number; ``name`` is what errors call it, by default its key."""
+        """A positive number that float32 holds; ``name`` is what errors call it, by default its key."""
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise self.error(f"{name or key} must be a positive number, not {shown(value)}")
+        if not FLOAT32[0] <= value <= FLOAT32[1]:
+            raise self.error(f"{name or key} {shown(value)} is beyond any model; float32 does not hold it")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:

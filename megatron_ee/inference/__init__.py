@@ -1,4 +1,4 @@
-"""Generation with early exits: requests, the engine that batches them, its exact KV cache, exit policy and drafts."""
+"""Generation with early exits: requests, the engine that batches them, the KV cache, exit policies and drafts."""
 
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import open_engine, open_released

@@ -1,9 +1,9 @@
-"""The traversal of layers as compiled functions (``torch.compile``), for a sequence that runs alone.
+"""The traversal of layers as compiled functions (``torch.compile``), for passes with one sequence.
 
-A token's pass through a small model, or through any model on a GPU, waits for Python: some twenty operations per layer
-that do little each. A compiled segment, from one depth with a tap to the next, is one call, and the operations between
-its matrix products are fused. Several sequences at once, and tokens that a sliding window limits, run eagerly, over the
-same keys and values.
+On a GPU, or with a small model, a pass of one token is limited by Python overhead: about twenty small operations per
+layer. A compiled segment, from one depth with a tap to the next, is a single call, and the operations between its
+matrix products are fused. Passes with several sequences, and tokens that do not see all kept positions because of a
+sliding window, run eagerly on the same KV cache.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from megatron_ee.model.traversal import run_segment
 from megatron_ee.progress import track
 
 FORMS = 64
-"""Compiled forms of a function at most: one token, several tokens and caches of other sizes may each need one."""
+"""Maximum compiled variants of one function, for different numbers of tokens and cache sizes."""
 WARM_POSITIONS = 8
+"""Cached positions during the warm-up."""
 
 
 class CompiledStage:
-    """Every segment of a stage, compiled."""
+    """The compiled segments of a stage."""
 
     def __init__(self, stage: Stage) -> None:
-        """Compile. This takes seconds for each layer; torch keeps what it made on disk for the next time."""
+        """Wrap each segment; compilation happens in ``warm_up``."""
         self._stage, self._arch = stage, stage.setup.architecture
         numbers = [number for number, _ in stage.backbone.numbered_layers()]
         depths = sorted({numbers[0] - 1, numbers[-1], *stage.taps})
@@ -44,7 +45,10 @@ class CompiledStage:
     @platform.inference_attention()
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile everything for one token and for several."""
+        """Compile every segment for one token and for several tokens.
+
+        This takes seconds per layer, and less if torch finds the code in its cache on disk.
+        """
         from torch import _dynamo  # the compiler, which takes long to import
 
         def zeros(*shape: int) -> Tensor:
@@ -53,7 +57,7 @@ class CompiledStage:
         _dynamo.config.recompile_limit = max(FORMS, _dynamo.config.recompile_limit)
         size, parts = self._arch.hidden_size, len(self._segments)
         kept = zeros(WARM_POSITIONS, self._arch.num_kv_heads, self._arch.head_dim)
-        # The norms' epsilon is the only float. As a variable, the default, it makes every trace run twice.
+        # The norms' epsilon is the only float. By default it is traced as a variable, which doubles every trace.
         with (
             _dynamo.config.patch(specialize_float=True),
             track(parts, "parts", "compiling", enabled=self._stage.setup.groups.is_main) as bar,
@@ -61,7 +65,7 @@ class CompiledStage:
             for start, stop in self._segments:
                 for tokens in (1, 3):
                     end = WARM_POSITIONS + tokens
-                    # With room to spare: what is compiled for a cache that is just full holds for no other.
+                    # Spare room: code compiled for a full cache is valid for full caches only.
                     caches = [LayerKV(Extent(2 * end)) for _ in range(start, stop)]
                     for cache in caches:
                         cache.extend(kept, kept)
@@ -73,7 +77,7 @@ class CompiledStage:
     def run(
         self, start: int, stop: int, x: Tensor, positions: Positions, caches: Sequence[LayerKV], masks: Masks
     ) -> Tensor | None:
-        """``traversal.run_segment`` for one sequence; None where that is no segment, or a cache has no room.
+        """Run ``traversal.run_segment`` for one sequence.
 
         Args:
             start: depth of ``x``.
@@ -82,6 +86,9 @@ class CompiledStage:
             positions: of the tokens.
             caches: of layers ``start + 1 .. stop``.
             masks: of the pass.
+
+        Returns:
+            ``[tokens, 1, hidden]``; None if ``start .. stop`` is not a segment or a cache has no room.
         """
         segment, tokens = self._segments.get((start, stop)), len(x)
         rooms = [cache.room(tokens) for cache in caches]
@@ -98,7 +105,7 @@ class CompiledStage:
 
 
 class _Segment(nn.Module):
-    """The traversal from one depth to another, as a function of tensors alone."""
+    """The traversal from one depth to another, as a function of tensors and one integer."""
 
     def __init__(self, stage: Stage, start: int, stop: int) -> None:
         super().__init__()
@@ -114,13 +121,18 @@ class _Segment(nn.Module):
         keys: list[Tensor],
         values: list[Tensor],
     ) -> Tensor:
-        """``x`` ``[tokens, 1, hidden]`` at the end.
+        """Run the layers.
 
         Args:
-            mask: as ``shared_mask`` makes it; None for one token.
+            x: ``[tokens, 1, hidden]``.
+            positions: of the tokens.
+            mask: from ``shared_mask``; None for one token.
             length: positions that each layer has run.
-            keys: of each layer, ``[1, kv_heads, room, head_dim]``; the tokens' own are written into them.
+            keys: one per layer, ``[1, kv_heads, room, head_dim]``; the keys of the tokens are written into them.
             values: as ``keys``.
+
+        Returns:
+            ``[tokens, 1, hidden]``.
         """
         rooms = [_Room(key, value, mask, length) for key, value in zip(keys, values, strict=True)]
         first = self.start + 1
@@ -131,7 +143,7 @@ class _Segment(nn.Module):
 
 @dataclass
 class _Room:
-    """One layer's cache with room for the tokens, as a ``LayerCache``; no window hides anything yet."""
+    """A ``LayerCache`` over one layer's tensors, which have room for the tokens. All kept positions are visible."""
 
     keys: Tensor
     values: Tensor
@@ -149,10 +161,10 @@ class _Room:
 
 
 def _compiled(module: nn.Module) -> Callable[..., Any]:
-    """The ``forward`` of a module whose parts stay what they are.
+    """Compile the ``forward`` of a module that never changes.
 
-    torch keeps what it made with a function's code and checks at each call which of it fits: a copy of the code for
-    each module, and no checks of modules, spare much of a small model's time.
+    torch stores compiled variants with a function's code object and checks at each call which variant fits. With one
+    copy of the code object per module and without guards on modules, these checks take much less time.
     """
     given: Any = type(module).forward
     forward = MethodType(FunctionType(given.__code__.replace(), given.__globals__), module)
@@ -167,14 +179,14 @@ def compile_stage(stage: Stage) -> CompiledStage:
     """Compile the layers of a loaded stage. Every rank calls this.
 
     Raises:
-        ConfigError: they cannot be compiled here.
+        ConfigError: the layers cannot be compiled on this machine.
     """
     compiled = CompiledStage(stage)
 
     def warm_up() -> None:
         try:
             compiled.warm_up()
-        except Exception as error:  # of the tracer, of a compiler, of loading what it made
+        except Exception as error:  # from tracing, from the compiler, or from loading its output
             line = f"compile: the layers cannot be compiled here ({first_line(error)}); leave it out"
             raise ConfigError(line) from error
 
@@ -183,15 +195,15 @@ def compile_stage(stage: Stage) -> CompiledStage:
 
 
 def check_compiler(architecture: Architecture, tensor: int) -> None:
-    """Refuse ``compile`` where it cannot work, before a model is loaded.
+    """Check that ``compile`` can work, before a model is loaded.
 
     Raises:
-        ConfigError: attention scores have a soft cap, several ranks share a layer, or there is no compiler.
+        ConfigError: attention has a soft cap, tensor parallelism is used, or there is no compiler.
     """
     if architecture.attention_soft_cap is not None:
-        raise ConfigError("compile: attention scores with a soft cap are not compiled; leave it out")
+        raise ConfigError("compile: not supported for attention with a soft cap; leave it out")
     if tensor > 1:
-        raise ConfigError(f"compile: layers that {tensor} ranks share are not compiled; leave it out, or use one")
+        raise ConfigError(f"compile: not supported with tensor parallelism ({tensor} ranks); leave it out, or use one")
     compiler, there = platform.cpp_compiler()
     if not (platform.has_accelerator() or there):
         raise ConfigError(

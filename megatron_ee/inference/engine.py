@@ -1,4 +1,4 @@
-"""The engine: requests in, text out, while it runs. Which sequence runs what is the ``Scheduler``'s business."""
+"""The engine accepts requests and returns text as it is generated. The ``Scheduler`` decides which sequences run."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from megatron_ee.inference.sequence import Sequence, SequenceParams, Status
 
 
 class Engine:
-    """Continues prompts, many at a time.
+    """Generates continuations of many prompts concurrently (continuous batching).
 
-    ``submit`` and ``cancel`` may be called between any two ``step`` calls; ``step`` runs some layers for some sequences
-    and returns the events of that. ``stream`` and ``generate`` call it as needed.
+    ``submit`` and ``cancel`` may be called between any two ``step`` calls. ``step`` runs some layers for some sequences
+    and returns the resulting events. ``stream`` and ``generate`` call ``step`` as needed.
 
     Attributes:
-        max_positions: the model's.
-        vocab_size: the model's.
-        exits: that may be asked.
-        off: layers of the model's other exits, which this engine does not have.
+        exits: the exits that requests may use.
+        off: layers of the model's exits that are switched off in this engine.
+        num_layers: number of backbone layers.
+        vocab_size: size of the vocabulary.
+        max_positions: maximum number of positions of a sequence.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Engine:
         eos: Collection[int] = (),
         off: Collection[int] = (),
     ) -> None:
-        """See ``loading.open_engine``. Without ``tokenizer`` prompts must be token ids, and outputs have no text."""
+        """See ``loading.open_engine``. Without a tokenizer, prompts must be token ids, and outputs have no text."""
         self._scheduler, self._tokenizer, self._eos = scheduler, tokenizer, frozenset(eos)
         self.exits, self.off, self.num_layers = tuple(exits), tuple(sorted(off)), num_layers
         self.vocab_size, self.max_positions = vocab_size, max_positions
@@ -53,11 +54,14 @@ class Engine:
         self._closed = False
 
     def submit(self, request: Request) -> int:
-        """Put a request in line; the number that its events carry.
+        """Queue a request.
+
+        Returns:
+            The request's number, which its events carry.
 
         Raises:
-            ConfigError: it cannot be answered: an impossible setting, an empty prompt, one that is longer than the
-                model's context, or one that no amount of waiting would find memory for. Nothing else is disturbed.
+            ConfigError: a setting is invalid, the prompt is empty or longer than the model's context, or the request
+                needs more KV memory than the engine has. Other requests are not affected.
         """
         if self._closed:
             raise ConfigError("the engine is closed")
@@ -71,14 +75,17 @@ class Engine:
         return self._num_requests
 
     def check(self, request: Request) -> tuple[tuple[int, ...], int, int]:
-        """Check a request without putting it in line; its prompt's ids, most tokens and most positions.
+        """Check a request without queueing it.
+
+        Returns:
+            The token ids of the prompt, the maximum number of emitted tokens, and the maximum number of positions.
 
         Raises:
             ConfigError: as ``submit``.
         """
         request.check([spec.layer for spec in self.exits], self.num_layers, self.off)
         if request.stop and self._tokenizer is None:
-            raise ConfigError("stop: there is no tokenizer, and so no text to find it in; give stop_ids")
+            raise ConfigError("stop: needs a tokenizer, and there is none; give stop_ids")
         prompt = prompt_ids(request, self._tokenizer, self.vocab_size, self.max_positions)
         check_ids("forced_ids", request.forced_ids, self.vocab_size)
         check_ids("stop_ids", request.stop_ids, self.vocab_size)
@@ -87,13 +94,13 @@ class Engine:
         needed = self._scheduler.budget.needed(limit, limit)
         if needed > self._scheduler.budget.total:
             raise ConfigError(
-                f"max_tokens: {limit} positions need {needed / 1e6:,.0f} MB of keys and values, but there are "
-                f"{self._scheduler.budget.total / 1e6:,.0f} MB; ask for less, or give the engine more memory"
+                f"max_tokens: {limit} positions need {needed / 1e6:,.3f} MB of KV cache, but it may have "
+                f"{self._scheduler.budget.total / 1e6:,.3f} MB; ask for fewer tokens, or give it more memory"
             )
         return prompt, most, limit
 
     def cancel(self, request: int) -> None:
-        """End a request's outputs; their completions hold the tokens so far. Unknown numbers are ignored."""
+        """End a request. The completions of its outputs hold the tokens so far. An unknown number is ignored."""
         for seq_id, output in list(self._outputs.items()):
             if output.seq.params.request == request:
                 self._scheduler.finish(seq_id, "cancelled")
@@ -101,11 +108,11 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do, and no event to be given."""
+        """Whether there is no work left and no event left to return."""
         return self._scheduler.idle and not self._events
 
     def step(self) -> list[Event]:
-        """Run a pass for the sequences whose turn it is; the events of that, often none."""
+        """Run one scheduler step and return its events, which may be none."""
         started = time.perf_counter()
         events, self._events = list(self._events), deque()
         if not self._scheduler.idle:
@@ -115,12 +122,12 @@ class Engine:
         return events
 
     def stream(self, request: int) -> Iterator[Event]:
-        """The events of one request as they come; those of others wait for their own ``stream`` or ``step``."""
+        """Yield the events of one request. Events of other requests are kept for their ``stream`` or for ``step``."""
         open_ = sum(output.seq.params.request == request for output in self._outputs.values())
         open_ += sum(event.request == request and _last(event) for event in self._events)
         while open_:
             events = self.step()
-            # Before anything is yielded: the caller may step, or read another stream, in between.
+            # Kept before the first yield, because the caller may call ``step`` or read another stream in between.
             self._events.extendleft(event for event in reversed(events) if event.request != request)
             for event in events:
                 if event.request == request:
@@ -128,10 +135,10 @@ class Engine:
                     yield event
 
     def generate(self, requests: Collection[Request]) -> list[list[Completion]]:
-        """Answer all of these; by request and sample.
+        """Generate the completions of all requests, indexed by request and sample.
 
         Raises:
-            UserError: one of them is refused, or fails; then the others are cancelled.
+            UserError: a request is invalid or fails; the others are then cancelled.
         """
         numbers: list[int] = []
         found: dict[tuple[int, int], Completion] = {}
@@ -152,11 +159,11 @@ class Engine:
         return [[found[n, i] for i in range(r.samples)] for n, r in zip(numbers, requests, strict=True)]
 
     def statistics(self) -> dict[str, object]:
-        """Totals over the outputs that have ended."""
+        """Totals over the finished outputs."""
         return {**self._totals.to_dict(self._seconds), "num_preempted": self._scheduler.num_preempted}
 
     def close(self) -> None:
-        """Cancel what is in work; nothing can be submitted afterwards."""
+        """Cancel all unfinished requests. Nothing can be submitted afterwards."""
         for output in list(self._outputs.values()):
             self.cancel(output.seq.params.request)
         self._closed = True
@@ -187,7 +194,7 @@ class Engine:
         return Sequence(self._num_seqs, params)
 
     def _prefix(self, request: Request, prompt: Collection[int]) -> str:
-        """What the output's text begins with."""
+        """The start of the output's text: the prompt with ``echo``, else empty."""
         if not request.echo:
             return ""
         if isinstance(request.prompt, str):
@@ -195,7 +202,7 @@ class Engine:
         return "" if self._tokenizer is None else self._tokenizer.decode(list(prompt))
 
     def _process(self, seq: Sequence, tokens: list[Token]) -> Event:
-        """The event of a sequence of which tokens were emitted, or which failed."""
+        """The event of a sequence that emitted tokens or failed."""
         output, params = self._outputs[seq.seq_id], seq.params
         if seq.status is Status.FAILED:
             del self._outputs[seq.seq_id]
@@ -209,7 +216,7 @@ class Engine:
         return replace(end, text=text + end.text, tokens=taken)
 
     def _finish(self, output: OutputState) -> Event:
-        """The last event of an output."""
+        """End an output and return its last event."""
         del self._outputs[output.seq.seq_id]
         event = output.finish()
         self._totals.add(output)

@@ -1,4 +1,4 @@
-"""From a head's logits to tokens: what it has to do for each sequence, and what comes of it. No model, no state."""
+"""Turns the logits of a head into tokens, for all sequences of a pass at once. Pure functions, without a model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ Kind = Literal["leave", "draft", "emit", "verify"]
 
 @dataclass(frozen=True)
 class HeadInput:
-    """What the head at the end of a pass has to do for one sequence.
+    """The task of the head at the end of a pass, for one sequence.
 
     Attributes:
-        kind: ``leave``: emit the next token if the policy lets it leave here; ``draft``: propose it; ``emit``: emit it
-            whatever the confidence; ``verify``: accept or reject ``proposals``, and emit the token after them.
-        position: of the next token; of the first proposal with ``verify``.
-        sampling: how it is chosen.
-        policy: says what confidence is, and decides with ``leave``; None takes the probability.
-        layer: of the exit, with ``leave``.
-        proposals: the last tokens that ran, to be verified.
-        seen: prompt and tokens so far, where ``sampling`` has a repetition penalty; else empty.
-        logprobs: how many of the most probable tokens to give with their log-probabilities, beside the emitted one's;
-            None for none at all.
+        kind: ``leave``: emit the next token if the policy lets it leave at this exit; ``draft``: propose the next
+            token; ``emit``: emit the next token at any confidence; ``verify``: accept or reject ``proposals``, and emit
+            the token after the accepted ones.
+        position: position of the next token; with ``verify``, of the first proposal.
+        sampling: sampling settings of the request.
+        policy: defines the confidence measure, and decides with ``leave``; None for the maximum probability.
+        layer: layer of the exit, with ``leave``.
+        proposals: draft tokens to verify; they are the last tokens of the pass.
+        seen: ids of the prompt and the emitted tokens if there is a repetition penalty; else empty.
+        logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's; None
+            for no log-probabilities.
     """
 
     kind: Kind
@@ -45,26 +46,30 @@ class HeadInput:
 
     @property
     def measure(self) -> str:
-        """Of confidence, a key of ``MEASURES``."""
+        """The confidence measure, a key of ``MEASURES``."""
         return "probability" if self.policy is None else self.policy.measure
 
     @property
     def plain(self) -> bool:
-        """Whether the maximum of the logits and its probability are all that is needed."""
+        """Whether only the most probable token and its probability are needed."""
         sampling = self.sampling
         plain = sampling.greedy and sampling.repetition_penalty == 1
         return plain and self.logprobs is None and self.measure == "probability"
 
     @property
     def tokens(self) -> int:
-        """How many of the sequence's last tokens the head reads."""
+        """Number of the sequence's last tokens that the head reads."""
         return len(self.proposals) + 1
 
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Natural log-probabilities of one position, before temperature and the like: of the token emitted there, and of
-    the most probable ones by token."""
+    """Natural log-probabilities at one position, from the logits before the penalty, temperature and truncation.
+
+    Attributes:
+        emitted: of the emitted token.
+        top: of the most probable tokens, by token id.
+    """
 
     emitted: float
     top: dict[int, float]
@@ -72,15 +77,15 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What comes of a head for one sequence.
+    """The result of a head for one sequence.
 
     Attributes:
-        tokens: emitted, in order: none where the sequence goes on to a deeper head; with ``verify`` the accepted
-            proposals and one more.
-        confidences: of the head at each of ``tokens``.
-        logprobs: of each, where asked for.
-        finite: whether the logits were (-inf, a token that cannot be chosen, may be among them); if not, nothing else
-            means anything.
+        tokens: emitted or proposed tokens, in order. Empty if the token does not leave at this exit. With ``verify``,
+            the accepted proposals and one more token.
+        confidences: confidence of the head for each of ``tokens``.
+        logprobs: log-probabilities for each of ``tokens``, if requested.
+        finite: False if the logits hold NaN or +inf, or are all -inf; the other attributes then have no meaning.
+            Single -inf logits, of tokens that cannot be chosen, are allowed.
     """
 
     tokens: tuple[int, ...] = ()
@@ -90,7 +95,10 @@ class HeadOutput:
 
 
 def most_probable(logits: Tensor) -> Tensor:
-    """Of ``[tokens, vocab]`` float32 each token's most probable successor and its probability.
+    """The most probable next token and its probability, at each position.
+
+    Args:
+        logits: ``[tokens, vocab]`` float32.
 
     Returns:
         ``[2, tokens]`` float64: token ids, and their probabilities.
@@ -101,13 +109,13 @@ def most_probable(logits: Tensor) -> Tensor:
 
 
 def head_outputs(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]]) -> list[HeadOutput]:
-    """Outputs of one head. The host waits once, for one transfer of all sequences' results from the device.
+    """Compute the outputs of one head, with a single transfer from the device to the host.
 
     Args:
-        logits: ``[sum of the inputs' tokens, vocab]`` float32, finite or not.
-        inputs: of the sequences.
-        drafts: of each, the distributions ``[vocab]`` that its proposals were drawn from; a ``draft`` that samples
-            appends to a list here.
+        logits: ``[sum of the inputs' tokens, vocab]`` float32; they may be non-finite.
+        inputs: one per sequence.
+        drafts: per sequence, the distributions ``[vocab]`` that its proposals were sampled from. A sampled ``draft``
+            appends its own to the sequence's list.
     """
     tops = most_probable(logits)
     if all(each.plain for each in inputs):
@@ -119,14 +127,14 @@ def head_outputs(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[S
 
 @dataclass(frozen=True)
 class _Queued:
-    """Results of one head on the device, which are read together.
+    """Results of one head on the device, before the transfer to the host.
 
     Attributes:
-        chosen: each token's most probable successor after the penalty, ``[tokens]``.
-        shares: by measure, each token's confidence ``[tokens]``.
-        verified: what ``verify`` gave for the rows that sample; None where no row does.
-        logprobs: of the tokens of rows that want them: log-probability of the emitted one ``[tokens, 1]``, and of the
-            most probable ones, ``[tokens, most]``, with their ids; None where no row does.
+        chosen: the most probable next token after the penalty, ``[tokens]``.
+        shares: by measure, the confidence ``[tokens]``.
+        verified: result of ``verify`` for the sampled sequences; None without any.
+        logprobs: for the sequences that request them, log-probability of the emitted token ``[tokens, 1]``, the largest
+            log-probabilities ``[tokens, most]``, and their token ids; None without any.
     """
 
     chosen: Tensor
@@ -136,7 +144,7 @@ class _Queued:
 
 
 def _queue(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]], tops: Tensor) -> _Queued:
-    """Start all that the sequences may need. Whether one leaves is not known yet: that would take another transfer."""
+    """Start all computations that may be needed; whether a token leaves is known only after the transfer."""
     seen = [(*each.seen, *each.proposals[:number]) for each in inputs for number in range(each.tokens)]
     after = penalised(
         logits,
@@ -163,7 +171,10 @@ def _queue(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequenc
 def _verify(
     logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What ``verify`` gives for the rows that sample, of logits after the penalty; and their drafts are kept."""
+    """``verify`` for the sampled sequences, from logits after the penalty; None without any.
+
+    Appends the distributions of sampled ``draft`` inputs to ``drafts``.
+    """
     sampled = [not each.sampling.greedy for each in inputs]
     if not any(sampled):
         return None
@@ -186,7 +197,7 @@ def _verify(
 
 
 def _replace(chosen: Tensor, inputs: Sequence[HeadInput], tokens: Tensor) -> Tensor:
-    """``chosen`` ``[tokens]`` with those of rows that sample taken from ``tokens``, as ``verify`` gives them."""
+    """Replace the entries of sampled sequences in ``chosen`` ``[tokens]`` by ``tokens``, which ``verify`` returned."""
     cells, row = [], 0
     for each, part in zip(inputs, _spans(inputs), strict=True):
         if not each.sampling.greedy:
@@ -197,7 +208,7 @@ def _replace(chosen: Tensor, inputs: Sequence[HeadInput], tokens: Tensor) -> Ten
 
 
 def _read(queued: _Queued, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
-    """In one transfer."""
+    """Transfer the results to the host, in one copy, and build the outputs."""
     tensors = [queued.chosen, *queued.shares.values(), *(queued.verified or ()), *(queued.logprobs or ())]
     numbers = torch.cat([tensor.double().flatten() for tensor in tensors]).tolist()
     lists = iter(_cut(numbers, [tensor.numel() for tensor in tensors]))
@@ -227,12 +238,12 @@ def _read(queued: _Queued, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
 
 
 def _emits(each: HeadInput, confidence: float) -> bool:
-    """Whether a token comes out of this head: not where it goes on to a deeper one."""
+    """Whether this head gives a token; with ``leave``, whether the policy lets it leave."""
     return each.kind != "leave" or each.policy is None or each.policy.leaves(each.layer, confidence)
 
 
 def _greedy(each: HeadInput, tokens: list[int], shares: list[float]) -> HeadOutput:
-    """One greedy sequence: the most probable successor of each token, and its confidence."""
+    """Output of a greedy sequence, from the most probable next tokens and their confidences."""
     if any(share != share for share in shares):
         return HeadOutput(finite=False)
     if not _emits(each, shares[-1]):
@@ -244,8 +255,8 @@ def _greedy(each: HeadInput, tokens: list[int], shares: list[float]) -> HeadOutp
 
 
 def _drawn(each: HeadInput, shares: list[float], accepted: float, tokens: list[float], mass: float) -> HeadOutput:
-    """One sequence that samples, from ``verify``'s results."""
-    if any(share != share for share in shares):  # as for greedy rows: a single -inf is a token that cannot be chosen
+    """Output of a sampled sequence, from the results of ``verify``."""
+    if any(share != share for share in shares):  # NaN
         return HeadOutput(finite=False)
     if not _emits(each, shares[-1]):
         return HeadOutput()
@@ -255,13 +266,13 @@ def _drawn(each: HeadInput, shares: list[float], accepted: float, tokens: list[f
 
 
 def _spans(inputs: Sequence[HeadInput]) -> list[slice]:
-    """Where each row's tokens are among all."""
+    """Range of each sequence's tokens in the batch."""
     ends = list(accumulate(each.tokens for each in inputs))
     return [slice(end - each.tokens, end) for each, end in zip(inputs, ends, strict=True)]
 
 
 def _rows(tensor: Tensor, inputs: Sequence[HeadInput], wanted: Sequence[bool]) -> Tensor:
-    """The tokens of some rows, ``[tokens, ...]``."""
+    """The tokens of the wanted sequences, ``[tokens, ...]``."""
     if all(wanted):
         return tensor
     return torch.cat([tensor[part] for part, taken in zip(_spans(inputs), wanted, strict=True) if taken])

@@ -1,8 +1,8 @@
-"""The KV cache: keys and values that sequences keep between passes, and attention to them.
+"""The KV cache, and attention over it.
 
-Each layer of each sequence has a cache of its own, which grows by ``CHUNK`` positions. Nothing is reserved for what a
-sequence may become, and moving its cache costs a small part of what attention reads meanwhile. The layers of one
-sequence differ in length: a deeper one lacks the deferred tokens.
+Each layer of each sequence has its own cache, which grows by ``CHUNK`` positions. So no memory is reserved for the
+maximum length. Copying a cache when it grows costs little compared to what attention reads in the meantime. The layers
+of a sequence have different lengths: deeper layers lack the deferred tokens.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from megatron_ee.model.attention import attend_soft_capped, visible_keys
 
 CHUNK = 256
 Masks = dict[tuple[int, int, int, int | None], Tensor]
-"""Masks of a pass, shared by its layers, by ``place`` of ``shared_mask``."""
+"""Attention masks of a pass, shared by its layers. The key is ``place`` of ``shared_mask``."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How many positions a layer keeps.
+    """Number of positions that a layer keeps.
 
     Attributes:
-        limit: positions that the sequence will ever have.
-        window: positions that a token sees, itself included; None for all before it.
-        slack: positions before the window that are kept too: as many tokens may be deferred or taken back.
-        pass_tokens: tokens of the longest pass.
+        limit: maximum length of the sequence.
+        window: positions that a token attends to, including itself; None for all earlier positions.
+        slack: additional positions kept before the window, because tokens may be deferred or cropped.
+        pass_tokens: maximum number of tokens in a pass.
     """
 
     limit: int
@@ -38,7 +38,7 @@ class Extent:
     pass_tokens: int = CHUNK
 
     def room(self, length: int) -> int:
-        """Positions that there is room for once the sequence has ``length``."""
+        """Number of allocated positions for a sequence of ``length`` positions."""
         room = min(self.limit, _chunks(length))
         if self.window is None:
             return room
@@ -46,11 +46,11 @@ class Extent:
 
 
 class LayerKV:
-    """Growing cache of one attention layer of one sequence.
+    """The growing KV cache of one attention layer of one sequence.
 
     Attributes:
         length: positions run so far.
-        first: the first one that is still kept; 0 but for sliding windows.
+        first: first position that is still kept; above 0 only with a sliding window.
     """
 
     def __init__(self, extent: Extent) -> None:
@@ -59,9 +59,10 @@ class LayerKV:
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[new, kv_heads, head_dim]`` and return all that is kept, as ``kept`` does.
+        """Append ``key`` and ``value``, ``[new, kv_heads, head_dim]`` each.
 
-        Views, valid until the next call.
+        Returns:
+            As ``kept``: views that are valid until the next call.
         """
         new = key.shape[0]
         stop = self.length + new
@@ -80,10 +81,10 @@ class LayerKV:
         return self.kept()
 
     def room(self, new: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of all positions that there is room for, ``[1, kv_heads, room, head_dim]`` each.
+        """Keys and values of all allocated positions, ``[1, kv_heads, room, head_dim]`` each.
 
-        None where ``new`` tokens and one more have no room yet (code compiled for a full cache is another), or where
-        they would see less than all that is kept.
+        None if there is no room for ``new`` tokens and one more (a full cache would need other compiled code), or if
+        a token would not attend to all kept positions.
         """
         stop, window = self.length + new, self.extent.window
         if self._kept is None or self.first > 0 or (window is not None and stop > window):
@@ -98,12 +99,12 @@ class LayerKV:
         return key[:, :, :stop], value[:, :, :stop]
 
     def crop(self, length: int) -> None:
-        """Take back the positions from ``length`` on."""
+        """Remove the positions from ``length`` on."""
         assert self.first <= length, f"position {length} is no longer kept"
         self.length = min(self.length, length)
 
     def begin(self, other: LayerKV, length: int) -> None:
-        """Let this one, which is empty, begin with a copy of another's first ``length`` positions."""
+        """Copy the first ``length`` positions of another cache into this empty one."""
         assert self.length == 0 and other.first <= length <= other.length, "no such positions to begin with"
         if length == 0:
             return
@@ -117,7 +118,7 @@ class LayerKV:
         self.first, self.length, self._kept = other.first, length, (copies[0], copies[1])
 
     def _grow(self, like: Tensor, stop: int) -> None:
-        """Room for the positions up to ``stop``, what is kept moved there, what no token can see left behind."""
+        """Allocate room for the positions up to ``stop``. Copies the kept positions that are still in the window."""
         extent, first = self.extent, self.first
         if extent.window is not None:
             first = max(first, self.length - extent.window - extent.slack)
@@ -136,12 +137,12 @@ def _chunks(length: int) -> int:
 
 @dataclass
 class PackedCaches:
-    """One layer's caches of the sequences of a pass, whose tokens lie one after another: a ``LayerCache``.
+    """The ``LayerCache`` of a pass: one layer's caches of all sequences, whose tokens are packed along one dimension.
 
     Attributes:
-        caches: of the sequences.
-        counts: tokens of each in this pass.
-        masks: made for this pass so far, shared by its layers.
+        caches: one per sequence.
+        counts: number of tokens of each sequence in this pass.
+        masks: masks made so far in this pass, shared by its layers.
     """
 
     caches: Sequence[LayerKV]
@@ -167,7 +168,7 @@ class PackedCaches:
         window: int | None,
         soft_cap: float | None,
     ) -> Tensor:
-        """Of one sequence: ``[tokens, heads * head_dim]``."""
+        """Attention of one sequence, ``[tokens, heads * head_dim]``."""
         start, count = cache.length, len(query)
         keys, values = cache.extend(key, value)
         if soft_cap is not None:
@@ -178,7 +179,7 @@ class PackedCaches:
                 keys, values = keys[:, :, -window:], values[:, :, -window:]
             return attend_together(query, keys, values, None)
         if start == 0 and (window is None or count <= window):
-            # Whole prompts: causal order needs no mask, and none of what it hides is computed.
+            # A whole prompt: causal attention needs no mask tensor and skips the masked part.
             heads = query.flatten(1, 2).transpose(0, 1)[None]
             shared = query.shape[2] > 1
             context = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, enable_gqa=shared)
@@ -188,14 +189,15 @@ class PackedCaches:
 
 
 def attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one sequence's tokens.
+    """Grouped-query attention of one sequence's tokens.
 
-    The queries that share a key-value head go as further tokens of it: nothing of the cache is copied for them.
+    Query heads that share a key-value head are passed as additional tokens of it, so the cache is not copied.
 
     Args:
         query: ``[tokens, kv_heads, queries per key-value head, head_dim]``.
-        keys: ``[1, kv_heads, kept, head_dim]``; ``values`` too.
-        mask: see ``shared_mask``; None where every query sees all keys.
+        keys: ``[1, kv_heads, kept, head_dim]``.
+        values: as ``keys``.
+        mask: from ``shared_mask``; None if every query attends to all keys.
 
     Returns:
         ``[tokens, heads * head_dim]``.
@@ -207,14 +209,14 @@ def attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | 
 
 
 def shared_mask(masks: Masks, place: tuple[int, int, int, int | None], like: Tensor, heads: int) -> Tensor:
-    """What each query of each head adds to its scores: 0, or -inf where it does not see a key. Made once for a pass.
+    """The additive attention mask: 0, or -inf for a masked key. Made once per pass.
 
     Args:
         masks: of the pass.
-        place: position of the first query, positions that there are, position of the first key, and how many a token
-            sees, itself included, None for all before it.
-        like: of whose dtype and device it is.
-        heads: queries that share a key-value head, which follow one another.
+        place: position of the first query, length of the sequence, position of the first key, and the sliding window
+            (None for no window).
+        like: a tensor of the mask's dtype and device.
+        heads: number of query heads that share a key-value head; the rows of one query are adjacent.
 
     Returns:
         ``[queries * heads, keys]``.

@@ -1,8 +1,8 @@
-"""Which sequences have room for keys and values, and which prefixes are kept for others. Figures and ids, no tensors.
+"""KV memory accounting and prefix caching. It works on sizes and token ids, without tensors.
 
-A new sequence that begins with the same tokens as another gets a copy of its keys and values, so that nothing it does
-reaches back. Only positions that every layer has run are shared: where tokens left early and were deferred, those
-before the first of them.
+A new sequence that begins with the same tokens as another gets a copy of that prefix's keys and values. Because it is a
+copy, the sequences do not affect each other. Only positions that every layer has run are copied, so the prefix ends
+before the first deferred token.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from megatron_ee.exits.registry import body_of
 from megatron_ee.inference.kv_cache import CHUNK, Extent
 
 MIN_PREFIX = 16
-"""Tokens that a copy must save: fewer are soon run."""
+"""Minimum length of a copied prefix; shorter ones are cheap to compute."""
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What one stage keeps of a sequence.
+    """KV memory of one stage.
 
     Attributes:
-        position_bytes: of one position in one layer, on one tensor-parallel rank.
-        windows: of each layer, those of ``layer`` exits included.
+        position_bytes: bytes of one position in one layer, on one tensor-parallel rank.
+        windows: attention window of each layer, including the layers of ``layer`` exits.
     """
 
     position_bytes: int
     windows: tuple[int | None, ...]
 
     def seq_bytes(self, extent: Extent, length: int) -> int:
-        """Of a sequence of ``length`` positions; ``extent`` gives all but the window."""
+        """Bytes of a sequence of ``length`` positions. The window of ``extent`` is ignored."""
         total = 0
         for window in set(self.windows):
             own = Extent(extent.limit, window, extent.slack, extent.pass_tokens)
@@ -44,11 +44,14 @@ class StageMemory:
 def stage_memory(
     architecture: Architecture, layers: Sequence[int], exits: Sequence[ExitSpec], tensor: int, element_size: int
 ) -> StageMemory:
-    """Of a stage with these layers and the exits hosted there.
+    """KV memory of a stage.
 
     Args:
-        tensor: number of tensor-parallel ranks.
-        element_size: bytes per number of keys and values.
+        architecture: of the model.
+        layers: numbers of the stage's layers.
+        exits: exits on the stage.
+        tensor: tensor-parallel size.
+        element_size: bytes per element of keys and values.
     """
     windows = [architecture.windows[number - 1] for number in layers]
     windows += [window for spec in exits for window in body_of(spec).windows(architecture)]
@@ -58,11 +61,11 @@ def stage_memory(
 
 @dataclass
 class KVBudget:
-    """Memory that keys and values may take on each stage.
+    """The KV memory that sequences have claimed, against a limit.
 
     Attributes:
-        total: bytes per stage.
-        stages: what each keeps of a sequence.
+        total: limit in bytes, on each stage.
+        stages: one per stage.
         slack: as in ``Extent``.
         pass_tokens: as in ``Extent``.
     """
@@ -77,18 +80,18 @@ class KVBudget:
         self._room: dict[int, int] = {}
 
     def needed(self, limit: int, length: int) -> int:
-        """Bytes of a sequence of ``length`` positions that ends at ``limit``, on the stage where it takes most."""
+        """Bytes of a sequence of ``length`` positions with maximum length ``limit``; maximum over the stages."""
         extent = Extent(limit, None, self.slack, self.pass_tokens)
         return max(stage.seq_bytes(extent, length) for stage in self.stages)
 
     @property
     def used(self) -> int:
-        """Bytes that are claimed."""
+        """Claimed bytes."""
         return sum(self._claims.values())
 
     def claim(self, seq_id: int, limit: int, length: int) -> bool:
-        """Claim room for a sequence to have ``length`` positions; False, and nothing claimed, if it does not fit."""
-        if length <= self._room.get(seq_id, 0):  # as for nearly every token
+        """Claim memory for ``length`` positions of a sequence; returns False and changes nothing if it does not fit."""
+        if length <= self._room.get(seq_id, 0):  # the usual case
             return True
         wanted, own = self.needed(limit, length), self._claims.get(seq_id, 0)
         if self.used - own + wanted > self.total:
@@ -98,18 +101,18 @@ class KVBudget:
         return True
 
     def release(self, seq_id: int) -> None:
-        """Give back what a sequence has claimed."""
+        """Release the memory that a sequence has claimed."""
         self._claims.pop(seq_id, None)
         self._room.pop(seq_id, None)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a sequence holds for others.
+    """The reusable prefix of a sequence.
 
     Attributes:
-        seq_id: its number.
-        token_ids: of the positions that every layer has run.
+        seq_id: number of the sequence.
+        token_ids: token ids of the positions that every layer has run.
     """
 
     seq_id: int
@@ -118,11 +121,11 @@ class Prefix:
 
 @dataclass
 class PrefixCache:
-    """Which ended sequences are kept; the stages hold their keys and values, the budget their claims.
+    """The finished sequences whose KV is kept for reuse. Stages hold the tensors; the budget holds the claims.
 
     Attributes:
-        max_num_seqs: sequences that are kept at a time; 0 for none, and nothing is shared.
-        window: smallest of the model's sliding windows; None where it has none.
+        max_num_seqs: maximum number of kept sequences; 0 disables prefix caching, also between running sequences.
+        window: the model's smallest sliding window; None without any.
     """
 
     max_num_seqs: int = 0
@@ -131,11 +134,15 @@ class PrefixCache:
 
     @property
     def seq_ids(self) -> list[int]:
-        """Numbers of the kept sequences, the least recently used first."""
+        """Numbers of the kept sequences, least recently used first."""
         return list(self._kept)
 
     def keep(self, prefix: Prefix) -> list[int]:
-        """Keep an ended sequence; the numbers of those that are evicted for it, perhaps its own."""
+        """Keep a finished sequence.
+
+        Returns:
+            The numbers of the evicted sequences, which may include this one.
+        """
         if (
             self.max_num_seqs == 0
             or len(prefix.token_ids) < MIN_PREFIX
@@ -151,9 +158,9 @@ class PrefixCache:
         return evicted
 
     def longest(self, token_ids: Sequence[int], running: Iterable[Prefix]) -> Prefix | None:
-        """The longest prefix of ``token_ids``, without their last one, that a kept or running sequence holds.
+        """The longest common prefix of ``token_ids[:-1]`` with a kept or running sequence.
 
-        None where it is shorter than ``MIN_PREFIX``.
+        None if it is shorter than ``MIN_PREFIX``.
         """
         if self.max_num_seqs == 0:
             return None
@@ -168,7 +175,7 @@ class PrefixCache:
         return found
 
     def evict(self) -> int:
-        """Forget the least recently used sequence; its number."""
+        """Remove the least recently used sequence and return its number."""
         seq_id = next(iter(self._kept))
         del self._kept[seq_id]
         return seq_id
@@ -179,9 +186,9 @@ class PrefixCache:
         return prefix.token_ids[:length] == other.token_ids and self._serves(prefix, length)
 
     def _serves(self, prefix: Prefix, length: int) -> bool:
-        """Whether a sequence still has all that a token after ``length`` positions sees.
+        """Whether a sequence still has the KV that a token after the first ``length`` positions attends to.
 
-        With a sliding window, a layer has left behind what came before the window of its newest token.
+        With a sliding window, a layer drops positions before the window of its newest token.
         """
         complete = len(prefix.token_ids)
         return self.window is None or complete <= self.window or length >= complete - 1

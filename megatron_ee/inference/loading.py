@@ -1,4 +1,4 @@
-"""From a released model and its exits to an engine, on one process or over many."""
+"""Opens a released model and its exits, and builds an engine on one or more ranks."""
 
 from __future__ import annotations
 
@@ -51,16 +51,17 @@ from megatron_ee.parallel.transfer import connect
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 
 SLACK = max(MAX_DRAFT, MOST_DEFERRED) + 1
-"""Positions before a sliding window that are kept. A rejected draft brings them back into it, and so does a copy of a
-sequence's complete positions: its first layers are ahead of those by the deferred tokens."""
+"""Positions kept before a sliding window. They are needed after a rejected draft, and for a copy of the positions that
+all layers have run: the first layers may be ahead by the deferred tokens."""
 MEMORY_SHARE = 0.5
-"""Of the memory that is free once the model is loaded: for keys and values, unless said otherwise."""
+"""Default share of the free memory, after loading the model, for the KV cache."""
 MAX_ROWS = 16
+"""Default maximum number of running sequences."""
 
 
 @dataclass(frozen=True)
 class Released:
-    """A model, its exits and its tokenizer, opened and checked; nothing of it takes much memory yet."""
+    """A model, its exits and its tokenizer, opened and checked. The weights are not loaded yet."""
 
     path: Path
     model: SavedModel
@@ -70,21 +71,21 @@ class Released:
 
     @property
     def exits(self) -> tuple[ExitSpec, ...]:
-        """The adapter's."""
+        """The exits of the adapter."""
         return () if self.adapter is None else self.adapter.exits
 
 
 def open_released(model: str | Path, adapter: str | Path | None = None, *, verify: bool = True) -> Released:
-    """Check a model, its tokenizer and its exits.
+    """Open and check a model, its tokenizer and its exits.
 
     Args:
         model: Hugging Face directory or parallel checkpoint, with its tokenizer.
-        adapter: exits; None takes those that lie with the model, or none.
-        verify: check what is read against its checksums, where there are any.
+        adapter: directory of the exits; None for the exits in the model's directory, if any.
+        verify: verify checksums of the files, if there are any.
 
     Raises:
-        CheckpointError: the model or the adapter cannot be used, or they do not belong together.
-        DataError: the tokenizer cannot be used.
+        CheckpointError: the model or the adapter is invalid, or the adapter is for another model.
+        DataError: the tokenizer is invalid.
     """
     released = open_model(model, verify=verify)
     opened = find_exits(released, adapter, verify=verify)
@@ -108,32 +109,32 @@ def open_engine(
     prefix_rows: int = 0,
     exits: Collection[int] | None = None,
 ) -> Iterator[Engine | None]:
-    """Load a model over all processes of the run and give an engine for it.
+    """Load a model on all ranks and yield its engine.
 
-    Every rank calls this. The first one gets the engine; the others do their part of its work meanwhile, and get None
-    when it is closed.
+    Every rank calls this. The first rank gets the engine. The other ranks work for it until it is closed, and then get
+    None.
 
     Args:
         released: from ``open_released``.
-        dtype: of the model, its keys and values; ``auto`` is the checkpoint's own.
-        tensor: ranks that share each layer.
-        pipeline: stages.
-        memory: bytes for keys and values on each rank; default: half of what is free there then.
-        max_rows: sequences in work at a time; others wait.
-        candidates: token ids that drafts are chosen from, such as ``data.indexed.frequent_tokens`` finds: a drafting
-            exit then computes no other logits (FR-Spec, arXiv 2502.14856); the full model still emits any token. None
-            for all.
-        compiled: compile the layers between exits; a sequence that runs alone is then faster.
-        prefix_rows: ended sequences whose keys and values are kept, at most, while the memory is not needed: a request
-            that begins with the same tokens, as the next message of a chat does, begins with a copy of them.
-            It then rounds as the other did, where passes of other sizes round differently.
-        exits: layers of the exits to have; None for all. The others take no memory and no time, and requests that ask
-            them are refused. A ``layer`` exit keeps keys and values of its own, which every token fills, also in full
-            mode: without it full mode is the faster.
+        dtype: dtype of the model and the KV cache; ``auto`` for the checkpoint's.
+        tensor: tensor-parallel size.
+        pipeline: number of pipeline stages.
+        memory: bytes of KV cache on each rank; None for half of the memory that is free after loading.
+        max_rows: maximum number of running sequences; others wait.
+        candidates: token ids that a drafting exit may propose, for example from ``data.indexed.frequent_tokens``. It
+            then computes only their logits (FR-Spec, arXiv 2502.14856). The full model still emits any token. None for
+            all.
+        compiled: compile the layers between exits, which makes a sequence that runs alone faster.
+        prefix_rows: maximum number of finished sequences whose KV is kept while memory permits. A request that starts
+            with the same tokens, such as the next message of a chat, copies this KV. Its rounding is then that of the
+            other request, which may differ from its own because passes of different sizes round differently.
+        exits: layers of the exits to load; None for all. Other exits cost no memory or time, and requests that name
+            them are errors. A ``layer`` exit has its own KV, which every token fills, so full mode is faster without
+            it.
 
     Raises:
         CheckpointError: a file cannot be read.
-        ConfigError: an argument that is impossible.
+        ConfigError: an argument is invalid.
     """
     check_parallel(released.model.architecture, tensor, pipeline, world_size())
     dtype = choose_dtype(dtype, released.model, "dtype")
@@ -173,10 +174,10 @@ def open_engine(
 
 
 def check_parallel(architecture: Architecture, tensor: int, pipeline: int, processes: int) -> None:
-    """Refuse what cannot run, before anything is loaded.
+    """Check the parallel sizes, before anything is loaded.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: they do not fit the model or the number of processes; the message names the option.
     """
     if processes != tensor * pipeline:
         raise ConfigError(
@@ -195,7 +196,7 @@ def load_stage(
     groups: Groups,
     candidates: Sequence[int] | None = None,
 ) -> Stage:
-    """This rank's layers of the backbone, and those of ``exits`` after them; see ``open_engine``."""
+    """Load this rank's layers of the backbone and the exits on them; arguments as for ``open_engine``."""
     index, arch = groups.pipeline.rank(), released.model.architecture
     layers = layout.stages[index].layers
     setup = build_setup(arch, platform.DTYPES[dtype], groups)
@@ -210,8 +211,9 @@ def load_stage(
 
 
 def end_of_text(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end generation: any that the model's configuration, its generation configuration or its tokenizer
-    names. The tokenizer's one ends a turn of the chat template where the others end a document, or the reverse.
+    """The end-of-text tokens of the model's configuration, its generation configuration and its tokenizer.
+
+    All are needed: one may end a turn of the chat template and another a document.
 
     Raises:
         DataError: ``eos_token_id`` is not a token id or a list of them.
@@ -233,7 +235,7 @@ def engine_on_ranks(
     prefix_rows: int = 0,
     off: Sequence[int] = (),
 ) -> Iterator[Engine | None]:
-    """The engine on the first rank, for stages that are loaded; see ``open_engine``."""
+    """Yield the engine on the first rank, for loaded stages; arguments as for ``open_engine``."""
     setup, groups = stage.setup, stage.setup.groups
     arch, index = setup.architecture, groups.pipeline.rank()
     total = min(groups.gather(int(MEMORY_SHARE * free_memory(groups)) if memory is None else memory))
@@ -278,10 +280,10 @@ def engine_on_ranks(
     in_step = True
     try:
         yield engine
-    except (UserError, ValidationError):  # of a request: no rank is in the middle of anything
+    except (UserError, ValidationError):  # an invalid request; all ranks are idle
         raise
     except BaseException:
-        in_step = False  # no message reaches the others any more: the watchdog ends them
+        in_step = False  # the other ranks may wait for messages that will not come; the watchdog ends them
         raise
     finally:
         if in_step:
@@ -308,7 +310,7 @@ def make_engine(
     prefix_rows: int = 0,
     off: Sequence[int] = (),
 ) -> Engine:
-    """An engine for a stage that holds the whole model, on one process; arguments as for ``open_engine``."""
+    """Build an engine in one process, for a stage with the whole model; arguments as for ``open_engine``."""
     layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
     total = int(MEMORY_SHARE * free_memory(stage.setup.groups)) if memory is None else memory
     runner = StageRunner(stage, SLACK, PASS_TOKENS, compiled=compiled_stage)
@@ -369,7 +371,7 @@ def _scheduler(
 
 
 def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[int, float]:
-    """How many layers each head costs, by its weights and its body's, by depth."""
+    """By depth, the cost of the head (with the exit's body) in layers, from the number of weights."""
     arch, head = architecture, architecture.vocab_size * architecture.hidden_size
     shapes = [shape for parts in parameter_parts(arch).values() for shape in parts]
     layer = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
@@ -378,6 +380,6 @@ def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[i
 
 
 def free_memory(groups: Groups) -> int:
-    """Bytes that this process can take for itself; every rank calls this."""
+    """Bytes of free memory that this process may use. Every rank calls this."""
     name = platform.memory_name()
     return platform.free_memory(groups.gather(name).count(name))

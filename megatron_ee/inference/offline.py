@@ -1,4 +1,4 @@
-"""Many requests through an engine: a batch of any size, or the same prompts in every mode."""
+"""Offline inference: a batch of requests of any size, or a comparison of the modes on the same prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.requests import Completion, Mode, Request
 
 Outcome = Completion | str
-"""Of one output: its completion, or why it failed, in one line."""
+"""The completion of one output, or an error message of one line."""
 
 
 def run_batch(
@@ -21,17 +21,19 @@ def run_batch(
     ahead: int = 32,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[list[Outcome]]:
-    """Answer all requests concurrently; outcomes by sample, in the order of the requests, as soon as they are known.
-
-    A request that fails does not end the others.
+    """Run all requests concurrently. A request that fails does not end the others.
 
     Args:
-        engine: to itself: events of other requests are lost.
-        ahead: requests in the engine at a time: enough that it never waits for one, few enough for a short queue.
-        advance: called with the number of tokens of a request when it has ended, in whatever order they do.
+        engine: without other requests; their events would be lost.
+        requests: to run.
+        ahead: maximum number of unfinished requests in the engine.
+        advance: called with a request's number of tokens when it finishes, in order of completion.
+
+    Yields:
+        The outcomes of each request, by sample, in the order of ``requests``.
 
     Raises:
-        ConfigError: a request is refused; ``Engine.check`` raises the same.
+        ConfigError: a request is invalid, as from ``Engine.check``.
     """
     numbers: dict[int, int] = {}  # number in the engine -> index among the requests
     done: dict[int, dict[int, Outcome]] = {}
@@ -56,15 +58,16 @@ def run_batch(
 
 @dataclass(frozen=True)
 class ModeResult:
-    """One mode on all prompts, one after another.
+    """Results of one mode on all prompts, run one after another.
 
     Attributes:
-        seconds: median over the rounds, prompts included.
-        tokens_per_second: emitted tokens over that.
-        mean_exit_layer: of the emitted tokens.
-        layers_per_token: decoder layers run per token, those of rejected proposals included.
-        agreement: share of positions along full mode's output at which the same token is emitted.
-        outputs: of the last round.
+        mode: the mode.
+        seconds: time for all prompts, including prefill; median over the rounds.
+        tokens_per_second: emitted tokens divided by ``seconds``.
+        mean_exit_layer: mean layer of the emitted tokens.
+        layers_per_token: decoder layers run per token, including those for rejected proposals.
+        agreement: share of positions at which this mode emits the same token as full mode.
+        outputs: completions of the last round.
     """
 
     mode: Mode
@@ -77,12 +80,14 @@ class ModeResult:
 
 
 def compare_modes(engine: Engine, requests: Sequence[Request], rounds: int = 3) -> list[ModeResult]:
-    """Answer ``requests`` in every mode, in turns, so that all see the same machine; the first round only warms.
+    """Run ``requests`` in every mode and compare.
 
-    Speculative mode's agreement is counted on its own output, which is full mode's but for rounding.
+    The modes alternate within each round, so that changes of the machine's speed affect all of them. One additional
+    round before the others is a warm-up. Agreement of threshold mode is measured with full mode's output forced;
+    agreement of speculative mode on its own output, which differs from full mode's only by rounding.
 
     Raises:
-        UserError: a request is refused, or fails.
+        UserError: a request is invalid or fails.
     """
     modes: tuple[Mode, ...] = ("full", "threshold", "speculative")
     times: dict[Mode, list[float]] = {mode: [] for mode in modes}

@@ -1,4 +1,4 @@
-"""From a sequence's tokens to what the user gets: text as it comes, the completion, and statistics."""
+"""Turns the tokens of a sequence into the user's output: streamed text, the completion, and statistics."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from megatron_ee.inference.sequence import Sequence
 
 
 class TextStream:
-    """The text of one output, given out as soon as it is certain: whole characters, and nothing of a stop string.
+    """Streams the text of one output. Incomplete characters and possible starts of a stop string are held back.
 
-    What ``push`` and ``finish`` return, joined, is ``decode(prompt + tokens)`` behind ``decode(prompt)``, up to the
-    stop string that is complete first; of several complete at the same character, the longest. That depends on the
-    text alone, not on how tokens cut it. Stop strings are looked for in the output only.
+    The concatenated results of ``push`` and ``finish`` are the part of ``decode(prompt + tokens)`` after
+    ``decode(prompt)``, up to the stop string that ends first. If several end at the same character, the longest counts.
+    The result depends on the text only, not on the token boundaries. The prompt is not searched for stop strings.
 
     Attributes:
-        stopped: the stop string that was found, or None. Nothing comes out from then on.
+        stopped: the stop string that was found, or None. After it, no more text is returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Collection[int] = (), stop: Collection[str] = ()) -> None:
-        """Begin behind ``prompt_ids``.
+        """Start after ``prompt_ids``.
 
         Raises:
-            ConfigError: ``stop`` is no list of texts, or one of them is empty.
+            ConfigError: ``stop`` is not a list of strings, or one of them is empty.
         """
         if isinstance(stop, str) or not all(isinstance(each, str) for each in stop):
-            raise ConfigError(f"stop: must be a list of texts, not {shown(stop)}")
+            raise ConfigError(f"stop: must be a list of strings, not {shown(stop)}")
         if not all(stop):
-            raise ConfigError("stop: holds an empty text, which would end every output at once; leave it out")
+            raise ConfigError("stop: holds an empty string, which would end every output at once; leave it out")
         self.stopped: str | None = None
         self._tokens = Detokenizer(tokenizer, list(prompt_ids))
         self._stop = sorted(set(stop), key=len, reverse=True)
-        self._held = ""  # the beginning of what may become a stop string
+        self._held = ""  # a possible start of a stop string
 
     def push(self, token_id: int) -> str:
-        """Add a token; the text that is certain now, which may be none, or belong to tokens before it as well."""
+        """Add a token. Returns the text that is now final; it may be empty, or include text of earlier tokens."""
         if self.stopped is not None:
             return ""
         return self._take(self._tokens.push(token_id))
 
     def finish(self) -> str:
-        """What was held back, once no token follows. A stop string may be found here, too."""
+        """Return the text that was held back, after the last token. A stop string may be found here too."""
         if self.stopped is not None:
             return ""
         certain = self._take(self._tokens.flush())
@@ -55,11 +55,11 @@ class TextStream:
         return certain + rest
 
     def _take(self, new: str) -> str:
-        """The part of ``new`` and what was held back that may go out."""
+        """The part of the held text and ``new`` that is now final."""
         if not self._stop or not new:
             return new
         text = self._held + new
-        # The least end, then the longest: ``min`` keeps the first of equals, and long ones come first.
+        # Earliest end, then longest: ``min`` keeps the first of equal ends, and longer stop strings come first.
         found = [(start + len(stop), stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
             end, self.stopped = min(found, key=lambda pair: pair[0])
@@ -71,7 +71,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -79,17 +79,25 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class OutputState:
-    """What the user has got of one sequence so far.
+    """The output of one sequence so far.
 
     Attributes:
-        seq: as the scheduler keeps it; read only.
-        tokens: that were handed out.
-        pieces: the text of each.
-        submitted: when the request came; ``first_token`` and ``last_token`` likewise, in seconds of one clock.
+        seq: the scheduler's sequence; read only.
+        tokens: emitted tokens, up to the one that completes a stop string.
+        pieces: the text that each token added.
+        submitted: when the request was submitted, in seconds of ``time.perf_counter``.
+        first_token: when the first token was emitted, on the same clock; None before.
+        last_token: likewise of the last token so far.
     """
 
     def __init__(self, seq: Sequence, text: TextStream | None, prefix: str) -> None:
-        """``prefix``: what the output's text begins with; ``text`` is None where there is no tokenizer."""
+        """Start an output.
+
+        Args:
+            seq: its sequence.
+            text: None without a tokenizer.
+            prefix: start of the completion's text.
+        """
         self.seq = seq
         self.tokens: list[Token] = []
         self.pieces: list[str] = []
@@ -100,14 +108,14 @@ class OutputState:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string is complete."""
+        """Whether a stop string was found."""
         return self._text is not None and self._text.stopped is not None
 
     def push(self, tokens: Iterable[Token]) -> tuple[str, tuple[Token, ...]]:
-        """Take new tokens, up to the one that completes a stop string.
+        """Add new tokens, up to the one that completes a stop string.
 
         Returns:
-            The text that became certain, and the tokens that were taken.
+            The text that became final, and the tokens that were added.
         """
         now = time.perf_counter()
         self.first_token, self.last_token = self.first_token or now, now
@@ -124,7 +132,7 @@ class OutputState:
         return text, tuple(taken)
 
     def finish(self) -> Event:
-        """The last event, with the text that was held back and the completion."""
+        """Return the last event, with the text that was held back and the completion."""
         rest = "" if self._text is None else self._text.finish()  # may complete a stop string
         if rest and self.pieces:
             self.pieces[-1] += rest
@@ -140,12 +148,12 @@ class OutputState:
         return Event(self.seq.params.request, self.seq.params.sample, text=rest, completion=completion)
 
     def statistics(self) -> dict[str, Any]:
-        """Figures of this output as JSON takes them; None where it is too short to tell.
+        """Statistics of this output, in JSON types. A value is None if the output has too few tokens for it.
 
-        ``mean_exit_layer`` is over all tokens. ``layers_per_token`` is the cost: decoder layers run per token after the
-        first, for deferred tokens and rejected proposals too; a ``layer`` exit's own layer counts where it was asked.
-        ``acceptance_rate`` is the share of accepted proposals among those that were judged. ``reused_tokens`` are those
-        whose keys and values came from another request. Times are in seconds; ``tokens_per_second`` leaves out the
+        ``layers_per_token`` is the number of decoder layers run per token after the first one, including those for
+        deferred tokens and rejected proposals; the own layer of a ``layer`` exit counts if its head was asked.
+        ``acceptance_rate`` is the share of accepted proposals among the judged ones. ``reused_tokens`` is the number of
+        prompt tokens whose KV was copied from another request. Times are in seconds. ``tokens_per_second`` excludes the
         prompt and the first token.
         """
         seq, count = self.seq, len(self.tokens)
@@ -172,7 +180,7 @@ class OutputState:
 
 @dataclass
 class Totals:
-    """Sums over the outputs that have ended; ``later_tokens`` are those after the first of each."""
+    """Sums over the finished outputs. ``later_tokens`` excludes the first token of each output."""
 
     outputs: int = 0
     tokens: int = 0
@@ -186,7 +194,7 @@ class Totals:
     first_token_seconds: list[float] = field(default_factory=list)
 
     def add(self, output: OutputState) -> None:
-        """Count an output that has ended."""
+        """Add a finished output."""
         seq, count = output.seq, len(output.tokens)
         self.outputs += 1
         self.tokens += count
@@ -201,7 +209,7 @@ class Totals:
             self.first_token_seconds.append(output.first_token - output.submitted)
 
     def to_dict(self, seconds: float) -> dict[str, Any]:
-        """Figures as JSON takes them; ``seconds``: in which the engine had work."""
+        """The totals in JSON types; ``seconds`` is the time in which the engine had work."""
         waits = self.first_token_seconds
         return {
             "outputs": self.outputs,

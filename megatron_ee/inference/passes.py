@@ -1,4 +1,4 @@
-"""What the scheduler tells the pipeline stages, and a stage as the scheduler sees it."""
+"""The interface between the scheduler and the pipeline stages: passes, and the methods of a stage."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_ee.inference.heads import HeadInput, HeadOutput
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """One sequence's part in a pass.
+    """One sequence in a pass.
 
     Attributes:
-        seq_id: its number.
-        length: positions that it has with its newest token.
-        tokens: new ones, in a pass that starts from tokens.
-        head_input: what the head at the end does for it; None for nothing.
+        seq_id: number of the sequence.
+        length: length of the sequence, including its newest token.
+        tokens: ids of its new tokens, in a pass that starts at depth 0.
+        head_input: task of the head at the end of the pass; None if the head does not run for this sequence.
     """
 
     seq_id: int
@@ -28,16 +28,16 @@ class ScheduledSequence:
 
 @dataclass(frozen=True)
 class Pass:
-    """A run of layers for some sequences that have got equally deep.
+    """One run of a range of layers, for sequences at the same depth.
 
-    A depth is a number of layers that a token has run: 0 before the first, k after layer k, where its exit reads, and
-    one more than the last layer for the final exit.
+    The depth of a token is the number of layers that it has run: 0 for none, k after layer k (the input of its exit),
+    and the number of layers plus one after the final exit.
 
     Attributes:
-        start: depth that the sequences have.
-        stop: depth that they will have.
-        sequences: that run.
-        sends: go on from there to the next stage, whose layers follow.
+        start: depth of the sequences before the pass.
+        stop: depth after it.
+        sequences: the sequences that run.
+        sends: whether their hidden states are then sent to the next stage.
     """
 
     start: int
@@ -47,43 +47,43 @@ class Pass:
 
 
 class StageWorker(Protocol):
-    """One stage as the scheduler sees it. Calls take effect in their order.
+    """The stage interface that the scheduler uses. Calls take effect in order.
 
-    ``StageRunner`` is one in this process, ``RemoteStage`` one in another.
+    ``StageRunner`` is a stage in this process, ``RemoteStage`` one in another process.
     """
 
     def open(self, seq_id: int, limit: int) -> None:
-        """Make empty caches for at most ``limit`` positions."""
+        """Create empty caches of at most ``limit`` positions for a new sequence."""
 
     def close(self, seq_id: int) -> None:
-        """Forget a sequence."""
+        """Delete a sequence."""
 
     def crop(self, seq_id: int, length: int) -> None:
-        """Take back the positions of a sequence from ``length`` on."""
+        """Remove the positions of a sequence from ``length`` on."""
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let ``target``, which is empty, begin with a copy of the first ``length`` positions of ``source``."""
+        """Copy the first ``length`` positions of ``source`` into the empty sequence ``target``."""
 
     def keep(self, seq_id: int, length: int) -> None:
-        """Keep the first ``length`` positions of a sequence that has ended, to be copied, and no more."""
+        """Keep only the first ``length`` positions of a finished sequence, for ``copy``."""
 
     def run(self, pass_: Pass) -> None:
         """Start a pass."""
 
     def receive(self, seq_ids: Sequence[int]) -> None:
-        """Take the hidden states of these sequences, which the stage before sends at the end of a pass."""
+        """Receive the hidden states of these sequences from the previous stage."""
 
     def outputs(self) -> list[HeadOutput]:
-        """Of the oldest pass that ended at a head and whose outputs were not taken; waits for them."""
+        """Wait for and return the head outputs of the oldest pass whose outputs have not been returned yet."""
 
 
 @dataclass(frozen=True)
 class StageMap:
-    """Which layers the stages have.
+    """The layers of the stages.
 
     Attributes:
-        ends: by stage, its last layer; for the last stage the depth of the final exit.
-        layer_exits: layers of the exits with a decoder layer of their own.
+        ends: last layer of each stage; for the last stage, the depth of the final exit.
+        layer_exits: layers of the exits that have their own decoder layer.
     """
 
     ends: tuple[int, ...]
@@ -95,5 +95,5 @@ class StageMap:
         return self.ends[-1]
 
     def layers(self, start: int, stop: int) -> int:
-        """Layers of the backbone between two depths."""
+        """Number of backbone layers between two depths."""
         return min(stop, self.final - 1) - min(start, self.final - 1)

@@ -1,8 +1,8 @@
-"""Exit policies: which exits a token asks on its way, and whether it leaves there. Decisions alone, without a model.
+"""Exit policies decide which exits a token asks, and whether it leaves there. They do not need the model.
 
 A policy is a pydantic model. Its JSON form (``policy_from_json``, ``policy.model_dump(mode="json")``) holds its name
-and fields. So it travels to other ranks and in requests, and nothing else needs to know its fields. ``exits_to_ask``
-is called where the scheduler runs, ``leaves`` on the stage that has the exit.
+and fields. So it can be sent to other ranks and in requests without code for each policy. ``exits_to_ask`` is called
+on the rank of the scheduler, ``leaves`` on the stage that has the exit.
 
 To add a policy, write a subclass of ``ExitPolicy`` with a ``name`` and ``leaves``, and add it to ``POLICIES``::
 
@@ -13,7 +13,7 @@ To add a policy, write a subclass of ``ExitPolicy`` with a ``name`` and ``leaves
         def leaves(self, layer: int, confidence: float) -> bool:
             return confidence >= self.first / layer
 
-To let it judge by something new, add a function of the logits to ``MEASURES`` and name it in ``measure``.
+To add a confidence measure, add a function of the logits to ``MEASURES`` and set ``measure`` to its name.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import ConfigError, shown
 
 MAX_DEFERRED = 15
-"""Default cap: with the new one 16 tokens run all layers together, which is what tiles take at a time. A cap of 8 made
-text whose tokens all leave early up to a tenth slower (measured, AVX-512)."""
+"""Default of ``ExitPolicy.max_deferred``. With the new token, 16 tokens then run all layers together, a full matrix
+tile. A limit of 8 was up to 10% slower on text whose tokens all leave early (measured, AVX-512)."""
 BACKOFF = 4
-"""Default for tokens in a row that stay before their exit is asked less: asking costs a fifth of what leaving saves."""
+"""Default of ``ExitPolicy.backoff``. Asking an exit costs about a fifth of what leaving there saves."""
 DOUBLINGS = 4
-"""Until an exit is asked about every sixteenth token."""
+"""Doublings of the back-off interval: an exit is asked about every sixteenth token at least."""
 MOST_DEFERRED = 255
-"""Cap for every policy, whatever it decides: more would make passes longer than memory is planned for."""
+"""Maximum deferred tokens in a row, for every policy. Memory is planned for passes of at most this length."""
 
 
 def _probability(logits: Tensor) -> Tensor:
@@ -61,56 +61,57 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
     "margin": _margin,
     "entropy": _entropy,
 }
-"""What confidence may be. Each takes logits ``[tokens, vocab]`` float32 and gives ``[tokens]`` float32: 1 where the
-exit is certain, NaN where logits are not finite."""
+"""Confidence measures: logits ``[tokens, vocab]`` float32 -> confidence ``[tokens]`` float32. It is 1 if the exit is
+certain, and NaN if the logits are not finite."""
 
 
 @dataclass
 class ExitHistory:
-    """What became of a sequence's tokens at its exits so far. The scheduler keeps it; policies read it.
+    """A sequence's exit decisions so far. The scheduler updates it; policies read it.
 
     Attributes:
-        num_left: how many of the last tokens in a row left before the last layer.
-        stays: by exit, how many tokens in a row asked it and stayed, and the index of the last of them.
+        num_left: number of consecutive tokens, up to the last one, that left before the last layer.
+        stays: by layer of the exit, the number of consecutive tokens that asked it and did not leave, and the index of
+            the last of them.
     """
 
     num_left: int = 0
     stays: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def left(self, layer: int, *, early: bool) -> None:
-        """A token left at an exit; one after the last layer leaves nothing to run later, so it is not ``early``."""
+        """Record that a token left at an exit. ``early`` is False after the last layer, where no layers are skipped."""
         self.stays.pop(layer, None)
         self.num_left = self.num_left + 1 if early else 0
 
     def stayed(self, layer: int, index: int) -> None:
-        """The token of this index asked an exit and stayed. After preemption the same token may ask again."""
+        """Record that token ``index`` asked an exit and did not leave. After preemption it may ask again."""
         count, last = self.stays.get(layer, (0, -1))
         self.stays[layer] = (count + (last != index), index)
 
     def ran_all_layers(self) -> None:
-        """The final exit has emitted a token."""
+        """Record that the final exit emitted a token."""
         self.num_left = 0
 
     def backs_off(self, layer: int, index: int, backoff: int) -> bool:
-        """Whether an exit is not asked about this token, since too many before it have stayed there."""
+        """Whether token ``index`` skips an exit because too many tokens before it did not leave there."""
         count, last = self.stays.get(layer, (0, index))
         return last < index <= last + backoff_length(count, backoff)
 
 
 class ExitPolicy(Strict):
-    """Decides for each token of a sequence where it leaves the model.
+    """Decides at which exit each token of a sequence leaves the model.
 
-    Whatever a policy decides depends on the sequence alone, so that an output does not depend on its neighbours.
+    A decision depends only on the sequence itself, so an output does not depend on the other sequences in the batch.
 
     Attributes:
-        name: of the policy, a key of ``POLICIES``.
-        measure: what confidence is, a key of ``MEASURES``.
-        max_deferred: after so many tokens in a row that left early, the next runs all layers, and the final exit
-            emits it.
-        min_full: so many tokens at the start run all layers.
-        backoff: after so many tokens in a row that stayed, an exit is asked about every second one only, then about
-            every fourth, eighth and sixteenth, until one leaves there: its head costs as much as layers do. 0 asks
-            always.
+        name: key of ``POLICIES``.
+        measure: confidence measure, a key of ``MEASURES``.
+        max_deferred: maximum number of consecutive tokens that leave early. The next token runs all layers and is
+            emitted by the final exit.
+        min_full: number of tokens at the start of the output that run all layers.
+        backoff: number of consecutive tokens that do not leave at an exit before it backs off: it is then asked about
+            every second token, then every fourth, eighth and sixteenth, until a token leaves there. This saves the
+            cost of its head. 0 disables back-off.
     """
 
     name: str
@@ -127,11 +128,11 @@ class ExitPolicy(Strict):
         return value
 
     def exits_to_ask(self, exits: tuple[int, ...], index: int, history: ExitHistory) -> tuple[int, ...]:
-        """Layers of the exits that the next token asks; it leaves at the first that lets it.
+        """Layers of the exits that the next token asks. It leaves at the first one for which ``leaves`` is true.
 
         Args:
-            exits: that the sequence may ask.
-            index: of the token among those that are emitted, from 0.
+            exits: layers of the exits that the request allows.
+            index: index of the token in the output, from 0.
             history: of the tokens before it.
         """
         if index < self.min_full or history.num_left >= self.max_deferred:
@@ -140,10 +141,10 @@ class ExitPolicy(Strict):
 
     @abstractmethod
     def leaves(self, layer: int, confidence: float) -> bool:
-        """Whether the token leaves at the exit after ``layer``, whose head is so confident (a float32 value)."""
+        """Whether the token leaves at the exit after ``layer``; ``confidence`` is a float32 value."""
 
     def named_exits(self) -> Collection[int]:
-        """Layers of the exits that the settings name: a request is refused where the model does not have one."""
+        """Layers of the exits that the settings name. A request that names an exit the model lacks is an error."""
         return ()
 
 
@@ -151,11 +152,11 @@ Confidence = Annotated[float, Field(gt=0)]
 
 
 class ThresholdPolicy(ExitPolicy):
-    """A token leaves at the first exit that is confident enough.
+    """A token leaves at the first exit whose confidence is at least the threshold.
 
     Attributes:
-        threshold: least confidence; above 1 none leaves.
-        thresholds: by layer, where an exit has its own.
+        threshold: the threshold; above 1, no token leaves.
+        thresholds: by layer, thresholds of single exits; they replace ``threshold`` there.
     """
 
     name: Literal["threshold"] = "threshold"
@@ -165,11 +166,14 @@ class ThresholdPolicy(ExitPolicy):
     @field_validator("thresholds", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
-        """JSON has text for keys."""
+        """Convert JSON's string keys to integers."""
         if not isinstance(value, Mapping):
             return value
-        digits = (isinstance(layer, str) and layer.isascii() and layer.isdigit() for layer in value)
-        return {int(k) if is_text else k: v for (k, v), is_text in zip(value.items(), digits, strict=True)}
+        layers = [int(k) if isinstance(k, str) and k.isascii() and k.isdigit() else k for k in value]
+        found = dict(zip(layers, value.values(), strict=True))
+        if len(found) != len(value):  # "8" and "08" of a file
+            raise ValueError(f"names a layer twice: {shown(list(value))}")
+        return found
 
     def leaves(self, layer: int, confidence: float) -> bool:
         """See ``ExitPolicy``."""
@@ -189,7 +193,7 @@ def policy_from_json(form: Any) -> ExitPolicy:
     """A policy from its JSON form.
 
     Raises:
-        ConfigError: naming the key: there is no such policy, or a field is impossible.
+        ConfigError: the name is unknown or a field is invalid; the message names the key.
     """
     if not isinstance(form, Mapping):
         raise ConfigError(f"must be an object with the name of a policy, not {shown(form)}")
@@ -204,17 +208,17 @@ def _read(value: Any) -> Any:
 
 
 AnyPolicy = Annotated[SerializeAsAny[ExitPolicy], BeforeValidator(_read)]
-"""Type of a field that holds any policy, and reads and writes its JSON form."""
+"""Type of a pydantic field that holds any policy and validates and serialises its JSON form."""
 
 
 def backoff_length(failures: int, backoff: int = BACKOFF) -> int:
-    """How often to skip what has failed so many times in a row: 1, 3, 7 and then 15 times from ``backoff`` on.
+    """Number of tries to skip after ``failures`` consecutive failures.
 
-    A ``backoff`` of 0 never skips.
+    0 below ``backoff`` failures, then 1, 3, 7, and 15 from there on. Always 0 if ``backoff`` is 0.
     """
     return 0 if backoff == 0 or failures < backoff else (1 << min(failures - backoff + 1, DOUBLINGS)) - 1
 
 
 def _float32(value: float) -> float:
-    """``value`` as float32 holds it: thresholds are compared with confidences as tensors would be."""
+    """Round ``value`` to float32, because confidences are float32 values."""
     return float(struct.unpack("f", struct.pack("f", min(value, 3e38)))[0])

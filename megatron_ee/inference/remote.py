@@ -1,7 +1,7 @@
-"""Stages and schedulers in other processes: what ranks tell each other, as JSON, and hidden states between stages.
+"""Inference over several ranks: JSON messages between ranks, and hidden states between stages.
 
-The first stage decides. It does not wait for what it tells another, so that it can start the next token while later
-stages fill the keys and values of the last.
+The scheduler runs on the first stage and sends commands to the others without waiting for them. So it can start the
+next token while later stages still compute the KV of the previous one.
 """
 
 from __future__ import annotations
@@ -25,22 +25,20 @@ from megatron_ee.inference.sequence import Sequence, SequenceParams
 from megatron_ee.inference.stage_runner import StageRunner
 
 COMMANDS, HEADERS, OUTPUTS = 1, 2, 3
-"""Tags, so that messages of one kind between two ranks do not wait for those of another."""
+"""Message tags. Messages with different tags do not wait for each other."""
 IN_FLIGHT = 64
+"""Maximum number of unfinished sends."""
 
 
 class Mail:
-    """Messages between the ranks of a host group.
-
-    Sending returns at once; a message is kept until it has left.
-    """
+    """JSON messages between the ranks of a host group. Sends are asynchronous; buffers are kept until they finish."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._leaving: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def send(self, target: int, tag: int, content: Any) -> None:
-        """Send ``content``, which JSON can hold, to a rank of the group."""
+        """Send ``content``, of JSON types, to a rank of the group."""
         payload = json.dumps(content, separators=(",", ":")).encode()
         body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         for part in (torch.tensor([len(payload)]), body):
@@ -49,7 +47,7 @@ class Mail:
             self._wait_one()
 
     def receive(self, source: int, tag: int) -> Any:
-        """The next message of this kind from a rank; waits for it."""
+        """Wait for the next message with this tag from a rank, and return it."""
         size = torch.zeros(1, dtype=torch.int64)
         dist.recv(size, group=self._group, group_src=source, tag=tag)
         body = torch.empty(int(size), dtype=torch.uint8)
@@ -57,7 +55,7 @@ class Mail:
         return json.loads(body.numpy().tobytes())
 
     def finish(self) -> None:
-        """Wait until everything has left."""
+        """Wait until all sends have finished."""
         while self._leaving:
             self._wait_one()
 
@@ -68,7 +66,7 @@ class Mail:
 
 
 def share(content: list[Any] | None, group: dist.ProcessGroup) -> Any:
-    """The first rank's list ``content`` on every rank of a host group; an empty one costs a single broadcast."""
+    """Broadcast the first rank's list ``content`` to all ranks of a host group. An empty list is one broadcast."""
     payload = json.dumps(content, separators=(",", ":")).encode() if content and group.rank() == 0 else b""
     size = torch.tensor([len(payload)])
     dist.broadcast(size, group=group, group_src=0)
@@ -83,37 +81,37 @@ _PASS, _OUTPUTS, _PARAMS = TypeAdapter(Pass), TypeAdapter(list[HeadOutput]), Typ
 
 
 def pack_pass(pass_: Pass) -> Any:
-    """For ``unpack_pass``."""
+    """Convert a pass to JSON types."""
     return _PASS.dump_python(pass_, mode="json")
 
 
 def unpack_pass(packed: Any) -> Pass:
-    """The pass that ``pack_pass`` was given."""
+    """Convert the result of ``pack_pass`` back."""
     return _PASS.validate_python(packed)
 
 
 def pack_outputs(outputs: Iterable[HeadOutput]) -> Any:
-    """For ``unpack_outputs``."""
+    """Convert head outputs to JSON types."""
     return _OUTPUTS.dump_python(list(outputs), mode="json")
 
 
 def unpack_outputs(packed: Any) -> list[HeadOutput]:
-    """The outputs that ``pack_outputs`` was given."""
+    """Convert the result of ``pack_outputs`` back."""
     return _OUTPUTS.validate_python(packed)
 
 
 def pack_params(params: SequenceParams) -> Any:
-    """For ``unpack_params``."""
+    """Convert sequence parameters to JSON types."""
     return _PARAMS.dump_python(params, mode="json")
 
 
 def unpack_params(packed: Any) -> SequenceParams:
-    """The settings that ``pack_params`` was given."""
+    """Convert the result of ``pack_params`` back."""
     return _PARAMS.validate_python(packed)
 
 
 class RemoteStage:
-    """A stage in another process: a ``StageWorker``. Called by the first stage."""
+    """A ``StageWorker`` for a stage in another process. The first stage uses it."""
 
     def __init__(self, mail: Mail, stage: int) -> None:
         self._mail, self._stage = mail, stage
@@ -142,7 +140,7 @@ class RemoteStage:
     def receive(self, seq_ids: Collection[int]) -> None:
         """See ``StageWorker``."""
         self._calls.append(["receive", list(seq_ids)])
-        self._flush()  # the stage before may send no more until this has been taken
+        self._flush()  # the previous stage may block in its next send until this receive is posted
 
     def run(self, pass_: Pass) -> None:
         """See ``StageWorker``."""
@@ -150,7 +148,7 @@ class RemoteStage:
         self._flush()
 
     def stop(self) -> None:
-        """Let the stage's process leave ``serve_stage``."""
+        """End ``serve_stage`` in the stage's process."""
         self._calls.append(["stop"])
         self._flush()
 
@@ -164,7 +162,7 @@ class RemoteStage:
 
 
 def serve_stage(runner: StageRunner, mail: Mail) -> None:
-    """Carry out what the first stage sends, until it sends ``stop``."""
+    """Execute the commands of the first stage until it sends ``stop``."""
     while True:
         for name, *arguments in mail.receive(0, COMMANDS):
             if name == "stop":
@@ -179,10 +177,18 @@ def serve_stage(runner: StageRunner, mail: Mail) -> None:
 
 
 class RemoteChannel:
-    """Hidden states from each stage to the next, and distributions of drafts: a ``StageChannel``."""
+    """A ``StageChannel`` between processes: sends hidden states and draft distributions from each stage to the next."""
 
     def __init__(self, mail: Mail, group: dist.ProcessGroup, hidden: int, vocab: int, dtype: torch.dtype) -> None:
-        """``group``: the pipeline's ranks, on the device."""
+        """Create the channel of one rank.
+
+        Args:
+            mail: for the sizes.
+            group: the pipeline's device group.
+            hidden: hidden size.
+            vocab: vocabulary size.
+            dtype: of the hidden states.
+        """
         self._mail, self._group = mail, group
         self._hidden, self._vocab, self._dtype = hidden, vocab, dtype
         self._leaving: list[tuple[dist.Work | None, Tensor]] = []
@@ -217,10 +223,10 @@ class RemoteChannel:
 
 
 class DriverScheduler:
-    """The first stage's scheduler on its first tensor-parallel rank; the others repeat it in ``follow_driver``."""
+    """The scheduler on the first tensor-parallel rank of the first stage. The other ranks run ``follow_driver``."""
 
     def __init__(self, scheduler: Scheduler, group: dist.ProcessGroup) -> None:
-        """``group``: the stage's ranks, on the host."""
+        """Wrap ``scheduler``; ``group`` is the host group of the stage's tensor-parallel ranks."""
         self._scheduler, self._group = scheduler, group
         self._calls: list[list[Any]] = []
         self.budget = scheduler.budget
@@ -252,12 +258,12 @@ class DriverScheduler:
         return self._scheduler.step()
 
     def stop(self) -> None:
-        """Let the others leave ``follow_driver``."""
+        """End ``follow_driver`` on the other ranks."""
         share([["stop", None]], self._group)
 
 
 def follow_driver(scheduler: Scheduler, group: dist.ProcessGroup) -> None:
-    """On the first stage's other tensor-parallel ranks: do what the first rank's scheduler does, until it stops."""
+    """Repeat the calls of the first rank's scheduler until it stops; for the first stage's other tensor ranks."""
     while True:
         for name, argument in share(None, group):
             if name == "stop":

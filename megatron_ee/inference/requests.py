@@ -1,4 +1,4 @@
-"""Requests, which come from people and files, and what the engine gives for them."""
+"""Requests and their results: tokens, events and completions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 
 
 class Draft(Strict):
-    """How speculative mode drafts.
+    """Draft settings of speculative mode.
 
     Attributes:
-        exit: layer of the drafting exit; None chooses online.
-        length: proposals before the full model verifies; None chooses online, down to none where drafting does not
-            pay.
+        exit: layer of the drafting exit; None to choose it online.
+        length: number of proposals per round; None to choose it online. It is then 0 if drafting would be slower.
     """
 
     exit: int | None = None
@@ -36,30 +35,31 @@ class Draft(Strict):
 
 
 Ids = Annotated[tuple[int, ...], Field(strict=False)]
-"""Whole numbers, in a list or a tuple."""
+"""A list or tuple of integers."""
 
 
 class Request(Strict):
     """One prompt to continue.
 
     Attributes:
-        prompt: text, or token ids, special tokens included.
+        prompt: text, or token ids including special tokens.
         mode: ``full``: every token runs all layers; ``threshold``: a token leaves at the first exit where the policy
-            lets it; ``speculative``: an exit drafts and the full model verifies, with the full model's output.
-        policy: of threshold mode.
-        draft: of speculative mode.
-        exits: layers of the exits that may be asked; None for all.
-        sampling: how tokens are chosen; sample ``i`` of several has seed ``seed + i``.
-        samples: outputs for this prompt; all but the first share its prompt's keys and values.
-        max_tokens: largest number of tokens to emit.
-        stop: texts that end the output; they are not part of it.
-        stop_ids: tokens that end it, beside the model's own end of text.
-        ignore_eos: go on after the end of text.
-        echo: begin the output's text with the prompt.
-        logprobs: number of the most probable tokens to give with their log-probabilities, beside the emitted one's;
-            None for none.
-        forced_ids: token ids that the output goes on with, whatever it emits (teacher forcing): this shows what a mode
-            emits at each position of a given text. Not in mode ``speculative``. At most so many tokens are emitted.
+            lets it leave; ``speculative``: an exit drafts and the full model verifies; the output equals full mode's.
+        policy: exit policy of threshold mode.
+        draft: draft settings of speculative mode.
+        exits: layers of the exits to use; None for all.
+        sampling: sampling settings; output ``i`` has seed ``seed + i``.
+        samples: number of outputs. They share the KV of the prompt.
+        max_tokens: maximum number of tokens to emit.
+        stop: strings that end the output; they are not part of it.
+        stop_ids: token ids that end the output, in addition to the model's end-of-text tokens.
+        ignore_eos: do not end at an end-of-text token.
+        echo: start the output's text with the prompt.
+        logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's; None
+            for no log-probabilities.
+        forced_ids: token ids that continue the sequence in place of the emitted ones (teacher forcing). So the emitted
+            tokens show what a mode predicts at each position of a given text. At most this many tokens are emitted.
+            Not in speculative mode.
     """
 
     prompt: str | Ids
@@ -80,26 +80,28 @@ class Request(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.sampling.seed + self.samples - 1 > MAX_SEED:
-            raise ValueError(f"seed: must leave room for {self.samples} samples up to {MAX_SEED}")
+            raise ValueError(
+                f"seed: sample i of several has seed + i, which may be at most {MAX_SEED}; give a smaller seed"
+            )
         if self.forced_ids and self.mode == "speculative":
-            raise ValueError("forced_ids: proposals cannot be verified on a text that is given; use another mode")
+            raise ValueError("forced_ids: speculative mode cannot verify proposals on a forced text; use another mode")
         return self
 
     def check(self, exits: Sequence[int], num_layers: int, off: Sequence[int] = ()) -> None:
-        """Check what depends on the model, but for the prompt.
+        """Check the settings that depend on the model, except the prompt.
 
         Args:
-            exits: layers of the exits that there are.
-            num_layers: depth of the model.
+            exits: layers of the available exits.
+            num_layers: number of backbone layers.
             off: layers of the exits that are switched off.
 
         Raises:
-            ConfigError: naming the field.
+            ConfigError: a setting is invalid; the message names the field.
         """
         if self.mode != "full" and not exits:
             what = f"those after layers {_listed(off)} are switched off" if off else "give their adapter"
             raise ConfigError(f"mode: {self.mode} needs exits; {what}")
-        # A mode that asks no exit may name one that is switched off.
+        # Full mode asks no exits, so it may name one that is switched off.
         exits, off = ([*exits, *off], ()) if self.mode == "full" else (exits, off)
         for name, wanted in (("exits", self.exits or ()), ("thresholds", self.policy.named_exits())):
             for layer in wanted:
@@ -109,18 +111,18 @@ class Request(Strict):
         self._check_draft(exits, num_layers, off)
 
     def _check_draft(self, exits: Sequence[int], num_layers: int, off: Sequence[int]) -> None:
-        """Refuse in every mode what could never work, also where the mode makes no use of it."""
+        """Check the draft settings, also in modes that do not use them."""
         enabled = exits if self.exits is None else self.exits
         drafting = [layer for layer in enabled if layer < num_layers]
         if self.draft.exit is not None:
             if self.draft.exit == num_layers and num_layers in exits:
                 raise ConfigError(
-                    f"draft.exit: the exit after layer {num_layers} reads the last layer, so that its drafts would "
+                    f"draft.exit: the exit after layer {num_layers} reads the last layer, so its drafts would "
                     f"save nothing; exits that can draft: {_listed(drafting)}"
                 )
             _known("draft.exit", self.draft.exit, drafting, off)
         elif self.mode == "speculative" and not drafting:
-            raise ConfigError("exits: none before the last layer is enabled, so that nothing can draft")
+            raise ConfigError("exits: only an exit before the last layer can draft, and none is enabled")
 
 
 def _known(name: str, layer: int, exits: Sequence[int], off: Sequence[int]) -> None:
@@ -140,10 +142,11 @@ class Token:
 
     Attributes:
         id: token id.
-        layer: the layer whose exit emitted it, the last for the final exit; in speculative mode the drafting exit's
-            where its proposal was accepted.
-        confidence: of the head that emitted it, or in speculative mode of the final exit; in the policy's measure.
-        logprobs: where asked for.
+        layer: layer of the exit that emitted it; the last layer for the final exit. In speculative mode, the layer of
+            the drafting exit for an accepted proposal.
+        confidence: confidence of the head that emitted it, in the policy's measure; in speculative mode, of the final
+            exit.
+        logprobs: if requested.
     """
 
     id: int
@@ -157,9 +160,9 @@ class Completion:
     """One finished output.
 
     Attributes:
-        text: it goes on where the prompt ends (or begins with it, with ``echo``), without end of text or stop text.
-        tokens: emitted, the one that ended it included.
-        pieces: the text that each token adds.
+        text: the generated text (after the prompt, with ``echo``), without end-of-text tokens and stop strings.
+        tokens: emitted tokens, including the one that ended the output.
+        pieces: the text that each token added.
         finish_reason: ``eos``, ``stop``, ``length`` (``max_tokens``), ``context`` (the model's positions),
             ``cancelled``.
         statistics: see ``OutputState.statistics``.
@@ -174,15 +177,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Event:
-    """What a step of the engine brought for one output.
+    """The progress of one output in one engine step.
 
     Attributes:
-        request: number that ``submit`` gave.
-        sample: which of its outputs.
-        text: that became certain; not for every token there is some.
-        tokens: emitted in this step.
-        completion: where the output has ended.
-        error: why it failed, in one line; nothing more comes.
+        request: number of the request, from ``submit``.
+        sample: index of the output.
+        text: text that became final; it may be empty.
+        tokens: tokens emitted in this step.
+        completion: if the output has ended.
+        error: error message of one line if the output has failed; no further events follow.
     """
 
     request: int
@@ -197,7 +200,7 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
     """A request's prompt as token ids.
 
     Raises:
-        ConfigError: it is empty, no text, longer than the model's context, or has ids beyond the vocabulary.
+        ConfigError: it is empty, not valid Unicode, longer than the model's context, or has ids outside the vocabulary.
     """
     if isinstance(request.prompt, str):
         if tokenizer is None:
@@ -212,44 +215,47 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
         _check_known(tokenizer, prompt, vocab_size)
     check_ids("prompt", prompt, vocab_size)
     if len(prompt) >= max_positions:
-        raise ConfigError(f"prompt: has {len(prompt)} tokens, but the model has {max_positions} positions; shorten it")
+        raise ConfigError(
+            f"prompt: has {len(prompt)} tokens; the model's {max_positions} positions leave room for a new token after "
+            f"at most {max_positions - 1}; shorten it"
+        )
     return prompt
 
 
 def _check_text(text: str) -> None:
-    """Refuse half a surrogate pair, on which tokenizers fail. JSON can spell one, and bytes of the command line that
-    are not UTF-8 become one."""
+    """Refuse lone surrogates, on which tokenizers fail. JSON can contain them, and Python decodes command-line bytes
+    that are not UTF-8 to them."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"prompt: is no text that can be encoded: character {error.start}: {error.reason}") from None
+        raise ConfigError(f"prompt: is not valid Unicode: character {error.start}: {error.reason}") from None
 
 
 def _check_known(tokenizer: Tokenizer, prompt: Sequence[int], vocab_size: int) -> None:
-    """Name a token of the tokenizer that the model has no embedding for; other ids are ``check_ids``'s business."""
+    """Refuse tokens of the tokenizer that the model has no embedding for. ``check_ids`` checks all other ids."""
     wrong = tokenizer.unknown_token([token for token in prompt if token < tokenizer.vocab_size], vocab_size)
     if wrong is not None:
         raise ConfigError(f"prompt: {wrong}; leave it out of the text and the chat template")
 
 
 def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Raise a ``ConfigError`` that names the field where one is no token of the model."""
+    """Raise a ``ConfigError`` that names the field if an id is not in ``[0, vocab_size)``."""
     if not all(0 <= token < vocab_size for token in ids):
         raise ConfigError(f"{name}: token ids must be whole numbers from 0 to {vocab_size - 1}")
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of a conversation in the model's own chat template, up to where the assistant's turn begins.
+    """Token ids of a conversation in the model's chat template, up to the start of the assistant's turn.
 
     Raises:
         DataError: there is no template, or it fails on these messages.
-        ConfigError: the rendered conversation is no text that can be encoded.
+        ConfigError: the rendered conversation is not valid Unicode.
     """
     if not tokenizer.templates:
         raise DataError(f"{tokenizer.path}: the tokenizer has no chat template; give the prompt as text")
     try:
         text, _ = render_chat(tokenizer, messages, prompt=True)
-    except Exception as error:  # a template is a program: it may fail in any way
+    except Exception as error:  # a template is a program and may raise any exception
         raise DataError(f"{tokenizer.path}: the chat template fails on these messages: {error}") from None
     _check_text(text)
     return tokenizer.encode_spans(text)[0]

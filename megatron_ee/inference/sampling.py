@@ -1,8 +1,8 @@
-"""From logits to a token: distributions, random numbers, draws, and the rule that makes speculation lossless.
+"""Sampling: distributions, random numbers, draws, and lossless verification of drafts.
 
-Everything here is a function of its arguments alone. Logits are float32 ``[rows, V]``, each row those of one position
-over the whole vocabulary; what may not be chosen (a padded row of the vocabulary) is -inf. Rows do not depend on each
-other, and one that holds NaN gives tokens without a meaning. Nothing here waits for the device.
+All functions are pure. Logits are float32 ``[rows, V]``: one row per position, over the whole vocabulary. Logits of
+tokens that cannot be chosen (padding of the vocabulary) are -inf. Rows are independent. The tokens of a row with NaN
+have no meaning. On a GPU, no function synchronises with the device.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from megatron_ee import platform
 from megatron_ee.config.validation import Strict
 from megatron_ee.errors import shown
 
-MAX_SEED = 2**63 - 1  # travels between ranks as an int64
-# Beyond these, float32 logits overflow or all become equal.
+MAX_SEED = 2**63 - 1  # seeds are sent between ranks as int64
+# Outside these ranges, float32 logits overflow or become equal.
 _TEMPERATURES = (1e-6, 1e6)
 _PENALTIES = (1e-3, 1e3)
 SORTED_ROWS = 32
-"""Rows whose whole vocabulary is sorted at a time: that takes some 30 bytes for each logit."""
+"""Maximum rows whose vocabulary is sorted at a time; sorting takes about 30 bytes per logit."""
 
 
 class Sampling(Strict):
-    """How a request's tokens are chosen; names and meanings are those of transformers' ``generate``.
+    """Sampling settings of a request, with the names and meanings of ``generate`` in transformers.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy, and then the next three have no effect.
-        top_k: only the so many most likely tokens (and their equals) stay; 0 is off.
-        top_p: only the most likely tokens that together reach this probability stay; 1 is off.
-        min_p: only tokens with at least this share of the largest probability stay; 0 is off.
-        repetition_penalty: above 1 makes tokens of the prompt and the output less likely; 1 is off.
-        seed: of the request's random numbers.
+        temperature: divides the logits; 0 is greedy, and top_k, top_p and min_p then have no effect.
+        top_k: keep only this many most likely tokens, and tokens as likely as the last of them; 0 is off.
+        top_p: keep only the most likely tokens whose total probability reaches this; 1 is off.
+        min_p: keep only tokens with at least this share of the largest probability; 0 is off.
+        repetition_penalty: a value above 1 makes tokens of the prompt and the output less likely; 1 is off.
+        seed: seed of the request's random numbers.
     """
 
     temperature: float = 0.0
@@ -56,15 +56,20 @@ class Sampling(Strict):
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0
 
 
 def penalised(logits: Tensor, seen: Sequence[Collection[int]], penalties: Sequence[float]) -> Tensor:
-    """``logits`` with those of the tokens that a row has seen divided by its penalty, negative ones multiplied by it.
+    """Apply repetition penalties: divide the logits of seen tokens by the penalty; multiply them if negative.
 
-    Seen are the prompt's and the output's tokens so far; each counts once, however often it is there. ``logits`` is
-    returned itself where nothing changes, and never written into.
+    Args:
+        logits: ``[rows, V]`` float32; not modified.
+        seen: per row, token ids of the prompt and the output so far. Repeated ids count once.
+        penalties: one per row; 1 is off.
+
+    Returns:
+        ``[rows, V]``; ``logits`` itself if nothing changes.
     """
     own = [list(set(ids)) if penalty != 1 else [] for ids, penalty in zip(seen, penalties, strict=True)]
     tokens = [token for each in own for token in each]
@@ -80,14 +85,17 @@ def penalised(logits: Tensor, seen: Sequence[Collection[int]], penalties: Sequen
 
 
 def probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """The distributions ``[rows, V]`` float32 to draw from: temperature, top-k, top-p, min-p, in this order.
+    """The distributions to draw from: temperature, top-k, top-p, then min-p, as in transformers.
 
-    As transformers does it. Tokens that are left out have probability 0; the rest sums to 1. Greedy rows: 1 at the most
-    likely token, the lowest id of several. The penalty is not applied here.
+    Removed tokens have probability 0; the others sum to 1. A greedy row has probability 1 at the most likely token
+    (the lowest id if there are several). Repetition penalties are not applied here.
 
     Args:
-        logits: at least one of each row finite.
-        samplings: of each row.
+        logits: ``[rows, V]`` float32, with at least one finite value per row.
+        samplings: one per row.
+
+    Returns:
+        ``[rows, V]`` float32.
     """
     size = logits.shape[1]
     at_once = max(1, min(SORTED_ROWS, platform.cached_bytes() // (4 * size)))
@@ -122,17 +130,21 @@ def _probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _outside_nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
-    """Tokens without which the others still have probability ``top_p`` ``[rows, 1]``, the least likely ones first.
+    """The tokens that top-p removes: the least likely ones, as long as the others have probability ``top_p``.
+
+    Args:
+        scores: logits ``[rows, V]``.
+        top_p: ``[rows, 1]``.
 
     Returns:
-        ``[rows, V]`` bool, False in a row whose ``top_p`` is 1.
+        ``[rows, V]`` bool; False in a row whose ``top_p`` is 1.
     """
     p = scores.softmax(-1)
     rest = torch.where(top_p < 1, 1 - top_p, -1).float()
     if platform.queues_work(scores.device):
         return _least_likely(scores, p, rest)
-    # Sorting a whole vocabulary takes a CPU as long as several layers. All tokens below this have less than half of
-    # ``rest`` together, so the border lies among the others.
+    # On a CPU, sorting a whole vocabulary takes as long as several layers. The tokens below this probability have less
+    # than half of ``rest`` in total, so all of them are removed and only the others need sorting.
     near = p >= p.amax(-1, keepdim=True).clamp(max=0.5 * rest / p.shape[1])
     outside = ~near
     for row in (rest >= 0).squeeze(1).nonzero().squeeze(1).tolist():
@@ -143,10 +155,18 @@ def _outside_nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _least_likely(scores: Tensor, p: Tensor, rest: Tensor) -> Tensor:
-    """Which tokens ``[rows, ids]`` have, the least likely ones first, at most ``rest`` ``[rows, 1]`` together.
+    """The least likely tokens whose total probability is at most ``rest``, never the most likely token.
 
-    Of equally likely tokens the lowest ids stay, on every machine (transformers leaves that to the sort). The most
-    probable token always stays.
+    Among equally likely tokens, the highest ids are taken first, on every machine (in transformers this depends on the
+    sort).
+
+    Args:
+        scores: logits ``[rows, ids]``.
+        p: their probabilities ``[rows, ids]``.
+        rest: ``[rows, 1]``.
+
+    Returns:
+        ``[rows, ids]`` bool.
     """
     order = torch.sort(scores, descending=True, stable=True).indices.flip(-1)
     sorted_out = p.gather(-1, order).cumsum(-1) <= rest
@@ -155,50 +175,53 @@ def _least_likely(scores: Tensor, p: Tensor, rest: Tensor) -> Tensor:
 
 
 def _on_device(numbers: Sequence[Sequence[float]], like: Tensor) -> Tensor:
-    """A table of numbers where another tensor is, float64: it holds ids too."""
+    """A float64 tensor of ``numbers`` on the device of ``like``. float64 also holds token ids exactly."""
     return platform.to_device(torch.tensor(numbers, dtype=torch.float64), like.device)
 
 
 def uniform(seed: int, position: int, purpose: str) -> float:
-    """A random number in [0, 1) of 53 bits that depends on its arguments alone, the same on every machine."""
+    """A random number in [0, 1) with 53 bits, determined by the arguments and equal on every machine."""
     digest = hashlib.blake2b(f"{seed} {position} {purpose}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def draw(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of ``p`` ``[rows, V]`` that the random numbers ``u`` ``[rows]`` float64 in [0, 1) stand for.
+    """Draw one token per row by inverting the cumulative distribution.
 
-    Never one of probability zero, whatever is rounded.
+    A token of probability 0 is never drawn, whatever the rounding.
+
+    Args:
+        p: distributions ``[rows, V]``.
+        u: uniform random numbers ``[rows]`` float64 in [0, 1).
 
     Returns:
-        The tokens ``[rows]`` int64, and each row's sum ``[rows]`` float64: where that is not positive and finite, ``p``
-        is no distribution, and its token means nothing; see ``check_mass``.
+        The tokens ``[rows]`` int64, and the sum of each row ``[rows]`` float64. If a sum is not positive and finite,
+        its row is not a distribution and the token has no meaning; see ``check_mass``.
     """
     sums = p.cumsum(-1, dtype=torch.float64)
-    # A parallel scan may round sums up and down again, so what has no probability is taken out, not relied upon.
+    # A parallel scan may round so that sums are not monotonic, so tokens of probability 0 are excluded explicitly.
     sums = sums.masked_fill(p == 0, 0.0)
     total = sums.amax(-1, keepdim=True)
-    # u < 1 keeps u * total below total, which is one of the sums: there is always a first one above it.
+    # u < 1, so u * total is below the largest sum, and there is always a first sum above it.
     first = (sums > u[:, None] * total).to(torch.uint8).argmax(-1)
     return first, total[:, 0]
 
 
 def check_mass(mass: float) -> None:
-    """Raise a ``ValueError`` where the sum that ``draw`` gave is not that of a distribution."""
+    """Raise a ``ValueError`` if ``mass``, a row sum from ``draw``, is not positive and finite."""
     if not 0 < mass < torch.inf:
         raise ValueError(f"not a distribution: its probabilities sum to {mass}")
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """The proposals for one row, which ``verify`` is to judge.
+    """The proposals of one sequence, for ``verify``.
 
     Attributes:
-        tokens: the proposals, each drawn with ``uniform(seed, its position, "draft")``; none where a token is drawn
-            alone.
-        seed: the request's.
-        position: of the first proposal in the request's sequence.
-        purpose: what the random number of the token after all proposals is for.
+        tokens: proposals, each drawn with ``uniform(seed, its position, "draft")``; empty to draw a single token.
+        seed: seed of the request.
+        position: position of the first proposal in the sequence.
+        purpose: the argument of ``uniform`` for the token after all proposals.
     """
 
     tokens: Sequence[int]
@@ -208,24 +231,24 @@ class Proposals:
 
 
 def verify(target: Tensor, draft: Tensor, drafts: Sequence[Proposals]) -> tuple[Tensor, Tensor, Tensor]:
-    """Accept or replace drafted tokens so that what comes out is distributed as ``target`` has it.
+    """Accept or replace drafted tokens so that the result is distributed as ``target``.
 
-    The rule of arXiv 2211.17192 and 2302.01318: proposal i is accepted with probability min(1, p(x)/q(x)). The first
-    that is rejected is replaced by a token drawn from max(0, p - q). Where all are accepted, one more is drawn from the
-    target. With greedy distributions this compares tokens.
+    Speculative sampling (arXiv 2211.17192, 2302.01318): proposal x is accepted with probability min(1, p(x)/q(x)). The
+    first rejected proposal is replaced by a token drawn from max(0, p - q), normalised. If all are accepted, one more
+    token is drawn from the target. With greedy distributions this compares tokens.
 
     Args:
-        target: distributions p of the full model: of each row with d proposals d + 1, the last one after all of them.
-        draft: distributions q that the proposals were drawn from, ``[proposals of all rows, V]``.
-        drafts: of each row.
+        target: distributions p of the full model, d + 1 rows per sequence with d proposals.
+        draft: distributions q that the proposals were drawn from, ``[proposals of all sequences, V]``.
+        drafts: one per sequence.
 
     Returns:
-        The number n of accepted proposals, ``[rows]`` int64; the tokens, ``[rows, most proposals + 1]`` int64, of
-        which the first n are proposals and the next one follows them; and the sum of the distribution that this one was
-        drawn from, as ``draw`` gives it.
+        The number n of accepted proposals, ``[sequences]`` int64; the tokens, ``[sequences, max proposals + 1]`` int64:
+        n proposals, then the token after them, then values without meaning; and the mass of the distribution that the
+        token after the proposals was drawn from, ``[sequences]`` float64, see ``draw``.
     """
     longest = max(len(each.tokens) for each in drafts)
-    if longest == 0:  # nothing to judge: each row's token is drawn from the target
+    if longest == 0:  # no proposals: draw each token from the target
         numbers = _on_device([[uniform(each.seed, each.position, each.purpose)] for each in drafts], target)
         token, mass = draw(target, numbers[:, 0])
         return torch.zeros_like(token), token[:, None], mass
@@ -236,7 +259,7 @@ def verify(target: Tensor, draft: Tensor, drafts: Sequence[Proposals]) -> tuple[
         accept = [uniform(each.seed, start + index, "accept") for index in range(count)]
         follow = [uniform(each.seed, start + index, "resample") for index in range(count)]
         follow.append(uniform(each.seed, start + count, each.purpose))
-        # Where there is no proposal an infinite number accepts none.
+        # Padding: an infinite random number never accepts.
         padded = [*each.tokens, *[0] * padding, *accept, *[torch.inf] * padding, *follow, *[0.0] * padding]
         table.append([p_row, q_row, count, *padded])
         p_row, q_row = p_row + count + 1, q_row + count
@@ -246,13 +269,13 @@ def verify(target: Tensor, draft: Tensor, drafts: Sequence[Proposals]) -> tuple[
     steps = torch.arange(longest, device=target.device)
     p_ids = target[(p_start + steps).clamp(max=len(target) - 1), ids]
     q_ids = draft[(q_start + steps).clamp(max=len(draft) - 1), ids]
-    # In this form nothing is divided: p = 0 is never accepted, p >= q always is.
+    # u < p/q without division: p = 0 is never accepted, p >= q always is.
     accepts = accept_u * q_ids < p_ids
     accepted = accepts.long().cumprod(1).sum(1, keepdim=True)
     p = target[(p_start + accepted)[:, 0]]
     q = draft[(q_start + accepted).clamp(max=len(draft) - 1)[:, 0]]
     left = (p - torch.where(accepted < counts, q, 0)).clamp_(min=0)
-    # Where p and q differ by rounding alone, nothing may be left; the target is then as good.
+    # If p and q differ only by rounding, max(0, p - q) may be all zero; then draw from the target.
     left = torch.where(left.sum(1, keepdim=True) > 0, left, p)
     token, mass = draw(left, follow_u.gather(1, accepted)[:, 0])
     tokens = torch.cat((ids, ids.new_zeros(len(ids), 1)), 1).scatter(1, accepted, token[:, None])

@@ -1,7 +1,7 @@
-"""The scheduler: which sequences run which layers next, and what the heads' outputs change. Tokens only, no text.
+"""The scheduler decides which sequences run which layers next, and updates them from head outputs.
 
-It owns every ``Sequence``. It is deterministic but for measured times, so that tensor-parallel ranks can each run it on
-the same requests and agree; ``share_seconds`` lets them share those.
+It owns every ``Sequence``. It is deterministic except for measured times, which ``share_seconds`` makes equal on all
+ranks. So each tensor-parallel rank can run its own copy on the same requests.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from megatron_ee.inference.sequence import Sequence, Status
 from megatron_ee.inference.speculation import Drafter, DraftState
 
 PASS_TOKENS = 512
-"""Tokens of a prompt that run at a time: as many as products need to be fast, few enough that others wait little."""
+"""Maximum prompt tokens per pass: enough for fast matrix products, few enough for a short delay of other sequences."""
 MAX_PASSES_WAITED = 4
-"""Passes of other sequences after which a sequence runs next, however few are with it."""
+"""Maximum passes of other sequences that a sequence waits before it runs next."""
 
 
 class Timer(Protocol):
     """Measures device work, as ``platform.DeviceTimer`` does."""
 
     def stop(self) -> None:
-        """All that is measured has been started."""
+        """End the measurement after the work that was started so far."""
 
     def seconds(self) -> float:
-        """How long it took; waits until it is done."""
+        """Seconds that the work took; waits until it is done."""
 
 
 @dataclass
 class _PendingPass:
-    """A pass whose head has not reported yet; ``timer`` measures it where drafts are planned by time."""
+    """A pass whose head outputs are pending. ``timer`` is None unless drafts are planned by measured time."""
 
     stage: int
     pass_: Pass
@@ -48,20 +48,20 @@ class _PendingPass:
 
 @dataclass
 class Scheduler:
-    """Sequences that run, and those that wait.
+    """Schedules running and waiting sequences.
 
     Attributes:
-        stages: the pipeline's stages.
+        stages: the pipeline stages.
         stage_map: their layers.
-        budget: memory of keys and values.
-        max_num_seqs: sequences that run at a time.
+        budget: KV memory.
+        max_num_seqs: maximum number of running sequences.
         drafter: plans the drafts of speculative mode.
-        prefixes: keys and values that ended sequences leave to others.
-        share_seconds: gives every rank the first one's seconds; None where there is one rank.
+        prefixes: finished sequences whose KV is kept.
+        share_seconds: broadcasts the first rank's seconds; None with one rank.
         start_timer: starts to measure the device work of a pass.
-        running: by number, in the order in which they were admitted.
-        waiting: the next one first.
-        num_preempted: how often a running sequence was sent back to wait.
+        running: running sequences by number, in order of admission.
+        waiting: waiting sequences, the next one first.
+        num_preempted: number of preemptions.
     """
 
     stages: list[StageWorker]
@@ -79,7 +79,7 @@ class Scheduler:
     _prefilled: bool = False
 
     def add(self, seqs: Iterable[Sequence]) -> None:
-        """Take the new sequences of one request; the first one's prompt is run for all."""
+        """Queue the new sequences of one request. The first one computes the KV of the prompt for all."""
         parent, *others = seqs
         for seq in others:
             seq.parent = parent.seq_id
@@ -91,7 +91,7 @@ class Scheduler:
             self.waiting.append(seq)
 
     def finish(self, seq_id: int, reason: FinishReason) -> None:
-        """End a sequence from outside; nothing happens if it has ended already."""
+        """End a sequence. A sequence that has already ended is ignored."""
         seq = self.running.get(seq_id) or next((each for each in self.waiting if each.seq_id == seq_id), None)
         if seq is not None:
             self._remove(seq)
@@ -99,14 +99,14 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether no sequence is running or waiting."""
         return not self.running and not self.waiting
 
     def step(self) -> list[tuple[Sequence, list[Token]]]:
-        """Admit sequences, start a pass on each stage that has work, and take the oldest pending head's outputs.
+        """Admit sequences, start a pass on each free stage, and process the outputs of the oldest pending pass.
 
         Returns:
-            The sequences of which tokens were emitted, or which failed.
+            The sequences that emitted tokens or failed, with their new tokens.
         """
         self._admit()
         for stage in range(len(self.stages)):
@@ -120,12 +120,12 @@ class Scheduler:
             seq = self.waiting[0]
             parent = None if seq.parent is None else self.running[seq.parent]
             if parent is not None and parent.num_computed_tokens >= parent.num_prompt_tokens - 1:
-                seq.parent = None  # too late to copy the prompt's keys and values from it
+                seq.parent = None  # too late to copy: the parent has already forked
             fits = self.budget.claim(seq.seq_id, seq.params.max_length, seq.num_tokens_with_spec)
-            if not fits and not self.prefixes.seq_ids:  # as in every step while it waits
+            if not fits and not self.prefixes.seq_ids:  # nothing to evict
                 return
             source = None
-            if seq.parent is None:  # found before others are evicted for it: its source is evicted last
+            if seq.parent is None:  # looked up before evicting, which marks the source as most recently used
                 others = (_prefix(each) for each in self.running.values() if not each.in_flight)
                 source = self.prefixes.longest(seq.token_ids(), others)
             if not fits and not self._claim(seq, seq.num_tokens_with_spec):
@@ -141,7 +141,7 @@ class Scheduler:
             self.running[seq.seq_id] = seq
 
     def _remove(self, seq: Sequence) -> None:
-        """Take a sequence out of those that run or wait; its keys and values may be kept for others."""
+        """Remove a sequence from those that run or wait. Its KV may be kept for others."""
         self._orphan(seq.seq_id)
         if self.running.pop(seq.seq_id, None) is None:
             self.waiting.remove(seq)
@@ -157,7 +157,7 @@ class Scheduler:
             self._close(number)
 
     def _claim(self, seq: Sequence, length: int) -> bool:
-        """Claim room for so many positions of a sequence, at the expense of ended ones that are kept for others."""
+        """Claim KV memory for ``length`` positions of a sequence, evicting kept sequences if needed."""
         while not self.budget.claim(seq.seq_id, seq.params.max_length, length):
             if not self.prefixes.seq_ids:
                 return False
@@ -170,8 +170,12 @@ class Scheduler:
         self.budget.release(seq_id)
 
     def _make_room(self, seq: Sequence, length: int) -> bool:
-        """Claim room for so many positions, at the expense of younger sequences; False where this one has to wait."""
-        if seq.seq_id not in self.running:  # preempted for one before it
+        """Claim KV memory for ``length`` positions, preempting younger sequences if needed.
+
+        Returns:
+            False if this sequence has to wait.
+        """
+        if seq.seq_id not in self.running:  # preempted earlier in this step
             return False
         while not self._claim(seq, length):
             youngest = next((each for each in reversed(self.running.values()) if not each.in_flight), None)
@@ -183,7 +187,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Send a sequence back to wait; what has run is forgotten, and will run again with the same result."""
+        """Move a running sequence back to the waiting ones. Its KV is dropped and later recomputed."""
         del self.running[seq.seq_id]
         self._close(seq.seq_id)
         self._orphan(seq.seq_id)
@@ -196,13 +200,13 @@ class Scheduler:
         self.num_preempted += 1
 
     def _orphan(self, seq_id: int) -> None:
-        """Nobody copies this sequence's prompt any more."""
+        """Clear the parent of all sequences that would copy this sequence's prompt."""
         for each in (*self.running.values(), *self.waiting):
             if each.parent == seq_id:
                 each.parent = None
 
     def _fork(self, parent: Sequence) -> None:
-        """Give a prompt's keys and values to the sequences that wait for them, once all but its last token has run."""
+        """Copy a prompt's KV to the child sequences, once all of the prompt except its last token has run."""
         children = [each for each in self.running.values() if each.parent == parent.seq_id]
         if not children or parent.num_computed_tokens < parent.num_prompt_tokens - 1:
             return
@@ -210,12 +214,12 @@ class Scheduler:
             for stage in self.stages:
                 stage.copy(parent.seq_id, child.seq_id, parent.num_computed_tokens)
             child.num_computed_tokens, child.parent = parent.num_computed_tokens, None
-        self._orphan(parent.seq_id)  # those that have yet to be admitted run it themselves
+        self._orphan(parent.seq_id)  # children that are not admitted yet compute the prompt themselves
 
     # --------------------------------------------------------------------------------------------------------- passes
 
     def _schedule(self, stage: int) -> None:
-        """Start a pass on a stage that is free: prompts in turns with the depth that ``choose_depth`` prefers."""
+        """Start a pass on a stage if it is free. Prompts alternate with the depth chosen by ``choose_depth``."""
         if any(pending.stage == stage for pending in self._pending):
             return
         ready = [s for s in self.running.values() if s.stage == stage and not s.in_flight and s.parent is None]
@@ -246,20 +250,21 @@ class Scheduler:
             self._start(stage, depth, chosen, new)
 
     def _begin_round(self, seq: Sequence, rows: int) -> None:
-        """Plan a sequence's drafts, where it speculates."""
+        """Plan the drafts of a sequence in speculative mode."""
         if seq.drafting is None:
             return
-        # The last token needs no proposal, and no position may lie beyond the sequence's last.
+        # The last token needs no proposal, and proposals need positions too.
         params = seq.params
         room = min(params.max_tokens - len(seq.tokens), params.max_length - seq.num_tokens_with_spec)
         seq.drafting.begin_round(rows, time.perf_counter(), room - 1)
 
     def _run_prompts(self, prompts: list[Sequence]) -> None:
-        """Run the next tokens of prompts, oldest first, up to ``PASS_TOKENS`` in all."""
+        """Run the next tokens of prompts, oldest first, at most ``PASS_TOKENS`` in total."""
         chosen, tokens, left = [], [], PASS_TOKENS
         for seq in prompts:
             new = seq.token_ids(seq.num_computed_tokens)
-            # Others copy the prompt but for its last token; one that goes on decides on the newest as usual.
+            # The last token runs in a later pass if children copy the tokens before it, or after a preemption, so that
+            # it asks its exits as usual.
             forks = any(each.parent == seq.seq_id for each in self.running.values())
             if len(new) > 1 and (seq.tokens or forks):
                 new = new[:-1]
@@ -274,7 +279,7 @@ class Scheduler:
             self._start(0, 0, [seq for seq, _ in pairs], [new for _, new in pairs])
 
     def _start(self, stage: int, depth: int, seqs: list[Sequence], tokens: list[list[int]]) -> None:
-        """Run sequences from a depth to the first where one of them stops."""
+        """Run sequences from ``depth`` to the first depth at which one of them stops."""
         end, final = self.stage_map.ends[stage], self.stage_map.final
         stop = min(next_stop(depth, seq.exits_to_ask(), end) for seq in seqs)
         scheduled = []
@@ -296,10 +301,10 @@ class Scheduler:
             self._passed(stage, pass_, seqs)
 
     def _run(self, stage: int, pass_: Pass, seqs: list[Sequence]) -> Timer | None:
-        """Run a pass, with a timer where drafts are planned by time.
+        """Run a pass, with a timer if drafts are planned by measured time.
 
-        The timer is read with the head's outputs. Waiting for it here could be a deadlock: a pass that sends is done
-        only after the next stage receives, and the command to receive follows this call.
+        The timer is read together with the head outputs. Reading it here could deadlock: a pass that sends finishes
+        only after the next stage receives, and the command to receive is sent after this call.
         """
         measured = stage == 0 and (len(self.stages) == 1 or _runs_from_tokens_to_heads(pass_))
         if not measured or not any(seq.drafting is not None and seq.drafting.plans_by_time for seq in seqs):
@@ -311,7 +316,7 @@ class Scheduler:
         return timer
 
     def _count_layers(self, seq: Sequence, depth: int, stop: int, new: int, *, asked: bool) -> None:
-        """Count the layers that a pass runs for a sequence, and let the deferred tokens that it meets join."""
+        """Add the deferred tokens between two depths to a sequence's pass, and count the layers that it runs."""
         tokens = new if depth == 0 else seq.num_pass_tokens + seq.deferred.pop(depth, 0)
         at, runs = depth, 0
         for layer in sorted(layer for layer in seq.deferred if depth < layer < stop):
@@ -320,11 +325,11 @@ class Scheduler:
         seq.num_pass_tokens = tokens
         if seq.num_computed_tokens > seq.num_prompt_tokens:
             runs += tokens * self.stage_map.layers(at, stop)
-            # In the exit's own layer, other tokens only leave keys and values.
+            # For other tokens, the exit's own layer only computes keys and values.
             seq.num_layer_runs += runs + int(asked and stop in self.stage_map.layer_exits)
 
     def _passed(self, stage: int, pass_: Pass, seqs: list[Sequence]) -> None:
-        """Sequences have got to the end of a pass without a head."""
+        """Update sequences at the end of a pass in which no head ran for them."""
         if pass_.sends:
             self.stages[stage + 1].receive([seq.seq_id for seq in seqs])
         for seq in seqs:
@@ -336,7 +341,7 @@ class Scheduler:
                 self._fork(seq)
 
     def _fill(self, stage: int, depth: int, seq: Sequence) -> None:
-        """Let the token that has just left go on through the stages behind, while its successor starts."""
+        """Run the remaining stages for a token that has just left, while the next token starts."""
         ends = self.stage_map.ends
         for index in range(stage, len(self.stages)):
             start, end = (depth if index == stage else ends[index - 1]), ends[index]
@@ -351,7 +356,7 @@ class Scheduler:
     # --------------------------------------------------------------------------------------------------- head outputs
 
     def _update(self) -> list[tuple[Sequence, list[Token]]]:
-        """Take the oldest pending pass's head outputs."""
+        """Process the head outputs of the oldest pending pass."""
         pending = self._pending.popleft()
         stage, pass_ = pending.stage, pending.pass_
         outputs = iter(self.stages[stage].outputs())
@@ -359,7 +364,7 @@ class Scheduler:
         emitted = []
         for seq, scheduled in zip(pending.seqs, pass_.sequences, strict=True):
             output = None if scheduled.head_input is None else next(outputs)
-            if seq.status is not Status.IN_FLIGHT:  # ended meanwhile
+            if seq.status is not Status.IN_FLIGHT:  # it has ended in the meantime
                 continue
             seq.status, seq.depth = Status.RUNNING, pass_.stop
             if output is None or scheduled.head_input is None:
@@ -372,15 +377,17 @@ class Scheduler:
             if tokens:
                 emitted.append((seq, tokens))
             left = scheduled.head_input.kind == "leave" and seq.depth == 0
-            if left and stage > 0 and seq.deferred:  # a token that left after the last layer is not deferred
+            if left and stage > 0 and seq.deferred:  # a token that leaves after the last layer is not deferred
                 self._fill(stage, pass_.stop, seq)
         return emitted
 
     def _process(self, seq: Sequence, head_input: HeadInput, output: HeadOutput, depth: int) -> list[Token]:
-        """Change a sequence by what a head says: its newest token is then to be started, or goes on from ``depth``.
+        """Update a sequence from the head output at ``depth``.
+
+        Its newest token then starts at depth 0, or continues from ``depth``.
 
         Returns:
-            The tokens that were emitted.
+            The emitted tokens.
         """
         last, kind = self.stage_map.final - 1, head_input.kind
         if not output.finite:
@@ -419,16 +426,16 @@ class Scheduler:
         return tokens
 
     def _defer(self, seq: Sequence, depth: int) -> None:
-        """The newest token has left: it waits, and with it those that it has met so far."""
+        """Defer the newest token, which has left at ``depth``, and the deferred tokens that joined its pass."""
         if depth < self.stage_map.final - 1:
             seq.deferred[depth] = seq.deferred.get(depth, 0) + seq.num_pass_tokens
         seq.depth = seq.stage = 0
 
     def _end_round(self, seq: Sequence, emitted: tuple[int, ...]) -> None:
-        """The full model has verified the proposals."""
+        """End a round of speculative decoding, after the full model has verified the proposals."""
         assert seq.drafting is not None
         if len(self.stages) > 1 and seq.drafting.plans_by_time:
-            # Stages work at the same time: only the begin and the end of a round tell how long it took.
+            # Stages run concurrently, so a round is measured from its start to its end.
             seconds = seq.drafting.elapsed(time.perf_counter())
             seq.drafting.set_seconds(seconds if self.share_seconds is None else self.share_seconds(seconds))
         judged, accepted = seq.drafting.end_round(emitted)
@@ -437,7 +444,7 @@ class Scheduler:
         seq.spec_token_ids = []
 
     def _learn_time(self, pending: _PendingPass) -> None:
-        """Observe how long a pass took. Its head has reported, so reading the timer does not wait."""
+        """Record the duration of a pass. Its head outputs have arrived, so reading the timer does not wait."""
         if pending.timer is None:
             return
         pass_, seconds = pending.pass_, pending.timer.seconds()
@@ -451,7 +458,7 @@ class Scheduler:
 
 
 def _emit(seq: Sequence, tokens: list[Token]) -> list[Token]:
-    """Append tokens to a sequence, up to one that ends it; those that were appended."""
+    """Append tokens to a sequence, up to one that ends it. Returns the appended tokens."""
     params = seq.params
     for number, token in enumerate(tokens, start=1):
         seq.tokens.append(token)
@@ -467,14 +474,13 @@ def _emit(seq: Sequence, tokens: list[Token]) -> list[Token]:
 
 
 def choose_depth(waiting: Mapping[int, list[int]], max_waited: int = MAX_PASSES_WAITED) -> int:
-    """The depth whose sequences go on next.
+    """Choose the depth whose sequences run next.
 
-    A pass over few tokens costs about as much as one over a single one, since the weights have to be read either way:
-    most is gained where most sequences wait. So those that need deep layers are left to gather while others are more,
-    but for ``max_waited`` passes at most.
+    A pass over a few tokens costs about as much as a pass over one, because it reads the same weights. So the depth
+    with the most sequences runs next (the deepest of several), unless a sequence has waited ``max_waited`` passes.
 
     Args:
-        waiting: by depth, how many passes of others each sequence there has waited.
+        waiting: by depth, the number of passes that each sequence there has waited.
         max_waited: see above.
     """
     late = [depth for depth, waited in waiting.items() if max(waited) >= max_waited]
@@ -482,15 +488,15 @@ def choose_depth(waiting: Mapping[int, list[int]], max_waited: int = MAX_PASSES_
 
 
 def next_stop(depth: int, exits: tuple[int, ...], end: int) -> int:
-    """Where a token that goes on from ``depth`` stops: at the next exit that it asks, or the ``end`` of the stage."""
+    """The depth at which a token from ``depth`` stops: the next exit that it asks, or the ``end`` of the stage."""
     return min((layer for layer in exits if depth < layer <= end), default=end)
 
 
 def _runs_from_tokens_to_heads(pass_: Pass) -> bool:
-    """Whether all sequences of a pass start from tokens and end at a head: the costs of such passes are learnt."""
+    """Whether a pass starts at depth 0 and its head runs for all sequences. The costs of such passes are recorded."""
     return pass_.start == 0 and all(seq.head_input is not None for seq in pass_.sequences)
 
 
 def _prefix(seq: Sequence) -> Prefix:
-    """What a sequence that is not in flight could leave to others."""
+    """The reusable prefix of a sequence that is not in flight."""
     return Prefix(seq.seq_id, tuple(seq.token_ids()[: seq.num_complete_tokens]))

@@ -1,4 +1,4 @@
-"""One output of a request in work: its tokens, and how far they have run. Only the ``Scheduler`` changes it."""
+"""The state of one output of a request. Only the ``Scheduler`` changes it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ from megatron_ee.inference.speculation import DraftState
 
 
 class Status(Enum):
-    """Where a sequence is in its life."""
+    """Status of a sequence."""
 
     WAITING = "waiting"
-    """For memory, or for others to end; preempted ones too."""
+    """Not admitted yet, or preempted."""
     RUNNING = "running"
     IN_FLIGHT = "in flight"
-    """Running, in a pass whose head has not reported yet."""
+    """Running, in a pass whose head outputs are pending."""
     FINISHED = "finished"
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class SequenceParams:
-    """A request's settings for one of its sequences: tokens and numbers, no text.
+    """The settings of one sequence, without text. See ``Request`` for the attributes that are not listed.
 
     Attributes:
-        request: its number.
-        sample: which of the request's sequences.
+        request: number of the request.
+        sample: index of the sequence in the request.
         prompt_token_ids: the prompt.
-        mode: see ``Request``; ``policy``, ``draft``, ``sampling``, ``max_tokens`` and ``logprobs`` too.
-        exits: layers of the exits that may be asked.
-        draft_exits: those of ``exits`` that may draft.
-        max_length: most positions, emitted tokens included.
-        stop_token_ids: tokens that end it.
-        eos_token_ids: those of them that are end of text.
-        forced_token_ids: what the sequence goes on with in place of what it emits; empty for that itself.
+        exits: layers of the exits to use.
+        draft_exits: layers of those that may draft.
+        max_length: maximum number of positions, including the prompt.
+        stop_token_ids: tokens that end the sequence.
+        eos_token_ids: those of ``stop_token_ids`` that are end-of-text tokens.
+        forced_token_ids: tokens that continue the sequence in place of the emitted ones; empty for none.
     """
 
     request: int
@@ -63,26 +62,27 @@ class Sequence:
     """State of one sequence.
 
     Attributes:
-        seq_id: its number.
-        params: fixed.
-        tokens: emitted so far.
+        seq_id: number of the sequence.
+        params: settings; constant.
+        tokens: emitted tokens.
         status: see ``Status``.
-        finish_reason: why it has ended.
-        error: why it failed, in one line.
-        num_computed_tokens: positions that the first layer has run, proposals included.
-        num_cached_tokens: positions whose keys and values were copied from another request.
-        depth: layers that the newest token has run; 0 where it has yet to start.
-        stage: pipeline stage that holds it there.
-        deferred: by depth, tokens that left there early and wait for a later pass.
-        num_pass_tokens: tokens of the pass in work: the newest, and deferred ones that have joined it.
-        exit_history: what the exit policy goes by.
+        finish_reason: reason of the end, once finished.
+        error: error message of one line, once failed.
+        num_computed_tokens: positions that the first layer has run, including proposals.
+        num_cached_tokens: positions whose KV was copied from another request.
+        depth: number of layers that the newest token has run; 0 before it starts.
+        stage: pipeline stage that holds the newest token's hidden state.
+        deferred: by depth, the number of tokens that left there early and wait for a later pass.
+        num_pass_tokens: tokens of the current pass: the new ones, and the deferred ones that have joined it.
+        exit_history: input of the exit policy.
         spec_token_ids: proposals that are not verified yet.
         drafting: state of speculative mode; None in other modes.
-        num_draft_tokens: proposals judged so far.
-        num_accepted_tokens: those of them that the full model accepted.
-        parent: sequence whose keys and values of the prompt it will copy.
-        num_passes_waited: passes of other sequences since its own last one.
-        num_layer_runs: decoder layers run for tokens after the prompt; those of ``layer`` exits where they were asked.
+        num_draft_tokens: number of proposals judged.
+        num_accepted_tokens: number of proposals accepted.
+        parent: number of the sequence from which it will copy the prompt's KV; None for none.
+        num_passes_waited: passes of other sequences since its last one.
+        num_layer_runs: decoder layers run for tokens after the prompt. The own layer of a ``layer`` exit counts if its
+            head was asked.
     """
 
     seq_id: int
@@ -108,23 +108,23 @@ class Sequence:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a pass of it is in work whose head has not reported yet."""
+        """Whether it is in a pass whose head outputs are pending."""
         return self.status is Status.IN_FLIGHT
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
+        """Number of prompt tokens."""
         return len(self.params.prompt_token_ids)
 
     @property
     def num_tokens_with_spec(self) -> int:
-        """Prompt, emitted tokens and proposals."""
+        """Number of prompt tokens, emitted tokens and proposals."""
         return self.num_prompt_tokens + len(self.tokens) + len(self.spec_token_ids)
 
     def token_ids(self, start: int = 0) -> list[int]:
         """Ids of prompt, emitted (or forced) tokens and proposals, from position ``start`` on.
 
-        A step that asked for all of them would take the longer the longer they are.
+        The cost is proportional to the length of the result, not of the sequence.
         """
         params = self.params
         emitted = max(0, start - self.num_prompt_tokens)
@@ -137,13 +137,13 @@ class Sequence:
 
     @property
     def num_complete_tokens(self) -> int:
-        """Positions that every layer has run; for a sequence that is not in flight."""
+        """Number of positions that every layer has run. Valid only if the sequence is not in flight."""
         waiting = self.num_pass_tokens if self.depth > 0 else 0
         return self.num_computed_tokens - sum(self.deferred.values()) - waiting
 
     @property
     def prefilling(self) -> bool:
-        """Whether tokens have yet to run that need no head."""
+        """Whether tokens before the newest one, or tokens of the prompt, have not started yet."""
         behind = self.num_tokens_with_spec - self.num_computed_tokens
         return behind > 1 or self.num_computed_tokens < self.num_prompt_tokens
 
@@ -153,7 +153,7 @@ class Sequence:
         return self.drafting is not None and len(self.spec_token_ids) < self.drafting.plan_length
 
     def exits_to_ask(self) -> tuple[int, ...]:
-        """Exits that the newest token asks on its way."""
+        """Layers of the exits that the newest token asks."""
         if self.prefilling:
             return ()
         params, history = self.params, self.exit_history
@@ -165,9 +165,10 @@ class Sequence:
         return (self.drafting.plan_exit,) if self.drafting is not None and self.proposes else ()
 
     def head_input(self, depth: int, final: int) -> HeadInput | None:
-        """What the head at ``depth`` has to do for the newest token; None for nothing.
+        """Task of the head at ``depth`` for the newest token; None if that head does not run for it.
 
         Args:
+            depth: depth of the head.
             final: depth of the final exit.
         """
         params, proposals = self.params, tuple(self.spec_token_ids)

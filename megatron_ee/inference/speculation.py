@@ -1,9 +1,8 @@
-"""How far to draft, and at which exit: chosen online from acceptance and measured time.
+"""Plans speculative decoding: the drafting exit and the draft length, chosen online from acceptance and measured time.
 
-A round runs the newest token through the layers up to the drafting exit k and asks it for the next, and so on; then
-all tokens of the round run through the other layers in one pass, which verifies the proposals (Leviathan et al., arXiv
-2211.17192). A proposal that is not likely enough to be accepted is not made: the round ends there. Whatever is chosen,
-the output is the full model's.
+In a round, each token runs the layers up to the drafting exit, which proposes the next token. Then all tokens of the
+round run the remaining layers in one pass, which verifies the proposals (Leviathan et al., arXiv 2211.17192). A draft
+ends early at a token that is unlikely to be accepted. The output always equals the full model's.
 """
 
 from __future__ import annotations
@@ -17,20 +16,22 @@ from megatron_ee.inference.policy import backoff_length
 K = TypeVar("K")
 
 DEFAULT_LENGTH = 3
-"""Proposals per round where tokens are sampled and the request does not say."""
+"""Proposals per round with sampling, and before a round has been timed, unless the request sets a length."""
 MAX_LENGTH = 15
-"""Longest draft that is chosen: 16 tokens are verified together, which is what tiles take at a time. Only text that
-repeats itself has drafts of that length accepted."""
+"""Maximum draft length chosen online: 16 tokens are then verified together, a full matrix tile. Drafts of this length
+are accepted in repetitive text only."""
 BINS = 10
+"""Confidence intervals of ``Acceptance``."""
 PRIOR = 4.0
-"""Observations that the prior counts for: that a proposal is accepted as often as its exit is confident."""
+"""Weight of the prior, in observations. The prior acceptance rate of a proposal is its confidence."""
 MEMORY = 0.97
-"""Weight of an observation after the next one: the text changes, and with it what the exits know."""
+"""Decay of past observations per new one, because the text changes."""
 TRIALS = 3
-"""Rounds that each choice is given at first, and drafts at the beginning of each sequence."""
+"""Initial rounds of each choice, and initial drafted rounds of each sequence."""
 EXPLORE = 24
-"""Rounds after which one of the choices that are not the best is tried again: each in turn."""
+"""Rounds between two retries of a choice that is not the best; the choices take turns."""
 SMOOTH = 0.2
+"""Weight of a new measurement in a smoothed time."""
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Costs:
     """Measured seconds of passes from the first layer to a head, by depth and number of tokens.
 
     Attributes:
-        head_layers: how many layers the head at each depth costs; used until it has been measured.
+        head_layers: by depth, the cost of the head in layers. It is used for passes that are not measured yet.
     """
 
     head_layers: Mapping[int, float]
@@ -46,49 +47,50 @@ class Costs:
     _layer: dict[int, float] = field(default_factory=dict)
 
     def observe(self, stop: int, tokens: int, seconds: float) -> None:
-        """One pass took so long."""
+        """Record the duration of one pass."""
         size = bucket(tokens)
         _smooth(self._seen, (stop, size), seconds)
         _smooth(self._layer, size, seconds / (stop + self.head_layers[stop]))
 
     def seconds(self, stop: int, tokens: int) -> float:
-        """How long a pass takes; 0 before anything has been measured."""
+        """Expected seconds of a pass; 0 before any measurement."""
         size = bucket(tokens)
         found = self._seen.get((stop, size))
         if found is not None or not self._layer:
             return found or 0.0
-        # A size that was not measured yet takes the nearest one.
+        # Not measured yet: use the nearest measured size.
         nearest = min(self._layer, key=lambda other: (abs(other - size), other))
         return self._layer[nearest] * (stop + self.head_layers[stop])
 
 
 @dataclass
 class Acceptance:
-    """How often the proposals of one exit are accepted, by its confidence in them."""
+    """Acceptance rate of one exit's proposals, by confidence."""
 
     accepted: list[float] = field(default_factory=lambda: [PRIOR * (bin_ + 0.5) / BINS for bin_ in range(BINS)])
     judged: list[float] = field(default_factory=lambda: [PRIOR] * BINS)
 
     def observe(self, confidence: float, accepted: bool) -> None:
-        """One token that the exit proposed, or would have, was judged."""
+        """Record whether the full model agreed with a token of the exit."""
         bin_ = _bin(confidence)
         self.accepted[bin_] = MEMORY * self.accepted[bin_] + accepted
         self.judged[bin_] = MEMORY * self.judged[bin_] + 1
 
     def rate(self, confidence: float) -> float:
-        """Share of accepted proposals among those of about this confidence."""
+        """Acceptance rate of proposals in the same confidence interval."""
         bin_ = _bin(confidence)
         return self.accepted[bin_] / self.judged[bin_]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A round of speculative mode.
+    """The plan of one round of speculative decoding.
 
     Attributes:
         exit: layer of the drafting exit; 0 for none.
-        length: most proposals; 0 for none.
-        min_chance: a proposal is not worth its time where the chance that it and all before it are accepted is below.
+        length: maximum number of proposals; 0 for none.
+        min_chance: the draft ends before a token if the estimated probability that it and all proposals before it are
+            accepted is below this.
     """
 
     exit: int = 0
@@ -98,9 +100,9 @@ class Plan:
 
 @dataclass
 class _Record:
-    """Tokens that rounds of one kind brought, and seconds that they took.
+    """Emitted tokens and seconds of one choice's rounds.
 
-    Rounds count less the more rounds of any kind came after them, so that one that is tried again counts as new.
+    Their weights decay with every round of any choice, so a choice that is retried is judged mostly by its new rounds.
     """
 
     rounds: int = 0
@@ -121,11 +123,11 @@ class _Record:
 
 @dataclass
 class Drafter:
-    """What is known of the exits, from all sequences.
+    """Chooses drafts from the measurements of all sequences.
 
     Attributes:
-        costs: of passes.
-        acceptance: by layer of the exit.
+        costs: durations of passes.
+        acceptance: acceptance rates, by layer of the exit.
     """
 
     costs: Costs
@@ -135,12 +137,12 @@ class Drafter:
     _rounds: int = 0
 
     def plan(self, exits: Sequence[int], rows: int, length: int | None = None, *, may_skip: bool = True) -> Plan:
-        """The next round of a sequence.
+        """Plan the next round of a sequence.
 
         Args:
-            exits: layers that may draft.
-            rows: sequences that share the passes.
-            length: proposals that the request wants; None leaves it open, each proposal to be worth its time.
+            exits: layers of the exits that may draft.
+            rows: number of sequences that share the passes.
+            length: draft length of the request; None to choose it by expected gain per time.
             may_skip: whether a round without proposals may be chosen.
         """
         size = bucket(rows)
@@ -154,15 +156,24 @@ class Drafter:
             return Plan()
         if length is not None:
             return Plan(layer, length)
-        # A proposal brings its chance of being accepted, for the time of one more token through the exit.
-        plain = self._records.get((0, size), _Record())
-        return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, rows) * max(records[best].rate, plain.rate))
+        rate = max(records[best].rate, self._records.get((0, size), _Record()).rate)
+        if rate == 0:  # no round has been timed: a long draft could take longer than the rest of a short output
+            return Plan(layer, DEFAULT_LENGTH)
+        # A proposal gains its acceptance probability in tokens and costs one more pass up to the exit.
+        return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, rows) * rate)
 
     def learn(self, plan: Plan, rows: int, proposals: int, tokens: int, seconds: float) -> None:
-        """A round of so many proposals brought so many tokens, in a sequence's share of the time.
+        """Record a finished round.
 
-        The smoothed time of such rounds counts; the first of each size is often slow (kernels chosen, code compiled)
-        and does not count at all.
+        The first round of each size is ignored because it is often slow (kernel selection, compilation). Later rounds
+        count with the smoothed time of their size.
+
+        Args:
+            plan: its plan.
+            rows: number of sequences that shared the passes.
+            proposals: number of proposals made.
+            tokens: number of tokens emitted.
+            seconds: this sequence's share of the time.
         """
         self._rounds += 1
         record = self._records.setdefault((plan.exit, bucket(rows)), _Record())
@@ -174,79 +185,79 @@ class Drafter:
 
 
 class DraftState:
-    """Speculative mode's state of one sequence: the round in work, and whether its drafts have been of use.
+    """Speculative decoding state of one sequence.
 
     Attributes:
-        num_rounds: rounds judged so far.
-        plan: of the round in work; None between rounds.
-        num_failed_rounds: drafted rounds in a row of which nothing was accepted.
-        rounds_to_skip: rounds that are to run without a draft because of that.
+        num_rounds: number of finished rounds.
+        plan: plan of the current round; None between rounds.
+        num_failed_rounds: number of consecutive drafted rounds without an accepted proposal.
+        rounds_to_skip: number of rounds to run without a draft because of these failures.
     """
 
     def __init__(
         self, drafter: Drafter, exits: Sequence[int], fixed: tuple[int | None, int | None], greedy: bool
     ) -> None:
-        """Nothing drafted yet.
+        """Create the state before the first round.
 
         Args:
             drafter: shared by all sequences.
-            exits: layers that may draft.
-            fixed: drafting exit and length that the request wants; None leaves them open.
-            greedy: whether the most probable token is always taken.
+            exits: layers of the exits that may draft.
+            fixed: drafting exit and draft length of the request; None for one that is chosen online.
+            greedy: whether the request decodes greedily.
         """
         self._drafter, self._exits, self._fixed, self._greedy = drafter, tuple(exits), fixed, greedy
         self.num_rounds = self.num_failed_rounds = self.rounds_to_skip = 0
         self.plan: Plan | None = None
         self._rows, self._started, self._seconds = 1, 0.0, 0.0
         self._confidences: list[float] = []  # of the proposals
-        self._unproposed: tuple[int, float] | None = None  # token after them that was not worth it, with its confidence
+        self._unproposed: tuple[int, float] | None = None  # the token at which the draft ended, and its confidence
 
     @property
     def plan_exit(self) -> int:
-        """Layer of the exit that drafts in this round."""
+        """Layer of the drafting exit in this round; 0 for none."""
         return 0 if self.plan is None else self.plan.exit
 
     @property
     def plan_length(self) -> int:
-        """Proposals that are to be made in this round."""
+        """Maximum number of proposals in this round."""
         return 0 if self.plan is None else self.plan.length
 
     @property
     def plans_by_time(self) -> bool:
-        """Whether the time of passes decides on the drafts."""
+        """Whether drafts are planned from measured time."""
         return self._greedy and not (self._fixed[1] is not None and len(self._exits) == 1)
 
     @property
     def _may_skip(self) -> bool:
-        """Whether rounds without drafts may be chosen: timing may decide, and the request does not."""
+        """Whether rounds without drafts may be chosen: greedy decoding, and the request fixes no exit or length."""
         return self._greedy and self._fixed == (None, None)
 
     @property
     def _backs_off(self) -> bool:
-        """Whether so many rounds in a row have failed that rounds without drafts come between them."""
+        """Whether consecutive failed rounds are enough to insert rounds without drafts."""
         return self._may_skip and backoff_length(self.num_failed_rounds) > 0
 
     def begin_round(self, rows: int, now: float, max_length: int) -> None:
-        """Plan the next round, unless one is in work.
+        """Plan the next round, unless a round is running.
 
         Args:
-            rows: sequences that share its passes.
-            now: seconds of some clock.
-            max_length: most proposals that there is room for.
+            rows: number of sequences that share its passes.
+            now: current time in seconds.
+            max_length: maximum number of proposals.
         """
         if self.plan is not None:
             return
         exits, length = self._exits, self._fixed[1]
-        if not self._greedy:  # what is drawn depends on the draft: timing must not decide on it
+        if not self._greedy:  # sampled tokens depend on the draft, which must not depend on timing
             exits, length = exits[:1], DEFAULT_LENGTH if length is None else length
         if length is not None and len(exits) == 1:
             plan = Plan(exits[0], length)
         elif self._backs_off and self.rounds_to_skip > 0:
             plan, self.rounds_to_skip = Plan(), self.rounds_to_skip - 1
-        elif self._backs_off:  # each exit in turn: another one may do better on this text
+        elif self._backs_off:  # exits take turns, since another one may do better on this text
             plan = self._drafter.plan([exits[self.num_failed_rounds % len(exits)]], rows, may_skip=False)
         else:
-            # The text of other sequences says little about this one's, so it begins with drafts.
+            # A sequence starts with drafted rounds, because other sequences have different text.
             may_skip = self._may_skip and self.num_rounds >= TRIALS
             plan = self._drafter.plan(exits, rows, length, may_skip=may_skip)
         if plan.length > max_length:
@@ -254,19 +265,19 @@ class DraftState:
         self.plan, self._rows, self._started, self._seconds = plan, rows, now, 0.0
 
     def add_seconds(self, seconds: float) -> None:
-        """The sequence's share of a pass of this round."""
+        """Add the sequence's share of the time of a pass."""
         self._seconds += seconds
 
     def elapsed(self, now: float) -> float:
-        """Seconds since the round began, for all its sequences; ``set_seconds`` takes what every rank agrees on."""
+        """Seconds since the start of the round."""
         return now - self._started
 
     def set_seconds(self, seconds: float) -> None:
-        """The round took so long, for all its sequences."""
+        """Set the duration of the round from ``elapsed``, equal on all ranks; the sequences share it."""
         self._seconds = seconds / self._rows
 
     def propose(self, token: int, confidence: float) -> bool:
-        """Whether a token of the drafting exit is proposed; if not, the draft ends before it."""
+        """Add a token of the drafting exit to the draft. Returns False, without adding it, if the draft ends here."""
         assert self.plan is not None
         if self.plan.min_chance > 0:
             acceptance, chance = self._drafter.acceptance[self.plan.exit], 1.0
@@ -279,10 +290,13 @@ class DraftState:
         return True
 
     def end_round(self, emitted: Sequence[int]) -> tuple[int, int]:
-        """Learn from what the full model emitted: accepted proposals and one more token.
+        """Finish the round and record its results.
+
+        Args:
+            emitted: the accepted proposals and one more token.
 
         Returns:
-            The number of proposals that were judged, and of those that were accepted.
+            The number of proposals that were judged, and the number accepted.
         """
         assert self.plan is not None
         accepted, made, backed_off = len(emitted) - 1, len(self._confidences), self._backs_off
@@ -296,19 +310,19 @@ class DraftState:
                 acceptance.observe(self._confidences[number], number < accepted)
             if self._unproposed is not None and accepted == made:
                 acceptance.observe(self._unproposed[1], self._unproposed[0] == emitted[-1])
-        # A sequence that backs off says little about others: its exits know nothing of its text.
+        # Failed rounds of a sequence that backs off do not count: its text is unusual for the exits.
         if self._seconds > 0 and (accepted or not backed_off):
             self._drafter.learn(self.plan, self._rows, made, len(emitted), self._seconds)
         self.abort_round()
         return judged, accepted
 
     def abort_round(self) -> None:
-        """Forget the round in work."""
+        """Discard the current round."""
         self.plan, self._confidences, self._unproposed = None, [], None
 
 
 def bucket(tokens: int) -> int:
-    """Sizes that cost about the same: each number up to 4, then powers of two and the numbers halfway between."""
+    """Round up to a size of similar cost: each number up to 4, then powers of two and the numbers halfway between."""
     if tokens <= 4:
         return tokens
     size = 1 << (tokens - 1).bit_length()
@@ -321,5 +335,5 @@ def _bin(confidence: float) -> int:
 
 def _smooth(table: dict[K, float], key: K, value: float) -> None:
     old = table.get(key)
-    # The first one is often slow (caches, kernels chosen): faster ones count at once, and slower ones by and by.
+    # First measurements are often slow (caches, kernel selection), so a much faster one replaces the average at once.
     table[key] = value if old is None or value < 0.7 * old else old + SMOOTH * (min(value, 2 * old) - old)

@@ -1,9 +1,9 @@
-"""The stage runner: owns one stage's tensors and runs the scheduler's passes.
+"""The stage runner owns one stage's tensors and runs the scheduler's passes.
 
-A token that leaves at layer k is deferred: it has no keys and values above layer k. Its tap is kept, and the next pass
-of its sequence that goes beyond layer k takes it along. So each layer runs each position once, in order, and its cache
-is exactly what a pass of all tokens through all layers would have left. In a pass, layer i runs the positions that its
-cache lacks: of each sequence a contiguous run that ends with the newest token and grows with depth.
+A token that leaves at layer k is deferred: it has no KV above layer k. Its tap is kept, and the token joins the next
+pass of its sequence that goes beyond layer k. So each layer runs each position once and in order, and its KV equals
+that of a full forward pass. In a pass, layer i runs the positions that its cache lacks. For each sequence this is a
+contiguous range that ends with the newest token and grows with depth.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ from megatron_ee.model.attention import Positions
 from megatron_ee.model.traversal import run_layers, run_segment
 
 TABLE = 1024
-"""Positions by which the table of rotary angles grows."""
+"""Growth step of the table of rotary angles, in positions."""
 
 
 class StageChannel(Protocol):
-    """Carries hidden states from each stage to the next."""
+    """Sends hidden states from each stage to the next."""
 
     def send(self, parts: Sequence[Tensor], drafts: Sequence[Sequence[Tensor]]) -> None:
-        """Start sending each sequence's hidden states, ``[tokens, 1, hidden]``, and its drafts to the stage behind."""
+        """Start sending each sequence's hidden states, ``[tokens, 1, hidden]``, and draft distributions ``[vocab]``."""
 
     def receive(self, num_sequences: int) -> list[tuple[Tensor, list[Tensor]]]:
-        """Hidden states and draft distributions of so many sequences from the stage before; waits for them."""
+        """Wait for the hidden states and draft distributions of ``num_sequences`` sequences."""
 
 
 class StageSequence:
-    """What one sequence keeps on one stage between passes.
+    """The tensors of one sequence on one stage, between passes.
 
     Attributes:
-        caches: of each backbone layer, by number.
-        exit_caches: of each ``layer`` exit's own decoder layer, filled for every token that passes the exit.
-        waiting: by depth, the taps of tokens that wait there, deferred or about to go on, each ``[tokens, 1, hidden]``,
-            in the order of their positions.
-        draft_probs: distributions ``[vocab]`` that the proposals in work were drawn from, where they are sampled.
+        caches: KV cache of each backbone layer, by number.
+        exit_caches: KV cache of each ``layer`` exit's own layer, by layer of the exit. Every token that passes the exit
+            fills it.
+        waiting: by depth, the hidden states of tokens that wait there, deferred or in progress: tensors
+            ``[tokens, 1, hidden]`` in order of position.
+        draft_probs: distributions ``[vocab]`` that the current proposals were sampled from; empty if greedy.
     """
 
     def __init__(self, stage: Stage, limit: int, slack: int, pass_tokens: int) -> None:
-        """At most ``limit`` tokens, none yet; ``slack`` and ``pass_tokens`` as in ``Extent``."""
+        """Create empty caches for at most ``limit`` positions; ``slack`` and ``pass_tokens`` as in ``Extent``."""
 
         def cache(window: int | None) -> LayerKV:
             return LayerKV(Extent(limit, window, slack, pass_tokens))
@@ -64,40 +65,40 @@ class StageSequence:
 
     @property
     def all_caches(self) -> list[LayerKV]:
-        """Of layers and exits."""
+        """KV caches of layers and exits."""
         return [*self.caches.values(), *self.exit_caches.values()]
 
     def wait(self, depth: int, tap: Tensor) -> None:
-        """Let tokens wait at a depth, behind those that are there."""
+        """Append tokens to those that wait at a depth."""
         self.waiting.setdefault(depth, []).append(tap)
 
     def crop(self, length: int) -> None:
-        """Take back the positions from ``length`` on; no token may be waiting."""
+        """Remove the positions from ``length`` on. No token may be waiting."""
         assert not self.waiting, "a sequence is cropped when nothing waits"
         for cache in self.all_caches:
             cache.crop(length)
 
     def begin(self, other: StageSequence, length: int) -> None:
-        """Begin with a copy of another's first ``length`` positions; this one is empty."""
+        """Copy the first ``length`` positions of another sequence into this empty one."""
         for mine, theirs in zip(self.all_caches, other.all_caches, strict=True):
             mine.begin(theirs, length)
 
     def keep(self, length: int) -> None:
-        """Forget what waits, and the positions from ``length`` on: nothing will go on from here."""
+        """Keep only the KV of the first ``length`` positions. The sequence has ended."""
         self.waiting, self.draft_probs = {}, []
         self.crop(length)
 
 
 @dataclass
 class TokenBatch:
-    """The tokens of a pass at one depth, those of each sequence one after another: ``[tokens, 1, hidden]``.
+    """The sequences and positions of a pass's packed tokens ``[tokens, 1, hidden]``, at one depth.
 
     Attributes:
         sequences: in the order of the pass.
-        counts: tokens of each.
-        stops: positions that each has with its newest token.
-        positions: of the tokens.
-        masks: of ``PackedCaches``.
+        counts: number of tokens of each sequence.
+        stops: length of each sequence, including its newest token.
+        positions: positions of the tokens.
+        masks: attention masks, see ``PackedCaches``.
     """
 
     sequences: list[StageSequence]
@@ -107,26 +108,26 @@ class TokenBatch:
     masks: Masks = field(default_factory=dict)
 
     def cache(self, layer: int) -> PackedCaches:
-        """The sequences' of a backbone layer."""
+        """KV caches of a backbone layer."""
         return PackedCaches([each.caches[layer] for each in self.sequences], self.counts, self.masks)
 
     def exit_cache(self, layer: int) -> PackedCaches:
-        """The sequences' of the ``layer`` exit after a layer."""
+        """KV caches of the ``layer`` exit after a layer."""
         return PackedCaches([each.exit_caches[layer] for each in self.sequences], self.counts, self.masks)
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
-        """``[tokens, 1, hidden]`` by sequence."""
+        """Split ``[tokens, 1, hidden]`` by sequence."""
         return [x] if len(self.counts) == 1 else x.split(self.counts)
 
 
 class StageRunner:
-    """The layers and exits of one stage, and the sequences that it runs: a ``StageWorker`` within this process.
+    """A ``StageWorker`` in this process.
 
     Attributes:
-        stage: with the embedding, or the final exit, where it is the first, or the last.
+        stage: layers and exits; with the embedding on the first stage, and the final exit on the last.
         sequences: by number.
-        channel: to the stages before and behind; None where there are none.
-        compiled: its layers as compiled code; None where they are not compiled.
+        channel: to the neighbouring stages; None with a single stage.
+        compiled: the compiled layers; None if they are not compiled.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class StageRunner:
         channel: StageChannel | None = None,
         compiled: CompiledStage | None = None,
     ) -> None:
-        """``slack`` and ``pass_tokens``: as in ``Extent``."""
+        """Create a runner without sequences; ``slack`` and ``pass_tokens`` as in ``Extent``."""
         self.stage, self.channel, self.compiled = stage, channel, compiled
         self.sequences: dict[int, StageSequence] = {}
         self._slack, self._pass_tokens = slack, pass_tokens
@@ -159,7 +160,7 @@ class StageRunner:
         """See ``StageWorker``."""
         self.sequences[seq_id].crop(length)
 
-    @torch.inference_mode()  # as all that sequences keep: code that is compiled for it holds for nothing else
+    @torch.inference_mode()  # compiled code is specialised to inference tensors, as all other cached tensors are
     def copy(self, source: int, target: int, length: int) -> None:
         """See ``StageWorker``."""
         self.sequences[target].begin(self.sequences[source], length)
@@ -183,7 +184,7 @@ class StageRunner:
     @platform.inference_attention()
     @torch.inference_mode()
     def run(self, pass_: Pass) -> None:
-        """Run a pass. At its end the tokens wait, also those that leave: deeper layers need their taps."""
+        """Run a pass. All its tokens then wait at its end, also those that left: deeper layers need their tap."""
         x, batch = self._start(pass_)
         last = min(pass_.stop, self._final - 1)
         goes_on = pass_.sends or pass_.stop > last
@@ -207,7 +208,7 @@ class StageRunner:
             self._run_exit(pass_, x, batch)
 
     def _start(self, pass_: Pass) -> tuple[Tensor, TokenBatch]:
-        """The tokens that start: new ones, embedded, or those that wait there."""
+        """The tokens at the start of a pass: new ones, embedded, or those that wait at its depth."""
         sequences, stops = (
             [self.sequences[seq.seq_id] for seq in pass_.sequences],
             [seq.length for seq in pass_.sequences],
@@ -222,11 +223,11 @@ class StageRunner:
         return x, TokenBatch(sequences, counts, stops, self._positions(counts, stops))
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
-        """``[tokens, 1, hidden]``."""
+        """Embed tokens: ``[tokens, 1, hidden]``."""
         return self.stage.backbone.embed(platform.to_device(torch.tensor([ids])))
 
     def _run_segment(self, start: int, stop: int, x: Tensor, batch: TokenBatch) -> Tensor:
-        """``traversal.run_segment``, by compiled code where there is some."""
+        """Run ``traversal.run_segment``, with compiled code if possible."""
         stage = self.stage
         if self.compiled is not None and len(batch.sequences) == 1:
             caches = [batch.sequences[0].caches[layer] for layer in range(start + 1, stop + 1)]
@@ -236,7 +237,7 @@ class StageRunner:
         return run_segment(stage.backbone.layers_between, stage.taps, start, stop, x, batch.positions, batch.cache)
 
     def _join_deferred(self, layer: int, tap: Tensor, batch: TokenBatch) -> Tensor:
-        """Let each sequence's tokens that were deferred at ``layer`` join the batch, before its others."""
+        """Add the tokens that were deferred at ``layer`` to the batch, before the other tokens of their sequence."""
         if not any(layer in each.waiting for each in batch.sequences):
             return tap
         parts, counts = [], []
@@ -248,14 +249,14 @@ class StageRunner:
         return torch.cat(parts)
 
     def _send(self, h: Tensor, batch: TokenBatch) -> None:
-        """To the stage behind."""
+        """Send hidden states and draft distributions to the next stage."""
         assert self.channel is not None, "there is no stage behind this one"
         self.channel.send(batch.split(h), [each.draft_probs for each in batch.sequences])
         for each in batch.sequences:
             each.draft_probs = []
 
     def _run_exit(self, pass_: Pass, tap: Tensor, batch: TokenBatch) -> None:
-        """Ask the exit at the end of a pass, if there is one; then the tokens wait there."""
+        """Run the exit at the end of a pass, if there is one. The tokens then wait there."""
         exit_, inputs, left = self._exits.get(pass_.stop), _head_inputs(pass_), [False] * len(batch.sequences)
         if exit_ is not None:
             x = exit_.attention_half(tap, batch.positions, batch.exit_cache(pass_.stop)) if exit_.windows else tap
@@ -264,17 +265,17 @@ class StageRunner:
                 emitted = iter([bool(output.tokens) for output in self._run_head(logits, pass_, batch)])
                 left = [seq.head_input is not None and next(emitted) for seq in pass_.sequences]
         for sequence, part, leaves in zip(batch.sequences, batch.split(tap), left, strict=True):
-            if not (leaves and pass_.stop == self._final - 1):  # else no layer is left to fill
+            if not (leaves and pass_.stop == self._final - 1):  # after the last layer there is no KV left to fill
                 sequence.wait(pass_.stop, part)
 
     def _run_final_exit(self, pass_: Pass, h: Tensor, batch: TokenBatch) -> None:
-        """Ask the final exit, if a sequence wants it."""
+        """Run the final exit for the sequences that ask it, if any."""
         if _head_inputs(pass_):
             z = self.stage.final_features(_newest(h, pass_, batch))[:, 0]
             self._run_head(self.stage.final_logits(z), pass_, batch)
 
     def _run_head(self, logits: Tensor, pass_: Pass, batch: TokenBatch) -> list[HeadOutput]:
-        """The head's outputs for the sequences that ask; ``outputs`` gives them to the scheduler."""
+        """Compute the head outputs of the sequences that ask it, and queue them for ``outputs``."""
         wanted = [
             (sequence, scheduled.head_input)
             for sequence, scheduled in zip(batch.sequences, pass_.sequences, strict=True)
@@ -288,7 +289,7 @@ class StageRunner:
         return outputs
 
     def _positions(self, counts: list[int], stops: list[int]) -> Positions:
-        """Those of each sequence's last tokens, from a table that grows."""
+        """Positions of the last ``counts`` tokens of sequences of length ``stops``, from a table that grows."""
         need, table = max(stops), self._table
         if len(table.angles[0][0]) < need:
             length = -(-need // TABLE) * TABLE
@@ -297,12 +298,12 @@ class StageRunner:
 
 
 def _head_inputs(pass_: Pass) -> list[HeadInput]:
-    """Of the sequences that ask."""
+    """Head inputs of the sequences that ask the head."""
     return [seq.head_input for seq in pass_.sequences if seq.head_input is not None]
 
 
 def _exit_logits(exit_: Exit, z: Tensor, inputs: Sequence[HeadInput]) -> Tensor:
-    """Logits ``[tokens, vocab]`` from z ``[tokens, hidden]``; drafts are chosen from the exit's candidates alone."""
+    """Logits ``[tokens, vocab]`` from z ``[tokens, hidden]``. Draft tokens are restricted to the exit's candidates."""
     drafts = [each.kind == "draft" for each in inputs]
     if exit_.head.candidates is None or not any(drafts):
         return exit_.head.logits(z)
@@ -316,7 +317,7 @@ def _exit_logits(exit_: Exit, z: Tensor, inputs: Sequence[HeadInput]) -> Tensor:
 
 
 def _newest(x: Tensor, pass_: Pass, batch: TokenBatch) -> Tensor:
-    """Of the sequences that ask, the last tokens that the head reads, ``[tokens, 1, hidden]``."""
+    """The tokens that the head reads, ``[tokens, 1, hidden]``: the last ones of each sequence that asks it."""
     parts = [
         part[-scheduled.head_input.tokens :]
         for scheduled, part in zip(pass_.sequences, batch.split(x), strict=True)

@@ -72,9 +72,9 @@ def test_time_between_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with progress.track(10_000_000, "B", "reading", completed=2_000_000) as bar:
         bar.advance(3_000_000)
         bar.advance(5_000_000)
-    first, second, last = capsys.readouterr().err.splitlines()
+    first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("reading: 5.0/10.0 MB, ") and "MB/s" in first and first.endswith(" left")
-    assert second.startswith("reading: 10.0/10.0 MB") and "left" not in last
+    assert last.startswith("reading: 10.0/10.0 MB") and "left" not in last
 
 
 def test_silent_processes_count_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:

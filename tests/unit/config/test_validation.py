@@ -60,7 +60,7 @@ def test_values_are_read() -> None:
         ({"count": 1.0}, "count: must be a whole number, not 1.0"),
         ({"count": -1}, "count: must be at least 0, not -1"),
         ({"name": 1}, "name: must be text, not 1"),
-        ({"name": ""}, "name: must be text of at least 1 characters, not ''"),
+        ({"name": ""}, "name: must be text of 1 or more characters, not ''"),
         ({"name": "\ud800"}, "name: must be text without lone surrogates, not '\\ud800'"),
         ({"on": 1}, "on: must be true or false, not 1"),
         ({"places": {"layer": 1}}, "places: must be a list, not {'layer': 1}"),

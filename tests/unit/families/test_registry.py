@@ -293,7 +293,10 @@ def test_the_family_by_model_type_where_architectures_are_left_out() -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, ["rope factor"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["rope factor", "-1"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 1e300}}, ["rope factor 1e+300", "4096"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e30}}, ["rope factor 1e+30", "4096"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e300}}, ["rope factor 1e+300", "float32"]),
+        ({"rope_theta": 5e-324}, ["rope_theta 5e-324", "float32"]),
+        ({"rms_norm_eps": 1e308}, ["rms_norm_eps 1e+308", "float32"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": 1e-5}}, ["rope factor 1e-05", "4096"]),
         ({"rope_scaling": {"rope_type": "su"}}, ["'su'"]),
         (
@@ -362,6 +365,15 @@ def test_auto_map_of_the_same_model_is_ignored(more: dict[str, str]) -> None:
 def test_any_other_auto_map_is_refused(auto_map: Any) -> None:
     text = refusal({**PHI_TINY, "auto_map": auto_map})
     assert "auto_map asks for code" in text and "Phi3ForCausalLM" in text
+
+
+@pytest.mark.parametrize("value", [1e308, 1e-300, 10**400])
+def test_factors_that_float32_does_not_hold_are_refused(value: float) -> None:
+    config = {"model_type": "granite", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32}
+    config |= {"num_attention_heads": 4, "vocab_size": 131}
+    parse_architecture(config)
+    for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+        assert f"{key} " in refusal({**config, key: value})
 
 
 @pytest.mark.parametrize("key, value", [("partial_rotary_factor", 1e308), ("original_max_position_embeddings", 1)])

@@ -173,7 +173,7 @@ def test_without_a_tokenizer_there_are_only_ids(stage: Stage) -> None:
     assert completion.text == "" and len(completion.tokens) == 20
     with pytest.raises(ConfigError, match="^prompt: is text, but there is no tokenizer"):
         engine.submit(Request(prompt=PROMPT))
-    with pytest.raises(ConfigError, match="^stop: there is no tokenizer"):
+    with pytest.raises(ConfigError, match="^stop: needs a tokenizer"):
         engine.submit(Request(prompt=[5, 6], stop=["x"]))
     assert engine.idle
 

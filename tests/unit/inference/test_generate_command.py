@@ -8,17 +8,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_ee.commands.generate import parser
+from megatron_ee.commands.generate import _check_compare, parser
 from megatron_ee.commands.generate_requests import FIELDS, make_request
 from megatron_ee.commands.main import main
+from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.errors import ConfigError
 from megatron_ee.exits.stage import Stage
+from megatron_ee.inference.loading import open_released
 from megatron_ee.inference.requests import Request
 from megatron_ee.testing.models import save_tiny_model
 
@@ -199,7 +203,7 @@ def test_chat(command: Command, byte_model: Path, tmp_path: Path, save_tokenizer
     status, _, err = command.run("--prompt", "Hi", "--chat")
     assert status == 1 and "the tokenizer has no chat template; give the prompt as text" in err
     status, _, err = chat.run("--prompt", "Hi\udcff", "--chat")  # a byte that is no UTF-8
-    assert status == 2 and "--prompt: is no text that can be encoded: character " in err
+    assert status == 2 and "--prompt: is not valid Unicode: character " in err
     assert len(err.splitlines()) == 1
     save_tokenizer(path, template="{{ messages.__class__.__mro__ }}")
     status, _, err = chat.run("--prompt", "Hi", "--chat")
@@ -210,7 +214,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--prompt", ""), "--prompt: is empty; give text to continue"),
     (("--prompt", "", "--chat"), "--prompt: is empty; give text to continue"),
     (("--prompt", "fine", "--prompt", ""), "--prompt: is empty; give text to continue"),
-    (("--prompt", "x" * 63), "--prompt: has 64 tokens, but the model has 64 positions; shorten it"),
+    (("--prompt", "x" * 63), "--prompt: has 64 tokens; the model's 64 positions leave room"),
     (("--mode", "threshold"), "--mode: threshold needs exits; give their adapter"),
     (("--mode", "speculative"), "--mode: speculative needs exits; give their adapter"),
     (("--mode", "quick"), "argument --mode: invalid choice: 'quick'"),
@@ -219,6 +223,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("EXITS", "--threshold", "high"), "argument --threshold: invalid float value: 'high'"),
     (("EXITS", "--thresholds", "1:0.5"), "argument --thresholds: must be like 8=0.8,16=0.95, not '1:0.5'"),
     (("EXITS", "--thresholds", "3=0.5"), "--thresholds: there is no exit after layer 3; there are: 1, 2"),
+    (("EXITS", "--thresholds", "1=0.5,2=0.5,1=0.6"), "argument --thresholds: names layer 1 twice: '1=0.5,2=0.5,1=0.6'"),
     (("EXITS", "--measure", "luck"), "--measure: must be one of probability, margin, entropy, not 'luck'"),
     (("EXITS", "--exits", "3"), "--exits: there is no exit after layer 3; there are: 1, 2"),
     (("EXITS", "--exits", "a"), "argument --exits: must be layers such as 8,16, not 'a'"),
@@ -243,14 +248,17 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--repetition-penalty", 0), "--repetition-penalty: must be at least 0.001, not 0.0"),
     (("--seed", -1), "--seed: must be at least 0, not -1"),
     (("--samples", 1000), "--samples: must be at most 128, not 1000"),
-    (("--stop", ""), "--stop[0]: must be text of at least 1 characters, not ''"),
+    (("--stop", ""), "--stop[0]: must be text of 1 or more characters, not ''"),
     (("--logprobs", 1000), "--logprobs: must be at most 100, not 1000"),
     (("--dtype", "float16"), "argument --dtype: invalid choice: 'float16'"),
+    (("EXITS", "--compare", "--samples", 2), "--samples: --compare compares one output per prompt; leave it out"),
+    (("EXITS", "--compare", "--kv-memory", 1e-6), "--max-tokens: 64 positions need"),
     (("--tensor", 2), "tensor x pipeline: 2 x 1 needs 2 processes, but there are 1; start as many with torchrun"),
     (("--pipeline", 3), "tensor x pipeline: 1 x 3 needs 3 processes, but there are 1; start as many with torchrun"),
-    (("--kv-memory", 1e-6), "--max-tokens: 64 positions need 0 MB of keys and values, but there are 0 MB"),
-    (("--kv-memory", "nan"), "argument --kv-memory: must be a number above 0, not 'nan'"),
-    (("--kv-memory=-1",), "argument --kv-memory: must be a number above 0, not '-1'"),
+    (("--kv-memory", 1e-6), "--max-tokens: 64 positions need 0.131 MB of KV cache, but it may have 0.001 MB; ask"),
+    (("--kv-memory", "nan"), "argument --kv-memory: must be a number above 0 and at most 1e9, not 'nan'"),
+    (("--kv-memory", 1e300), "argument --kv-memory: must be a number above 0 and at most 1e9, not '1e+300'"),
+    (("--kv-memory=-1",), "argument --kv-memory: must be a number above 0 and at most 1e9, not '-1'"),
     (("--html", "page.html", "--samples", 2), "--html: shows one output"),
     (("--prompts", "x"), "argument --prompts: not allowed with argument --prompt"),
     (("EXITS", "--mode", "full", "--draft-exit", 4), "--draft-exit: there is no exit after layer 4; there are: 1, 2"),
@@ -361,7 +369,7 @@ def test_a_file_of_prompts_is_answered_in_order(
         ({"prompt": ""}, ":3: prompt: is empty"),
         (b'{"prompt": "\xff"}', ":3: not UTF-8: byte 12 of the line: invalid start byte"),
         ({"prompt": "a", "mode": ""}, ":3: mode: must be one of 'full', 'threshold' or 'speculative', not ''"),
-        ({"prompt": "a" * 99}, ":3: prompt: has 100 tokens, but the model has 64 positions"),
+        ({"prompt": "a" * 99}, ":3: prompt: has 100 tokens; the model's 64 positions leave room"),
         ({"messages": [{"role": "user"}]}, ":3: messages: message 1: content must be text"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the tokenizer has no chat template"),
         ({"prompt": "a", "id": [1]}, ":3: id: must be text or a whole number, not [1]"),
@@ -448,6 +456,15 @@ def test_refuses_before_the_model_is_loaded(
     status, out, err = command.run("--prompt", PROMPT, *arguments)
     assert (status, out) == (2, "") and len(err.splitlines()) == 1
     assert message in err
+
+
+def test_compare_refuses_what_one_mode_cannot_answer_before_loading(byte_model: Path, adapter: Path) -> None:
+    released = open_released(byte_model, adapter)
+    assert released.adapter is not None
+    released = replace(released, adapter=replace(released.adapter, exits=(ExitSpec(4),)))
+    arguments = parser().parse_args(["--model", "m", "--prompt", PROMPT, "--compare"])
+    with pytest.raises(ConfigError, match="^exits: only an exit before the last layer can draft"):
+        _check_compare(arguments, [Request(prompt=PROMPT)], released)
 
 
 def test_refuses_another_number_of_processes(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def test_one_that_can_never_fit_is_refused_at_once(exit_stage: MakeStage, small_
     engine = make_engine(stage, memory=memory_for(stage, 40), max_rows=4)
     running = engine.submit(Request(prompt=[5, 6, 7], max_tokens=36))
     engine.step()
-    message = r"^max_tokens: 48 positions need .* MB of keys and values, but there are .* MB; ask for less"
+    message = r"^max_tokens: 48 positions need .* MB of KV cache, but it may have .* MB; ask for fewer"
     for prompt, count in (([5] * 8, 40), ([5] * 40, 8)):
         with pytest.raises(ConfigError, match=message):
             engine.submit(Request(prompt=prompt, max_tokens=count))

@@ -193,9 +193,9 @@ def test_what_is_out_is_never_taken_back(tokenizer: Tokenizer, text: str, stop: 
 
 def test_refused(hf_dir: Path) -> None:
     tokenizer = load_tokenizer(hf_dir)
-    with pytest.raises(ConfigError, match=r"^stop: must be a list of texts, not 'END'"):
+    with pytest.raises(ConfigError, match=r"^stop: must be a list of strings, not 'END'"):
         TextStream(tokenizer, [], "END")
-    with pytest.raises(ConfigError, match=r"^stop: must be a list of texts"):
+    with pytest.raises(ConfigError, match=r"^stop: must be a list of strings"):
         TextStream(tokenizer, [], ["a", 5])  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match=r"^stop: holds an empty text"):
+    with pytest.raises(ConfigError, match=r"^stop: holds an empty string"):
         TextStream(tokenizer, [], ["a", ""])

@@ -121,6 +121,7 @@ def test_measures() -> None:
         ({"threshold": 10**400}, "threshold: must be "),
         ({"thresholds": {2: -1.0}}, "thresholds[2]: must be above 0, not -1.0"),
         ({"thresholds": {"x": 1.0}}, "thresholds"),
+        ({"thresholds": {"2": 0.5, "02": 0.6}}, "thresholds: names a layer twice: ['2', '02']"),
         ({"thresholds": [(2, 0.5)]}, "thresholds: must be an object, not"),
         ({"measure": "hope"}, "measure: must be one of probability, margin, entropy, not 'hope'"),
         ({"max_deferred": -1}, "max_deferred: must be at least 0, not -1"),
@@ -132,6 +133,7 @@ def test_measures() -> None:
         ({"backoff": -1}, "backoff: must be at least 0, not -1"),
         ({"backoff": 2.0}, "backoff: must be a whole number, not 2.0"),
         ({"patience": 2}, "patience: unknown key"),
+        ({1: 2}, "[1]: must be a key that is text, not 1"),
     ],
 )
 def test_refuses(fields: dict[str, Any], message: str) -> None:
