@@ -41,6 +41,7 @@ def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1
     _check_loss(config.loss)
     _check_distillation(config.loss.distillation, architecture.vocab_size)
     _check_intervals(config)
+    _check_patience(config)
     _check_wandb(config.logging.wandb)
     _check_parallel(config.parallel, architecture, config.data.sequence_length)
     _check_batch(config.tuning, data_parallel_size(config.parallel, world_size))
@@ -205,6 +206,22 @@ def _check_intervals(config: RunConfig) -> None:
     _at_least(0, "checkpoint.interval", config.checkpoint.interval)
     _at_least(2, "checkpoint.keep", config.checkpoint.keep)
     _at_least(1, "logging.interval", config.logging.interval)
+
+
+def _check_patience(config: RunConfig) -> None:
+    patience = config.tuning.patience
+    _at_least(0, "tuning.patience", patience)
+    if not patience:
+        return
+    if not config.data.validation and not config.data.validation_fraction:
+        raise ConfigError(
+            f"tuning.patience: {patience} needs a validation loss; name corpora in data.validation, or set "
+            "data.validation_fraction"
+        )
+    if config.validation.interval == 0:
+        raise ConfigError(
+            f"tuning.patience: {patience} needs validations during the run, but validation.interval is 0; raise it"
+        )
 
 
 def _check_wandb(wandb: WandbConfig) -> None:

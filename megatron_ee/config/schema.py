@@ -205,6 +205,8 @@ class TuningConfig:
         seed: seed of exits with ``init: random`` and of ``low_rank`` heads.
         skip_limit: a step with a loss or gradient that is not finite is skipped. More than this number in a row end the
             run.
+        patience: validations in a row without a new lowest validation loss after which the run stops early; 0 never
+            stops early.
     """
 
     steps: int = 40_000
@@ -212,6 +214,7 @@ class TuningConfig:
     micro_batch_size: int = 1
     seed: int = 1234
     skip_limit: int = 2
+    patience: int = 0
 
 
 @dataclass

@@ -127,6 +127,7 @@ def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
             steps=min(config.tuning.steps, STEPS),
             global_batch_size=MICROBATCHES * micro,
             micro_batch_size=micro,
+            patience=0,
         ),
         validation=dataclasses.replace(
             config.validation,

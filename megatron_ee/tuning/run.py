@@ -106,7 +106,7 @@ def tune(
                     lambda line: write_failed(output, progress, steps),
                 ),
                 _owned(output, command, resume, groups),
-                reported_status(output, steps, progress, interrupt, enabled=groups.is_main),
+                reported_status(output, config.tuning, progress, interrupt, enabled=groups.is_main),
             ):
                 trainer = _prepare(
                     config, inputs, groups, output, resume, allow_new_data, progress, make_validator, interrupt
@@ -333,6 +333,7 @@ def _resume(
         report(f"{key}: {change}")
         if key.startswith("data.validation"):
             progress.best_loss = progress.best_step = None  # losses on different texts are not comparable
+            progress.stale_validations = 0
     changed = [name for name, value in description["config"].items() if made_with.get(name) != value]
     if changed:
         report(f"the configuration changed since the checkpoint was made, in: {', '.join(changed)}")

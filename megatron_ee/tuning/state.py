@@ -49,6 +49,7 @@ class RunProgress(Strict, frozen=False):
         best_step: the step of ``best_loss``.
         skipped: number of steps in a row, up to the last one, that updated nothing.
         validation_due: a signal ended the validation after this step, so a resumed run validates first.
+        stale_validations: number of validations in a row, up to the last one, without a new lowest loss.
     """
 
     step: Count = 0
@@ -58,6 +59,11 @@ class RunProgress(Strict, frozen=False):
     best_step: Count | None = None
     skipped: Count = 0
     validation_due: bool = False
+    stale_validations: Count = 0
+
+    def stopped_early(self, patience: int) -> bool:
+        """Whether the validation loss has not improved for ``tuning.patience`` validations; 0 waits for ever."""
+        return 0 < patience <= self.stale_validations
 
 
 class _Counters(Strict, extra="ignore"):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json
+from megatron_ee.config.schema import TuningConfig
 from megatron_ee.errors import CheckpointError, Interrupted
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.state import RunProgress
@@ -23,7 +24,8 @@ def write_status(output: Path, state: str, progress: RunProgress, steps: int) ->
 
     Args:
         output: directory of the run.
-        state: ``running``, ``finished``, ``interrupted`` (saved; continue with ``--resume``) or ``failed``.
+        state: ``running``, ``finished`` (also early, by ``tuning.patience``), ``interrupted`` (saved; continue with
+            ``--resume``) or ``failed``.
         progress: the run's progress.
         steps: number of steps of the whole run.
 
@@ -41,7 +43,7 @@ def write_failed(output: Path, progress: RunProgress, steps: int) -> None:
 
 @contextlib.contextmanager
 def reported_status(
-    output: Path, steps: int, progress: RunProgress, interrupt: Interrupt, *, enabled: bool
+    output: Path, tuning: TuningConfig, progress: RunProgress, interrupt: Interrupt, *, enabled: bool
 ) -> Iterator[None]:
     """Keep ``status.json`` up to date for as long as the run lasts; one of its processes is ``enabled``.
 
@@ -51,6 +53,7 @@ def reported_status(
     if not enabled:
         yield
         return
+    steps = tuning.steps
     write_status(output, "running", progress, steps)
     try:
         yield
@@ -61,5 +64,5 @@ def reported_status(
     except BaseException:
         write_failed(output, progress, steps)
         raise
-    stopped = interrupt.requested and (progress.step < steps or progress.validation_due)
-    write_status(output, "interrupted" if stopped else "finished", progress, steps)
+    done = (progress.step >= steps and not progress.validation_due) or progress.stopped_early(tuning.patience)
+    write_status(output, "interrupted" if interrupt.requested and not done else "finished", progress, steps)

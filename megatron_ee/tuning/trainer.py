@@ -27,6 +27,8 @@ from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.state import RunProgress, save_state, saved_step
 from megatron_ee.tuning.step import StepResult, tuning_step, weight_ramp
 
+BEST = "adapter-best"
+"""Directory of the exits with the lowest validation loss."""
 Validate = Callable[[Pipeline, int], Quality]
 """Measures the exits of all stages after a number of steps, and returns the result on every rank. The callback also
 prints and writes it."""
@@ -55,10 +57,14 @@ class Trainer:
         self._started = self._saved = self.progress.step or None
 
     def run(self, log: RunLog, interrupt: Interrupt) -> bool:
-        """Tune until the last step or an interrupt; True if all steps are done. Every rank calls this.
+        """Tune until the last step, or until patience or an interrupt ends the run earlier. Every rank calls this.
 
-        In both cases the state and the adapter after the last completed step are on disk afterwards. An interrupt lets
-        the current step finish. A validation ends at its next microbatch, and a resumed run repeats it.
+        In all cases the state and the adapter after the last completed step are on disk afterwards. An interrupt lets
+        the current step finish. A validation ends at its next microbatch, and a resumed run repeats it. A run that
+        patience ended does nothing more when it is resumed.
+
+        Returns:
+            Whether the run is over: False if an interrupt left steps to do.
 
         Raises:
             UserError: more steps in a row than ``tuning.skip_limit`` had a loss or gradient that is not finite.
@@ -71,7 +77,7 @@ class Trainer:
             track(steps, "steps", "tuning", "tokens", completed=done.step, enabled=is_main) as bar,
             group_saver(self._groups, self.config.checkpoint.asynchronous, bar.note) as saver,
         ):
-            while done.step < steps and not self._told_to_stop(interrupt, saver):
+            while done.step < steps and not self._stopped_early and not self._told_to_stop(interrupt, saver):
                 started = time.perf_counter()
                 result = self._step()
                 elapsed = time.perf_counter() - started
@@ -87,15 +93,35 @@ class Trainer:
                 if self._due(self.config.checkpoint.interval) and done.step < steps:
                     self._save(saver)
                 self._log_saves(log, saver)
-            if interrupt.requested:
+            if self._stopped_early:
+                bar.note(self._early_stop())
+            elif interrupt.requested:
                 bar.note(f"{interrupt.name}: saving after step {done.step}; continue with --resume")
             self._finish(saver)
             self._log_saves(log, saver)
-        return done.step >= steps
+        return done.step >= steps or self._stopped_early
 
     @property
     def _groups(self) -> Groups:
         return self.optimizer.groups
+
+    @property
+    def _stopped_early(self) -> bool:
+        tuning, done = self.config.tuning, self.progress
+        return done.step < tuning.steps and done.stopped_early(tuning.patience)
+
+    def _early_stop(self) -> str:
+        """Message that a run has stopped early, now or before it was resumed, and where its best exits are."""
+        done, resumed = self.progress, self.progress.step == self._started
+        best = f"no validation loss was finite; the last exits are in {self.output / 'adapter'}"
+        if done.best_loss is not None:
+            best = f"the best exits are those of step {done.best_step}, with validation loss {done.best_loss:.4f}, in "
+            best += str(self.output / BEST)
+        return (
+            f"{'had ' if resumed else ''}stopped early, after step {done.step}: no lower validation loss in "
+            f"{done.stale_validations} validations (tuning.patience is {self.config.tuning.patience}); {best}"
+            + ("; resume with a higher tuning.patience to go on" if resumed else "")
+        )
 
     def _told_to_stop(self, interrupt: Interrupt, saver: Saver) -> bool:
         """Whether any rank received a signal. All ranks then stop after the same step, even if a save in progress
@@ -142,12 +168,16 @@ class Trainer:
         log.validation(done.step, quality)
         loss = validation_loss(quality, self.pipeline.specs)
         if self._groups.is_main and (not_finite := _not_finite(quality)):
-            best = "" if math.isfinite(loss) else "; these exits are not kept as adapter-best"
+            best = "" if math.isfinite(loss) else f"; these exits are not kept as {BEST}"
             line = f"validation after step {done.step}: the loss is not finite at {not_finite}{best}"
             print(line, file=sys.stderr, flush=True)
-        if done.step > 0 and math.isfinite(loss) and (done.best_loss is None or loss < done.best_loss):
-            done.best_loss, done.best_step = loss, done.step
-            self._save_adapter("adapter-best", {"validation_loss": loss})
+        if done.step == 0:
+            return
+        if math.isfinite(loss) and (done.best_loss is None or loss < done.best_loss):
+            done.best_loss, done.best_step, done.stale_validations = loss, done.step, 0
+            self._save_adapter(BEST, {"validation_loss": loss})
+        else:
+            done.stale_validations += 1
 
     def _save(self, saver: Saver, *, wait: bool = False) -> None:
         """Save the state, and the adapter, which is made from the checkpoint."""

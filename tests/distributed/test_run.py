@@ -125,6 +125,24 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
         torch.testing.assert_close(all_tensors(output, 12)[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
 
 
+def test_patience_stops_all_ranks_at_the_same_step(project: Project, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "optimizer": {"lr": 0.1, "min_lr": 0.1},  # the validation loss soon gets worse
+        "validation": {"interval": 2, "sequences": 8},
+        "tuning": {"steps": 40, "patience": 2},
+        "parallel": {"pipeline": 2},
+    }
+    with tune(project, 2, tmp_path, **settings) as ranks:
+        assert ranks.results() == [0, 0]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "finished" and 4 < status["step"] < 40
+    last = status["step"]
+    assert f"stopped early, after step {last}: " in (tmp_path / "stderr-0").read_text()
+    assert not (tmp_path / "stderr-1").read_text().strip()
+    assert steps_done(tmp_path / "run") == last and all_tensors(tmp_path / "run", last)
+    assert json.loads((tmp_path / "run" / "adapter-best" / "exits.json").read_text())["steps"] == last - 4
+
+
 @pytest.mark.parametrize("number, seconds", [(signal.SIGKILL, 25), (signal.SIGSTOP, 25)])
 def test_a_lost_rank_ends_the_run_and_is_named(
     number: signal.Signals, seconds: float, project: Project, tmp_path: Path

@@ -206,6 +206,65 @@ def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, t
     assert read_log(output) == read_log(tuned)
 
 
+DIVERGING: dict[str, Any] = {
+    "optimizer": {"lr": 0.1, "min_lr": 0.1},
+    "validation": {"interval": 2, "sequences": 8},
+    "tuning": {"steps": 40, "patience": 2},
+}
+"""Settings of a run whose validation loss soon gets worse."""
+
+
+def test_a_run_without_patience_left_is_over(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped by a signal between two validations and resumed, it stops where it would have; then it is finished."""
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(project.cache))
+    config = project.config(tmp_path / "run.yaml", **DIVERGING)
+
+    def tune(output: Path, *options: object) -> str:
+        assert main(["tune", "--config", str(config), "--output", str(output), *map(str, options)]) == 0
+        return next((line for line in capsys.readouterr().err.splitlines() if "stopped early" in line), "")
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    said = tune(straight)
+    status = json.loads((straight / "status.json").read_text())
+    last, log = status["step"], read_log(straight)
+    assert status == {"state": "finished", "step": last, "steps": 40} and 4 < last < 40
+    losses = {
+        line["step"]: sum(exit_["loss"] for exit_ in line["validation"]["exits"])
+        for line in log
+        if "validation" in line
+    }
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    assert best == last - 4 and f"the best exits are those of step {best}, " in said, losses
+    assert said.endswith(f", in {straight / 'adapter-best'}") and said.startswith(f"stopped early, after step {last}")
+    assert json.loads((straight / "adapter-best" / "exits.json").read_text())["steps"] == best
+
+    usual = Trainer._step
+
+    def signalled(trainer: Trainer) -> Any:
+        if trainer.progress.step == last - 2:  # one of two validations has been worse
+            signal.raise_signal(signal.SIGTERM)
+        return usual(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", signalled)
+        assert tune(broken) == ""
+    assert json.loads((broken / "status.json").read_text())["state"] == "interrupted"
+    assert tune(broken, "--resume").startswith(f"stopped early, after step {last}")
+    assert read_log(broken) == log
+    assert_same(all_tensors(broken, last), all_tensors(straight, last))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", lambda trainer: pytest.fail("a step after the end"))
+        said = tune(broken, "--resume")
+    assert said.startswith(f"had stopped early, after step {last}") and "with a higher tuning.patience" in said
+    assert json.loads((broken / "status.json").read_text()) == status
+    assert read_log(broken) == log
+    tune(broken, "--resume", "--tuning.patience", 0, "--tuning.steps", last + 1)
+    assert read_log(broken)[-1]["step"] == last + 1
+
+
 def test_init_adapter_starts_from_its_exits(project: Any, tuned: Path, tmp_path: Path) -> None:
     config, output = project.config(tmp_path / "run.yaml", tuning={"steps": 1}), tmp_path / "run"
     project.run("tune", "--config", config, "--output", output, "--init-adapter", tuned / "adapter")

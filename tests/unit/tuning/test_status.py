@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ee.config.schema import TuningConfig
 from megatron_ee.errors import CheckpointError
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.state import RunProgress
@@ -19,17 +20,28 @@ def read(output: Path) -> dict[str, object]:
     return content
 
 
-@pytest.mark.parametrize("told, done, state", [(None, 5, "finished"), ("SIGTERM", 3, "interrupted")])
-def test_a_run_that_ends_well(told: str | None, done: int, state: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "told, done, stale, state",
+    [
+        (None, 5, 0, "finished"),
+        (None, 3, 2, "finished"),
+        ("SIGTERM", 3, 2, "finished"),  # while the stopped run was saved
+        ("SIGTERM", 3, 1, "interrupted"),
+    ],
+)
+def test_a_run_that_ends_well(told: str | None, done: int, stale: int, state: str, tmp_path: Path) -> None:
     progress, interrupt = RunProgress(), Interrupt()
-    with reported_status(tmp_path, 5, progress, interrupt, enabled=True):
+    with reported_status(tmp_path, TuningConfig(steps=5, patience=2), progress, interrupt, enabled=True):
         assert read(tmp_path) == {"state": "running", "step": 0, "steps": 5}
-        progress.step, interrupt.name = done, told
+        progress.step, progress.stale_validations, interrupt.name = done, stale, told
     assert read(tmp_path) == {"state": state, "step": done, "steps": 5}
 
 
 def test_a_run_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), reported_status(tmp_path, 5, RunProgress(), Interrupt(), enabled=True):
+    with (
+        pytest.raises(ZeroDivisionError),
+        reported_status(tmp_path, TuningConfig(steps=5), RunProgress(), Interrupt(), enabled=True),
+    ):
         raise ZeroDivisionError
     assert read(tmp_path)["state"] == "failed"
 
@@ -39,7 +51,7 @@ def test_the_error_that_counts_is_the_first(tmp_path: Path) -> None:
     output.mkdir()
     with (
         pytest.raises(CheckpointError, match="the shard cannot be written"),
-        reported_status(output, 5, RunProgress(), Interrupt(), enabled=True),
+        reported_status(output, TuningConfig(steps=5), RunProgress(), Interrupt(), enabled=True),
     ):
         shutil.rmtree(output)
         raise CheckpointError("the shard cannot be written")

@@ -1,4 +1,4 @@
-"""What the trainer keeps of its validations: the adapter of the lowest weighted loss, if any loss is finite."""
+"""What the trainer keeps of its validations, the adapter of the lowest weighted loss, and when it stops early."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def quality(losses: Sequence[float], final_loss: float = 1.0) -> Quality:
 def run(saved_model: Any, groups: Any, tmp_path: Path) -> Callable[..., Trainer]:
     """Tune one step for each of the validations given after the first, which is that of the untuned exits."""
 
-    def run(*validations: Quality) -> Trainer:
+    def run(*validations: Quality, patience: int = 0) -> Trainer:
         path, _ = saved_model("llama2")
         pipeline, optimizer = prepare(path, CASE, groups)
         steps = len(validations) - 1
@@ -65,7 +65,7 @@ def run(saved_model: Any, groups: Any, tmp_path: Path) -> Callable[..., Trainer]
             ModelConfig(str(path), "float32"),
             exits,
             DataConfig([""]),
-            tuning=TuningConfig(steps=steps, global_batch_size=GLOBAL_BATCH),
+            tuning=TuningConfig(steps=steps, global_batch_size=GLOBAL_BATCH, patience=patience),
             validation=ValidationConfig(interval=1),
             checkpoint=CheckpointConfig(interval=0, asynchronous=False),
             logging=LoggingConfig(tensorboard=False),
@@ -132,3 +132,35 @@ def test_a_final_exit_that_is_not_finite_is_named_and_the_exits_are_kept(
     assert best(tmp_path) == (1, 2.0)
     line = next(line for line in capsys.readouterr().err.splitlines() if "not finite" in line)
     assert "the final exit (nan)" in line and "adapter-best" not in line
+
+
+@pytest.mark.parametrize("worse", [[2, 2], [9, 9], [math.nan, 1]])
+def test_patience_ends_a_run_that_no_longer_improves(
+    worse: list[float], run: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = [[0, 0], [4, 4], [5, 5], [2, 2], worse, worse, [1, 1]]  # the first are the untuned exits'
+    trainer = run(*map(quality, losses), patience=2)
+    assert trainer.progress.step == 5 and best(tmp_path) == (3, 2.0)
+    assert (tmp_path / "checkpoints" / "step-5").is_dir()
+    assert json.loads((tmp_path / "adapter" / "exits.json").read_text())["steps"] == 5
+    said = next(line for line in capsys.readouterr().err.splitlines() if "stopped early" in line)
+    assert said == (
+        "stopped early, after step 5: no lower validation loss in 2 validations (tuning.patience is 2); the best exits "
+        f"are those of step 3, with validation loss 2.0000, in {tmp_path / 'adapter-best'}"
+    )
+
+
+def test_patience_without_a_finite_loss_names_the_last_exits(
+    run: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = run(quality([1, 1]), *[quality([math.nan, 1])] * 3, patience=2)
+    assert trainer.progress.step == 2
+    said = next(line for line in capsys.readouterr().err.splitlines() if "stopped early" in line)
+    assert said.endswith(f"no validation loss was finite; the last exits are in {tmp_path / 'adapter'}")
+
+
+def test_patience_that_runs_out_with_the_last_step_stops_nothing(
+    run: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(quality([1, 1]), quality([1, 1]), quality([2, 2]), patience=1).progress.step == 2
+    assert "stopped early" not in capsys.readouterr().err
