@@ -157,6 +157,11 @@ def _check_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> No
     _fraction("optimizer.beta2", optimizer.beta2)
     _positive("optimizer.eps", optimizer.eps)
     _not_negative("optimizer.weight_decay", optimizer.weight_decay)
+    if optimizer.decay_towards != "zero" and optimizer.weight_decay == 0:
+        raise ConfigError(
+            f"optimizer.decay_towards: {optimizer.decay_towards} has no effect while optimizer.weight_decay is 0; "
+            "raise that, or leave decay_towards out"
+        )
     _not_negative("optimizer.clip_grad", optimizer.clip_grad)
     _fraction("schedule.warmup_fraction", schedule.warmup_fraction)
 

@@ -125,6 +125,8 @@ class OptimizerConfig:
         beta2: decay rate of the second moment.
         eps: constant added to the denominator of the update.
         weight_decay: decoupled weight decay; not applied to norms and biases.
+        decay_towards: what weight decay pulls weights towards: ``zero``, or their ``initial`` values, which keeps exits
+            close to what they were copied from and suits a small corpus.
         clip_grad: gradients are scaled down to this norm, taken over all exits; 0 turns clipping off.
         implementation: ``auto`` uses NVIDIA apex's fused AdamW if it is installed and works, else torch's.
             ``deepspeed_cpu`` keeps the optimizer state in host memory (extra ``deepspeed``).
@@ -136,6 +138,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1.0e-5
     weight_decay: float = 0.01
+    decay_towards: Literal["zero", "initial"] = "zero"
     clip_grad: float = 1.0
     implementation: Literal["auto", "torch", "apex", "deepspeed_cpu"] = "auto"
 

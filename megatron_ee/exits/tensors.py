@@ -25,10 +25,16 @@ def exit_parts(spec: ExitSpec, arch: Architecture) -> Iterator[ExitPart]:
     yield from head_parts(spec, arch)
 
 
-def parameter_sizes(spec: ExitSpec, arch: Architecture, tensor: int) -> list[int]:
-    """Numbers of elements of an exit's trained parameters on one of ``tensor`` tensor-parallel ranks."""
+def parameter_sizes(spec: ExitSpec, arch: Architecture, tensor: int, *, matrices: bool = False) -> list[int]:
+    """Numbers of elements of an exit's trained parameters on one of ``tensor`` tensor-parallel ranks.
+
+    Args:
+        matrices: only of those with two dimensions, which weight decay applies to.
+    """
     sizes = []
     for part in exit_parts(spec, arch):
+        if matrices and len(part.shapes[0]) == 1:
+            continue
         whole = sum(math.prod(shape) for shape in part.shapes)
         if part.saved.kind == "vocabulary":
             whole = whole // arch.vocab_size * padded_vocab(arch.vocab_size, tensor)

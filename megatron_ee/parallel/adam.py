@@ -26,6 +26,7 @@ from torch.optim import AdamW, Optimizer
 
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError
+from megatron_ee.parallel.decay import initial_values, keep_initial, pull_
 from megatron_ee.parallel.split_adam import SplitAdam
 
 KEY = "optimizer.implementation"
@@ -141,14 +142,29 @@ def inside_megatron(adam: type[Optimizer], config: Any) -> Iterator[None]:
         yield
 
 
-def prepare_adam(adam: Optimizer) -> None:
-    """Finish an inner optimizer after megatron-core has given it the shards that this rank updates."""
+def prepare_adam(adam: Optimizer, dtype: torch.dtype, towards_initial: float) -> None:
+    """Finish an inner optimizer after megatron-core has given it the shards that this rank updates.
+
+    Args:
+        dtype: of the model's weights.
+        towards_initial: weight decay towards the current values; 0 if there is none.
+    """
     if isinstance(adam, HostAdam | SplitAdam):
         adam.allocate()
     if isinstance(adam, AdamW):
         # One pass over memory instead of ten. torch has it for CPU and CUDA, but megatron-core does not enable it.
         for group in adam.param_groups:
             group["fused"] = True
+    if towards_initial:
+        keep_initial(adam, towards_initial, dtype, torch.device("cpu") if isinstance(adam, HostAdam) else None)
+
+
+def pull_to_initial(adam: Optimizer) -> None:
+    """Before each step: the decay towards initial values, for implementations that do not do it in their step."""
+    if not isinstance(adam, HostAdam | SplitAdam):
+        for group in adam.param_groups:
+            for main, initial in zip(group["params"], initial_values(group), strict=True):
+                pull_(main, initial, group)
 
 
 def adam_steps(adam: Optimizer) -> int:
@@ -215,13 +231,15 @@ class HostAdam(Optimizer):
         if self._inner is None:
             return
         self._set_rates(self._inner)
+        starts = [(initial, group) for group in self.param_groups for initial in initial_values(group)]
         self._fetch(0)
-        for index, (_, main) in enumerate(self._mains):
+        for index, ((_, main), start) in enumerate(zip(self._mains, starts, strict=True)):
             platform.synchronize()  # this shard's gradient has arrived, and the previous shard's staging buffer is free
             if index > 0:
                 self._send(index - 1)
             if index + 1 < len(self._mains):
                 self._fetch(index + 1)
+            pull_(main, *start)
             main.grad = self._staging[index % 2][: main.numel()]
             self._inner.step()  # of the one that has a gradient
             main.grad = None

@@ -16,8 +16,16 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
-from megatron_ee.parallel.adam import adam_class, adam_steps, inside_megatron, prepare_adam, set_adam_steps
+from megatron_ee.parallel.adam import (
+    adam_class,
+    adam_steps,
+    inside_megatron,
+    prepare_adam,
+    pull_to_initial,
+    set_adam_steps,
+)
 from megatron_ee.parallel.core_versions import gather_no_weights
+from megatron_ee.parallel.decay import initial_values
 from megatron_ee.parallel.groups import Groups
 
 with platform.quiet_imports():
@@ -45,8 +53,9 @@ class ParameterState:
     Attributes:
         parameter: the model's own.
         tensors: ``exp_avg``, ``exp_avg_sq`` and, if the model's weights are not float32, the main weights as ``main``,
-            or as ``remainder`` (int16, see ``split_adam``). Flat, float32, the elements ``start:stop`` of the flattened
-            parameter that this data-parallel rank updates.
+            or as ``remainder`` (int16, see ``split_adam``). With weight decay towards them also the ``initial`` values,
+            in the weights' dtype. Flat, float32, the elements ``start:stop`` of the flattened parameter that this
+            data-parallel rank updates.
     """
 
     parameter: nn.Parameter
@@ -67,7 +76,10 @@ class ExitOptimizer:
         schedule: ScheduleConfig,
         steps: int,
     ) -> None:
-        """Wrap ``exits``, but for parameters without ``requires_grad`` and exits without trained parameters."""
+        """Wrap ``exits``, but for parameters without ``requires_grad`` and exits without trained parameters.
+
+        Their weights are the initial values that weight decay may pull them towards.
+        """
         trained = [exit_ for exit_ in exits if any(p.requires_grad for p in exit_.parameters())]
         if not trained:
             trained = [nn.Module()]  # megatron-core's optimizer needs a module, even on a stage without exits
@@ -75,6 +87,8 @@ class ExitOptimizer:
         platform.return_freed_memory(config.hidden_size)
         base = torch.optim.Optimizer
         platform.without_compiler(base.add_param_group, base.zero_grad, base.state_dict, base.load_state_dict)
+        towards_initial = optimizer.decay_towards == "initial"
+        weight_decay = 0.0 if towards_initial else optimizer.weight_decay  # megatron-core's and Adam's own
         chosen = adam_class(optimizer.implementation, config.params_dtype)
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -96,7 +110,7 @@ class ExitOptimizer:
                 adam_beta1=optimizer.beta1,
                 adam_beta2=optimizer.beta2,
                 adam_eps=optimizer.eps,
-                weight_decay=optimizer.weight_decay,
+                weight_decay=weight_decay,
                 clip_grad=0.0,  # see step
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
@@ -110,11 +124,11 @@ class ExitOptimizer:
                     use_gloo_process_groups=False,
                 )
         for adam in self._adams():
-            prepare_adam(adam)
+            prepare_adam(adam, config.params_dtype, optimizer.weight_decay if towards_initial else 0.0)
         for buffer in (buffer for wrapper in self.wrappers.values() for buffer in wrapper.buffers):
             # If possible, a gradient then takes no memory between the update and the next backward of its exit.
             buffer.reset = functools.partial(platform.zero_, buffer.grad_data)
-        self.scheduler = _scheduler(self.optimizer, optimizer, schedule, steps)
+        self.scheduler = _scheduler(self.optimizer, optimizer, weight_decay, schedule, steps)
 
     def _adams(self) -> Iterator[torch.optim.Optimizer]:
         """The inner optimizers: none on a stage that trains nothing."""
@@ -163,6 +177,8 @@ class ExitOptimizer:
         if grad_norm > self._clip > 0:
             for wrapper in self.wrappers.values():
                 wrapper.scale_gradients(self._clip / grad_norm)
+        for adam in self._adams():
+            pull_to_initial(adam)
         with platform.translated():
             self.optimizer.prepare_grads()
             self.optimizer.step_with_ready_grads()
@@ -198,6 +214,9 @@ class ExitOptimizer:
                 tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
                 if parameter.dtype != torch.float32:
                     tensors["remainder" if state["param"].dtype == torch.int16 else "main"] = state["param"]
+                group, place = part.model_param_group_index_map[parameter]
+                if (initial := initial_values(part.optimizer.param_groups[group])[place]) is not None:
+                    tensors["initial"] = initial
                 yield ParameterState(parameter, bounds.start, bounds.end, tensors)
 
     def counters(self) -> dict[str, int]:
@@ -212,7 +231,7 @@ class ExitOptimizer:
 
 
 def _scheduler(
-    optimizer: Any, settings: OptimizerConfig, schedule: ScheduleConfig, steps: int
+    optimizer: Any, settings: OptimizerConfig, weight_decay: float, schedule: ScheduleConfig, steps: int
 ) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then the decay. Weight decay is constant.
 
@@ -227,8 +246,8 @@ def _scheduler(
         lr_warmup_steps=warmup,
         lr_decay_steps=steps,
         lr_decay_style=schedule.decay,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from megatron_ee import platform
+from megatron_ee.parallel.decay import initial_values, pull_
 from megatron_ee.parallel.tiles import UPDATE_RUN
 
 
@@ -85,13 +86,12 @@ class SplitAdam(Optimizer):
         for group in self.param_groups:
             steps = group.get("step", 0)
             group["step"] = steps + 1
-            options = {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"]}
-            options |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-            for shard in group["params"]:
+            for shard, initial in zip(group["params"], initial_values(group), strict=True):
                 state = self.state[shard]
-                wholes = (shard, state["master_param"], shard.decoupled_grad, state["exp_avg"], state["exp_avg_sq"])
+                wholes = [shard, state["master_param"], shard.decoupled_grad, state["exp_avg"], state["exp_avg_sq"]]
+                wholes += [] if initial is None else [initial]
                 for parts in zip(*(tensor.split(run) for tensor in wholes), strict=True):
-                    _update_(parts, scratch[: len(parts[0])], count.fill_(steps), options)
+                    _update_(parts, scratch[: len(parts[0])], count.fill_(steps), group)
 
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
         """The interface that megatron-core expects of a fused Adam with main weights; ``master_param`` are the
@@ -99,12 +99,16 @@ class SplitAdam(Optimizer):
         return self.state[parameter][name]  # type: ignore[no-any-return]
 
 
-def _update_(parts: Sequence[Tensor], scratch: Tensor, count: Tensor, options: dict[str, float]) -> None:
-    """One step, after ``count`` (float32 scalar, on the device), of some weights, remainders, gradients and moments."""
-    weight, remainder, gradient, exp_avg, exp_avg_sq = parts
-    main = join(weight, remainder, scratch)
+def _update_(parts: Sequence[Tensor], scratch: Tensor, count: Tensor, group: dict[str, Any]) -> None:
+    """One step, after ``count`` (float32 scalar, on the device), of some weights, remainders, gradients and moments,
+    and their initial values if the group decays towards them."""
+    weight, remainder, gradient, exp_avg, exp_avg_sq, *initial = parts
+    main, (beta1, beta2) = join(weight, remainder, scratch), group["betas"]
+    for start in initial:
+        pull_(main, start, group)
     adamw(
         [main], [gradient], [exp_avg], [exp_avg_sq], [], [count],
-        fused=True, amsgrad=False, maximize=False, **options,  # type: ignore[arg-type]
+        beta1=beta1, beta2=beta2, eps=group["eps"], lr=group["lr"], weight_decay=group["weight_decay"],
+        fused=True, amsgrad=False, maximize=False,
     )  # fmt: skip
     split_(main, weight, remainder)

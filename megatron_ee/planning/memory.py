@@ -43,6 +43,7 @@ class Workload:
         tempered: whether distillation has another temperature than 1.
         remainder: additional bytes of a float32 main weight: 2, or 4 for optimizers that keep it whole.
         host_optimizer: whether the optimizer state is in host memory.
+        keeps_initial: whether weight decay goes towards the initial values, which are then kept.
     """
 
     itemsize: int
@@ -58,6 +59,7 @@ class Workload:
     tempered: bool = False
     remainder: int = 2
     host_optimizer: bool = False
+    keeps_initial: bool = False
 
     @property
     def tokens(self) -> int:
@@ -73,8 +75,8 @@ class Memory:
         frozen: backbone, and the frozen norms and LM head that exits use.
         trained: weights of the exits.
         gradients: float32 gradients of the exits.
-        optimizer: two moments, and the additional bytes of float32 main weights if the weights are bfloat16; 0 if they
-            are in host memory.
+        optimizer: two moments, the additional bytes of float32 main weights if the weights are bfloat16, and the
+            initial values if weight decay goes towards them; 0 if they are in host memory.
         activations: the peak of one microbatch in the frozen layers, of one exit's graph and the loss's scratch, or of
             the optimizer's scratch.
         transfer: buffers of messages from and to other stages.
@@ -98,15 +100,15 @@ def stage_memory(
 ) -> Memory:
     """Memory of each rank of stage ``index``; ``specs``: the exits of all stages."""
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, workload.top_k > 0)
-    per_weight = 2 * FLOAT32 + (workload.remainder if workload.itemsize < FLOAT32 else 0)
+    hosted = _hosted(layout.stages[index], specs)
     return Memory(
         frozen=frozen * workload.itemsize,
         trained=trained * workload.itemsize,
         gradients=trained * FLOAT32,
-        optimizer=0 if workload.host_optimizer else -(-trained // workload.data) * per_weight,
+        optimizer=_optimizer_bytes(architecture, hosted, trained, workload),
         activations=max(
             _activations(layout, index, architecture, specs, workload),
-            _update_bytes(architecture, _hosted(layout.stages[index], specs), trained, workload),
+            _update_bytes(architecture, hosted, trained, workload),
         ),
         transfer=_transfer(layout, index, architecture, workload),
     )
@@ -201,12 +203,25 @@ def _band_bytes(architecture: Architecture, stage: StageLayout, trained: Sequenc
     return size
 
 
+def _optimizer_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], trained: int, workload: Workload) -> int:
+    if workload.host_optimizer:
+        return 0
+    per_weight = 2 * FLOAT32 + (workload.remainder if workload.itemsize < FLOAT32 else 0)
+    size = -(-trained // workload.data) * per_weight
+    if workload.keeps_initial:
+        decaying = (parameter_sizes(spec, architecture, workload.tensor, matrices=True) for spec in hosted)
+        size += -(-sum(map(sum, decaying)) // workload.data) * workload.itemsize
+    return size
+
+
 def _update_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], trained: int, workload: Workload) -> int:
-    """Of the split optimizer: main weights of some elements in float32, and the same once more when it splits them."""
-    if workload.itemsize == FLOAT32 or workload.remainder == FLOAT32 or workload.host_optimizer:
+    """Of the split optimizer: main weights of some elements in float32, and the same once more when it splits them, or
+    for their initial values. With whole main weights only the latter."""
+    whole = workload.remainder == FLOAT32
+    if workload.itemsize == FLOAT32 or workload.host_optimizer or (whole and not workload.keeps_initial):
         return 0
     largest = max((size for spec in hosted for size in parameter_sizes(spec, architecture, workload.tensor)), default=0)
-    return 2 * FLOAT32 * min(UPDATE_RUN, largest, -(-trained // workload.data))
+    return (1 if whole else 2) * FLOAT32 * min(UPDATE_RUN, largest, -(-trained // workload.data))
 
 
 def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) -> Workload:

@@ -106,6 +106,7 @@ def plan_run(
         tempered=distillation.temperature != 1,
         remainder=4 if _has_whole_main_weights(config.optimizer.implementation) else 2,
         host_optimizer=config.optimizer.implementation == "deepspeed_cpu",
+        keeps_initial=config.optimizer.decay_towards == "initial",
     )
     return make_plan(layout, architecture, specs, workload)
 

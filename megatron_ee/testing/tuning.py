@@ -43,6 +43,8 @@ class Case:
     loss: LossConfig = field(default_factory=LossConfig)
     clip_grad: float = 0.05
     implementation: str = "auto"
+    weight_decay: float = 0.01
+    decay_towards: str = "zero"
     dtype: str = "float32"
     micro_batch_size: int = 1
 
@@ -133,6 +135,8 @@ def prepare(model_path: Path, case: Case, groups: Groups) -> tuple[Pipeline, Exi
         min_lr=1e-3,
         clip_grad=case.clip_grad,
         implementation=case.implementation,  # type: ignore[arg-type]
+        weight_decay=case.weight_decay,
+        decay_towards=case.decay_towards,  # type: ignore[arg-type]
     )
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, settings, ScheduleConfig(), STEPS)
     top_k = distillation.top_k if distillation.kl > 0 else 0

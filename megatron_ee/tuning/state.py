@@ -2,15 +2,16 @@
 
 It is in the native format (``checkpoint.manifest``), under global keys: an exit's tensor by its adapter name, optimizer
 state as ``optimizer.<kind>.<adapter name>`` with the shape of its weights. Each rank writes the elements that it
-updates, as boxes of these tensors, so that a checkpoint loads in any other layout. The backbone is named by path and
-hash, not copied. No random state is needed: the backbone has no dropout, the data order depends on seed and position
-only, and random exit initialisation happens before the first step.
+updates, as boxes of these tensors, so that a checkpoint loads in any other layout. The initial values that weight decay
+may go towards are optimizer state too, so a resumed run does not depend on what the exits were initialised from. The
+backbone is named by path and hash, not copied. No random state is needed: the backbone has no dropout, the data order
+depends on seed and position only, and random exit initialisation happens before the first step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,7 +134,8 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
 
     Raises:
         CheckpointError: the runs differ; the message names what differs.
-        ConfigError: a corpus has other content; the message names its key.
+        ConfigError: a corpus has other content, or ``optimizer.decay_towards`` needs initial values that the checkpoint
+            does not hold; the message names the key.
     """
     recorded, found = checkpoint.metadata.get(SETTINGS), description.get(SETTINGS)
     if isinstance(recorded, dict) and found is not None and (changed := changed_settings(recorded, found)):
@@ -147,9 +149,22 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
                 f"{checkpoint.path}: made with {kind}; resume with the configuration it was started with, "
                 f"or start a new run with --init-adapter"
             )
+    if _decay_towards(description) == "initial" and _decay_towards(checkpoint.metadata) == "zero":
+        raise ConfigError(
+            f"optimizer.decay_towards: initial, but {checkpoint.path} does not hold the exits' initial values; resume "
+            "with zero, or start a new run"
+        )
     if "data" in description and (changes := changed_data(checkpoint.metadata.get("data"), description["data"])):
         named = "; ".join(f"{key}: {change}" for key, change in changes.items())
         raise ConfigError(f"{named}; restore the data, or use the new one with --allow-new-data")
+
+
+def _decay_towards(description: Mapping[str, Any]) -> str:
+    """``optimizer.decay_towards`` of a run; releases without that key decayed towards zero."""
+    found: Any = description
+    for key in ("config", "optimizer", "decay_towards"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return str(found or "zero")
 
 
 def load_state(

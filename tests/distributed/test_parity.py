@@ -14,7 +14,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DistillationConfig, LossConfig
 from megatron_ee.testing.project import saved_tensors
 from megatron_ee.testing.ranks import run_ranks
-from megatron_ee.testing.tuning import Case, Outcome, tune_cases
+from megatron_ee.testing.tuning import STEPS, Case, Outcome, tune_cases
 
 FAMILIES = {"llama2": {}, "qwen3": {}, "llama3.2-tied": {}}
 EVERY_BODY = (
@@ -193,6 +193,37 @@ def test_a_run_goes_on_in_another_layout(number: int, models: Models, tmp_path: 
     run_ranks(size, tune_cases, models, [there], tmp_path / "own")
     ((returned,),) = run_ranks(1, tune_cases, models, [case], tmp_path / "back", tmp_path / "own")
     _check_state(there, saved_tensors(returned.checkpoints[-1]), expected)
+
+
+def test_decay_towards_initial_values_in_any_layout_and_after_resuming(models: Models, tmp_path: Path) -> None:
+    """Strong enough to count: a twentieth of the distance at each step."""
+    plain = Case("float32", "llama2", EVERY_BODY, ONE, loss=PLAIN, weight_decay=5.0)
+    case = dataclasses.replace(plain, decay_towards="initial")
+    half = dataclasses.replace(case, name="bfloat16", dtype="bfloat16")
+    tensor = dataclasses.replace(case, name="tensor", tensor=2, sequence=True, micro_batch_size=4)
+    data = dataclasses.replace(case, name="data", micro_batch_size=3)
+    alone, again, two, moved = (tmp_path / name for name in ("alone", "again", "two", "moved"))
+    run_ranks(1, tune_cases, models, [case, half, dataclasses.replace(plain, name="zero")], alone)
+    run_ranks(1, tune_cases, models, [case, half], again, alone)
+    run_ranks(2, tune_cases, models, [tensor, data], two)
+    run_ranks(1, tune_cases, models, [dataclasses.replace(case, name=name) for name in ("tensor", "data")], moved, two)
+
+    last = f"step-{STEPS}"
+    for name in ("float32", "bfloat16"):
+        expected, found = (saved_tensors(place / name / last) for place in (alone, again))
+        assert any(key.startswith("optimizer.initial.") for key in expected)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
+    expected = saved_tensors(alone / "float32" / last)
+    for place in (two, moved):
+        for each in (tensor, data):
+            _check_state(each, saved_tensors(place / each.name / last), expected)
+
+    towards_zero = saved_tensors(alone / "zero" / last)
+    for key, start in expected.items():
+        if key.startswith("optimizer.initial."):
+            name = key.removeprefix("optimizer.initial.")
+            assert start.dim() == 2 and (expected[name] - start).norm() < (towards_zero[name] - start).norm(), name
 
 
 @pytest.mark.parametrize("family, specs", [("llama2", EVERY_BODY), ("qwen3", OTHER_HEADS)])

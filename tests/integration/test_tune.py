@@ -337,6 +337,10 @@ def test_resume_from_another_run_is_refused_early(
     resume = ("--output", tuned, "--resume")
     assert "other exits" in refused(*resume, exits=[{"layer": 1}])
     assert "another dtype" in refused(*resume, model={"dtype": "bfloat16"})
+    kept = refused(*resume, status=2, optimizer={"decay_towards": "initial"})
+    assert (
+        "optimizer.decay_towards: initial, but " in kept and "step-12 does not hold the exits' initial values" in kept
+    )
     other = changed_model(project, tmp_path / "settings", settings={"rms_norm_eps": 1e-6})
     assert "norm_eps (1e-05 against 1e-06)" in refused(*resume, model={"path": other})
     other = changed_model(project, tmp_path / "weights", bias=0.5)

@@ -60,6 +60,9 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         {"validation": {"interval": 0, "sequences": 0, "thresholds": [1.0]}},
         {"loss": distilled(kl=1, cross_entropy=0, top_k=100)},
         {"tuning": {"skip_limit": 0}},
+        {"tuning": {"patience": 3}, "data": {"validation": ["v"]}},
+        {"tuning": {"patience": 1}, "data": {"validation_fraction": 0.1}},
+        {"optimizer": {"decay_towards": "initial"}},
     ):
         check_run(configuration(tmp_path, **blocks), architecture)
 
@@ -138,6 +141,13 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
             "parallel.layout: the stages listed are 1, but parallel.pipeline is 2;",
         ),
         ("tuning", {"skip_limit": -1}, "tuning.skip_limit: must be at least 0, not -1"),
+        ("tuning", {"patience": -1}, "tuning.patience: must be at least 0, not -1"),
+        ("tuning", {"patience": 2}, "tuning.patience: 2 needs a validation loss; name corpora in data.validation, or"),
+        (
+            "optimizer",
+            {"decay_towards": "initial", "weight_decay": 0.0},
+            "optimizer.decay_towards: initial has no effect while optimizer.weight_decay is 0",
+        ),
         ("loss", distilled(kl=-1), "loss.distillation.kl: must be a number of at least 0, not -1.0"),
         ("loss", distilled(cross_entropy=-1), "loss.distillation.cross_entropy: must be a number of at least 0, not"),
         ("loss", distilled(cross_entropy=0), "loss.distillation.cross_entropy: 0, and loss.distillation.kl is 0 too"),
@@ -152,6 +162,12 @@ def test_refusals(tmp_path: Path, architecture: Architecture, block: str, values
         check_run(config, architecture)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_patience_needs_validations_during_the_run(tmp_path: Path, architecture: Architecture) -> None:
+    blocks: dict[str, Any] = {"tuning": {"patience": 2}, "data": {"validation": ["v"]}, "validation": {"interval": 0}}
+    with pytest.raises(ConfigError, match=r"^tuning\.patience: 2 needs validations during the run, .*interval is 0"):
+        check_run(configuration(tmp_path, **blocks), architecture)
 
 
 def test_several_processes(tmp_path: Path, architecture: Architecture) -> None:

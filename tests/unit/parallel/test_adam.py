@@ -101,7 +101,9 @@ class Small(nn.Module):
 
 @pytest.fixture
 def make(groups: Any) -> Make:
-    def make(implementation: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, ExitOptimizer]:
+    def make(
+        implementation: str, dtype: torch.dtype = torch.float32, decay_towards: str = "zero", weight_decay: float = 0.1
+    ) -> tuple[nn.Module, ExitOptimizer]:
         from megatron.core.transformer import TransformerConfig
 
         config = TransformerConfig(
@@ -109,7 +111,8 @@ def make(groups: Any) -> Make:
         )
         module = Small().to(platform.device(), dtype)
         settings = OptimizerConfig(
-            lr=1e-2, min_lr=1e-3, weight_decay=0.1, clip_grad=5.0, implementation=implementation  # type: ignore[arg-type]
+            lr=1e-2, min_lr=1e-3, weight_decay=weight_decay, clip_grad=5.0,
+            implementation=implementation, decay_towards=decay_towards,  # type: ignore[arg-type]
         )  # fmt: skip
         return module, ExitOptimizer([module], config, groups, settings, ScheduleConfig("linear", 0.2), 8)
 
@@ -185,6 +188,57 @@ def test_deepspeed_equals_torch(dtype: torch.dtype, deepspeed: str, make: Make) 
         assert mine.dtype == dtype
         assert close(mine, other, 1e-5 if dtype == torch.float32 else 2**-8)  # of bfloat16 one may round otherwise
         assert torch.equal(mine, before) != mine.requires_grad
+
+
+def plain_weights(module: nn.Module, steps: int) -> dict[str, torch.Tensor]:
+    """Main weights after ``steps`` of torch's AdamW, and decay of 20 towards what ``module`` holds, matrices only."""
+    start = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
+    mains = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+    plain = torch.optim.AdamW(mains.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    rates = [5e-3, 1e-2, *(1e-2 - 9e-3 * number / 6 for number in range(1, 7))]  # as ``make``: two steps of warm-up
+    for number in range(steps):
+        generator = torch.Generator().manual_seed(number)
+        for main in mains.values():
+            main.grad = torch.randn(main.shape, generator=generator).to(main.device)
+        nn.utils.clip_grad_norm_(mains.values(), 5.0)
+        plain.param_groups[0]["lr"] = rates[number]
+        with torch.no_grad():
+            mains["matrix"].lerp_(start["matrix"], rates[number] * 20.0)
+        plain.step()
+    return {name: main.detach() for name, main in mains.items()}
+
+
+def check_decay_towards_initial(make: Make, implementation: str, dtype: torch.dtype) -> None:
+    """Equal to the same in plain torch; and resumed, equal to uninterrupted, bit for bit."""
+    module, optimizer = make(implementation, dtype, "initial", 20.0)
+    expected = plain_weights(module, 6)
+    step(module, optimizer, range(6))
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for state in optimizer.parameter_states():
+        name, tensors = names[id(state.parameter)], exact_state(state)
+        assert ("initial" in tensors) == (name == "matrix")
+        assert close(tensors.get("main", state.parameter.detach().view(-1)).cpu(), expected[name].view(-1).cpu()), name
+    first, old = make(implementation, dtype, "initial", 20.0)
+    step(first, old, range(3))
+    second, new = make(implementation, dtype, "initial", 20.0)
+    for state in new.parameter_states():  # as after another initialisation
+        if "initial" in state.tensors:
+            state.tensors["initial"].zero_()
+    carry_over(old, new, first, second)
+    step(second, new, range(3, 6))
+    assert all(map(torch.equal, second.parameters(), module.parameters()))
+    for mine, other in zip(new.parameter_states(), optimizer.parameter_states(), strict=True):
+        assert all(torch.equal(mine.tensors[name], tensor) for name, tensor in other.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_decays_towards_initial_values(dtype: torch.dtype, make: Make) -> None:
+    check_decay_towards_initial(make, "torch", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deepspeed_decays_towards_initial_values(dtype: torch.dtype, deepspeed: str, make: Make) -> None:
+    check_decay_towards_initial(make, "deepspeed_cpu", dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -486,6 +540,11 @@ def test_apex_that_works_is_taken(implementation: str, dtype: torch.dtype, apex:
     compare_states(resumed, native)
     for mine, other in zip(resumed_weights.parameters(), theirs.parameters(), strict=True):
         assert close(mine, other, 1e-5 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_apex_decays_towards_initial_values(dtype: torch.dtype, apex: None, make: Make) -> None:
+    check_decay_towards_initial(make, "apex", dtype)
 
 
 @pytest.mark.gpu

@@ -153,6 +153,43 @@ def test_norms_and_biases_do_not_decay(family: str, dtype: torch.dtype, some: se
     assert some <= {".".join(name.split(".")[-2:]) for name in before}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decay_towards_initial_values(dtype: torch.dtype, make: Make) -> None:
+    """Each step without a gradient goes a twentieth of the way back; norms and biases stay."""
+    settings = OptimizerConfig(lr=0.1, min_lr=0.1, weight_decay=0.5, decay_towards="initial")
+    stage, optimizer = make(settings, dtype=dtype)
+    start = {name: parameter.detach().clone() for name, parameter in trained(stage.exits)}
+    with torch.no_grad():  # in bfloat16 the main weights move with their weights
+        for _, parameter in trained(stage.exits):
+            parameter.add_(0.25 * torch.randn_like(parameter))
+    moved = {name: parameter.detach().float().clone() for name, parameter in trained(stage.exits)}
+    for _ in range(3):
+        optimizer.zero_gradients()
+        optimizer.reduce_gradients()
+        optimizer.step(0.0)
+    kept = {id(state.parameter): state.tensors.get("initial") for state in optimizer.parameter_states()}
+    for name, parameter in trained(stage.exits):
+        initial, first = kept[id(parameter)], start[name].float()
+        if name.endswith(("norm.weight", ".bias")):
+            assert initial is None and torch.equal(parameter.detach().float(), moved[name]), f"{name} decayed"
+        else:
+            assert initial is not None and initial.dtype == dtype and torch.equal(initial, start[name].view(-1)), name
+            expected = first + (moved[name] - first) * 0.95**3
+            tolerance = {} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-4}
+            torch.testing.assert_close(parameter.detach().float(), expected, msg=name, **tolerance)
+
+
+def test_weights_at_their_initial_values_do_not_decay(make: Make) -> None:
+    """Bit for bit, whatever the rate."""
+    settings = OptimizerConfig(lr=0.1, min_lr=0.1, weight_decay=0.3, decay_towards="initial")
+    stage, optimizer = make(settings)
+    start = [parameter.detach().clone() for _, parameter in trained(stage.exits)]
+    optimizer.zero_gradients()
+    optimizer.reduce_gradients()
+    optimizer.step(0.0)
+    assert all(torch.equal(old, new) for old, (_, new) in zip(start, trained(stage.exits), strict=True))
+
+
 def test_an_exit_that_trains_nothing_is_left_alone(make: Make) -> None:
     stage, optimizer = make(specs=[ExitSpec(1, "embedding", "shared"), ExitSpec(2, "norm", "shared")])
     nothing, norm = stage.exits

@@ -118,6 +118,7 @@ def step_memory(
     dtype: torch.dtype,
     loss: LossConfig,
     graph_tokens: int,
+    settings: OptimizerConfig,
 ) -> tuple[Layout, int, int]:
     """Layout, bytes held between steps, and bytes at the peak of one, of two microbatches of 2 x 256 tokens."""
     deepest = architecture.num_layers if loss.distillation.kl else max(spec.layer for spec in specs)
@@ -131,7 +132,7 @@ def step_memory(
         stage = build_stage(setup, stages, specs, final_exit=loss.distillation.kl > 0)
         for parameter in stage.parameters():
             parameter.data.normal_(0, 0.02)
-        optimizer = ExitOptimizer(stage.exits, setup.config, groups, OptimizerConfig(), ScheduleConfig(), 10)
+        optimizer = ExitOptimizer(stage.exits, setup.config, groups, settings, ScheduleConfig(), 10)
         pipeline = Pipeline(stage, stages, specs, top_k=loss.distillation.top_k if loss.distillation.kl else 0)
         tuning_step(pipeline, optimizer, batches, loss, 1.0)  # makes the optimizer's state
         between = live.most = live.now
@@ -152,6 +153,8 @@ STEPS: list[tuple[tuple[ExitSpec, ...], int, int, float]] = [
 ]
 BFLOAT16 = (1, 8)
 """Of these; others in bfloat16, which is slow on many CPUs, are slow tests."""
+KEEP_INITIAL = (512,)
+"""Chunks of tokens for which the steps also decay towards the initial values."""
 
 
 @pytest.mark.parametrize(
@@ -185,7 +188,10 @@ def test_memory_of_a_real_step(
         }
     )
     loss = LossConfig(chunk_tokens=chunk_tokens, distillation=DistillationConfig(kl=kl, temperature=2.0))
-    stages, between, most = step_memory(groups, architecture, specs, platform.DTYPES[dtype], loss, graph_tokens)
+    settings = OptimizerConfig(decay_towards="initial" if chunk_tokens in KEEP_INITIAL else "zero")
+    stages, between, most = step_memory(
+        groups, architecture, specs, platform.DTYPES[dtype], loss, graph_tokens, settings
+    )
     workload = Workload(
         itemsize=platform.DTYPES[dtype].itemsize,
         micro_batch_size=2,
@@ -195,6 +201,7 @@ def test_memory_of_a_real_step(
         graph_tokens=graph_tokens,
         top_k=loss.distillation.top_k if kl else 0,
         tempered=kl > 0,
+        keeps_initial=settings.decay_towards == "initial",
     )
     memory = stage_memory(stages, 0, architecture, specs, workload)
     assert memory.transfer == 0
@@ -231,6 +238,11 @@ def test_what_parallelism_divides() -> None:
     assert stage_memory(stages, 0, model, specs, Workload(2, remainder=4)).optimizer == 12 * trained
     assert stage_memory(stages, 0, model, specs, Workload(4, remainder=4)).optimizer == 8 * trained
     assert stage_memory(stages, 0, model, specs, Workload(2, host_optimizer=True)).optimizer == 0
+    # The initial values of all but the norm, in the weights' dtype.
+    initial = stage_memory(stages, 0, model, specs, Workload(2, data=4, keeps_initial=True))
+    assert initial == dataclasses.replace(spread, optimizer=spread.optimizer + (trained - 4096) // 4 * 2)
+    host = Workload(2, host_optimizer=True, keeps_initial=True)
+    assert stage_memory(stages, 0, model, specs, host).optimizer == 0
     halves = stage_memory(stages, 0, model, specs, Workload(2, tensor=2))
     assert halves.trained == pytest.approx(whole.trained / 2, rel=1e-4)
     assert halves.frozen == pytest.approx(whole.frozen / 2, rel=1e-4)
