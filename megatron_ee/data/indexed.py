@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 COUNTED = 20_000_000
-"""Number of tokens that are counted to find the most frequent ones."""
+"""Number of tokens that are counted for statistics."""
 SCANNED = 2**24
 """Tokens read between two updates of a progress bar."""
 BLOCK, BLOCKS = 64 * 1024, 256
@@ -95,6 +95,15 @@ class Corpus:
     def num_tokens(self) -> int:
         """Number of tokens."""
         return int(self.lengths.sum(dtype=np.int64))
+
+    @cached_property
+    def trained_share(self) -> float:
+        """Share of the tokens that are labels. Without metadata it is counted, up to the first ``COUNTED`` tokens."""
+        if self.masks is None:
+            return 1.0
+        if self.metadata is not None:
+            return self.metadata.trained_tokens / self.metadata.tokens
+        return float(np.memmap(file_of(self.prefix, ".mask.bin"), dtype=np.uint8, mode="r")[:COUNTED].mean())
 
     @cached_property
     def fingerprint(self) -> str:

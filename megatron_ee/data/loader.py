@@ -49,7 +49,8 @@ class Batch:
 class PackedBlend:
     """An endless sequence of samples from several corpora, in proportion to their weights.
 
-    Sequence ``i`` depends only on (corpora, weights, seed, i). ``corpora`` holds the corpora in their order.
+    Sequence ``i`` depends only on (corpora, weights, seed, i). ``corpora`` holds the corpora in their order, and
+    ``trained_tokens`` the number of labels in what is read of each.
 
     Raises:
         ConfigError: a weight that is not positive, a negative seed, or a sequence length below 2.
@@ -68,6 +69,7 @@ class PackedBlend:
             raise ConfigError(f"data.seed: must lie between 0 and {2**32 - 1}, not {seed}")
         self.sequence_length = sequence_length
         self.corpora = tuple(documents.corpus for documents in ranges)
+        self.trained_tokens = tuple(documents.trained_tokens for documents in ranges)
         self._parts = [PackedDocuments(r, sequence_length, (seed, place)) for place, r in enumerate(ranges)]
         self._weights = np.array(weights, dtype=np.float64) / sum(weights)
         self._corpus_of = np.empty(0, dtype=np.int16)
@@ -77,6 +79,13 @@ class PackedBlend:
     def samples_per_epoch(self) -> tuple[int, ...]:
         """Sequences in one pass over each corpus."""
         return tuple(part.samples_per_epoch for part in self._parts)
+
+    def passes(self, sequences: int) -> tuple[float, ...]:
+        """Passes over each corpus that the first ``sequences`` sequences make."""
+        return tuple(
+            sequences * float(weight) / part.samples_per_epoch
+            for weight, part in zip(self._weights, self._parts, strict=True)
+        )
 
     def source(self, index: int) -> tuple[int, int]:
         """Corpus of sequence ``index``, and the sequence's number within that corpus."""

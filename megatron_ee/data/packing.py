@@ -27,6 +27,11 @@ class DocumentRange:
         """Tokens in the range."""
         return int(self.corpus.lengths[self.start : self.stop].sum(dtype=np.int64))
 
+    @property
+    def trained_tokens(self) -> int:
+        """Labels in the range, estimated from the whole corpus."""
+        return round(self.num_tokens * self.corpus.trained_share)
+
     def read(self, document: int, offset: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Tokens of one document of the corpus, and whether each is a label; both [length]."""
         if length == 0:  # datasets made by other tools may hold empty documents

@@ -48,6 +48,7 @@ from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.planning.balance import resolve_layout
+from megatron_ee.planning.corpus import little_data
 from megatron_ee.planning.plan import plan_run
 from megatron_ee.progress import track
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
@@ -165,8 +166,11 @@ def _open_inputs(
     vocab_size = arch.vocab_size if first else None
     blend, windows = open_data(config.data, vocab_size, config.validation.sequences, interrupt.check)
     held_out = windows.corpora if windows is not None and config.data.validation else ()
-    for line in check_data(blend.corpora, held_out, model.path) if first else ():
-        print(line, file=sys.stderr, flush=True)
+    if first:
+        passes = blend.passes(config.tuning.steps * config.tuning.global_batch_size)
+        notices = little_data(config, arch, specs, blend.trained_tokens, passes)
+        for line in [*check_data(blend.corpora, held_out, model.path), *notices]:
+            print(line, file=sys.stderr, flush=True)
     # Hashed last: all other checks are faster.
     adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None
     return _Inputs(config, model, specs, layout, adapter, blend, windows, held_out)

@@ -94,6 +94,44 @@ def test_shares_follow_the_weights(write_corpus: Callable[..., Path]) -> None:
         assert places == list(range(len(places)))
 
 
+def test_each_corpus_of_a_blend_has_a_new_order_in_each_epoch(blend: PackedBlend) -> None:
+    epochs: list[dict[int, list[int]]] = [{}, {}]  # by corpus, the labels of its epoch in their order
+    sizes, passes = blend.samples_per_epoch, blend.passes(1000)
+    places = Counter[int]()
+    for index in range(1000):
+        corpus, place = blend.source(index)
+        assert place == places[corpus], "a corpus goes on where it was"
+        places[corpus] += 1
+        epoch = place // sizes[corpus]
+        for labels in epochs[epoch : epoch + 1]:
+            labels.setdefault(corpus, []).extend(blend[index][1].tolist())
+    for corpus, size in enumerate(sizes):
+        assert passes[corpus] == pytest.approx(places[corpus] / size, rel=0.01) and passes[corpus] > 2
+        first, second = epochs[0][corpus], epochs[1][corpus]
+        assert len(set(first)) == len(set(second)) == len(first) == len(second) == 8 * size
+        assert first != second
+        # Not only the sequences are shuffled anew, but the documents that they are cut from.
+        assert {tuple(first[at : at + 8]) for at in range(0, len(first), 8)} != {
+            tuple(second[at : at + 8]) for at in range(0, len(second), 8)
+        }
+
+
+def test_a_corpus_shorter_than_a_batch_is_read_again_within_it(write_corpus: Callable[..., Path]) -> None:
+    single = PackedBlend([whole(open_corpus(write_corpus("a", numbered(3, 7))))], [1.0], 4, 7)
+    assert single.samples_per_epoch == (5,)
+    (batch,) = MicrobatchStream(single, 16, 16).step()
+    for epoch in range(3):
+        labels = batch.labels[5 * epoch : 5 * epoch + 5].flatten().tolist()
+        assert len(set(labels)) == 20
+
+
+def test_labels_of_a_blend_are_counted(write_corpus: Callable[..., Path]) -> None:
+    docs = numbered(10, 6)
+    masked, plain = open_corpus(write_corpus("a", docs, odd(docs))), open_corpus(write_corpus("b", numbered(10, 5)))
+    blend = PackedBlend([whole(masked), split(plain, 0.2)[0]], [1.0, 1.0], 4, 7)
+    assert blend.trained_tokens == (30, 40)
+
+
 def test_resuming_at_a_position_is_the_tail_of_the_whole(blend: PackedBlend) -> None:
     stream = MicrobatchStream(blend, 2, 8)
     steps = [stream.step() for _ in range(12)]
