@@ -27,6 +27,7 @@ MADE = {
     "evaluation/evaluation.png": "the same as a plot",
     "evaluation/reliability.png": "confidence against accuracy, per exit",
     "training.png": "loss per exit while tuning",
+    "tuning/validation/agreement.png": "agreement per exit against tokens seen",
     "tuning/tensorboard": "the same for TensorBoard",
     "report.json": "this report",
 }

@@ -76,20 +76,27 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     check_model_path(config.model.path)
-    from megatron_ee.evaluation.evaluate import make_validator
+    from megatron_ee.evaluation.evaluate import make_validator, show_history
 
     if arguments.debug:
         from megatron_ee.tuning.debug import DIRECTORY, debug_tune
 
         output = arguments.output / DIRECTORY
         return debug_tune(config, output=output, make_validator=partial(make_validator, output))
+    from megatron_ee.parallel.groups import launched_rank
+    from megatron_ee.tuning.interrupt import watch_signals
     from megatron_ee.tuning.run import tune
+    from megatron_ee.tuning.status import is_finished
 
-    return tune(
-        config,
-        output=arguments.output,
-        resume=arguments.resume,
-        allow_new_data=arguments.allow_new_data,
-        init_adapter=arguments.init_adapter,
-        make_validator=partial(make_validator, arguments.output),
-    )
+    with watch_signals():
+        status = tune(
+            config,
+            output=arguments.output,
+            resume=arguments.resume,
+            allow_new_data=arguments.allow_new_data,
+            init_adapter=arguments.init_adapter,
+            make_validator=partial(make_validator, arguments.output),
+        )
+        if launched_rank() == 0 and is_finished(arguments.output):
+            show_history(arguments.output)
+    return status

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
+from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, open_adapter
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
@@ -25,9 +25,10 @@ from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.evaluation.final_exit import final_exit
-from megatron_ee.evaluation.plots import plot_sweep
+from megatron_ee.evaluation.history import read_validations
+from megatron_ee.evaluation.plots import plot_agreement, plot_sweep
 from megatron_ee.evaluation.quality import measure
-from megatron_ee.evaluation.report import print_quality, report_dict
+from megatron_ee.evaluation.report import print_history, print_quality, report_dict
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.quality import Quality
 from megatron_ee.model.setup import ModelSetup, build_setup
@@ -43,8 +44,9 @@ from megatron_ee.parallel.groups import (
 from megatron_ee.parallel.layout import Layout, StageLayout, even_layout
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 from megatron_ee.tuning.interrupt import Interrupt
+from megatron_ee.tuning.log import LOG
 from megatron_ee.tuning.schedule import Pipeline
-from megatron_ee.tuning.trainer import Validate
+from megatron_ee.tuning.trainer import BEST, Validate
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
@@ -231,6 +233,27 @@ def make_validator(
         return quality
 
     return validate
+
+
+def show_history(output: Path) -> None:
+    """Of a run in ``output``: print its validations as a table to stderr, and write ``validation/agreement.png``.
+
+    Nothing is shown before the second validation.
+
+    Raises:
+        DataError: its log cannot be read.
+        UserError: the plot cannot be written.
+    """
+    validations = read_validations(output / LOG)
+    if len(validations) < 2:
+        return
+    best = output / BEST
+    steps = open_adapter(best, verify=False).steps if best.exists() else None
+    print_history(validations, steps)
+    plot = output / "validation" / "agreement.png"
+    plot_agreement(validations, steps, plot)
+    kept = f"; the exits with the lowest loss, of step {steps}, are in {best}" if steps is not None else ""
+    print(f"agreement against tokens seen: {plot}{kept}", file=sys.stderr, flush=True)
 
 
 def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ee.checkpoint.ownership import MADE_BY
-from megatron_ee.errors import DataError, UserError
+from megatron_ee.errors import UserError
+from megatron_ee.evaluation.history import Losses, Validation, read_log
 from megatron_ee.model.quality import Quality
 
 if TYPE_CHECKING:
@@ -146,46 +146,38 @@ def plot_training(log: str | Path, path: str | Path, title: str = "Loss of each 
         axes.legend()
 
 
-Losses = dict[int, dict[int, float]]
+def plot_agreement(validations: Sequence[Validation], best_step: int | None, path: str | Path) -> None:
+    """Each exit's agreement with the final exit against the tokens seen, one line per exit.
 
-
-def read_log(log: str | Path) -> tuple[Losses, Losses]:
-    """Losses of a run's JSONL log by step, then by layer: those of steps, and those of validations.
-
-    If a step appears twice, the later line counts. An incomplete last line is ignored. Layer 0 of a validation is the
-    final exit.
+    Args:
+        best_step: step of the adapter that is kept as the best, which is marked; None if there is none.
 
     Raises:
-        DataError: the log cannot be read, has an invalid line, or has neither steps nor validations.
+        UserError: not a .png, .pdf or .svg, or it cannot be written.
+        ValueError: there is no validation.
     """
-    try:
-        lines = Path(log).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{log}: cannot be read: {error}") from None
-    steps: Losses = {}
-    validations: Losses = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if record.get("exits"):
-                steps[record["step"]] = _losses(record["exits"])
-            if record.get("validation"):
-                found = _losses(record["validation"]["exits"])
-                final = record["validation"].get("final_loss")
-                validations[record["step"]] = found if final is None else {0: final, **found}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{log}:{number}: not a line of a tuning log: {error!r}") from None
-    if not steps and not validations:
-        raise DataError(f"{log}: holds no step and no validation yet")
-    return steps, validations
+    if not validations:
+        raise ValueError("there is no validation to plot")
+    from matplotlib.ticker import EngFormatter
 
-
-def _losses(exits: list[dict[str, Any]]) -> dict[int, float]:
-    return {entry["layer"]: math.nan if entry["loss"] is None else entry["loss"] for entry in exits}
+    seen = [validation.tokens_seen for validation in validations]
+    with saved_figure(path, (7.5, 4.8)) as figure:
+        axes = figure.subplots()
+        for index, layer in enumerate(sorted(validations[-1].agreements)):
+            values = _percents([validation.agreements.get(layer, math.nan) for validation in validations])
+            axes.plot(
+                seen, values, "o-", color=COLOURS[index % len(COLOURS)], ms=4, lw=1.6, label=f"exit after layer {layer}"
+            )
+        for validation in validations:
+            if validation.step == best_step:
+                label = f"lowest validation loss (step {best_step})"
+                axes.axvline(validation.tokens_seen, color=GREY, lw=1, ls=":", label=label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("tokens seen (labels that the exits were trained on)")
+        axes.set_ylabel("agreement with the final exit (% of tokens)")
+        axes.set_title("Agreement of each exit while tuning", loc="left")
+        axes.margins(x=0.02)
+        axes.legend()
 
 
 def _curve(losses: Losses, layer: int) -> tuple[list[int], list[float]]:

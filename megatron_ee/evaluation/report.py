@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.evaluation.history import Validation
 from megatron_ee.model.quality import Quality
 from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+HISTORY_ROWS = 12
 
 
 def report_dict(quality: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
@@ -105,6 +108,43 @@ def print_comparison(
         style="dim",
     )
     console.print(table)
+
+
+def print_history(validations: Sequence[Validation], best_step: int | None, console: Console | None = None) -> None:
+    """Print loss and agreement per exit against the tokens seen, to stderr by default.
+
+    Of many validations ``HISTORY_ROWS`` are shown, evenly spread, with the first, the best and the last.
+
+    Args:
+        validations: at least one, by step.
+        best_step: step of the adapter that is kept as the best; its row is marked.
+    """
+    console = console or make_console(sys.stderr)
+    final = _number(validations[-1].final_loss)
+    table = new_table(f"Exits while tuning, on validation data (final exit: loss {final})", console)
+    add_columns(table, "after step", "tokens seen")
+    layers = sorted(validations[-1].losses)
+    for layer in layers:
+        add_columns(table, f"exit {layer}: loss", "agreement")
+    add_columns(table, "kept as", words=True)
+    for row in _spread(validations, best_step):
+        cells = [
+            text
+            for layer in layers
+            for text in (_number(row.losses.get(layer, math.nan)), _percent(row.agreements.get(layer, math.nan)))
+        ]
+        table.add_row(f"{row.step:,}", f"{row.tokens_seen:,}", *cells, "adapter-best" if row.step == best_step else "")
+    console.print(table)
+
+
+def _spread(validations: Sequence[Validation], best_step: int | None) -> list[Validation]:
+    last = len(validations) - 1
+    shown = {round(last * row / (HISTORY_ROWS - 1)) for row in range(HISTORY_ROWS)} if last >= HISTORY_ROWS else None
+    return [
+        validation
+        for place, validation in enumerate(validations)
+        if shown is None or place in shown or validation.step == best_step
+    ]
 
 
 def _exit_table(quality: Quality, exits: Sequence[ExitSpec], title: str, console: Console) -> Table:

@@ -93,9 +93,9 @@ class RunLog:
                 points[f"exit_{exit_.layer}/{name}"] = getattr(exit_, name)
         self._plot(points, step)
 
-    def validation(self, step: int, quality: Quality) -> None:
-        """One validation after ``step`` steps."""
-        self._write({"step": step, "validation": quality.to_dict()})
+    def validation(self, step: int, tokens_seen: int, quality: Quality) -> None:
+        """One validation after ``step`` steps on so many labels."""
+        self._write({"step": step, "tokens_seen": tokens_seen, "validation": quality.to_dict()})
         points = {"validation/final_loss": quality.final_loss}
         for exit_ in quality.exits:
             for name in ("loss", "agreement", "mean_confidence", "ece"):

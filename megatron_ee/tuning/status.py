@@ -7,6 +7,7 @@ file to decide whether to start the run again.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def write_status(output: Path, state: str, progress: RunProgress, steps: int) ->
         CheckpointError: it cannot be written.
     """
     write_json(output / STATUS, {"state": state, "step": progress.step, "steps": steps})
+
+
+def is_finished(output: Path) -> bool:
+    """Whether ``status.json`` says that the run in ``output`` is over."""
+    try:
+        found = json.loads((output / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("state") == "finished"
 
 
 def write_failed(output: Path, progress: RunProgress, steps: int) -> None:

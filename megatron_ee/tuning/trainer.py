@@ -165,7 +165,7 @@ class Trainer:
         except Interrupted:
             return
         done.validation_due = False
-        log.validation(done.step, quality)
+        log.validation(done.step, done.tokens, quality)
         loss = validation_loss(quality, self.pipeline.specs)
         if self._groups.is_main and (not_finite := _not_finite(quality)):
             best = "" if math.isfinite(loss) else f"; these exits are not kept as {BEST}"

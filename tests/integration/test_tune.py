@@ -42,8 +42,10 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 @pytest.mark.smoke
 def test_run_leaves_what_it_should(project: Any, tuned: Path) -> None:
-    for name in ("adapter/exits.safetensors", "adapter-best/exits.json", "config.json", "validation/step-12.json"):
+    for name in ("adapter/exits.safetensors", "adapter-best/exits.json", "config.json"):
         assert (tuned / name).is_file(), name
+    for name in ("step-12.json", "agreement.png"):
+        assert (tuned / "validation" / name).is_file(), name
     assert list((tuned / "tensorboard").glob("events.*"))
     assert sorted(path.name for path in (tuned / "checkpoints").iterdir()) == ["step-12", "step-8"]
     log = read_log(tuned)
@@ -59,6 +61,8 @@ def test_run_leaves_what_it_should(project: Any, tuned: Path) -> None:
     assert total == pytest.approx(parts, rel=1e-4)
     validations = [line for line in log if "validation" in line]
     assert [line["step"] for line in validations] == [0, 5, 10, 12]
+    seen = [sum(line["tokens"] for line in steps[: validation["step"]]) for validation in validations]
+    assert [line["tokens_seen"] for line in validations] == seen
     for before, after in zip(*(line["validation"]["exits"] for line in (validations[0], validations[-1])), strict=True):
         assert after["loss"] < before["loss"]
     assert all(line["validation"]["final_loss"] == validations[0]["validation"]["final_loss"] for line in validations)
@@ -223,7 +227,10 @@ def test_a_run_without_patience_left_is_over(
 
     def tune(output: Path, *options: object) -> str:
         assert main(["tune", "--config", str(config), "--output", str(output), *map(str, options)]) == 0
-        return next((line for line in capsys.readouterr().err.splitlines() if "stopped early" in line), "")
+        said = capsys.readouterr().err.splitlines()
+        finished = json.loads((output / "status.json").read_text())["state"] == "finished"
+        assert finished == any("exits with the lowest loss, of step " in line for line in said)
+        return next((line for line in said if "stopped early" in line), "")
 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     said = tune(straight)

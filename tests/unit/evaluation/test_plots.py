@@ -14,7 +14,8 @@ import torch
 
 from megatron_ee.checkpoint.ownership import check_file
 from megatron_ee.errors import DataError, UserError
-from megatron_ee.evaluation.plots import FORMATS, plot_reliability, plot_sweep, plot_training, read_log
+from megatron_ee.evaluation.history import Validation, read_log, read_validations
+from megatron_ee.evaluation.plots import FORMATS, plot_agreement, plot_reliability, plot_sweep, plot_training
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality
 
@@ -86,6 +87,50 @@ def test_training_has_one_curve_per_exit(tmp_path: Path) -> None:
     for expected in ("exit after layer 2", "exit after layer 4", "optimizer step", "loss (nats per token)"):
         assert expected in text
     assert "final exit, on validation data" in text
+
+
+def validation_line(step: int, tokens: int, agreement: float | None) -> dict:
+    exits = [{"layer": layer, "loss": 3.0 - layer / 10, "agreement": agreement} for layer in (2, 4)]
+    return {"step": step, "tokens_seen": tokens, "validation": {"final_loss": 2.0, "exits": exits}}
+
+
+def test_agreement_has_one_line_per_exit_against_tokens_seen(tmp_path: Path) -> None:
+    lines = [
+        validation_line(0, 0, 0.5),
+        step_line(10),
+        validation_line(10, 4_000, 0.6),
+        validation_line(20, 8_000, 0.7),
+    ]
+    validations = read_validations(write_log(tmp_path / "log.jsonl", lines))
+    plot_agreement(validations, 10, tmp_path / "agreement.svg")
+    text = drawn_text(tmp_path / "agreement.svg").splitlines()
+    for expected in ("exit after layer 2", "exit after layer 4", "lowest validation loss (step 10)", "8k"):
+        assert expected in text
+    assert "agreement with the final exit (% of tokens)" in text
+    plot_agreement(validations[:2], None, tmp_path / "two.png")
+    assert (tmp_path / "two.png").read_bytes().startswith(PNG)
+    with pytest.raises(ValueError, match="no validation"):
+        plot_agreement([], None, tmp_path / "none.png")
+
+
+def test_validations_of_a_log(tmp_path: Path) -> None:
+    """A repeated step counts once, a figure that was not finite is nan, and older releases counted no tokens."""
+    older = {key: value for key, value in validation_line(5, 0, 0.1).items() if key != "tokens_seen"}
+    lines = [
+        validation_line(0, 0, 0.5),
+        older,
+        validation_line(10, 9, 0.6),
+        validation_line(10, 9, None),
+        step_line(11),
+    ]
+    first, second = read_validations(write_log(tmp_path / "log.jsonl", lines))
+    assert first == Validation(0, 0, 2.0, {2: 2.8, 4: 2.6}, {2: 0.5, 4: 0.5})
+    assert (second.step, second.tokens_seen) == (10, 9) and all(map(math.isnan, second.agreements.values()))
+    log = write_log(
+        tmp_path / "bad.jsonl", [{"step": 1, "tokens_seen": 1, "validation": {"exits": [{}]}}, step_line(2)]
+    )
+    with pytest.raises(DataError, match="bad.jsonl:1: not a line of a tuning log"):
+        read_validations(log)
 
 
 def test_png_and_pdf(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ import torch
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.evaluation.evaluate import write_quality
+from megatron_ee.evaluation.history import Validation
 from megatron_ee.evaluation.report import (
+    HISTORY_ROWS,
     comparison_dict,
     print_comparison,
+    print_history,
     print_quality,
     report_dict,
 )
@@ -150,3 +153,31 @@ def test_without_thresholds_there_is_no_sweep(tmp_path: Path) -> None:
     assert len(plain(unswept, EXITS)) < len(plain(quality(), EXITS)) - 4
     write_quality(quality(), EXITS, tmp_path / "step-1")
     assert (tmp_path / "step-1.png").is_file()
+
+
+def history(count: int, best: int | None) -> list[list[str]]:
+    validations = [
+        Validation(10 * place, 4_000 * place, 2.0, {2: 4.0 - place, 4: math.nan}, {2: 0.5, 4: 0.75})
+        for place in range(count)
+    ]
+    file = io.StringIO()
+    print_history(validations, best, make_console(file))
+    return rows(file.getvalue())
+
+
+def test_history_of_two_validations() -> None:
+    title, heading, *lines = history(2, 10)
+    assert " ".join(title) == "Exits while tuning, on validation data (final exit: loss 2.000)"
+    assert " ".join(heading) == "after step tokens seen exit 2: loss agreement exit 4: loss agreement kept as"
+    assert lines == [
+        ["0", "0", "4.000", "50.0%", "-", "75.0%"],
+        ["10", "4,000", "3.000", "50.0%", "-", "75.0%", "adapter-best"],
+    ]
+
+
+def test_of_many_validations_some_are_shown_with_the_best() -> None:
+    _, _, *lines = history(100, 70)
+    steps = [int(line[0]) for line in lines]
+    assert steps[0] == 0 and steps[-1] == 990 and len(steps) == HISTORY_ROWS + 1
+    assert steps == sorted(steps) and [line[0] for line in lines if line[-1] == "adapter-best"] == ["70"]
+    assert len(history(HISTORY_ROWS, None)) == 2 + HISTORY_ROWS

@@ -109,7 +109,7 @@ def test_it_has_what_tensorboard_has_also_after_going_on(connections: list[bytes
     output.mkdir()
     quality = Quality(9, 4, 1.5, 0.5, (ExitQuality(2, 2.5, 0.25, 0.75, 0.5, 0.125, 0.25, bins=()),), sweep=())
     with RunLog(output, LOGGING, 0, settings={"tuning": {"steps": 3}}) as log:
-        log.validation(0, quality)
+        log.validation(0, 0, quality)
         log_step(log, 1)
         log_step(log, 2)
         log.save(1, 0.25, 0.5)  # in the background, reported late
