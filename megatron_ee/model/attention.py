@@ -1,4 +1,4 @@
-"""Attention: rotary positions, causal and sliding windows, padding, and the KV cache, for training and inference."""
+"""Attention for training and inference: rotary positions, causal and sliding-window masks, padding, KV cache."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 
 class LayerCache(Protocol):
-    """The KV cache of one layer, for one sequence or for several that run together."""
+    """The KV cache of one layer, for one sequence or for several packed sequences."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, window: int | None, soft_cap: float | None = None
     ) -> Tensor:
-        """Append the new tokens' keys and values, and attend to all in the cache.
+        """Append the new tokens' keys and values, and attend to the whole cache.
 
         Args:
-            query: ``[tokens, kv_heads, queries per key-value head, head_dim]``, the rows' tokens one after another.
+            query: ``[tokens, kv_heads, queries per key-value head, head_dim]``, with the sequences concatenated.
             key: ``[tokens, kv_heads, head_dim]``.
             value: as ``key``.
-            window: positions that a token sees, itself included; None for all before it.
-            soft_cap: of the scores; None for none.
+            window: positions that a token attends to, including itself; None for all earlier positions.
+            soft_cap: soft cap of the scores; None for none.
 
         Returns:
             ``[tokens, heads * head_dim]``.
@@ -45,7 +45,7 @@ class Rotary:
     """The frequencies of one rotary embedding.
 
     Attributes:
-        short: inverse frequencies ``[turning features / 2]``, float32, up to ``limit`` positions.
+        short: inverse frequencies ``[rotated features / 2]``, float32, for rows of at most ``limit`` positions.
         long: the same for longer rows.
         limit: see ``short``.
         magnitude: factor of cosine and sine.
@@ -61,14 +61,20 @@ class Rotary:
     query_span: int = 1
 
     def query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Factor of the queries at ``positions`` ``[seq, batch]``, ``[seq, batch, 1, 1, 1]``; None for 1."""
+        """Factor of the queries, ``[seq, batch, 1, 1, 1]``, at ``positions`` ``[seq, batch]``; None for 1."""
         if self.query_scaling == 0:
             return None
         scale = 1 + self.query_scaling * torch.log(1 + torch.floor(positions / self.query_span))
         return scale[:, :, None, None, None].to(dtype)
 
     def angles(self, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each ``[seq, batch, 1, 1, n]``, at ``positions`` ``[seq, batch]`` of rows of ``length``."""
+        """Cosine and sine, each ``[seq, batch, 1, 1, n]``.
+
+        Args:
+            positions: ``[seq, batch]``.
+            dtype: of the result.
+            length: tokens per row, which selects ``short`` or ``long``.
+        """
         inverse = self.long if length > self.limit else self.short
         angles = (positions[:, :, None].float() * inverse)[:, :, None, None]
         cos, sin = angles.cos(), angles.sin()
@@ -88,7 +94,7 @@ def make_rotary(rope: Rope, head_dim: int, device: torch.device | None = None) -
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Inverse frequencies ``[turning features / 2]``, float32, after scaling of every kind but longrope."""
+    """Inverse frequencies ``[rotated features / 2]``, float32, with the scaling of every kind except longrope."""
     dim = int(head_dim * rope.fraction)
     inverse = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     if rope.kind == "linear":
@@ -99,7 +105,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
         return inverse
     # Llama 3.1 release notes.
     wavelength = 2 * math.pi / inverse
-    # 0 where a wavelength is scaled fully, 1 where it stays, linear in between.
+    # 0 for a fully scaled wavelength, 1 for an unscaled one, linear in between.
     kept = (rope.original_positions / wavelength - rope.low_freq_factor) / (
         rope.high_freq_factor - rope.low_freq_factor
     )
@@ -108,10 +114,10 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 def _yarn_frequencies(rope: Rope, inverse: Tensor, dim: int) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): between two features the scaling sets in linearly."""
+    """YaRN (arXiv 2309.00071, section 3.2): the scaling increases linearly between two features."""
 
     def feature(turns: float) -> float:
-        """The feature, as a real number, that turns so often within the original context."""
+        """The feature index (a real number) that makes ``turns`` rotations within the original context."""
         return dim * math.log(rope.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = feature(rope.beta_fast), feature(rope.beta_slow)
@@ -125,12 +131,12 @@ def _yarn_frequencies(rope: Rope, inverse: Tensor, dim: int) -> Tensor:
 
 @dataclass
 class Positions:
-    """Positions and masks of the tokens in one pass; built once and used by every layer.
+    """Positions and masks of the tokens of one pass; built once and used by every layer.
 
     Attributes:
-        angles: cosine and sine, each ``[seq, batch or 1, 1, 1, turning features / 2]`` in the model's dtype, of every
-            rotary embedding that the model has.
-        length: tokens per row; 0 in a pass over a cache, which knows which keys each token sees.
+        angles: for each rotary embedding of the model, cosine and sine, each
+            ``[seq, batch or 1, 1, 1, rotated features / 2]`` in the model's dtype.
+        length: tokens per row; 0 in a pass over a cache, which does its own masking.
         key_valid: ``[batch, length]``, False at padding; None without padding.
         query_scale: factor of the queries, ``[seq, batch or 1, 1, 1, 1]`` in the model's dtype; None for 1.
     """
@@ -143,7 +149,7 @@ class Positions:
     _bands: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def pick(self, spans: Sequence[slice]) -> Positions:
-        """Those of some runs of the tokens, one after another, for a pass over caches."""
+        """Select and concatenate spans of the tokens, for a pass over caches."""
 
         def picked(each: Tensor) -> Tensor:
             return each[spans[0]] if len(spans) == 1 else torch.cat([each[span] for span in spans])
@@ -152,14 +158,14 @@ class Positions:
         return Positions(angles, query_scale=None if self.query_scale is None else picked(self.query_scale))
 
     def band(self, window: int, shared: int) -> Tensor:
-        """Additive mask, 0 or -inf, of consecutive queries over the keys from ``window`` before the first query on.
+        """Additive mask, 0 or -inf, for a block of queries and the keys from ``window`` before the first query on.
 
         Args:
-            window: positions that a token sees, itself included; fewer than ``length``.
-            shared: queries of a token that share a key-value head, which follow one another.
+            window: positions that a token attends to, including itself; less than ``length``.
+            shared: number of query heads that share a key-value head; the rows of one token are adjacent.
 
         Returns:
-            ``[queries * shared, queries + window]`` in the model's dtype, of as many queries as run together.
+            ``[queries * shared, queries + window]`` in the model's dtype, for one block of queries.
         """
         if (window, shared) not in self._bands:
             queries = min(WINDOW_QUERIES, self.length - window)
@@ -170,8 +176,7 @@ class Positions:
         return self._bands[window, shared]
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Bool mask of the keys that each query sees, ``[batch or 1, 1, length, length]``; None if causal order is
-        enough."""
+        """Bool mask of the visible keys, ``[batch or 1, 1, length, length]``; None if causal masking suffices."""
         if window is not None and window >= self.length:
             window = None
         if window not in self._masks:
@@ -185,12 +190,12 @@ class Positions:
         visible = visible_keys(key, key, window)
         if self.key_valid is None:
             return visible[None, None]
-        # A padding query sees only itself: an empty row would give NaN.
+        # A padding query attends only to itself, because a fully masked row would give NaN.
         return ((visible & self.key_valid[:, None, :]) | (key == key[:, None]))[:, None]
 
 
 def visible_keys(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Whether a query at each position of ``query`` sees each key, by positions: bool ``[queries, keys]``."""
+    """Bool ``[queries, keys]``: whether the query attends to the key, from their positions and the sliding window."""
     visible = key <= query[:, None]
     if window is not None:
         visible &= key > query[:, None] - window
@@ -203,11 +208,11 @@ def make_positions(
     """Positions of whole rows.
 
     Args:
-        rotaries: of the model, on its device.
-        dtype: the model's.
-        length: tokens of each row.
-        key_valid: ``[batch, length]`` bool. Rows are padded on either side; a padded row's positions count its valid
-            tokens only, as in transformers.
+        rotaries: rotary embeddings of the model.
+        dtype: dtype of the model.
+        length: tokens per row.
+        key_valid: ``[batch, length]`` bool, False at padding, which may be on either side. Positions count only valid
+            tokens, as in transformers.
     """
     steps = torch.arange(length, device=rotaries[0].short.device)[None]
     counted = steps if key_valid is None else (key_valid.long().cumsum(1) - 1).clamp(min=0)
@@ -216,13 +221,13 @@ def make_positions(
 
 
 def packed_positions(rotaries: Sequence[Rotary], dtype: torch.dtype, positions: Tensor) -> Positions:
-    """Positions of a pass over caches: the tokens of all rows concatenated, ``positions`` ``[tokens]`` int64."""
+    """Positions of a pass over caches, from ``positions`` ``[tokens]`` int64 of all sequences concatenated."""
     angles = tuple(rotary.angles(positions[:, None], dtype, 0) for rotary in rotaries)
     return Positions(angles, query_scale=rotaries[0].query_scale(positions[:, None], dtype))
 
 
 def rotary_index(arch: Architecture, number: int) -> int | None:
-    """Which of the model's rotary embeddings layer ``number``, from 1, has; None for none."""
+    """Index of the rotary embedding of layer ``number`` (from 1); None for none."""
     if arch.rotated and not arch.rotated[number - 1]:
         return None
     return 1 if arch.local_rope is not None and arch.windows[number - 1] is not None else 0
@@ -231,16 +236,16 @@ def rotary_index(arch: Architecture, number: int) -> int | None:
 class Attention(nn.Module):
     """Grouped-query self-attention over tensor-parallel heads.
 
-    The fused projection's rows are grouped by key-value head: its query heads, its key, its value.
+    The rows of the fused projection are grouped by key-value head: its query heads, its key, its value.
     """
 
     def __init__(self, setup: ModelSetup, number: int) -> None:
-        """Of layer ``number``, from 1."""
+        """Allocate the attention of layer ``number`` (from 1)."""
         super().__init__()
         arch = setup.architecture
         self.window, self.head_dim = arch.windows[number - 1], arch.head_dim
         self.rotary, self.soft_cap = rotary_index(arch, number), arch.attention_soft_cap
-        # Attention itself divides by the root of head_dim.
+        # scaled_dot_product_attention already divides by sqrt(head_dim).
         asked = arch.attention_multiplier
         self.query_factor = 1.0 if asked is None else asked * arch.head_dim**0.5
         self.queries_per_group = arch.num_heads // arch.num_kv_heads
@@ -253,12 +258,12 @@ class Attention(nn.Module):
             self.q_norm = ShardedRMSNorm(setup, arch.num_heads * arch.head_dim)
             self.k_norm = ShardedRMSNorm(setup, arch.num_kv_heads * arch.head_dim)
         elif arch.qk_norm:
-            # On heads, of which every rank has its own: megatron-core sums their gradients over ranks by these names.
+            # Each rank applies them to its own heads. megatron-core recognises these names and sums the gradients.
             self.q_layernorm = RMSNorm(setup, arch.head_dim, sharded_sequence=False)
             self.k_layernorm = RMSNorm(setup, arch.head_dim, sharded_sequence=False)
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
-        """``[seq, batch, hidden]`` -> the same shape: the attention's output before the residual is added."""
+        """``[seq, batch, hidden]`` -> the same shape, without the residual."""
         query, key, value = self.project(x, positions)
         seq, batch = query.shape[:2]
         if cache is not None:
@@ -268,7 +273,7 @@ class Attention(nn.Module):
         return self.output(self._attend(query, key, value, positions))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
-        """Context ``[seq, batch, heads * head_dim]`` of what ``project`` gives for whole rows."""
+        """Attention over whole rows, from the results of ``project``: ``[seq, batch, heads * head_dim]``."""
         seq, shared = len(query), self.queries_per_group
         if self.soft_cap is not None:
             return attend_soft_capped(query, key, value, self.soft_cap, self.window, positions.key_valid)
@@ -277,8 +282,8 @@ class Attention(nn.Module):
             assert mask is not None, "padded rows have a mask"
             return _attend_masked(query, key, value, mask.repeat_interleave(shared, dim=2))
         window = seq if self.window is None else min(self.window, seq)
-        # A mask takes memory and excludes the fastest kernels. The first tokens see all earlier ones and need no mask.
-        # The others run in blocks, each with the keys that any of its tokens sees.
+        # A mask takes memory and excludes the fastest kernels. The first ``window`` tokens attend to all earlier ones
+        # and need no mask. The others run in blocks, with the keys in the window of any of their tokens.
         parts = [self._attend_causal(query[:window], key[:window], value[:window])]
         for start in range(window, seq, WINDOW_QUERIES):
             stop = min(start + WINDOW_QUERIES, seq)
@@ -300,9 +305,15 @@ class Attention(nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[seq, batch, kv_heads, queries per group, head_dim]`` of ``[seq, batch, hidden]``, keys and values.
+        """Compute queries, keys and values. Queries and keys are rotated.
 
-        The latter ``[seq, batch, kv_heads, head_dim]``. All but the values are rotated.
+        Args:
+            x: ``[seq, batch, hidden]``.
+            positions: of the tokens.
+
+        Returns:
+            Queries ``[seq, batch, kv_heads, queries per group, head_dim]``, keys and values
+            ``[seq, batch, kv_heads, head_dim]`` each.
         """
         qkv = self.qkv(x)
         seq, batch, _ = qkv.shape
@@ -322,21 +333,22 @@ class Attention(nn.Module):
         return query if self.query_factor == 1 else query * self.query_factor, query_key[..., -1, :], value
 
     def _whole_norms(self, qkv: Tensor) -> tuple[tuple[nn.Module, Tensor], tuple[nn.Module, Tensor]]:
-        """The norms over whole projections, with what they norm."""
+        """The norms over whole projections, each with its input."""
         assert self.q_norm is not None and self.k_norm is not None, "no norms over whole projections"
         return (self.q_norm, qkv[..., :-2, :]), (self.k_norm, qkv[..., -2:-1, :])
 
 
 def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention with a mask, by a kernel that does without the scores of all queries and keys.
+    """Attention with a mask, by a kernel that does not store all scores.
 
-    Such kernels need as many key-value heads as query heads. The queries that share a key-value head become additional
-    tokens of it, so only the queries are copied.
+    Such kernels need as many key-value heads as query heads. So query heads that share a key-value head become
+    additional tokens of it, and only the queries are copied.
 
     Args:
         query: ``[queries, batch, kv_heads, queries per key-value head, head_dim]``.
-        key: ``[keys, batch, kv_heads, head_dim]``; ``value`` too.
-        mask: broadcast to ``[batch, kv_heads, queries * queries per key-value head, keys]``; bool, or added.
+        key: ``[keys, batch, kv_heads, head_dim]``.
+        value: as ``key``.
+        mask: bool or additive, broadcast to ``[batch, kv_heads, queries * queries per key-value head, keys]``.
 
     Returns:
         ``[queries, batch, heads * head_dim]``.
@@ -354,16 +366,16 @@ def attend_soft_capped(
     window: int | None,
     key_valid: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention whose scores are capped, for which there is no fused kernel.
+    """Causal attention with soft-capped scores, for which there is no fused kernel.
 
-    Blocks of queries run one after another. Only one block's scores exist at a time, also in the backward pass, which
-    computes them again.
+    Queries run in blocks, so that only one block's scores exist at a time. The backward pass recomputes them.
 
     Args:
         query: ``[queries, batch, kv_heads, queries per key-value head, head_dim]``, at the last positions of the keys.
-        key: ``[keys, batch, kv_heads, head_dim]``; ``value`` too.
+        key: ``[keys, batch, kv_heads, head_dim]``.
+        value: as ``key``.
         soft_cap: see ``Architecture``.
-        window: positions that a token sees, itself included; None for all before it.
+        window: positions that a token attends to, including itself; None for all earlier positions.
         key_valid: ``[batch, keys]``, False at padding; None without padding.
 
     Returns:
@@ -377,7 +389,7 @@ def attend_soft_capped(
         queries = keys[start - stop :]
         visible = visible_keys(queries, keys, window)
         if key_valid is not None:
-            # A padding query sees only itself: an empty row would give NaN.
+            # A padding query attends only to itself, because a fully masked row would give NaN.
             visible = ((visible & key_valid[:, None, seen]) | (keys == queries[:, None]))[:, None, None]
         block = (query[start:stop], key[seen], value[seen], visible, soft_cap)
         if torch.is_grad_enabled() and query.requires_grad:
@@ -388,7 +400,7 @@ def attend_soft_capped(
 
 
 def _attend_block(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, soft_cap: float) -> Tensor:
-    """``visible``: bool, broadcast to ``[batch, kv_heads, queries per key-value head, queries, keys]``."""
+    """Attention of one block; ``visible`` is broadcast to ``[batch, kv_heads, queries per kv head, queries, keys]``."""
     scores = torch.einsum("qbgsd,kbgd->bgsqk", query, key) * query.shape[-1] ** -0.5
     scores = soft_cap * torch.tanh(scores / soft_cap)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(value.dtype)
@@ -396,13 +408,18 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, so
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864), halves rotated as in released Llama.
+    """Apply rotary embedding (arXiv 2104.09864), with feature i paired with i + n as in released Llama.
 
-    ``[seq, batch, kv_heads, heads per group, head_dim]`` -> the same shape. Features after the first ``2 n`` of each
-    head stay, ``n`` the last size of ``cos`` and ``sin``.
+    Args:
+        x: ``[seq, batch, kv_heads, heads per group, head_dim]``. Features after the first ``2 n`` are not rotated.
+        cos: ``[seq, batch or 1, 1, 1, n]``.
+        sin: as ``cos``.
+
+    Returns:
+        The shape of ``x``.
     """
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    # Both halves rotate by the same angles. They are concatenated last, so that compiled code computes them only once.
+    # Concatenating last makes compiled code compute the angles of both halves only once.
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)

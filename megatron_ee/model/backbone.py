@@ -1,4 +1,4 @@
-"""The frozen pre-trained model, or one stage's part of it."""
+"""The frozen pre-trained model, or the part of one stage."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ with platform.quiet_imports():
 
 
 class VocabHead(nn.Module):
-    """A matrix from hidden states to logits, its rows (the vocabulary) spread over the tensor-parallel ranks.
+    """The matrix from hidden states to logits, with its rows (the vocabulary) sharded over tensor-parallel ranks.
 
-    It only holds the weight: losses and decoding read it chunk by chunk.
+    It only holds the weight. Losses and decoding compute logits from it in chunks.
 
     Attributes:
         weight: ``[padded_vocab / tp, hidden]``.
         start: first token id of this rank's rows.
-        valid: how many of the rows are real tokens; the others are padding.
-        vocabulary: real tokens of all ranks.
+        valid: number of this rank's rows that are real tokens; the others are padding.
+        vocabulary: number of real tokens on all ranks.
         soft_cap: ``logit_soft_cap`` of the architecture.
     """
 
@@ -46,12 +46,12 @@ class VocabHead(nn.Module):
         mark_sharded(self.weight, 0)
 
     def capped(self, logits: Tensor) -> Tensor:
-        """Products of the weight -> logits: bounded by the soft cap where there is one."""
+        """Apply the soft cap, if there is one, to products with the weight."""
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 class Backbone(nn.Module):
-    """Layers ``layers`` of the model, optionally with the embedding before and the final exit after them.
+    """Layers of the model, optionally with the embedding before them and the final exit after them.
 
     Attributes:
         layers: the decoder layers by number, from 1, as strings.
@@ -91,14 +91,14 @@ class Backbone(nn.Module):
         return packed_positions(self.rotaries, self.setup.dtype, positions)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``, a share of seq with sequence parallelism."""
+        """Token ids ``[batch, seq]`` -> h_0 ``[seq, batch, hidden]``; ``[seq / tp, ...]`` if sequence-parallel."""
         assert self.embedding is not None, "this stage has no embedding"
         # With sequence parallelism megatron-core expects [batch, seq] and transposes it.
         hidden = self.embedding(tokens if self.setup.config.sequence_parallel else tokens.t())
         return hidden if self.embedding_multiplier == 1 else hidden * self.embedding_multiplier
 
     def numbered_layers(self) -> Iterable[tuple[int, DecoderLayer]]:
-        """The layers held here with their numbers, in order."""
+        """The layers of this stage with their numbers, in order."""
         return ((int(name), layer) for name, layer in self.layers.items())  # type: ignore[misc]
 
     def layers_between(self, first: int, last: int) -> Iterator[tuple[int, DecoderLayer]]:

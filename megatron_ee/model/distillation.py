@@ -1,7 +1,7 @@
-"""Distillation from the final exit, besides the labels (soft targets of arXiv 1503.02531).
+"""Distillation from the final exit, in addition to the labels (soft targets, arXiv 1503.02531).
 
 Only the most probable tokens of the final exit's distribution are kept, so that it is small enough to send to the
-stages that host exits. ``exit_loss`` compares an exit with it in chunks of tokens, through ``SoftTargets``.
+stages that host exits. ``exit_loss`` uses it through ``SoftTargets``, in chunks of tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ errors."""
 
 @dataclass(frozen=True)
 class Teacher:
-    """The final exit's most probable tokens, the most probable first.
+    """The final exit's most probable tokens, in descending order.
 
     Attributes:
         ids: ``[tokens, k]`` int64, token ids of the whole vocabulary.
@@ -37,12 +37,15 @@ class Teacher:
 class Distillation:
     """The teacher and the loss weights of distillation.
 
-    The loss of a token is ``cross_entropy * CE + kl * temperature^2 * KL(p || q)``: p the teacher's distribution over
-    the kept tokens and all others as one, q the exit's over the same, both at ``temperature``. Without the others an
-    exit would learn that they never occur, which harms cross-entropy and calibration.
+    The loss of a token is ``cross_entropy * CE + kl * temperature^2 * KL(p || q)``. p is the teacher's distribution
+    over the kept tokens and one class for all others, and q the exit's, both at ``temperature``. Without that class an
+    exit would learn that the other tokens never occur, which harms cross-entropy and calibration.
 
     Attributes:
-        teacher: computed at the same temperature.
+        teacher: computed at ``temperature``.
+        kl: weight of the divergence.
+        cross_entropy: weight of the cross-entropy with the label.
+        temperature: divides the logits of both.
     """
 
     teacher: Teacher
@@ -52,16 +55,16 @@ class Distillation:
 
 
 class SoftTargets:
-    """The teacher's distributions for one chunk of tokens, and the exit's loss against them.
+    """The teacher's distributions for one chunk of tokens, and the loss against them.
 
-    Call order: ``read`` before the chunk's logits are exponentiated, ``compare`` with the sums over all tensor-parallel
+    Call ``read`` before the chunk's logits are exponentiated, then ``compare`` with the sums over tensor-parallel
     ranks, then the other methods.
     """
 
     def __init__(
         self, distillation: Distillation, part: slice, columns: Tensor, here: Tensor, tempered: Tensor | None
     ) -> None:
-        """Targets of the tokens ``part``.
+        """Create the targets of the tokens ``part``.
 
         Args:
             distillation: teacher of all tokens, and weights.
@@ -77,11 +80,11 @@ class SoftTargets:
         self.rest = (1 - self.probabilities.sum(dim=1)).clamp(min=0)
 
     def read(self, logits: Tensor) -> list[Tensor]:
-        """The values that ``compare`` needs summed over tensor-parallel ranks, each ``[chunk]``, from logits minus
-        their maximum.
+        """Compute this rank's part of the arguments of ``compare``, from the logits minus their maximum.
 
-        These are the teacher's mean of the logits and the sum of the exponentials, both over its kept tokens. If the
-        temperature is not 1, also the sum of all exponentials at this temperature.
+        Returns:
+            Tensors ``[chunk]``, to be summed over tensor-parallel ranks: the teacher's mean logit and the sum of the
+            exponentials, both over its kept tokens, and the sum of all exponentials at the temperature if it is not 1.
         """
         own = torch.where(self.here, logits.gather(1, self.columns) / self.temperature, 0.0)
         self.kept = torch.where(self.here, own.exp(), 0.0)
@@ -92,8 +95,14 @@ class SoftTargets:
         return sums
 
     def compare(self, total: Tensor, mean_logit: Tensor, kept: Tensor, tempered_total: Tensor | None = None) -> None:
-        """Receive the sums over the whole vocabulary. ``total``: sum of the exponentials at temperature 1,
-        ``[chunk]``."""
+        """Compute the divergence from sums over the whole vocabulary, ``[chunk]`` each.
+
+        Args:
+            total: sum of the exponentials at temperature 1.
+            mean_logit: first result of ``read``.
+            kept: second result of ``read``.
+            tempered_total: third result of ``read``, if the temperature is not 1.
+        """
         self.total = total if tempered_total is None else tempered_total
         rest = (1 - kept / self.total).clamp(min=LEAST_REST)
         self.ratio = self.rest / rest
@@ -102,7 +111,7 @@ class SoftTargets:
         self.divergence = cross - entropy + torch.special.xlogy(self.rest, self.ratio)
 
     def loss(self, nll: Tensor) -> Tensor:
-        """Each token's loss from its cross-entropy, ``[chunk]``."""
+        """Loss of each token ``[chunk]``, from its cross-entropy ``[chunk]``."""
         return self.cross_entropy * nll + self.kl * self.temperature**2 * self.divergence
 
     def scales(self, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,9 +121,11 @@ class SoftTargets:
         return scale * own, scale * self.cross_entropy
 
     def add_gradient_(self, gradient: Tensor, scale: Tensor) -> None:
-        """Add the part of the gradient that ``scales`` does not cover. It is ``scale * kl * temperature`` times ``q -
-        p`` for the kept tokens, and times ``q * (1 - ratio)`` for the others. ``ratio`` is the teacher's total
-        probability of the others divided by the exit's.
+        """Add the part of the gradient that ``scales`` does not cover.
+
+        The whole gradient of the divergence is ``scale * kl * temperature`` times ``q - p`` for the kept tokens, and
+        times ``q * (1 - ratio)`` for the others. ``ratio`` is the teacher's total probability of the others divided by
+        the exit's.
         """
         pull = scale * (self.kl * self.temperature)
         if self.tempered is not None:
@@ -162,9 +173,9 @@ def teacher_top_k(
 
 
 def _top_columns(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` highest values of each row and their columns; among equals the lower column first, unlike ``topk``.
+    """The ``k`` highest values of each row and their columns. Equal values are in order of column, unlike in ``topk``.
 
-    They are in the k runs of columns with the highest maxima, so only these are sorted.
+    The values lie in the ``k`` blocks of columns with the highest maxima, so only these blocks are sorted.
     """
     run = TOP_RUN if logits.shape[1] % TOP_RUN == 0 else 1
     runs = logits.unflatten(1, (-1, run))
@@ -176,7 +187,7 @@ def _top_columns(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[tokens, n]`` of all tensor-parallel ranks, concatenated in rank order."""
+    """Gather ``[tokens, n]`` from all tensor-parallel ranks: ``[tokens, n * tp]``, in rank order."""
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts, dim=1)

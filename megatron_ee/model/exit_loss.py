@@ -1,8 +1,8 @@
 """Loss of one exit, in chunks of tokens over a vocabulary-parallel head.
 
-The logits of a whole microbatch never exist. Each chunk's logits are computed, turned into loss, statistics and
-gradient, and freed. Gradients are computed in the forward pass, which avoids a second computation of the logits. So the
-factor of the loss (exit weight / tokens of the global batch) must be known before.
+The logits of a whole microbatch never exist at once. Each chunk's logits are turned into loss, statistics and gradient,
+and their memory is reused. Gradients are computed in the forward pass, so logits are not computed twice. So the factor
+of the loss (exit weight / tokens of the global batch) must be known in the forward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_ee.model.metrics import TokenStats
 from megatron_ee.parallel.tiles import Tiles
 
 VOCAB_RUN = 128
-"""Columns of the first step of a maximum. The padded vocabulary is a multiple of it."""
+"""Block of columns in the first step of a maximum. It divides the padded vocabulary."""
 ROW_RUN = 2048
 """Rows of a head whose gradient is computed at a time, if it is computed in the model's dtype."""
 CPU = Tiles()
@@ -64,7 +64,7 @@ def exit_loss(
         low_rank: the trained correction of a ``low_rank`` head.
         dynamic: also weight each token by the exit's detached maximum probability (EE-LLM, arXiv 2312.04916).
         distillation: the teacher and its weights, if the loss is not only the cross-entropy.
-        chunk_tokens: largest number of tokens whose logits exist at a time, also bounded by ``tiles.logit_tokens``.
+        chunk_tokens: maximum number of tokens whose logits exist at a time; ``tiles.logit_tokens`` also limits it.
         tiles: sizes for the device of ``z``.
 
     Returns:
@@ -183,13 +183,12 @@ class _ExitLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Scratch:
-    """Memory that the chunks of one call reuse. New pages for each chunk would cost a tenth of the time.
+    """Memory that the chunks of one call reuse. Allocating it for each chunk would take 10% of the time.
 
     Attributes:
         logits: ``[chunk, padded_vocab / tp]`` in the model's dtype, later their gradient.
-        rows: tokens that are processed at a time between the matrix products, so that they stay in the CPU's caches for
-            all operations.
-        exact: ``[rows, padded_vocab / tp]`` float32, if this is not the model's dtype.
+        rows: tokens that are processed at a time between the matrix products, so that they stay in the CPU's caches.
+        exact: ``[rows, padded_vocab / tp]`` float32, if the model's dtype is not float32.
         tempered: as ``exact``, if distillation has another temperature than 1.
         slope: as ``exact``, if logits are capped.
         product: a chunk's gradient for ``ROW_RUN`` rows of the head in the model's dtype, if this is not float32 and
@@ -227,11 +226,11 @@ class _Scratch:
         return cls(logits, rows, exact, tempered, slope, product, exact_product)
 
     def widened(self, run: Tensor) -> Tensor:
-        """``run``, some rows of ``logits``, in float32: itself, or a copy."""
+        """Convert ``run``, some rows of ``logits``, to float32: ``run`` itself, or a copy."""
         return run if self.exact is None else self.exact[: len(run)].copy_(run)
 
     def cap_(self, exact: Tensor, soft_cap: float) -> Tensor:
-        """Cap logits; the derivative of the capped ones with respect to those before."""
+        """Cap logits in place. Returns the derivative with respect to the uncapped logits."""
         assert self.slope is not None, "no room for the derivative"
         slope = self.slope[: len(exact)]
         exact.div_(soft_cap).tanh_()
@@ -259,19 +258,24 @@ def _exponentiate_(
     group: dist.ProcessGroup,
     soft: SoftTargets | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, confidence and top-1 of each token over the whole vocabulary; ``soft`` is compared with it.
+    """Cross-entropy, confidence and top-1 of each token over the whole vocabulary; also calls ``soft.compare``.
 
-    ``label``: see ``_local_columns``.
+    ``logits`` then holds exp(logit - highest). The probabilities are these values times the confidence (the inverse of
+    their sum). The caller multiplies if it needs them, since this pass costs as much as the sum.
 
-    Leaves exp(logit - highest) in ``logits``. Times the confidence, the inverse of their sum, these are the
-    probabilities. The caller multiplies if necessary, since a pass over them costs as much as the sum.
+    Args:
+        logits: ``[tokens, padded_vocab / tp]`` float32.
+        label: see ``_local_columns``.
+        head: this rank's rows of the head.
+        group: tensor-parallel ranks.
+        soft: soft targets; None without distillation.
     """
     highest, top1 = _highest(logits)
     top1 += head.start
     if group.size() > 1:
         own = highest.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-        # With equal maxima on two ranks, the lower token id, as on one process.
+        # If two ranks have equal maxima, take the lower token id, as one process does.
         top1.masked_fill_(own < highest, torch.iinfo(top1.dtype).max)
         dist.all_reduce(top1, dist.ReduceOp.MIN, group=group)
     logits -= highest[:, None]
@@ -290,9 +294,9 @@ def _exponentiate_(
 
 
 def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of each row and the first column that has it.
+    """Maximum of each row, and its first column.
 
-    In two steps, by runs of columns: on the CPU a maximum is vectorised, but a maximum with its index is not.
+    It has two steps, over blocks of columns: on the CPU a maximum is vectorised, but a maximum with its index is not.
     """
     if logits.shape[1] % VOCAB_RUN:
         return logits.max(dim=1)
@@ -311,7 +315,7 @@ def _logit_gradient_(
 ) -> None:
     """Turn the exponentials into the gradient of the weighted loss with respect to the logits.
 
-    Without ``soft`` that is ``scale * (probability - label)``.
+    Without ``soft`` this is ``scale * (probability - label)``.
     """
     local, here = label
     own_scale, label_scale = (scale, scale) if soft is None else soft.scales(scale)
@@ -322,14 +326,13 @@ def _logit_gradient_(
 
 
 def _local_columns(ids: Tensor, head: VocabHead) -> tuple[Tensor, Tensor]:
-    """Column of each id in this rank's logits (0 if the id belongs to another rank), and whether it belongs to this
-    rank."""
+    """Column of each id in this rank's logits (0 for other ranks' ids), and whether the id is on this rank (bool)."""
     here = (ids >= head.start) & (ids < head.start + head.valid)
     return torch.where(here, ids - head.start, 0), here
 
 
 def _gradient_sum(parameter: Tensor) -> Tensor:
-    """The tensor that a head's gradient is added to: the data-parallel wrapper's buffer if there is one."""
+    """The tensor that accumulates a head's gradient: the data-parallel wrapper's buffer if there is one."""
     buffer = getattr(parameter, "main_grad", None)
     if buffer is not None:
         return buffer
@@ -337,7 +340,7 @@ def _gradient_sum(parameter: Tensor) -> Tensor:
 
 
 def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor, tiles: Tiles, scratch: _Scratch | None) -> None:
-    """``total += grad_logits^T inputs``, summed in ``total``'s dtype; ``scratch``: room for ``ROW_RUN`` rows."""
+    """``total += grad_logits^T inputs``, summed in the dtype of ``total``. ``scratch`` holds ``ROW_RUN`` rows."""
     if total.dtype == inputs.dtype:
         total.addmm_(grad_logits.t(), inputs)
         return
@@ -345,7 +348,7 @@ def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor, tiles: Tile
         torch.addmm(total, grad_logits.t(), inputs, out_dtype=total.dtype, out=total)
         return
     product, exact_product = (None, None) if scratch is None else (scratch.product, scratch.exact_product)
-    # In runs, so that the whole product never exists and a run stays in the CPU's cache, where its conversion is fast.
+    # In blocks of rows, so that the whole product is never stored and each block is converted in the CPU's cache.
     for rows, columns in zip(total.split(ROW_RUN), grad_logits.split(ROW_RUN, dim=1), strict=True):
         part = torch.mm(columns.t(), inputs, out=None if product is None else product[: len(rows)])
         rows += part if exact_product is None else exact_product[: len(rows)].copy_(part)
@@ -354,8 +357,8 @@ def _accumulate_(total: Tensor, grad_logits: Tensor, inputs: Tensor, tiles: Tile
 def _as_gradient(total: Tensor | None, parameter: Tensor) -> Tensor | None:
     """The gradient to return to autograd: empty if the sum was added directly to the wrapper's buffer.
 
-    The wrapper's hook must still run then, but add nothing. It skips parameters that are marked like this, as for
-    megatron-core's own fused weight gradients. A full gradient through autograd would be a copy.
+    The wrapper's hook must then still run, but must not add anything. It skips parameters that are marked as below, as
+    for megatron-core's fused weight gradients. A gradient passed through autograd would be a copy.
     """
     if total is None:
         return None

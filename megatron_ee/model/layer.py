@@ -1,4 +1,4 @@
-"""One decoder layer, in the two halves that exits tap: attention gives the residual r, the MLP gives h."""
+"""One decoder layer, in two halves that exits tap: the attention half returns the residual r, the MLP half h."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class MLP(nn.Module):
-    """Gated MLP: ``down(act(gate x) * up x)``. A rank's fused rows are its gate rows, then its up rows."""
+    """Gated MLP: ``down(act(gate x) * up x)``. The fused rows of a rank are its gate rows, then its up rows."""
 
     def __init__(self, setup: ModelSetup) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Decoder layer; backbone layers and ``layer`` exits are this one class.
+    """Decoder layer of the backbone and of ``layer`` exits.
 
-    Each half adds to the residual what attention or MLP makes of it, with a norm before, after, or both.
+    Each half adds attention or MLP to the residual, with a norm before it, after it, or both.
     """
 
     def __init__(self, setup: ModelSetup, number: int) -> None:
-        """Layer ``number``, from 1; it decides the attention window and the rotary positions."""
+        """Allocate layer ``number`` (from 1), which determines the attention window and the rotary embedding."""
         super().__init__()
         self.multiplier = setup.architecture.residual_multiplier
         self.attention_norm, self.attention_post_norm = build_norms(setup)
@@ -65,7 +65,7 @@ class DecoderLayer(nn.Module):
 
 
 def build_norms(setup: ModelSetup) -> tuple[nn.Module | None, nn.Module | None]:
-    """The norms before and after attention or MLP; None where the family has none there."""
+    """Build the norms before and after attention or MLP; None for one that the family lacks."""
     arch = setup.architecture
     return (
         RMSNorm(setup, arch.hidden_size) if arch.norms_before else None,
@@ -74,7 +74,15 @@ def build_norms(setup: ModelSetup) -> tuple[nn.Module | None, nn.Module | None]:
 
 
 def add_mlp(r: Tensor, before: nn.Module | None, mlp: MLP, after: nn.Module | None, multiplier: float) -> Tensor:
-    """r ``[seq, batch, hidden]`` plus what an MLP makes of it, through the norms of its layer."""
+    """MLP half of a layer: r ``[seq, batch, hidden]`` -> h of the same shape.
+
+    Args:
+        r: the residual after attention.
+        before: norm before the MLP; None for none.
+        mlp: the MLP.
+        after: norm after the MLP; None for none.
+        multiplier: factor of the MLP's output.
+    """
     return residual_sum(r, mlp(r if before is None else before(r)), after, multiplier)
 
 

@@ -1,4 +1,4 @@
-"""Norm, and megatron-core's tensor-parallel linears as the layers here use them."""
+"""Norms and tensor-parallel linears, adapted from megatron-core."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ with platform.quiet_imports():
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``, ``[..., in]`` -> ``[..., out]``, as one product of matrices.
+    """``x weight^T + bias``, ``[..., in]`` -> ``[..., out]``, as one matrix product.
 
-    A batch of one may have given ``[seq, 1, in]`` strides over which ``F.linear`` would go token by token.
+    With a batch of one, ``[seq, 1, in]`` may have strides for which ``F.linear`` computes each token separately.
     """
     result = F.linear(x.flatten(0, -2), weight, bias)
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Linear whose output features are spread over the tensor-parallel ranks.
+    """Linear with output features sharded over the tensor-parallel ranks.
 
     Unlike megatron-core's, it computes no gradient for an input that needs none, such as a tap. This saves a matrix
     product and a reduction.
@@ -59,7 +59,7 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Linear whose input features are spread over the tensor-parallel ranks; the output is summed over them."""
+    """Linear with input features sharded over the tensor-parallel ranks; the output is summed over the ranks."""
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(
@@ -95,16 +95,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``; the last dimension is normalised in float32."""
-        if self.plus_one:  # Gemma multiplies before it rounds
+        if self.plus_one:  # Gemma multiplies in float32, before rounding
             return F.rms_norm(x.float(), (x.shape[-1],), 1 + self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class ShardedRMSNorm(nn.Module):
-    """RMSNorm over features that are spread over the tensor-parallel ranks, each with its own part of the weights."""
+    """RMSNorm over features (and weights) that are sharded over the tensor-parallel ranks."""
 
     def __init__(self, setup: ModelSetup, size: int) -> None:
-        """``size``: features of all ranks."""
+        """Allocate this rank's share of a norm over ``size`` features."""
         super().__init__()
         self.size, self.group, self.eps = size, setup.groups.tensor, setup.architecture.norm_eps
         self.weight = nn.Parameter(torch.empty(size // self.group.size(), dtype=setup.config.params_dtype))
@@ -120,7 +120,7 @@ class ShardedRMSNorm(nn.Module):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """A sum that every rank goes on with by itself: what they want of its gradient is summed too."""
+    """All-reduce in forward. Each rank uses the sum separately, so backward all-reduces the gradient too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -137,5 +137,5 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _left_empty(weight: Tensor) -> Any:
-    """megatron-core asks for an initialiser; here every weight is loaded or set by its exit."""
+    """Initialiser for megatron-core that does nothing. Every weight is loaded, or initialised by its exit."""
     return weight

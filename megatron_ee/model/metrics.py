@@ -45,8 +45,8 @@ class QualityAccumulator:
     """Sums over tokens, from which ``Quality`` is computed.
 
     ``sums`` is one flat float64 tensor on the CPU. Its layout depends only on exits, thresholds and bins, so the
-    tensors of several ranks can be added (all-reduced in place), or merged with ``merge``. Counts in it are whole
-    numbers below 2**53, and so exact.
+    tensors of several ranks can be added (all-reduced in place), or merged with ``merge``. Counts below 2**53 are
+    exact.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class QualityAccumulator:
             mask: [tokens] bool, whether the token counts.
 
         Raises:
-            ValueError: another number of exits, or shapes that differ.
+            ValueError: the number of exits is wrong, or shapes differ.
         """
         if len(exits) != len(self.exit_layers):
             raise ValueError(f"expected {len(self.exit_layers)} exits, not {len(exits)}")
@@ -116,7 +116,7 @@ class QualityAccumulator:
         counted = mask.bool().cpu()
 
         def pick(tensor: Tensor) -> Tensor:
-            # On the CPU, where the results from before tuning are.
+            # On the CPU, where the final exit's cached results are.
             return tensor.detach().cpu()[counted]
 
         labels, final_top1 = pick(labels), pick(final.top1)
@@ -136,7 +136,7 @@ class QualityAccumulator:
         for index, threshold in enumerate(self.thresholds):
             staying = torch.ones(len(labels), dtype=torch.bool)
             for which, confidence in enumerate(confidences):
-                # In the confidence's own dtype, so that decoding makes the same decision.
+                # In the confidence's dtype, so that decoding makes the same decision.
                 above = confidence >= threshold
                 self._sums["above"][index, which] += outcomes[which][above].sum(0)
                 self._sums["left"][index, which] += outcomes[which][above & staying].sum(0)
@@ -152,7 +152,7 @@ class QualityAccumulator:
         """Add another accumulator's sums.
 
         Raises:
-            ValueError: it was made for other exits, thresholds or bins.
+            ValueError: it has other exits, thresholds or bins.
         """
         mine, theirs = (
             (a.exit_layers, a.num_layers, a.thresholds, a.bins, a.layers_run.tolist()) for a in (self, other)
@@ -214,5 +214,5 @@ class QualityAccumulator:
 
 
 def _means(row: list[float]) -> list[float]:
-    """The sums of a row divided by their count, its first entry."""
+    """The sums of a row divided by the count in its first entry; NaN if it is 0."""
     return [value / row[0] if row[0] else math.nan for value in row[1:]]

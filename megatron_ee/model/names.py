@@ -1,9 +1,8 @@
-"""Maps each parameter to boxes of released tensors, for this rank's part of it.
+"""Maps this rank's part of each parameter to boxes of released tensors.
 
-A parameter is made of one released tensor, or of several fused ones: q, k and v by key-value group, gate and up. How
-they are cut over tensor-parallel ranks is a matter of the *kind* of mapping, so a family's table holds names only.
-``blocks`` spells a parameter out as boxes of released tensors; loading fills them and saving writes them, so both
-directions are one description.
+A parameter consists of one released tensor or of several fused ones: q, k and v by key-value group, or gate and up. The
+*kind* of mapping describes how tensor parallelism shards them, so a family's table holds only names. ``blocks`` returns
+the boxes of a parameter. Loading fills them and saving writes them, so one description serves both directions.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class Block:
 
     Attributes:
         name: released name.
-        shape: of the whole released tensor.
-        offset: where the box starts in it.
-        tensor: view into the parameter, of the box's shape.
+        shape: shape of the whole released tensor.
+        offset: start of the box in it.
+        tensor: view of the parameter, with the shape of the box.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Block:
 
 
 def backbone_sources(backbone: Backbone) -> Iterator[tuple[Tensor, Source]]:
-    """Every parameter of the backbone's part on this rank, each once, with where it comes from."""
+    """Yield every parameter of the backbone on this rank once, with its source."""
     arch = backbone.setup.architecture
     for name, parameter in backbone.named_parameters():
         if name.startswith("layers."):
@@ -52,7 +51,7 @@ def backbone_sources(backbone: Backbone) -> Iterator[tuple[Tensor, Source]]:
 def blocks(parameter: Tensor, source: Source, arch: Architecture, rank: int, size: int) -> list[Block]:
     """The boxes of released tensors that tensor-parallel rank ``rank`` of ``size`` holds in ``parameter``.
 
-    ``parameter`` may also be anything shaped like it, such as its optimizer state. Rows that pad the vocabulary
+    ``parameter`` may also be another tensor of the same shape, such as optimizer state. Padding rows of the vocabulary
     belong to no block.
     """
     tensor = parameter.detach()
@@ -83,7 +82,7 @@ def _rows(name: str, tensor: Tensor, start: int, total: int) -> Block:
 
 
 def _parts(source: Source, rows: Sequence[int]) -> list[tuple[str, int, int]]:
-    """Where each part of ``rows`` is: released name, first row in it, and all rows of that released tensor."""
+    """For each part of ``rows`` rows: released name, first row, and number of rows of the released tensor."""
     if len(source.names) == len(rows):
         return [(name, 0, count) for name, count in zip(source.names, rows, strict=True)]
     (name,) = source.names
@@ -91,7 +90,7 @@ def _parts(source: Source, rows: Sequence[int]) -> list[tuple[str, int, int]]:
 
 
 def _qkv_blocks(tensor: Tensor, source: Source, arch: Architecture, rank: int, size: int) -> Iterator[Block]:
-    """Per key-value group: its query heads, its key, its value, each a run of rows of its released tensor."""
+    """Blocks of each key-value group: its query heads, its key, and its value."""
     groups, dim = arch.num_kv_heads // size, arch.head_dim
     heads = (arch.num_heads // arch.num_kv_heads, 1, 1)
     parts = _parts(source, [arch.num_kv_heads * count * dim for count in heads])

@@ -1,4 +1,4 @@
-"""Quality of the exits over many tokens, as plain numbers: loss, agreement, calibration, and each threshold."""
+"""Quality of the exits over many tokens, as plain numbers: loss, agreement, calibration, and a threshold sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Tokens with a confidence in (lower, upper]. The means are nan if there are none."""
+    """Tokens with a confidence in (lower, upper]. The means are NaN if there are none."""
 
     lower: float
     upper: float
@@ -31,7 +31,7 @@ class ExitQuality:
         mean_confidence: mean maximum probability.
         ece: expected calibration error: |confidence - accuracy| over the bins, weighted by their tokens
             (Guo et al. 2017, arXiv 1706.04599).
-        ece_agreement: the same against agreement, which an early exit's confidence should predict.
+        ece_agreement: the same with agreement instead of accuracy; an exit's confidence should predict agreement.
         bins: the reliability diagram, in equal bins of confidence.
     """
 
@@ -52,8 +52,10 @@ class ExitQuality:
 
 @dataclass(frozen=True)
 class AboveThreshold:
-    """Tokens with a confidence above the threshold at one exit, regardless of earlier exits. Means are nan if there are
-    none."""
+    """Tokens with at least the threshold's confidence at one exit, regardless of earlier exits.
+
+    Means are NaN if there are none.
+    """
 
     layer: int
     share: float
@@ -67,8 +69,8 @@ class SweepPoint:
 
     Attributes:
         threshold: the required confidence.
-        shares: share of tokens leaving at each exit, and last at the final exit; they sum to 1.
-        mean_layers: layers per token (see ``QualityAccumulator``), without deferred work.
+        shares: share of tokens that leave at each exit, then at the final exit; they sum to 1.
+        mean_layers: layers per token (see ``QualityAccumulator``), without the deferred layers.
         agreement: share of tokens where the emitted token is the final exit's top-1.
         accuracy: share of tokens where the emitted token is the label.
         above: per exit, the tokens that would leave if it were the only exit.
@@ -99,7 +101,7 @@ class Quality:
         return perplexity(self.final_loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict for strict JSON, with perplexities added and numbers that are not finite as None."""
+        """Convert to strict JSON types, with perplexities added and non-finite numbers as None."""
         data = asdict(self) | {"final_perplexity": self.final_perplexity}
         for entry, exit_ in zip(data["exits"], self.exits, strict=True):
             entry["perplexity"] = exit_.perplexity
@@ -107,7 +109,7 @@ class Quality:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Quality:
-        """The inverse of ``to_dict``. Additional keys are ignored, None becomes nan.
+        """The inverse of ``to_dict``. Additional keys are ignored; None becomes NaN.
 
         Raises:
             KeyError: a key is missing.
@@ -134,7 +136,7 @@ def perplexity(loss: float) -> float:
 
 
 def strict_json(value: Any) -> Any:
-    """Tuples as lists, and numbers that are not finite as None."""
+    """Convert tuples to lists and non-finite numbers to None."""
     if isinstance(value, dict):
         return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -143,6 +145,6 @@ def strict_json(value: Any) -> Any:
 
 
 def _read(kind: Any, data: dict[str, Any], **given: Any) -> Any:
-    """A dataclass of this kind from a dict: None becomes nan, additional keys are ignored."""
+    """Build a dataclass from a dict. None becomes NaN; additional keys are ignored."""
     plain = {field.name: data[field.name] for field in fields(kind) if field.name not in given}
     return kind(**given, **{name: math.nan if value is None else value for name, value in plain.items()})

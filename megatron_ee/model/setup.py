@@ -1,4 +1,4 @@
-"""What every module needs to be built: architecture, megatron-core's configuration, process groups."""
+"""The common argument of all module constructors: architecture, megatron-core's configuration, process groups."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class ModelSetup:
 
     Attributes:
         architecture: the model's shape.
-        config: megatron-core's view of it.
+        config: the corresponding megatron-core configuration.
         groups: process groups.
-        tiles: how much of an exit's work this device does at a time.
-        repeats_keys: whole rows attend to keys repeated for each query head, where no fused kernel groups them.
+        tiles: tile sizes of an exit's work on this device.
+        repeats_keys: whether attention over whole rows repeats keys and values for each query head, because no fused
+            kernel supports grouped queries.
     """
 
     architecture: Architecture
@@ -47,26 +48,26 @@ class ModelSetup:
 
     @property
     def padded_vocab(self) -> int:
-        """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
+        """Vocabulary size, rounded up so that every tensor-parallel rank holds the same number of rows."""
         return padded_vocab(self.architecture.vocab_size, self.groups.tensor.size())
 
     def gather_sequence(self, x: Tensor) -> Tensor:
-        """``[seq, batch, hidden]`` on every rank, gathered where the sequence is sharded.
+        """Gather ``[seq / tp, batch, hidden]`` to ``[seq, batch, hidden]``. Without sequence parallelism returns ``x``.
 
-        The loss returns the whole gradient on every rank, so each takes back its share and nothing is summed.
+        The loss returns the whole gradient on every rank, so backward takes each rank's share without a reduction.
         """
         if not self.config.sequence_parallel:
             return x
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.groups.tensor)
 
     def head_input(self, x: Tensor) -> Tensor:
-        """What a head reads of the last norm's output: gathered, times the factor that the family gives its logits."""
+        """Input of a head, from the last norm's output: gathered, and multiplied by the family's logit multiplier."""
         x = self.gather_sequence(x)
         multiplier = self.architecture.logit_multiplier
         return x if multiplier == 1 else x * multiplier
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
-        """This rank's logits ``[..., padded_vocab / tp]`` -> those of all ranks ``[..., vocab]``, without padding."""
+        """Gather logits ``[..., padded_vocab / tp]`` of all ranks to ``[..., vocab]``, without padding."""
         if self.groups.tensor.size() > 1:
             logits = gather_from_tensor_model_parallel_region(logits, group=self.groups.tensor)
         return logits[..., : self.architecture.vocab_size]
@@ -83,7 +84,7 @@ def build_setup(
         num_attention_heads=architecture.num_heads,
         num_query_groups=architecture.num_kv_heads,
         kv_channels=architecture.head_dim,
-        # Norms over whole projections are sharded: their gradients are not summed over ranks.
+        # Norms over whole projections are sharded, so their gradients must not be summed over ranks.
         qk_layernorm=architecture.qk_norm and not architecture.qk_norm_whole,
         layernorm_epsilon=architecture.norm_eps,
         normalization="RMSNorm",

@@ -1,7 +1,7 @@
 """The one traversal of decoder layers, for tuning, validation, inference and compiled code.
 
-A *depth* is a point between layers, named by a number: 0 is the embedding's output, k is where an exit after layer k
-reads. That is h_k, or, for some exits, the residual r_k between the two halves of layer k.
+A *depth* is a point between layers: depth 0 is the embedding's output, and depth k the tap of an exit after layer k.
+The tap is h_k or, for some exits, the residual r_k between the two halves of layer k.
 """
 
 from __future__ import annotations

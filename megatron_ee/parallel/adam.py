@@ -31,7 +31,7 @@ from megatron_ee.parallel.split_adam import SplitAdam
 
 KEY = "optimizer.implementation"
 PATIENCE_SECONDS = 10.0
-"""Seconds of loading DeepSpeed after which a line says that it is being compiled."""
+"""Seconds of loading DeepSpeed before a notice that it is being compiled."""
 
 
 def adam_class(implementation: str, dtype: torch.dtype) -> type[Optimizer]:
@@ -124,16 +124,17 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def inside_megatron(adam: type[Optimizer], config: Any) -> Iterator[None]:
-    """While open, megatron-core builds its optimizers around ``adam``.
+    """While open, megatron-core builds its optimizers with ``adam``.
 
     Args:
-        config: megatron-core's optimizer configuration, which is told whether ``adam`` keeps main weights of its own.
+        adam: the inner optimizer.
+        config: megatron-core's optimizer configuration; set according to whether ``adam`` keeps its own main weights.
     """
     with platform.quiet_imports():
         from megatron.core import optimizer
         from megatron.core.optimizer import distrib_optimizer
-    # Set by options that check for Transformer Engine. They also allow megatron-core's own class for host memory, which
-    # accepts only CUDA tensors.
+    # Set here, because the options for it check for Transformer Engine and may select megatron-core's own class for
+    # host memory, which accepts only CUDA tensors.
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = issubclass(adam, HostAdam | SplitAdam)
     with (
         mock.patch.multiple(optimizer, Adam=adam, USING_PYTORCH_OPTIMIZER=adam is AdamW),
@@ -152,7 +153,7 @@ def prepare_adam(adam: Optimizer, dtype: torch.dtype, towards_initial: float) ->
     if isinstance(adam, HostAdam | SplitAdam):
         adam.allocate()
     if isinstance(adam, AdamW):
-        # One pass over memory instead of ten. torch has it for CPU and CUDA, but megatron-core does not enable it.
+        # One pass over memory instead of ten, on CPU and CUDA. megatron-core does not enable it.
         for group in adam.param_groups:
             group["fused"] = True
     if towards_initial:
@@ -185,10 +186,10 @@ def set_adam_steps(adam: Optimizer, steps: int) -> None:
 
 
 class HostAdam(Optimizer):
-    """AdamW of a rank's shards by DeepSpeed on the CPU; float32 main weights and moments are in host memory.
+    """DeepSpeed's CPU AdamW for a rank's shards. The float32 main weights and moments are in host memory.
 
-    For megatron-core it is a fused Adam that keeps main weights: gradients come as the shards' ``decoupled_grad``, and
-    ``step`` writes the shards. The update runs on ``OMP_NUM_THREADS`` threads.
+    megatron-core treats it as a fused Adam that keeps main weights: it reads gradients from the shards'
+    ``decoupled_grad``, and ``step`` writes the shards. The update runs on ``OMP_NUM_THREADS`` threads.
     """
 
     def __init__(
@@ -241,14 +242,14 @@ class HostAdam(Optimizer):
                 self._fetch(index + 1)
             pull_(main, *start)
             main.grad = self._staging[index % 2][: main.numel()]
-            self._inner.step()  # of the one that has a gradient
+            self._inner.step()  # updates the one parameter with a gradient
             main.grad = None
         self._send(len(self._mains) - 1)
 
     def _set_rates(self, inner: Optimizer) -> None:
         """Count the step and fold Adam's bias correction into the rates.
 
-        DeepSpeed carries rounded powers of the betas from step to step, but computes them anew after a restart. With
+        DeepSpeed accumulates rounded powers of the betas over steps, but computes them directly after a restart. With
         the correction in the rates, a resumed run equals an uninterrupted one bit for bit.
         """
         for group, its in zip(self.param_groups, inner.param_groups, strict=True):

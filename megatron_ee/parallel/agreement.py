@@ -15,10 +15,11 @@ rank."""
 
 
 def together(gather: Gather | None, work: Callable[[], T]) -> list[T]:
-    """Every rank's result of ``work``, in order of rank.
+    """Run ``work`` on every rank; returns all results, in order of rank.
 
     Args:
         gather: None if there is only one rank.
+        work: called on every rank.
 
     Raises:
         UserError: on all ranks, with the type of the first failing rank's error. ``common`` is set, so that only one
@@ -45,7 +46,7 @@ def together(gather: Gather | None, work: Callable[[], T]) -> list[T]:
 
 
 def each_own(gather: Gather | None, work: Callable[[], T]) -> T:
-    """This rank's own result of ``work``, which is not sent to others. Raises as ``together``."""
+    """Run ``work`` on every rank; returns only this rank's result. Raises as ``together``."""
     results: list[T] = []
     together(gather, lambda: results.append(work()))
     return results[0]

@@ -31,14 +31,14 @@ class Groups:
     """The process groups of this rank, passed to all code that communicates.
 
     Attributes:
-        collection: megatron-core's collection, as its layers, data-parallel wrapper and optimizer take it.
+        collection: argument of megatron-core's layers, data-parallel wrapper and optimizer.
         tensor: ranks that share each layer.
         pipeline: ranks that hold the stages of one model copy, in their order.
         data: ranks that hold the same parameters.
-        teacher: the pipeline's ranks again, for teacher messages, which must not queue behind hidden states.
+        teacher: the same ranks as ``pipeline``, for teacher messages, which must not queue behind hidden states.
         world: all ranks, on the device.
         control: all ranks, on the host, for decisions and small objects.
-        saving: the same for saves in the background, whose messages must not mix with those of the main thread.
+        saving: the same as ``control``, for background saves, whose messages must not mix with the main thread's.
     """
 
     collection: ProcessGroupCollection
@@ -65,7 +65,7 @@ class Groups:
         return gather_objects(value, self.control)
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Every rank's result of ``work``. Raises on all ranks if it raised on one; see ``agreement.together``."""
+        """Run ``work`` on every rank and return all results. Raises on all ranks if one raises; see ``agreement``."""
         return together(self.gather, work)
 
 

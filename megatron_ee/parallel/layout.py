@@ -34,7 +34,7 @@ class Message:
     Attributes:
         source: sending stage.
         target: receiving stage.
-        hidden: whether it begins with h, for the target's layers.
+        hidden: whether it starts with h, for the target's layers.
         taps: layers of the exits whose taps follow, ascending.
     """
 
@@ -87,15 +87,15 @@ class Layout:
         return max((self.layered.index(self.owner(layer)) for layer in self.stages[stage].exits), default=0)
 
     def lag(self, stage: int) -> int:
-        """With distillation: number of microbatches by which the exits of ``stage`` run late.
+        """With distillation, the number of microbatches by which the exits of ``stage`` run late.
 
-        By then the teacher message has come back from the stage of the last layer.
+        After this delay the teacher message has arrived from the stage of the last layer.
         """
         return self.depth(self.last_layered) - self.depth(stage) if self.stages[stage].exits else 0
 
 
 def even_layout(num_layers: int, stages: int) -> Layout:
-    """All layers spread evenly, without exits, to run the final exit. Stages beyond the number of layers are empty."""
+    """A layout of all layers, spread evenly, without exits. Stages beyond the number of layers are empty."""
     used = min(stages, num_layers)
     bounds = [num_layers * index // used for index in range(used + 1)]
     runs = [range(first + 1, last + 1) for first, last in zip(bounds, bounds[1:], strict=False)]
@@ -103,17 +103,17 @@ def even_layout(num_layers: int, stages: int) -> Layout:
 
 
 def parse_layout(configured: Sequence[StageConfig], specs: Sequence[ExitSpec], num_layers: int, run: int) -> Layout:
-    """The layout that a configuration lists.
+    """Build and check the layout of a configuration.
 
     Args:
         configured: stages in pipeline order.
         specs: the run's exits.
         num_layers: depth of the model.
-        run: the last layer that runs: the deepest exit's, or with distillation the model's.
+        run: the last layer that runs: the layer of the deepest exit, or with distillation the model's last layer.
 
     Raises:
-        ConfigError: layers with gaps, repeated, out of order or not needed; an exit that no stage or several stages
-            host, or that is hosted before its layer; an empty stage.
+        ConfigError: layers are missing, repeated, out of order or not needed; an exit is hosted by no stage, by several
+            stages, or before its layer; a stage is empty.
     """
     stages, before, hosted = [], 0, set()
     known = [spec.layer for spec in specs]

@@ -52,10 +52,11 @@ class ParameterState:
 
     Attributes:
         parameter: the model's own.
-        tensors: ``exp_avg``, ``exp_avg_sq`` and, if the model's weights are not float32, the main weights as ``main``,
-            or as ``remainder`` (int16, see ``split_adam``). With weight decay towards them also the ``initial`` values,
-            in the weights' dtype. Flat, float32, the elements ``start:stop`` of the flattened parameter that this
-            data-parallel rank updates.
+        start: first element of the flattened parameter that this data-parallel rank updates.
+        stop: end of this range.
+        tensors: flat float32 tensors of this range: ``exp_avg``, ``exp_avg_sq`` and, if the model's weights are not
+            float32, the main weights as ``main``, or as ``remainder`` (int16, see ``split_adam``). With weight decay
+            towards the initial values also these as ``initial``, in the weights' dtype.
     """
 
     parameter: nn.Parameter
@@ -76,9 +77,9 @@ class ExitOptimizer:
         schedule: ScheduleConfig,
         steps: int,
     ) -> None:
-        """Wrap ``exits``, but for parameters without ``requires_grad`` and exits without trained parameters.
+        """Wrap the trained parameters of ``exits``. Parameters without ``requires_grad`` are left out.
 
-        Their weights are the initial values that weight decay may pull them towards.
+        Their current weights are the initial values for weight decay towards these.
         """
         trained = [exit_ for exit_ in exits if any(p.requires_grad for p in exit_.parameters())]
         if not trained:
@@ -126,7 +127,7 @@ class ExitOptimizer:
         for adam in self._adams():
             prepare_adam(adam, config.params_dtype, optimizer.weight_decay if towards_initial else 0.0)
         for buffer in (buffer for wrapper in self.wrappers.values() for buffer in wrapper.buffers):
-            # If possible, a gradient then takes no memory between the update and the next backward of its exit.
+            # If possible, this frees the gradient's memory between the update and its exit's next backward.
             buffer.reset = functools.partial(platform.zero_, buffer.grad_data)
         self.scheduler = _scheduler(self.optimizer, optimizer, weight_decay, schedule, steps)
 
@@ -171,8 +172,8 @@ class ExitOptimizer:
         """Clip, update, advance the schedule.
 
         Args:
-            grad_norm: over all exits of all ranks, before clipping. It is passed in, since megatron-core would compute
-                it again, and would copy a gradient to scale it.
+            grad_norm: over all exits of all ranks, before clipping. megatron-core would compute it again and copy the
+                gradients to scale them.
         """
         if grad_norm > self._clip > 0:
             for wrapper in self.wrappers.values():

@@ -1,9 +1,9 @@
-"""AdamW for bfloat16 weights whose float32 main weights need only 2 more bytes, not 4.
+"""AdamW for bfloat16 weights with float32 main weights that take 2 additional bytes instead of 4.
 
-A main weight is the model's bfloat16 weight plus a remainder: the 16-bit integer difference between the bit patterns of
-the float32 and the bfloat16 value. Together they give the main weight exactly, so nothing is stored twice (as in
-Transformer Engine's and megatron-core's ``store_param_remainders``). A tuning step then holds 16 bytes per trained
-weight, as in float32: weight 2, remainder 2, gradient 4, moments 8.
+A main weight is stored as the model's bfloat16 weight plus a remainder: the 16-bit integer difference between the bit
+patterns of the float32 and the bfloat16 value. This is exact (as ``store_param_remainders`` in Transformer Engine and
+megatron-core). A tuning step then needs 16 bytes per trained weight, as in float32: weight 2, remainder 2, gradient 4,
+moments 8.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from megatron_ee.parallel.tiles import UPDATE_RUN
 
 
 def join(weight: Tensor, remainder: Tensor, out: Tensor | None = None) -> Tensor:
-    """float32 main weights from bfloat16 weights and their int16 remainders; all of one shape.
+    """Combine bfloat16 weights and int16 remainders of the same shape to float32 main weights.
 
     Args:
-        out: contiguous float32 output.
+        weight: bfloat16.
+        remainder: int16.
+        out: contiguous float32 output; None to allocate it.
     """
     bits = torch.empty_like(remainder, dtype=torch.int32) if out is None else out.view(torch.int32)
     bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(remainder)
@@ -45,20 +47,20 @@ def split_(main: Tensor, weight: Tensor, remainder: Tensor) -> None:
 
 
 def remainder_of(main: Tensor, weight: Tensor) -> Tensor:
-    """int16 remainders of float32 main weights over bfloat16 weights that were rounded from them in any way.
+    """int16 remainders of float32 main weights, for bfloat16 weights that were rounded from them in any mode.
 
-    Half a bfloat16 step above the weight is one more than the largest remainder. Such a main weight is off by float32's
-    last bit.
+    A main weight exactly half a bfloat16 step above its weight exceeds the largest remainder by one. It is changed by
+    one float32 ulp.
     """
     nearest = weight.view(torch.int16).int() << 16
     return (main.contiguous().view(torch.int32) - nearest).clamp_(-(2**15), 2**15 - 1).short()
 
 
 class SplitAdam(Optimizer):
-    """torch's fused AdamW on main weights that are joined for it, some at a time.
+    """torch's fused AdamW on split main weights, which are joined in pieces for the update.
 
-    For megatron-core it is a fused Adam that keeps main weights: gradients come as the shards' ``decoupled_grad``, and
-    ``step`` writes the shards.
+    megatron-core treats it as a fused Adam that keeps main weights: it reads gradients from the shards'
+    ``decoupled_grad``, and ``step`` writes the shards.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class SplitAdam(Optimizer):
 
 
 def _update_(parts: Sequence[Tensor], scratch: Tensor, count: Tensor, group: dict[str, Any]) -> None:
-    """One step, after ``count`` (float32 scalar, on the device), of some weights, remainders, gradients and moments,
-    and their initial values if the group decays towards them."""
+    """Update a piece of weights, remainders, gradients and moments; ``count`` is the number of earlier steps.
+
+    ``parts`` also has the initial values if the group decays towards them.
+    """
     weight, remainder, gradient, exp_avg, exp_avg_sq, *initial = parts
     main, (beta1, beta2) = join(weight, remainder, scratch), group["betas"]
     for start in initial:

@@ -1,6 +1,6 @@
-"""Sizes of the pieces that are computed at a time, per kind of device. They are chosen when a stage is built.
+"""Tile sizes: how much is computed at a time, per kind of device. They are chosen when a stage is built.
 
-Pure: the plan asks for an accelerator's numbers on machines without one.
+Pure: ``plan`` needs an accelerator's sizes on machines without one.
 """
 
 from __future__ import annotations
@@ -8,31 +8,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LOGITS = 2**26
-"""Logits that an accelerator computes at a time: 256 MiB in float32, far more than it needs to be busy."""
+"""Logits that an accelerator computes at a time: 256 MiB in float32, far more than full utilisation needs."""
 WINDOW_QUERIES = 512
-"""Queries of a sliding window that are computed together. Smaller blocks compute fewer scores that the window hides and
-need a smaller mask, but launch more kernels."""
+"""Queries of sliding-window attention that are computed together. Smaller blocks waste fewer masked scores and need a
+smaller mask, but launch more kernels."""
 TOP_RUN = 64
-"""Columns of the teacher's logits that are sorted only if their maximum is large enough. Divides the padded
-vocabulary."""
+"""Block of columns of the teacher's logits: a block is sorted only if its maximum is large enough. It divides the
+padded vocabulary."""
 UPDATE_RUN = 2**24
-"""Largest number of elements whose main weights the split optimizer joins in float32 at a time."""
+"""Maximum number of main weights that the split optimizer joins in float32 at a time."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of the pieces that are computed at a time. The defaults are for a CPU.
+    """Tile sizes. The defaults are for a CPU.
 
     Attributes:
-        logit_tokens: tokens whose logits exist at a time, at most. On a CPU more take as long (float32) or spare a
-            tenth of a head's time (bfloat16, two cores), for twice the memory.
-        graph_tokens: tokens that an exit works on at a time, at least, for its weights' gradients to be worth adding
-            up. On an accelerator adding them takes as long as computing them from some 500 tokens.
-        head_rows: rows of a head ``[vocab, hidden]`` that features are multiplied with at a time. MKL first copies its
-            operands: of 2048 rows that takes a third of the memory, and the product 5% less time.
-        cached_bytes: bytes that operations one after another work on, so that the next finds them in a cache.
-        sums_products: the device adds products of bfloat16 matrices to a float32 matrix (``addmm`` with ``out_dtype``).
-            Otherwise a product is rounded to bfloat16, some rows of it at a time, and then added.
+        logit_tokens: maximum number of tokens whose logits exist at a time. On a CPU, twice as many need twice the
+            memory; they take as long in float32 and save 10% of a head's time in bfloat16 (two cores).
+        graph_tokens: minimum number of tokens that an exit computes at a time, because each piece adds to the weight
+            gradients. On an accelerator, adding takes as long as computing gradients of about 500 tokens.
+        head_rows: rows of a head ``[vocab, hidden]`` that are multiplied at a time. MKL copies its operands first; with
+            2048 rows this takes a third of the memory, and the product 5% less time.
+        cached_bytes: size of pieces that several operations process in turn, so that they stay in a CPU cache.
+        sums_products: whether the device can add a product of bfloat16 matrices to a float32 matrix (``addmm`` with
+            ``out_dtype``). Otherwise the product is rounded to bfloat16, in blocks of rows, and then added.
     """
 
     logit_tokens: int = 256

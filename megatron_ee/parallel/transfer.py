@@ -23,8 +23,8 @@ from megatron_ee import platform
 def connect(group: dist.ProcessGroup, source: int, target: int) -> None:
     """Exchange a first message between two ranks. Every rank calls this for all pairs in the same order.
 
-    NCCL sets up a pair's communicator at the first message, and a rank that posts a receive then waits for the other.
-    Since receives are posted long before the sends, stages could deadlock.
+    NCCL creates a pair's communicator at the first message; a rank that posts a receive then blocks until its peer
+    sends. Receives are posted long before the sends, so without this call stages could deadlock.
     """
     token = torch.zeros(1, device=platform.device())
     if group.rank() == source:
@@ -66,7 +66,10 @@ class Inbox:
             self._posted.append(work)
 
     def take(self) -> Tensor:
-        """The next message, flat; its receive must be posted. It is overwritten ``held + 1`` takes later."""
+        """Wait for the next message and return it, flat. Its receive must be posted.
+
+        The tensor is overwritten ``held + 1`` takes later.
+        """
         number = self._taken
         self._posted[number].wait()
         self._taken += 1
@@ -92,7 +95,7 @@ class Outbox:
         self.messages = 0
 
     def send(self, parts: Sequence[Tensor]) -> None:
-        """Start to send ``parts`` as one message. The caller may change them at once."""
+        """Start sending ``parts`` as one message. They are copied, so the caller may change them at once."""
         slot, size = self.messages % len(self._work), sum(part.numel() for part in parts)
         self._wait(slot)
         if len(self._buffers[slot]) < size:

@@ -1,9 +1,9 @@
-"""Failure detection: when one rank dies, hangs or raises, all ranks end, and one line says which.
+"""Failure detection: if one rank dies, hangs or raises, all ranks end, and one error line names that rank.
 
 Every rank has a thread with a connection to a monitor on rank 0. Both ends send a heartbeat about every second. The
 kernel closes the connections of a process that dies, so a death is noticed at once. A frozen process or a lost machine
-becomes silent. The monitor prints the line and notifies all ranks. If rank 0 is the lost one, the last rank prints it.
-These threads end the processes, since a main thread may be in a collective that never returns.
+stops sending heartbeats. The monitor prints the error line and notifies all ranks. If rank 0 is lost, the last rank
+prints it. These threads end the processes, because a main thread may be in a collective that never returns.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from megatron_ee.errors import UserError
 STORE_KEY = "megatron_ee/watchdog"
 BEAT_SECONDS = 1.0
 BLAME_SECONDS = 15.0
-"""Seconds that a rank whose collective failed waits for the news of another lost rank, before it counts as the failed
-one."""
+"""Seconds that a rank with a failed collective waits for a report of another lost rank, before it reports itself."""
 SILENCE_SECONDS = 60.0
 """Default ``timeout_seconds`` of ``watch_ranks``, for commands without this setting."""
 GRACE_SECONDS = 10.0
@@ -43,14 +42,14 @@ def watch_ranks(
 ) -> Iterator[None]:
     """Watch all ranks while the context is open. Used once per process group; does nothing for a single rank.
 
-    When a rank is lost, or leaves the context by an exception, all others end with status 1 (but with a ``common``
-    error each rank ends by itself). A rank that leaves the context normally has finished. Rank 0 then waits for the
-    others, which could not distinguish its end from a failure.
+    If a rank is lost, or leaves the context by an exception, all others end with status 1. After a ``common`` error
+    each rank ends by itself. A rank that leaves the context normally has finished. Rank 0 then waits for the others,
+    because they could not distinguish its end from a failure.
 
     Args:
         rank: of the default process group, which must exist.
         world_size: of the default process group.
-        timeout_seconds: silence after which a rank counts as lost. A death is noticed at once.
+        timeout_seconds: seconds without a heartbeat after which a rank counts as lost. A death is noticed at once.
         where: returns this rank's position, such as ``stage 1, step 17``. Called about every second, from another
             thread.
         on_failure: called with the printed line, on the rank that prints it, before that rank ends.
@@ -69,7 +68,7 @@ def watch_ranks(
         yield
     except BaseException as error:
         if _is_communication_error(error):
-            # Most likely another rank failed: this one ends here as soon as that is known.
+            # Most likely another rank failed. If the monitor reports this, the process ends during the join.
             last.join(min(BLAME_SECONDS, timeout_seconds))
         _end_within_grace()
         watch.raising = True
@@ -86,7 +85,7 @@ def watch_ranks(
 
 @dataclass
 class _Watch:
-    """State that the threads of one rank share. ``raising``: its main thread is about to end the process."""
+    """State shared by the threads of one rank. ``raising``: the main thread is about to end the process."""
 
     rank: int
     world_size: int
@@ -110,7 +109,7 @@ class _Watch:
 
 
 class _Lines:
-    """Short messages over a socket, one per line: kind and text. ``rank``: the sender, once it is known."""
+    """Line protocol over a socket: each message has a kind and a text. ``rank`` is the sender, once known."""
 
     def __init__(self, endpoint: socket.socket, timeout: float) -> None:
         endpoint.settimeout(timeout)
@@ -119,12 +118,12 @@ class _Lines:
         self.rank: int | None = None
 
     def send(self, kind: str, text: str = "") -> None:
-        """Send. Errors are ignored: a peer that cannot receive is detected by its silence."""
+        """Send a message. Errors are ignored, because a lost peer is detected by its missing heartbeats."""
         with contextlib.suppress(OSError):
             self.socket.send(" ".join([kind, *text.split()])[:2000].encode() + b"\n")
 
     def receive(self) -> list[tuple[str, str]] | None:
-        """The next message within the timeout, as (kind, text); None if the other end is gone or sends no lines."""
+        """Receive messages within the timeout, as (kind, text); None if the peer is gone or sends no lines."""
         try:
             data = self.socket.recv(65536)
         except (BlockingIOError, TimeoutError):
@@ -137,7 +136,7 @@ class _Lines:
 
 
 class _Member(threading.Thread):
-    """The thread of every rank, rank 0 included: reports to the monitor, and ends the process when told to."""
+    """The thread on every rank (rank 0 too) that reports to the monitor and ends the process on its command."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -155,7 +154,7 @@ class _Member(threading.Thread):
         self.start()
 
     def leave(self, kind: str, text: str = "") -> None:
-        """Report, from the main thread, how this rank leaves. The member thread ends when the monitor has confirmed."""
+        """Report how this rank leaves; called by the main thread. The thread ends when the monitor has confirmed."""
         self.leaving = True
         self.lines.send("at", self.watch.where())
         self.lines.send(kind, text)
@@ -171,14 +170,14 @@ class _Member(threading.Thread):
                 if kind == "failed":
                     return self._end(None)
                 monitor_at = text
-            # Counted, not timed: if this process itself is stopped, the other end must not count as silent.
+            # Counted instead of timed: while this process is stopped (SIGSTOP), the peer must not count as silent.
             silence = 0.0 if messages else silence + self.watch.interval
             if silence > self.watch.timeout:
                 return self._end(self.watch.lost(0, monitor_at, silent=True))
             self.lines.send("at", self.watch.where())
 
     def _end(self, line: str | None) -> None:
-        """End this process, unless it is ending already. ``line`` is printed if the monitor cannot print it."""
+        """End this process, unless it is already ending. Prints ``line`` if the monitor cannot."""
         if self.leaving or self.watch.rank == 0:  # the monitor ends rank 0
             return
         _end_within_grace()
@@ -198,7 +197,7 @@ class _Peer:
 
 
 class _Monitor(threading.Thread):
-    """On rank 0: finds out which rank failed first, prints it, and notifies all ranks."""
+    """The thread on rank 0 that finds the rank that failed first, reports it, and notifies all ranks."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__(name="watchdog monitor", daemon=True)
