@@ -1,4 +1,4 @@
-"""The adapter: only the exits, under released names, independent of the layout that they were trained in.
+"""The adapter format: only the exits, under released names, independent of the layout of the training run.
 
 ``exits.safetensors`` holds the trained tensors, as ``exits.<layer>.<released name>``. ``exits.json`` lists the exits
 and records the hash of their backbone.
@@ -35,15 +35,15 @@ from megatron_ee.exits.tensors import exit_tensors
 VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
 INCLUDED = "adapter"
-"""Directory of the exits in a Hugging Face directory."""
+"""Subdirectory of a Hugging Face directory that holds an adapter."""
 SETTINGS = "model_settings"
-"""Entry of a description, or of a checkpoint's metadata: the backbone's settings that decide what it computes."""
+"""Key, in a description or a checkpoint's metadata, of the backbone's settings that affect its outputs."""
 MAX_DESCRIPTION = 2**20  # bytes
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's description, checked; its weights stay on disk.
+    """An adapter's checked description. Its weights stay on disk.
 
     Attributes:
         path: the directory.
@@ -73,9 +73,16 @@ def describe_exits(
     settings: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Content of an adapter's ``exits.json``, with its own digest; ``weights_sha256`` is ``exits.safetensors``'s.
+    """Build the content of an adapter's ``exits.json``, with its own digest.
 
-    ``settings``: ``output_settings`` of the backbone's architecture, if they are known.
+    Args:
+        specs: the exits, in the order of their layers.
+        base_model: path of the backbone.
+        backbone_sha256: its hash.
+        steps: number of tuning steps.
+        weights_sha256: digest of ``exits.safetensors``.
+        settings: ``output_settings`` of the backbone's architecture; None if they are not known.
+        extra: further entries.
     """
     content = {
         "version": VERSION,
@@ -103,8 +110,8 @@ def open_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
         verify: check the weights: in an adapter at once, in a checkpoint as they are read.
 
     Raises:
-        CheckpointError: there are no exits, or they are of a later version, incomplete or damaged. The message names
-            the file.
+        CheckpointError: there are no exits, or their version is unknown, or they are incomplete or damaged. The message
+            names the file.
     """
     directory = current_directory(path)
     if os.path.isfile(directory / MANIFEST):
@@ -134,7 +141,7 @@ def open_adapter(path: str | Path, *, verify: bool = True) -> Adapter:
 
 
 def exits_in(checkpoint: Checkpoint) -> Adapter:
-    """The exits in a parallel or training checkpoint.
+    """Open the exits in a parallel or training checkpoint.
 
     Raises:
         CheckpointError: there are no exits, or their description is invalid.
@@ -214,12 +221,12 @@ def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor])
 
 
 def find_exits(model: SavedModel, path: str | Path | None, *, verify: bool = True) -> Adapter | None:
-    """The exits at ``path``, or else those in the model's directory, if there are any.
+    """Open the exits at ``path``, or without a path those in the model's directory, if there are any.
 
-    Everything but the backbone's hash is compared with the model; ``check_hash`` compares the hash.
+    They are checked against the model, except for the backbone's hash, which ``check_hash`` checks.
 
     Raises:
-        CheckpointError: they cannot be used, or do not fit the model or its settings.
+        CheckpointError: the exits are invalid, or do not fit the model or its settings.
     """
     adapter = exits_with(model, verify=verify) if path is None else open_adapter(path, verify=verify)
     if adapter is None:
@@ -240,10 +247,10 @@ def check_hash(adapter: Adapter, model: SavedModel, digest: Callable[[], str]) -
 
 
 def exits_with(model: SavedModel, *, verify: bool = True) -> Adapter | None:
-    """The exits in a model's parallel checkpoint or in its directory's ``adapter/``; None if there are none.
+    """Open the exits in a model's parallel checkpoint or in ``adapter/`` of its directory; None if there are none.
 
     Raises:
-        CheckpointError: they cannot be used.
+        CheckpointError: the exits are invalid.
     """
     if model.checkpoint is not None:
         return exits_in(model.checkpoint) if model.checkpoint.metadata.get("exits") else None
@@ -269,7 +276,7 @@ def check_settings(adapter: Adapter, model: SavedModel) -> None:
     An adapter that does not record them is accepted.
 
     Raises:
-        CheckpointError: naming the settings that differ.
+        CheckpointError: settings differ; the message names them.
     """
     if adapter.settings is None:
         return
@@ -284,7 +291,7 @@ def check_fits(adapter: Adapter, specs: Iterable[ExitSpec], architecture: Archit
     """Refuse an adapter without these exits, or with tensors that do not fit the model. Reads no weights.
 
     Raises:
-        CheckpointError: naming the exit or the tensor.
+        CheckpointError: something does not fit; the message names the exit or the tensor.
     """
     known = {spec.layer: spec for spec in adapter.exits}
     for spec in specs:
@@ -294,7 +301,7 @@ def check_fits(adapter: Adapter, specs: Iterable[ExitSpec], architecture: Archit
 
 
 def named_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """The adapter's tensor ``name``, which must exist and have this shape."""
+    """Look up the adapter's tensor ``name``. Raises ``CheckpointError`` if it is missing or has another shape."""
     tensor = adapter.weights.get(name)
     if tensor is None:
         raise CheckpointError(f"{adapter.path}: tensor {name!r} is missing")

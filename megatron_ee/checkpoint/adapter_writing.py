@@ -134,7 +134,7 @@ class Gathered:
 
 
 def gather_tensors(exits: Iterable[Exit], groups: Groups) -> Gathered:
-    """Agree on the owner of each part; nothing is sent yet. Of several replicas the first one sends."""
+    """Determine which rank sends each part, without sending it. The first of several replicas sends."""
     own: dict[tuple[str, tuple[int, ...]], Tensor] = {}
     parts: list[_Part] = []
     for exit_ in exits if groups.data.rank() == 0 else ():

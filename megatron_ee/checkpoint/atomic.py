@@ -60,9 +60,9 @@ def _fsync_tree(directory: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[int]:
-    """Yield a descriptor of a temporary file beside ``path``; afterwards fsync it and rename it onto ``path``.
+    """Yield a descriptor of a temporary file beside ``path``; afterwards fsync it and rename it to ``path``.
 
-    An existing file is replaced. On any exception the temporary file is removed and ``path`` stays as it was.
+    An existing file is replaced. On any exception the temporary file is removed and ``path`` is unchanged.
 
     Raises:
         CheckpointError: the file cannot be written (disk full, read-only, no such directory).
@@ -128,10 +128,10 @@ def begin_directory(final: Path) -> Path:
 
 
 def commit_directory(temporary: Path, final: Path) -> None:
-    """fsync all of ``temporary``, then rename it onto ``final`` (absent or an empty directory) in one step.
+    """fsync all of ``temporary``, then rename it to ``final`` (absent or an empty directory) in one step.
 
     Raises:
-        CheckpointError: ``final`` has come into being meanwhile, or the file system refuses.
+        CheckpointError: ``final`` was created in the meantime, or the file system refuses.
     """
     with storage_errors(final, "save"):
         _fsync_tree(temporary)
@@ -146,12 +146,12 @@ def commit_directory(temporary: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary directory; when the body ends without an exception it becomes ``final``.
+    """Yield a temporary directory, and rename it to ``final`` if the body ends without an exception.
 
-    On any exception the temporary directory is removed and ``final`` is untouched.
+    On any exception the temporary directory is removed and ``final`` is unchanged.
 
     Raises:
-        CheckpointError: ``final`` exists and is not an empty directory; disk full, read-only and the like.
+        CheckpointError: ``final`` exists and is not an empty directory, or it cannot be written (disk full, read-only).
     """
     final = Path(final)
     temporary = begin_directory(final)
@@ -174,7 +174,7 @@ def replace_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     that was killed there.
 
     Raises:
-        CheckpointError: ``final`` is not a directory; disk full, read-only and the like.
+        CheckpointError: ``final`` is not a directory, or it cannot be written (disk full, read-only).
     """
     final = Path(final)
     if os.path.lexists(final) and not final.is_dir():
@@ -215,7 +215,7 @@ def current_directory(final: str | os.PathLike[str]) -> Path:
 
 
 def _ready_directories(parent: Path) -> list[Path]:
-    """Finished successors in ``parent``, newest first."""
+    """Finished replacements (``*.ready-*``) in ``parent``, newest first."""
     try:
         paths = [path for path in parent.iterdir() if _READY.fullmatch(path.name)]
         return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
@@ -258,7 +258,7 @@ def prune(parent: str | os.PathLike[str], keep: int, prefix: str = "step-") -> l
 
 
 def mark_damaged(directory: str | os.PathLike[str]) -> Path:
-    """Rename ``NAME`` to ``NAME.damaged-<random>``, which no rerun collides with. Return the new path.
+    """Rename ``NAME`` to ``NAME.damaged-<random>``, so that a rerun can use ``NAME``. Return the new path.
 
     Raises:
         CheckpointError: it cannot be renamed.
@@ -275,13 +275,13 @@ def mark_damaged(directory: str | os.PathLike[str]) -> Path:
 def writer_lock(
     output: str | os.PathLike[str], report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
 ) -> Iterator[None]:
-    """Hold ``output`` (created if necessary) as its only writer, and remove leftovers of a killed writer.
+    """Lock ``output`` (created if necessary) for one writer, and remove leftovers of a killed writer.
 
-    The lock ends with the process; the lock file itself stays. A file system without locks is used without a lock, and
-    ``report`` is called.
+    The lock ends with the process; the lock file itself stays. On a file system without locks, ``report`` is called
+    and nothing is locked.
 
     Raises:
-        CheckpointError: another run holds it, or ``output`` cannot be written.
+        CheckpointError: another run holds the lock, or ``output`` cannot be written.
     """
     output = Path(output)
     with storage_errors(output, "write"):
@@ -310,7 +310,7 @@ def writer_lock(
 def clear_leftovers(output: Path) -> None:
     """Finish or remove leftovers of killed writers in ``output`` and its direct subdirectories.
 
-    Only for the holder of the lock: a live writer's temporary directory looks the same.
+    Only the holder of the lock may call this, because a live writer's temporary directory looks the same.
     """
     for parent in (output, *(path for path in output.iterdir() if path.is_dir() and not path.is_symlink())):
         if parent != output and LEFTOVER.fullmatch(parent.name):

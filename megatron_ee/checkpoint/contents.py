@@ -1,4 +1,4 @@
-"""The contents of a checkpoint of any format: the common form of every conversion."""
+"""The contents of a checkpoint, independent of its format. Every conversion reads and writes this form."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Contents:
         backbone: every weight of the backbone under its released (Hugging Face) name, in its released shape: not
             padded, not fused. Empty for an adapter.
         non_weights: tensors of the released files that hold no weight of their own. They are copied.
-        vision: tensors of a multimodal release that are not of its text model, by their names there.
-        spelling: how that release spells the backbone's names; None for a text model.
+        vision: tensors of a multimodal release outside its text model, by their names in the release.
+        spelling: mapping between that release's names and the backbone's; None for a text model.
         exits: in the order of their layers.
         exit_tensors: the exits' own tensors under their names in an adapter, ``exits.<layer>.<released name>``; see
             ``exits.tensors.exit_tensors``.

@@ -1,7 +1,7 @@
-"""Tensors that no file holds: copies, constants, random values, parts and products of others, made as they are read.
+"""Tensors computed on demand: copies, constants, random values, and parts and products of stored tensors.
 
-Values are computed in tiles of whole rows, whose bounds depend only on the shape. So every value is the same for all
-boxes in which the tensor is read.
+Values are computed in tiles of whole rows, whose bounds depend only on the shape. So a value does not depend on the box
+in which it is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALLEST_DRAW = 16
 
 
 def copied(name: str, tensor: StoredTensor) -> StoredTensor:
-    """The values of ``tensor``, called ``name``, for use under another name."""
+    """A copy of the tensor ``name``, for use under another name."""
     return dataclasses.replace(tensor, made=_described(name, tensor))
 
 
@@ -41,7 +41,7 @@ def constant(value: float, shape: tuple[int, ...], dtype: torch.dtype) -> Stored
 def normal(seed: int, std: float, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
     """Normal(0, std) of at least 2 dimensions, equal to ``torch.empty(shape).normal_(0, std)`` with ``seed``.
 
-    Drawing is sequential, so the generator's state is kept for each tile that was reached: 5 KB for 4 MiB.
+    Drawing is sequential, so the generator's state is kept for each tile reached so far: 5 KB per 4 MiB of values.
     """
     bounds = _tile_bounds(shape, DRAWN_TILE)
     states = {0: torch.Generator().manual_seed(seed).get_state()}  # by tile, before it
@@ -61,7 +61,9 @@ def normal(seed: int, std: float, shape: tuple[int, ...], dtype: torch.dtype) ->
 def low_rank_sum(
     base: tuple[str, StoredTensor], up: tuple[str, StoredTensor], down: tuple[str, StoredTensor], dtype: torch.dtype
 ) -> StoredTensor:
-    """``base + up @ down`` in float32, the effective weight of a ``low_rank`` head; each is given with its name.
+    """``base + up @ down``, computed in float32: the effective weight of a ``low_rank`` head.
+
+    Each argument is a name and a tensor.
 
     Args:
         base: the frozen head W0, ``[vocab, hidden]``.
@@ -149,9 +151,10 @@ def _rows(tensor: StoredTensor, start: int, stop: int) -> Tensor:
 
 
 def _tile_bounds(shape: Sequence[int], elements: int) -> list[int]:
-    """First rows of tiles of about ``elements``, and the number of rows.
+    """First row of each tile of about ``elements`` elements, then the number of rows.
 
-    Every tile but the last has a multiple of ``SMALLEST_DRAW`` elements, and no tile of several has fewer.
+    Every tile except the last has a multiple of ``SMALLEST_DRAW`` elements, and the last of several has at least that
+    many.
     """
     row = math.prod(shape[1:])
     starts = list(range(0, shape[0], SMALLEST_DRAW * max(1, elements // SMALLEST_DRAW // row)))
@@ -163,8 +166,8 @@ def _tile_bounds(shape: Sequence[int], elements: int) -> list[int]:
 def _tiled(
     shape: Sequence[int], dtype: torch.dtype, bounds: Sequence[int], compute: Callable[[int], Tensor]
 ) -> Callable[[Tensor, Sequence[int]], None]:
-    """Reads boxes of a tensor that ``compute`` gives by tile, in float32; tile i has rows ``bounds[i]`` to ``bounds[i +
-    1]``."""
+    """Make the ``read`` of a tensor from ``compute``, which returns tile i: rows ``bounds[i]`` to ``bounds[i + 1]``,
+    float32."""
 
     def read(out: Tensor, offset: Sequence[int]) -> None:
         _check_box(out, offset, shape)

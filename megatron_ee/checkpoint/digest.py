@@ -1,7 +1,7 @@
-"""SHA-256 of files, tensors and whole backbones. A backbone's hash is equal in all formats.
+"""SHA-256 of files, tensors and whole backbones. The hash of a backbone is the same in all formats.
 
-Bytes stream through a small buffer; reading and hashing release Python's lock, so several tensors or blocks are
-hashed at once.
+Bytes stream through a small buffer. Reading and hashing release the GIL, so threads hash several tensors or blocks in
+parallel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def is_sha256(value: object) -> bool:
 
 
 def hash_workers() -> int:
-    """How many threads hash at once: the CPUs this process may use, at most 8."""
+    """Number of hashing threads: the CPUs that this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)))
 
 
@@ -77,7 +77,7 @@ class BlockHasher:
         self._size, self._digests, self._current = size, list[str](), hashlib.sha256()
 
     def update(self, data: memoryview) -> None:
-        """The stream's next bytes."""
+        """Add the next bytes of the stream."""
         while len(data) > 0:
             part = data[: self._size - self.total % self._size]
             self._current.update(part)
@@ -87,7 +87,7 @@ class BlockHasher:
                 self._end_block()
 
     def finish(self) -> list[str]:
-        """Hex digests of all blocks; the last one may be shorter."""
+        """End the stream and return the hex digests of all blocks; the last block may be shorter."""
         if self.total % self._size:
             self._end_block()
         return self._digests

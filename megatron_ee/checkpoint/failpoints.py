@@ -1,7 +1,7 @@
-"""Named places where a test kills the process, to show that the files on disk are then safe.
+"""Named points in the code where a test can kill the process, to check that the files on disk stay consistent.
 
-Nothing happens unless the environment variable ``MEGATRON_EE_FAILPOINT`` names one, as ``NAME``, or ``NAME:COUNT`` for
-the COUNT-th time that the process passes this place.
+A failpoint does nothing unless the environment variable ``MEGATRON_EE_FAILPOINT`` names it, as ``NAME``, or
+``NAME:COUNT`` for the COUNT-th time that the process reaches it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from megatron_ee.errors import ConfigError
 VARIABLE = "MEGATRON_EE_FAILPOINT"
 NAMES = (
     "save.thread",  # at the start of a save in the background
-    "save.begin",  # before the temporary directory is made
-    "save.begun",  # after it
+    "save.begin",  # before the temporary directory is created
+    "save.begun",  # after the temporary directory is created
     "save.shard",  # after each run of bytes of a shard
     "save.shard-done",  # a shard has its final name
-    "save.manifest",  # all shards have; the manifest has not
-    "save.manifest-done",  # the manifest has, in a directory with a temporary name
+    "save.manifest",  # all shards have their final names; the manifest is not written
+    "save.manifest-done",  # the manifest is written, in a directory with a temporary name
     "save.renamed",  # the directory has its final name
     "prune.renamed",  # a directory to be deleted is .trash-*
     "replace.ready",  # the new content of a directory is complete, beside the old one

@@ -1,6 +1,6 @@
 """A released model's directory: its safetensors files with their tensors, and its small files.
 
-Only headers and the index are read, no tensor bytes, so an invalid directory is refused before memory is allocated.
+Only the index and headers are read, so an invalid directory is refused before memory is allocated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 ASSET_FOLDERS = ("additional_chat_templates",)
-"""Folders of a model's directory whose files belong to its tokenizer."""
+"""Subdirectories of a model's directory whose files belong to the tokenizer."""
 NOT_CARRIED = (*WEIGHT_FILES, ".index.json", ".py")
 MAX_ASSET = 256 * 2**20  # bytes; ten times the largest tokenizers
 
@@ -32,9 +32,9 @@ class HFDirectory:
     Attributes:
         path: the directory.
         files: its safetensors files, in the order of their names.
-        tensors: every tensor of these files by name, including those that the index does not mention. If several files
-            hold a tensor, it is the one in the file that the index names.
-        absent: names that the index lists but no file holds, with the file that the index names.
+        tensors: every tensor of these files by name, including tensors that are not in the index. If several files hold
+            a tensor, the index selects one.
+        absent: names in the index that no file holds, with the file that the index names.
     """
 
     path: Path
@@ -73,7 +73,7 @@ class HFDirectory:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name to file name, which is checked to be a plain relative path."""
+    """Read the index: tensor name -> file name, checked to be a plain relative path."""
     content = read_json(index)
     placed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(placed, dict) or not placed:
@@ -125,11 +125,12 @@ def _nothing_usable(directory: Path) -> CheckpointError:
 
 
 def released_assets(directory: Path) -> dict[str, Path | bytes]:
-    """The small files of a model's directory: configuration, tokenizer with its chat templates, licence; no weights,
-    no code, nothing hidden. Names are relative to the directory, with "/" between folder and file.
+    """The small files of a model's directory: configuration, tokenizer with its chat templates, licence.
+
+    Weights, code and hidden files are left out. Names are relative to the directory, with "/" as separator.
 
     Raises:
-        CheckpointError: a file leads outside the directory, or is too large.
+        CheckpointError: a file is a link to outside the directory, or is too large.
     """
     root = allowed_root(directory)
     found: dict[str, Path | bytes] = {}

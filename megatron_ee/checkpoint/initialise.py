@@ -1,4 +1,4 @@
-"""First values of a new exit: the model's own weights, or random ones."""
+"""Initialises new exits, from the model's weights or at random."""
 
 from __future__ import annotations
 
@@ -49,11 +49,10 @@ def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
 def random_tensor(
     name: str, shape: tuple[int, ...], layer: int, seed: int, dtype: torch.dtype, arch: Architecture
 ) -> StoredTensor:
-    """First values of a tensor that is not copied, of the exit after ``layer``. They depend on its adapter name and
-    seed.
+    """Initial values of a tensor that is not copied, of the exit after ``layer``.
 
-    Norms multiply by 1. Biases and a ``low_rank`` head's B are 0. All others are normal(0, 0.02), output projections
-    normal(0, 0.02 / sqrt(2 k)), drawn in float32.
+    The values depend on its adapter name and the seed. Norms multiply by 1. Biases and B of a ``low_rank`` head are 0.
+    All others are normal(0, 0.02), and output projections normal(0, 0.02 / sqrt(2 k)), drawn in float32.
     """
     if len(shape) == 1 or name.endswith(LOW_RANK_UP):
         zero = arch.norm_plus_one or name.endswith(("bias", LOW_RANK_UP))

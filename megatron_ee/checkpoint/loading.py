@@ -1,4 +1,4 @@
-"""Fills a stage from a saved model and an adapter. Each rank reads its boxes directly into its parameters."""
+"""Loads a stage from a saved model and an adapter. Each rank reads its boxes directly into its parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_ee.model.setup import ModelSetup
 from megatron_ee.progress import track
 
 READERS = 2
-"""Threads that read at a time: enough to keep a disk busy, few enough for small buffers."""
+"""Number of reading threads: enough to keep a disk busy, few enough to keep the buffers small."""
 
 
 def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None:
@@ -37,12 +37,12 @@ def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None
 
 
 def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None] | None = None) -> None:
-    """Read the backbone's part of ``stage``, and the stage's shared head, from a saved model.
+    """Read the backbone of ``stage``, and the stage's shared head, from a saved model.
 
     Args:
-        stage: allocated, its values undefined.
-        model: checked.
-        advance: called with the number of bytes just read, as they are stored here.
+        stage: allocated, with undefined values.
+        model: the checked model.
+        advance: called with the number of bytes just read, in the stage's dtype.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -51,7 +51,7 @@ def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None
 
 
 def load_frozen_norms(exit_: Exit, model: SavedModel) -> None:
-    """Read an exit's frozen tensors: the norms that it reads its tap through."""
+    """Read an exit's frozen tensors: the norms that it applies to its tap."""
     fill((pair for pair in exit_copy_sources(exit_) if not pair[0].requires_grad), model, exit_.setup)
 
 
@@ -59,7 +59,8 @@ def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> No
     """Fill exits from an adapter, and their frozen tensors from the model.
 
     Raises:
-        CheckpointError: the adapter has no such exit, another kind of it, or a tensor is missing or mis-shaped.
+        CheckpointError: the adapter lacks an exit or has another kind of it, or a tensor is missing or has another
+            shape.
     """
     known = {spec.layer: spec for spec in adapter.exits}
     with torch.no_grad():
@@ -76,7 +77,7 @@ def fill(
     setup: ModelSetup,
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Read this rank's blocks of each parameter. Rows that pad the vocabulary become zero."""
+    """Read this rank's blocks of each parameter. Padding rows of the vocabulary become zero."""
     tensor = setup.groups.tensor
     wanted: dict[str, list[Block]] = {}
     for parameter, source in parameters:
@@ -86,7 +87,7 @@ def fill(
             wanted.setdefault(block.name, []).append(block)
 
     def read(name: str) -> int:
-        """One thread reads all boxes of a tensor, since adjacent boxes may share a verified block."""
+        """Read all boxes of a tensor, in one thread because adjacent boxes may share a verified block."""
         for block in wanted[name]:
             model.weights[name].read(block.tensor, block.offset)
         return sum(block.tensor.numel() * block.tensor.element_size() for block in wanted[name])

@@ -1,9 +1,9 @@
-"""The native checkpoint: a directory of safetensors shards, one per rank, and ``manifest.json``, written last.
+"""The native checkpoint format: a directory of safetensors shards, one per rank, and ``manifest.json``, written last.
 
-A tensor has a global key, dtype and shape. Its boxes (pieces) are stored. They tile the tensor exactly, so it can be
-read in any other slicing. The manifest holds the SHA-256 of every 16 MiB block of every shard, the header included, and
-of itself. Blocks are verified as they are read. ``checkpoint.writing`` writes a checkpoint, ``checkpoint.store`` reads
-it, and ``checkpoint.resume`` finds the one to continue from. This module holds what they share.
+A tensor has a global key, dtype and shape. It is stored as boxes (pieces) that tile it exactly, so it can be read in
+any other slicing. The manifest holds the SHA-256 of every 16 MiB block of every shard (including its header), and of
+itself. Blocks are verified as they are read. ``checkpoint.writing`` writes a checkpoint, ``checkpoint.store`` reads
+it, and ``checkpoint.resume`` finds the one to continue from. This module holds their common parts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Box = tuple[Sequence[int], Sequence[int]]  # offset, shape
 
 
 def encode(content: Any, where: Path) -> bytes:
-    """JSON in one fixed form, the input of the manifest's own checksum.
+    """Encode JSON canonically, for the manifest's own checksum.
 
     Raises:
         CheckpointError: it is not JSON.
@@ -60,7 +60,7 @@ class ShardContent:
 
 
 def piece_name(key: str, global_shape: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> str:
-    """Name in its file of one box of the tensor ``key``: the key alone if the box is the whole tensor."""
+    """Name of a box of the tensor ``key`` in its file; the key itself if the box is the whole tensor."""
     if tuple(shape) == tuple(global_shape):
         return key
     ranges = (f"{first}:{first + count}" for first, count in zip(offset, shape, strict=True))
@@ -68,10 +68,12 @@ def piece_name(key: str, global_shape: Sequence[int], offset: Sequence[int], sha
 
 
 def manifest_bytes(where: Path, shards: Iterable[ShardContent], metadata: Mapping[str, Any]) -> bytes:
-    """Content of ``manifest.json``.
+    """Build the content of ``manifest.json``.
 
     Args:
         where: the checkpoint, for messages.
+        shards: all shards.
+        metadata: JSON content to store.
 
     Raises:
         CheckpointError: the shards do not tile every tensor exactly, or the metadata is not JSON.
@@ -97,12 +99,12 @@ def manifest_bytes(where: Path, shards: Iterable[ShardContent], metadata: Mappin
 
 
 def tiling_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Why ``boxes`` do not cover ``shape`` exactly once; None if they do.
+    """The reason why ``boxes`` do not cover ``shape`` exactly once; None if they do.
 
-    A box's indicator function is the sum over its corners, with alternating signs, of the step functions that begin
-    there. Step functions that begin at different places are linearly independent. So boxes tile the tensor exactly if
-    their signed corners add up to the tensor's. This takes linear time in the number of boxes, which an untrusted file
-    can choose.
+    The indicator function of a box is a sum of step functions that start at its corners, with alternating signs. Step
+    functions with different starts are linearly independent. So boxes tile the tensor exactly if their signed corners
+    add up to the tensor's. This takes linear time in the number of boxes, which matters because an untrusted file
+    determines that number.
     """
     for offset, extent in boxes:
         if not is_inside(shape, (offset, extent)):

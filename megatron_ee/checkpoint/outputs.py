@@ -1,4 +1,4 @@
-"""The output of a conversion: files, the boxes of tensors in them, and the small files that are written last."""
+"""The output of a conversion: files, the boxes of tensors in them, and small files that are written last."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Part:
     """One tensor of an output file: the box of ``shape`` at ``offset`` of ``tensor``.
 
     Attributes:
-        name: in the file.
-        key: of the whole tensor.
+        name: name in the file.
+        key: global key of the whole tensor.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Part:
 
 
 def whole_part(name: str, tensor: StoredTensor) -> Part:
-    """All of ``tensor``."""
+    """The part that is the whole ``tensor``."""
     return Part(name, name, tensor, (0,) * len(tensor.shape), tensor.shape)
 
 
@@ -47,11 +47,13 @@ def write_parts(path: Path, parts: Sequence[Part], watch: Watch, on_bytes: OnByt
     """Write a safetensors file, a few MiB at a time.
 
     Args:
-        watch: wraps every tensor's runs of rows. It counts them, and may raise.
+        path: the file.
+        parts: its tensors.
+        watch: wraps the iterator over each tensor's rows, for progress; it may raise to end the work.
         on_bytes: called with all bytes of the file in order.
 
     Raises:
-        CheckpointError: something cannot be read or written.
+        CheckpointError: a file cannot be read or written.
     """
     named = {part.name: part for part in parts}
     shapes = {name: torch.empty(part.shape, dtype=part.tensor.dtype, device="meta") for name, part in named.items()}
@@ -69,7 +71,7 @@ class OutputFile:
     Attributes:
         name: its path in the output.
         parts: its tensors.
-        write: writes it, like ``write_parts``. Equal parts always give equal bytes.
+        write: writes the file, like ``write_parts``. Equal parts always give equal bytes.
     """
 
     name: str
@@ -91,7 +93,7 @@ class Written:
 
 
 def nothing_more(directory: Path, written: Mapping[str, Written]) -> dict[str, bytes]:
-    """No closing files."""
+    """Default of ``OutputDirectory.finish``: no files."""
     return {}
 
 
@@ -103,7 +105,7 @@ class OutputDirectory:
         format: its format in words.
         files: the large files.
         assets: small files by name: a path to copy, or the content.
-        finish: gives the last files by name, from the directory so far and its large files.
+        finish: returns the files to write last, by name, from the directory and its large files.
     """
 
     format: str
@@ -118,7 +120,7 @@ class OutputDirectory:
 
 
 def split_parts(parts: Sequence[Part], limit: int) -> Iterator[tuple[Part, ...]]:
-    """Groups of consecutive parts of at most ``limit`` bytes. A larger part is a group of its own."""
+    """Yield groups of consecutive parts of at most ``limit`` bytes. A larger part is a group of its own."""
     run: list[Part] = []
     for part in parts:
         if run and sum(each.nbytes for each in run) + part.nbytes > limit:

@@ -1,7 +1,7 @@
 """Ownership of outputs: a command writes only to a new or empty directory, or to one that it wrote before.
 
-A directory has a small marker file with the command's name. A single file has the package's name in its content (the
-generator of a page, the metadata of a plot).
+A directory has a small marker file with the command's name. A single file contains the package's name, as the generator
+of a page or in the metadata of a plot.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_ee.errors import CheckpointError, ConfigError
 
 MARKER = ".megatron-ee.json"
 MADE_BY = "megatron-ee"
-"""Text that every single file of this package contains."""
+"""Text in every single file that this package writes."""
 _SHOWN = 3  # names of foreign files in an error
 
 
@@ -32,15 +32,16 @@ def check_new(path: Path, option: str = "--output") -> None:
 def check_output(directory: Path, command: str, option: str = "--output") -> None:
     """Refuse a directory that ``command`` must not write to. Changes nothing on disk.
 
-    It may be new, empty, or have the command's marker. Ignored are directories in it with a marker of any command,
-    locks, and leftovers of a killed writer.
+    It may be new or empty, or have the command's marker. Subdirectories with a marker of any command, locks, and
+    leftovers of a killed writer are ignored.
 
     Args:
-        command: as in ``claim_output``.
+        directory: the output.
+        command: name of the command.
         option: the option that names the directory.
 
     Raises:
-        ConfigError: it holds anything else.
+        ConfigError: the directory has another marker or other files.
     """
     if not os.path.lexists(directory):
         return
@@ -60,7 +61,7 @@ def check_output(directory: Path, command: str, option: str = "--output") -> Non
 
 
 def claim_output(directory: Path, command: str, option: str = "--output") -> None:
-    """Create ``directory`` if necessary, and mark it as the command's own.
+    """Create ``directory`` if necessary, and add the command's marker.
 
     Raises:
         ConfigError: as ``check_output``.
@@ -77,7 +78,7 @@ def check_file(path: Path, option: str) -> None:
     """Refuse an existing file that this package did not write. Changes nothing on disk.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: the file exists; the message names the option.
     """
     if path.is_dir():
         raise ConfigError(f"{option}: {path} is a directory; name a file")
@@ -91,7 +92,7 @@ def _content(path: Path) -> bytes:
 
 
 def _made_by(directory: Path) -> str | None:
-    """The command in the marker; None without a marker. A run of a version without markers is recognised by its
+    """The command in the marker; None without a marker. An output of a version without markers is recognised by its
     files."""
     try:
         made_by = json.loads((directory / MARKER).read_text(encoding="utf-8"))["made_by"]

@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 def newest_readable(parent: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint | None:
-    """The newest ``step-N`` of ``parent`` with undamaged manifest and headers; None if there is none.
+    """Open the newest ``step-N`` of ``parent`` with undamaged manifest and headers; None if there is none.
 
-    Used to read its metadata. ``load_latest`` may still find its tensors damaged and use an earlier one.
+    This is for reading its metadata. ``load_latest`` may still find damaged tensors and use an earlier one.
 
     Raises:
-        CheckpointError: a checkpoint cannot be read for another reason than damage.
+        CheckpointError: a checkpoint cannot be read for a reason other than damage.
     """
     for _, path in reversed(numbered_directories(parent)):
         with contextlib.suppress(DamagedError):
@@ -42,18 +42,24 @@ def load_latest(
     gather: Gather | None = None,
     verify: bool = True,
 ) -> T | None:
-    """``load`` of the newest undamaged ``step-N`` of ``parent``; None if there is no checkpoint.
+    """Load the newest undamaged ``step-N`` of ``parent``.
 
-    A damaged checkpoint is renamed ``step-N.damaged-*`` and reported, and the one before it is tried. Any other error
-    (a checkpoint of another model, no permission) is raised and changes nothing on disk.
+    A damaged checkpoint is renamed to ``step-N.damaged-*`` and reported, and the one before it is tried. Any other
+    error (a checkpoint of another model, no permission) is raised and changes nothing on disk.
 
     Args:
-        load: reads the checkpoint. With several ranks it must not communicate, since it may fail on one of them.
+        parent: directory of the checkpoints.
+        load: reads the checkpoint. With several ranks it must not communicate, because it may fail on one of them.
+        report: called with one line for each damaged checkpoint.
+        rank: of this process.
         gather: as in ``write_checkpoint``; all ranks then use the same checkpoint.
-        verify: check checksums. Otherwise only damage of manifest and headers is detected.
+        verify: verify checksums. Without them, only a damaged manifest or header is detected.
+
+    Returns:
+        The result of ``load``; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: all checkpoints are damaged; and all errors of ``load`` but damage.
+        CheckpointError: all checkpoints are damaged. Errors of ``load`` other than damage are passed on.
     """
     names = together(gather, lambda: [str(path) for _, path in numbered_directories(parent)] if rank == 0 else [])[0]
     for path in map(Path, reversed(names)):

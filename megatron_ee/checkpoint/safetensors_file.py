@@ -1,9 +1,9 @@
-"""One safetensors file: a strict header, reads straight into place, streaming writes.
+"""One safetensors file: strict header checks, reads without intermediate copies, streaming writes.
 
 Format: 8 bytes little-endian length n, n bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the tensors'
-bytes, row-major, without holes (https://huggingface.co/docs/safetensors). The ``safetensors`` library maps files into
-memory, so that the pages it reads count towards the peak. Here ``preadv`` copies bytes from the page cache into the
-tensor's memory, and uses a small buffer only if dtype, strides or device differ.
+bytes, row-major, without gaps (https://huggingface.co/docs/safetensors). The ``safetensors`` library maps files into
+memory, so the pages that it reads count towards peak memory. This module uses ``preadv``, which copies bytes from the
+page cache into the tensor's memory, with a small buffer only if dtype, strides or device differ.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 
 MAX_HEADER = 32 * 2**20  # bytes; the largest models' are below 1 MiB
 PIECE = 4 * 2**20  # bytes of the buffer for conversions and hashes: small enough to stay in cache
-SMALL_GAP = 32 * 2**10  # bytes: reading over a gap up to this costs less than another system call
-_DIRECT = 64 * 2**10  # bytes: contiguous runs from this on are read straight into place, one by one
+SMALL_GAP = 32 * 2**10  # bytes: reading a gap of at most this size costs less than another system call
+_DIRECT = 64 * 2**10  # bytes: contiguous runs of at least this size are read directly into their destination
 _scratch = threading.local()
 ReadBytes = Callable[[int, memoryview, int], None]
-"""Fills memory with the bytes of an open file (its descriptor) from a position."""
+"""Fills memory with the bytes of an open file from a position. Arguments: descriptor, memory, position."""
 Fetch = Callable[[memoryview, int], None]
-"""The same of one file."""
+"""The same for one file. Arguments: memory, position."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class TensorEntry:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """Every tensor of one file, checked against the file's size. No tensor bytes are read.
+    """Read the header of one file and check it against the file's size. No tensor bytes are read.
 
     Raises:
         CheckpointError: the file cannot be opened.
-        DamagedError: not a safetensors file, truncated, or a header that contradicts itself or the file.
+        DamagedError: it is not a safetensors file, is truncated, or its header is inconsistent.
     """
     path = Path(path)
     header, start, size = _load_header(path)
@@ -111,10 +111,10 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The free ``__metadata__`` of one file.
+    """Read ``__metadata__`` of one file.
 
     Raises:
-        CheckpointError: as ``read_header``, for the header alone.
+        CheckpointError: as ``read_header``.
     """
     metadata: dict[str, str] = _load_header(Path(path))[0].get("__metadata__", {})
     return metadata
@@ -176,10 +176,10 @@ def is_index_list(value: Any) -> bool:
 
 
 def read_into(entry: TensorEntry, out: Tensor) -> None:
-    """Read the whole tensor into ``out`` of the same shape: any strides, device and floating dtype.
+    """Read the whole tensor into ``out`` of the same shape, with any strides, device and floating dtype.
 
     Raises:
-        CheckpointError: another shape or kind of dtype, or the file cannot be read.
+        CheckpointError: the shape differs, the dtypes do not convert, or the file cannot be read.
     """
     if tuple(out.shape) != entry.shape:
         raise CheckpointError(
@@ -189,22 +189,22 @@ def read_into(entry: TensorEntry, out: Tensor) -> None:
 
 
 def read_box(entry: TensorEntry, out: Tensor, offset: Sequence[int], read: ReadBytes | None = None) -> None:
-    """Read the box of ``out``'s shape that starts at ``offset`` (one index per dimension) into ``out``.
-
-    Beyond ``out`` itself it needs one buffer of ``PIECE`` bytes per thread.
+    """Read a box of a tensor into ``out``. It needs one buffer of ``PIECE`` bytes per thread.
 
     Args:
-        out: any strides and device; floating dtypes convert into each other, others must be equal.
-        read: fills memory with the open file's bytes from a position; None uses a plain read.
+        entry: the tensor.
+        out: of the box's shape, with any strides and device; floating dtypes are converted, others must be equal.
+        offset: start of the box, one index per dimension.
+        read: reads from the open file; None for a plain read.
 
     Raises:
-        CheckpointError: the box leaves the tensor, the dtypes do not convert, or the file cannot be read.
+        CheckpointError: the box is not inside the tensor, the dtypes do not convert, or the file cannot be read.
     """
     out = out.detach()
     _check_box(entry, out, offset)
     if out.numel() == 0:
         return
-    # From the last dimension that the box does not span on, its bytes in the file are contiguous.
+    # The box's bytes are contiguous in the file from the last dimension that it does not span.
     cut = max((dim for dim in range(out.dim()) if out.shape[dim] != entry.shape[dim]), default=0)
     pitches = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(out.dim())]
     origin = entry.offset + sum(first * pitch for first, pitch in zip(offset, pitches, strict=True))
@@ -243,7 +243,7 @@ def _in_place(entry: TensorEntry, out: Tensor) -> bool:
 
 
 def _read_run(fetch: Fetch, entry: TensorEntry, position: int, out: Tensor) -> None:
-    """Read one contiguous run of the file into ``out``: directly if its memory layout allows, else piece by piece."""
+    """Read one contiguous run of the file into ``out``: directly if its memory layout permits, else in pieces."""
     in_place = _in_place(entry, out)
     if in_place and out.is_contiguous():
         fetch(tensor_bytes(out), position)
@@ -265,8 +265,7 @@ def _read_run(fetch: Fetch, entry: TensorEntry, position: int, out: Tensor) -> N
 
 
 def _read_strided(fetch: Fetch, entry: TensorEntry, position: int, pitch: int, out: Tensor) -> None:
-    """Read ``out[i]`` from ``position + i * pitch`` for each i: row by row, or many rows at once if the gaps are
-    small."""
+    """Read ``out[i]`` from ``position + i * pitch`` for each i: one row, or many rows with small gaps, at a time."""
     count = out.shape[0]
     run = out.numel() // count * entry.dtype.itemsize
     rows = min(count, (PIECE - run) // pitch + 1) if run <= PIECE else 1
@@ -307,22 +306,24 @@ def write_safetensors(
     on_bytes: Callable[[memoryview], None] | None = None,
     content: Callable[[str], Iterable[Tensor]] | None = None,
 ) -> dict[str, TensorEntry]:
-    """Write one file, tensor by tensor, under a temporary name that is fsynced and then renamed to ``path``.
+    """Write one file, tensor by tensor, under a temporary name; then fsync it and rename it to ``path``.
 
-    A contiguous CPU tensor is written directly, any other through one small buffer. Wider dtypes come first, so that
-    every tensor is aligned for readers that map the file.
+    Contiguous CPU tensors are written directly, others through one small buffer. Wider dtypes come first, so that every
+    tensor is aligned for readers that map the file.
 
     Args:
+        path: the file.
+        tensors: by name.
         metadata: strings to store.
-        on_bytes: called with every run of bytes in the file's order, for example to hash them.
-        content: used if ``tensors`` has only shapes and dtypes: gives a tensor by name, in the file's order, as
-            consecutive runs of its elements, row-major.
+        on_bytes: called with all bytes in the file's order, for example to hash them.
+        content: for ``tensors`` that have only shapes and dtypes: returns a tensor's elements by name, row-major, as
+            consecutive runs. It is called in the file's order.
 
     Returns:
         The result of ``read_header(path)``.
 
     Raises:
-        CheckpointError: a dtype or name that the format cannot hold, or the file cannot be written.
+        CheckpointError: the format does not support a dtype or name, or the file cannot be written.
     """
     path = Path(path)
     pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
@@ -347,7 +348,7 @@ def _check_length(path: Path, fd: int, entries: Mapping[str, TensorEntry], heade
 
 
 def _file_bytes(tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes in the file's order. Each run is overwritten by the next."""
+    """Yield a tensor's bytes in the file's order. Each run is overwritten by the next."""
     if tensor.device.type == "cpu" and tensor.is_contiguous():
         yield tensor_bytes(tensor)
         return

@@ -1,9 +1,9 @@
 """A saved model: a Hugging Face directory or a parallel checkpoint, checked before any memory is allocated.
 
-A parallel checkpoint is a backbone, and maybe exits, in the native format under their released names. Its manifest's
-``metadata`` has ``kind`` ("parallel"), ``assets`` (SHA-256 by name of the files beside it: ``config.json``, the
-tokenizer), and the keys of an adapter's description: ``exits``, ``base_model``, ``backbone_sha256``, ``steps``. The
-shards follow one layout, but can be loaded in any other.
+A parallel checkpoint holds a backbone, and optionally exits, in the native format under their released names. The
+``metadata`` of its manifest has ``kind`` ("parallel"), ``assets`` (SHA-256 by name of the other files: ``config.json``,
+the tokenizer), and the keys of an adapter's description: ``exits``, ``base_model``, ``backbone_sha256``, ``steps``.
+The shards follow one layout, but can be loaded in any other.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class SavedModel:
 
     Attributes:
         path: the directory.
-        architecture: from ``config.json``, but ``tied`` from the tensors.
+        architecture: from ``config.json``, except ``tied``, which depends on the tensors.
         weights: every weight by released name.
-        non_weights: known other tensors that hold no weight of their own.
-        vision: tensors of a multimodal release that are not of its text model, by their names there. They are never
-            loaded. All else here has the names that a text model has.
-        spelling: how that release spells these names; None for a text model.
+        non_weights: other known tensors, which are not weights.
+        vision: tensors of a multimodal release outside its text model, by their names in the release. They are never
+            loaded. All other attributes use the names of a text model.
+        spelling: mapping between the names of a multimodal release and a text model; None for a text model.
         checkpoint: the parallel checkpoint; None for a Hugging Face directory.
     """
 
@@ -60,7 +60,7 @@ class SavedModel:
 
     @property
     def dtype(self) -> str:
-        """The dtype of most of its weights, with bfloat16 for float16."""
+        """float32 if most bytes of the weights are float32 or float64, else bfloat16."""
         stored: Counter[torch.dtype] = Counter()
         for tensor in self.weights.values():
             stored[tensor.dtype] += tensor.nbytes
@@ -72,9 +72,9 @@ class SavedModel:
 
 
 def choose_dtype(asked: str, model: SavedModel, key: str, *, tuning: bool = False) -> str:
-    """The dtype to run ``model`` in: ``asked``, or with ``auto`` its own.
+    """Choose the dtype to run ``model`` in: ``asked``, or the model's own for ``auto``.
 
-    If it is slow on this CPU, the first rank prints one line to stderr that begins with ``key``.
+    If it is slow on this CPU, the first rank prints one line to stderr that starts with ``key``.
 
     Raises:
         ConfigError: the dtype is unknown; the message names ``key``.
@@ -97,8 +97,8 @@ def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
         verify: check the checksums of a parallel checkpoint. Hugging Face directories have none.
 
     Raises:
-        CheckpointError: the directory, ``config.json`` or a file is not usable, a weight is missing, unknown, of
-            another shape, or not of a floating dtype.
+        CheckpointError: the directory, ``config.json`` or another file is invalid, or a weight is missing, unknown, or
+            has a wrong shape or dtype.
     """
     path = Path(path)
     if os.path.isfile(path / MANIFEST):
@@ -114,7 +114,7 @@ def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
 def _text_model(
     path: Path, architecture: Architecture, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
 ) -> SavedModel:
-    """The text model of a multimodal release; arguments as for ``_checked``, under the names of the release."""
+    """Check the text model of a multimodal release. Arguments as for ``_checked``, with the names of the release."""
     spelling = find_spelling(tensors, str(path))
     text: dict[str, StoredTensor] = {}
     vision: dict[str, StoredTensor] = {}
@@ -130,14 +130,14 @@ def _text_model(
 
 
 def say_text_only(model: SavedModel) -> None:
-    """One line on the first rank's stderr if the vision tensors of a multimodal release are not loaded."""
+    """Print one line to stderr, on the first rank, if the vision tensors of a multimodal release are not loaded."""
     if model.vision and launched_rank() == 0:
         line = f"{model.path}: only its text model is loaded, not its {len(model.vision)} vision tensors"
         print(line, file=sys.stderr, flush=True)
 
 
 def model_in(checkpoint: Checkpoint) -> SavedModel:
-    """The backbone in an open parallel checkpoint.
+    """Check the backbone in an open parallel checkpoint.
 
     Raises:
         CheckpointError: as ``open_model``.
@@ -154,7 +154,7 @@ def is_parallel(checkpoint: Checkpoint) -> bool:
 
 
 def check_parallel(checkpoint: Checkpoint) -> None:
-    """Check that it is a parallel checkpoint, and the files beside its shards.
+    """Check that it is a parallel checkpoint, and check the files beside its shards.
 
     Raises:
         CheckpointError: it is a training checkpoint.
@@ -184,7 +184,7 @@ def _is_plain_file(directory: Path, name: str) -> bool:
 def _checked(
     path: Path, architecture: Architecture, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
 ) -> SavedModel:
-    """The model with these tensors, checked against its architecture; ``absent`` as in ``HFDirectory``."""
+    """Check tensors against an architecture and return the model; ``absent`` as in ``HFDirectory``."""
     architecture, tensors = _resolve_head(architecture, tensors)
     expected = expected_tensors(architecture)
     for name, file in absent.items():
@@ -211,10 +211,10 @@ def _checked(
 def _resolve_head(
     architecture: Architecture, tensors: dict[str, StoredTensor]
 ) -> tuple[Architecture, dict[str, StoredTensor]]:
-    """Whether the head is tied, by the tensors and not by ``config.json``, as in transformers; and the tensors.
+    """Determine from the tensors, not from ``config.json``, whether the head is tied, as in transformers.
 
-    A head that differs from the input embedding is kept, since the model was trained like this. If there is only a
-    head, it is also the embedding.
+    A head that differs from the input embedding is kept, because the model was trained with it. If there is only a
+    head, it is also used as the embedding.
     """
     if not architecture.tied or LM_HEAD not in tensors:
         return architecture, tensors
@@ -227,7 +227,7 @@ def _is_tied(embedding: StoredTensor, head: StoredTensor) -> bool:
     """Whether the head equals the embedding. Both are large, so their hashes are cached and they are read once."""
     if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
         return same_values(embedding, head)
-    # Hashed under one name, but cached as another tensor of the same files.
+    # ``made`` distinguishes the two tensors of the same files in the cache. The name must be equal for equal hashes.
     named = dataclasses.replace(head, made=f"{LM_HEAD} {head.made}")
     return backbone_digest({EMBEDDING: embedding}) == backbone_digest({EMBEDDING: named})
 

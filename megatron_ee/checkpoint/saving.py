@@ -1,7 +1,7 @@
-"""Saves in the background: a copy in host memory, and a thread that writes it.
+"""Background saves: a copy in host memory, and a thread that writes it.
 
-There is one save at a time; the next one waits for it. All ranks take each step of a save together, so all know of a
-failure. ``Saver.check``, ``wait`` or the next ``save`` raises its error.
+There is one save at a time; the next one waits for it. All ranks do each step of a save together, so all ranks know of
+a failure. ``Saver.check``, ``wait`` or the next ``save`` raises its error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_ee.parallel.agreement import Gather, together
 from megatron_ee.parallel.groups import Groups, gather_objects
 
 ALIGNMENT = 64  # bytes
-NOTICEABLE = 0.5  # seconds of waiting for an earlier save from which on a line reports it
+NOTICEABLE = 0.5  # seconds of waiting for an earlier save after which the wait is reported
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class SaveTimes:
 
     Attributes:
         final: the checkpoint.
-        stopped: time that the caller waited: for the earlier save, for the copy, and for the whole save if it was not
-            in the background.
-        writing: time from the first byte to the end, in the background or not.
+        stopped: time that the caller waited: for the earlier save, for the copy, and for writing if that was not in the
+            background.
+        writing: time of writing.
     """
 
     final: Path
@@ -47,12 +47,12 @@ class SaveTimes:
 
 @dataclass
 class Saver:
-    """Writes checkpoints one after another. Every rank has one, and all call the same methods in the same order.
+    """Writes checkpoints one after another. Every rank has a saver and calls the same methods in the same order.
 
-    As a context manager it waits for the last save, even if an error leaves the context: that save is valid.
+    As a context manager it waits for the last save, also if the context ends by an error, because that save is valid.
 
     Attributes:
-        asynchronous: write in a thread. Otherwise ``save`` returns when everything is on disk.
+        asynchronous: write in a thread. Otherwise ``save`` returns after writing.
         rank: of this process.
         world_size: number of processes.
         gather: as in ``write_checkpoint``, over a group that nothing else uses during a save.
@@ -77,15 +77,17 @@ class Saver:
         *,
         wait: bool = False,
     ) -> None:
-        """Write a checkpoint; see ``write_checkpoint``. In the background it returns when the pieces are copied.
+        """Write a checkpoint; see ``write_checkpoint``. A background save returns when the pieces are copied.
 
         Args:
-            metadata: not copied, so it must not be changed.
-            then: called by the first rank when the checkpoint is in place, also in the background.
-            wait: return when everything is on disk, even if ``asynchronous``. Nothing is copied then.
+            final: directory of the checkpoint.
+            pieces: this rank's pieces.
+            metadata: must not be changed during the save, because it is not copied.
+            then: called on the first rank when the checkpoint is complete; from the thread in a background save.
+            wait: return after writing, even if ``asynchronous``. The pieces are then not copied.
 
         Raises:
-            CheckpointError: this save, or the one before it, failed.
+            CheckpointError: this save or the previous one failed.
         """
         started = time.perf_counter()
         self.wait()
@@ -109,7 +111,7 @@ class Saver:
         self._running.stopped = time.perf_counter() - started
 
     def _copy(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The same pieces in host memory, which is reused by the next save."""
+        """Copy pieces to host memory, which the next save reuses."""
         starts, end = [], 0
         for piece in pieces:
             starts.append(end)
@@ -129,22 +131,22 @@ class Saver:
 
     @property
     def failure(self) -> str | None:
-        """The reason why the save in the background failed, if this rank knows of a failure."""
+        """The error message of the background save, if this rank knows that it failed."""
         error = self._running.error if self._running is not None else None
         return None if error is None else str(error) or type(error).__name__
 
     def check(self, failures: Sequence[str | None] | None = None) -> None:
-        """Raise if the save in the background has failed; otherwise let it run.
+        """Raise if the background save has failed. It does not wait.
 
         Args:
-            failures: every rank's ``failure``, so that all ranks raise if one would; None with only one rank.
+            failures: ``failure`` of every rank, so that all ranks raise together; None with one rank.
 
         Raises:
             CheckpointError: it failed.
         """
         for rank, failure in enumerate([self.failure] if failures is None else failures):
             if failure is not None:
-                self.wait()  # this rank's own error, which may arrive soon
+                self.wait()  # raises this rank's own error, if it has one
                 error = CheckpointError(f"rank {rank}: {failure}")
                 error.common = True
                 raise error
@@ -165,7 +167,7 @@ class Saver:
         self._finished.append(SaveTimes(running.final, running.stopped, running.writing))
 
     def finished(self) -> list[SaveTimes]:
-        """The saves that have succeeded since the last call."""
+        """The saves that have finished successfully since the last call."""
         if self._running is not None and not self._running.is_alive() and self._running.error is None:
             self.wait()
         times, self._finished = self._finished, []
@@ -182,21 +184,21 @@ class Saver:
                 self.wait()
             except UserError as failure:
                 self.report(f"the save in progress failed too: {failure}")
-            except Exception:  # for example of a lost rank, which the watchdog reports more clearly
+            except Exception:  # for example after a lost rank, which the watchdog reports better
                 pass
 
 
 class _Running(threading.Thread):
-    """A save in the background.
+    """The thread of a background save.
 
     Attributes:
         error: its error, if it failed.
-        stopped: seconds that its caller waited.
-        writing: seconds it took.
+        stopped: seconds that the caller waited.
+        writing: seconds of writing.
     """
 
     def __init__(self, final: Path, work: Callable[[], None]) -> None:
-        super().__init__(name="saving", daemon=True)  # only an interrupt leaves it running
+        super().__init__(name="saving", daemon=True)  # the process ends without waiting for it only when interrupted
         self.final, self._work = final, work
         self.error: BaseException | None = None
         self.stopped = self.writing = 0.0

@@ -1,4 +1,4 @@
-"""Reads a native checkpoint in any slicing, with every block verified."""
+"""Reads a native checkpoint in any slicing, and verifies every block."""
 
 from __future__ import annotations
 
@@ -80,11 +80,12 @@ class Checkpoint:
         error the content of ``out`` is undefined.
 
         Args:
-            out: any strides and device; floating dtypes convert into each other.
-            offset: start of the box of ``out``'s shape; None reads the whole tensor.
+            key: global key of the tensor.
+            out: of the box's shape, with any strides and device; floating dtypes are converted.
+            offset: start of the box; None to read the whole tensor.
 
         Raises:
-            CheckpointError: there is no such tensor, or the box or the kind of dtype does not fit.
+            CheckpointError: the tensor does not exist, the box is not inside it, or the dtypes do not convert.
             DamagedError: a file's content has changed.
         """
         stored = self._stored(key)
@@ -113,11 +114,14 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
-    """Open a checkpoint directory and check everything but the tensors' bytes. ``verify``: check these when they are
-    read.
+    """Open a checkpoint directory and check its manifest and headers.
+
+    Args:
+        directory: the checkpoint.
+        verify: verify the tensors' bytes when they are read.
 
     Raises:
-        CheckpointError: not a checkpoint, of a newer version, or not readable.
+        CheckpointError: it is not a checkpoint, has another version, or cannot be read.
         DamagedError: the manifest or a header is damaged, a shard is missing or has another size, or pieces do not fit.
     """
     directory = Path(directory)
@@ -147,7 +151,7 @@ def open_checkpoint(directory: str | os.PathLike[str], *, verify: bool = True) -
 
 
 def _object(value: Any, where: str, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """``value``, checked to be a JSON object with at least these keys."""
+    """Check that ``value`` is a JSON object with at least these keys, and return it."""
     if not isinstance(value, dict) or not value.keys() >= set(keys):
         raise DamagedError(f"{where}: expected an object" + (f" with {', '.join(keys)}" if keys else ""))
     return value

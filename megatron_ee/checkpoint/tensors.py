@@ -1,4 +1,4 @@
-"""A tensor that is stored in a file, or computed from stored ones, and is read box by box on demand."""
+"""A tensor that is stored in a file or computed from stored tensors, and is read on demand, box by box."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from megatron_ee.checkpoint.safetensors_file import PIECE, TensorEntry, read_box
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint of any format; no byte of it is in memory.
+    """One tensor of a checkpoint of any format. It is not in memory.
 
     Attributes:
-        dtype: its stored dtype.
-        shape: of the whole tensor.
-        read: fills its first argument (any strides and device; floating dtypes convert into each other) with the box
-            that starts at its second, one index per dimension. Safe to call from several threads.
-        files: the files that are read for it; used to detect a changed checkpoint.
-        made: how it is computed from these files, if it is not stored directly. Equal texts mean equal values.
+        dtype: stored dtype.
+        shape: shape of the whole tensor.
+        read: reads a box into its first argument (any strides and device; floating dtypes are converted). The second
+            argument is the start of the box, one index per dimension. Thread-safe.
+        files: the files that it is read from; used to detect a changed checkpoint.
+        made: description of its computation from these files, if it is not stored directly. Equal descriptions mean
+            equal values.
     """
 
     dtype: torch.dtype
@@ -40,12 +41,12 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def slabs(self, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """A box of it (default: all), in row-major order, as contiguous runs of rows of at most ``PIECE`` bytes.
+        """Yield a box (by default the whole tensor) as contiguous runs of rows of at most ``PIECE`` bytes.
 
-        A single row may be longer. Each run is overwritten by the next.
+        A single row may be larger. Each run is overwritten by the next.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: a file cannot be read.
         """
         offset = (0,) * len(self.shape) if offset is None else tuple(offset)
         shape = self.shape if shape is None else tuple(shape)
@@ -65,7 +66,7 @@ class StoredTensor:
             yield slab
 
     def sha256(self) -> str:
-        """SHA-256 (hex) of its bytes, row-major, in its dtype. Raises CheckpointError: it cannot be read."""
+        """SHA-256 (hex) of its bytes, row-major, in its dtype. Raises CheckpointError if it cannot be read."""
         digest = hashlib.sha256()
         for slab in self.slabs():
             digest.update(tensor_bytes(slab))
@@ -78,7 +79,7 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
     Both are read a few MiB at a time, up to the first difference.
 
     Raises:
-        CheckpointError: one cannot be read, or the dtypes differ and are not both floating.
+        CheckpointError: a tensor cannot be read, or the dtypes differ and are not both floating.
     """
     if first.shape != second.shape:
         return False

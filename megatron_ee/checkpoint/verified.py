@@ -1,7 +1,7 @@
-"""Reads a file with a known SHA-256 per block. No byte is returned before its block was checked.
+"""Reads a file with a known SHA-256 per block, and returns only verified bytes.
 
 The hashed bytes are the returned bytes, so each block is read once. A block that is needed as a whole is read into its
-destination and hashed there. Any other block is kept by the thread that checked it, for the next read from it.
+destination and hashed there. Any other block is cached by the thread that verified it, for the next read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_ee.errors import DamagedError
 
 
 class _Kept(threading.local):
-    """This thread's last block that was read in parts. ``file`` is None while ``memory`` holds no block."""
+    """The last block that this thread read in parts. ``file`` is None while ``memory`` holds no valid block."""
 
     memory = memoryview(b"")
     file: VerifiedFile | None = None
@@ -35,7 +35,7 @@ class VerifiedFile:
 
     Attributes:
         path: its path.
-        size: its bytes.
+        size: its size in bytes.
         header_end: position of the first tensor's bytes.
         digests: SHA-256 (hex) of each ``BLOCK`` bytes.
     """
@@ -51,14 +51,16 @@ class VerifiedFile:
         self._locks = [threading.Lock() for _ in self.digests]
 
     def read(self, fd: int, out: memoryview, position: int, tensor: str) -> None:
-        """Fill ``out`` with the bytes from ``position``, several blocks at a time; safe to call from several threads.
+        """Fill ``out`` with the bytes from ``position``, several blocks in parallel. Thread-safe.
 
         Args:
-            fd: of the file, open for reading.
+            fd: descriptor of the file, open for reading.
+            out: the destination.
+            position: position in the file.
             tensor: name of the tensor, for messages.
 
         Raises:
-            DamagedError: one of their blocks, or the header, has changed.
+            DamagedError: a block of these bytes, or the header, has changed.
         """
         for block in range(-(-self.header_end // BLOCK)):
             self._fill(fd, out[:0], 0, block, tensor)
@@ -71,7 +73,7 @@ class VerifiedFile:
             return
         with ThreadPoolExecutor(min(hash_workers(), len(whole))) as pool:
             filling = [pool.submit(self._fill, fd, out, position, block, tensor) for block in whole]
-            for block in others:  # in this thread, which keeps their remaining bytes
+            for block in others:  # in this thread, which caches the block for the next read
                 self._fill(fd, out, position, block, tensor)
             for done in filling:
                 done.result()
@@ -80,7 +82,7 @@ class VerifiedFile:
         return position <= block * BLOCK and min((block + 1) * BLOCK, self.size) <= position + count
 
     def _fill(self, fd: int, out: memoryview, position: int, block: int, tensor: str) -> None:
-        """Fill the part of ``out`` in one block, which is checked if it was not yet."""
+        """Fill the part of ``out`` that lies in one block, and verify the block if it is not verified yet."""
         start, stop = block * BLOCK, min((block + 1) * BLOCK, self.size)
         first = max(start, position)
         part = out[first - position : max(0, stop - position)]
@@ -91,7 +93,7 @@ class VerifiedFile:
                     self._check(fd, part, block, tensor)
                     return
                 if not checked:
-                    _kept.file = None  # until it holds this block
+                    _kept.file = None  # invalid until it holds this block
                     if not _kept.memory:
                         _kept.memory = tensor_bytes(torch.empty(BLOCK, dtype=torch.uint8))
                     self._check(fd, _kept.memory[: stop - start], block, tensor)
@@ -102,7 +104,7 @@ class VerifiedFile:
         part[:] = _kept.memory[first - start : first - start + len(part)]
 
     def _check(self, fd: int, memory: memoryview, block: int, tensor: str) -> None:
-        """Read a block into ``memory``."""
+        """Read a block into ``memory`` and verify it."""
         start, stop = block * BLOCK, block * BLOCK + len(memory)
         if hash_range(fd, start, stop, self.path, memory) != self.digests[block]:
             raise DamagedError(

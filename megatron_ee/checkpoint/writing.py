@@ -1,4 +1,4 @@
-"""Writes a native checkpoint, all or nothing."""
+"""Writes a native checkpoint atomically."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Piece:
     Attributes:
         key: global key of the tensor.
         global_shape: shape of the whole tensor, without padding.
-        offset: where the box starts, one index per dimension.
-        tensor: the box's content; any strides and device.
+        offset: start of the box, one index per dimension.
+        tensor: content of the box, with any strides and device.
     """
 
     key: str
@@ -59,17 +59,20 @@ def write_checkpoint(
     world_size: int = 1,
     gather: Gather | None = None,
 ) -> None:
-    """Write a checkpoint directory, all or nothing. Every rank calls this with its own pieces.
+    """Write a checkpoint directory atomically. Every rank calls this with its own pieces.
 
-    Each rank writes ``shard-RRRR.safetensors`` (none without pieces); rank 0 writes the manifest and renames the
-    directory to ``final``. If one rank fails, all raise.
+    Each rank with pieces writes ``shard-RRRR.safetensors``. Rank 0 writes the manifest and renames the directory to
+    ``final``. If one rank fails, all raise.
 
     Args:
-        pieces: this rank's pieces. The pieces of all ranks must tile every tensor exactly, so only one rank gives a
+        final: directory of the checkpoint.
+        pieces: this rank's pieces. The pieces of all ranks must tile every tensor exactly, so only one rank passes a
             tensor that several ranks hold.
-        metadata: JSON content to store; rank 0's is used. NaN and infinity are not JSON.
-        gather: gives every rank the list of all ranks' objects (tuples, lists, dicts, strings and numbers), such as
-            ``all_gather_object`` over a gloo group. Needed if ``world_size`` is above 1.
+        metadata: JSON content to store; rank 0's is used. NaN and infinity are not allowed.
+        rank: of this process.
+        world_size: number of processes.
+        gather: returns the list of all ranks' objects (tuples, lists, dicts, strings and numbers) on every rank, such
+            as ``all_gather_object`` over a gloo group. Needed if ``world_size`` is above 1.
 
     Raises:
         CheckpointError: ``final`` exists, the pieces do not fit together, or the storage fails.

@@ -1,4 +1,4 @@
-"""Chat conversations as tokens with a mask: the chat template renders them, only the assistant's tokens are labels.
+"""Chat conversations as tokens with a mask. The chat template renders them; only the assistant's tokens are labels.
 
 A conversation is rendered and tokenised once, as at inference. The assistant's turns are spans of the rendered text,
 which the tokenizer's offsets map to tokens. So it does not matter if the tokenizer splits a prefix differently from the
@@ -31,7 +31,7 @@ from megatron_ee.errors import DataError, shown
 
 Message = Mapping[str, Any]
 Document = tuple[list[int], list[bool]]
-"""Token ids, and which of them are labels to be trained on."""
+"""Token ids, and whether each is a label."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the mark as transformers recognises it
 _OTHER_ANSWER = "\ue000"  # a private-use character, so that neither a template nor an answer begins with it
@@ -76,7 +76,7 @@ class ChatRenderer:
         self._special = tuple(tokenizer.special)
 
     def encode(self, messages: Sequence[Message], where: str, tools: Any = None) -> list[Document]:
-        """A conversation as one or more documents, each ending with end-of-text.
+        """Convert a conversation to one or more documents, each ending with end-of-text.
 
         There is one document, unless the template renders an assistant's turn differently once later turns follow. Each
         turn is trained in exactly one document.
@@ -224,8 +224,7 @@ class ChatRenderer:
         return len(text)
 
     def _document(self, text: str, spans: Sequence[Span], answered: bool) -> Document:
-        """Tokens of a rendered conversation. The last is an end-of-text token, which is a label if it ends an
-        answer."""
+        """Tokenise a rendered conversation. The last token is end-of-text, which is a label if it ends an answer."""
         ids, offsets = self._tokenizer.encode_spans(text)
         mask = _mask(offsets, spans)
         end = len(text.rstrip())
@@ -250,7 +249,7 @@ def render_chat(
     prompt: bool = False,
     marks: bool = False,
 ) -> tuple[str, list[Span]]:
-    """A conversation rendered with a chat template.
+    """Render a conversation with a chat template.
 
     The template is untrusted: transformers renders it in jinja2's sandbox, without access to attributes that begin with
     an underscore or to anything outside.
@@ -265,7 +264,7 @@ def render_chat(
         The text, and with ``marks`` the spans.
 
     Raises:
-        Exception: of any kind, since a template is a program.
+        Exception: of any type, because a template is a program.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -300,7 +299,7 @@ def check_messages(messages: Any, where: str) -> None:
     """Check the shape of a conversation.
 
     Raises:
-        DataError: naming file, line and message.
+        DataError: it is malformed; the message names file, line and message.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages must be a list of at least one {{role, content}}")

@@ -24,8 +24,8 @@ def check_tokenizer(corpora: Sequence[tuple[str, Corpus]], model: Path) -> list[
         A notice for each corpus that does not record its tokenizer.
 
     Raises:
-        DataError: another tokenizer or another end-of-text token, naming the corpus and both; or a file beside the
-            model's tokenizer is damaged.
+        DataError: the tokenizer or the end-of-text token differs (the message names the corpus and both), or a file of
+            the model's tokenizer is damaged.
     """
     digests = tokenizer_digests(model)
     if not digests:

@@ -19,7 +19,7 @@ from megatron_ee.errors import DataError
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How documents are tokenised; see ``prepare_corpus``."""
+    """Options of tokenisation; see ``prepare_corpus``."""
 
     tokenizer_path: Path
     text_key: str
@@ -48,11 +48,11 @@ class Encoded:
 
 
 class PieceEncoder:
-    """Turns pieces into tokens.
+    """Converts pieces to tokens.
 
     Raises:
-        DataError: the tokenizer cannot be loaded or lacks an end-of-text token, the beginning-of-text token asked
-            for, or a chat template.
+        DataError: the tokenizer cannot be loaded, or lacks an end-of-text token, a beginning-of-text token if it is
+            needed, or a chat template if it is needed.
     """
 
     def __init__(self, options: EncodeOptions) -> None:
@@ -69,7 +69,7 @@ class PieceEncoder:
             self._start = [self.tokenizer.bos_id]
 
     def __call__(self, piece: TextPiece) -> Encoded:
-        """Tokens of one piece.
+        """Tokenise one piece.
 
         Raises:
             DataError: invalid UTF-8 or JSON, a missing or ill-typed key, an unusable conversation, or a token that the
@@ -162,7 +162,7 @@ def _decode(data: bytes, path: Path, line: int, offset: int) -> str:
 
 
 def _check_surrogates(record: dict[str, Any], where: str) -> None:
-    """Refuse half a surrogate pair: JSON can hold one, but it is no text and tokenizers fail on it."""
+    """Refuse lone surrogates. JSON can contain them, but they are not valid Unicode and tokenizers fail on them."""
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

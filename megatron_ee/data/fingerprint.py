@@ -21,10 +21,10 @@ _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.js
 
 
 def tokenizer_digests(path: Path) -> tuple[str, ...]:
-    """SHA-256 (hex) of everything that decides the ids of a text, without templates and roles of special tokens.
+    """SHA-256 (hex) of everything that affects the ids of a text, without templates and roles of special tokens.
 
     A directory may hold the same tokenizer in two forms, ``tokenizer.json`` and ``tokenizer.model``. The first digest
-    is of the form that ``load_tokenizer`` uses. A corpus made from any of the forms fits.
+    is for the form that ``load_tokenizer`` uses. A corpus that was made from either form fits.
 
     Args:
         path: a directory, or one of its files, as ``load_tokenizer`` takes it.

@@ -32,11 +32,11 @@ COUNTED = 20_000_000
 SCANNED = 2**24
 """Tokens read between two updates of a progress bar."""
 BLOCK, BLOCKS = 64 * 1024, 256
-"""Bytes of one sample of a file, and number of samples per file. Smaller files are read whole."""
+"""Size of one sample of a file in bytes, and number of samples per file. Smaller files are read whole."""
 
 
 class CorpusMetadata(Strict):
-    """What ``PREFIX.json`` holds.
+    """The content of ``PREFIX.json``.
 
     Attributes:
         tokenizer: path of the tokenizer, as given on the command line.
@@ -280,7 +280,7 @@ def _read_metadata(path: Path) -> CorpusMetadata | None:
 
 
 def indexed_dataset() -> Any:
-    """megatron-core's module of that name. Imported when needed, since the import takes seconds."""
+    """Import megatron-core's module of that name. The import takes seconds, so it happens on demand."""
     from megatron_ee.platform import quiet_imports, quiet_runtime
 
     quiet_runtime()

@@ -36,7 +36,7 @@ class Batch:
         labels: int64 [batch, seq], the next token of each.
         mask: bool [batch, seq], whether the label counts in the loss.
         num_tokens: number of labels that count.
-        sequences: positions of these sequences in the order of the data.
+        sequences: indices of these sequences in the order of the data.
     """
 
     tokens: Tensor

@@ -16,7 +16,7 @@ _KEPT_EPOCHS = 2  # a global batch may reach from one epoch into the next
 
 @dataclass(frozen=True)
 class DocumentRange:
-    """Documents ``start`` to ``stop`` (exclusive) of a corpus, which are adjacent on disk."""
+    """Documents ``start`` to ``stop`` (exclusive) of a corpus. They are adjacent on disk."""
 
     corpus: Corpus
     start: int

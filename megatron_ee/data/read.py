@@ -29,8 +29,8 @@ class TextPiece:
         path: the file.
         lines: whether each line is a JSON object; otherwise the piece is part of one document.
         data: the bytes, without a byte-order mark.
-        size: bytes of the file that the piece stands for.
-        offset: where ``data`` begins in the file, in bytes.
+        size: number of bytes of the file that the piece covers.
+        offset: start of ``data`` in the file, in bytes.
         line: number of its first line, from 1.
         first: whether it is the first piece of the file.
         last: whether it is the last piece of the file.

@@ -1,4 +1,4 @@
-"""Released tokenizers: the one in the model's directory, in any form that it was released in."""
+"""Released tokenizers in any of their formats, from a model's directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_ee.data.tokenizer_backends import Backend, SentencePieceBackend, S
 from megatron_ee.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from megatron_ee.errors import DataError
 
-_UNFINISHED = "\ufffd"  # decoders write it for bytes that are not, or not yet, a whole character
+_UNFINISHED = "\ufffd"  # decoders write it for bytes that are not a complete character
 _LONGEST = 4  # the most bytes, and so tokens, of one character
 _CONTEXT, _MOST_CONTEXT = (
     8,
@@ -25,7 +25,7 @@ class Tokenizer:
 
     Attributes:
         path: the file or directory that it was loaded from.
-        vocab_size: one more than the largest token id, added tokens included. It may exceed the model's vocabulary.
+        vocab_size: largest token id plus one, including added tokens. It may exceed the model's vocabulary.
         eos_id: end-of-text token, or None.
         bos_id: beginning-of-text token, or None.
         special: the special tokens, as the vocabulary spells them.
@@ -67,7 +67,7 @@ class Tokenizer:
         return self._backend.encode_spans(text)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text that follows a line end: without the space that some tokenizers add before a text."""
+        """Token ids of text after a line end, without the space that some tokenizers add before a text."""
         ids = self._backend.encode(_JOINT + text)
         size = len(self._joint)
         # If the line end is merged into the text's first token, the text is encoded alone.
@@ -78,9 +78,9 @@ class Tokenizer:
         return self._backend.decode(list(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token adds to the text before it; joined, they equal ``decode(ids)``.
+        """The text that each token adds; concatenated, they equal ``decode(ids)``.
 
-        A character of several tokens appears with the last of them.
+        A character that consists of several tokens appears with the last of them.
         """
         stream = Detokenizer(self)
         pieces = [stream.push(token) for token in ids]
@@ -110,11 +110,11 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text of a sequence that grows token by token, at a constant cost per token.
+    """Decodes a sequence incrementally, at a constant cost per token.
 
-    The returned texts, joined, are the part of ``decode(context + tokens)`` after ``decode(context)``. A character of
-    several tokens is returned with the last of them. (If bytes are no text at all, some decoders change characters
-    before them. Text that was already returned stays.)
+    The returned texts, concatenated, are the part of ``decode(context + tokens)`` after ``decode(context)``. A
+    character that consists of several tokens is returned with the last of them. If bytes are not valid text, some
+    decoders change characters before them; text that was already returned is not changed.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
@@ -128,15 +128,13 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that is final after ``token``; empty if the token does not complete a character."""
-        if (
-            self._name_of(token) is None
-        ):  # padding of the vocabulary: many of these would push the context out of the window
+        if self._name_of(token) is None:  # padding ids of the vocabulary would push the context out of the window
             return ""
         self._ids.append(token)
         text = self._decode(self._ids)
         certain = len(text.rstrip(_UNFINISHED))
         self._waits = self._waits + 1 if certain < len(text) else 0
-        if self._waits >= _LONGEST:  # no character has so many bytes: only the end may still become one
+        if self._waits >= _LONGEST:  # no character has this many bytes, so only the end may still become one
             certain = max(certain, len(text) - (_LONGEST - 1))
         certain = max(certain, self._given)
         new = text[self._given : certain]
@@ -149,16 +147,16 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """The rest of the text if no token follows: an incomplete character, as the decoder shows it."""
+        """Return the rest of the text after the last token: an incomplete character, as the decoder shows it."""
         text = self._decode(self._ids)
         new = text[self._given :]
         self._given = len(text)
         return new
 
     def _tail(self, ids: Sequence[int]) -> tuple[list[int], str]:
-        """The shortest tail of tokens whose text continues as that of all tokens would, and its text.
+        """The shortest tail of the tokens that decodes like the end of all tokens, and its text.
 
-        A text that begins inside a character is decoded differently, and spaces before a blank text may get lost.
+        A tail that begins inside a character is decoded differently, and spaces before a blank text may be lost.
         """
         for count in range(_CONTEXT, min(len(ids), _MOST_CONTEXT)):
             text = self._decode(ids[-count:])
@@ -171,9 +169,9 @@ class Detokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a Hugging Face directory, or a SentencePiece ``.model`` file alone.
 
-    In a directory, ``tokenizer.json`` is the tokenizer if it is there, and else ``tokenizer.model``. Special tokens,
-    added tokens and chat templates come from the files beside it. A directory that has neither file, but the vocabulary
-    of an older tokenizer, is converted by transformers. Code from the directory is never run.
+    In a directory, ``tokenizer.json`` is used if it exists, else ``tokenizer.model``. Special tokens, added tokens and
+    chat templates come from the files beside it. If neither exists, transformers converts the vocabulary of an older
+    tokenizer. Code from the directory is never run.
 
     Raises:
         DataError: the path does not exist, holds no tokenizer, or the tokenizer cannot be read.
@@ -224,7 +222,7 @@ def _of_transformers(directory: Path, files: TokenizerFiles) -> Tokenizer:
         return Tokenizer(directory, TokenizersBackend(hf.backend_tokenizer, files, directory), files)
     except DataError:
         raise
-    except Exception as error:  # the libraries raise anything, bare Exception included, on a damaged file
+    except Exception as error:  # the libraries may raise any exception on a damaged file, even a bare Exception
         raise _unusable(directory, error) from None
 
 

@@ -48,9 +48,9 @@ class Backend(Protocol):
 
 
 class TokenizersBackend:
-    """A tokenizer of the ``tokenizers`` library, as ``tokenizer.json`` holds it.
+    """A tokenizer of the ``tokenizers`` library, from ``tokenizer.json``.
 
-    Tokens that only the files beside it name are added. Its own tokens stay as they are.
+    Tokens that only the files beside it list are added. Its own tokens are not changed.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, files: TokenizerFiles, where: Path) -> None:
@@ -111,7 +111,7 @@ class SentencePieceBackend:
         """Load a serialised model.
 
         Raises:
-            RuntimeError: it is no SentencePiece model.
+            RuntimeError: it is not a SentencePiece model.
         """
         import sentencepiece
 
@@ -205,7 +205,7 @@ class SentencePieceBackend:
 
 
 class _Matcher:
-    """Finds added tokens in text: the first one, and the longest of those that begin at the same place."""
+    """Finds added tokens in text, from left to right; at one position the longest matches."""
 
     def __init__(self, tokens: Sequence[AddedToken]) -> None:
         self._tokens = sorted((token for token in tokens), key=lambda token: -len(token.content))
@@ -232,7 +232,7 @@ def _pattern(token: AddedToken) -> str:
 
 
 def _named_id(backend: Backend, files: TokenizerFiles, name: str, own: int = -1) -> int | None:
-    """The id of a special token: the one that the files name, or else the model's ``own`` (negative: none)."""
+    """The id of a special token from the files, or else the model's ``own`` (negative for none)."""
     if name in files.special:
         content = files.special[name]
         return None if content is None else backend.token_id(content)

@@ -98,10 +98,10 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
 
 
 def _asks_for_code(directory: Path, settings: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether ``auto_map`` of ``config.json`` asks for code that may tokenize differently from the files here.
+    """Whether ``auto_map`` of ``config.json`` requires code that may tokenise differently from the files.
 
-    An entry that only names another repository, such as ``Xenova/gpt-4o`` of Phi-4-mini, does not, if there is a
-    ``tokenizer.json`` whose class ``tokenizer_config.json`` names: transformers then takes no notice of it either.
+    An entry that only names another repository, such as ``Xenova/gpt-4o`` of Phi-4-mini, is ignored if there is a
+    ``tokenizer.json`` and ``tokenizer_config.json`` names its class. transformers ignores it too.
     """
     auto_map = config.get("auto_map")
     wanted = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
@@ -111,10 +111,10 @@ def _asks_for_code(directory: Path, settings: Mapping[str, Any], config: Mapping
 
 
 def eos_token_ids(directory: Path) -> tuple[int, ...]:
-    """The ``eos_token_id`` of ``generation_config.json`` and ``config.json``, one or several each.
+    """All ``eos_token_id`` of ``generation_config.json`` and ``config.json``.
 
     Raises:
-        DataError: one is not a token id or a list of them.
+        DataError: a value is not a token id or a list of token ids.
     """
     found: list[int] = []
     generation = directory / "generation_config.json"
@@ -131,7 +131,7 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _model_config(directory: Path) -> dict[str, Any]:
-    """``config.json``, of a multimodal release its text model's; empty if there is no file."""
+    """``config.json``, or the text model's part of it for a multimodal release; empty if there is no file."""
     path = directory / "config.json"
     try:
         return plain_config(read_object(path), str(path))
@@ -153,7 +153,7 @@ def _named_tokens(content: Mapping[str, Any]) -> dict[str, AddedToken | None]:
 
 
 def _tokens_of(values: Any) -> list[AddedToken]:
-    """Special tokens in a list of texts or of objects with ``content``. Anything else is ignored."""
+    """Special tokens in a list of strings or of objects with ``content``. Other entries are ignored."""
     if not isinstance(values, list):
         return []
     contents = [value.get("content") if isinstance(value, dict) else value for value in values]
@@ -207,7 +207,7 @@ def _templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_template(path: Path) -> str:
-    """The chat template of a file.
+    """Read the chat template in a file.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8.
@@ -221,7 +221,7 @@ def read_template(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no file.
+    """Read the JSON object in a file; empty if there is no file.
 
     Raises:
         DataError: it cannot be read, or is not a JSON object.
