@@ -1,4 +1,4 @@
-"""``evaluate``: measures a model's exits on a corpus. Also the validation that ``tune`` calls."""
+"""Measures a model's exits on a corpus, for ``evaluate`` and for validation in ``tune``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Evaluation:
     """Quality of a model's exits, and the inputs of the evaluation.
 
     Attributes:
-        quality: the figures.
+        quality: quality of the exits.
         exits: the exits, in the same order.
         model: the model's directory.
         adapter: the exits' directory, if any.
@@ -96,18 +96,18 @@ def evaluate(
         adapter: the exits; None uses those in the model's directory, or measures only the final exit.
         data: prefix of a corpus.
         sequence_length: tokens per window; default 2048, or the model's number of positions if that is lower.
-        sequences: largest number of windows; 0 for all.
+        sequences: maximum number of windows; 0 for all.
         batch_size: windows per pass.
-        dtype: dtype of the model; ``auto`` is the checkpoint's own.
-        thresholds: thresholds of the sweep, empty for none; default as in validation while tuning.
+        dtype: dtype of the model; ``auto`` for the checkpoint's.
+        thresholds: thresholds of the sweep, empty for none; None for those of validation in ``tune``.
         tensor: tensor-parallel size.
-        pipeline: number of stages. Data parallelism takes the ranks that are left.
+        pipeline: number of pipeline stages. The other ranks are used for data parallelism.
         verify: check checksums, if the files have any.
 
     Raises:
         ConfigError: the sequence is longer than the model's positions, or the ranks do not fit the model.
-        CheckpointError: the model or the adapter cannot be used, or they do not belong together.
-        DataError: the corpus cannot be used.
+        CheckpointError: the model or the adapter is invalid, or the adapter is for another model.
+        DataError: the corpus is invalid.
     """
     with joined_processes() as control:
         gather = partial(gather_objects, group=control)
@@ -135,7 +135,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Subject:
-    """The inputs of an evaluation, opened and checked but for the backbone's hash. None takes much memory yet."""
+    """The inputs of an evaluation, opened and checked, except for the backbone's hash. No weights are loaded yet."""
 
     model: SavedModel
     adapter: Adapter | None
@@ -163,7 +163,7 @@ def _open_subject(
     if length > arch.max_positions:
         raise ConfigError(f"--sequence-length: {length} is more than the model's {arch.max_positions} positions")
     corpus = open_corpus(data)
-    if launched_rank() == 0:  # on the first rank for all, since a corpus without a description is read as a whole
+    if launched_rank() == 0:  # only on one rank, because a corpus without a description is read completely
         corpus.check_vocabulary(arch.vocab_size)
         for line in check_tokenizer([("--data", corpus)], saved.path):
             print(line, file=sys.stderr, flush=True)
@@ -195,7 +195,7 @@ def _check_adapter(subject: _Subject, groups: Groups) -> None:
 
 
 def _layout(num_layers: int, specs: Sequence[ExitSpec], pipeline: int) -> Layout:
-    """Layers spread evenly, each exit on the stage of its layer."""
+    """A layout with layers spread evenly and each exit on the stage of its layer."""
     stages = even_layout(num_layers, pipeline).stages
     return Layout(
         tuple(
@@ -215,9 +215,9 @@ def make_validator(
     layout: Layout,
     interrupt: Interrupt,
 ) -> Validate:
-    """Validation for ``tune``: compute the final exit's part now, and return the function to call while tuning.
+    """Compute the final exit's results now, and return the validation function for ``tune``.
 
-    Both end with ``Interrupted`` on all ranks soon after a signal. Each call prints tables to stderr and writes
+    Both raise ``Interrupted`` on all ranks soon after a signal. Each validation prints tables to stderr and writes
     ``validation/step-N.json`` and ``.png`` under ``output``.
     """
     batch, chunk = config.tuning.micro_batch_size, config.loss.chunk_tokens

@@ -1,6 +1,7 @@
-"""The final exit's part of validation: its loss and top-1 tokens, computed once and cached.
+"""The final exit's results for validation: its loss and top-1 tokens, computed once and cached.
 
-Tuning loads no layer beyond the deepest exit. So this runs before tuning, through all layers, and frees them again.
+Tuning loads no layers beyond the deepest exit. So these results are computed before tuning, and the layers are freed
+again.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 VERSION = 1
-"""Part of the cache's key. Raise it if the same model and data give another result in a new version."""
+"""Part of the cache key. Increase it if a new version computes other results from the same model and data."""
 
 
 @dataclass(frozen=True)
 class FinalExit:
-    """The final exit on this data-parallel rank's validation windows, in their order.
+    """Results of the final exit on this data-parallel rank's validation windows, in their order.
 
     Attributes:
         loss: ``[windows, seq]`` float32, nats.
@@ -63,24 +64,24 @@ def final_exit(
     chunk_tokens: int,
     interrupt: Interrupt,
 ) -> FinalExit:
-    """The final exit's results, from the cache or computed and cached. Every rank calls this.
+    """Return the final exit's results from the cache, or compute and cache them. Every rank calls this.
 
-    The cache's key is the backbone's hash and settings, the data and the dtype. Results of other layouts, batch and
-    chunk sizes differ only by rounding, and are used.
+    The cache key consists of the backbone's hash and settings, the data and the dtype. Results with other layouts,
+    batch sizes and chunk sizes differ only by rounding, so they share an entry.
 
     Args:
         setup: of the run.
         model: the backbone.
         digest: its hash.
-        windows: each data-parallel rank takes its share.
-        layout: all layers, spread over the stages.
+        windows: validation windows; each data-parallel rank takes its share.
+        layout: of all layers.
         batch_size: windows per pass.
         chunk_tokens: tokens whose logits exist at a time.
         interrupt: checked between microbatches.
 
     Raises:
         CheckpointError: the model's files cannot be read.
-        Interrupted: a signal came to one of the ranks; raised on all.
+        Interrupted: one of the ranks received a signal; raised on all ranks.
     """
     groups = setup.groups
     rank, size = groups.data.rank(), groups.data.size()
@@ -150,7 +151,7 @@ def _read(path: Path, shape: tuple[int, int]) -> FinalExit | None:
 
 
 def _write(path: Path, result: FinalExit) -> None:
-    """Write the cache. If this fails, continue without it."""
+    """Write the cache. Errors are ignored."""
     with contextlib.suppress(OSError, CheckpointError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(path, {"loss": result.loss, "top1": result.top1}, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Plots of quality per exit and of a tuning run. matplotlib is imported when a plot is drawn, and needs no display."""
+"""Plots of quality per exit and of a tuning run. matplotlib is imported on demand and needs no display."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that colour-blind readers can tell apart too (Okabe and Ito).
+# A colour-blind safe palette (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
 FORMATS = (".png", ".pdf", ".svg")
@@ -38,13 +38,13 @@ SMOOTHED_FROM = 60  # steps; with fewer the curve is not smoothed
 
 
 def plot_sweep(quality: Quality, path: str | Path, title: str = "Early exit: what a threshold saves and costs") -> None:
-    """Agreement and accuracy of the emitted tokens against layers per token, one point per threshold.
+    """Plot agreement and accuracy of the emitted tokens against layers per token, one point per threshold.
 
-    For comparison, hollow markers show each exit used for every token. Thresholds help if their line lies above the
+    For comparison, hollow markers show each exit used for every token. A threshold is useful if its line is above the
     markers.
 
     Raises:
-        UserError: not a .png, .pdf or .svg, or it cannot be written.
+        UserError: ``path`` is not a .png, .pdf or .svg, or cannot be written.
         ValueError: there are no exits or no thresholds.
     """
     if not quality.exits or not quality.sweep:
@@ -76,10 +76,10 @@ def plot_sweep(quality: Quality, path: str | Path, title: str = "Early exit: wha
 
 
 def plot_reliability(quality: Quality, path: str | Path, title: str = "Reliability of the exits' confidence") -> None:
-    """Per exit: accuracy and agreement against confidence, and the share of tokens at each confidence.
+    """Plot per exit accuracy and agreement against confidence, and the share of tokens at each confidence.
 
     Raises:
-        UserError: not a .png, .pdf or .svg, or it cannot be written.
+        UserError: ``path`` is not a .png, .pdf or .svg, or cannot be written.
         ValueError: there are no exits.
     """
     if not quality.exits:
@@ -113,11 +113,11 @@ def plot_reliability(quality: Quality, path: str | Path, title: str = "Reliabili
 
 
 def plot_training(log: str | Path, path: str | Path, title: str = "Loss of each exit while tuning") -> None:
-    """One loss curve per exit from a run's JSONL log, with its validations as markers.
+    """Plot one loss curve per exit from a run's JSONL log, with its validations as markers.
 
     Raises:
         DataError: the log cannot be read, or has neither steps nor validations.
-        UserError: not a .png, .pdf or .svg, or it cannot be written.
+        UserError: ``path`` is not a .png, .pdf or .svg, or cannot be written.
     """
     steps, validations = read_log(log)
     layers = sorted({layer for losses in (*steps.values(), *validations.values()) for layer in losses})
@@ -147,13 +147,15 @@ def plot_training(log: str | Path, path: str | Path, title: str = "Loss of each 
 
 
 def plot_agreement(validations: Sequence[Validation], best_step: int | None, path: str | Path) -> None:
-    """Each exit's agreement with the final exit against the tokens seen, one line per exit.
+    """Plot each exit's agreement with the final exit against the tokens seen, one line per exit.
 
     Args:
-        best_step: step of the adapter that is kept as the best, which is marked; None if there is none.
+        validations: in the order of their steps.
+        best_step: step of the best adapter, which is marked; None if there is none.
+        path: the file.
 
     Raises:
-        UserError: not a .png, .pdf or .svg, or it cannot be written.
+        UserError: ``path`` is not a .png, .pdf or .svg, or cannot be written.
         ValueError: there is no validation.
     """
     if not validations:
@@ -186,7 +188,7 @@ def _curve(losses: Losses, layer: int) -> tuple[list[int], list[float]]:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a thirtieth of the values, with correction of the bias towards 0."""
+    """Exponential moving average over about 1/30 of the values, with bias correction."""
     keep = 1 - 30 / len(values) if len(values) > 60 else 0.5
     mean = weight = 0.0
     result = []
@@ -203,7 +205,7 @@ def _percents(shares: Sequence[float]) -> list[float]:
 
 def _annotate(figure: Figure, axes: Axes, texts: list[tuple[float, float, str]], prefix: str) -> None:
     """Write each text above its point, the first with ``prefix``. Leave out texts that would overlap."""
-    figure.canvas.draw()  # fixes the layout, on which positions in pixels depend
+    figure.canvas.draw()  # fixes the layout, which determines positions in pixels
     taken: list[Any] = []
     for index, (x, y, text) in enumerate(texts):
         note = axes.annotate(
@@ -225,7 +227,7 @@ def _annotate(figure: Figure, axes: Axes, texts: list[tuple[float, float, str]],
 
 @contextmanager
 def saved_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure that is saved to ``path`` when the block ends without an error, under a temporary name first."""
+    """Yield a figure, and save it to ``path`` atomically if the block ends without an error."""
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
         raise UserError(f"{target}: a plot must be one of {', '.join(FORMATS)}")

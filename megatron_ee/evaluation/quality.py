@@ -1,4 +1,4 @@
-"""Measures quality per exit on validation windows, over all stages; ``model.metrics`` does the counting."""
+"""Measures quality per exit on validation windows, over all stages. ``model.metrics`` accumulates it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def measure(
     chunk_tokens: int = 512,
     check: Callable[[], None] = lambda: None,
 ) -> Quality:
-    """Quality of the exits of all stages, equal on every rank.
+    """Measure the quality of the exits of all stages. The result is equal on every rank.
 
-    Each stage sends three numbers per token and exit to the first stage, which counts.
+    Each stage sends three numbers per token and exit to the first stage, which accumulates them.
 
     Args:
         pipeline: the stages. The last one holds the final exit if ``final`` is not given.
         windows: validation windows; each data-parallel rank takes its share.
         thresholds: confidences of the sweep.
-        final: results of the final exit, if they were computed before.
+        final: results of the final exit; None to compute them.
         batch_size: windows per pass.
         chunk_tokens: tokens whose logits exist at a time.
         check: called by every rank between groups of microbatches; it may raise, on all ranks.
@@ -78,7 +78,7 @@ def measure(
 def _score(
     pipeline: Pipeline, batches: Sequence[Batch], chunk_tokens: int, with_final: bool
 ) -> dict[int, list[TokenStats]]:
-    """Statistics of each microbatch, by layer of the exit; empty for exits on other stages."""
+    """Run the exits of this stage. Returns the statistics of each microbatch, by layer of the exit."""
     stage, layers = pipeline.stage, [spec.layer for spec in pipeline.specs]
     scored: dict[int, list[TokenStats]] = {layer: [] for layer in (*layers, *([FINAL] if with_final else []))}
 
@@ -98,7 +98,7 @@ def _score(
 def _on_first_stage(
     pipeline: Pipeline, scored: dict[int, list[TokenStats]], batches: Sequence[Batch]
 ) -> dict[int, list[TokenStats]]:
-    """The statistics of all stages, on the first stage; empty on the others."""
+    """Send the statistics of all stages to the first stage. Returns them there; empty on other stages."""
     group, layout = pipeline.stage.setup.groups.pipeline, pipeline.layout
     tokens = [batch.tokens.numel() for batch in batches]
     for layer, stats in scored.items():
@@ -113,7 +113,7 @@ def _on_first_stage(
 
 
 def _packed(stats: TokenStats) -> Tensor:
-    """Statistics as ``[3, tokens]`` int32; floats by their bits."""
+    """Pack statistics as ``[3, tokens]`` int32, with floats as their bits."""
     return torch.stack([stats.loss.view(torch.int32), stats.confidence.view(torch.int32), stats.top1.int()])
 
 

@@ -1,4 +1,4 @@
-"""Quality per exit as tables for people and as a dict for ``--json``."""
+"""Quality per exit, as tables and as a dict for ``--json``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HISTORY_ROWS = 12
 
 
 def report_dict(quality: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
-    """What ``evaluate --json`` prints: ``Quality.to_dict`` with ``body`` and ``head`` in each of ``exits``.
+    """The output of ``evaluate --json``: ``Quality.to_dict`` with ``body`` and ``head`` added to each exit.
 
-    ``Quality.from_dict`` reads it back.
+    ``Quality.from_dict`` can read it.
     """
     _check(quality, exits)
     data = quality.to_dict()
@@ -56,14 +56,14 @@ def print_quality(
     """Print the table per exit and, if there are thresholds, the sweep.
 
     Args:
-        quality: the figures.
+        quality: to print.
         exits: the exits, in the same order.
         title: title of the first table.
         to_stderr: print to stderr, not to stdout.
         console: print to this console.
 
     Raises:
-        ValueError: ``exits`` are not those of ``quality``.
+        ValueError: ``exits`` do not match ``quality``.
     """
     _check(quality, exits)
     console = console or make_console(sys.stderr if to_stderr else sys.stdout)
@@ -79,10 +79,10 @@ def print_quality(
 def print_comparison(
     initial: Quality, tuned: Quality, exits: Sequence[ExitSpec], console: Console | None = None
 ) -> None:
-    """Print what tuning changed, exit by exit.
+    """Print the quality of each exit before and after tuning.
 
     Raises:
-        ValueError: ``exits`` are not those of both.
+        ValueError: ``exits`` do not match ``initial`` and ``tuned``.
     """
     _check(initial, exits)
     _check(tuned, exits)

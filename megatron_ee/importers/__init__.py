@@ -1,1 +1,1 @@
-"""Checkpoints of other systems, read from and written to the package's own description of a checkpoint."""
+"""Checkpoints of other systems, converted from and to ``checkpoint.contents.Contents``."""

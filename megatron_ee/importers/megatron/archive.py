@@ -71,15 +71,18 @@ class _Window(io.RawIOBase):
 
 
 def locate_tensor(path: Path, start: int, length: int, name: str, *, verify: bool) -> TensorEntry:
-    """The tensor that ``torch.save`` wrote to ``length`` bytes of ``path`` from ``start``.
+    """Locate the tensor that ``torch.save`` wrote to ``length`` bytes of ``path`` from ``start``.
 
     Args:
+        path: the file.
+        start: position of the archive in it.
+        length: size of the archive.
         name: name of the tensor, for messages.
-        verify: read all of it once and compare its checksum. ``torch.save`` writes a CRC-32 by default.
+        verify: read the tensor once and verify its checksum. ``torch.save`` writes a CRC-32 by default.
 
     Raises:
         CheckpointError: it is not such a tensor, or it is not contiguous.
-        DamagedError: truncated, malformed or another checksum.
+        DamagedError: it is truncated or malformed, or the checksum differs.
     """
     where = f"{path}: tensor {shown(name)}"
     with open_regular(path) as fd, damage(where):
@@ -97,13 +100,13 @@ def locate_tensor(path: Path, start: int, length: int, name: str, *, verify: boo
 
 
 def _reference(pid: Any) -> Any:
-    """A storage, as a pickle refers to it: ``("storage", type, key, device, number of elements)``."""
+    """The persistent id of a storage in a pickle: ``("storage", type, key, device, number of elements)``."""
     return pid
 
 
 @contextlib.contextmanager
 def damage(where: str) -> Iterator[None]:
-    """Turns the errors of reading a damaged archive into one line."""
+    """Convert errors from reading a damaged archive to a ``DamagedError`` of one line."""
     try:
         yield
     except CheckpointError:
@@ -143,12 +146,12 @@ class Archive:
         return iter(self._members)
 
     def place(self, name: str) -> tuple[int, int, int]:
-        """Position of a member's bytes in the file, their number and their CRC-32 (0: none was written)."""
+        """Position of a member's bytes in the file, their number, and their CRC-32 (0 if none was written)."""
         info = self._members[name]
         header = os.pread(self._fd, 30, self._start + info.header_offset)
         if len(header) < 30 or header[:4] != b"PK\x03\x04" or info.compress_type != zipfile.ZIP_STORED:
             raise zipfile.BadZipFile(f"no stored member {name!r}")
-        # Only the header before the bytes, not the archive's directory, gives the header's length.
+        # The header's length is only in the header itself, not in the archive's directory.
         lengths = (int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little"))
         position = info.header_offset + 30 + sum(lengths)
         if info.compress_size != info.file_size or position + info.file_size > self._length:
@@ -186,7 +189,7 @@ def parse_tensor(found: Any, where: str) -> tuple[torch.dtype, str, int, tuple[i
 
 
 def check_sum(fd: int, offset: int, size: int, crc: int, path: Path, where: str) -> None:
-    """Compare ``size`` bytes from ``offset`` with their CRC-32. Raises DamagedError, naming ``where``."""
+    """Verify the CRC-32 of ``size`` bytes from ``offset``. Raises a ``DamagedError`` that names ``where``."""
     found, done = 0, 0
     buffer = tensor_bytes(scratch_buffer())
     while done < size:

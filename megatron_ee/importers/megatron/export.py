@@ -54,7 +54,7 @@ Without FP8 all are empty, but loading fails if one is missing. Additional ones 
 
 @dataclass(frozen=True)
 class ItemLocation:
-    """Location of a part: its file, and position and length there in bytes."""
+    """Location of a part: its file, and its position and length in the file, in bytes."""
 
     file: str
     position: int
@@ -62,16 +62,16 @@ class ItemLocation:
 
 
 def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
-    """The backbone of ``contents`` in ``release/``, its small files in ``release/huggingface/``.
+    """Plan the output: the backbone of ``contents`` in ``release/``, its small files in ``release/huggingface/``.
 
-    Exits are left out, since Megatron's format cannot hold them.
+    Exits are left out, because Megatron's format cannot hold them.
 
     Args:
-        shard: bytes of tensors per file, at most.
+        contents: to export.
+        shard: maximum bytes of tensors per file.
 
     Raises:
-        CheckpointError: there is no backbone, Megatron cannot express it, or tensors of different dtypes would be
-            stacked.
+        CheckpointError: there is no backbone, Megatron does not support it, or stacked tensors differ in dtype.
     """
     arch = contents.architecture
     if arch is None or not contents.backbone:
@@ -101,7 +101,7 @@ def to_torch_dist(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
 def _plan(
     contents: Contents, arch: Architecture, vocabulary: int
 ) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], list[Part]]:
-    """Dtype and shape of every tensor by key, and the boxes, each of which becomes one item of a file."""
+    """Dtype and shape of every tensor by key, and the boxes. Each box becomes one item of a file."""
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     parts: list[Part] = []
     for parameter in parameters(arch):
@@ -119,7 +119,7 @@ def _plan(
 
 
 def _cut(key: str, lead: tuple[int, ...], tensor: StoredTensor) -> Iterator[Part]:
-    """Runs of rows of at most ``ITEM`` bytes. If layers are stacked, ``lead`` is the number of this layer."""
+    """Split a tensor into runs of rows of at most ``ITEM`` bytes. ``lead`` is the layer's index in a stacked tensor."""
     step = max(1, ITEM // (math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for first in range(0, tensor.shape[0], step):
         inner = (0,) * (len(tensor.shape) - 1)
@@ -163,8 +163,10 @@ def _saved_length(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def _locations(files: Sequence[OutputFile]) -> Iterator[tuple[Part, ItemLocation]]:
-    """Every part and its location, in the order of the files. A file that an earlier run finished has the same
-    locations."""
+    """Yield every part and its location, in the order of the files.
+
+    The locations depend only on the parts, so they also hold for files that an earlier run finished.
+    """
     for file in files:
         position = 0
         for part in file.parts:
@@ -194,8 +196,7 @@ def _write_metadata(
 
     class Writer(FileSystemWriter):
         def storage_meta(self) -> None:
-            """Fixed values in place of the temporary directory's name and a random number, so that equal models give
-            equal files."""
+            """Set constants instead of the temporary directory's name and a random number, for reproducible files."""
 
     tensors = {
         key: dcp.TensorStorageMetadata(dcp.TensorProperties(dtype), torch.Size(shape), [])
@@ -219,7 +220,7 @@ def _write_metadata(
 
 
 def _extra_states(num_layers: int) -> Iterator[str]:
-    """Keys of extra states, as ``ShardedObject.unique_key`` makes them: its number and how many there are."""
+    """Keys of extra states in the form of ``ShardedObject.unique_key``, with index and count."""
     yield "decoder.final_layernorm._extra_state/shard_0_1"
     for layer in range(num_layers):
         for module in MODULES:

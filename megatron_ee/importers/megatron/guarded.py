@@ -1,4 +1,4 @@
-"""Reads pickles as data: classes and functions that they name stay names, and nothing is imported, called or run."""
+"""Reads pickles as data. Classes and functions in them are kept as names; nothing is imported, called or run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_ee.errors import CheckpointError, shown
 
 MAX_PICKLE = 256 * 2**20  # bytes; the description of a rank's file has a few hundred KB
 _REFUSED = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
-"""Opcodes that access objects of this process, or allocate any amount of memory. Checkpoints do not use them."""
+"""Opcodes that access objects of this process or allocate unbounded memory. Checkpoints do not use them."""
 
 
 class Inert:
-    """Stands for the result of a class or function that a pickle names: the name and its arguments.
+    """Placeholder for the result of a class or function that a pickle calls: its name and arguments.
 
-    Every name has its own subclass, which the pickle can "call" to create an instance.
+    Every name has its own subclass. A call in the pickle creates an instance of it.
 
     Attributes:
         origin: module and name.
@@ -42,16 +42,16 @@ class Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Items of an unknown kind of dict are not kept."""
+        """Ignore items of an unknown kind of dict."""
 
     def append(self, item: Any) -> None:
-        """Items of an unknown kind of list are not kept."""
+        """Ignore items of an unknown kind of list."""
 
     add = append
 
 
 class Mapping(dict[Any, Any]):
-    """An ``OrderedDict`` of the pickle. Attributes of a state dict besides its items are not kept."""
+    """An ``OrderedDict`` in the pickle. Attributes of a state dict are ignored."""
 
     __slots__ = ()
 
@@ -60,7 +60,7 @@ class Mapping(dict[Any, Any]):
 
 
 class _GuardedUnpickler(pickle._Unpickler):
-    # The unpickler in Python: the one in C allocates, and touches, a memo table of the size that the pickle claims.
+    # The Python unpickler, because the C unpickler allocates and touches a memo table of the size that a pickle claims.
     # Every object that BUILD can reach has a __setstate__, so BUILD never sets arbitrary attributes.
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED}
 
@@ -89,16 +89,16 @@ def unpickle(
     load_storage: Callable[[Any], Any] | None = None,
     known: Collection[str] | None = None,
 ) -> Any:
-    """The content of a pickle: numbers, strings, lists, tuples, dicts, and ``Inert`` for everything else.
+    """Read a pickle: numbers, strings, lists, tuples, dicts, and ``Inert`` for everything else.
 
     Args:
         data: the pickle.
-        where: names it in errors.
-        load_storage: gives the objects that the pickle refers to outside itself. Without it there must be none.
-        known: modules, and classes or functions as ``module.name``, that it may name; None allows any.
+        where: name of its source, for messages.
+        load_storage: returns objects that are stored outside the pickle (persistent ids). None allows no such objects.
+        known: allowed modules, and classes or functions as ``module.name``; None allows all.
 
     Raises:
-        CheckpointError: it is too large, not a pickle, names anything else, or uses a refused opcode.
+        CheckpointError: it is too large, not a pickle, or contains a name or an opcode that is not allowed.
     """
     if len(data) > MAX_PICKLE:
         raise CheckpointError(f"{where}: {len(data)} bytes are too many for a description; at most {MAX_PICKLE}")

@@ -49,8 +49,8 @@ def open_legacy(path: Path, *, trust: bool, config: Path | None = None, verify: 
     Tensors are not read, except a tied embedding: the last stage's copy must equal the first stage's.
 
     Args:
-        path: directory of one iteration, or of all iterations, of which the latest is used.
-        trust: allow pickles, of which the format consists.
+        path: directory of one iteration, or of all iterations (the latest is then used).
+        trust: allow pickles, which the format uses.
         config: the model's Hugging Face directory, or its ``config.json``. None uses the run's arguments in the files.
         verify: check the CRC-32 that ``torch.save`` wrote, once per storage.
 
@@ -145,7 +145,7 @@ def _check_tied_head(ranks: RankFiles, model: ImportedModel, embedding: StoredTe
 
 
 def _parameters(stage: StageFiles, tied: bool) -> dict[StageParameter, str]:
-    """The keys of a stage by the parameter that they hold."""
+    """Map the parameters of a stage to their keys."""
     keys: dict[StageParameter, str] = {}
     for key in stage.values[0]:
         parameter = find_parameter(key, tied)
@@ -199,7 +199,7 @@ def _exit_parameters(
 def _join(
     stage: StageFiles, key: str, source: Source, shapes: Shapes, model: ImportedModel, size: int
 ) -> dict[str, StoredTensor]:
-    """The released tensors that the ranks' tensors under ``key`` consist of, joined."""
+    """Join the ranks' tensors under ``key`` and split them into released tensors."""
     arch = model.architecture
     parts = [file.tensor(values[key], key) for file, values in zip(stage.files, stage.values, strict=True)]
     for file, part in zip(stage.files, parts, strict=True):
@@ -221,7 +221,7 @@ def _join(
         return {source.names[0]: join_columns(parts, made)}
     runs: dict[str, list[Rows]] = {name: [] for name in source.names}
     for rank, part in enumerate(parts):
-        # Only a map from its rows to rows of the released tensors, in the order of the ranks.
+        # A meta tensor, used only to map its rows to rows of the released tensors.
         held = torch.empty(part.shape, dtype=part.dtype, device="meta")
         for block in blocks(held, source, arch, rank, size):
             first = block.tensor.storage_offset() // math.prod(part.shape[1:])
@@ -230,7 +230,7 @@ def _join(
 
 
 def _rank_shape(source: Source, shapes: Shapes, size: int) -> tuple[int, ...]:
-    """Shape of each rank's tensor; for the vocabulary with the smallest possible number of rows."""
+    """Shape of each rank's tensor. For the vocabulary it has the smallest possible number of rows."""
     first = shapes[source.names[0]]
     if source.kind == "whole":
         return first

@@ -13,7 +13,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Body, Head
 from megatron_ee.errors import CheckpointError, shown
 
-LLAMA3_CONTEXT = 8192  # positions before Llama 3's scaling, fixed in Megatron with the two factors below
+LLAMA3_CONTEXT = 8192  # positions before Llama 3's scaling; this and the two factors below are constants in Megatron
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
 STRETCHED = "rotary_seq_len_interpolation_factor"  # linear scaling
 _MUST_BE: dict[str, Any] = {
@@ -33,7 +33,7 @@ class Args:
     """The arguments of a run.
 
     Attributes:
-        where: their source, for messages.
+        where: source of the arguments, for messages.
         values: arguments by name, as in the checkpoint.
     """
 
@@ -41,17 +41,17 @@ class Args:
     values: Mapping[str, Any]
 
     def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """The value of ``name``, which must be of ``kind`` (a bool is not a number).
+        """The value of ``name``, which must have the type ``kind`` (a bool is not a number).
 
         Raises:
-            CheckpointError: it is missing, or of another kind.
+            CheckpointError: it is missing or has another type.
         """
         if self.values.get(name) is None:
             raise CheckpointError(f"{self.where}: {name} is missing, which config.json needs; give --config DIR")
         return self.get(name, None, kind)
 
     def get(self, name: str, default: Any, kind: type | tuple[type, ...]) -> Any:
-        """As ``need``, but ``default`` if it is missing or None. Raises CheckpointError likewise."""
+        """As ``need``, but returns ``default`` if the value is missing or None."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -61,10 +61,10 @@ class Args:
 
 
 def check_supported(args: Args) -> None:
-    """Refuse options that our decoder layer does not support. Many of them do not show in the shapes of weights.
+    """Refuse options that our decoder layer does not support. Many of them do not affect the shapes of weights.
 
     Raises:
-        CheckpointError: naming the argument.
+        CheckpointError: an option is not supported; the message names the argument.
     """
     values = dict(args.values)
     if values.get("use_rotary_position_embeddings"):  # Megatron's older form of this option
@@ -78,14 +78,16 @@ def check_supported(args: Args) -> None:
 
 
 def derive_config(args: Args, dtype: torch.dtype) -> dict[str, Any]:
-    """The ``config.json`` of the model: Qwen3 with q/k norms, Qwen2 with biases of q, k and v alone, Mistral with a
-    window, else Llama.
+    """Derive ``config.json``.
+
+    The family is Qwen3 with q/k norms, Qwen2 with biases of q, k and v only, Mistral with a window, else Llama.
 
     Args:
+        args: of the run.
         dtype: of the weights.
 
     Raises:
-        CheckpointError: an argument that this needs is missing, or they are of no family; the message names it.
+        CheckpointError: an argument is missing (the message names it), or no supported family matches.
     """
     check_supported(args)
     args.need("swiglu", bool)
@@ -107,10 +109,10 @@ def derive_config(args: Args, dtype: torch.dtype) -> dict[str, Any]:
         "max_position_embeddings": _positions(args),
         "rms_norm_eps": args.need("layernorm_epsilon", float) if eps is None else eps,
         "tie_word_embeddings": not args.get("untie_embeddings_and_output_weights", False, bool),
-        # Not the padded one, of which nothing tells how much is padding.
+        # Not the padded size, because the amount of padding is not recorded there.
         "vocab_size": args.need("vocab_size", int),
         "torch_dtype": str(dtype).removeprefix("torch."),
-        # Megatron records no special tokens; transformers would assume Llama's.
+        # Megatron records no special tokens, and transformers would use Llama's by default.
         "bos_token_id": None,
         "eos_token_id": None,
         **_rope(args),
@@ -140,7 +142,7 @@ def _family(args: Args) -> dict[str, Any]:
 
 
 def _windows(args: Args) -> dict[str, Any]:
-    """Attention windows. Megatron counts the positions before the own one, and those after it (none)."""
+    """Attention windows. Megatron counts the positions before a token's own, and those after it (0)."""
     window, skip = args.get("window_size", None, (list, tuple)), args.values.get("window_attn_skip_freq")
     if window is None or tuple(window) == (-1, 0):
         return {}
@@ -157,7 +159,7 @@ def _windows(args: Args) -> dict[str, Any]:
 
 
 def _positions(args: Args) -> int:
-    """Context length. Megatron records it after scaling, ``config.json`` with linear scaling before."""
+    """Context length. Megatron records it after linear scaling, ``config.json`` before."""
     used = int(args.need("max_position_embeddings", int))
     factor = args.get(STRETCHED, 1.0, (int, float))
     if not 0 < factor < float("inf"):
@@ -181,19 +183,20 @@ def _rope(args: Args) -> dict[str, Any]:
         }
     elif stretched is not None:
         scaling = {"rope_type": "linear", "factor": float(stretched)}
-    # Its fixed value before it was an argument.
+    # The default is the constant from before it was an argument.
     return {"rope_theta": float(args.get("rotary_base", 10_000, (int, float))), "rope_scaling": scaling}
 
 
 def check_agreement(args: Args, arch: Architecture, config: str) -> None:
-    """Refuse a configuration that contradicts the arguments about the model and the layout of its weights.
+    """Refuse a configuration that contradicts the arguments about the model or the layout of its weights.
 
     Args:
-        arch: of the configuration.
-        config: the configuration's name, for messages.
+        args: of the run.
+        arch: architecture of the configuration.
+        config: name of the configuration, for messages.
 
     Raises:
-        CheckpointError: a contradiction, with the argument and both values; or as in ``check_supported``.
+        CheckpointError: they differ (the message names the argument and both values), or as ``check_supported``.
     """
     check_supported(args)
     ours: dict[str, Any] = {
@@ -216,21 +219,21 @@ def check_agreement(args: Args, arch: Architecture, config: str) -> None:
 
 
 def differing_settings(args: Args, arch: Architecture, config: str) -> tuple[str, ...]:
-    """Notices about settings in which the arguments contradict the configuration.
+    """Notices about settings that differ between the arguments and the configuration.
 
-    Only settings that no tensor's shape shows. The configuration is used, since the arguments may be a converter's
-    defaults.
+    They cover only settings that do not affect a tensor's shape. The configuration is used, because the arguments may
+    be a converter's defaults.
 
     Args:
         args: of the checkpoint.
-        arch: the configuration's architecture.
-        config: the configuration's name in the lines.
+        arch: architecture of the configuration.
+        config: name of the configuration, for the notices.
     """
     rope = arch.rope
     windows = [window for window in arch.windows if window is not None]
     ours: dict[str, Any] = {
         "norm_epsilon": arch.norm_eps,
-        "layernorm_epsilon": arch.norm_eps,  # name of the argument in older releases
+        "layernorm_epsilon": arch.norm_eps,  # the argument's name in older releases
         "rotary_base": rope.theta,
         STRETCHED: rope.factor if rope.kind == "linear" else None,
         "use_rope_scaling": rope.kind == "llama3",
@@ -266,10 +269,11 @@ def early_exits(args: Args, arch: Architecture) -> tuple[EarlyExit, ...]:
     With ``pre_exit`` an exit reads its layer's input, so it is an exit after the previous layer.
 
     Args:
+        args: of the run.
         arch: of the backbone.
 
     Raises:
-        CheckpointError: the exits have no equivalent here.
+        CheckpointError: an exit has no equivalent in this package.
     """
     layers = args.get("exit_layer_nums", [], (list, tuple))
     if not layers:
@@ -300,7 +304,7 @@ def early_exits(args: Args, arch: Architecture) -> tuple[EarlyExit, ...]:
 
 
 def _spec(layer: int, body: Body, head: str, weight: Any) -> ExitSpec:
-    """The exit, with loss weight 1 if its weight was 0 or is not a number."""
+    """The spec of an exit. The loss weight is 1 if the given weight is 0 or not a number."""
     usable = isinstance(weight, (int, float)) and 0 < weight < float("inf")
     named: Head = "own" if head == "own" else "shared"
     return ExitSpec(layer, body, named, float(weight) if usable else 1.0)

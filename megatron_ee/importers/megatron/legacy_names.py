@@ -1,7 +1,7 @@
 """Names of weights in Megatron's ``model_optim_rng.pt`` files, of the old language model, megatron-core and EE-LLM.
 
-The tables map them to our own parameter names. The weight tables of the families say which released tensors a parameter
-consists of, and how ranks share it.
+The tables map them to our parameter names. The families' weight tables map a parameter to released tensors and describe
+its tensor-parallel sharding.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class StageParameter:
     """The parameter under a key of one pipeline stage's file.
 
     Attributes:
-        scope: ``known`` means that the key holds no weight of its own.
-        name: our name of the parameter, within its layer if it has one.
+        scope: ``known`` for a key that is not a separate weight.
+        name: our name of the parameter, relative to its layer if it is in one.
         index: layer in this stage, or number of an exit's head, from 0; None outside of layers.
     """
 
@@ -42,7 +42,7 @@ OLD_LAYER: dict[str, str] = {
     "mlp.dense_4h_to_h.weight": "mlp.down.weight",
     "mlp.dense_4h_to_h.bias": "mlp.down.bias",
 }
-"""``language_model.encoder.layers.N.``. Older files have "layernorm" for "norm"; Megatron reads both."""
+"""``language_model.encoder.layers.N.``. Older files have "layernorm" instead of "norm"; Megatron reads both."""
 OLD_MODEL: dict[str, str] = {
     "embedding.word_embeddings.weight": "embedding.weight",
     "encoder.final_norm.weight": "final_norm.weight",
@@ -78,11 +78,11 @@ _NO_WEIGHT = ("_extra_state", "rotary_pos_emb.inv_freq")
 
 
 def find_parameter(key: str, tied: bool) -> StageParameter | None:
-    """The parameter under ``key``, the levels of a nested state dict joined by dots; None if the key is unknown.
+    """The parameter under ``key``; None if the key is unknown.
 
     Args:
-        key: as in the file.
-        tied: whether the LM head is the input embedding, of which later stages hold copies.
+        key: as in the file, with the levels of a nested state dict joined by dots.
+        tied: whether the LM head is the input embedding; later stages then hold copies of it.
     """
     if key.endswith(_NO_WEIGHT):
         return StageParameter("known", key)
@@ -111,7 +111,7 @@ def _in_tables(key: str, layers: str, layer: dict[str, str], model: dict[str, st
 
 
 def _with_exits() -> dict[str, str]:
-    """EE-LLM's early-exit layer: its own MLP is ``mlp.trunk``; the exit's is ``mlp.branch`` or in ``exit_block``."""
+    """EE-LLM's early-exit layer. Its own MLP is ``mlp.trunk``; the exit's is ``mlp.branch`` or in ``exit_block``."""
     table = {**OLD_LAYER, "exit_norm.weight": "exit.norm.weight"}
     for name, parameter in OLD_LAYER.items():
         table[f"exit_block.{name}"] = f"exit.layer.{parameter}"
@@ -125,8 +125,7 @@ _OLD_AND_EXITS = _with_exits()
 
 
 def spell(parameter: StageParameter, old: bool) -> str:
-    """A key of ``parameter``, for messages about a missing key; ``old``: as in the old language model, not
-    megatron-core."""
+    """The key of ``parameter`` for messages, in the old language model's form if ``old``, else megatron-core's."""
     if parameter.scope == "exit head":
         return f"{OLD}exit_output_layer.{parameter.index}.weight"
     wanted = f"exit.{parameter.name}" if parameter.scope == "exit" else parameter.name

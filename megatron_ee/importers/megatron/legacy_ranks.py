@@ -1,8 +1,8 @@
 """The files of a legacy Megatron checkpoint, one per rank, each with its part of the model.
 
 They are ``mp_rank_TT/model_optim_rng.pt``, or ``mp_rank_TT_PPP/...`` with pipeline stages. A stage numbers its layers
-from 0. With a virtual pipeline it holds several models, ``model0``, ``model1`` and so on: the first of every stage come
-first, then the second of every stage.
+from 0. With a virtual pipeline, a stage holds several models ``model0``, ``model1`` and so on. The layers are in the
+order: ``model0`` of every stage, then ``model1`` of every stage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_ee.importers.megatron.torch_file import TorchFile
 
 FILE = "model_optim_rng.pt"
 VERSION = 3.0
-"""Version of the row order in fused q, k and v, since Megatron-LM of 2021. Earlier files have none or a lower one."""
+"""Version of the row order of fused q, k and v, since 2021. Earlier Megatron-LM wrote none or a lower version."""
 _RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
 _NESTED = 4  # maximum number of levels of a state dict
 
@@ -31,9 +31,9 @@ class StageFiles:
     """One model of one pipeline stage, in the files of its tensor-parallel ranks.
 
     Attributes:
-        files: by tensor-parallel rank.
-        values: by tensor-parallel rank: key, its levels joined by dots, to the tensor as the file describes it.
-        layers: number of layers in it.
+        files: one per tensor-parallel rank.
+        values: per tensor-parallel rank, the tensors as the file describes them, by key (levels joined by dots).
+        layers: number of layers in the model.
         first: number of layers before it.
     """
 
@@ -64,11 +64,11 @@ def read_ranks(directory: Path, *, verify: bool) -> RankFiles:
     """Read the descriptions of all files of one iteration.
 
     Args:
-        directory: with ``mp_rank_*``.
-        verify: compare tensors with their checksums when they are first read.
+        directory: contains ``mp_rank_*``.
+        verify: verify the checksums of tensors when they are first read.
 
     Raises:
-        CheckpointError: a rank is missing, or holds other keys than its neighbours; the message names the file.
+        CheckpointError: a rank is missing, or its keys differ from other ranks' keys; the message names the file.
     """
     grid = [[TorchFile(path, verify=verify) for path in stage] for stage in _paths(directory)]
     first = grid[0][0]

@@ -1,7 +1,7 @@
 """The ``.metadata`` of a torch distributed checkpoint: its tensors, and the file of each box.
 
-It is a pickle, of which only plain values are used. Tensors are checked and opened on demand, since a checkpoint of a
-training run holds many that are not needed here.
+It is a pickle; only plain values in it are used. Tensors are checked and opened on demand, because a checkpoint of a
+training run holds many that are not needed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KNOWN = (
     "megatron.core.dist_checkpointing",
     "pathlib",
 )
-"""Names that it may contain, besides plain values: see ``unpickle``."""
+"""Names that the pickle may contain, in addition to plain values; see ``unpickle``."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape
 Place = tuple[str, int, int]  # file name, first byte and number of bytes
@@ -47,7 +47,7 @@ Place = tuple[str, int, int]  # file name, first byte and number of bytes
 
 @dataclass(frozen=True)
 class Item:
-    """One box of a tensor: ``length`` bytes of ``path`` from ``start``, as ``torch.save`` wrote them."""
+    """One box of a tensor: ``length`` bytes of ``path`` from ``start``, written by ``torch.save``."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ def read_metadata(directory: Path) -> Metadata:
     """Read ``directory/.metadata``.
 
     Raises:
-        CheckpointError: it is missing, or names something that does not belong there.
+        CheckpointError: it is missing, or contains a name that is not allowed.
         DamagedError: it is not in torch's format.
     """
     path = directory / METADATA
@@ -128,14 +128,16 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
 
 
 def open_tensor(metadata: Metadata, key: str, *, verify: bool) -> StoredTensor:
-    """One tensor, whose bytes are read on demand.
+    """Open one tensor. Its bytes are read on demand.
 
     Args:
-        verify: check the CRC-32 of each item at the first read from it.
+        metadata: of the checkpoint.
+        key: key of the tensor.
+        verify: verify the CRC-32 of each item at the first read from it.
 
     Raises:
         CheckpointError: a file is missing or outside the directory.
-        DamagedError: the description contradicts itself, or a file is truncated.
+        DamagedError: the description is inconsistent, or a file is truncated.
     """
     path = metadata.path / METADATA
     where = f"{path}: tensor {shown(key)}"
@@ -157,10 +159,10 @@ def open_tensor(metadata: Metadata, key: str, *, verify: bool) -> StoredTensor:
 
 
 def read_object(metadata: Metadata, key: str) -> Any:
-    """The object under a key that is not a tensor, as ``unpickle`` gives it. Tensors in it are left out.
+    """Read an object that is not a tensor, with ``unpickle``. Tensors in it are left out.
 
     Raises:
-        CheckpointError: its file is missing or outside the directory, or it names something that is not allowed.
+        CheckpointError: its file is missing or outside the directory, or it contains a name that is not allowed.
         DamagedError: no file is recorded for it, or the file is truncated or malformed.
     """
     (item,) = _items(metadata, key, [((), ())])
@@ -171,7 +173,7 @@ def read_object(metadata: Metadata, key: str) -> Any:
 
 
 def tensor_dtype(metadata: Metadata, key: str) -> torch.dtype | None:
-    """Dtype of a tensor, if its description has torch's form."""
+    """Dtype of a tensor; None if its description does not have torch's form."""
     properties = _fields(metadata.tensors[key], metadata.path / METADATA).get("properties")
     state = properties.state if isinstance(properties, Inert) else None
     spelled = getattr(state[0], "origin", None) if isinstance(state, tuple) and state else None
@@ -181,7 +183,7 @@ def tensor_dtype(metadata: Metadata, key: str) -> torch.dtype | None:
 def _fill(boxes: Sequence[Box], shape: Sequence[int], dim: int = 0) -> bool:
     """Whether the boxes tile ``shape`` exactly, from dimension ``dim`` on.
 
-    All programs that write such checkpoints split dimension by dimension, so only such splits are recognised.
+    All programs that write such checkpoints split one dimension after the other, so only such splits are recognised.
     """
     if dim == len(shape):
         return len(boxes) == 1
@@ -197,7 +199,7 @@ def _fill(boxes: Sequence[Box], shape: Sequence[int], dim: int = 0) -> bool:
 
 
 def _items(metadata: Metadata, key: str, boxes: Sequence[Box]) -> tuple[Item, ...]:
-    """Location of each box, after a check that its file exists and is long enough."""
+    """Locate each box, and check that its file exists and is long enough."""
     path, ends = metadata.path / METADATA, dict[str, int]()
     items = []
     for offset, extent in boxes:
@@ -234,7 +236,7 @@ def _reader(
             located[item] = found
         return located[item]
 
-    slices: dict[int, list[Item]] = {}  # by their start along the first dimension, which they divide
+    slices: dict[int, list[Item]] = {}  # by start along the first dimension
     for item in items:
         slices.setdefault(item.offset[0], []).append(item)
     starts = sorted(slices)

@@ -1,7 +1,7 @@
 """The name table between megatron-core's ``GPTModel`` and released models, used in both directions.
 
-A tensor of Megatron's consists of one released tensor or of several fused ones. ``row_runs`` maps its rows to rows of
-these. Import splits it (``released_parts``), and export fuses it (``fuse``).
+A Megatron tensor consists of one released tensor or of several fused ones. ``row_runs`` maps its rows to rows of these.
+Import splits it (``released_parts``), and export fuses it (``fuse``).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Parameter:
     """A tensor of a checkpoint of ``GPTModel``.
 
     Attributes:
-        key: in a checkpoint.
-        sources: its released tensors, by full names: one source, or one per layer.
-        stacked: all layers' tensors are stacked under the key, along a leading axis.
+        key: key in a checkpoint.
+        sources: its released tensors, with full names: one source, or one per layer.
+        stacked: whether the tensors of all layers are stacked under the key, along a leading axis.
     """
 
     key: str
@@ -54,10 +54,10 @@ class Parameter:
 
 
 def parse_key(key: str, num_layers: int) -> Parameter | None:
-    """The parameter of a Megatron key, or None if the key is not in the tables.
+    """The parameter of a Megatron key; None if the key is not in the tables.
 
     Args:
-        key: without ``module.`` or ``model.`` before it.
+        key: without a ``module.`` or ``model.`` prefix.
         num_layers: of the model.
     """
     if key in MODEL:
@@ -70,7 +70,7 @@ def parse_key(key: str, num_layers: int) -> Parameter | None:
 
 
 def _layer_source(inner: str, layer: int) -> Source:
-    """Every family that Megatron can express has Llama's names."""
+    """The source of a layer's parameter. Every family that Megatron supports has Llama's names."""
     source = Source((SPLIT[inner],), "whole") if inner in SPLIT else LLAMA_LAYER[CORE[inner]]
     return Source(tuple(f"model.layers.{layer}.{name}" for name in source.names), source.kind)
 
@@ -78,7 +78,7 @@ def _layer_source(inner: str, layer: int) -> Source:
 def row_runs(
     source: Source, shapes: Mapping[str, tuple[int, ...]], arch: Architecture
 ) -> Iterator[tuple[str, int, int]]:
-    """The runs of rows that Megatron's tensor consists of, in order: released name, first row, number of rows.
+    """Yield the runs of rows of a Megatron tensor, in order: released name, first row, number of rows.
 
     Verified against megatron-core 0.16.1: ``linear_qkv`` is, for each key-value group, its query heads, its key and its
     value (``SelfAttention.get_query_key_value_tensors``); ``linear_fc1`` of the whole model, for every tensor-parallel
@@ -94,19 +94,20 @@ def row_runs(
 
 
 def fused_shape(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Shape of Megatron's tensor, without rows that pad the vocabulary."""
+    """Shape of a Megatron tensor, without padding rows of the vocabulary."""
     return sum(shapes[name][0] for name in source.names), *shapes[source.names[0]][1:]
 
 
 def released_parts(
     source: Source, fused: StoredTensor, shapes: Mapping[str, tuple[int, ...]], arch: Architecture
 ) -> dict[str, StoredTensor]:
-    """Megatron's tensor split into released tensors, by name.
+    """Split a Megatron tensor into released tensors, by name.
 
     Args:
-        source: with released names in full.
-        fused: Megatron's tensor, of ``fused_shape``; for the vocabulary it may have more rows.
+        source: with full released names.
+        fused: the Megatron tensor, of ``fused_shape``; it may have more rows for the vocabulary.
         shapes: of the released tensors.
+        arch: of the model.
     """
     if fused.shape == shapes[source.names[0]]:
         return {source.names[0]: fused}
@@ -121,11 +122,12 @@ def released_parts(
 
 
 def fuse(source: Source, backbone: Mapping[str, StoredTensor], arch: Architecture, rows: int = 0) -> StoredTensor:
-    """Fuse released tensors into Megatron's; the inverse of ``released_parts``.
+    """Fuse released tensors into a Megatron tensor; the inverse of ``released_parts``.
 
     Args:
-        source: with released names in full.
+        source: with full released names.
         backbone: every released tensor.
+        arch: of the model.
         rows: pad with zeros to at least this number of rows.
 
     Raises:
@@ -144,7 +146,7 @@ def fuse(source: Source, backbone: Mapping[str, StoredTensor], arch: Architectur
 
 
 def parameters(arch: Architecture) -> Iterator[Parameter]:
-    """Every parameter of a model, as ``GPTModel.sharded_state_dict`` names it by default."""
+    """Yield every parameter of a model, with the default keys of ``GPTModel.sharded_state_dict``."""
     expected = expected_tensors(arch)
     for key, source in MODEL.items():
         if source.names[0] in expected:

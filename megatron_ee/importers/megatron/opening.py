@@ -1,4 +1,4 @@
-"""First steps of opening a Megatron directory of either format: trust, the iteration, and the model's configuration."""
+"""Common steps of opening a Megatron directory of either format: trust, iteration, and the model's configuration."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def require_trust(path: Path, trust: bool) -> None:
 
 
 def tracked_iteration(path: Path) -> Path | None:
-    """The directory in ``path`` that its tracker file names as the latest; None without a tracker file.
+    """The latest iteration's directory in ``path``, from its tracker file; None without a tracker file.
 
     Raises:
-        CheckpointError: the tracker cannot be read, or names no iteration.
+        CheckpointError: the tracker file is invalid.
     """
     tracker = path / TRACKER
     if not tracker.is_file():
@@ -68,7 +68,7 @@ def tracked_iteration(path: Path) -> Path | None:
 
 
 def given_model(config: Path) -> ImportedModel:
-    """The model that the user gives with --config.
+    """Read the model configuration that the user gives with --config.
 
     Args:
         config: a Hugging Face directory, whose small files are copied, or only its ``config.json``.
@@ -86,7 +86,7 @@ def given_model(config: Path) -> ImportedModel:
 
 
 def derived_model(content: dict[str, Any], where: str) -> ImportedModel:
-    """The model of a ``config.json`` that was derived from a checkpoint's own settings in ``where``.
+    """Build the model from a ``config.json`` that was derived from the checkpoint's settings in ``where``.
 
     Raises:
         CheckpointError: it is not supported.

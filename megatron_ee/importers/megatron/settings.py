@@ -1,8 +1,7 @@
 """Converts between Megatron's two forms of a model's settings and ours.
 
-Megatron-LM saves its command line's arguments in ``common.pt``; ``legacy_args`` reads them, and ``to_args`` creates
-them. Megatron-Bridge saves a ``run_config.yaml``, whose ``model`` has the fields of megatron-core's
-``TransformerConfig``.
+Megatron-LM saves its command-line arguments in ``common.pt``. ``legacy_args`` reads them and ``to_args`` creates them.
+Megatron-Bridge saves a ``run_config.yaml`` whose ``model`` has the fields of megatron-core's ``TransformerConfig``.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ _ARGUMENTS = {
     "rope_scaling": "use_rope_scaling",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
-"""``TransformerConfig``'s field -> Megatron-LM's argument, where they differ."""
+"""Field of ``TransformerConfig`` -> argument of Megatron-LM, if the names differ."""
 
 
 def bridge_args(content: Any, where: str) -> Args:
-    """Megatron-LM's arguments for the model of a ``run_config.yaml``.
+    """Convert a ``run_config.yaml`` to Megatron-LM's arguments.
 
     Args:
         content: content of the file.
-        where: names it in errors.
+        where: name of the file, for messages.
 
     Raises:
         CheckpointError: it does not describe a supported model.
@@ -59,7 +58,7 @@ def bridge_args(content: Any, where: str) -> Args:
 
 
 def check_family(arch: Architecture, where: str) -> None:
-    """Refuse a family whose tensors or options are not mapped to Megatron's; arguments and errors as below."""
+    """Refuse a family that is not mapped to Megatron's names; arguments and errors as ``check_expressible``."""
     what = None
     if FAMILIES[arch.family].layer is not LLAMA_LAYER:
         what = "tensors of other names"
@@ -80,10 +79,10 @@ def check_expressible(arch: Architecture, where: str) -> None:
 
     Args:
         arch: of the model.
-        where: names it in errors.
+        where: name of its source, for messages.
 
     Raises:
-        CheckpointError: naming the setting.
+        CheckpointError: it is not supported; the message names the setting.
     """
     check_family(arch, where)
     biases = arch.qkv_bias, arch.output_bias, arch.mlp_bias
@@ -105,9 +104,9 @@ def check_expressible(arch: Architecture, where: str) -> None:
 
 
 def to_args(arch: Architecture, padded_vocab: int) -> dict[str, Any]:
-    """Megatron-LM's arguments for a model, which ``--use-checkpoint-args`` reads.
+    """Megatron-LM's arguments for a model, for ``--use-checkpoint-args``.
 
-    They describe every model that passes ``check_expressible`` completely.
+    They are complete for every model that passes ``check_expressible``.
     """
     windows = sorted({window for window in arch.windows if window is not None})
     args: dict[str, Any] = {

@@ -1,8 +1,9 @@
 """Opens Megatron-LM's and Megatron-Bridge's distributed checkpoints (``torch_dist``).
 
-A directory ``iter_*`` or ``release`` with ``metadata.json`` (written last), ``.metadata`` (a pickle with the location
-of each tensor), ``*.distcp`` (the boxes of tensors that each rank wrote), and ``common.pt`` or ``run_config.yaml``
-(settings). megatron-core 0.19 and later stores the content of ``common.pt`` as an object among the tensors.
+The format is a directory ``iter_*`` or ``release`` with ``metadata.json`` (written last), ``.metadata`` (a pickle with
+the location of each tensor), ``*.distcp`` (the boxes of tensors that each rank wrote), and ``common.pt`` or
+``run_config.yaml`` (settings). megatron-core 0.19 and later store the content of ``common.pt`` as an object among the
+tensors.
 """
 
 from __future__ import annotations
@@ -48,36 +49,36 @@ from megatron_ee.importers.megatron.torch_file import TorchFile
 FORMAT = "Megatron torch_dist checkpoint"
 SETTINGS, COMMON, RUN_CONFIG, CONFIG = "metadata.json", "common.pt", "run_config.yaml", "config.json"
 COMMON_STATE = "common_state/shard_0_1"
-"""Key of the former content of ``common.pt``."""
+"""Key of the object that replaces ``common.pt``."""
 RELEASED = "huggingface"
-"""Folder of ``config.json`` and the tokenizer in our exports."""
+"""Directory of ``config.json`` and the tokenizer in our exports."""
 TOKENIZER = "tokenizer"
-"""Folder of the tokenizer's files in Megatron-Bridge's checkpoints."""
+"""Directory of the tokenizer's files in Megatron-Bridge's checkpoints."""
 MAX_RUN_CONFIG = 16 * 2**20  # bytes
 _WRAPPERS = re.compile(r"^(?:(?:module|model)\.)+")
 NOT_WEIGHTS = re.compile(
     r"common_state(?:/.*)?|optimizer\..*|chained_\d+\..*|opt_param_scheduler.*|rng_state.*|rerun_state_machine.*"
     r"|(?:.*\.)?_extra_state(?:/.*)?|(?:.*\.)?rotary_pos_emb\.inv_freq"
 )
-"""Keys of a training run's other state."""
+"""Keys of other state of a training run."""
 
 
 def open_torch_dist(path: Path, *, trust: bool, config: Path | None, verify: bool = True) -> Contents:
     """Open a distributed checkpoint. No bytes of tensors are read.
 
     Args:
-        path: directory of one iteration, or of all iterations, of which the latest is used.
+        path: directory of one iteration, or of all iterations (the latest is then used).
         trust: allow pickles, which the format contains.
         config: the model's Hugging Face directory, or its ``config.json``. None uses the checkpoint's own settings, if
             they are complete.
         verify: check the CRC-32 that ``torch.save`` wrote, once per item.
 
     Returns:
-        The backbone. Optimizer state, random state and so on are left out.
+        The backbone. Other state, such as the optimizer's, is left out.
 
     Raises:
-        CheckpointError: ``trust`` is not given, or the checkpoint is damaged, incomplete, of another model than
-            ``config``'s, or not supported. The message names the file and the tensor.
+        CheckpointError: ``trust`` is not given, or the checkpoint is damaged, incomplete, not supported, or does not
+            match ``config``. The message names the file and the tensor.
     """
     require_trust(path, trust)
     directory = _latest(path)
@@ -124,8 +125,10 @@ def _check_settings(directory: Path) -> None:
 
 
 def _describe(metadata: Metadata, config: Path | None, dtype: torch.dtype) -> ImportedModel:
-    """The model from ``config``, from our exported copy of it, or from the checkpoint's own settings. They must
-    agree."""
+    """The model, from ``config``, from our exported copy of it, or from the checkpoint's settings.
+
+    Raises a ``CheckpointError`` if they contradict each other.
+    """
     directory = metadata.path
     if config is None and (directory / RELEASED / CONFIG).is_file():
         config = directory / RELEASED
@@ -147,7 +150,7 @@ def _describe(metadata: Metadata, config: Path | None, dtype: torch.dtype) -> Im
 
 
 def _stated_args(metadata: Metadata) -> Args | None:
-    """The checkpoint's own settings as Megatron-LM's arguments; None if it has none."""
+    """The checkpoint's settings as Megatron-LM's arguments; None if it has none."""
     directory = metadata.path
     path = directory / RUN_CONFIG
     if path.is_file():
@@ -196,7 +199,7 @@ def _backbone(metadata: Metadata, model: ImportedModel, verify: bool) -> dict[st
 
 
 def _model_keys(metadata: Metadata) -> Iterator[tuple[str, str]]:
-    """Every key of a model's tensor, with and without the prefixes of wrappers."""
+    """Yield every key of a model's tensor, with and without the prefixes of wrappers."""
     for key in metadata.tensors:
         inner = _WRAPPERS.sub("", key)
         if not NOT_WEIGHTS.fullmatch(inner):

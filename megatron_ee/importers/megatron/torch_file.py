@@ -25,7 +25,7 @@ _PARAMETER = ("torch._utils", "_rebuild_parameter")
 
 @dataclass
 class _Storage:
-    """Location of a storage's bytes. Their checksum is checked once, before the first read."""
+    """Location of a storage's bytes. The checksum is verified once, before the first read."""
 
     path: Path
     offset: int
@@ -51,7 +51,7 @@ class TorchFile:
     """
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
-        """Read everything but tensors.
+        """Read everything except tensors.
 
         Args:
             path: the file.
