@@ -1,4 +1,4 @@
-"""``megatron-ee`` in a process of its own that starts at once."""
+"""``megatron-ee`` in a separate process that starts quickly."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_ee.testing.ranks import PRELOADED
 
 
 class Command:
-    """A running ``megatron-ee``: forked from the server of ``Ranks``, which spares it seconds of imports.
+    """A running ``megatron-ee``, forked from the server of ``Ranks``, which saves seconds of imports.
 
     Attributes:
-        pid: of the process.
+        pid: process id.
     """
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
@@ -41,15 +41,15 @@ class Command:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether the process is running."""
         return self._process.is_alive()
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send a signal to the process."""
         os.kill(self.pid, number)
 
     def wait(self, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        """Its status (negative: the signal that ended it) and what it printed.
+        """Wait for the process; returns its status (negative for a signal) and output.
 
         Raises:
             AssertionError: it does not end within ``timeout`` seconds.

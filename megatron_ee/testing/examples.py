@@ -1,4 +1,4 @@
-"""The example configurations of a checkout, with the shapes of the models that they name: no weights are needed."""
+"""The example configurations of a checkout, and the architectures of their models, without weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_ee.families.registry import parse_architecture
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-# What the released config.json files say.
+# From the released config.json files.
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5}
 LLAMA2 = {**LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096}
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def example_architecture(name: str, window: int | None = None) -> Architecture:
-    """Of the model that an example configuration names; with ``window``, of a Mistral of its shape."""
+    """Architecture of an example configuration's model; with ``window``, of a Mistral with the same shape."""
     changes = {} if window is None else {"architectures": ["MistralForCausalLM"], "sliding_window": window}
     return parse_architecture({**MODELS[name], **changes})
 
@@ -74,12 +74,12 @@ def example_architecture(name: str, window: int | None = None) -> Architecture:
 def open_example(
     name: str, overrides: Sequence[str] = (), processes: int | None = None
 ) -> tuple[RunConfig, tuple[ExitSpec, ...], int]:
-    """An example configuration, checked.
+    """Load and check an example configuration.
 
     Args:
         name: directory under ``examples``.
         overrides: as on the command line.
-        processes: of the run; by default as many as the file's comments start.
+        processes: number of processes; None for the number in the file's comments.
 
     Returns:
         The configuration, its exits, and the number of processes.
@@ -91,7 +91,7 @@ def open_example(
 
 
 def written(name: str, pattern: str) -> str:
-    """What the comments of an example configuration say: the first group of ``pattern``."""
+    """The first group of ``pattern`` in the text of an example configuration."""
     found = re.search(pattern, (EXAMPLES / name / "config.yaml").read_text(encoding="utf-8"))
     assert found is not None, pattern
     return found[1]

@@ -20,16 +20,18 @@ from megatron_ee.parallel.groups import Groups
 def _on_cpu() -> Iterator[None]:
     with platform.quiet_imports(), platform.stand_in(), platform.translated(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Stages that share a tied embedding move it to where they add it up.
+        # Stages that share a tied embedding move it to CUDA to all-reduce it.
         with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
             yield
 
 
 def gpt_model(arch: Architecture, groups: Groups, vocabulary: int) -> Any:
-    """This rank's part of a float32 model with random weights, of Megatron's local layers (no Transformer Engine).
+    """This rank's part of a float32 model with random weights, with Megatron's local layers (no Transformer Engine).
 
     Args:
-        vocabulary: rows of the embedding, padding included.
+        arch: of the model.
+        groups: process groups.
+        vocabulary: rows of the embedding, including padding.
     """
     with _on_cpu():
         from megatron.core.models.gpt import GPTModel
@@ -79,11 +81,12 @@ def gpt_model(arch: Architecture, groups: Groups, vocabulary: int) -> Any:
 
 
 def load_gpt(model: Any, directory: Path, metadata: dict[str, Any] | None = None) -> None:
-    """Fill ``model`` by megatron-core's own ``dist_checkpointing.load``; every key must be there.
+    """Load ``model`` with megatron-core's ``dist_checkpointing.load``. Every key must exist.
 
     Args:
+        model: to load.
         directory: of the iteration.
-        metadata: as ``sharded_state_dict`` takes it.
+        metadata: argument of ``sharded_state_dict``.
     """
     with _on_cpu():
         from megatron.core import dist_checkpointing  # noqa: TID251  on what the test wrote
@@ -94,7 +97,7 @@ def load_gpt(model: Any, directory: Path, metadata: dict[str, Any] | None = None
 
 
 def save_gpt(model: Any, directory: Path, metadata: dict[str, Any] | None = None, **common: Any) -> None:
-    """Save ``model`` by megatron-core's own ``dist_checkpointing.save``; ``common`` goes to ``common.pt``."""
+    """Save ``model`` with megatron-core's ``dist_checkpointing.save``; ``common`` goes to ``common.pt``."""
     with _on_cpu():
         from megatron.core import dist_checkpointing  # noqa: TID251  on what the test wrote
 

@@ -1,4 +1,4 @@
-"""Makers of directories that a hostile hand could have made: valid ones, and ways to change one thing in them."""
+"""Creates valid model, adapter and checkpoint directories, and functions that corrupt one part of them maliciously."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ EXITS = (ExitSpec(1, "mlp", "low_rank", rank=2), ExitSpec(2, "norm", "shared"))
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SHARD = "shard-0000.safetensors"
 ESCAPES = "\x1b[31m\x07\u202e"
-"""What must not reach a terminal as it is: colours, a bell, text from right to left."""
+"""Characters that must not reach a terminal unescaped: colours, a bell, right-to-left text."""
 
 
 # ------------------------------------------------------------------------------------------------- valid directories
 
 
 def architecture() -> Architecture:
-    """Of ``CONFIG``."""
+    """The architecture of ``CONFIG``."""
     return parse_architecture(CONFIG)
 
 
@@ -70,7 +70,7 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, t
 
 
 def make_model(directory: Path, *, sharded: bool = True) -> Path:
-    """A Hugging Face directory: ``config.json``, and two shards with an index, or one file."""
+    """Create a Hugging Face directory: ``config.json``, and two shards with an index, or one file."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(CONFIG))
     tensors = random_tensors(expected_tensors(architecture()), 1)
@@ -86,7 +86,7 @@ def make_model(directory: Path, *, sharded: bool = True) -> Path:
 
 
 def make_adapter(directory: Path) -> Path:
-    """An adapter with the exits ``EXITS``."""
+    """Create an adapter with the exits ``EXITS``."""
     directory.mkdir(parents=True)
     write_safetensors(directory / WEIGHTS, _exit_tensors())
     description = describe_exits(EXITS, "models/base", "ab" * 32, 3, file_sha256(directory / WEIGHTS))
@@ -95,7 +95,7 @@ def make_adapter(directory: Path) -> Path:
 
 
 def make_checkpoint(directory: Path) -> Path:
-    """A training checkpoint: the exits ``EXITS``, one of their tensors in four pieces, and a scalar."""
+    """Create a training checkpoint: the exits ``EXITS``, one of their tensors in four pieces, and a scalar."""
     tensors = {**_exit_tensors(), "counter": torch.tensor(17)}
     cut = "exits.1.mlp.up_proj.weight"
     pieces = [Piece(name, tuple(each.shape), (0,) * each.dim(), each) for name, each in tensors.items() if name != cut]
@@ -110,7 +110,7 @@ def make_checkpoint(directory: Path) -> Path:
 
 
 def make_parallel(directory: Path) -> Path:
-    """A parallel checkpoint without exits, its layers' tensors cut in two."""
+    """Create a parallel checkpoint without exits, with the layers' tensors in two pieces."""
     config = json.dumps(CONFIG).encode()
     metadata = {"kind": KIND, "assets": {"config.json": hashlib.sha256(config).hexdigest()}, "exits": [], "steps": 0}
     pieces = []
@@ -137,7 +137,7 @@ def _described() -> list[dict[str, Any]]:
 
 
 def edit(name: str, change: Callable[[Any], object]) -> Spoil:
-    """Change what a JSON file says."""
+    """Change the content of a JSON file."""
 
     def spoil(directory: Path) -> None:
         content = json.loads((directory / name).read_text())
@@ -148,7 +148,7 @@ def edit(name: str, change: Callable[[Any], object]) -> Spoil:
 
 
 def write(name: str, content: bytes | Callable[[], bytes]) -> Spoil:
-    """Give a file another content."""
+    """Overwrite a file."""
 
     def spoil(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -169,7 +169,7 @@ def replace(name: str, old: str, new: str) -> Spoil:
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Spoil:
-    """Something that is no regular file in the place of one."""
+    """Replace a file by something that is not a regular file."""
 
     def spoil(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -198,18 +198,18 @@ def link_out(path: Path) -> None:
 
 
 def with_header(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with this header (an object, or its text), whatever length it states."""
+    """A safetensors file with this header (an object, or its text), and possibly another stated length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
 def tensor(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
-    """One tensor of a header."""
+    """The header entry of one tensor."""
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 def forge(change: Callable[[Any], object], name: str = MANIFEST) -> Spoil:
-    """Change what a manifest, or an adapter's description, says, and its checksum with it."""
+    """Change the content of a manifest or an adapter's description, and its checksum."""
 
     def spoil(directory: Path) -> None:
         content = json.loads((directory / name).read_text())
@@ -222,7 +222,7 @@ def forge(change: Callable[[Any], object], name: str = MANIFEST) -> Spoil:
 
 
 def add_pieces(shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> Spoil:
-    """A further tensor of bytes in these boxes, offset and shape, and the shard that holds them."""
+    """Add a tensor of bytes in these boxes (offset and shape), and its shard."""
 
     def spoil(directory: Path) -> None:
         header, pieces, end = {}, [], 0
@@ -249,7 +249,7 @@ def single_columns(count: int) -> list[tuple[list[int], list[int]]]:
 
 
 def sparse(size: int) -> Callable[[Path], None]:
-    """For ``instead``: a file of so many bytes that takes no space, with a header as long as it."""
+    """For ``instead``: a sparse file of ``size`` bytes, with a header of the same length."""
 
     def make(path: Path) -> None:
         with open(path, "wb") as file:
@@ -260,7 +260,7 @@ def sparse(size: int) -> Callable[[Path], None]:
 
 
 def both(*spoils: Spoil) -> Spoil:
-    """One after the other."""
+    """Apply several changes in turn."""
 
     def spoil(directory: Path) -> None:
         for each in spoils:

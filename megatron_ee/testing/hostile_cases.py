@@ -1,6 +1,6 @@
-"""What a hostile hand could have changed, by reader, and words that the refusal must contain.
+"""Malicious changes of files, by reader, each with a text that the error message must contain.
 
-A case is what spoils a fresh copy of a valid directory (``testing.hostile``), in one place.
+A case changes one part of a fresh copy of a valid directory (``testing.hostile``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 def millions() -> bytes:
-    """A list that takes 15 MB here, and 24 times as much in memory."""
+    """A JSON list of 15 MB that takes 24 times as much memory when parsed."""
     return b"[" + b"[]," * 5_000_000 + b"[]]"
 
 
@@ -77,7 +77,7 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
 }
 
-# All readers go through ``parse_json`` and ``check_confined``: the whole lists are for these, two for each reader.
+# All readers use ``parse_json`` and ``check_confined``. These are tested with all cases, each reader with two.
 A_FEW_NOT_JSON = {name: NOT_JSON[name] for name in ("deep", "a list")}
 A_FEW_NOT_FILES = {name: NOT_FILES[name] for name in ("pipe", "link out")}
 
@@ -142,7 +142,7 @@ CONFIGS: Cases = {
     "long text": (edit("config.json", lambda c: c.update(hidden_act="x" * 10**6)), "hidden_act"),
 }
 
-_FIRST = "lm_head.weight"  # the first name of the index, so that what is placed elsewhere is found first
+_FIRST = "lm_head.weight"  # the first name in the index, so that a wrong file for it is found first
 
 
 def _place(name: Any) -> Spoil:
@@ -337,7 +337,7 @@ def _metadata(**changes: Any) -> Spoil:
     return forge(lambda c: c["metadata"].update(changes))
 
 
-# A training checkpoint whose exits are asked for.
+# A training checkpoint, opened for its exits.
 DESCRIBED: Cases = {
     "no exits": (_metadata(exits=[]), "holds no exits"),
     "exits null": (_metadata(exits=None), "holds no exits"),

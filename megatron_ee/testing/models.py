@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made with transformers and saved as released ones are."""
+"""Tiny random models of every family, made with transformers and saved in the released format."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Family -> transformers class prefix and what differs from ``SHAPE``."""
+"""Family -> transformers class prefix and differences from ``SHAPE``."""
 PLUS_ONE = ("Gemma2", "Gemma3")
 """Families whose norms multiply by 1 + weight."""
 
@@ -157,17 +157,17 @@ MULTIMODAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", "siglip_vision_model", {"mm_tokens_per_image": 4}),
     "ministral3": ("Mistral3", "pixtral", {}),
 }
-"""Family of the text model -> transformers class prefix, type of the vision tower, settings of the whole."""
+"""Family of the text model -> transformers class prefix, type of the vision tower, settings of the whole model."""
 
 
 def save_tiny_multimodal(family: str, directory: Path, *, tied: bool, renamed: bool = False) -> Any:
     """Save a multimodal model around ``tiny_model`` and return it.
 
     Args:
-        family: of the text model.
+        family: family of the text model.
         directory: to write.
-        tied: whether the head is.
-        renamed: save the names of the classes in transformers, in place of those of the files on the hub.
+        tied: whether the head is tied.
+        renamed: save the names of the classes in transformers instead of the names in the files on the hub.
     """
     import transformers
 
@@ -189,7 +189,7 @@ def save_tiny_multimodal(family: str, directory: Path, *, tied: bool, renamed: b
 
 
 def sharpen(model: Any) -> None:
-    """Make attention of a ``tiny_model`` sharp, which keeps it from saying one token over and over."""
+    """Make attention of a ``tiny_model`` sharp, so that it does not repeat one token."""
     with torch.no_grad():
         normed = any(name.endswith("q_norm.weight") for name, _ in model.named_parameters())
         for name, parameter in model.named_parameters():
@@ -200,7 +200,7 @@ def sharpen(model: Any) -> None:
 
 
 def save_tiny_model(family: str, directory: Path, *, seed: int = 0, **changes: Any) -> Any:
-    """Save ``tiny_model`` as a Hugging Face directory and return it. ``shard`` is the largest file, such as "50KB"."""
+    """Save ``tiny_model`` as a Hugging Face directory and return it. ``shard`` limits the file size, such as "50KB"."""
     shard = changes.pop("shard", None)
     model = tiny_model(family, seed=seed, **changes)
     model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))

@@ -1,4 +1,4 @@
-"""The functions of ``inference.sampling`` for a single row, with plain numbers as results."""
+"""The functions of ``inference.sampling`` for a single row, with Python numbers as results."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def probabilities(logits: Tensor, settings: Sampling) -> Tensor:
 
 
 def draw(p: Tensor, u: float) -> int:
-    """The token of ``p`` ``[V]`` that ``u`` stands for.
+    """Draw a token from ``p`` ``[V]`` with the uniform random number ``u``.
 
     Raises:
-        ValueError: ``p`` is no distribution.
+        ValueError: ``p`` is not a distribution.
     """
     token, mass = sampling.draw(p[None], torch.tensor([u], dtype=torch.float64, device=p.device))
     sampling.check_mass(float(mass))
@@ -33,7 +33,7 @@ def draw(p: Tensor, u: float) -> int:
 
 
 def verify(target: Tensor, draft: Tensor, tokens: Sequence[int], seed: int, position: int) -> tuple[int, int]:
-    """The number of accepted proposals, and the token that follows them."""
+    """The number of accepted proposals, and the token after them."""
     accepted, found, mass = sampling.verify(target, draft, [Proposals(tokens, seed, position)])
     sampling.check_mass(float(mass))
     return int(accepted), int(found[0, int(accepted)])

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, corpora made by the command, and ways to run commands as a user does."""
+"""A tiny model with a tokenizer and prepared corpora, and functions that run commands as a user does."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ class Project:
     cache: Path
 
     def environment(self) -> dict[str, str]:
-        """For child processes: this checkout's package, and a cache of the tests' own."""
+        """Environment of child processes: this checkout's package, and a separate cache."""
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         return {**os.environ, "PYTHONPATH": path, "MEGATRON_EE_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
 
     def run(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """``megatron-ee`` with these arguments, to its end, in a process of its own."""
+        """Run ``megatron-ee`` with these arguments in a separate process, and wait for it."""
         with self.start(*arguments) as command:
             done = command.wait(240)
         assert not check or done.returncode == 0, done.stderr
         return done
 
     def start(self, *arguments: object) -> Command:
-        """The same without waiting."""
+        """As ``run``, without waiting."""
         return Command(list(map(str, arguments)), self.environment())
 
     def config(self, path: Path, **changes: Any) -> Path:
-        """A configuration of a short run, with blocks or whole keys changed."""
+        """Write the configuration of a short run, with changed sections or keys."""
         values: dict[str, Any] = {
             "model": {"path": str(self.model), "dtype": "float32"},
             "exits": [{"layer": 1}, {"layer": 2, "body": "layer", "head": "shared"}, {"layer": 3, "body": "norm"}],
@@ -67,7 +67,7 @@ class Project:
 
 
 def make_project(root: Path) -> Project:
-    """Model, tokenizer and corpora under ``root``; the text is the sources of a few standard modules."""
+    """Create model, tokenizer and corpora under ``root``. The text is the source of a few standard modules."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -102,19 +102,19 @@ def changed_model(project: Project, path: Path, *, settings: dict[str, Any] | No
 
 
 def read_log(output: Path) -> list[Any]:
-    """What a run's log says of each step, but for its speed and its saves."""
+    """The lines of a run's log, without speed and saves."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "save" not in line]
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in steps]
 
 
 def all_tensors(output: Path, step: int) -> dict[str, torch.Tensor]:
-    """Everything in a run's training checkpoint."""
+    """All tensors of the training checkpoint of a step of a run."""
     return saved_tensors(output / "checkpoints" / f"step-{step}")
 
 
 def saved_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a training checkpoint, whole."""
+    """All tensors of a training checkpoint."""
     checkpoint = open_checkpoint(path)
     return {
         key: checkpoint.read(key, torch.empty(checkpoint.shape(key), dtype=checkpoint.dtype(key)))

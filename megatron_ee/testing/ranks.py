@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, each a process of its own."""
+"""Runs a function on several gloo ranks, in one process each."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection  # noqa: TID251  with the processes it starts
 from typing import Any
 
-LEAVING = 10.0  # seconds for a rank that has answered: what it started itself ends with it, unless it is killed
+LEAVING = 10.0  # seconds for a rank to end after its answer; if it is killed, its child processes stay
 PRELOADED = ("torch", "megatron_ee.tuning.run", "megatron_ee.evaluation.evaluate", "megatron_ee.testing.models")
 
 
 class Ranks:
-    """Processes that run a function each, with the environment that torchrun gives.
+    """Processes that each run a function, with the environment that torchrun sets.
 
-    They are forked from a server that has imported megatron-core once, so a launch costs little.
+    They are forked from a server that has already imported megatron-core, so they start quickly.
 
     Attributes:
         processes: in order of rank.
@@ -46,14 +46,14 @@ class Ranks:
             process.join()
 
     def results(self) -> list[Any]:
-        """What each rank returned.
+        """Wait for all ranks and return their results.
 
         Raises:
             AssertionError: a rank raised (with its traceback), died, or took too long.
         """
         answers: list[tuple[bool, Any]] = []
         for pipe in self._pipes:
-            # Where one has failed the others soon follow, and say why.
+            # After one rank has failed, the others fail soon, with their own messages.
             answers.append(_answer(pipe, self._timeout if all(good for good, _ in answers) else 5))
         problems = [f"rank {rank}:\n{value}" for rank, (good, value) in enumerate(answers) if not good]
         assert not problems, "\n".join(problems)
@@ -63,7 +63,7 @@ class Ranks:
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 900) -> list[Any]:
-    """``function(*arguments)`` on every rank, to its end; results in order of rank.
+    """Run ``function(*arguments)`` on every rank; returns the results in order of rank.
 
     Raises:
         AssertionError: a rank raised, died, or took longer than ``timeout`` seconds.
@@ -73,7 +73,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 
 def run_command(arguments: list[str], environment: dict[str, str], stderr: str) -> int:
-    """On one rank: ``megatron-ee`` with these arguments; its exit status. stderr goes to ``stderr-RANK``."""
+    """Run ``megatron-ee`` on one rank and return its exit status. stderr goes to ``stderr-RANK``."""
     from megatron_ee.commands.main import main
 
     os.environ |= {**environment, **{name: os.environ[name] for name in ("OMP_NUM_THREADS", "MASTER_PORT")}}
@@ -97,9 +97,9 @@ def _run(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    faulthandler.dump_traceback_later(0.9 * timeout)  # where a rank hangs is what one wants to know
+    faulthandler.dump_traceback_later(0.9 * timeout)  # shows where a rank hangs
     os.environ |= {
-        "CUDA_VISIBLE_DEVICES": "",  # over gloo, on a machine with GPUs too
+        "CUDA_VISIBLE_DEVICES": "",  # gloo also on a machine with GPUs
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

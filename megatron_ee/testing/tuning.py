@@ -1,4 +1,4 @@
-"""A few tuning steps on random data in any layout, for comparing layouts with one process."""
+"""A few tuning steps on random data in any layout, to compare layouts with one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SEQUENCE_LENGTH, GLOBAL_BATCH, STEPS = 16, 12, 3
 
 @dataclass(frozen=True)
 class Case:
-    """What is tuned, and how it is spread. ``stages``: (first layer, last layer) or None, and exits, per stage."""
+    """A model, its exits and their layout. ``stages``: per stage, (first layer, last layer) or None, and exits."""
 
     name: str
     family: str
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        """Of the stages."""
+        """The layout of the stages."""
         return Layout(
             tuple(
                 StageLayout(range(0) if ends is None else range(ends[0], ends[1] + 1), exits)
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one rank: the steps' results, what its stage did in the last step, and the path of each step's checkpoint."""
+    """Results of one rank: the steps' results, events of the last step, and the path of each step's checkpoint."""
 
     results: tuple[StepResult, ...]
     events: tuple[Span, ...]
@@ -69,7 +69,7 @@ class Outcome:
 
 
 def random_batches(vocab: int, step: int, rank: int, size: int, micro_batch_size: int) -> list[Batch]:
-    """One data-parallel rank's microbatches of a step: a function of the step and the place in the global batch."""
+    """One data-parallel rank's microbatches of a step. They depend only on the step and the global batch position."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, vocab, (GLOBAL_BATCH, SEQUENCE_LENGTH + 1), generator=generator)
     mask = torch.rand(GLOBAL_BATCH, SEQUENCE_LENGTH, generator=generator) < 0.8
@@ -86,10 +86,14 @@ def random_batches(vocab: int, step: int, rank: int, size: int, micro_batch_size
 def tune_cases(
     models: dict[str, Path], cases: Sequence[Case], output: Path, start: Path | None = None, steps: int = STEPS
 ) -> list[Outcome]:
-    """On one rank: each case in turn, its state saved under ``output`` after the first and the last step.
+    """Run each case in turn, on one rank, and save its state under ``output`` after the first and the last step.
 
-    ``start``: a directory of an earlier call, from whose first steps the cases of the same names go on; with
-    ``steps`` 1 they are saved as they were loaded.
+    Args:
+        models: directories by name.
+        cases: to run.
+        output: directory for checkpoints.
+        start: output of an earlier call; cases of the same names continue after its first step.
+        steps: number of steps. With ``start`` and 1, cases are saved as they were loaded.
     """
     with joined_processes() as control:
         return [_tune_case(models[case.family], case, output, start, steps, control) for case in cases]
