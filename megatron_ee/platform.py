@@ -67,7 +67,7 @@ def to_device(tensor: torch.Tensor, where: torch.device | None = None) -> torch.
     Each call costs one copy and some microseconds, so combine values into one tensor.
 
     Args:
-        where: the device; by default this process's.
+        where: the device; None for this process's.
     """
     where = device() if where is None else where
     return tensor.pin_memory().to(where, non_blocking=True) if queues_work(where) else tensor
@@ -149,10 +149,10 @@ def peak_memory() -> int:
 
 
 def memory_name() -> str:
-    """Name of the memory that this process uses: its device's, or its machine's. Processes with the same memory get
-    equal names.
+    """Name of the memory that this process uses: its device's, or its machine's.
 
-    Device numbers are not enough: each process may see only its own device, as number 0.
+    Processes with the same memory get equal names. Device numbers are not enough, because each process may see only its
+    own device, as number 0.
     """
     host = socket.gethostname()
     return f"{host} {torch.cuda.get_device_properties(device()).uuid}" if has_accelerator() else host
@@ -172,9 +172,9 @@ def free_memory(processes: int = 1) -> int:
 
 
 def cached_bytes() -> int:
-    """Bytes that operations one after another should work on at a time, so that the next finds them in a cache.
+    """Size in bytes of pieces that several operations process in turn, so that they stay in a CPU cache.
 
-    An accelerator has no use for it: there, the more at a time the better.
+    An accelerator does not need this; larger pieces are always better there.
     """
     return 2**62 if has_accelerator() else 4 * 2**20
 
@@ -276,7 +276,7 @@ def return_freed_memory(hidden_size: int = 256) -> None:
 
 @contextlib.contextmanager
 def _hidden(*names: str) -> Iterator[None]:
-    """Make these packages look missing to imports in this context, unless they are loaded already."""
+    """While open, imports of these packages fail as if they were not installed, unless they are already loaded."""
     hidden = [name for name in names if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -301,7 +301,7 @@ def quiet_imports() -> Iterator[None]:
     with warnings.catch_warnings(), _hidden("apex", "amp_C"), uncompiled, no_cuda:
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
-        # Warnings about its decorators, which torch has renamed since.
+        # Warnings about its decorators, which torch has since renamed.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
         yield
 
@@ -314,7 +314,7 @@ def without_compiler(*methods: Any) -> None:
     for method in methods:
         plain = getattr(method, "__wrapped__", method)
         if not hasattr(plain, "__dynamo_disable"):
-            plain.__dynamo_disable = plain  # where torch keeps what the compiler made of it
+            plain.__dynamo_disable = plain  # torch caches the compiler's result in this attribute
 
 
 def quiet_runtime() -> None:

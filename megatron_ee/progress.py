@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 LINE_SECONDS = 10.0  # seconds between two plain lines
-_RATE_SECONDS = 600.0  # the rate is the mean over so many seconds, or over the last 1000 updates
+_RATE_SECONDS = 600.0  # the rate is the mean over this time, or over the last 1000 updates
 
 
 class _Figures(ProgressColumn):
@@ -99,7 +99,7 @@ def track(
         total: total units of work.
         unit: their name, such as ``"steps"``; ``"B"`` for bytes, shown as MB.
         description: what is being done.
-        rate_unit: name of what ``advance``'s ``amount`` counts, such as ``"tokens"``; default: ``unit``.
+        rate_unit: unit of ``amount`` in ``advance``, such as ``"tokens"``; default: ``unit``.
         completed: units that an earlier run finished. They count in the total, not in the rate.
         enabled: False shows nothing, for all processes but the first.
     """
@@ -112,7 +112,7 @@ def track(
 
 
 def _figures(task: Task) -> str:
-    """``4/10 steps, 5,000 tokens/s``: the rate of late; over all of it once the work is done."""
+    """Text such as ``4/10 steps, 5,000 tokens/s``: the recent rate, or the mean of the whole work at its end."""
     fields, done = task.fields, task.completed - task.fields["before"]
     mean = done / max(task.elapsed or 0, 1e-9)
     units = task.speed if task.speed and not task.finished else mean

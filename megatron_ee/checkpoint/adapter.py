@@ -217,7 +217,7 @@ def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor])
                 f"the head after layer {spec.layer} is said to have rank {spec.rank}, but its weights differ"
             )
     if stray:
-        raise ValueError(f"tensor {shown(min(stray))} belongs to no exit that is described")
+        raise ValueError(f"tensor {shown(min(stray))} does not belong to a described exit")
 
 
 def find_exits(model: SavedModel, path: str | Path | None, *, verify: bool = True) -> Adapter | None:

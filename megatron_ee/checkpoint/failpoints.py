@@ -46,7 +46,7 @@ def failpoint(name: str) -> None:
         return
     point, _, count = wanted.partition(":")
     if point not in NAMES or not (count or "1").isdecimal():
-        raise ConfigError(f"{VARIABLE}: {wanted!r} is no failpoint, or NAME:COUNT of one; there are {', '.join(NAMES)}")
+        raise ConfigError(f"{VARIABLE}: unknown failpoint {wanted!r}; give NAME or NAME:COUNT of {', '.join(NAMES)}")
     if point != name:
         return
     with _lock:

@@ -78,7 +78,7 @@ def write_checkpoint(
         CheckpointError: ``final`` exists, the pieces do not fit together, or the storage fails.
     """
     if world_size > 1 and gather is None:
-        raise ValueError("write_checkpoint needs gather where there are several ranks")
+        raise ValueError("write_checkpoint needs gather with several ranks")
     final = Path(final)
     begun: list[str] = []
 

@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line, without the usage, and accepts no abbreviated options."""
 
     def __init__(self, command: str = "", description: str = "", *, prog: str = "") -> None:
-        # ``prog`` is what add_subparsers gives to the parsers it makes of this class.
+        # add_subparsers passes ``prog`` to the parsers that it creates.
         super().__init__(prog=prog or f"megatron-ee {command}", description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, or say what would be done."""
+    """Convert, or print the plan."""
     added = _exits(arguments.exits)
     heads = _heads(arguments.heads)
     all_heads = heads.pop(ALL, None)

@@ -73,8 +73,10 @@ def _chosen(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 
 def user_prompt(text: str, released: Released, *, chat: bool) -> str | list[int]:
-    """The prompt for a text: the text, or with ``chat`` the ids of a conversation with this user message. An empty text
-    stays empty."""
+    """The prompt for a text: the text, or with ``chat`` the token ids of a conversation with this user message.
+
+    An empty text stays empty.
+    """
     messages = _user_messages(text, chat)
     return text if messages is None else encode_chat(released.tokenizer, messages)
 
@@ -87,7 +89,7 @@ def check_request(request: Request, released: Released) -> None:
     """Check a request against a model that is open but not loaded.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: the request is invalid; the message names the field.
     """
     arch = released.model.architecture
     request.check([spec.layer for spec in released.exits], arch.num_layers)

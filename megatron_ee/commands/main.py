@@ -14,7 +14,7 @@ from megatron_ee import __version__
 from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.tuning.interrupt import Signalled, raise_signals, watch_signals
 
-# command: (module of this package, what it does). Modules are imported when called for: --help stays quick.
+# command: (module of this package, description). Modules are imported on demand, so that --help is fast.
 COMMANDS = {
     "quickstart": ("quickstart", "run all steps on real text, on a small machine"),
     "prepare-data": ("prepare_data", "tokenize text or chat jsonl into a corpus"),
@@ -31,8 +31,8 @@ SAVING = ("tune",)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: the process's arguments) and return its exit status.
 
-    0: success. 2: a command line or configuration that is refused. 1: any other error. 128 + N: signal N. An exception
-        that is no ``UserError`` is a bug and keeps its traceback.
+    0: success. 2: an invalid command line or configuration. 1: any other error. 128 + N: signal N. An exception other
+        than ``UserError`` is a bug and keeps its traceback.
     """
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     # Before the command imports torch, which takes seconds: a signal in that time must not be lost.
@@ -47,7 +47,7 @@ def _main(command: str, rest: list[str]) -> int:
     _replace_what_cannot_be_encoded()
     try:
         status = _run(command, rest)
-        sys.stdout.flush()  # a reader that has gone away is noticed here, and not at exit with a traceback
+        sys.stdout.flush()  # a closed pipe is detected here instead of at exit with a traceback
         return status
     except UserError as error:
         if not error.common or os.environ.get("RANK", "0") == "0":
@@ -60,9 +60,9 @@ def _main(command: str, rest: list[str]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; give it somewhere to go.
+        # Python flushes stdout again at exit, so replace it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # what a shell reports of a process ended by SIGPIPE
+        return 141  # a shell's status for a process that SIGPIPE ended
 
 
 def _run(command: str, rest: list[str]) -> int:
@@ -85,7 +85,7 @@ def _run(command: str, rest: list[str]) -> int:
 
 
 def _replace_what_cannot_be_encoded() -> None:
-    """Let text that stdout and stderr cannot encode, in a locale that is not UTF-8, show as replacements."""
+    """Print replacement characters for text that stdout and stderr cannot encode, in a locale that is not UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     with watch_signals() as interrupt:
         _command("tune", "--config", _write_config(arguments, length), "--output", tuning)
     if interrupt.name is not None:
-        signal.raise_signal(signal.Signals[interrupt.name])  # tune has saved and ended well: this ends quickstart
+        signal.raise_signal(signal.Signals[interrupt.name])  # tune has saved and ended normally; end quickstart too
     exits = ("--model", base, "--adapter", tuning / "adapter", "--dtype", arguments.dtype)
     held_out = ("--data", out / "data" / "held_out", "--sequence-length", length, "--sequences", SEQUENCES)
     _command("evaluate", *exits, *held_out, "--output", out / "evaluation")

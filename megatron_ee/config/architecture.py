@@ -1,4 +1,4 @@
-"""The shape of a model, and the digest of the settings that decide what its weights compute."""
+"""The architecture of a model, and the digest of the settings that affect its outputs."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 from megatron_ee.errors import shown
 
 MAX_LAYERS = 10_000
-"""Limit far above any model: a hostile number of layers must not cost memory before it is refused."""
+"""Limit far above any model, so that a malicious number of layers is refused before it takes memory."""
 _OUTSIDE_OUTPUTS = ("family", "max_positions", "tied")
-"""Fields that alone change no output: the first two only name and limit, and the weights show what is tied."""
+"""Fields that do not change outputs by themselves: a name, a limit, and ``tied``, which the weights show."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base, how much of a head turns, and how frequencies are scaled to longer contexts.
+    """Rotary position embedding: base, rotated share of a head, and scaling to longer contexts.
 
     Attributes:
         theta: base of the frequencies.
         kind: ``default``, ``linear``, ``llama3``, ``yarn`` (arXiv 2309.00071) or ``longrope`` (arXiv 2402.13753).
-        factor: how many times longer the context becomes.
-        low_freq_factor: Llama 3: wavelengths above ``original_positions / low_freq_factor`` are scaled fully.
-        high_freq_factor: Llama 3: wavelengths below ``original_positions / high_freq_factor`` stay.
-        original_positions: context before scaling.
-        fraction: of each head's features that turn, the first ones.
+        factor: extension factor of the context.
+        low_freq_factor: Llama 3: wavelengths above ``original_positions / low_freq_factor`` are fully scaled.
+        high_freq_factor: Llama 3: wavelengths below ``original_positions / high_freq_factor`` are not scaled.
+        original_positions: context length before scaling.
+        fraction: share of each head's features that are rotated, the first ones.
         magnitude: factor of cosine and sine (YaRN, longrope).
-        beta_fast: YaRN: frequencies with more turns than this within ``original_positions`` stay.
-        beta_slow: YaRN: frequencies with fewer turns are scaled fully.
-        truncate: YaRN: the bounds of the ramp between the two are whole numbers.
-        short_factors: longrope: divisors of the frequencies in contexts up to ``original_positions``.
-        long_factors: longrope: the same in longer contexts.
+        beta_fast: YaRN: frequencies with more rotations than this within ``original_positions`` are not scaled.
+        beta_slow: YaRN: frequencies with fewer rotations are fully scaled.
+        truncate: YaRN: round the bounds of the ramp between the two to whole numbers.
+        short_factors: longrope: divisors of the frequencies for contexts up to ``original_positions``.
+        long_factors: longrope: the same for longer contexts.
         query_scaling: queries are multiplied by ``1 + query_scaling * log(1 + position // original_positions)``, as in
             Llama 4.
     """
@@ -57,27 +57,27 @@ class Rope:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder-only model, in the field's names.
+    """Architecture of a decoder-only model.
 
     Attributes:
-        family: as ``config.json`` names it in ``model_type``; a file of ``families/`` has it.
-        max_positions: the context; with linear scaling ``max_position_embeddings`` times the factor, with YaRN the
-            original one times the factor, as in vLLM.
-        windows: per layer, how many positions attention looks back (its own included); None is unlimited.
-        tied: the LM head is the input embedding.
+        family: ``model_type`` in ``config.json``; each family is a file in ``families/``.
+        max_positions: context length, as in vLLM: with linear scaling ``max_position_embeddings`` times the factor,
+            with YaRN the original length times the factor.
+        windows: per layer, number of positions that attention sees, including its own; None for no limit.
+        tied: whether the LM head is the input embedding.
         embedding_multiplier: factor of the embedding, rounded to the model's dtype.
-        residual_multiplier: factor of what attention and MLP add to the residual.
-        attention_multiplier: factor of the attention scores; None is ``head_dim ** -0.5``.
+        residual_multiplier: factor of the outputs of attention and MLP before they are added to the residual.
+        attention_multiplier: factor of the attention scores; None for ``head_dim ** -0.5``.
         logit_multiplier: factor of the logits.
         norm_placement: ``before`` attention and MLP, ``after`` them, or both (``sandwich``).
         norm_plus_one: norms multiply by 1 + weight.
-        activation: of the MLP's gate: ``silu`` or ``gelu_tanh``.
-        qk_norm: queries and keys are normed.
-        qk_norm_whole: over the whole projection, not each head.
-        local_rope: of the layers with a window; None where it is ``rope``.
-        rotated: per layer, whether it has rotary positions; empty where all have.
-        attention_soft_cap: c of ``c * tanh(score / c)``, which attention scores become; None for no such bound.
-        logit_soft_cap: the same of the logits, after their factor.
+        activation: activation of the MLP's gate: ``silu`` or ``gelu_tanh``.
+        qk_norm: whether queries and keys have norms.
+        qk_norm_whole: whether these norms are over the whole projection instead of each head.
+        local_rope: rope of the layers with a window; None if it is ``rope``.
+        rotated: per layer, whether it has rotary positions; empty if all layers have.
+        attention_soft_cap: c in ``c * tanh(score / c)`` of attention scores; None for no soft cap.
+        logit_soft_cap: the same for logits, after ``logit_multiplier``.
     """
 
     family: str
@@ -112,7 +112,7 @@ class Architecture:
 
     @property
     def max_generated_positions(self) -> int:
-        """The context of generation: with longrope the original one, since keys that are kept cannot be turned anew."""
+        """Context length of generation. With longrope, the original length: cached keys cannot be rotated again."""
         return self.rope.original_positions if self.rope.kind == "longrope" else self.max_positions
 
     @property
@@ -127,18 +127,18 @@ class Architecture:
 
 
 def outputs_digest(architecture: Architecture) -> str:
-    """SHA-256 (hex) of the settings that decide what given weights compute: rope, epsilon, windows, sizes, biases.
+    """SHA-256 (hex) of the settings that affect outputs: rope, epsilon, windows, sizes, biases.
 
-    Equal digests and equal weights give equal outputs. ``family``, ``max_positions`` and ``tied`` do not count. A
-    field at its default does not count either, so a new field with a default leaves the digests of older models as
-    they were. The digest is stored in files: do not change how it is computed.
+    Equal digests and equal weights give equal outputs. ``family``, ``max_positions``, ``tied``, and fields at their
+    default are left out, so a new field with a default does not change the digests of older models. The digest is
+    stored in files: do not change its computation.
     """
     text = json.dumps(_settings(architecture), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def output_settings(architecture: Architecture) -> dict[str, Any]:
-    """The input of ``outputs_digest``, in types of JSON, with ``rope.theta`` and the like in one flat object."""
+    """The input of ``outputs_digest``: a flat dict of JSON types, with keys such as ``rope.theta``."""
     found: dict[str, Any] = {}
     for name, setting in json.loads(json.dumps(_settings(architecture))).items():
         nested = isinstance(setting, dict)
@@ -147,18 +147,18 @@ def output_settings(architecture: Architecture) -> dict[str, Any]:
 
 
 def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """How two ``output_settings`` differ, as ``norm_eps (1e-05 against 1e-06)``; empty where they are equal.
+    """Describe the differences of two ``output_settings``, as ``norm_eps (1e-05 against 1e-06)``; empty if equal.
 
-    ``recorded`` may come from a file that is not trusted.
+    ``recorded`` may come from an untrusted file.
     """
     names = sorted(name for name in recorded.keys() | current.keys() if recorded.get(name) != current.get(name))
     if "num_layers" in names and "windows" in names:
-        names.remove("windows")  # one for each layer: their number says enough
+        names.remove("windows")  # one per layer, so ``num_layers`` already shows the difference
     return ", ".join(f"{name[:40]} ({_setting(recorded, name)} against {_setting(current, name)})" for name in names)
 
 
 def _setting(settings: Mapping[str, Any], name: str) -> str:
-    """The value for the user; one that is left out is the field's default."""
+    """The value as text; the field's default if it is left out."""
     ropes = {f"{rope}.{field.name}": field for rope in ("rope", "local_rope") for field in dataclasses.fields(Rope)}
     fields = {field.name: field for field in dataclasses.fields(Architecture)} | ropes
     default = fields[name].default if name in fields else None
@@ -166,7 +166,7 @@ def _setting(settings: Mapping[str, Any], name: str) -> str:
 
 
 def _settings(value: Architecture | Rope) -> dict[str, Any]:
-    """Fields by name that count for ``outputs_digest``."""
+    """The fields that ``outputs_digest`` includes, by name."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         setting = getattr(value, field.name)

@@ -25,7 +25,8 @@ def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpe
     """Exits in the order of their layers.
 
     Raises:
-        ConfigError: naming the key, for a position outside the model, two exits at one place, or a bad weight or rank.
+        ConfigError: a position is outside the model, two exits have the same layer, or a weight or rank is invalid; the
+            message names the key.
     """
     if not exits:
         raise ConfigError("exits: at least one exit is needed")
@@ -49,8 +50,8 @@ def layer_number(position: int | float, num_layers: int, key: str) -> int:
     """A layer number (int), or a fraction of the depth (float) rounded to the nearest layer.
 
     Raises:
-        ConfigError: naming ``key``, for a layer outside the model or a float that is no fraction, such as 1.0, which
-            may mean the first layer or the whole depth.
+        ConfigError: the layer is outside the model, or the float is not a fraction (1.0 is ambiguous: the first layer
+            or the whole depth). The message names ``key``.
     """
     if isinstance(position, float):
         if not 0 < position < 1:

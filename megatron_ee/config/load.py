@@ -1,7 +1,7 @@
-"""From a YAML file and dotted overrides to a ``RunConfig``.
+"""Builds a ``RunConfig`` from a YAML file and dotted overrides.
 
 jsonargparse writes the help, fills in defaults and builds the dataclasses. This module first checks the user's values,
-since jsonargparse is lenient (it reads ``steps: '10'`` as 10), reports errors in unions over several lines, and does
+because jsonargparse is lenient (it reads ``steps: '10'`` as 10), reports errors in unions over several lines, and does
 not support items of lists (``--exits.0.layer 4``).
 """
 
@@ -69,7 +69,7 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def parse_exits(text: str, key: str) -> list[ExitConfig]:
-    """The exits in a YAML list, written as in a configuration; at least one.
+    """Parse a YAML list of at least one exit, in the form of a configuration.
 
     Raises:
         ConfigError: as ``load_config``, naming ``key``.

@@ -57,11 +57,12 @@ class Strict(BaseModel):
 
 
 def validated(kind: type[T], values: Any, *, where: str = "", error: type[UserError] = ConfigError) -> T:
-    """``values`` as a ``kind``.
+    """Validate ``values`` and convert them to ``kind``.
 
     Args:
-        kind: a ``Strict`` model, or any other type that pydantic knows.
-        where: source of the values, such as a file and line; begins the message.
+        kind: a ``Strict`` model, or any other type that pydantic supports.
+        values: to validate.
+        where: source of the values, such as a file and line; the message starts with it.
         error: class of the raised error.
 
     Raises:
@@ -75,9 +76,10 @@ def validated(kind: type[T], values: Any, *, where: str = "", error: type[UserEr
 
 
 def first_problem(error: ValidationError, kind: Any = None, values: Any = None) -> str:
-    """The first problem of an error, unknown keys before others: ``key: must be EXPECTED, not VALUE``.
+    """Describe the first problem of an error, unknown keys first: ``key: must be EXPECTED, not VALUE``.
 
     Args:
+        error: from pydantic.
         kind: the validated type. If given, a problem with an unknown key names the known keys.
         values: the validated values. If given, the names of a union's members are left out of the key.
     """

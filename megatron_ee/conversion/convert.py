@@ -35,19 +35,19 @@ class Conversion:
     Attributes:
         input: a checkpoint of any format.
         to: format to write.
-        model: the backbone, for an input that holds only exits; None uses the path that they record.
+        model: the backbone, for an input that holds only exits; None to use the path that the exits record.
         config: for a Megatron checkpoint: the Hugging Face directory of its model, or its ``config.json``.
         trust: allow formats that hold pickles.
         verify: check checksums, if the files have any.
         tensor: tensor-parallel size of a parallel checkpoint's shards.
         pipeline: number of stages of a parallel checkpoint, with layers spread evenly.
-        stages: number of layers of each stage, in place of ``pipeline``.
+        stages: number of layers of each stage, instead of ``pipeline``.
         exit: layer of the exit to write as a plain model.
         drop: layers of exits to remove.
         adapters: adapters whose exits are merged.
         add: new exits, to be initialised.
         heads: new heads by layer of the exit.
-        all_heads: new head of all exits that ``heads`` does not name.
+        all_heads: new head of all exits that are not in ``heads``.
         seed: seed of random weights.
         shard: bytes of tensors per file of a Hugging Face directory.
     """
@@ -75,8 +75,8 @@ def prepare(request: Conversion) -> tuple[Contents, Contents]:
     """The contents of the input, and the contents to write. No tensor is read into memory.
 
     Raises:
-        CheckpointError: an input cannot be used, or inputs do not belong together.
-        ConfigError: an option is impossible.
+        CheckpointError: an input is invalid, or inputs do not match each other.
+        ConfigError: an option is invalid.
     """
     _check(request)
     found = open_contents(request.input, trust=request.trust, config=request.config, verify=request.verify)
@@ -108,7 +108,7 @@ def prepare(request: Conversion) -> tuple[Contents, Contents]:
 
 
 def _without_vision(contents: Contents, request: Conversion) -> Contents:
-    """Only a Hugging Face directory holds vision tensors."""
+    """Remove vision tensors unless the output is a Hugging Face directory."""
     if request.to in ("parallel", "megatron"):
         return text_only(contents)
     if request.to == "hf" and contents.vision:

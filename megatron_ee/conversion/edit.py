@@ -156,7 +156,7 @@ def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha25
 
 def _one_backbone(contents: Contents, adapters: Sequence[Contents]) -> Contents:
     """The first part with exits, after a check that all parts are for the same backbone."""
-    # Exits that are stored with their backbone need not record it.
+    # Exits that are stored with their backbone do not have to record it.
     silent = bool(contents.backbone) and contents.backbone_sha256 is None
     parts = [*adapters] if silent or not contents.exits else [contents, *adapters]
     for each in parts:
@@ -193,14 +193,14 @@ def _made_for(contents: Contents) -> str:
 def change_heads(contents: Contents, heads: Mapping[int, Head], seed: int) -> Contents:
     """Change the heads of exits.
 
-    A new ``own`` head computes the same as the old one: it is a copy of the backbone's head, or W0 + B A multiplied
-    out. A new ``low_rank`` head, of the exit's ``rank``, starts equal to the backbone's head. A head that becomes
-    ``shared`` is removed, with a line in ``notes``.
+    A new ``own`` head has the same output as the old head: it is a copy of the backbone's head, or W0 + B A. A new
+    ``low_rank`` head, of the exit's ``rank``, starts equal to the backbone's head. A head that becomes ``shared`` is
+    removed, with a line in ``notes``.
 
     Args:
         contents: exits; also their backbone, unless all new heads are ``shared``.
         heads: new head by the exit's layer.
-        seed: of a new ``low_rank`` head's A.
+        seed: seed of A in a new ``low_rank`` head.
 
     Raises:
         ConfigError: there is no such exit, an ``own`` head is to become ``low_rank``, or the backbone is needed.
@@ -225,7 +225,7 @@ def change_heads(contents: Contents, heads: Mapping[int, Head], seed: int) -> Co
 
 
 def _new_head(contents: Contents, spec: ExitSpec, head: Head, seed: int) -> dict[str, StoredTensor]:
-    """Tensors of the head that an exit changes to."""
+    """Tensors of an exit's new head."""
     if head == "shared":
         return {}
     if spec.head == "own":

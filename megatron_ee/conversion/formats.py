@@ -100,7 +100,7 @@ def _corrected_config(model: SavedModel) -> tuple[dict[str, bytes], tuple[str, .
     if model.spelling is not None:
         config["text_config"] = {**(config.get("text_config") or {}), "tie_word_embeddings": False}
     text = json.dumps(config, indent=2) + "\n"
-    note = f"{path}: ties a head that differs from the embedding; what is written has tie_word_embeddings false"
+    note = f"{path}: ties a head that differs from the embedding; the output has tie_word_embeddings false"
     return {path.name: text.encode("utf-8")}, (note,)
 
 

@@ -1,4 +1,4 @@
-"""An exit as a plain model: the layers below the exit, with the exit's MLP or layer, norm and head in place."""
+"""Exports an exit as a plain model: the layers below the exit, and the exit's MLP or layer, norm and head."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ CONFIG = "config.json"
 
 
 def shallow_model(contents: Contents, layer: int) -> Contents:
-    """The exit after ``layer`` as a plain model of its family, with the exit's logits.
+    """Convert the exit after ``layer`` to a plain model of its family with the same logits.
 
-    An exit after layer k is a model of k layers and those of its body. A ``low_rank`` head is multiplied out in
-    float32. Every tensor has the dtype of the backbone's tensor that it replaces. Only ``config.json`` is read.
+    An exit after layer k becomes a model of k layers and the layers of its body. A ``low_rank`` head becomes one
+    matrix, computed in float32. Every tensor has the dtype of the backbone tensor that it replaces. Only
+    ``config.json`` is read.
 
     Args:
         contents: a backbone with its exits.
         layer: of the exit.
 
     Returns:
-        The model, without exits and vision: its weights, an adapted ``config.json``, and unchanged other files.
-        ``base_model`` is kept: it is the original model.
+        The model, without exits and vision: its weights, an adapted ``config.json``, and the other files unchanged.
+        ``base_model`` is still the original model.
 
     Raises:
-        CheckpointError: there is no such exit or no backbone, a tensor is missing or has another shape, or these
-            families have no model that computes what the exit's body does.
+        CheckpointError: the exit or the backbone does not exist, a tensor is missing or has another shape, or no plain
+            model of the family is equivalent to the exit's body.
     """
     spec = _expressible_exit(contents, layer)
     arch = contents.architecture
@@ -77,7 +78,7 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
 
 
 def text_only(contents: Contents) -> Contents:
-    """The text model of a multimodal release as a model of its own, with a line in ``notes``; others as they are."""
+    """Extract the text model of a multimodal release, with a line in ``notes``. Other contents are not changed."""
     if contents.spelling is None:
         return contents
     config = plain_config(_read_config(contents), f"{contents.source}: {CONFIG}")
@@ -122,17 +123,17 @@ def _read_config(contents: Contents) -> dict[str, Any]:
 
 
 def shallow_config(config: dict[str, Any], arch: Architecture, spec: ExitSpec) -> dict[str, Any]:
-    """``config.json`` of an exit as a plain model: what depends on the number of layers changes, all else stays.
+    """``config.json`` of an exit as a plain model. Only values that depend on the number of layers change.
 
     Args:
         config: of the whole model.
         arch: of the whole model.
-        spec: the exit; a layer of its own is of the last layer's kind.
+        spec: the exit. If it has its own layer, this is of the same kind as the model's last layer.
     """
     layers = [*range(spec.layer), *[arch.num_layers - 1] * body_of(spec).extra_layers]
     result = FAMILIES[arch.family].pick(config, arch, layers)
     result["tie_word_embeddings"] = arch.tied and spec.head == "shared"
-    result.pop("auto_map", None)  # names files of code, which are not carried
+    result.pop("auto_map", None)  # names code files, which are not copied
     return result
 
 

@@ -1,4 +1,4 @@
-"""The boxes of a released tensor that a tensor-parallel rank holds, from the tensor's name; no module is built."""
+"""The boxes of a released tensor on a tensor-parallel rank, from the tensor's name, without building a module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rank_boxes(name: str, shape: Sequence[int], arch: Architecture, rank: int, s
     Tensors that every rank holds whole are assigned to the first rank.
 
     Args:
-        name: released name, or an exit's tensor as its adapter names it.
+        name: released name, or name of an exit's tensor in an adapter.
         shape: of the whole tensor.
         arch: of the model; ``size`` divides its key-value heads and MLP columns.
     """

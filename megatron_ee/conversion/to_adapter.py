@@ -14,10 +14,10 @@ from megatron_ee.errors import CheckpointError
 
 
 def to_adapter(contents: Contents) -> OutputDirectory:
-    """The exits of ``contents``, with the backbone that they record.
+    """Plan the output: the exits of ``contents``, with the backbone that they record.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are no exits.
     """
     if not contents.exits:
         raise CheckpointError(f"{contents.source}: holds no exits; add some with --exits or --adapter")

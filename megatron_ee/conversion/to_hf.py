@@ -17,12 +17,13 @@ SHARD = 5 * 10**9  # bytes, as in transformers
 
 
 def to_hf(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
-    """The backbone in its released names and dtypes, with its exits as an adapter in ``adapter/``.
+    """Plan the output: the backbone in its released names and dtypes, and its exits as an adapter in ``adapter/``.
 
     A multimodal release's vision tensors are copied.
 
     Args:
-        shard: bytes of tensors per file, at most (one tensor may be larger).
+        contents: to write.
+        shard: maximum bytes of tensors per file (one tensor may be larger).
 
     Raises:
         CheckpointError: there is no backbone.

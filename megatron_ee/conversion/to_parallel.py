@@ -28,12 +28,13 @@ SHARD = 2 * 2**30
 def to_parallel(
     contents: Contents, *, tensor: int = 1, stages: Sequence[int] = (), shard: int = SHARD
 ) -> OutputDirectory:
-    """The backbone and its exits.
+    """Plan the output: the backbone and its exits.
 
     Args:
+        contents: to write.
         tensor: tensor-parallel size of the layout.
-        stages: number of layers of each of its stages; none is one stage.
-        shard: bytes of tensors per file, at most (one piece may be larger).
+        stages: number of layers per pipeline stage; empty for one stage.
+        shard: maximum bytes of tensors per file (one piece may be larger).
 
     Raises:
         ConfigError: the model cannot be split like this.
@@ -83,7 +84,7 @@ def check_cut(arch: Architecture, tensor: int, stages: Sequence[int]) -> None:
     """Refuse sizes that do not divide the model.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: they do not; the message names the option.
     """
     if sum(stages) != arch.num_layers or min(stages) < 1:
         raise ConfigError(f"--stages: {list(stages)} do not add up to the model's {arch.num_layers} layers")

@@ -66,11 +66,11 @@ def usage(output: Path, original: str, contents: Contents, config: Path | None =
     Args:
         output: directory of the shallow model.
         original: directory of the original model, or its name on the Hugging Face hub.
-        contents: what is written to ``output``; see ``shallow_model``.
-        config: the Hugging Face directory that was given for a Megatron checkpoint.
+        contents: the contents of ``output``; see ``shallow_model``.
+        config: the Hugging Face directory of a Megatron checkpoint, if it was given.
 
     Returns:
-        Several lines of text, with paths made absolute, so that the commands run anywhere.
+        Several lines of text. Paths are absolute, so the commands run in any directory.
     """
     arch = contents.architecture
     assert arch is not None, "a shallow model has an architecture"
@@ -124,7 +124,7 @@ def _sglang(draft: str, target: str) -> str:
 
 
 def _llama_cpp(draft: str, target: str) -> str:
-    # A hub name is not a directory: convert_hf_to_gguf.py downloads it where --remote says so.
+    # A hub name is not a directory; with --remote, convert_hf_to_gguf.py downloads it.
     remote = [] if Path(target).exists() else ["--remote"]
     convert = ["python", "convert_hf_to_gguf.py"]
     serve = ["llama-server", "-m", "original.gguf", "-md", "draft.gguf"]

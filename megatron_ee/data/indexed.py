@@ -230,7 +230,7 @@ def _open_dataset(prefix: Path, corpus: Path) -> IndexedDataset:
         path = file_of(prefix, suffix)
         if not path.is_file():
             raise DataError(
-                f"{path}: not found; {corpus} is no corpus; give the prefix that prepare-data --output wrote"
+                f"{path}: not found; {corpus} is not a corpus; give the prefix that prepare-data --output wrote"
             )
         if path.stat().st_size == 0:
             raise DataError(f"{path}: empty; prepare the corpus again")

@@ -1,4 +1,4 @@
-"""The declarations of a family: reading its ``config.json``, names of its tensors, shallower configurations."""
+"""The interface of a family: reading its ``config.json``, names of its tensors, shallower configurations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Source:
     """The released tensors of one parameter.
 
     Attributes:
-        names: released names, one for each part of the parameter in the order of its parts, or one for all of them.
-        kind: how the parameter is cut: ``whole`` (every rank has all), ``rows``, ``columns``, ``vocabulary``
-            (rows, padded), ``gated`` (parts gate and up), ``qkv`` (parts query, key, value, by key-value group).
+        names: released names: one per part of the parameter, in their order, or one for all parts.
+        kind: tensor-parallel sharding: ``whole`` (not sharded), ``rows``, ``columns``, ``vocabulary`` (padded rows),
+            ``gated`` (parts gate and up), ``qkv`` (parts query, key, value, by key-value group).
     """
 
     names: tuple[str, ...]
@@ -27,7 +27,7 @@ class Source:
 
 
 LayerTable = Mapping[str, Source]
-"""Parameter of a decoder layer -> the released tensors that it is made of, by their names within the layer."""
+"""Parameter of a decoder layer -> its released tensors, by their names within the layer."""
 
 LLAMA_LAYER: LayerTable = {
     "attention_norm.weight": Source(("input_layernorm.weight",), "whole"),
@@ -49,12 +49,12 @@ LLAMA_LAYER: LayerTable = {
 
 
 def pick_layers(config: Mapping[str, Any], architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:
-    """``config.json`` of a model of some of the layers: lists with an entry per layer are picked from, all else stays.
+    """``config.json`` of a model with some of the layers. Only lists with one entry per layer change.
 
     Args:
         config: of the whole model.
         architecture: of the whole model.
-        layers: of the whole model, from 0, in the order of the new one.
+        layers: layers of the whole model, from 0, in the order of the new model.
     """
     result = dict(config)
     for key, value in config.items():
@@ -64,12 +64,12 @@ def pick_layers(config: Mapping[str, Any], architecture: Architecture, layers: S
 
 
 def _holds_names_or_tokens(key: str) -> bool:
-    """Lists that have no entry per layer, however many there are: ``eos_token_id`` of Llama 3 is a list of three."""
+    """Whether a list never has one entry per layer, whatever its length, such as ``eos_token_id`` of Llama 3."""
     return key == "architectures" or key.endswith(("_token_id", "_tokens", "_ids"))
 
 
 def pick_layers_by_type(config: Mapping[str, Any], architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:
-    """As ``pick_layers``, with ``layer_types`` spelled out: in files without it, layers follow a pattern."""
+    """As ``pick_layers``, and add ``layer_types``, because layers follow a pattern in files without it."""
     kinds = ["full_attention" if architecture.windows[layer] is None else "sliding_attention" for layer in layers]
     return {**pick_layers(config, architecture, layers), "layer_types": kinds}
 
@@ -79,13 +79,13 @@ class Family:
     """One family of released models.
 
     Attributes:
-        model_type: as ``config.json`` names it; ``Architecture.family``.
+        model_type: ``model_type`` in ``config.json``; also ``Architecture.family``.
         architecture: the class in ``architectures``.
         parse: ``config.json`` -> ``Architecture``; raises CheckpointError.
         layer: the weight table of a decoder layer.
-        pick: ``config.json`` of a model of some of the layers; see ``pick_layers``.
-        auto_map: entries of ``auto_map`` in ``config.json`` that are known to mean this same model. They are ignored,
-            and any other is refused; code of a checkpoint is never run.
+        pick: returns ``config.json`` of a model with some of the layers; see ``pick_layers``.
+        auto_map: entries of ``auto_map`` in ``config.json`` that refer to this same model. They are ignored, and any
+            other entry is refused. Code of a checkpoint is never run.
     """
 
     model_type: str

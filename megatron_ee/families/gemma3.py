@@ -62,7 +62,7 @@ def _parse(config: Config) -> Architecture:
 
 
 def check_gemma(config: Config) -> None:
-    """Refuse what no released Gemma has: attention in both directions, and other activations."""
+    """Refuse bidirectional attention and other activations, which no released Gemma has."""
     if config.values.get("use_bidirectional_attention"):
         raise config.error("use_bidirectional_attention is not supported; released files have none")
     activation = config.values.get("hidden_activation", "gelu_pytorch_tanh")

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x, SmolLM2, and what else is released as ``LlamaForCausalLM``."""
+"""Llama 1 to 3.x, SmolLM2, and other models released as ``LlamaForCausalLM``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ministral 3's text models: Mistral with YaRN, whose queries grow with their position."""
+"""Ministral 3's text models: Mistral with YaRN and a query scale that grows with position."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROPE = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
-"""transformers' own default."""
+"""The default in transformers."""
 
 
 def _parse(config: Config) -> Architecture:

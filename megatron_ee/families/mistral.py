@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo, Small: Llama with a window at every layer or at none."""
+"""Mistral 7B, Nemo, Small: Llama with a window in every layer or in none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _parse(config: Config) -> Architecture:
 
 
 def windows_of_all(config: Config, num_layers: int, default: int | None) -> tuple[int | None, ...]:
-    """``sliding_window``, by default ``default``, at every layer."""
+    """The same window in every layer: ``sliding_window``, or ``default`` if the file has none."""
     window = read_window(config, default)
     kinds = read_layer_types(config, num_layers)
     if window is not None and kinds is not None and FULL in kinds:

@@ -1,7 +1,7 @@
-"""Multimodal releases, of which only the text model is read: Gemma 3 from 4B on, Ministral 3.
+"""Multimodal releases: Gemma 3 from 4B on, Ministral 3. Only the text model is read.
 
-Their ``config.json`` has the text model's in ``text_config``, and their tensors carry prefixes, which differ with the
-version of transformers that saved them (``conversion_mapping.py`` there).
+Their ``config.json`` has the text model's configuration in ``text_config``. Their tensors have prefixes that depend on
+the version of transformers that saved them (see ``conversion_mapping.py`` there).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Release:
     """One kind of multimodal release.
 
     Attributes:
-        model_type: as ``config.json`` names it.
+        model_type: ``model_type`` in ``config.json``.
         architecture: the class in ``architectures``.
         text: family of the text model.
-        text_model_type: the type of a ``text_config`` that does not name it.
-        defaults: of ``text_config``: transformers' own, for keys that every plain ``config.json`` has.
+        text_model_type: ``model_type`` of a ``text_config`` that does not state it.
+        defaults: defaults of ``text_config`` in transformers, for keys that every plain ``config.json`` has.
     """
 
     model_type: str
@@ -81,13 +81,13 @@ _OF_THE_WHOLE = (
     "quantization_config",
     "compression_config",
 )
-"""Keys beside ``text_config`` that hold for the text model too, and come before those in it."""
+"""Keys beside ``text_config`` that also apply to the text model. They take precedence over the same keys in it."""
 VISION_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""Small files that only a model with vision needs."""
+"""Small files that only vision needs."""
 
 
 def find_release(config: Mapping[str, Any]) -> Release | None:
-    """The kind of multimodal release that a ``config.json`` is of; None for all others."""
+    """The kind of multimodal release of a ``config.json``; None for other models."""
     names, model_type = config.get("architectures"), config.get("model_type")
     for release in RELEASES.values():
         if names == [release.architecture] or (not names and model_type == release.model_type):
@@ -96,14 +96,14 @@ def find_release(config: Mapping[str, Any]) -> Release | None:
 
 
 def plain_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``config.json`` of the text model alone; that of a text model as it is.
+    """Extract the text model's ``config.json``. A text model's ``config.json`` is returned unchanged.
 
     Args:
         config: the parsed file.
-        where: names it in errors.
+        where: name of the file, for messages.
 
     Raises:
-        CheckpointError: ``text_config`` is not an object, or of another model.
+        CheckpointError: ``text_config`` is not an object, or is for another model.
     """
     release = find_release(config)
     if release is None:
@@ -140,9 +140,9 @@ class Spelling:
     """The prefixes of a multimodal release's tensors.
 
     Attributes:
-        body: stands for ``model.`` of a text model.
-        head: stands for ``lm_head.``.
-        vision: those of tensors that are not of the text model.
+        body: replaces ``model.`` of a text model.
+        head: replaces ``lm_head.``.
+        vision: prefixes of tensors outside the text model.
     """
 
     body: str
@@ -150,18 +150,18 @@ class Spelling:
     vision: tuple[str, ...]
 
     def is_vision(self, name: str) -> bool:
-        """Whether the tensor is of the vision tower, or of what leads from there to the text model."""
+        """Whether the tensor belongs to the vision tower or its projector."""
         return name.startswith(self.vision)
 
     def plain(self, name: str) -> str | None:
-        """The name in a text model; None for a name that is of neither part."""
+        """Convert a released name to the name in a text model; None for an unknown name."""
         for prefix, plain in ((self.body, "model."), (self.head, "lm_head.")):
             if name.startswith(prefix):
                 return plain + name.removeprefix(prefix)
         return None
 
     def released(self, plain: str) -> str:
-        """The name in the release of a text model's tensor."""
+        """Convert a name in a text model to the released name."""
         if plain.startswith("lm_head."):
             return self.head + plain.removeprefix("lm_head.")
         return self.body + plain.removeprefix("model.")
@@ -171,14 +171,14 @@ SPELLINGS = (
     Spelling("language_model.model.", "language_model.lm_head.", ("vision_tower.", "multi_modal_projector.")),
     Spelling("model.language_model.", "lm_head.", ("model.vision_tower.", "model.multi_modal_projector.")),
 )
-"""Of the files on the hub, and of the classes in transformers, which some versions save."""
+"""The spellings of the files on the hub, and of the classes in transformers, which some versions save."""
 
 
 def find_spelling(names: Collection[str], where: str) -> Spelling:
-    """The spelling of a multimodal release's tensors.
+    """Find the spelling of a multimodal release's tensors.
 
     Raises:
-        CheckpointError: none has its prefixes, or two have.
+        CheckpointError: no spelling, or more than one, matches.
     """
     found = [spelling for spelling in SPELLINGS if any(name.startswith(spelling.body) for name in names)]
     if len(found) != 1:

@@ -1,4 +1,4 @@
-"""OLMo 2: norms after attention and MLP instead of before; queries and keys normed over their whole projections."""
+"""OLMo 2: norms after attention and MLP instead of before; norms over the whole query and key projections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with windows at three layers of four, whose rotary positions are never scaled."""
+"""OLMo 3: OLMo 2 with windows in three of four layers; rotary positions are not scaled in these layers."""
 
 from __future__ import annotations
 

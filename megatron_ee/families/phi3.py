@@ -19,7 +19,7 @@ def _parse(config: Config) -> Architecture:
     positions = config.integer("max_position_embeddings", 4096)
     values = dict(config.values)
     values.setdefault("original_max_position_embeddings", 4096)
-    for key in ("rope_scaling", "rope_parameters"):  # what the first releases called longrope
+    for key in ("rope_scaling", "rope_parameters"):  # the first releases used another name for longrope
         scaling = values.get(key)
         if isinstance(scaling, dict):
             names = {name: "longrope" for name in ("type", "rope_type") if scaling.get(name) in ("su", "yarn")}
@@ -28,7 +28,7 @@ def _parse(config: Config) -> Architecture:
     plain = plain_architecture(config, "phi3", positions=4096, eps=1e-5, rope=rope)
     turning = int(plain.head_dim * rope.fraction)
     if turning % 2 or turning < 2:
-        raise config.error(f"partial_rotary_factor {rope.fraction:g} of head_dim {plain.head_dim} is no even number")
+        raise config.error(f"partial_rotary_factor {rope.fraction:g} of head_dim {plain.head_dim} is not even")
     if rope.kind == "longrope" and {len(rope.short_factors), len(rope.long_factors)} != {turning // 2}:
         raise config.error(f"rope short_factor and long_factor must have {turning // 2} numbers each")
     return replace(plain, windows=(read_window(config, None),) * plain.num_layers)

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases of query, key and value, and windows that can be switched on."""
+"""Qwen2 and Qwen2.5: Llama with biases of query, key and value, and optional windows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def qwen_windows(config: Config, num_layers: int) -> tuple[int | None, ...]:
 
 
 def pick_qwen_layers(config: Mapping[str, Any], architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:
-    """As ``pick_layers``, with ``max_window_layers`` moved to where the windows of the new model begin."""
+    """As ``pick_layers``, with ``max_window_layers`` set to the first layer with a window in the new model."""
     result = pick_layers(config, architecture, layers)
     if config.get("layer_types") is None and config.get("use_sliding_window"):
         result["max_window_layers"] = [architecture.windows[layer] for layer in layers].count(None)

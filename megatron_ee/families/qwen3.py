@@ -1,4 +1,4 @@
-"""Qwen3: norms of each head's query and key; windows that can be switched on, as Qwen2's."""
+"""Qwen3: norms over each head's query and key; optional windows as in Qwen2."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ _ORIGINAL_POSITIONS = "original_max_position_embeddings"
 
 @dataclass(frozen=True)
 class Config:
-    """A parsed ``config.json`` whose values are checked as they are read; every method raises CheckpointError.
+    """A parsed ``config.json`` with checked access. Methods raise ``CheckpointError`` for invalid values.
 
     Attributes:
-        values: by key.
-        where: names the file in errors.
+        values: values by key.
+        where: name of the file, for messages.
     """
 
     values: Mapping[str, Any]
@@ -34,7 +34,7 @@ class Config:
         return CheckpointError(f"{self.where}: {message}")
 
     def integer(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        """A positive whole number. ``default`` stands for a key that is missing or null; None makes it required."""
+        """A positive whole number. ``default`` replaces a missing key or null; with None the key is required."""
         value = self.values.get(key)
         if value is None:
             value = default
@@ -47,7 +47,7 @@ class Config:
         return value
 
     def positive(self, key: str, default: float | None = None, name: str = "") -> float:
-        """A positive number that float32 holds; ``name`` is what errors call it, by default its key."""
+        """A positive number within float32's range. ``name`` replaces the key in messages."""
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise self.error(f"{name or key} must be a positive number, not {shown(value)}")
@@ -78,7 +78,7 @@ def plain_architecture(
 ) -> Architecture:
     """The architecture of a pre-norm model with RMSNorm, rotary positions and a gated MLP, without biases or windows.
 
-    Families replace what differs in theirs. The defaults are transformers' own, for keys that a file leaves out.
+    Families replace the fields that differ. Defaults for missing keys are those of transformers.
 
     Args:
         config: of the model.
@@ -89,8 +89,8 @@ def plain_architecture(
         eps: default of ``rms_norm_eps``.
         tied: default of ``tie_word_embeddings``.
         theta: default of ``rope_theta``.
-        rope: None to read it, and what it makes of the context, as most families have it.
-        activation: of the MLP; None is silu, as the file must have it.
+        rope: rotary settings; None to read them, and the scaled context length, in the form of most families.
+        activation: activation of the MLP; None requires silu in the file.
     """
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
@@ -134,17 +134,17 @@ def plain_architecture(
 
 
 def read_rope(config: Config, positions: int, *, theta: float = 10_000.0, kinds: Sequence[str] = ROPE_KINDS) -> Rope:
-    """Rotary settings, read from where transformers takes them.
+    """Read rotary settings, with the same precedence as transformers.
 
-    Released files have ``rope_theta`` and ``rope_scaling``, recent transformers writes ``rope_parameters``. Of two
-    objects, ``rope_scaling`` counts. A ``rope_theta`` within the object comes before one beside it, but
-    ``original_max_position_embeddings`` beside the object comes before one within.
+    Released files have ``rope_theta`` and ``rope_scaling``; recent transformers writes ``rope_parameters``. If both
+    objects exist, ``rope_scaling`` is used. ``rope_theta`` in the object takes precedence over one beside it, but
+    ``original_max_position_embeddings`` beside the object takes precedence over one in it.
 
     Args:
         config: of the model.
         positions: default of ``original_max_position_embeddings``.
         theta: default of ``rope_theta``.
-        kinds: that are read.
+        kinds: supported kinds.
     """
     key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     found = config.values.get(key) or {}
@@ -156,17 +156,17 @@ def read_rope(config: Config, positions: int, *, theta: float = 10_000.0, kinds:
 def read_ropes_by_type(
     config: Config, positions: int, theta: float, local_theta: float, local_key: str = ""
 ) -> tuple[Rope, Rope]:
-    """Rotary settings of layers with full and with sliding attention.
+    """Read the rotary settings of layers with full and with sliding attention.
 
-    Recent files have ``rope_parameters`` with an object for each type. In older ones ``rope_theta`` and
-    ``rope_scaling`` are those of full attention.
+    Recent files have ``rope_parameters`` with one object per type. In older files, ``rope_theta`` and ``rope_scaling``
+    apply to full attention.
 
     Args:
         config: of the model.
         positions: default of ``original_max_position_embeddings``.
         theta: default base with full attention.
         local_theta: the same with sliding attention.
-        local_key: of that base in older files, if they state it.
+        local_key: key of the base with sliding attention in older files, if they state it.
     """
     nested = config.values.get("rope_parameters") or {}
     if not isinstance(nested, dict):
@@ -188,7 +188,7 @@ def read_ropes_by_type(
 
 
 def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: float, kinds: Sequence[str]) -> Rope:
-    """A rope from one object of settings; arguments as for ``read_rope``."""
+    """Build a ``Rope`` from one object of settings; arguments as for ``read_rope``."""
     settings = Config(found, config.where)
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in kinds:
@@ -212,8 +212,8 @@ def make_rope(config: Config, found: Mapping[str, Any], positions: int, theta: f
         )
     factor = settings.positive("factor", name="rope factor")
     if kind == "dynamic":
-        # It begins beyond ``max_position_embeddings``, which stays the limit here: transformers then chooses the
-        # frequencies by the longest row so far, and leaves the keys that it keeps as they were.
+        # Dynamic scaling starts beyond ``max_position_embeddings``, which is the limit here. Beyond it, transformers
+        # selects frequencies by the longest row so far, without rotating cached keys again.
         return replace(rope, kind="default")
     rope = replace(rope, factor=factor)
     if kind == "linear":
@@ -273,10 +273,10 @@ def _longrope(settings: Config, rope: Rope, positions: int) -> Rope:
 
 
 def _scaled_context(config: Config, positions: int, rope: Rope) -> int:
-    """Positions that can be used, as in vLLM.
+    """The usable context length, as in vLLM.
 
-    Files with linear scaling state those before it. Files with YaRN state those before it in the rope's object, and
-    either number beside it. All other files state those after scaling.
+    Files with linear scaling state the length before scaling. Files with YaRN state the length before scaling in the
+    rope's object, and either length beside it. All other files state the length after scaling.
     """
     before = {"linear": positions, "yarn": rope.original_positions}
     scaled = before[rope.kind] * rope.factor if rope.kind in before else positions
@@ -286,14 +286,14 @@ def _scaled_context(config: Config, positions: int, rope: Rope) -> int:
 
 
 def read_window(config: Config, default: int | None) -> int | None:
-    """``sliding_window``: how many positions attention looks back; null, or a ``default`` of None, is no limit."""
+    """``sliding_window``: number of positions that attention sees; None for no limit (null in the file)."""
     if config.values.get("sliding_window", default) is None:
         return None
     return config.integer("sliding_window", default)
 
 
 def read_layer_types(config: Config, num_layers: int) -> list[str] | None:
-    """``layer_types``: ``full_attention`` or ``sliding_attention`` for each layer; None where the file has none."""
+    """``layer_types``: ``full_attention`` or ``sliding_attention`` per layer; None if the file has no such key."""
     kinds = config.values.get("layer_types")
     if kinds is None:
         return None
@@ -303,7 +303,10 @@ def read_layer_types(config: Config, num_layers: int) -> list[str] | None:
 
 
 def windows_by_type(config: Config, kinds: Sequence[str], window: int | None, keys: str) -> tuple[int | None, ...]:
-    """``window`` at layers with sliding attention; ``keys`` are those that can turn it off, for the error."""
+    """The window of each layer: ``window`` with sliding attention, else None.
+
+    ``keys`` names the keys that can turn windows off, for messages.
+    """
     if window is None and SLIDING in kinds:
         raise config.error(f"layer_types has {SLIDING}, but {keys} says that there is none")
     return tuple(window if kind == SLIDING else None for kind in kinds)

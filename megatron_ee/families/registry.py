@@ -1,4 +1,4 @@
-"""The supported families, one line each, and the architecture of a model of any of them."""
+"""The registry of supported families, and functions that read a model's architecture."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_architecture(directory: str | Path) -> Architecture:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """``directory/config.json``, its values not checked.
+    """Read ``directory/config.json`` without checking its values.
 
     Raises:
         CheckpointError: no such file, or not a JSON object.
@@ -72,11 +72,11 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Architecture:
-    """Architecture from the parsed ``config.json``, of a multimodal release its text model's.
+    """Architecture from the parsed ``config.json``; for a multimodal release, of its text model.
 
     Args:
         config: the parsed file.
-        where: names it in errors.
+        where: name of the file, for messages.
 
     Raises:
         CheckpointError: as ``read_architecture``.

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama whose every fourth layer has no rotary positions."""
+"""SmolLM3: Llama without rotary positions in every fourth layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _parse(config: Config) -> Architecture:
 
 
 def _rotated(config: Config, num_layers: int) -> tuple[bool, ...]:
-    """Whether each layer has rotary positions; a 1 in ``no_rope_layers`` means that it has, despite the name."""
+    """Whether each layer has rotary positions. Despite its name, a 1 in ``no_rope_layers`` means rotary positions."""
     listed = config.values.get("no_rope_layers")
     if listed is None:
         interval = config.integer("no_rope_layer_interval", 4)

@@ -8,24 +8,24 @@ from megatron_ee.families.registry import FAMILIES
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 NON_WEIGHTS = ("inv_freq", "cos_cached", "sin_cached")
-"""Endings of released tensors that hold no weight: rotary tables, which old releases saved under several prefixes."""
+"""Suffixes of released tensors that are not weights: rotary tables, which old releases saved under several prefixes."""
 
 Shape = tuple[int, ...]
 
 
 def head_name(arch: Architecture) -> str:
-    """Released name of the LM head: the input embedding's where they are tied."""
+    """Released name of the LM head; the input embedding's if they are tied."""
     return EMBEDDING if arch.tied else LM_HEAD
 
 
 def layer_source(arch: Architecture, parameter: str, prefix: str) -> Source:
-    """Source of a decoder layer's parameter, its released names under ``prefix``."""
+    """Source of a decoder layer's parameter, with released names under ``prefix``."""
     source = FAMILIES[arch.family].layer[parameter]
     return Source(tuple(f"{prefix}.{name}" for name in source.names), source.kind)
 
 
 def layer_tensors(arch: Architecture) -> dict[str, Shape]:
-    """Released name within a layer -> shape of every weight of a decoder layer."""
+    """Shapes of all weights of a decoder layer, by released name within the layer."""
     found: dict[str, Shape] = {}
     every = parameter_parts(arch)
     for parameter, source in FAMILIES[arch.family].layer.items():
@@ -34,13 +34,13 @@ def layer_tensors(arch: Architecture) -> dict[str, Shape]:
         parts, names = every[parameter], source.names
         if len(names) == len(parts):
             found |= dict(zip(names, parts, strict=True))
-        else:  # one released tensor holds all the parts
+        else:  # one released tensor holds all parts
             found[names[0]] = (sum(part[0] for part in parts), *parts[0][1:])
     return found
 
 
 def expected_tensors(arch: Architecture) -> dict[str, Shape]:
-    """Released name -> shape of every weight that a checkpoint of this architecture must hold."""
+    """Shapes of all weights of a checkpoint of this architecture, by released name."""
     shapes: dict[str, Shape] = {
         EMBEDDING: (arch.vocab_size, arch.hidden_size),
         FINAL_NORM: (arch.hidden_size,),
@@ -54,12 +54,12 @@ def expected_tensors(arch: Architecture) -> dict[str, Shape]:
 
 
 def is_non_weight(name: str, arch: Architecture) -> bool:
-    """Whether a released tensor is known to hold no weight of its own."""
+    """Whether a released tensor is known not to be a separate weight."""
     return name.endswith(NON_WEIGHTS) or (arch.tied and name == LM_HEAD)
 
 
 def parameter_parts(arch: Architecture) -> dict[str, tuple[Shape, ...]]:
-    """Parameter of a decoder layer -> shapes of the parts that it is fused of, those of all ranks together."""
+    """Shapes of the fused parts of each parameter of a decoder layer, over all ranks."""
     hidden, ffn = arch.hidden_size, arch.ffn_size
     query, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     parts: dict[str, tuple[Shape, ...]] = {

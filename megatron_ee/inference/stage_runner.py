@@ -74,7 +74,7 @@ class StageSequence:
 
     def crop(self, length: int) -> None:
         """Remove the positions from ``length`` on. No token may be waiting."""
-        assert not self.waiting, "a sequence is cropped when nothing waits"
+        assert not self.waiting, "no token may wait when a sequence is cropped"
         for cache in self.all_caches:
             cache.crop(length)
 
@@ -172,7 +172,7 @@ class StageRunner:
     @torch.inference_mode()
     def receive(self, seq_ids: Collection[int]) -> None:
         """See ``StageWorker``."""
-        assert self.channel is not None, "there is no stage before this one"
+        assert self.channel is not None, "there is no previous stage"
         for seq_id, (h, draft_probs) in zip(seq_ids, self.channel.receive(len(seq_ids)), strict=True):
             self.sequences[seq_id].wait(self._first - 1, h)
             self.sequences[seq_id].draft_probs += draft_probs
@@ -250,7 +250,7 @@ class StageRunner:
 
     def _send(self, h: Tensor, batch: TokenBatch) -> None:
         """Send hidden states and draft distributions to the next stage."""
-        assert self.channel is not None, "there is no stage behind this one"
+        assert self.channel is not None, "there is no next stage"
         self.channel.send(batch.split(h), [each.draft_probs for each in batch.sequences])
         for each in batch.sequences:
             each.draft_probs = []

@@ -176,7 +176,7 @@ class _ExitLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # Checked on the device: a check on the host would wait for every exit.
-        torch._assert_async(grad_loss == 1, "an exit's loss is backpropagated as it is")
+        torch._assert_async(grad_loss == 1, "an exit's loss must be backpropagated with gradient 1")
         gradients, ctx.gradients = ctx.gradients, None
         return (*gradients, *[None] * 8)
 

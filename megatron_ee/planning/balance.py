@@ -57,11 +57,11 @@ def balance(
     distillation: bool = False,
     tensor: int = 1,
 ) -> Layout:
-    """Ranges of layers on the first stages. Each exit is on the stage of its layer, or on one of the last stages,
-    without layers.
+    """Balance layers and exits over the stages.
 
-    The search (see ``_Search``) minimises the FLOPs of the busiest stage. Among equal layouts it takes the one with the
-    fewest stages without layers.
+    The first stages hold ranges of layers. Each exit is on the stage of its layer, or on one of the last stages, which
+    have no layers. The search (see ``_Search``) minimises the FLOPs of the busiest stage. Among equal layouts it takes
+    the one with the fewest stages without layers.
 
     Args:
         architecture: of the model.
@@ -69,7 +69,7 @@ def balance(
         stages: pipeline size.
         tokens: sequence length.
         distillation: all layers run, and the last stage with layers has the final exit.
-        tensor: tensor-parallel size, which decides the padding of the vocabulary.
+        tensor: tensor-parallel size, which affects the padding of the vocabulary.
 
     Raises:
         ConfigError: more stages than layers and exits.
@@ -106,7 +106,7 @@ _Cut = tuple[int, tuple[StageLayout, ...]]
 
 @dataclass(frozen=True)
 class _Search:
-    """Looks for layouts whose stages all stay within a limit.
+    """Searches for layouts in which no stage exceeds a limit.
 
     For each number of stages with layers, the layers are split so that the exits that do not fit beside them cost least
     (dynamic programming over the splits). These exits are assigned to the other stages by decreasing cost, first fit.
@@ -187,7 +187,7 @@ class _Search:
                 bins.append([layer])
         places = [*layered, *(StageLayout(range(0), tuple(sorted(held))) for held in bins)]
         while len(places) < self.stages:
-            # Surplus stages: each takes an exit from the busiest stage that has one to give.
+            # Surplus stages: each takes an exit from the busiest stage that can give one away.
             givers = [stage for stage in places if len(stage.exits) > (not stage.layers)]
             if not givers:
                 return None
@@ -198,7 +198,7 @@ class _Search:
 
 
 def _fullest(costs: dict[int, int], room: int) -> tuple[int, ...]:
-    """The keys whose costs fill ``room`` best. Sums within 1/64 of it count as equal, which keeps many keys cheap."""
+    """The keys whose costs fill ``room`` best. Sums within 1/64 of it count as equal, which limits the work."""
     if sum(costs.values()) <= room:
         return tuple(costs)
     step = room // 64 + 1

@@ -1,4 +1,4 @@
-"""Counted work of a tuning step: of the layers that exits need, and of the exits; units as in ``parallel.costs``."""
+"""FLOPs of a tuning step: of the layers that exits need, and of the exits. Units as in ``parallel.costs``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def layer_flops(
 ) -> list[int]:
     """Forward FLOPs of each backbone layer that a step runs, in order.
 
-    The last one's MLP is left out where the exit after it reads the residual before the MLP.
+    The MLP of the last layer is left out if the exit after it reads the residual before the MLP.
     """
     run = last_layer(specs, architecture.num_layers, distillation)
     mlp = mlp_flops(architecture, tokens)
@@ -31,21 +31,20 @@ def layer_flops(
 
 
 def exit_flops(architecture: Architecture, spec: ExitSpec, tokens: int, tensor: int = 1) -> int:
-    """Forward and backward of an exit, of body and head; 0 where it trains nothing and is only read."""
+    """FLOPs of forward and backward of an exit, for body and head; 0 if it trains nothing."""
     if not trains(spec):
         return 0
     return body_of(spec).flops(architecture, tokens) + head_flops(architecture, spec, tokens, tensor)
 
 
 def head_flops(architecture: Architecture, spec: ExitSpec, tokens: int, tensor: int = 1) -> int:
-    """Forward and backward of an exit's head.
+    """FLOPs of forward and backward of an exit's head.
 
     - ``own``: logits, input gradient and weight gradient, ``2 T h V`` each.
     - ``shared``: the same without the weight gradient.
-    - ``low_rank``, of rank r: as ``shared``, and for both of its factors the same three products:
-      ``6 T r (h + V)``.
+    - ``low_rank`` of rank r: as ``shared``, and these three products for both of its factors: ``6 T r (h + V)``.
 
-    A body that trains nothing needs no gradient of what it gives, so input gradients with respect to h are left out.
+    A body that trains nothing needs no gradient of its output, so input gradients with respect to h are then left out.
     """
     vocab, hidden = padded_vocab(architecture.vocab_size, tensor), architecture.hidden_size
     to_features = bool(body_of(spec).saved)

@@ -1,9 +1,8 @@
-"""Counted parameters and memory of one rank of a stage.
+"""Parameters and memory of one rank of a stage.
 
-Weights, gradients and optimizer state are counted exactly, but for megatron-core's alignment of each tensor.
-Activations are counted at their peak: see ``_activations``. Not counted are the few bytes per token of labels and
-positions, and the memory of CUDA, the communication library and allocator fragmentation. Pure: no process group is
-needed.
+Weights, gradients and optimizer state are counted exactly, except for megatron-core's alignment of each tensor.
+Activations are counted at their peak; see ``_activations``. Labels and positions (a few bytes per token) and the memory
+of CUDA, the communication library and allocator fragmentation are not counted. Pure: no process group is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Workload:
-    """Settings of a run, besides model, exits and layout, that decide the memory and the work of a rank.
+    """Settings of a run, in addition to model, exits and layout, that affect the memory and work of a rank.
 
     Attributes:
         itemsize: bytes of a weight: 2 for bfloat16, 4 for float32.
@@ -36,11 +35,11 @@ class Workload:
         micro_batch_size: sequences per forward pass.
         sequence_length: tokens per sequence.
         microbatches: microbatches of one data-parallel rank per step.
-        chunk_tokens: largest number of tokens whose logits exist at a time; see also ``tiles``.
-        graph_tokens: smallest number of tokens that an exit processes at a time, if its body allows pieces; by default
-            an accelerator's.
+        chunk_tokens: maximum number of tokens whose logits exist at a time; see also ``tiles``.
+        graph_tokens: minimum number of tokens that an exit processes at a time, if its body allows pieces. The default
+            is an accelerator's.
         top_k: tokens of the final exit's distribution that are kept for distillation; 0 without distillation.
-        tempered: whether distillation has another temperature than 1.
+        tempered: whether the temperature of distillation is not 1.
         remainder: additional bytes of a float32 main weight: 2, or 4 for optimizers that keep it whole.
         host_optimizer: whether the optimizer state is in host memory.
         keeps_initial: whether weight decay goes towards the initial values, which are then kept.
@@ -77,8 +76,8 @@ class Memory:
         gradients: float32 gradients of the exits.
         optimizer: two moments, the additional bytes of float32 main weights if the weights are bfloat16, and the
             initial values if weight decay goes towards them; 0 if they are in host memory.
-        activations: the peak of one microbatch in the frozen layers, of one exit's graph and the loss's scratch, or of
-            the optimizer's scratch.
+        activations: the largest of three: peak of one microbatch in the frozen layers, one exit's graph with the loss's
+            scratch memory, and the optimizer's scratch memory.
         transfer: buffers of messages from and to other stages.
     """
 
@@ -124,9 +123,9 @@ def stage_parameters(
 ) -> tuple[int, int]:
     """Frozen and trained parameters of each rank of stage ``index``. A tensor that two modules share counts once.
 
-    The first stage has the embedding. With ``distillation`` the last one with layers has the final norm and the LM
-    head. A stage that hosts a ``shared`` or ``low_rank`` head has a copy of the LM head, unless it has that anyway, as
-    the final exit's or, where they are tied, as the embedding.
+    The first stage has the embedding. With ``distillation`` the last stage with layers has the final norm and the LM
+    head. A stage that hosts a ``shared`` or ``low_rank`` head has a copy of the LM head, unless it already holds it for
+    the final exit or as a tied embedding.
     """
     stage, hidden = layout.stages[index], architecture.hidden_size
     vocabulary = padded_vocab(architecture.vocab_size, tensor) // tensor * hidden
@@ -157,7 +156,7 @@ def mlp_parameters(architecture: Architecture, tensor: int = 1) -> int:
 
 
 def trained_parameters(architecture: Architecture, spec: ExitSpec, tensor: int = 1) -> int:
-    """Of one exit on one tensor-parallel rank."""
+    """Trained parameters of one exit on one tensor-parallel rank."""
     return sum(parameter_sizes(spec, architecture, tensor))
 
 
@@ -166,7 +165,7 @@ def _hosted(stage: StageLayout, specs: Sequence[ExitSpec]) -> list[ExitSpec]:
 
 
 def _head_rows(architecture: Architecture, tensor: int) -> tuple[int, int]:
-    """Rows of all query heads and of all key heads of one tensor-parallel rank."""
+    """Total size of the query heads and of the key heads of one tensor-parallel rank."""
     arch = architecture
     return arch.num_heads * arch.head_dim // tensor, arch.num_kv_heads * arch.head_dim // tensor
 
@@ -183,7 +182,7 @@ def _activations(
     trained = [spec for spec in _hosted(stage, specs) if trains(spec)]
     peaks = [_exit_peak(architecture, spec, _of_a_graph(architecture, spec, workload)) for spec in trained]
     if stage.layers:
-        # The embedded tokens stay until all layers have run. Hidden states from another stage are in a transfer buffer.
+        # Embedded tokens stay alive until all layers have run. Hidden states from other stages are in transfer buffers.
         embedded = hidden if 1 in stage.layers else 0
         peaks.append(embedded + _layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
@@ -192,7 +191,7 @@ def _activations(
 
 
 def _band_bytes(architecture: Architecture, stage: StageLayout, trained: Sequence[ExitSpec], workload: Workload) -> int:
-    """Of the masks of sliding windows that are shorter than a sequence, which all layers and microbatches share."""
+    """Bytes of the masks of sliding windows shorter than a sequence. All layers and microbatches share them."""
     windows = {architecture.windows[layer - 1] for layer in stage.layers}
     windows |= {window for spec in trained for window in body_of(spec).windows(architecture)}
     shared, size = architecture.num_heads // architecture.num_kv_heads, 0
@@ -215,8 +214,8 @@ def _optimizer_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], tra
 
 
 def _update_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], trained: int, workload: Workload) -> int:
-    """Of the split optimizer: main weights of some elements in float32, and the same once more when it splits them, or
-    for their initial values. With whole main weights only the latter."""
+    """Scratch bytes of the split optimizer: a piece of float32 main weights, twice while it is split or while weights
+    decay towards initial values. With whole main weights, only the initial values of a piece."""
     whole = workload.remainder == FLOAT32
     if workload.itemsize == FLOAT32 or workload.host_optimizer or (whole and not workload.keeps_initial):
         return 0
@@ -225,7 +224,7 @@ def _update_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], traine
 
 
 def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) -> Workload:
-    """With the tokens that the exit works on at a time; see ``Exit.pieces``."""
+    """The workload with the tokens that the exit processes at a time; see ``Exit.pieces``."""
     tiles = _tiles(architecture, workload)
     graph = tiles.graph_tokens if workload.graph_tokens is None else workload.graph_tokens
     tokens = max(graph, min(workload.chunk_tokens, tiles.logit_tokens))
@@ -235,10 +234,11 @@ def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) 
 
 
 def _layer_peak(architecture: Architecture, workload: Workload) -> int:
-    """One layer without gradients: in attention while RoPE turns the queries, or in the MLP before the down projection.
+    """Peak bytes of one layer without gradients: in attention during RoPE, or in the MLP before the down projection.
 
-    Alive are the layer's input and its norm's output, in attention the fused projection and four times the queries, in
-    the MLP the residual too, and gate and up together, whose memory the activated gate and the product take.
+    In both, the layer's input and its norm's output are alive. In attention, the fused projection and four times the
+    queries are alive too. In the MLP, the residual and the fused gate and up are alive too; the activated gate and the
+    product reuse the memory of gate and up.
     """
     sizes = _layer_bytes(architecture, workload)
     attention = 2 * sizes.hidden + sizes.gathered + 5 * sizes.query + 2 * sizes.key
@@ -246,16 +246,16 @@ def _layer_peak(architecture: Architecture, workload: Workload) -> int:
 
 
 def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
-    """One exit's graph: at the loss, with its scratch, or in the backward of the body, whichever is more."""
+    """Peak bytes of one exit's graph: the larger of the loss, with its scratch memory, and the body's backward."""
     graph = body_of(spec).graph_bytes(_layer_bytes(architecture, workload))
     return max(graph.kept + _loss_bytes(architecture, spec, workload), graph.backward)
 
 
 def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
-    """Of the exit loss: the features' gradient, a chunk's logits, and some rows of a head's gradient.
+    """Bytes of the exit loss: the features' gradient, a chunk's logits, and some rows of a head's gradient.
 
-    As on an accelerator: on a CPU both are of fewer tokens, and a bfloat16 head's gradient takes some room; see
-    ``tiles``.
+    The numbers are an accelerator's. On a CPU chunks are smaller, and the gradient of a bfloat16 head takes additional
+    memory; see ``tiles``.
     """
     rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
     narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
@@ -286,7 +286,7 @@ def _transfer(layout: Layout, index: int, architecture: Architecture, workload: 
 
 
 def _teacher_bytes(architecture: Architecture, workload: Workload) -> int:
-    """Of the final exit's most probable tokens: a chunk's logits twice, and the columns among which they are sorted."""
+    """Bytes of the teacher's top-k: a chunk's logits twice, and the columns that are sorted."""
     rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
     logits = _chunk_logits(architecture, workload)
     sorted_columns = logits // rows * min(rows, TOP_RUN * workload.top_k)
@@ -299,18 +299,18 @@ def _tiles(architecture: Architecture, workload: Workload) -> Tiles:
 
 
 def _chunk_logits(architecture: Architecture, workload: Workload) -> int:
-    """Number of a chunk's logits on one rank."""
+    """Number of logits of a chunk on one rank."""
     rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
     return min(workload.chunk_tokens, _tiles(architecture, workload).logit_tokens, workload.tokens) * rows
 
 
 def _gathered_bytes(architecture: Architecture, workload: Workload) -> int:
-    """Of the hidden states of a whole microbatch."""
+    """Bytes of the hidden states of a whole microbatch."""
     return workload.tokens * architecture.hidden_size * workload.itemsize
 
 
 def _hidden_bytes(architecture: Architecture, workload: Workload) -> int:
-    """Of this rank's share of the hidden states of a microbatch."""
+    """Bytes of this rank's share of the hidden states of a microbatch."""
     return _gathered_bytes(architecture, workload) // (workload.tensor if workload.sequence_parallel else 1)
 
 

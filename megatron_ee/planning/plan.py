@@ -31,7 +31,7 @@ class StagePlan:
         frozen_parameters: number per rank.
         trained_parameters: number per rank.
         flops: FLOPs of one step, over all tensor-parallel ranks, for one data-parallel replica.
-        idle: share of a step that it waits for other stages.
+        idle: share of a step in which it waits for other stages.
         memory: memory per rank.
     """
 
@@ -60,7 +60,7 @@ class RunPlan:
 
     @property
     def reference(self) -> float:
-        """``M / (M + P - 1)``: the share of equal stages that each pass a microbatch on when all its work is done."""
+        """``M / (M + P - 1)``: efficiency of equal stages that send a microbatch only after all work on it is done."""
         return self.microbatches / (self.microbatches + len(self.stages) - 1)
 
 
@@ -69,9 +69,9 @@ class StageWork:
     """Work of one stage on one microbatch, in FLOPs or any unit of time.
 
     Attributes:
-        forward: its layers, after which h and taps leave.
-        teacher: the final exit, on the last stage with layers and with distillation.
-        exits: the exits that it hosts.
+        forward: work of its layers; h and taps are sent after it.
+        teacher: work of the final exit, on the last stage with layers, with distillation.
+        exits: work of the exits that it hosts.
     """
 
     forward: int
@@ -80,16 +80,16 @@ class StageWork:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Total work."""
         return self.forward + self.teacher + self.exits
 
 
 def plan_run(
     config: RunConfig, layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], world_size: int
 ) -> RunPlan:
-    """``make_plan`` of a configuration that ``config.check`` has passed, for ``world_size`` processes.
+    """Call ``make_plan`` for a checked configuration and ``world_size`` processes.
 
-    Its ``model.dtype`` is the one that ``auto`` stands for.
+    ``auto`` in ``model.dtype`` must already be resolved.
     """
     tuning, parallel, distillation = config.tuning, config.parallel, config.loss.distillation
     data = data_parallel_size(parallel, world_size)
@@ -112,12 +112,12 @@ def plan_run(
 
 
 def _has_whole_main_weights(implementation: str) -> bool:
-    """Whether AdamW will keep float32 main weights beside bfloat16 ones: apex does, found by name where left open."""
+    """Whether AdamW keeps whole float32 main weights for bfloat16 weights: apex does; ``auto`` uses apex if found."""
     return implementation == "apex" or (implementation == "auto" and find_spec("apex") is not None)
 
 
 def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> RunPlan:
-    """Count what each stage of ``layout`` holds and does in a step; ``specs``: the exits of all stages."""
+    """Count the memory and work of each stage of ``layout``; ``specs`` are the exits of all stages."""
     work = stage_work(layout, architecture, specs, workload)
     idle = idle_shares(layout, work, workload.microbatches, distillation=workload.top_k > 0)
     stages = []
@@ -134,7 +134,7 @@ def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSp
 def stage_work(
     layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
 ) -> list[StageWork]:
-    """FLOPs of each stage on one microbatch, over its tensor-parallel ranks together."""
+    """FLOPs of each stage for one microbatch, summed over its tensor-parallel ranks."""
     tokens, sequences, teaches = workload.sequence_length, workload.micro_batch_size, workload.top_k > 0
     layers = layer_flops(architecture, specs, tokens, teaches)
     final = final_exit_flops(architecture, tokens, workload.tensor) if teaches else 0
@@ -152,11 +152,11 @@ def stage_work(
 def idle_shares(
     layout: Layout, work: Sequence[StageWork], microbatches: int, *, distillation: bool = False
 ) -> list[float]:
-    """Share of a step in which each stage waits, transfer taking no time.
+    """Share of a step in which each stage waits, if transfer takes no time.
 
-    Simulates the schedule (``tuning.schedule``): a stage starts on a microbatch when h and taps of it are there, which
-    leave a stage before its exits' work. With distillation it lets ``Layout.lag`` microbatches pass before the exits'
-    work on the first, and that waits for the final exit.
+    This simulates the schedule (``tuning.schedule``). A stage starts a microbatch when its h and taps have arrived; a
+    stage sends them before its exits' work. With distillation a stage's exits run ``Layout.lag`` microbatches late and
+    wait for the final exit.
     """
     lags = [layout.lag(index) if distillation else 0 for index in range(len(work))]
     sources: list[set[int]] = [set() for _ in work]
@@ -172,7 +172,7 @@ def idle_shares(
             free[index] = max(free[index], taught[number])
         free[index] += work[index].exits
 
-    # A stage's turn needs only earlier turns of stages further on: teacher messages come back within its lag.
+    # A stage's turn depends only on earlier turns of later stages, because teacher messages arrive within its lag.
     for turn in range(microbatches + max(lags)):
         for index, stage in enumerate(work):
             if turn < microbatches:

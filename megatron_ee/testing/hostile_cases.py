@@ -316,7 +316,7 @@ ADAPTERS: Cases = {
     "head null": (_describe(lambda c: c["exits"][0].update(head=None)), "head: must be one of"),
     "another body": (_describe(lambda c: c["exits"][0].update(body="norm")), "its weights are those of mlp"),
     "another head": (_describe(lambda c: c["exits"][0].update(head="shared")), "those of mlp with head low_rank"),
-    "an exit left out": (_describe(lambda c: c["exits"].pop()), "belongs to no exit"),
+    "an exit left out": (_describe(lambda c: c["exits"].pop()), "does not belong to a described exit"),
     "no steps": (_describe(lambda c: c.pop("steps")), "steps: must be a whole number"),
     "no base model": (_describe(lambda c: c.pop("base_model")), "base_model: missing"),
     "base model list": (_describe(lambda c: c.update(base_model=["x"])), "base_model: must be text"),
@@ -345,6 +345,6 @@ DESCRIBED: Cases = {
     "progress text": (_metadata(progress="x"), "steps: must be a whole number"),
     "progress fraction": (_metadata(progress={"step": 1.5}), "steps: must be a whole number"),
     "hash null": (_metadata(backbone_sha256=None), "backbone_sha256: must be text"),
-    "an exit left out": (forge(lambda c: c["metadata"]["exits"].pop()), "belongs to no exit"),
+    "an exit left out": (forge(lambda c: c["metadata"]["exits"].pop()), "does not belong to a described exit"),
     "a tensor left out": (forge(lambda c: c["tensors"].pop("exits.1.lm_head.a")), "its weights are those of"),
 }

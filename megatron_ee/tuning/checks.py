@@ -38,7 +38,7 @@ NAN_GRADIENT = "returned nan values"
 
 @contextlib.contextmanager
 def checked(trainer: Trainer) -> Iterator[None]:
-    """Check all that ``trainer`` does while the context is open, and write ``debug.log`` to its output directory.
+    """Check the work of ``trainer`` while the context is open, and write ``debug.log`` to its output directory.
 
     Raises:
         UserError: a weight, a module's output or a gradient is not finite; or after all steps a trained parameter never
@@ -58,7 +58,7 @@ def checked(trainer: Trainer) -> Iterator[None]:
 
 
 class _Checks:
-    """The checks of one trainer. Paths are those of its stage's modules and parameters."""
+    """The checks of one trainer. Paths name modules and parameters of its stage."""
 
     def __init__(self, trainer: Trainer, log: TextIO) -> None:
         self._trainer, self._stage, self._log = trainer, trainer.pipeline.stage, log

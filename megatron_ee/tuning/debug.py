@@ -140,7 +140,7 @@ def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
 
 
 def cut_model(model: SavedModel, layers: int) -> SavedModel:
-    """The first ``layers`` layers of a model, as a model of its own. The model's files were checked in full."""
+    """A model of the first ``layers`` layers of a model. The whole model's files were already checked."""
     whole = model.architecture
     architecture = dataclasses.replace(whole, num_layers=layers, windows=whole.windows[:layers])
     weights = {name: model.weights[name] for name in expected_tensors(architecture)}

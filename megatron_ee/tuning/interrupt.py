@@ -63,7 +63,7 @@ class Interrupt:
 
 
 _watching: Interrupt | None = None
-"""The open watch of this process, since signals belong to the process."""
+"""The open watch of this process. There is one, because signals are per process."""
 
 
 @contextlib.contextmanager
@@ -129,7 +129,7 @@ def raise_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled_by(handler: Handler) -> Iterator[None]:
-    """``handler`` for all ``SIGNALS`` while the context is open; only the main thread may set handlers."""
+    """Install ``handler`` for all ``SIGNALS`` while the context is open. Only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

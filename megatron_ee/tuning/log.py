@@ -103,7 +103,7 @@ class RunLog:
         self._plot(points, step)
 
     def save(self, step: int, stopped_seconds: float, write_seconds: float) -> None:
-        """The state after ``step`` steps is on disk. Logs how long tuning waited and how long writing took."""
+        """Log a finished save of the state after ``step`` steps: how long tuning waited and how long writing took."""
         seconds = {"stopped_seconds": round(stopped_seconds, 4), "write_seconds": round(write_seconds, 4)}
         self._write({"step": step, "save": seconds})
         self._plot({f"save/{name}": value for name, value in seconds.items()}, step)

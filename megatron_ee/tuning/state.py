@@ -199,7 +199,7 @@ def _read(checkpoint: Checkpoint, key: str, piece: Piece, out: Tensor) -> Tensor
 
 
 def _read_converted(checkpoint: Checkpoint, kind: str, name: str, piece: Piece) -> None:
-    """Main weights of the tensor ``name`` that another implementation of Adam saved in the other of two forms."""
+    """Read and convert main weights that another implementation of Adam saved in the other form."""
     like = piece.tensor
     weight = _read(checkpoint, name, piece, torch.empty_like(like, dtype=torch.bfloat16))
     if kind == "remainder":
@@ -217,8 +217,10 @@ def _read_progress(checkpoint: Checkpoint) -> tuple[RunProgress, dict[str, int]]
 
 
 def _own_pieces(stage: Stage, optimizer: ExitOptimizer) -> Iterator[Piece]:
-    """The pieces that this rank writes: those that it updates. Tensors that all tensor-parallel ranks hold whole are
-    written by the first."""
+    """The pieces that this rank updates, and therefore writes.
+
+    The first tensor-parallel rank writes the tensors that all of them hold whole.
+    """
     ranges = {id(state.parameter): (state.start, state.stop) for state in optimizer.parameter_states()}
     first = stage.setup.groups.tensor.rank() == 0
     yield from _state_pieces(stage, optimizer, skip_whole=not first)
@@ -268,9 +270,9 @@ def _pieces(
 
 
 def run_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offset and shape of the boxes that elements ``start:stop`` of a row-major tensor of one or two dimensions fill.
+    """Yield offset and shape of the boxes that cover elements ``start:stop`` of a row-major tensor (1 or 2 dimensions).
 
-    At most three: the rest of a row, whole rows, the beginning of a row.
+    There are at most three: the rest of a row, whole rows, and the start of a row.
     """
     if len(shape) == 1:
         if start < stop:

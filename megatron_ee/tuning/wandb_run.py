@@ -62,7 +62,7 @@ class WandbRun:
             action()
         except Exception as error:  # its service is a separate process, which a signal to the job may have ended
             self._run = None
-            print(f"wandb: nothing more is recorded: {first_line(error)}", file=sys.stderr, flush=True)
+            print(f"wandb: recording has stopped: {first_line(error)}", file=sys.stderr, flush=True)
 
 
 def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[str, Any]) -> WandbRun:
@@ -102,7 +102,7 @@ def start_run(output: Path, config: WandbConfig, step: int, settings: Mapping[st
 
 
 def _import() -> Any:
-    # It reports its errors to its makers otherwise, in offline mode too.
+    # By default wandb reports its errors to its developers, even in offline mode.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -110,7 +110,7 @@ def _import() -> Any:
 
 
 def _run_id(directory: Path, step: int) -> str:
-    """The id of the run so far; a new one where it starts from the beginning."""
+    """The id of the earlier run; a new id if the run starts from step 0."""
     path = directory / RUN_ID
     with storage_errors(path, "write"):
         if step > 0 and path.is_file() and (known := path.read_text(encoding="utf-8").strip()):

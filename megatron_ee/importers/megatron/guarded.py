@@ -74,7 +74,7 @@ class _GuardedUnpickler(pickle._Unpickler):
         if origin not in self._named:
             full = f"{module}.{name}"
             if self._known is not None and not any(full == one or full.startswith(f"{one}.") for one in self._known):
-                raise ValueError(f"names {full}, which does not belong in such a file")
+                raise ValueError(f"names {full}, which is not allowed in such a file")
             inert = type("Inert", (Inert,), {"__slots__": (), "origin": origin})
             self._named[origin] = Mapping if origin == ("collections", "OrderedDict") else inert
         return self._named[origin]
@@ -104,12 +104,12 @@ def unpickle(
         raise CheckpointError(f"{where}: {len(data)} bytes are too many for a description; at most {MAX_PICKLE}")
 
     def nothing(pid: Any) -> Any:
-        raise ValueError("refers to a tensor outside it")
+        raise ValueError("refers to a tensor outside the pickle")
 
     try:
         return _GuardedUnpickler(data, load_storage or nothing, known).load()
     except Exception as error:  # a hostile pickle can cause any of these
         what = f"{type(error).__name__} {error}"
         raise CheckpointError(
-            f"{where}: not a pickle as checkpoints have it: {shown(what)}; refused, and nothing of it was run"
+            f"{where}: not a pickle of a checkpoint: {shown(what)}; refused, and no code in it was run"
         ) from None

@@ -94,7 +94,7 @@ def _model(ranks: RankFiles, config: Path | None) -> ImportedModel:
         check_agreement(args, model.architecture, model.where)
         return dataclasses.replace(model, notes=differing_settings(args, model.architecture, model.where))
     if not args.values:
-        raise CheckpointError(f"{args.where}: has no args, which would tell the model's shape; give --config DIR")
+        raise CheckpointError(f"{args.where}: has no args, so the model's shape is not known; give --config DIR")
     stage, embedding = ranks.stages[0], StageParameter("backbone", "embedding.weight")
     key = next((key for key in stage.values[0] if find_parameter(key, tied=True) == embedding), None)
     if key is None:
@@ -112,8 +112,8 @@ def _tensors(ranks: RankFiles, model: ImportedModel, exits: Sequence[EarlyExit])
         raise CheckpointError(f"{last.files[0].path}: is the last of {count} layers; {model.where}: {arch.num_layers}")
     if arch.num_kv_heads % size or arch.ffn_size % size:
         raise CheckpointError(
-            f"{model.where}: {arch.num_kv_heads} key-value heads and {arch.ffn_size} columns of the MLP cannot be cut "
-            f"to the {size} tensor-parallel ranks that there are"
+            f"{model.where}: {arch.num_kv_heads} key-value heads and {arch.ffn_size} columns of the MLP cannot be "
+            f"split over {size} tensor-parallel ranks"
         )
     shapes = expected_tensors(arch)
     found: dict[str, StoredTensor] = {}
@@ -126,7 +126,7 @@ def _tensors(ranks: RankFiles, model: ImportedModel, exits: Sequence[EarlyExit])
             found |= _join(stage, _take(keys, parameter, stage, old), source, own, model, size)
         if keys:
             key = shown(next(iter(keys.values())))
-            raise CheckpointError(f"{stage.files[0].path}: key {key} has no place in the model of {model.where}")
+            raise CheckpointError(f"{stage.files[0].path}: key {key} does not belong to the model of {model.where}")
     return found
 
 

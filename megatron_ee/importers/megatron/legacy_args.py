@@ -291,7 +291,7 @@ def early_exits(args: Args, arch: Architecture) -> tuple[EarlyExit, ...]:
         )
     if not own and not arch.tied:
         raise CheckpointError(
-            f"{args.where}: untie_exit_output_weights is off, so that exits share the input embedding, which is not "
+            f"{args.where}: untie_exit_output_weights is off, so exits share the input embedding, which is not "
             "this model's LM head; such heads are not supported"
         )
     body, head = _body(args, before), "own" if own else "shared"

@@ -147,8 +147,8 @@ def _check_sizes(args: Args, tensor: int, pipeline: int) -> None:
         stated = args.get(name, found, int)
         if stated != found:
             raise CheckpointError(
-                f"{args.where}: {name} is {stated}, but there are mp_rank_* for {found}; where exits were tuned with "
-                "only the first stages loaded, the others' files are in the checkpoint that was tuned: copy them"
+                f"{args.where}: {name} is {stated}, but there are mp_rank_* for {found}; if exits were tuned with "
+                "only the first stages loaded, copy the other stages' files from the checkpoint that was tuned"
             )
 
 
@@ -163,10 +163,10 @@ def _models(file: TorchFile) -> list[dict[str, Any]]:
 
 def _flatten(value: Any, prefix: str, file: TorchFile, levels: int) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, dict) or levels == 0:
-        raise CheckpointError(f"{file.path}: {shown(prefix or 'model')} is no state dict")
+        raise CheckpointError(f"{file.path}: {shown(prefix or 'model')} is not a state dict")
     for key, item in value.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{file.path}: {shown(prefix + '*')}: key {shown(key)} is no name")
+            raise CheckpointError(f"{file.path}: {shown(prefix + '*')}: key {shown(key)} is not a name")
         if isinstance(item, dict):
             yield from _flatten(item, f"{prefix}{key}.", file, levels - 1)
         else:

@@ -107,9 +107,9 @@ def _places(stored: dict[Any, Any], path: Path) -> Iterator[tuple[tuple[str, tup
         if type(key.get("fqn")) is not str or offset is None or type(name) is not str:
             raise DamagedError(f"{path}: storage_data does not say where {shown(key.get('fqn'))} is")
         if _sizes((start, length)) is None:
-            raise DamagedError(f"{path}: {shown(key['fqn'])} is at {shown((start, length))}, which is no place")
+            raise DamagedError(f"{path}: {shown(key['fqn'])} is at {shown((start, length))}, which is not valid")
         if place.get("transform_descriptors"):
-            raise CheckpointError(f"{path}: {shown(key['fqn'])} is compressed or the like; save it plainly")
+            raise CheckpointError(f"{path}: {shown(key['fqn'])} is compressed or encoded; save it without")
         yield (key["fqn"], offset), (name, start, length)  # type: ignore[misc]
 
 

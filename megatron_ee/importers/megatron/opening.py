@@ -63,7 +63,7 @@ def tracked_iteration(path: Path) -> Path | None:
     if text == b"release":
         return path / "release"
     if not re.fullmatch(rb"\d{1,18}", text):
-        raise CheckpointError(f"{tracker}: {shown(text)} is no iteration")
+        raise CheckpointError(f"{tracker}: {shown(text)} is not an iteration")
     return path / f"iter_{int(text):07}"
 
 

@@ -69,7 +69,7 @@ def check_family(arch: Architecture, where: str) -> None:
             what = field.name
     if what is not None:
         raise CheckpointError(
-            f"{where}: {arch.family} models have {what}, which has no place in Megatron's checkpoints; convert the "
+            f"{where}: {arch.family} models have {what}, which Megatron's checkpoints do not support; convert the "
             "model --to hf or --to parallel"
         )
 

@@ -145,7 +145,7 @@ def test_tuning_goes_on_where_wandb_fails(capsys: pytest.CaptureFixture[str]) ->
         run.log({"loss": 3.0}, step)
     run.finish(failed=False)
     assert calls == [{"loss": 3.0, "step": 1}]
-    assert capsys.readouterr().err == "wandb: nothing more is recorded: the service has ended\n"
+    assert capsys.readouterr().err == "wandb: recording has stopped: the service has ended\n"
 
 
 def test_online_without_an_account_is_refused_early(connections: list[bytes]) -> None:

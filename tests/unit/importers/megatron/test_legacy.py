@@ -201,7 +201,7 @@ def test_an_exit_before_a_layer_stands_after_the_one_before(saved_model: SavedMo
         ({"exit_layer_nums": [2, 5]}, "[2, 5] are not layers from 1 to 4"),
         ({"exit_layer_nums": [2, 2]}, "[2, 2] name a layer twice"),
         ({"exit_layer_nums": [2, 3]}, "encoder.layers.1.mlp.branch.dense_h_to_4h.weight' is missing"),
-        ({"exit_layer_nums": []}, "has no place in the model"),
+        ({"exit_layer_nums": []}, "does not belong to the model"),
     ],
 )
 def test_exits_without_counterpart(
@@ -426,8 +426,8 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda content: content.update(checkpoint_version=2.0), "checkpoint_version is 2.0; only 3.0"),
     (lambda content: content.pop("checkpoint_version"), "checkpoint_version is 0; only 3.0"),
     (lambda content: content.pop("model"), "holds no model"),
-    (lambda content: content.update(model=[1]), "'model' is no state dict"),
-    (lambda content: content.update(model={1: torch.ones(1)}), "key 1 is no name"),
+    (lambda content: content.update(model=[1]), "'model' is not a state dict"),
+    (lambda content: content.update(model={1: torch.ones(1)}), "key 1 is not a name"),
     (lambda content: content.update(iteration=6), "is of iteration 6, but"),
     (lambda content: _encoder(content).pop(FC2), f"key 'language_model.encoder.{FC2}' is missing, which"),
     (lambda content: _encoder(content).update({FC2: torch.ones(64, 55)}), f"encoder.{FC2}' has shape [64, 55], but"),
@@ -457,7 +457,7 @@ def test_a_file_that_differs_from_its_neighbours(
         (lambda encoder: encoder.update(odd=torch.ones(1)), "key 'language_model.encoder.odd' is not known"),
         (lambda encoder: encoder.update({"layers.0.inter_attention.weight": torch.ones(1)}), "is not known"),
         (lambda encoder: encoder.update({"layers.0.input_norm.bias": torch.ones(64)}), "input_norm.bias' is not known"),
-        (lambda encoder: encoder.update({"layers.0.self_attention.dense.bias": torch.ones(64)}), "has no place in"),
+        (lambda encoder: encoder.update({"layers.0.self_attention.dense.bias": torch.ones(64)}), "does not belong to"),
         (lambda encoder: encoder.update({"layers.7.mlp_norm": torch.ones(64)}), "layer 2 of this stage"),
         (lambda encoder: encoder.update({"layers.0.input_layernorm.weight": torch.ones(64)}), "are the same"),
         (lambda encoder: encoder.update({FC2: torch.ones(64, 28)}), "makes it [64, 56] on each of 2 ranks"),
@@ -485,7 +485,7 @@ def test_configurations_that_the_ranks_cannot_hold(saved_model: SavedModel, tmp_
     for changes, words in (
         ({"vocab_size": 1000}, "makes it [500, 64] or longer on each of 2 ranks"),
         ({"num_hidden_layers": 5}, "is the last of 4 layers"),
-        ({"num_key_value_heads": 1}, "cannot be cut to the 2 tensor-parallel ranks"),
+        ({"num_key_value_heads": 1}, "cannot be split over 2 tensor-parallel ranks"),
         ({"intermediate_size": 113}, "ffn_hidden_size is 112, but 113"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
