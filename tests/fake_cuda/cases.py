@@ -43,6 +43,9 @@ def tuning_grid() -> list[Tuning]:
     cases.append(Tuning("llama2_7b", overrides=(*few, "--loss.dynamic_token_weights", "true")))
     cases.append(Tuning("llama2_7b", overrides=(*few, "--loss.chunk_tokens", "256")))
     cases.append(Tuning("llama2_7b", rank=3, processes=4, overrides=few))
+    initial = (*few, "--optimizer.decay_towards", "initial")
+    cases.append(Tuning("llama2_7b", overrides=initial))
+    cases.append(Tuning("llama2_7b", rank=3, processes=4, overrides=initial))
     # A window shorter than the sequence, with key-value heads that queries share.
     cases.append(Tuning("llama2_70b", overrides=exits("layer", "own", 2, 4), window=512))
     # A stage of exits alone.
