@@ -317,7 +317,7 @@ def test_sigterm_while_it_works(chat_model: Path, tmp_path: Path) -> None:
         ({"prompt": " \n"}, (), "the prompt is blank"),
         ({"messages": [{"role": "user", "content": ""}]}, (), "the prompt is blank"),
         ({"messages": TALK[:3]}, (), "messages: end with the assistant's answer; leave it out"),
-        ({"prompt": "a" * 99}, (), "prompt: has 117 tokens, but the model has 64 positions"),
+        ({"prompt": "a" * 99}, (), "prompt: has 117 tokens; the model's 64 positions"),
         ({"prompt": 3}, (), "prompt: must be text, not 3"),
         ({"prompt": "a", "mode": "full"}, (), "'mode': unknown key; possible: id, prompt, messages, temperature, "),
         ({"prompt": "a", "samples": 2}, (), "samples: all 2 would be equal at temperature 0; give a temperature"),
