@@ -59,22 +59,44 @@ class Mapping(dict[Any, Any]):
         pass
 
 
+class _Getattr(Inert):
+    """Stands for ``getattr`` where a pickle may name members of enums. Python 3.11.0 to 3.11.3 pickle them with it."""
+
+    __slots__ = ()
+    origin = ("builtins", "getattr")
+    enums: ClassVar[dict[str, Collection[str]]]
+
+    def __new__(cls, enum: Any = None, name: Any = None, *more: Any) -> Any:
+        plain = isinstance(enum, type) and issubclass(enum, Inert) and type(name) is str and not more
+        if not plain or name not in cls.enums.get(".".join(enum.origin), ()):
+            raise _foreign(".".join(cls.origin))
+        return enum(name)
+
+
 class _GuardedUnpickler(pickle._Unpickler):
     # The Python unpickler, because the C unpickler allocates and touches a memo table of the size that a pickle claims.
     # Every object that BUILD can reach has a __setstate__, so BUILD never sets arbitrary attributes.
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED}
 
-    def __init__(self, data: bytes, load_storage: Callable[[Any], Any], known: Collection[str] | None) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        load_storage: Callable[[Any], Any],
+        known: Collection[str] | None,
+        enums: dict[str, Collection[str]] | None,
+    ) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._load_storage, self._known = load_storage, known
         self._named: dict[tuple[str, str], type] = {}
+        if enums is not None:
+            self._named[_Getattr.origin] = type("Getattr", (_Getattr,), {"__slots__": (), "enums": enums})
 
     def find_class(self, module: str, name: str) -> type:
         origin = (module, name)
         if origin not in self._named:
             full = f"{module}.{name}"
             if self._known is not None and not any(full == one or full.startswith(f"{one}.") for one in self._known):
-                raise ValueError(f"names {full}, which is not allowed in such a file")
+                raise _foreign(full)
             inert = type("Inert", (Inert,), {"__slots__": (), "origin": origin})
             self._named[origin] = Mapping if origin == ("collections", "OrderedDict") else inert
         return self._named[origin]
@@ -83,11 +105,16 @@ class _GuardedUnpickler(pickle._Unpickler):
         return self._load_storage(pid)
 
 
+def _foreign(name: str) -> ValueError:
+    return ValueError(f"names {name}, which is not allowed in such a file")
+
+
 def unpickle(
     data: bytes,
     where: str,
     load_storage: Callable[[Any], Any] | None = None,
     known: Collection[str] | None = None,
+    enums: dict[str, Collection[str]] | None = None,
 ) -> Any:
     """Read a pickle: numbers, strings, lists, tuples, dicts, and ``Inert`` for everything else.
 
@@ -96,6 +123,7 @@ def unpickle(
         where: name of its source, for messages.
         load_storage: returns objects that are stored outside the pickle (persistent ids). None allows no such objects.
         known: allowed modules, and classes or functions as ``module.name``; None allows all.
+        enums: allowed members of enums, by the enum's ``module.name``, that the pickle may get with ``getattr``.
 
     Raises:
         CheckpointError: it is too large, not a pickle, or contains a name or an opcode that is not allowed.
@@ -107,7 +135,7 @@ def unpickle(
         raise ValueError("refers to a tensor outside the pickle")
 
     try:
-        return _GuardedUnpickler(data, load_storage or nothing, known).load()
+        return _GuardedUnpickler(data, load_storage or nothing, known, enums).load()
     except Exception as error:  # a hostile pickle can cause any of these
         what = f"{type(error).__name__} {error}"
         raise CheckpointError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ KNOWN = (
     "pathlib",
 )
 """Names that the pickle may contain, in addition to plain values; see ``unpickle``."""
+ENUMS: dict[str, Collection[str]] = {
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": (
+        "TORCH_CONTIGUOUS_FORMAT",
+        "TORCH_CHANNELS_LAST",
+        "TORCH_PRESERVE_FORMAT",
+    ),
+    "torch.distributed.checkpoint.planner.WriteItemType": ("TENSOR", "SHARD", "BYTE_IO"),
+}
+"""Enums that the pickle may contain, with their members; the second is in the plans that Megatron stores."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape
 Place = tuple[str, int, int]  # file name, first byte and number of bytes
@@ -87,7 +96,7 @@ def read_metadata(directory: Path) -> Metadata:
             raise CheckpointError(f"{path}: {size} bytes are too many for this file; at most {MAX_PICKLE} are read")
         data = bytearray(size)
         read_exactly(fd, memoryview(data), 0, path)
-    top = _fields(unpickle(bytes(data), str(path), known=KNOWN), path)
+    top = _fields(unpickle(bytes(data), str(path), known=KNOWN, enums=ENUMS), path)
     described, stored = top.get("state_dict_metadata"), top.get("storage_data")
     if not isinstance(described, dict) or not isinstance(stored, dict):
         raise DamagedError(f"{path}: not the metadata of a torch distributed checkpoint")

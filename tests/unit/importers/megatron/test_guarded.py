@@ -178,6 +178,61 @@ def test_what_this_process_has_at_hand_for_pickles_is_out_of_reach() -> None:
         copyreg.remove_extension("os", "getcwd", 240)
 
 
+KIND = b"\x8c\x05torch\x8c\x04Kind\x93"  # the class torch.Kind, as protocol 4 names it
+GETATTR = b"\x8c\x08builtins\x8c\x07getattr\x93"
+
+
+def get(owner: bytes, *names: str) -> bytes:
+    """The pickle of ``getattr(owner, *names)``, without its end."""
+    words = b"".join(b"X" + len(name).to_bytes(4, "little") + name.encode() for name in names)
+    return GETATTR + b"(" + owner + words + b"tR"
+
+
+def unpickle_kinds(data: bytes) -> Any:
+    known = ("torch.Kind", "torch.Size", "torch.sub", "collections")
+    return unpickle(b"\x80\x04" + data + b".", "file", known=known, enums={"torch.Kind": ("DENSE",)})
+
+
+def test_a_member_of_a_known_enum_may_be_pickled_as_its_attribute() -> None:
+    """As Python 3.11.0 to 3.11.3 pickle every member of an enum."""
+    found = unpickle_kinds(get(KIND, "DENSE"))
+    assert found.origin == ("torch", "Kind") and found.args == ("DENSE",) and type(found).__mro__[1] is Inert
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        get(KIND),
+        get(KIND, "SPARSE"),
+        get(KIND, "DENSE", "DENSE"),  # with a default
+        *(get(KIND, name) for name in ("__class__", "__subclasses__", "_member_map_", "mro", "args", "DENSE.name", "")),
+        get(b"\x8c\x05torch\x8c\x04Size\x93", "DENSE"),  # not an enum
+        get(b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93", "DENSE"),
+        get(b"\x8c\x05torch\x8c\x03sub\x93", "Kind.DENSE"),
+        get(KIND + b")R", "DENSE"),  # a member
+        get(get(KIND, "DENSE"), "DENSE"),
+        get(get(KIND, "DENSE"), "__class__"),
+        get(get(KIND, "__class__"), "mro"),
+        get(GETATTR, "__self__"),
+        get(GETATTR, "DENSE"),
+        get(b"\x8c\x0atorch.Kind", "DENSE"),  # a string
+        GETATTR + b"(" + KIND + b"\x8c\x04trueNtR",
+        GETATTR + b"(" + KIND + b"]tR",  # an unhashable name
+        GETATTR + b"(" + KIND + b"\x8c\x04evilt\x81",  # by NEWOBJ
+        GETATTR + b")R",
+        GETATTR + b")\x81",
+    ],
+)
+def test_nothing_else_is_an_attribute(data: bytes) -> None:
+    with pytest.raises(CheckpointError, match="^file: .*names builtins.getattr, which is not allowed in such a file"):
+        unpickle_kinds(data)
+
+
+def test_attributes_are_refused_where_no_enum_belongs() -> None:
+    with pytest.raises(CheckpointError, match="names builtins.getattr, which is not allowed in such a file"):
+        unpickle(b"\x80\x04" + get(KIND, "DENSE") + b".", "file", known=("torch.Kind",))
+
+
 @pytest.mark.parametrize(
     "first, shape, stride, words",
     [

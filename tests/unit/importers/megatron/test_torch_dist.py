@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.planner import WriteItemType
 from torch_dist_helpers import FAMILIES, Exported, Model, assert_equal, rewrite
 
 from megatron_ee.checkpoint.contents import Contents
@@ -30,6 +32,7 @@ from megatron_ee.errors import CheckpointError
 from megatron_ee.families.registry import read_architecture
 from megatron_ee.importers.megatron import export
 from megatron_ee.importers.megatron.export import to_torch_dist
+from megatron_ee.importers.megatron.metadata import ENUMS
 from megatron_ee.importers.megatron.settings import to_args
 from megatron_ee.importers.megatron.torch_dist import open_torch_dist
 from megatron_ee.parallel.groups import Groups
@@ -41,6 +44,28 @@ LAYOUTS: dict[str, dict[str, Any] | None] = {
     "layers apart": {"non_homogeneous_layers": True},
     "gate and up apart": {"singleton_local_shards": True},
 }
+
+
+class EarlyPickler(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_metadata_of_early_python_3_11_are_read(exported: Exported, copied: Path) -> None:
+    file = copied / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.all_local_plans = [WriteItemType.SHARD]  # Megatron keeps whole plans there
+    with file.open("wb") as written:
+        EarlyPickler(written, protocol=4).dump(metadata)
+    assert b"getattr" in file.read_bytes() and pickle.loads(file.read_bytes()) == metadata
+    assert_equal(open_torch_dist(copied, trust=True, config=None), exported("llama2")[0])
+
+
+def test_known_enums_are_those_of_torch() -> None:
+    enums = (torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING, WriteItemType)
+    assert {f"{each.__module__}.{each.__qualname__}": tuple(each.__members__) for each in enums} == ENUMS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
