@@ -72,13 +72,13 @@ class PieceEncoder:
         """Tokenise one piece.
 
         Raises:
-            DataError: invalid UTF-8 or JSON, a missing or ill-typed key, an unusable conversation, or a token that the
-                model beside the tokenizer has no embedding for; with file and line.
+            DataError: an unreadable file, invalid UTF-8 or JSON, a missing or ill-typed key, an unusable conversation,
+                or a token that the model beside the tokenizer has no embedding for; with file and line.
         """
         return self._lines(piece) if piece.lines else self._text(piece)
 
     def _text(self, piece: TextPiece) -> Encoded:
-        text = _decode(piece.data, piece.path, piece.line, piece.offset)
+        text = _decode(piece.read(), piece.path, piece.line, piece.offset)
         if piece.first and piece.last and not text.strip():
             raise DataError(f"{piece.path}: holds only white space; remove it from --input")
         ids = [*self._start, *self.tokenizer.encode(text)] if piece.first else self.tokenizer.encode_continuation(text)
@@ -135,7 +135,7 @@ class PieceEncoder:
 def _records(piece: TextPiece) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and object of each line that is not blank."""
     offset = piece.offset
-    for number, line in enumerate(piece.data.split(b"\n"), start=piece.line):
+    for number, line in enumerate(piece.read().split(b"\n"), start=piece.line):
         where = f"{piece.path}, line {number}"
         if line.strip():
             text = _decode(line, piece.path, number, offset)

@@ -28,9 +28,9 @@ class TextPiece:
     Attributes:
         path: the file.
         lines: whether each line is a JSON object; otherwise the piece is part of one document.
-        data: the bytes, without a byte-order mark.
-        size: number of bytes of the file that the piece covers.
-        offset: start of ``data`` in the file, in bytes.
+        offset: start of the piece in the file, in bytes, after a byte-order mark.
+        length: number of its bytes.
+        size: number of bytes of the file that the piece covers, with a byte-order mark.
         line: number of its first line, from 1.
         first: whether it is the first piece of the file.
         last: whether it is the last piece of the file.
@@ -38,12 +38,31 @@ class TextPiece:
 
     path: Path
     lines: bool
-    data: bytes
-    size: int
     offset: int
+    length: int
+    size: int
     line: int
     first: bool
     last: bool
+
+    def read(self) -> bytes:
+        """The bytes of the piece.
+
+        Pieces travel to other processes without them: a process that is ended while its parent fills the pipe to it
+        would keep the parent waiting for ever under Python before 3.11.5.
+
+        Raises:
+            DataError: the file cannot be read, or is shorter than it was.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.length)
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        if len(data) < self.length:
+            raise DataError(f"{self.path}: became shorter while it was read; run again when nothing writes to it")
+        return data
 
 
 def check_inputs(inputs: list[Path]) -> int:
@@ -80,9 +99,13 @@ def read_pieces(path: Path, lines: bool, piece_bytes: int | None = None) -> Iter
                 empty = False
                 yield piece
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
     if empty:
         raise DataError(f"{path}: holds no text; remove it from --input")
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def _pieces(file: IO[bytes], path: Path, lines: bool, piece_bytes: int) -> Iterator[TextPiece]:
@@ -98,8 +121,9 @@ def _pieces(file: IO[bytes], path: Path, lines: bool, piece_bytes: int) -> Itera
         while cut:
             data, buffer = buffer[:cut], buffer[cut:]
             last = not block
-            yield TextPiece(path, lines, data, len(data) + (skipped if first else 0), offset, line, first, last)
-            offset, line, first = offset + len(data), line + data.count(b"\n"), False
+            size = cut + (skipped if first else 0)
+            yield TextPiece(path, lines, offset, cut, size, line, first, last)
+            offset, line, first = offset + cut, line + data.count(b"\n"), False
             cut = _cut(buffer, lines, piece_bytes)
         if not block:
             return

@@ -80,7 +80,7 @@ def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte-order mark
     monkeypatch.setattr(read, "PIECE_BYTES", 500)
     pieces = list(read_pieces(tmp_path / "a.txt", lines=False))
-    assert len(pieces) > 10 and b"".join(piece.data for piece in pieces) == text.encode()
+    assert len(pieces) > 10 and b"".join(piece.read() for piece in pieces) == text.encode()
     assert sum(piece.size for piece in pieces) == (tmp_path / "a.txt").stat().st_size
     prepare_corpus([tmp_path / "a.txt"], path, tmp_path / "out")
     tokenizer = load_tokenizer(path)
@@ -92,12 +92,15 @@ def test_pieces_of_lines(tmp_path: Path, size: int) -> None:
     data = b"".join(b"%d" % n * (n % 23) + b"\n" for n in range(200)) + b"no newline at the end"
     (tmp_path / "a.jsonl").write_bytes(data)
     pieces = list(read_pieces(tmp_path / "a.jsonl", True, size))
-    assert b"".join(piece.data for piece in pieces) == data
+    assert b"".join(piece.read() for piece in pieces) == data
     for piece in pieces:
-        assert data[piece.offset : piece.offset + len(piece.data)] == piece.data
+        assert data[piece.offset : piece.offset + piece.length] == piece.read()
         assert piece.line == 1 + data.count(b"\n", 0, piece.offset)
-        assert piece.last or piece.data.endswith(b"\n")
+        assert piece.last or piece.read().endswith(b"\n")
     assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    os.truncate(tmp_path / "a.jsonl", len(data) - 1)
+    with pytest.raises(DataError, match=r"a.jsonl: became shorter while it was read"):
+        pieces[-1].read()
 
 
 @pytest.mark.parametrize("kind", ["prefixes", "marks"])
@@ -321,8 +324,10 @@ def test_a_signal_leaves_nothing(
 
 
 def test_what_is_being_tokenised_is_not_waited_for(tmp_path: Path, sp_model: Path) -> None:
-    text = TextPiece(tmp_path / "text", False, b"the dog " * (1 << 20), 8 << 20, 0, 1, True, True)  # takes seconds
-    pieces = [replace(text, data=b"fox"), *[text] * 4]
+    path = tmp_path / "text"
+    path.write_bytes(b"the dog " * (1 << 20))  # takes seconds
+    text = TextPiece(path, False, 0, 8 << 20, 8 << 20, 1, True, True)
+    pieces = [replace(text, length=7), *[text] * 4]
     options = EncodeOptions(sp_model, "text", False, False)
     results = _encode_all(pieces, PieceEncoder(options), options, 2)
     next(results)
