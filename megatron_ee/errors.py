@@ -32,7 +32,8 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A configuration key is unknown, has the wrong type, or contradicts another."""
+    """A configuration key or an option is unknown, has the wrong type or contradicts another; or it names an input that
+    does not exist, or an output that must not be written to."""
 
     exit_status = 2
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from megatron_ee.checkpoint.atomic import LEFTOVER, LOCK_NAME, storage_errors, write_json
-from megatron_ee.errors import CheckpointError, ConfigError
+from megatron_ee.errors import ConfigError
 
 MARKER = ".megatron-ee.json"
 MADE_BY = "megatron-ee"
@@ -23,10 +23,10 @@ def check_new(path: Path, option: str = "--output") -> None:
     """Refuse an output that must be new.
 
     Raises:
-        CheckpointError: ``path`` exists and is not an empty directory.
+        ConfigError: ``path`` exists and is not an empty directory.
     """
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{path}: exists already; nothing is overwritten, choose another {option}")
+        raise ConfigError(f"{option}: {path} exists already; nothing is overwritten, choose another")
 
 
 def check_output(directory: Path, command: str, option: str = "--output") -> None:

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     heads = _heads(arguments.heads)
     all_heads = heads.pop(ALL, None)
     from megatron_ee.checkpoint.ownership import check_new
+    from megatron_ee.commands.inputs import check_input
     from megatron_ee.conversion.convert import Conversion, plan_output, prepare, write
     from megatron_ee.conversion.report import print_contents, print_plan
     from megatron_ee.conversion.usage import usage
@@ -101,6 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
         shard=arguments.max_shard_size * 10**6,
     )
     check_new(arguments.output)
+    for option in ("input", "model", "config"):
+        check_input(f"--{option}", getattr(arguments, option))
+    check_input("--adapter", *arguments.adapter)
     found, contents = prepare(request)
     for note in contents.notes:
         print(note, file=sys.stderr)

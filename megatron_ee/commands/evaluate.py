@@ -63,11 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
         raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(PLOTS)}")
     from megatron_ee.checkpoint.ownership import check_file, check_output, claim_output
+    from megatron_ee.commands.inputs import check_corpus, check_input
 
     if arguments.plot is not None:
         check_file(arguments.plot, "--plot")
     if arguments.output is not None:
         check_output(arguments.output, "evaluate")
+    check_input("--model", arguments.model)
+    check_input("--adapter", arguments.adapter)
+    check_corpus("--data", [arguments.data])
     from megatron_ee.evaluation.evaluate import evaluate, write_quality
     from megatron_ee.evaluation.plots import plot_reliability, plot_sweep
     from megatron_ee.evaluation.report import print_quality

@@ -127,6 +127,7 @@ def _add_output(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate. Print text with a legend, or JSON, to stdout."""
+    from megatron_ee.commands.inputs import check_corpus, check_input
     from megatron_ee.inference.compiled import check_compiler
     from megatron_ee.inference.loading import check_parallel, open_engine, open_released
     from megatron_ee.parallel.groups import world_size
@@ -141,6 +142,11 @@ def run(arguments: argparse.Namespace) -> int:
         _check_page(arguments)
     try:
         _check_settings(arguments)
+        check_input("model", arguments.model)
+        check_input("adapter", arguments.adapter)
+        check_input("prompts", arguments.prompts)
+        if arguments.draft_corpus is not None:
+            check_corpus("draft_corpus", [arguments.draft_corpus])
         released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
         lines = _file_requests(arguments, released)
         requests = [line.request for line in lines] or _requests(arguments, released)

@@ -31,8 +31,9 @@ SAVING = ("tune",)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: the process's arguments) and return its exit status.
 
-    0: success. 2: an invalid command line or configuration. 1: any other error. 128 + N: signal N. An exception other
-        than ``UserError`` is a bug and keeps its traceback.
+    0: success. 2: an invalid command line or configuration, which includes an input that does not exist and an output
+        that must not be written to. 1: any other error. 128 + N: signal N. An exception other than ``UserError`` is a
+        bug and keeps its traceback.
     """
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     # Before the command imports torch, which takes seconds: a signal in that time must not be lost.

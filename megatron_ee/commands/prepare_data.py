@@ -57,6 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{option}: cannot be used with --chat, where the chat template decides; leave it out")
     if arguments.chat_template is not None and not arguments.chat:
         raise ConfigError("--chat-template: applies to chat data only; give --chat, too")
+    from megatron_ee.commands.inputs import check_input
+
+    check_input("--input", *arguments.input)
+    check_input("--tokenizer", arguments.tokenizer)
+    check_input("--chat-template", arguments.chat_template)
     from megatron_ee.data.prepare import prepare_corpus
 
     result = prepare_corpus(

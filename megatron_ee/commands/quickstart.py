@@ -59,8 +59,12 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Run all commands; print tables, samples and the paths of the results."""
     from megatron_ee.checkpoint.ownership import check_output, claim_output
+    from megatron_ee.commands.inputs import check_input
 
     check_output(arguments.out, "quickstart", "--out")
+    check_input("--base", arguments.base)
+    check_input("--data", arguments.data)
+    check_input("--held-out", arguments.held_out)
     from megatron_ee import platform
     from megatron_ee.checkpoint.saved_model import open_model
 

@@ -65,12 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer the prompts. Return status 1 if some failed."""
     from megatron_ee.commands.answer_file import is_complete, open_answers
     from megatron_ee.commands.generate_requests import SAMPLING, make_request
+    from megatron_ee.commands.inputs import check_input
     from megatron_ee.inference.loading import check_parallel, open_engine, open_released
     from megatron_ee.parallel.groups import launched_rank, world_size
 
     settings = {name: getattr(arguments, name) for name in (*SAMPLING, "samples", "max_tokens")}
     try:
         make_request("", settings, has_exits=False)  # before the model is opened
+        check_input("model", arguments.model)
+        check_input("prompts", arguments.prompts)
         released = dataclasses.replace(open_released(arguments.model, verify=not arguments.no_verify), adapter=None)
         lines = _prompts(arguments.prompts, settings, released)
         check_parallel(released.model.architecture, arguments.tensor, arguments.pipeline, world_size())

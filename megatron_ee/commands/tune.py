@@ -71,11 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Load and check the configuration, then tune."""
     if arguments.allow_new_data and not arguments.resume:
         raise ConfigError("--allow-new-data: needs --resume; add it, or leave this option out")
+    from megatron_ee.commands.inputs import check_corpus, check_input
     from megatron_ee.config.check import check_model_path
     from megatron_ee.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     check_model_path(config.model.path)
+    for key in ("train", "validation"):
+        corpora = getattr(config.data, key)
+        check_corpus(f"data.{key}", [each if isinstance(each, str) else each.path for each in corpora])
+    check_input("--init-adapter", arguments.init_adapter)
     from megatron_ee.evaluation.evaluate import make_validator, show_history
 
     if arguments.debug:

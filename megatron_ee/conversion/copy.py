@@ -50,8 +50,8 @@ def write_output(
         report: called with lines about files that an earlier run finished.
 
     Raises:
-        CheckpointError: ``final`` exists, another conversion writes there, the disk is too small, or something cannot
-            be read or written.
+        ConfigError: ``final`` exists.
+        CheckpointError: another conversion writes there, the disk is too small, or something cannot be read or written.
     """
     check_new(final)
     with _work_directory(final) as work:

@@ -71,16 +71,16 @@ def prepare_corpus(
         chat_template: a jinja file that chat data is rendered with instead of the tokenizer's own template.
 
     Raises:
-        DataError: an input, the tokenizer or the output is unusable. The message names the file and the line, if there
-            is one.
-        ConfigError: ``workers`` is not positive.
+        DataError: an input or the tokenizer is unusable, or the output cannot be written. The message names the file
+            and the line, if there is one.
+        ConfigError: ``workers`` is not positive, or the output is there already, a directory or an input.
     """
     paths = [Path(path) for path in inputs]
     prefix = Path(output_prefix)
     total = check_inputs(paths)
     for path in paths:
         if path.resolve() in {file_of(prefix, suffix).resolve() for suffix in SUFFIXES}:
-            raise DataError(f"{path}: is an input, and --output {prefix} would overwrite it; choose another --output")
+            raise ConfigError(f"{path}: is an input, and --output {prefix} would overwrite it; choose another --output")
     template = None if chat_template is None else read_template(Path(chat_template))
     options = EncodeOptions(Path(tokenizer_path), text_key, chat, prepend_bos, template)
     encoder = PieceEncoder(options)  # an unusable tokenizer is reported before anything is read

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_ee.data.encode import Encoded
 from megatron_ee.data.indexed import describes_corpus, file_of, indexed_dataset, sha256
-from megatron_ee.errors import DataError
+from megatron_ee.errors import ConfigError, DataError
 
 # The order of the renames. A corpus without its index cannot be opened, so an incomplete one is never read. The
 # description comes first: it marks an incomplete corpus as ours, so that it may be replaced.
@@ -26,20 +26,21 @@ class CorpusWriter:
     """Collects encoded pieces in order. As a context manager it removes files that were not committed.
 
     Raises:
-        DataError: the output exists and ``overwrite`` is False, or cannot be written.
+        ConfigError: the output exists and ``overwrite`` is False, or is not a prefix.
+        DataError: the output cannot be written.
     """
 
     def __init__(self, prefix: Path, vocab_size: int, masked: bool, overwrite: bool) -> None:
         existing = [file_of(prefix, suffix) for suffix in SUFFIXES if file_of(prefix, suffix).exists()]
         if existing and not overwrite:
-            raise DataError(f"{existing[-1]}: exists already; choose another --output or give --overwrite")
+            raise ConfigError(f"{existing[-1]}: exists already; choose another --output or give --overwrite")
         if existing and not describes_corpus(file_of(prefix, ".json")):
-            raise DataError(
+            raise ConfigError(
                 f"{existing[-1]}: exists, and {file_of(prefix, '.json')} does not say that prepare-data wrote it; "
                 "--overwrite replaces only what it wrote: choose another --output"
             )
         if prefix.is_dir() or not prefix.name:
-            raise DataError(f"{prefix}: is a directory; --output is a prefix such as {prefix / 'corpus'}")
+            raise ConfigError(f"{prefix}: is a directory; --output is a prefix such as {prefix / 'corpus'}")
         self._prefix = prefix
         self._temporary = prefix.with_name(f".{prefix.name}.tmp-{os.getpid()}")
         self._masked = masked

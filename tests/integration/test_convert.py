@@ -105,9 +105,9 @@ def test_dry_run_tells_of_an_output_that_is_there(
     (tmp_path / "file").touch()
     options = ["--input", str(model), "--output", str(tmp_path), "--to", "parallel", "--dry-run"]
     capsys.readouterr()
-    assert main(["convert", *options]) == 1
+    assert main(["convert", *options]) == 2
     printed = capsys.readouterr()
-    assert not printed.out and f"{tmp_path}: exists already; nothing is overwritten" in printed.err
+    assert not printed.out and f"--output: {tmp_path} exists already; nothing is overwritten" in printed.err
 
 
 @pytest.mark.parametrize(

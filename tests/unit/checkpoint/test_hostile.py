@@ -198,12 +198,13 @@ def test_messages_are_one_line_that_a_terminal_only_shows() -> None:
     assert len(shown(json.loads("[" * 500 + "]" * 500))) < 100
 
 
-@pytest.mark.parametrize("command", ["generate --prompt a --mode full", "evaluate --data x"])
+@pytest.mark.parametrize("command", ["generate --prompt a --mode full", "evaluate --data {}/x"])
 def test_nothing_of_a_file_moves_the_cursor(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     directory = make_model(tmp_path / f"dir{ESCAPES}")
     for file in directory.glob("*.safetensors"):
         file.rename(directory / f"{ESCAPES}{file.name}")
-    assert main([*command.split(), "--model", str(directory)]) == 1
+    (tmp_path / "x.idx").touch()
+    assert main([*command.format(tmp_path).split(), "--model", str(directory)]) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.endswith("\n") and err[:-1].isprintable()
     assert "\\x1b[31m" in err and "is missing" in err

@@ -89,6 +89,52 @@ def test_refusals_are_one_line(
     assert err.count("\n") == 1
 
 
+CONFIG = "model: {path: here}\nexits: [{layer: 1}]\ndata: {train: [here], validation: [here]}\n"
+INPUTS = {
+    "prepare-data --input here --tokenizer here --output out --chat --chat-template here": (
+        *("--input", "--tokenizer", "--chat-template"),
+    ),
+    "convert --input here --model here --adapter here --config here --to hf --output out": (
+        *("--input", "--model", "--adapter", "--config"),
+    ),
+    "tune --config run.yaml --model.path here --output out --init-adapter here": (
+        *("--config", "--model.path", "--init-adapter"),
+    ),
+    "tune --config run.yaml --output out --data.train [here] --data.validation [here]": (
+        *("--data.train", "--data.validation"),
+    ),
+    "evaluate --model here --adapter here --data here": ("--model", "--adapter", "--data"),
+    "generate --model here --prompts here --adapter here": ("--model", "--prompts", "--adapter"),
+    "generate --model here --prompt a --draft-vocabulary 4 --draft-corpus here": ("--draft-corpus",),
+    "regenerate --model here --prompts here --output out": ("--model", "--prompts"),
+    "quickstart --base here --data here --held-out here --out out": ("--base", "--data", "--held-out"),
+}
+"""Command lines, and their options that name what is read."""
+
+
+@pytest.mark.parametrize(("line", "option"), [(line, option) for line, options in INPUTS.items() for option in options])
+def test_an_input_that_does_not_exist_is_named_with_status_2(
+    line: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here.idx").touch()
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    words = line.split()
+    place = words.index(option) + 1
+    words[place] = "[none]" if words[place].startswith("[") else "none"
+    before = sorted(tmp_path.iterdir())
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    named = "no such configuration file" if option == "--config" and words[0] == "tune" else option.removeprefix("--")
+    assert out == "" and err.count("\n") == 1 and named in err, err
+    assert "no such" in err and "none" in err and sorted(tmp_path.iterdir()) == before
+
+
+def test_all_commands_are_among_these() -> None:
+    assert {line.split()[0] for line in INPUTS} == set(COMMANDS)
+
+
 @pytest.mark.smoke
 def test_a_configuration_mistake_ends_the_process_with_2(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: m}\nexits: [{layer: 1}]\ndata: {train: [c]}\n")
@@ -156,6 +202,7 @@ def test_a_reader_that_goes_away_is_no_traceback(arguments: list[str]) -> None:
 @pytest.mark.parametrize("arguments", [["generate", "--model", "m", "--prompt", "p"], ["tune", "--config", "run.yaml"]])
 def test_signals_are_handled_before_torch_is_imported(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: .}\nexits: [{layer: 1}]\ndata: {train: [c]}\n")
+    (tmp_path / "c.idx").touch()
     code = """
 import os, signal, sys
 class Finder:

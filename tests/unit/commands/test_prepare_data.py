@@ -31,7 +31,7 @@ def test_prepare_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*arguments, "--text-key", "body"]) == 0
     assert capsys.readouterr().out == f"{prefix}: 2 documents, 7 tokens\n"
     assert Path(f"{prefix}.idx").is_file()
-    assert main([*arguments, "--text-key", "body"]) == 1  # not over an existing one
+    assert main([*arguments, "--text-key", "body"]) == 2  # not over an existing one
     err = capsys.readouterr().err
     assert err.startswith(f"megatron-ee prepare-data: error: {prefix}")
     assert main([*arguments, "--text-key", "body", "--overwrite", "--workers", "2"]) == 0

@@ -28,7 +28,7 @@ from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.to_hf import to_hf
 from megatron_ee.conversion.to_parallel import to_parallel
-from megatron_ee.errors import CheckpointError
+from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.testing.ranks import Ranks, run_ranks
 
 SMALL = 100_000  # bytes per file: several of them
@@ -159,7 +159,7 @@ def test_two_at_one_place(model: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another conversion is writing here"):
             convert(str(model), str(tmp_path / "parallel"))
     convert(str(model), str(tmp_path / "parallel"))
-    with pytest.raises(CheckpointError, match=r"parallel: exists already; nothing is overwritten"):
+    with pytest.raises(ConfigError, match=r"parallel exists already; nothing is overwritten"):
         convert(str(model), str(tmp_path / "parallel"))
 
 

@@ -270,7 +270,7 @@ def test_bad_inputs(tmp_path: Path, sp_model: Path) -> None:
             prepare_corpus(inputs, sp_model, tmp_path / "out")
     with pytest.raises(ConfigError, match="--workers: must be at least 1, not 0"):
         prepare_corpus([good], sp_model, tmp_path / "out", workers=0)
-    with pytest.raises(DataError, match="is a directory"):
+    with pytest.raises(ConfigError, match="is a directory"):
         prepare_corpus([good], sp_model, tmp_path)
     with pytest.raises(DataError, match=r"good.txt/out: cannot be written: .*File exists"):
         prepare_corpus([good], sp_model, good / "out")
@@ -285,7 +285,7 @@ def test_an_existing_corpus_is_replaced_only_when_asked(
     text = write_lines("text.jsonl", [{"text": "dog"}])
     prepare_corpus([chat], chat_dir, tmp_path / "out", chat=True)
     before = {s: file_of(tmp_path / "out", s).read_bytes() for s in SUFFIXES}
-    with pytest.raises(DataError, match=r"out.idx: exists already; .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"out.idx: exists already; .*--overwrite"):
         prepare_corpus([text], sp_model, tmp_path / "out")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fox"}\nx')
@@ -302,7 +302,7 @@ def test_what_others_wrote_is_never_overwritten(
 ) -> None:
     text = write_lines("text.jsonl", [{"text": "dog"}])
     (tmp_path / name).write_text('{"model_type": "llama"}')
-    with pytest.raises(DataError, match=rf"{name}: exists, and .*out.json does not say that prepare-data wrote it"):
+    with pytest.raises(ConfigError, match=rf"{name}: exists, and .*out.json does not say that prepare-data wrote it"):
         prepare_corpus([text], sp_model, tmp_path / "out", overwrite=True)
     assert (tmp_path / name).read_text() == '{"model_type": "llama"}'
 
@@ -339,7 +339,7 @@ def test_what_is_being_tokenised_is_not_waited_for(tmp_path: Path, sp_model: Pat
 def test_an_input_is_never_overwritten(tmp_path: Path, sp_model: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"text": "fox"}))
-    with pytest.raises(DataError, match="is an input"):
+    with pytest.raises(ConfigError, match="is an input"):
         prepare_corpus([path], sp_model, tmp_path / "data", overwrite=True)
     assert json.loads(path.read_text()) == {"text": "fox"}
 

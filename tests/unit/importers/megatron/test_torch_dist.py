@@ -28,7 +28,7 @@ from megatron_ee.conversion.convert import Conversion, Target, prepare, write
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.to_hf import to_hf
-from megatron_ee.errors import CheckpointError
+from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.families.registry import read_architecture
 from megatron_ee.importers.megatron import export
 from megatron_ee.importers.megatron.export import to_torch_dist
@@ -226,7 +226,7 @@ def test_an_export_that_fails_leaves_nothing(
     monkeypatch.undo()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         write_output(to_torch_dist(contents), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
 
