@@ -105,9 +105,9 @@ class ExitHead(nn.Module):
         """As ``logits``, but only for the tokens of ``restrict``. The logits of others are -inf and are not
         computed."""
         assert self.candidates is not None, "no candidates were chosen"
-        found = self.matrix.capped(product(z, self.candidates.rows))
+        found = self.matrix.capped(product(z, self.candidates.rows).float())
         logits = found.new_full((*z.shape[:-1], len(self.matrix.weight)), -torch.inf)
-        return self.setup.gather_vocabulary(logits.index_copy_(-1, self.candidates.local, found)).float()
+        return self.setup.gather_vocabulary(logits.index_copy_(-1, self.candidates.local, found))
 
 
 def head_parts(spec: ExitSpec, architecture: Architecture) -> Iterator[ExitPart]:

@@ -228,6 +228,13 @@ def test_low_rank_starts_as_the_shared_head(tokens: Tensor, saved_model: Any, lo
     capped = exit_.head.candidate_logits(z)
     torch.testing.assert_close(capped[..., ids], 0.5 * torch.tanh(some[..., ids] / 0.5))
     assert int(capped[0, 0].isfinite().sum()) == len(ids)
+    # In float32, as logits are, whatever the model's dtype.
+    exit_.bfloat16()
+    exit_.head.restrict(ids)
+    some = exit_.head.candidate_logits(z.bfloat16())
+    exact = 0.5 * torch.tanh((z.bfloat16() @ exit_.head.candidates.rows.t()).float() / 0.5)
+    torch.testing.assert_close(some[..., ids], exact, rtol=1e-6, atol=0)
+    exit_.float()
     exit_.head.matrix.soft_cap = None
     assert not torch.equal(logits_of(stage, tokens)[0], shared)
 
