@@ -6,21 +6,18 @@ from dataclasses import replace
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.families.family import Family, pick_layers_by_type
-from megatron_ee.families.gemma3 import GEMMA_LAYER, check_gemma
+from megatron_ee.families.gemma3 import GEMMA_LAYER, check_gemma, gemma_options
 from megatron_ee.families.reading import (
     FULL,
     SLIDING,
     Config,
     plain_architecture,
     read_layer_types,
-    read_window,
-    windows_by_type,
 )
 
 
 def _parse(config: Config) -> Architecture:
     check_gemma(config)
-    bias = config.flag("attention_bias")
     plain = plain_architecture(
         config, "gemma2", positions=8192, kv_heads=4, head_dim=256, tied=True, activation="gelu_tanh"
     )
@@ -28,13 +25,7 @@ def _parse(config: Config) -> Architecture:
     kinds = kinds or [FULL if layer % 2 else SLIDING for layer in range(plain.num_layers)]
     return replace(
         plain,
-        qkv_bias=bias,
-        output_bias=bias,
-        norm_placement="sandwich",
-        norm_plus_one=True,
-        embedding_multiplier=plain.hidden_size**0.5,
-        attention_multiplier=config.positive("query_pre_attn_scalar", 256) ** -0.5,
-        windows=windows_by_type(config, kinds, read_window(config, 4096), "sliding_window"),
+        **gemma_options(config, plain.hidden_size, kinds),
         attention_soft_cap=_soft_cap(config, "attn_logit_softcapping", 50.0),
         logit_soft_cap=_soft_cap(config, "final_logit_softcapping", 30.0),
     )

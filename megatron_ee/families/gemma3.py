@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import shown
@@ -31,7 +33,6 @@ def _parse(config: Config) -> Architecture:
         if config.values.get(key):
             raise config.error(f"{key} is not supported for gemma3_text; released files have none")
     check_gemma(config)
-    bias = config.flag("attention_bias")
     positions = config.integer("max_position_embeddings", 131_072)
     full, local = read_ropes_by_type(config, positions, 1_000_000.0, 10_000.0, "rope_local_base_freq")
     plain = plain_architecture(
@@ -49,16 +50,24 @@ def _parse(config: Config) -> Architecture:
     kinds = kinds or [SLIDING if (layer + 1) % interval else FULL for layer in range(plain.num_layers)]
     return replace(
         plain,
-        qkv_bias=bias,
-        output_bias=bias,
+        **gemma_options(config, plain.hidden_size, kinds),
         qk_norm=True,
-        norm_placement="sandwich",
-        norm_plus_one=True,
-        embedding_multiplier=plain.hidden_size**0.5,
-        attention_multiplier=config.positive("query_pre_attn_scalar", 256) ** -0.5,
-        windows=windows_by_type(config, kinds, read_window(config, 4096), "sliding_window"),
         local_rope=None if local == full else local,
     )
+
+
+def gemma_options(config: Config, hidden_size: int, kinds: Sequence[str]) -> dict[str, Any]:
+    """Fields of ``Architecture`` that Gemma 2 and 3 have in common; ``kinds`` of attention, by layer."""
+    bias = config.flag("attention_bias")
+    return {
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "norm_placement": "sandwich",
+        "norm_plus_one": True,
+        "embedding_multiplier": hidden_size**0.5,
+        "attention_multiplier": config.positive("query_pre_attn_scalar", 256) ** -0.5,
+        "windows": windows_by_type(config, kinds, read_window(config, 4096), "sliding_window"),
+    }
 
 
 def check_gemma(config: Config) -> None:
