@@ -84,8 +84,8 @@ class Family:
         parse: ``config.json`` -> ``Architecture``; raises CheckpointError.
         layer: the weight table of a decoder layer.
         pick: returns ``config.json`` of a model with some of the layers; see ``pick_layers``.
-        auto_map: entries of ``auto_map`` in ``config.json`` that refer to this same model. They are ignored, and any
-            other entry is refused. Code of a checkpoint is never run.
+        auto_map: entries of ``auto_map`` in ``config.json`` that refer to this same model, without the repository that
+            may stand before ``--``. They are ignored, and any other entry is refused. No such code is ever run.
     """
 
     model_type: str

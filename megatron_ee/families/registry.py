@@ -84,7 +84,7 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
     config = plain_config(config, where)
     family = _find_family(config, where)
     auto_map = config.get("auto_map") or {}
-    if not isinstance(auto_map, dict) or not auto_map.items() <= family.auto_map.items():
+    if not isinstance(auto_map, dict) or not all(_is_known(family, *entry) for entry in auto_map.items()):
         raise CheckpointError(
             f"{where}: auto_map asks for code from the checkpoint, which is never run; if that code computes what "
             f"transformers' own {family.architecture} does, remove auto_map"
@@ -93,6 +93,11 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
         if config.get(key):
             raise CheckpointError(f"{where}: {key} is set; quantised checkpoints are not supported")
     return family.parse(Config(config, where))
+
+
+def _is_known(family: Family, key: str, name: object) -> bool:
+    """Whether an entry of ``auto_map`` is the family's, also if a repository stands before it, as in fine-tunes."""
+    return isinstance(name, str) and name.rpartition("--")[2] == family.auto_map.get(key)
 
 
 def _find_family(config: dict[str, Any], where: str) -> Family:

@@ -351,11 +351,18 @@ def test_auto_map_of_the_same_model_is_ignored(more: dict[str, str]) -> None:
     assert "auto_map" in refusal({**LLAMA2_7B, "auto_map": auto_map})
 
 
+def test_auto_map_of_a_fine_tune_names_its_base_too() -> None:
+    auto_map = {key: f"microsoft/Phi-3-mini-4k-instruct--{name}" for key, name in PHI_AUTO_MAP.items()}
+    assert parse_architecture({**PHI_TINY, "auto_map": auto_map}) == parse_architecture(PHI_TINY)
+
+
 @pytest.mark.parametrize(
     "auto_map",
     [
         {**PHI_AUTO_MAP, "AutoModelForCausalLM": "modeling_phi3_small.Phi3SmallForCausalLM"},
         {**PHI_AUTO_MAP, "AutoModelForCausalLM": ["modeling_phi3.Phi3ForCausalLM"]},
+        {**PHI_AUTO_MAP, "AutoModelForCausalLM": "evil/evil--evil.Phi3ForCausalLM"},
+        {**PHI_AUTO_MAP, "AutoModelForCausalLM": "microsoft/Phi-3--evil--modeling_phi3"},
         {**PHI_AUTO_MAP, "AutoModel": None},
         {**PHI_AUTO_MAP, "AutoTokenizer": "evil.Tokenizer"},
         "modeling_phi3.Phi3ForCausalLM",
