@@ -11,10 +11,7 @@ from megatron_ee.errors import DataError
 
 _UNFINISHED = "\ufffd"  # decoders write it for bytes that are not a complete character
 _LONGEST = 4  # the most bytes, and so tokens, of one character
-_CONTEXT, _MOST_CONTEXT = (
-    8,
-    64,
-)  # tokens that are decoded together with the next one: enough context for its first character
+_CONTEXT, _MOST_CONTEXT = 8, 64  # tokens decoded together with the next one: enough context for its first character
 
 # Continuations are encoded after this text, so that the tokenizer adds no beginning-of-text space to them.
 _JOINT = "\n"

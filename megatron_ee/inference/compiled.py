@@ -21,7 +21,7 @@ from megatron_ee import platform
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import ConfigError, first_line
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, attend_together, shared_mask
+from megatron_ee.inference.kv_cache import Extent, LayerKV, MaskKey, Masks, attend_together, shared_mask
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.traversal import run_segment
 from megatron_ee.progress import track
@@ -97,7 +97,7 @@ class CompiledStage:
         length, mask = caches[0].length, None
         if tokens > 1:
             shared = self._arch.num_heads // self._arch.num_kv_heads
-            mask = shared_mask(masks, (length, length + tokens, 0, None), x, shared)
+            mask = shared_mask(masks, MaskKey(length, length + tokens, 0, None), x, shared)
         x = segment(x, positions, mask, length, *(list(each) for each in zip(*rooms, strict=True)))  # type: ignore[misc]
         for cache in caches:
             cache.length += tokens

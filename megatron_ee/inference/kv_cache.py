@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,26 @@ from torch import Tensor
 from megatron_ee.model.attention import attend_soft_capped, visible_keys
 
 CHUNK = 256
-Masks = dict[tuple[int, int, int, int | None], Tensor]
-"""Attention masks of a pass, shared by its layers. The key is ``place`` of ``shared_mask``."""
+
+
+class MaskKey(NamedTuple):
+    """What the attention mask of one sequence depends on.
+
+    Attributes:
+        start: position of the first query.
+        length: of the sequence.
+        first: position of the first key.
+        window: the sliding window; None for no window.
+    """
+
+    start: int
+    length: int
+    first: int
+    window: int | None
+
+
+Masks = dict[MaskKey, Tensor]
+"""Attention masks of a pass, shared by its layers."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +203,7 @@ class PackedCaches:
             shared = query.shape[2] > 1
             context = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, enable_gqa=shared)
             return context[0].transpose(0, 1).reshape(count, -1)
-        mask = shared_mask(self.masks, (start, cache.length, cache.first, window), query, query.shape[2])
+        mask = shared_mask(self.masks, MaskKey(start, cache.length, cache.first, window), query, query.shape[2])
         return attend_together(query, keys, values, mask)
 
 
@@ -208,23 +227,21 @@ def attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | 
     return context.reshape(shared, count, -1).transpose(0, 1).reshape(count, -1)
 
 
-def shared_mask(masks: Masks, place: tuple[int, int, int, int | None], like: Tensor, heads: int) -> Tensor:
+def shared_mask(masks: Masks, key: MaskKey, like: Tensor, heads: int) -> Tensor:
     """The additive attention mask: 0, or -inf for a masked key. Made once per pass.
 
     Args:
         masks: of the pass.
-        place: position of the first query, length of the sequence, position of the first key, and the sliding window
-            (None for no window).
+        key: positions of the queries and keys, and the window.
         like: a tensor of the mask's dtype and device.
         heads: number of query heads that share a key-value head; the rows of one query are adjacent.
 
     Returns:
         ``[queries * heads, keys]``.
     """
-    if place not in masks:
-        start, length, first, window = place
-        positions = torch.arange(first, length, device=like.device)
-        visible = visible_keys(positions[start - first :], positions, window)
+    if key not in masks:
+        positions = torch.arange(key.first, key.length, device=like.device)
+        visible = visible_keys(positions[key.start - key.first :], positions, key.window)
         mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-        masks[place] = mask.masked_fill_(~visible, -torch.inf).repeat_interleave(heads, dim=0)
-    return masks[place]
+        masks[key] = mask.masked_fill_(~visible, -torch.inf).repeat_interleave(heads, dim=0)
+    return masks[key]

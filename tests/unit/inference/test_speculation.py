@@ -65,7 +65,7 @@ def simulate(
         plan = drafter.plan(exits, 1, **wanted)
         plans.append(plan)
         made: list[tuple[float, bool]] = []
-        spent, chance, doubt = 0.0, 1.0, None
+        spent, chance, unsure = 0.0, 1.0, None
         while len(made) < plan.length:
             spent += plan.exit + head
             drafter.costs.observe(plan.exit, 1, plan.exit + head)
@@ -73,17 +73,17 @@ def simulate(
             sure = rng.uniform(0.5, 1.0) if stands else rng.uniform(0.0, 0.7)
             chance *= drafter.acceptance[plan.exit].rate(sure)
             if plan.min_chance > 0 and chance < plan.min_chance:
-                doubt = (sure, stands)
+                unsure = (sure, stands)
                 break
             made.append((sure, stands))
-        if doubt is None and plan.exit:
+        if unsure is None and plan.exit:
             spent += plan.exit  # the last proposal's own way to the exit
         spent += (LAYERS - plan.exit + HEAD) * seconds(len(made) + 1)
         accepted = next((number for number, (_, stands) in enumerate(made) if not stands), len(made))
         for number, (sure, _) in enumerate(made[: accepted + 1]):
             drafter.acceptance[plan.exit].observe(sure, number < accepted)
-        if doubt is not None and accepted == len(made):
-            drafter.acceptance[plan.exit].observe(*doubt)
+        if unsure is not None and accepted == len(made):
+            drafter.acceptance[plan.exit].observe(*unsure)
         drafter.learn(plan, 1, len(made), accepted + 1, spent)
     return plans
 
