@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
+        "gguf": ["gguf>=0.19,<0.20"],  # dequantises GGUF files
         "wandb": ["wandb>=0.31,<0.32"],
         "test": [
             "pytest>=8.3,<10",
@@ -48,6 +49,8 @@ setup(
             "ruff>=0.17.6,<0.18",  # a minor release may format differently
             "mypy>=2.4,<2.5",
             "import-linter>=2.17,<3",
+            "gguf>=0.19,<0.20",  # writes GGUF files for the tests
+            "accelerate>=1.15,<2",  # transformers reads GGUF files only with it
         ],
     },
     entry_points={"console_scripts": ["megatron-ee = megatron_ee.commands.main:main"]},

@@ -13,17 +13,20 @@ from megatron_ee.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_ee.config.schema import ExitConfig
 
-DESCRIPTION = """Convert between Hugging Face directories, parallel checkpoints, adapters and Megatron checkpoints.
-Weights are streamed. To continue an interrupted conversion, run the same command again."""
+DESCRIPTION = """Convert between Hugging Face directories, parallel checkpoints, adapters and Megatron checkpoints, and
+from GGUF files. Weights are streamed. To continue an interrupted conversion, run the same command again."""
 TARGETS = ("hf", "parallel", "adapter", "megatron")
 HEADS = ("own", "shared", "low_rank")
+DTYPES = ("bfloat16", "float32")
 ALL = 0  # in place of a layer
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("convert", DESCRIPTION)
-    result.add_argument("--input", type=Path, required=True, metavar="DIR", help="checkpoint to read, in any format")
+    result.add_argument(
+        "--input", type=Path, required=True, metavar="PATH", help="checkpoint to read: directory or GGUF file"
+    )
     result.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write; must not exist")
     result.add_argument("--to", choices=TARGETS, required=True, help="format to write")
     result.add_argument("--dry-run", action="store_true", help="print what would be read and written, then stop")
@@ -65,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "--config", type=Path, metavar="DIR", help="Hugging Face directory of a Megatron checkpoint's model"
     )
     trust.add_argument("--no-verify", action="store_true", help="do not check checksums")
+    trust.add_argument("--dtype", choices=DTYPES, help="dtype for a GGUF file's weights (default: bfloat16)")
     result.add_argument(
         "--max-shard-size", type=at_least(1), default=5000, metavar="MB", help="file size for --to hf (default: 5000)"
     )
@@ -89,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         config=arguments.config,
         trust=arguments.trust_checkpoint,
         verify=not arguments.no_verify,
+        dtype=arguments.dtype,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         stages=arguments.stages,

@@ -17,7 +17,7 @@ from megatron_ee.config.exits import resolve_exits
 from megatron_ee.config.schema import ExitConfig, Head
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.edit import add_exits, change_heads, check_exits, drop_exits, merge_exits
-from megatron_ee.conversion.formats import open_contents
+from megatron_ee.conversion.formats import DType, open_contents
 from megatron_ee.conversion.shallow import shallow_model, text_only
 from megatron_ee.conversion.to_adapter import to_adapter
 from megatron_ee.conversion.to_hf import SHARD, to_hf
@@ -33,12 +33,13 @@ class Conversion:
     """A request for a conversion.
 
     Attributes:
-        input: a checkpoint of any format.
+        input: a checkpoint of any format: its directory, or a GGUF file.
         to: format to write.
         model: the backbone, for an input that holds only exits; None to use the path that the exits record.
         config: for a Megatron checkpoint: the Hugging Face directory of its model, or its ``config.json``.
         trust: allow formats that hold pickles.
         verify: check checksums, if the files have any.
+        dtype: of the weights of a GGUF file; None is bfloat16.
         tensor: tensor-parallel size of a parallel checkpoint's shards.
         pipeline: number of stages of a parallel checkpoint, with layers spread evenly.
         stages: number of layers of each stage, instead of ``pipeline``.
@@ -58,6 +59,7 @@ class Conversion:
     config: Path | None = None
     trust: bool = False
     verify: bool = True
+    dtype: DType | None = None
     tensor: int = 1
     pipeline: int = 1
     stages: Sequence[int] = ()
@@ -79,7 +81,9 @@ def prepare(request: Conversion) -> tuple[Contents, Contents]:
         ConfigError: an option is invalid.
     """
     _check(request)
-    found = open_contents(request.input, trust=request.trust, config=request.config, verify=request.verify)
+    found = open_contents(
+        request.input, trust=request.trust, config=request.config, verify=request.verify, dtype=request.dtype
+    )
     contents = _with_backbone(found, request) if _needs_backbone(found, request) else found
     check_exits(contents)
     if request.drop:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from pathlib import Path
+from typing import Literal
 
 from megatron_ee.checkpoint.adapter import DESCRIPTION, Adapter, exits_in, exits_with, open_adapter
 from megatron_ee.checkpoint.atomic import current_directory
@@ -12,27 +15,43 @@ from megatron_ee.checkpoint.hf_directory import released_assets
 from megatron_ee.checkpoint.manifest import MANIFEST
 from megatron_ee.checkpoint.saved_model import SavedModel, is_parallel, model_in, open_model
 from megatron_ee.checkpoint.store import open_checkpoint
-from megatron_ee.config.untrusted import read_json
-from megatron_ee.errors import CheckpointError
+from megatron_ee.config.untrusted import open_regular, read_json
+from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.families.registry import read_architecture
+from megatron_ee.platform import DTYPES
+
+DType = Literal["bfloat16", "float32"]
 
 
-def open_contents(path: Path, *, trust: bool = False, config: Path | None = None, verify: bool = True) -> Contents:
+def open_contents(
+    path: Path,
+    *,
+    trust: bool = False,
+    config: Path | None = None,
+    verify: bool = True,
+    dtype: DType | None = None,
+) -> Contents:
     """Open a checkpoint of any known format.
 
     Args:
-        path: the directory.
+        path: the directory, or a GGUF file.
         trust: allow the formats that hold pickles.
         config: for these formats: the Hugging Face directory of the model, or its ``config.json``.
         verify: check checksums, if the files have any.
+        dtype: of the weights of a GGUF file; None is bfloat16.
 
     Raises:
         CheckpointError: unknown format, or an unusable file; the message names the file.
+        ConfigError: ``dtype`` is given for another format.
     """
+    if is_gguf(path):
+        return _of_gguf(path, dtype)
+    if dtype is not None:
+        raise ConfigError(f"--dtype: only weights of GGUF files get a new dtype, and {path} is none")
     path = current_directory(path)
     if not path.is_dir():
         wrong = "is a file" if path.exists() else "no such directory"
-        raise CheckpointError(f"{path}: {wrong}; give a checkpoint's directory")
+        raise CheckpointError(f"{path}: {wrong}; give a checkpoint's directory or a GGUF file")
     if (path / MANIFEST).is_file():
         checkpoint = open_checkpoint(path, verify=verify)
         if is_parallel(checkpoint):
@@ -43,6 +62,25 @@ def open_contents(path: Path, *, trust: bool = False, config: Path | None = None
     if (path / "config.json").is_file():
         return _of_model(open_model(path, verify=verify), "Hugging Face model", verify)
     return _of_megatron(path, trust, config, verify)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether ``path`` is a file that is named as GGUF files are, or begins as they do."""
+    if not path.is_file():
+        return False
+    if path.suffix == ".gguf":
+        return True
+    with open_regular(path) as fd:
+        return os.pread(fd, 4, 0) == b"GGUF"
+
+
+def _of_gguf(path: Path, dtype: DType | None) -> Contents:
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f"{path}: GGUF files are read with the package gguf; pip install 'megatron-ee[gguf]'")
+    # Imported only for this format: the package is optional.
+    from megatron_ee.importers.gguf.opening import open_gguf
+
+    return open_gguf(path, dtype=DTYPES[dtype or "bfloat16"])
 
 
 def _of_megatron(path: Path, trust: bool, config: Path | None, verify: bool) -> Contents:

@@ -54,7 +54,7 @@ print(tokenizer.decode(tokens[0]))"""
 
 
 RELEASED = """
-None of these tools reads {original}; write it as a Hugging Face directory first:
+Not all of these tools read {original}; write it as a Hugging Face directory first:
 
 {convert}
 """
@@ -80,7 +80,7 @@ def usage(output: Path, original: str, contents: Contents, config: Path | None =
     if _unreadable(Path(target)):
         place = f"{draft}-original"
         convert = ["megatron-ee", "convert", "--input", target, "--output", place, "--to", "hf"]
-        if not (Path(target) / "config.json").is_file():
+        if Path(target).is_dir() and not (Path(target) / "config.json").is_file():
             convert += ["--trust-checkpoint", *(["--config", str(config.absolute())] if config is not None else [])]
         released = RELEASED.format(original=target, convert=shlex.join(convert))
         target = place
@@ -106,8 +106,8 @@ def usage(output: Path, original: str, contents: Contents, config: Path | None =
 
 
 def _unreadable(original: Path) -> bool:
-    """Whether it is a local directory in a format that these tools do not read: parallel or Megatron's."""
-    return original.is_dir() and ((original / MANIFEST).is_file() or not (original / "config.json").is_file())
+    """Whether it is local and in a format that not all of these tools read: GGUF, parallel or Megatron's."""
+    return original.exists() and ((original / MANIFEST).is_file() or not (original / "config.json").is_file())
 
 
 def _vllm(draft: str, target: str) -> str:
