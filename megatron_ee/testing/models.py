@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.families.registry import parse_architecture
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -205,3 +208,17 @@ def save_tiny_model(family: str, directory: Path, *, seed: int = 0, **changes: A
     model = tiny_model(family, seed=seed, **changes)
     model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
     return model
+
+
+def llama2_7b() -> Architecture:
+    """Llama 2 7B, for plans: a model of a size that is not made."""
+    return parse_architecture(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "vocab_size": 32000,
+        }
+    )

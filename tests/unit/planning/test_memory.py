@@ -25,7 +25,7 @@ from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.tiles import accelerator_tiles
 from megatron_ee.planning.memory import Workload, stage_memory, stage_parameters
-from megatron_ee.testing.models import FAMILIES
+from megatron_ee.testing.models import FAMILIES, llama2_7b
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.step import tuning_step
 
@@ -211,19 +211,6 @@ def test_memory_of_a_real_step(
     assert memory.activations == pytest.approx(most - between, rel=0.2)
     # On a CPU a norm of bfloat16 keeps its input in float32 too.
     assert memory.total == pytest.approx(most, rel=0.06 if dtype == "bfloat16" else 0.05)
-
-
-def llama2_7b() -> Architecture:
-    return parse_architecture(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "vocab_size": 32000,
-        }
-    )
 
 
 def test_what_parallelism_divides() -> None:

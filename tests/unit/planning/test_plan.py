@@ -7,34 +7,20 @@ import io
 
 import pytest
 
-from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
-from megatron_ee.families.registry import parse_architecture
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
 from megatron_ee.planning.memory import Workload, stage_memory
 from megatron_ee.planning.plan import StageWork, idle_shares, make_plan, plan_run
 from megatron_ee.tables import make_console
+from megatron_ee.testing.models import llama2_7b
 from megatron_ee.tuning.plan_table import print_plan
 
 
 def layout(*stages: tuple[tuple[int, int] | None, tuple[int, ...]]) -> Layout:
     return Layout(
         tuple(StageLayout(range(0) if ends is None else range(ends[0], ends[1] + 1), exits) for ends, exits in stages)
-    )
-
-
-def llama2_7b() -> Architecture:
-    return parse_architecture(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "vocab_size": 32000,
-        }
     )
 
 
