@@ -110,7 +110,7 @@ def write_config(
     """A run that only steps: no validation, no checkpoint before its end."""
     config = {
         "model": {"path": str(model), "dtype": options.dtype},
-        "exits": [{"layer": layer} for layer in exits],
+        "exits": [{"layer": layer, "init": "copy"} for layer in exits],
         "data": {"train": [str(corpus)], "sequence_length": options.tokens},
         "parallel": parallel,
         "tuning": {"steps": WARM_UP + options.steps, "global_batch_size": options.microbatches, "micro_batch_size": 1},

@@ -30,7 +30,7 @@ from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
 from megatron_ee.exits.registry import BODIES, bodies_with
-from megatron_ee.exits.tensors import exit_tensors
+from megatron_ee.exits.tensors import exit_parts
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
@@ -296,8 +296,10 @@ def check_fits(adapter: Adapter, specs: Iterable[ExitSpec], architecture: Archit
     known = {spec.layer: spec for spec in adapter.exits}
     for spec in specs:
         check_same_kind(spec, known.get(spec.layer), adapter)
-        for name, (shape, _) in exit_tensors(spec, architecture).items():
-            named_tensor(adapter, name, shape)
+        for part in exit_parts(spec, architecture):
+            for name, shape in zip(part.saved.names, part.shapes, strict=True):
+                if not part.optional or name in adapter.weights:
+                    named_tensor(adapter, name, shape)
 
 
 def named_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> StoredTensor:

@@ -23,7 +23,7 @@ LOW_RANK_UP = "lm_head.b"
 
 @torch.no_grad()
 def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
-    """Initialise a new exit. The values are equal for every tensor-parallel size.
+    """Initialise a new exit, by copies unless its ``init`` is ``random``. Equal for every tensor-parallel size.
 
     A ``low_rank`` head starts equal to the backbone's: A is normal(0, 0.02), B is zero (as in LoRA, arXiv 2106.09685).
 
@@ -36,7 +36,7 @@ def initialise_exit(exit_: Exit, model: SavedModel, seed: int) -> None:
         fill(exit_copy_sources(exit_), model, exit_.setup)
     tensor, drawn = exit_.setup.groups.tensor, dict[str, StoredTensor]()
     for parameter, part in trained_parts(exit_):
-        if exit_.spec.init == "copy" and part.copied is not None:
+        if exit_.spec.init != "random" and part.copied is not None:
             continue
         parameter.zero_()  # rows that pad the vocabulary stay zero
         for block in blocks(parameter, part.saved, exit_.setup.architecture, tensor.rank(), tensor.size()):

@@ -13,7 +13,7 @@ from megatron_ee.checkpoint.adapter import Adapter, check_same_kind, named_tenso
 from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
-from megatron_ee.exits.tensors import exit_copy_sources, exit_saved_sources, shared_head_sources
+from megatron_ee.exits.tensors import exit_copy_sources, shared_head_sources, trained_parts
 from megatron_ee.families.family import Source
 from megatron_ee.model.names import Block, backbone_sources, blocks
 from megatron_ee.model.setup import ModelSetup
@@ -67,8 +67,11 @@ def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> No
         for exit_ in exits:
             check_same_kind(exit_.spec, known.get(exit_.spec.layer), adapter)
             load_frozen_norms(exit_, model)
-            for parameter, source in exit_saved_sources(exit_):
-                _read(parameter, source, exit_, adapter)
+            for parameter, part in trained_parts(exit_):
+                if part.optional and part.copied is not None and part.saved.names[0] not in adapter.weights:
+                    fill([(parameter, part.copied)], model, exit_.setup)
+                else:
+                    _read(parameter, part.saved, exit_, adapter)
 
 
 def fill(

@@ -12,6 +12,7 @@ from megatron_ee.config.schema import (
     CorpusConfig,
     DataConfig,
     DistillationConfig,
+    FitConfig,
     LossConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -39,6 +40,7 @@ def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1
     _check_data(config.data, architecture.max_positions)
     _check_optimizer(config.optimizer, config.schedule)
     _check_loss(config.loss)
+    _check_fit(config.fit)
     _check_distillation(config.loss.distillation, architecture.vocab_size)
     _check_intervals(config)
     _check_patience(config)
@@ -188,8 +190,14 @@ def _check_distillation(distillation: DistillationConfig, vocab_size: int) -> No
         raise ConfigError(f"{key}.top_k: {distillation.top_k} is above the model's {vocab_size} tokens")
 
 
+def _check_fit(fit: FitConfig) -> None:
+    if fit.tokens != "auto":
+        _at_least(1, "fit.tokens", fit.tokens)
+    _not_negative("fit.ridge", fit.ridge)
+
+
 def _check_batch(tuning: TuningConfig, replicas: int) -> None:
-    _at_least(1, "tuning.steps", tuning.steps)
+    _at_least(0, "tuning.steps", tuning.steps)
     _at_least(1, "tuning.global_batch_size", tuning.global_batch_size)
     _at_least(1, "tuning.micro_batch_size", tuning.micro_batch_size)
     _at_least(0, "tuning.skip_limit", tuning.skip_limit)

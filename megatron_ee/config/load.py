@@ -205,7 +205,7 @@ def _index(items: list[Any], part: str, key: str) -> int:
 def _parse(text: str, kind: Any, key: str) -> Any:
     """The value of an override: text if ``kind`` is text (a path may look like a number), else YAML."""
     choices = _choices(kind)
-    takes_text = any(choice is str or get_origin(choice) is Literal for choice in choices)
+    takes_text = int not in choices and any(choice is str or get_origin(choice) is Literal for choice in choices)
     takes_list = any(get_origin(choice) is list for choice in choices)
     if takes_text and not text.lstrip().startswith(("{", "[") if takes_list else "{"):
         return text
@@ -308,7 +308,7 @@ def _describe(kind: Any) -> str:
     if dataclasses.is_dataclass(kind):
         return f"keys such as {_some_keys(kind)}"
     if len(_choices(kind)) > 1:
-        return "a number" if int in _choices(kind) else " or ".join(_describe(choice) for choice in _choices(kind))
+        return "a number" if float in _choices(kind) else " or ".join(_describe(choice) for choice in _choices(kind))
     return NAMES[kind]
 
 

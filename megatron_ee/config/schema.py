@@ -10,7 +10,7 @@ from typing import Literal
 
 Body = Literal["embedding", "norm", "mlp", "layer"]
 Head = Literal["own", "shared", "low_rank"]
-Init = Literal["copy", "random"]
+Init = Literal["auto", "fit", "copy", "random"]
 
 
 @dataclass
@@ -39,7 +39,9 @@ class ExitConfig:
             plus a trained product of two matrices of ``rank``).
         weight: factor of this exit's loss.
         rank: rank of a ``low_rank`` head.
-        init: first values: ``copy`` copies the model's own weights, ``random`` draws from normal(0, 0.02).
+        init: first values: ``copy`` copies the model's own weights, ``random`` draws from normal(0, 0.02). ``fit``
+            copies, then fits the body's last matrix (of a ``norm`` body its scale) in closed form to the final exit's
+            features, see ``fit``. ``auto`` is ``fit`` for bodies with a matrix (``mlp``, ``layer``), else ``copy``.
     """
 
     layer: int | float
@@ -47,7 +49,7 @@ class ExitConfig:
     head: Head = "own"
     weight: float = 1.0
     rank: int = 64
-    init: Init = "copy"
+    init: Init = "auto"
 
 
 @dataclass
@@ -202,7 +204,7 @@ class TuningConfig:
     """Length and batch of the run.
 
     Attributes:
-        steps: optimizer steps.
+        steps: optimizer steps. 0 trains nothing: exits are as initialised, such as by ``init: fit``.
         global_batch_size: sequences per optimizer step, over all processes.
         micro_batch_size: sequences per forward pass of one process. It affects speed and memory, not the result.
         seed: seed of exits with ``init: random`` and of ``low_rank`` heads.
@@ -218,6 +220,21 @@ class TuningConfig:
     seed: int = 1234
     skip_limit: int = 2
     patience: int = 0
+
+
+@dataclass
+class FitConfig:
+    """The closed-form fit of exits with ``init: fit``, before tuning. All layers run for it, once.
+
+    Attributes:
+        tokens: unmasked tokens of the training data to fit on, at most one epoch of it. ``auto``: 16 for each feature
+            of the model's MLP.
+        ridge: strength of the regularisation, relative to the mean square of the MLP's activations. Ten and a hundred
+            times this value are tried too, on tokens that are held out.
+    """
+
+    tokens: Literal["auto"] | int = "auto"
+    ridge: float = 0.01
 
 
 @dataclass
@@ -297,6 +314,7 @@ class RunConfig:
         schedule: learning rate.
         loss: the exits' loss.
         tuning: length and batch.
+        fit: first values of exits with ``init: fit``.
         validation: validation.
         checkpoint: training checkpoints.
         logging: logs.
@@ -310,6 +328,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -54,7 +54,7 @@ def check_exits(contents: Contents) -> None:
 
 
 def add_exits(contents: Contents, specs: Sequence[ExitSpec], seed: int) -> Contents:
-    """Attach new exits, initialised as in tuning: see ``initialise_exit``.
+    """Attach new exits, initialised as in tuning: see ``initialise_exit``. ``init: auto`` copies.
 
     Args:
         contents: a backbone, maybe with exits.
@@ -62,13 +62,19 @@ def add_exits(contents: Contents, specs: Sequence[ExitSpec], seed: int) -> Conte
         seed: seed of random weights.
 
     Raises:
-        ConfigError: there is no backbone, a layer is outside the model or has an exit already, or no exit would train.
+        ConfigError: there is no backbone, a layer is outside the model or has an exit already, no exit would train, or
+            ``init`` is ``fit``, for which there is no data.
     """
     if not specs:
         return contents
     arch = _backbone_shape(contents, "new exits start from the model's own weights")
     taken = {spec.layer for spec in contents.exits}
+    specs = [replace(spec, init="copy") if spec.init == "auto" else spec for spec in specs]
     for spec in specs:
+        if spec.init == "fit":
+            raise ConfigError(
+                f"exits: the exit after layer {spec.layer} has init fit, which needs data; tune it, or use init copy"
+            )
         if not 1 <= spec.layer <= arch.num_layers:
             raise ConfigError(
                 f"exits: layer {spec.layer} is outside {contents.source}, which has layers 1 to {arch.num_layers}"
@@ -247,7 +253,7 @@ def _first_values(contents: Contents, spec: ExitSpec, arch: Architecture, seed: 
     values = {}
     for name, (shape, origin) in exit_tensors(spec, arch).items():
         like = origin or head_name(arch)
-        if origin is not None and spec.init == "copy":
+        if origin is not None and spec.init != "random":
             values[name] = copied(origin, contents.backbone[origin])
         else:
             values[name] = random_tensor(name, shape, spec.layer, seed, contents.backbone[like].dtype, arch)

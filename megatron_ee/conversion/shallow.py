@@ -144,6 +144,8 @@ def _exit_parts(contents: Contents, arch: Architecture, spec: ExitSpec) -> dict[
     for part in exit_parts(spec, arch):
         for number, (name, shape) in enumerate(zip(part.saved.names, part.shapes, strict=True)):
             tensor = contents.exit_tensors.get(name)
+            if tensor is None and part.optional:
+                continue  # the backbone's own, which is there under the same name
             if tensor is None:
                 raise CheckpointError(f"{contents.source}: tensor {name!r} is missing")
             _check_shape(contents, name, tensor, shape)

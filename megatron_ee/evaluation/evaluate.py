@@ -41,7 +41,7 @@ from megatron_ee.parallel.groups import (
     model_groups,
     world_size,
 )
-from megatron_ee.parallel.layout import Layout, StageLayout, even_layout
+from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.log import LOG
@@ -120,7 +120,7 @@ def evaluate(
         with model_groups(control, tensor, pipeline) as groups, _watched(groups):
             _check_adapter(subject, groups)
             setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)
-            layout = _layout(saved.architecture.num_layers, subject.exits, pipeline)
+            layout = even_layout(saved.architecture.num_layers, pipeline, [spec.layer for spec in subject.exits])
             stage = build_stage(setup, layout, subject.exits, final_exit=True)
             groups.together(lambda: fill_stage(stage, saved, subject.adapter))
             quality = measure(
@@ -192,17 +192,6 @@ def _check_adapter(subject: _Subject, groups: Groups) -> None:
         groups.together(
             lambda: check_hash(opened, model, lambda: hash_backbone(model.weights)) if groups.is_main else None
         )
-
-
-def _layout(num_layers: int, specs: Sequence[ExitSpec], pipeline: int) -> Layout:
-    """A layout with layers spread evenly and each exit on the stage of its layer."""
-    stages = even_layout(num_layers, pipeline).stages
-    return Layout(
-        tuple(
-            StageLayout(stage.layers, tuple(spec.layer for spec in specs if spec.layer in stage.layers))
-            for stage in stages
-        )
-    )
 
 
 def make_validator(

@@ -8,7 +8,8 @@ To add a body ``name``:
    an adapter, shapes, cut by tensor parallelism, what they are copied from, their names in a plain model) and ``saved``
    (the first words of these names), ``frozen`` (norms of the backbone that it reads through), ``windows`` (of attention
    of its own, which needs a cache in inference and whole sequences in tuning), ``flops`` and ``graph_bytes`` (for the
-   plan), ``extra_layers`` and ``not_plain`` (for the export as a shallower model).
+   plan), ``fit`` and ``fitted_rows`` (for a closed-form fit before tuning), ``extra_layers`` and ``not_plain`` (for the
+   export as a shallower model).
 3. Add ``name`` to ``Body`` in ``config/schema.py``, which is the registry, and to its description in ``ExitConfig``.
 
 A part that is not copied is drawn by ``checkpoint.initialise.random_tensor``. Tuning, plan, checkpoints, adapters and

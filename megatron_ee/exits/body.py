@@ -15,6 +15,7 @@ from megatron_ee.families.weights import FINAL_NORM, layer_source, layer_tensors
 from megatron_ee.model.traversal import Tap
 
 if TYPE_CHECKING:
+    from megatron_ee.exits.fit import Fit
     from megatron_ee.model.attention import LayerCache, Positions
     from megatron_ee.model.setup import ModelSetup
 
@@ -29,6 +30,8 @@ class ExitPart:
         shapes: of these tensors.
         copied: the source of each tensor with ``init: copy``; None for a tensor that is always drawn.
         plain: their names in the exit as a plain, shallower model; empty if they are not separate tensors there.
+        optional: whether an adapter may lack the tensors, because earlier versions did not train them. They are then
+            the copied ones.
     """
 
     parameter: str
@@ -36,6 +39,7 @@ class ExitPart:
     shapes: tuple[tuple[int, ...], ...]
     copied: Source | None
     plain: tuple[str, ...] = ()
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,14 @@ class Body(nn.Module):
         return ()
 
     @classmethod
+    def fitted_rows(cls, architecture: Architecture) -> int | None:
+        """Size of the square Gram matrix of a closed-form fit: features of the matrix that is fitted, and its bias.
+
+        0 if only a norm's scale is fitted, None if there is nothing to fit.
+        """
+        return None
+
+    @classmethod
     def flops(cls, architecture: Architecture, tokens: int) -> int:
         """Forward and backward for one sequence of ``tokens``; a tap needs no gradient. As ``parallel.costs``."""
         return 0
@@ -136,6 +148,10 @@ class Body(nn.Module):
         """Result of ``attention_half`` -> input of the head, token by token: ``[seq, batch, hidden]``."""
         return x
 
+    def fit(self, setup: ModelSetup) -> Fit | None:
+        """A closed-form fit of its weights, of which there are sums to gather yet; None if there is nothing to fit."""
+        return None
+
 
 def norm_part(architecture: Architecture, layer: int) -> ExitPart:
     """The norm before the head, of the parameter ``norm.weight``: a copy of the final norm."""
@@ -144,9 +160,9 @@ def norm_part(architecture: Architecture, layer: int) -> ExitPart:
 
 
 def layer_parts(
-    architecture: Architecture, layer: int, *, origin: int, plain: int, module: str = "", only: str = ""
+    architecture: Architecture, layer: int, *, origin: int, plain: int, module: str = "", only: tuple[str, ...] = ("",)
 ) -> Iterator[ExitPart]:
-    """Parts that are copies of a backbone layer's parameters, of all or of those that begin with ``only``.
+    """Parts that are copies of a backbone layer's parameters, of all or of those that begin with one of ``only``.
 
     Args:
         architecture: of the model.
@@ -154,7 +170,7 @@ def layer_parts(
         origin: number of the source layer.
         plain: number of the layer in the plain model.
         module: the body's submodule, with a dot at the end.
-        only: such as ``mlp.``.
+        only: such as ``("mlp.",)``.
     """
     shapes = layer_tensors(architecture)
     for name, source in FAMILIES[architecture.family].layer.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.exits.body import Body, ExitPart, GraphBytes, LayerBytes, layer_parts, norm_part
+from megatron_ee.exits.fit import ProjectionFit
 from megatron_ee.exits.mlp import mlp_graph_bytes
 from megatron_ee.exits.norm import norm_graph_bytes
 from megatron_ee.model.layer import DecoderLayer
@@ -49,6 +50,11 @@ class LayerBody(Body):
         return architecture.windows[-1:]
 
     @classmethod
+    def fitted_rows(cls, architecture: Architecture) -> int:
+        """Of its MLP's down projection."""
+        return architecture.ffn_size + architecture.mlp_bias
+
+    @classmethod
     def flops(cls, architecture: Architecture, tokens: int) -> int:
         """Three times the layer's forward. Its norms are trained too, so every matrix product has both gradients."""
         attention = attention_flops(architecture, architecture.num_layers, tokens)
@@ -70,6 +76,11 @@ class LayerBody(Body):
     def rest(self, x: Tensor) -> Tensor:
         """See ``Body``."""
         return self.norm(self.layer.mlp_half(x))
+
+    def fit(self, setup: ModelSetup) -> ProjectionFit:
+        """Of its MLP's down projection, behind its copied attention."""
+        layer = self.layer
+        return ProjectionFit(setup, layer.mlp, layer.mlp_norm, layer.mlp_post_norm, layer.multiplier)
 
 
 BODY = LayerBody

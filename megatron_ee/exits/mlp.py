@@ -1,10 +1,12 @@
 """Body ``mlp``: N(r_k + MLP(n(r_k))), where n is layer k's own pre-MLP norm, frozen.
 
-The MLP starts as a copy of layer k's MLP, and replaces it: the exit is the first k layers with another last MLP.
+The MLP, with the norm after it in families that have one, starts as a copy of layer k's MLP, and replaces it: the exit
+is the first k layers with another last MLP.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.exits.body import Body, ExitPart, GraphBytes, LayerBytes, layer_parts, norm_part
+from megatron_ee.exits.fit import ProjectionFit
 from megatron_ee.exits.norm import norm_graph_bytes
 from megatron_ee.families.family import Source
 from megatron_ee.families.weights import layer_source, parameter_parts
@@ -22,18 +25,20 @@ from megatron_ee.model.traversal import Tap
 if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
 
+PRE_NORM, POST_NORM = "mlp_norm.weight", "mlp_post_norm.weight"
+
 
 class MLPBody(Body):
     """``N(r_k + MLP(n(r_k)))``."""
 
-    saved = frozenset({"mlp", "norm"})
+    saved = frozenset({"mlp", "norm"}) | frozenset({"post_feedforward_layernorm"})  # of some families
 
     def __init__(self, setup: ModelSetup, layer: int) -> None:
         super().__init__(setup, layer)
         self.multiplier = setup.architecture.residual_multiplier
-        self.input_norm, self.output_norm = build_norms(setup)
-        for norm in filter(None, (self.input_norm, self.output_norm)):
-            norm.requires_grad_(False)
+        self.mlp_norm, self.mlp_post_norm = build_norms(setup)
+        if self.mlp_norm is not None:
+            self.mlp_norm.requires_grad_(False)
         self.mlp = MLP(setup)
         self.norm = RMSNorm(setup, setup.architecture.hidden_size)
 
@@ -44,16 +49,22 @@ class MLPBody(Body):
 
     @classmethod
     def parts(cls, architecture: Architecture, layer: int) -> Iterator[ExitPart]:
-        """The MLP and the norm."""
-        yield from layer_parts(architecture, layer, origin=layer, plain=layer, only="mlp.")
+        """The MLP, the norm after it in families that have one, and the norm before the head."""
+        for part in layer_parts(architecture, layer, origin=layer, plain=layer, only=("mlp.", POST_NORM)):
+            yield dataclasses.replace(part, optional=part.parameter == POST_NORM)
         yield norm_part(architecture, layer)
 
     @classmethod
     def frozen(cls, architecture: Architecture, layer: int) -> Mapping[str, Source]:
-        """The layer's own norms before and after its MLP."""
-        norms = {"input_norm.weight": "mlp_norm.weight", "output_norm.weight": "mlp_post_norm.weight"}
-        held, prefix = parameter_parts(architecture), f"model.layers.{layer - 1}"
-        return {name: layer_source(architecture, origin, prefix) for name, origin in norms.items() if origin in held}
+        """The layer's own norm before its MLP."""
+        if PRE_NORM not in parameter_parts(architecture):
+            return {}
+        return {PRE_NORM: layer_source(architecture, PRE_NORM, f"model.layers.{layer - 1}")}
+
+    @classmethod
+    def fitted_rows(cls, architecture: Architecture) -> int:
+        """Of the down projection."""
+        return architecture.ffn_size + architecture.mlp_bias
 
     @classmethod
     def flops(cls, architecture: Architecture, tokens: int) -> int:
@@ -71,7 +82,11 @@ class MLPBody(Body):
 
     def rest(self, x: Tensor) -> Tensor:
         """See ``Body``."""
-        return self.norm(add_mlp(x, self.input_norm, self.mlp, self.output_norm, self.multiplier))
+        return self.norm(add_mlp(x, self.mlp_norm, self.mlp, self.mlp_post_norm, self.multiplier))
+
+    def fit(self, setup: ModelSetup) -> ProjectionFit:
+        """Of the down projection."""
+        return ProjectionFit(setup, self.mlp, self.mlp_norm, self.mlp_post_norm, self.multiplier)
 
 
 def mlp_graph_bytes(sizes: LayerBytes) -> GraphBytes:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.exits.body import Body, ExitPart, GraphBytes, LayerBytes, norm_part
+from megatron_ee.exits.fit import ScaleFit, normalised
 from megatron_ee.model.linear import RMSNorm
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class NormBody(Body):
         yield norm_part(architecture, layer)
 
     @classmethod
+    def fitted_rows(cls, architecture: Architecture) -> int:
+        """None: the scale is fitted feature by feature."""
+        return 0
+
+    @classmethod
     def graph_bytes(cls, sizes: LayerBytes) -> GraphBytes:
         """The norm's."""
         return norm_graph_bytes(sizes)
@@ -37,6 +43,18 @@ class NormBody(Body):
     def rest(self, x: Tensor) -> Tensor:
         """See ``Body``."""
         return self.norm(x)
+
+    def fit(self, setup: ModelSetup) -> ScaleFit:
+        """Of the norm's scale: ``N(h_k)`` should equal the final exit's features.
+
+        Its copied weight is the final norm's, which the target includes.
+        """
+        weight, eps = self.norm.scale(), self.norm.eps
+
+        def pair(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            return normalised(h, eps), weight * target
+
+        return ScaleFit(setup, self.norm, pair)
 
 
 def norm_graph_bytes(sizes: LayerBytes) -> GraphBytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Set
 from importlib import import_module
 from typing import get_args
 
 from megatron_ee.config import schema
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.exits.body import Body
@@ -42,6 +44,25 @@ def tap_of(spec: ExitSpec) -> Tap:
 def trains(spec: ExitSpec) -> bool:
     """Whether an exit has a parameter to train: of its body, or of its head."""
     return bool(body_of(spec).saved) or spec.head != "shared"
+
+
+def resolve_init(specs: Iterable[ExitSpec], architecture: Architecture) -> tuple[ExitSpec, ...]:
+    """The exits with ``init: auto`` decided: ``fit`` where the body has a matrix to fit, else ``copy``.
+
+    Raises:
+        ConfigError: ``init: fit`` for a body with nothing to fit.
+    """
+    resolved = []
+    for spec in specs:
+        rows = body_of(spec).fitted_rows(architecture)
+        if spec.init == "fit" and rows is None:
+            raise ConfigError(
+                f"exits: the exit after layer {spec.layer} has init fit, but body {spec.body} has nothing to fit; "
+                "use init auto or copy"
+            )
+        init: schema.Init = ("fit" if rows else "copy") if spec.init == "auto" else spec.init
+        resolved.append(dataclasses.replace(spec, init=init))
+    return tuple(resolved)
 
 
 def check_trains(specs: Iterable[ExitSpec]) -> None:

@@ -27,12 +27,19 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[seq, batch, hidden]`` -> the same shape."""
+        return self.down(self.activated(x))
+
+    def activated(self, x: Tensor) -> Tensor:
+        """``[seq, batch, hidden]`` -> the input of ``down``, ``[seq, batch, ffn / tp]``.
+
+        With sequence parallelism ``x`` is a share of seq, and the result has all of it.
+        """
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         if self.activation == "gelu_tanh":
-            return self.down(F.gelu(gate, approximate="tanh") * up)
+            return F.gelu(gate, approximate="tanh") * up
         if gate.requires_grad:
-            return self.down(F.silu(gate) * up)
-        return self.down(F.silu(gate, inplace=True).mul_(up))
+            return F.silu(gate) * up
+        return F.silu(gate, inplace=True).mul_(up)
 
 
 class DecoderLayer(nn.Module):
@@ -64,7 +71,7 @@ class DecoderLayer(nn.Module):
         return self.mlp_half(self.attention_half(h, positions, cache))
 
 
-def build_norms(setup: ModelSetup) -> tuple[nn.Module | None, nn.Module | None]:
+def build_norms(setup: ModelSetup) -> tuple[RMSNorm | None, RMSNorm | None]:
     """Build the norms before and after attention or MLP; None for one that the family lacks."""
     arch = setup.architecture
     return (

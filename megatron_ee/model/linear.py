@@ -93,6 +93,11 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = sharded_sequence and setup.config.sequence_parallel  # type: ignore[attr-defined]
         self.eps, self.plus_one = setup.architecture.norm_eps, setup.architecture.norm_plus_one
 
+    def scale(self) -> Tensor:
+        """``[size]`` float32, the factor of each feature."""
+        weight = self.weight.detach().float()
+        return 1 + weight if self.plus_one else weight.clone()
+
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``; the last dimension is normalised in float32."""
         if self.plus_one:  # Gemma multiplies in float32, before rounding

@@ -51,6 +51,11 @@ class ModelSetup:
         """Vocabulary size, rounded up so that every tensor-parallel rank holds the same number of rows."""
         return padded_vocab(self.architecture.vocab_size, self.groups.tensor.size())
 
+    def hidden_shape(self, sequences: int, tokens: int) -> torch.Size:
+        """Shape of this rank's hidden states of a microbatch: ``[seq, batch, hidden]``, or a share of seq."""
+        share = self.groups.tensor.size() if self.config.sequence_parallel else 1
+        return torch.Size((tokens // share, sequences, self.architecture.hidden_size))
+
     def gather_sequence(self, x: Tensor) -> Tensor:
         """Gather ``[seq / tp, batch, hidden]`` to ``[seq, batch, hidden]``. Without sequence parallelism returns ``x``.
 

@@ -6,7 +6,7 @@ exit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_ee.config.exits import ExitSpec, layer_number
@@ -94,12 +94,21 @@ class Layout:
         return self.depth(self.last_layered) - self.depth(stage) if self.stages[stage].exits else 0
 
 
-def even_layout(num_layers: int, stages: int) -> Layout:
-    """A layout of all layers, spread evenly, without exits. Stages beyond the number of layers are empty."""
+def even_layout(num_layers: int, stages: int, exits: Collection[int] = ()) -> Layout:
+    """A layout of all layers, spread evenly, with each exit on the stage of its layer.
+
+    Stages beyond the number of layers are empty.
+
+    Args:
+        num_layers: depth of the model.
+        stages: number of stages.
+        exits: layers of the exits.
+    """
     used = min(stages, num_layers)
     bounds = [num_layers * index // used for index in range(used + 1)]
     runs = [range(first + 1, last + 1) for first, last in zip(bounds, bounds[1:], strict=False)]
-    return Layout(tuple(StageLayout(run) for run in runs) + (StageLayout(range(0)),) * (stages - used))
+    places = [StageLayout(run, tuple(layer for layer in sorted(exits) if layer in run)) for run in runs]
+    return Layout((*places, *[StageLayout(range(0))] * (stages - used)))
 
 
 def parse_layout(configured: Sequence[StageConfig], specs: Sequence[ExitSpec], num_layers: int, run: int) -> Layout:

@@ -6,6 +6,7 @@ overlaps with the work of other exits. The backbone has no wrapper, and so no gr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class ExitOptimizer:
         for buffer in (buffer for wrapper in self.wrappers.values() for buffer in wrapper.buffers):
             # If possible, this frees the gradient's memory between the update and its exit's next backward.
             buffer.reset = functools.partial(platform.zero_, buffer.grad_data)
-        self.scheduler = _scheduler(self.optimizer, optimizer, weight_decay, schedule, steps)
+        self.scheduler = _scheduler(self.optimizer, optimizer, weight_decay, schedule, max(1, steps))
 
     def _adams(self) -> Iterator[torch.optim.Optimizer]:
         """The inner optimizers: none on a stage that trains nothing."""
@@ -200,15 +201,16 @@ class ExitOptimizer:
     def parameter_states(self) -> Iterator[ParameterState]:
         """This rank's optimizer state, in place: writing into the tensors restores it.
 
-        Before the first step Adam has no state. It is then created by a step without gradients, which changes the
-        weights (weight decay). So a caller that restores must write the weights after this call.
+        Before the first step Adam has no state. It is then created by a step without gradients, at a learning rate of
+        0, which does not count.
         """
         for part in self.optimizer.chained_optimizers:
             if part.optimizer is None:
                 continue
             if not part.optimizer.state:
-                with platform.translated():
+                with platform.translated(), _without_rate(part.optimizer):
                     part._init_optimizer_states_with_dummy_values()
+                set_adam_steps(part.optimizer, 0)
             for parameter in part.model_param_gbuf_map:
                 bounds = part._get_model_param_range_map(parameter)["param"]
                 state = part._get_main_param_and_optimizer_states(parameter)
@@ -229,6 +231,17 @@ class ExitOptimizer:
         for adam in self._adams():
             set_adam_steps(adam, counters["adam_step"])
         self.scheduler.step(counters["scheduler"] - self.scheduler.num_steps)
+
+
+@contextlib.contextmanager
+def _without_rate(adam: torch.optim.Optimizer) -> Iterator[None]:
+    """While open, a step changes no weight, by weight decay neither."""
+    rates = [group["lr"] for group in adam.param_groups]
+    for group in adam.param_groups:
+        group["lr"] = 0.0
+    yield
+    for group, rate in zip(adam.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _scheduler(

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.body import LayerBytes
+from megatron_ee.exits.fit import fit_bytes
 from megatron_ee.exits.registry import body_of, trains
 from megatron_ee.exits.tensors import parameter_sizes
 from megatron_ee.parallel.costs import VOCAB_MULTIPLE, padded_vocab
-from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.layout import Layout, StageLayout, even_layout
 from megatron_ee.parallel.tiles import TOP_RUN, UPDATE_RUN, WINDOW_QUERIES, Tiles, accelerator_tiles
 
 FLOAT32 = 4
@@ -79,6 +80,7 @@ class Memory:
         activations: the largest of three: peak of one microbatch in the frozen layers, one exit's graph with the loss's
             scratch memory, and the optimizer's scratch memory.
         transfer: buffers of messages from and to other stages.
+        fit: all of the closed-form fit before tuning, whose stage is freed again; 0 if no exit is fitted.
     """
 
     frozen: int
@@ -87,11 +89,17 @@ class Memory:
     optimizer: int
     activations: int
     transfer: int
+    fit: int = 0
+
+    @property
+    def tuning(self) -> int:
+        """While tuning: the sum of all parts but ``fit``."""
+        return self.frozen + self.trained + self.gradients + self.optimizer + self.activations + self.transfer
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
-        return self.frozen + self.trained + self.gradients + self.optimizer + self.activations + self.transfer
+        """The larger of the two phases, ``tuning`` and ``fit``."""
+        return max(self.tuning, self.fit)
 
 
 def stage_memory(
@@ -110,7 +118,40 @@ def stage_memory(
             _update_bytes(architecture, hosted, trained, workload),
         ),
         transfer=_transfer(layout, index, architecture, workload),
+        fit=fit_memory(len(layout.stages), index, architecture, specs, workload),
     )
+
+
+def fit_memory(
+    stages: int, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+) -> int:
+    """Bytes of the closed-form fit on each rank of stage ``index``; 0 if no exit is fitted.
+
+    All layers are spread evenly, with the final exit. One fit at a time is counted: if there is more memory, several
+    exits are fitted together.
+    """
+    if not any(spec.init == "fit" for spec in specs):
+        return 0
+    layout = even_layout(architecture.num_layers, stages, [spec.layer for spec in specs])
+    frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
+    stage, hidden = layout.stages[index], _hidden_bytes(architecture, workload)
+    solving, running = 0, _layer_peak(architecture, workload) if stage.layers else 0
+    for spec in _hosted(stage, specs):
+        rows = body_of(spec).fitted_rows(architecture) or 0
+        if spec.init == "fit":
+            solving = max(solving, sum(fit_bytes(rows, architecture.hidden_size, workload.tensor)))
+            running = max(running, _fit_peak(architecture, rows, workload))
+    taught = len(stage.exits) * (1 + layout.depth(layout.last_layered) - layout.depth(index))
+    buffers = 4 * hidden  # of messages to and from a neighbour, two each way
+    return (frozen + trained) * workload.itemsize + solving + running + taught * hidden + buffers
+
+
+def _fit_peak(architecture: Architecture, rows: int, workload: Workload) -> int:
+    """Of adding a microbatch to a fit: gate and up, the features of two ranks in float32, their product, and the
+    residual, the last hidden state and their difference in float32."""
+    own, wide = -(-rows // workload.tensor), FLOAT32 * workload.tokens
+    features = 2 * own * workload.tokens * workload.itemsize + 2 * own * wide
+    return features + FLOAT32 * own * max(own, architecture.hidden_size) + 3 * architecture.hidden_size * wide
 
 
 def stage_parameters(

@@ -12,6 +12,7 @@ from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import load_config
 from megatron_ee.config.schema import RunConfig
+from megatron_ee.exits.registry import resolve_init
 from megatron_ee.families.registry import parse_architecture
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -87,7 +88,8 @@ def open_example(
     path = EXAMPLES / name / "config.yaml"
     config = load_config(path, ["--model.path", str(path.parent), *overrides])
     processes = int(written(name, r"--nproc-per-node (\d+)")) if processes is None else processes
-    return config, check_run(config, example_architecture(name), processes), processes
+    architecture = example_architecture(name)
+    return config, resolve_init(check_run(config, architecture, processes), architecture), processes
 
 
 def written(name: str, pattern: str) -> str:

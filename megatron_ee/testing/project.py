@@ -52,7 +52,11 @@ class Project:
         """Write the configuration of a short run, with changed sections or keys."""
         values: dict[str, Any] = {
             "model": {"path": str(self.model), "dtype": "float32"},
-            "exits": [{"layer": 1}, {"layer": 2, "body": "layer", "head": "shared"}, {"layer": 3, "body": "norm"}],
+            "exits": [
+                {"layer": 1, "init": "copy"},
+                {"layer": 2, "body": "layer", "head": "shared", "init": "copy"},
+                {"layer": 3, "body": "norm"},
+            ],
             "data": {"train": [str(self.train)], "validation": [str(self.held_out)], "sequence_length": 32},
             "optimizer": {"lr": 5.0e-3, "min_lr": 1.0e-3},
             "tuning": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2},

@@ -23,6 +23,7 @@ from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.tuning.backward import of_distillation
 from megatron_ee.tuning.schedule import Pipeline, Span
 from megatron_ee.tuning.state import RunProgress, load_state, save_state
 from megatron_ee.tuning.step import StepResult, tuning_step
@@ -143,5 +144,4 @@ def prepare(model_path: Path, case: Case, groups: Groups) -> tuple[Pipeline, Exi
         decay_towards=case.decay_towards,  # type: ignore[arg-type]
     )
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, settings, ScheduleConfig(), STEPS)
-    top_k = distillation.top_k if distillation.kl > 0 else 0
-    return Pipeline(stage, case.layout, case.specs, top_k=top_k), optimizer
+    return Pipeline(stage, case.layout, case.specs, backward=of_distillation(distillation)), optimizer

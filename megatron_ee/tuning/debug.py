@@ -28,7 +28,7 @@ from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ExitConfig, ParallelConfig, RunConfig, WandbConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.exits.registry import check_trains
+from megatron_ee.exits.registry import check_trains, resolve_init
 from megatron_ee.families.weights import expected_tensors
 from megatron_ee.parallel.groups import world_size
 from megatron_ee.planning.balance import resolve_layout
@@ -73,6 +73,7 @@ def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator
         raise error
     model, parallel = open_model(config.model.path), config.parallel
     specs = check_run(config, model.architecture, parallel.tensor * parallel.pipeline)
+    resolve_init(specs, model.architecture)
     check_trains(specs)
     distillation = config.loss.distillation.kl > 0
     resolve_layout(parallel, specs, model.architecture, config.data.sequence_length, distillation)
@@ -119,7 +120,11 @@ def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
     micro = min(config.tuning.micro_batch_size, MICRO_BATCH_SIZE)
     return dataclasses.replace(
         config,
-        exits=[ExitConfig(**dataclasses.asdict(spec)) for _, spec in kept.exits],
+        # A slice has too little data to fit exits on.
+        exits=[
+            ExitConfig(**{**dataclasses.asdict(spec), "init": "random" if spec.init == "random" else "copy"})
+            for _, spec in kept.exits
+        ],
         data=dataclasses.replace(config.data, sequence_length=min(config.data.sequence_length, SEQUENCE_LENGTH)),
         parallel=ParallelConfig(),
         tuning=dataclasses.replace(

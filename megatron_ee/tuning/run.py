@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import SETTINGS, Adapter, check_backbone, check_fits, check_settings, open_adapter
+from megatron_ee.checkpoint.adapter import (
+    DESCRIPTION,
+    MAX_DESCRIPTION,
+    SETTINGS,
+    Adapter,
+    check_backbone,
+    check_fits,
+    check_settings,
+    open_adapter,
+)
+from megatron_ee.checkpoint.adapter_writing import save_adapter
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.initialise import initialise_exit
@@ -26,11 +36,12 @@ from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_to_dict
 from megatron_ee.config.schema import RunConfig
+from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.checks import changed_data, check_data, describe_data
 from megatron_ee.data.indexed import Corpus
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
-from megatron_ee.errors import ConfigError, Interrupted
-from megatron_ee.exits.registry import check_trains
+from megatron_ee.errors import CheckpointError, ConfigError, Interrupted
+from megatron_ee.exits.registry import check_trains, resolve_init
 from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.parallel.adam import adam_class
@@ -51,6 +62,8 @@ from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.corpus import little_data
 from megatron_ee.planning.plan import plan_run
 from megatron_ee.progress import track
+from megatron_ee.tuning.backward import of_distillation
+from megatron_ee.tuning.fit import INITIAL, fit_exits
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.plan_table import print_plan
@@ -60,6 +73,8 @@ from megatron_ee.tuning.status import reported_status, write_failed
 from megatron_ee.tuning.trainer import Trainer, Validate
 from megatron_ee.tuning.wandb_run import check_wandb
 
+MADE_FROM = "fitted_from"
+"""Entry of the description of fitted exits: the settings and data that decided their values."""
 MakeValidator = Callable[[RunConfig, ModelSetup, SavedModel, str, ValidationWindows, Layout, Interrupt], Validate]
 """Prepares validation before tuning allocates memory. Arguments include the backbone's hash, the validation windows, a
 layout of all layers without exits, and the ``Interrupt``."""
@@ -79,9 +94,10 @@ def tune(
 ) -> int:
     """Tune the exits of ``config``. Return exit status 0 when done, or saved after a signal. Every rank calls this.
 
-    ``output`` then holds ``adapter/``, ``adapter-best/``, ``checkpoints/step-N/``, ``log.jsonl``, ``tensorboard/``,
-    ``config.json`` and ``status.json``. ``open_model`` opens the model at a path, or the part of it to tune. ``around``
-    is a context that is open while the trainer runs. ``command`` is written into the output's marker.
+    ``output`` then holds ``adapter/``, ``adapter-best/``, ``adapter-initial/`` if exits were fitted,
+    ``checkpoints/step-N/``, ``log.jsonl``, ``tensorboard/``, ``config.json`` and ``status.json``. ``open_model`` opens
+    the model at a path, or the part of it to tune. ``around`` is a context that is open while the trainer runs.
+    ``command`` is written into the output's marker.
     ``allow_new_data`` lets ``resume`` continue with changed corpora.
 
     Raises:
@@ -151,7 +167,7 @@ def _open_inputs(
     say_text_only(model)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     arch = model.architecture
-    specs = check_run(config, arch, world_size())
+    specs = resolve_init(check_run(config, arch, world_size()), arch)
     check_trains(specs)
     # Refused here if they are not installed on this machine.
     check_wandb(config.logging.wandb)
@@ -212,22 +228,93 @@ def _prepare(
     if inputs.windows is not None:
         whole = even_layout(model.architecture.num_layers, config.parallel.pipeline)
         validate = make_validator(config, setup, model, digest, inputs.windows, whole, interrupt)
+    adapter = inputs.adapter
+    if adapter is None and any(spec.init == "fit" for spec in specs):
+        adapter = _fitted(config, inputs, setup, output, resume, description, interrupt)
     stage = build_stage(setup, layout, specs, final_exit=distillation.kl > 0)
-    _load(stage, model, inputs.adapter, config.tuning.seed, interrupt)
+    _load(stage, model=model, adapter=adapter, seed=config.tuning.seed, interrupt=interrupt)
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, config.tuning.steps)
-    if resume:
-        _resume(config, output, stage, optimizer, description, leave_out, progress)
+    resumed = resume and _resume(config, output, stage, optimizer, description, leave_out, progress)
     if groups.is_main:
         write_json(output / "config.json", config_to_dict(config))
     return Trainer(
         config=config,
-        pipeline=Pipeline(stage, layout, specs, top_k=distillation.top_k if distillation.kl > 0 else 0),
+        pipeline=Pipeline(stage, layout, specs, backward=of_distillation(distillation)),
         optimizer=optimizer,
         stream=_stream(config, inputs.blend, groups, progress),
         output=output,
         description=description,
         validate=validate,
         progress=progress,
+        resumed=resumed,
+    )
+
+
+def _fitted(
+    config: RunConfig,
+    inputs: _Inputs,
+    setup: ModelSetup,
+    output: Path,
+    resume: bool,
+    description: dict[str, Any],
+    interrupt: Interrupt,
+) -> Adapter | None:
+    """The exits fitted before tuning, saved in ``OUTPUT/adapter-initial``, so that every layout starts from the same.
+
+    None if the run continues from a checkpoint. A resumed run without one takes the exits that it fitted before.
+
+    Raises:
+        Interrupted: a signal came to one of the ranks; raised on all.
+    """
+    groups, path = setup.groups, output / INITIAL
+    made_from = {
+        "fit": dataclasses.asdict(config.fit),
+        "dtype": config.model.dtype,
+        "data": {**dataclasses.asdict(config.data), "corpora": description["data"]},
+        "global_batch_size": config.tuning.global_batch_size,
+        "seed": config.tuning.seed,
+    }
+
+    def state() -> str:
+        if resume and numbered_directories(output / "checkpoints"):
+            return "checkpoint"
+        kept = resume and _is_fitted(path, made_from, description, config.checkpoint.verify)
+        return "fitted" if kept else "to fit"
+
+    found = groups.together(lambda: state() if groups.is_main else "")[0]
+    if found == "checkpoint":
+        return None
+    if found == "to fit":
+        load = partial(_load, model=inputs.model, adapter=None, seed=config.tuning.seed, interrupt=interrupt)
+        exits = fit_exits(config, setup, inputs.specs, inputs.blend, load, interrupt)
+        save_adapter(
+            path,
+            exits,
+            inputs.specs,
+            groups,
+            base_model=description["base_model"],
+            backbone_sha256=description["backbone_sha256"],
+            steps=0,
+            settings=description[SETTINGS],
+            extra={MADE_FROM: made_from},
+        )
+    elif groups.is_main:
+        print(f"{path}: exits are fitted already; starting from them", file=sys.stderr, flush=True)
+    return each_own(groups.gather, lambda: open_adapter(path, verify=False))
+
+
+def _is_fitted(path: Path, made_from: dict[str, Any], description: dict[str, Any], verify: bool) -> bool:
+    """Whether there are undamaged exits that were fitted with the same settings, data, backbone and dtype."""
+    try:
+        adapter = open_adapter(path, verify=verify)
+        content = read_json(path / DESCRIPTION, MAX_DESCRIPTION)
+    except CheckpointError:
+        return False
+    return (
+        isinstance(content, dict)
+        and content.get(MADE_FROM) == made_from
+        and content.get("exits") == description["exits"]
+        and adapter.backbone_sha256 == description["backbone_sha256"]
     )
 
 
@@ -255,7 +342,7 @@ def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
         print_plan(plan)
 
 
-def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, interrupt: Interrupt) -> None:
+def _load(stage: Stage, *, model: SavedModel, adapter: Adapter | None, seed: int, interrupt: Interrupt) -> None:
     """Load this stage's layers, and initialise its exits."""
     groups = stage.setup.groups
     total = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
@@ -301,8 +388,8 @@ def _resume(
     description: dict[str, Any],
     leave_out: set[str],
     progress: RunProgress,
-) -> None:
-    """Continue from the newest good checkpoint, or start a new run if there is none.
+) -> bool:
+    """Continue from the newest good checkpoint, or start a new run and return False if there is none.
 
     Args:
         leave_out: parts of ``description`` that may differ from the checkpoint's.
@@ -329,7 +416,7 @@ def _resume(
     )
     if found is None:
         report(f"{output}: no checkpoint yet; starting from the beginning")
-        return
+        return False
     loaded, made_with, new_data = found
     for name, value in loaded:
         setattr(progress, name, value)
@@ -342,6 +429,7 @@ def _resume(
     if changed:
         report(f"the configuration changed since the checkpoint was made, in: {', '.join(changed)}")
     report(f"continuing after step {progress.step}")
+    return True
 
 
 def _without(description: dict[str, Any], keys: set[str]) -> dict[str, Any]:

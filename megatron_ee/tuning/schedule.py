@@ -1,19 +1,18 @@
 """The schedule of a step over the stages: forward only. Each stage trains its exits when their taps have arrived.
 
-There is no backward pipeline, so no stage waits for an exit: h and taps are sent before the exits' work starts. With
-distillation, the teacher's message (top-k tokens of the final exit) comes back from the last stage. A stage with n
+There is no backward pipeline, so no stage waits for an exit: h and taps are sent before the exits' work starts. What
+exits learn from the stage of the last layer comes back in a teacher message (``tuning.backward``). A stage with n
 stages after it then runs its exits n microbatches late, when the first teacher message has arrived.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.loader import Batch
 from megatron_ee.exits.stage import Stage
-from megatron_ee.model.distillation import Teacher
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.transfer import Inbox, Outbox, connect
+from megatron_ee.tuning.backward import Backward
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import Positions
@@ -54,8 +53,8 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Span:
-    """A timed action of a stage, in seconds: ``receive``, ``forward``, ``send``, ``exits``, ``teach`` (the final exit's
-    work) or ``teacher`` (waiting for the teacher's message)."""
+    """A timed action of a stage, in seconds: ``receive``, ``forward``, ``send``, ``exits``, ``teach`` (work after the
+    last layer) or ``teacher`` (waiting for the teacher message)."""
 
     kind: str
     microbatch: int
@@ -73,17 +72,20 @@ class Pipeline:
         events: appended to where it is a list.
     """
 
-    def __init__(self, stage: Stage, layout: Layout, specs: Sequence[ExitSpec], *, top_k: int = 0) -> None:
-        """``top_k``: tokens in a teacher message, which comes back from the last stage; 0 without distillation."""
+    def __init__(
+        self, stage: Stage, layout: Layout, specs: Sequence[ExitSpec], *, backward: Backward | None = None
+    ) -> None:
+        """``backward``: the kind of teacher messages, which come back from the stage of the last layer, if any."""
         self.stage, self.layout, self.specs = stage, layout, tuple(specs)
         self.events: list[Span] | None = None
         groups, dtype = stage.setup.groups, stage.setup.dtype
         self.index, last = groups.pipeline.rank(), layout.last_layered
         hosts = [index for index, place in enumerate(layout.stages) if place.exits and index != last]
-        self.lag = layout.depth(last) - layout.depth(self.index) if top_k and self.index in hosts else 0
-        self._top_k = top_k
+        taught = backward is not None
+        self.lag = layout.depth(last) - layout.depth(self.index) if taught and self.index in hosts else 0
+        self._backward = backward
         # Warm-up is needed for messages in both directions. Messages that only go forward cannot deadlock.
-        self._needs_warm_up = bool(top_k and hosts) and platform.loads_kernels_lazily()
+        self._needs_warm_up = bool(taught and hosts) and platform.loads_kernels_lazily()
         self._inboxes, self._outboxes = [], []
         for message in layout.messages():
             connect(groups.pipeline, message.source, message.target)
@@ -94,18 +96,22 @@ class Pipeline:
                 self._inboxes.append((message, box, ahead))
             if message.source == self.index:
                 self._outboxes.append((message, Outbox(groups.pipeline, message.target, dtype, ahead=ahead)))
-        for host in hosts if top_k else []:
-            connect(groups.teacher, last, host)
-        students = hosts if top_k and self.index == last else []
-        self._teacher_outboxes = [Outbox(groups.teacher, host, torch.int32) for host in students]
-        self._teacher_inbox = Inbox(groups.teacher, last, torch.int32) if top_k and self.index in hosts else None
+        self._teacher_outboxes: list[Outbox] = []
+        self._teacher_inbox: Inbox | None = None
+        if backward is not None:
+            for host in hosts:
+                connect(groups.teacher, last, host)
+            if self.index == last:
+                self._teacher_outboxes = [Outbox(groups.teacher, host, backward.dtype) for host in hosts]
+            if self.index in hosts:
+                self._teacher_inbox = Inbox(groups.teacher, last, backward.dtype)
 
     @platform.tuning_attention()
     def run(
         self,
         batches: Sequence[Batch],
-        exits_work: Callable[[Microbatch, Teacher | None], None],
-        at_end: Callable[[Microbatch, Tensor], Teacher | None] | None = None,
+        exits_work: Callable[[Microbatch, Any], None],
+        at_end: Callable[[Microbatch, Tensor], Any] | None = None,
         *,
         taught: bool = False,
     ) -> None:
@@ -113,15 +119,15 @@ class Pipeline:
 
         Args:
             batches: this data-parallel rank's microbatches, the same on all stages.
-            exits_work: called once for each microbatch, in order.
-            at_end: called with h after the last layer, on the stage that runs this layer. The teacher that it returns
-                is sent to all stages that host exits.
+            exits_work: called once for each microbatch, in order, with the teacher of the microbatch or None.
+            at_end: called with h after the last layer, on the stage that runs this layer. The teacher that it returns,
+                of the kind that ``backward`` packs, is sent to all stages that host exits.
             taught: whether ``at_end`` returns a teacher, for which the exits then wait. Equal on all stages; False in
                 validation.
         """
         ends = at_end is not None and self.index == self.layout.last_layered
         needs_h = ends or any(message.hidden for message, _ in self._outboxes)
-        waiting: deque[tuple[Microbatch, Teacher | None]] = deque()
+        waiting: deque[tuple[Microbatch, Any]] = deque()
         if taught and self._needs_warm_up:
             self._needs_warm_up = False
             self._warm_up(batches[0], exits_work, at_end)
@@ -164,8 +170,8 @@ class Pipeline:
     def _warm_up(
         self,
         batch: Batch,
-        exits_work: Callable[[Microbatch, Teacher | None], None],
-        at_end: Callable[[Microbatch, Tensor], Teacher | None] | None,
+        exits_work: Callable[[Microbatch, Any], None],
+        at_end: Callable[[Microbatch, Tensor], Any] | None,
     ) -> None:
         """Compute one microbatch without messages, with all tokens masked, before any receive is posted.
 
@@ -185,9 +191,8 @@ class Pipeline:
         taps = {exit_.spec.layer: own.get(exit_.spec.layer, zeros) for exit_ in self.stage.exits}
         micro = Microbatch(-1, batch, positions, data.labels, torch.zeros_like(data.mask), taps)
         teacher = at_end(micro, h) if ends and at_end is not None else None
-        if self._teacher_inbox is not None:
-            ids = torch.arange(self._top_k, device=platform.device()).expand(len(data.labels), -1)
-            teacher = Teacher(ids, torch.full(ids.shape, -math.log(self._top_k), device=platform.device()))
+        if self._teacher_inbox is not None and self._backward is not None:
+            teacher = self._backward.stand_in(batch)
         exits_work(micro, teacher)
 
     def _expect(self, batches: Sequence[Batch], taught: bool) -> None:
@@ -196,8 +201,8 @@ class Pipeline:
             tensors = message.hidden + len(message.taps)
             inbox.begin([tensors * self._shape(batch).numel() for batch in batches])
             inbox.post(ahead)
-        if taught and self._teacher_inbox is not None:
-            self._teacher_inbox.begin([2 * batch.tokens.numel() * self._top_k for batch in batches])
+        if taught and self._teacher_inbox is not None and self._backward is not None:
+            self._teacher_inbox.begin([self._backward.size(batch) for batch in batches])
 
     def _receive(self, number: int, batch: Batch, data: DeviceBatch) -> tuple[Tensor, dict[int, Tensor]]:
         """h and taps from other stages, or the embedded tokens."""
@@ -219,26 +224,24 @@ class Pipeline:
             with self._event("send", number):
                 outbox.send(([h] if message.hidden else []) + [taps[layer] for layer in message.taps])
 
-    def _send_teacher(self, number: int, teacher: Teacher | None) -> None:
+    def _send_teacher(self, number: int, teacher: Any) -> None:
         for outbox in self._teacher_outboxes:
-            assert teacher is not None, "other stages wait for the teacher's message"
+            assert teacher is not None and self._backward is not None, "other stages wait for the teacher message"
             with self._event("send", number):
-                outbox.send((teacher.ids.int(), teacher.log_probabilities.contiguous().view(torch.int32)))
+                outbox.send(self._backward.pack(teacher))
 
-    def _receive_teacher(self, micro: Microbatch) -> Teacher:
-        assert self._teacher_inbox is not None
+    def _receive_teacher(self, micro: Microbatch) -> Any:
+        assert self._teacher_inbox is not None and self._backward is not None
         with self._event("teacher", micro.number):
-            ids, bits = self._teacher_inbox.take().view(2, len(micro.labels), self._top_k).unbind()
-        return Teacher(ids.long(), bits.view(torch.float32))
+            message = self._teacher_inbox.take()
+        return self._backward.unpack(message, micro.batch)
 
     def _hosted(self, taps: dict[int, Tensor]) -> dict[int, Tensor]:
         return {exit_.spec.layer: taps[exit_.spec.layer] for exit_ in self.stage.exits}
 
     def _shape(self, batch: Batch) -> torch.Size:
         """Shape of a microbatch's hidden states on this rank."""
-        config, (rows, seq) = self.stage.setup.config, batch.tokens.shape
-        share = self.stage.setup.groups.tensor.size() if config.sequence_parallel else 1
-        return torch.Size((seq // share, rows, config.hidden_size))
+        return self.stage.setup.hidden_shape(*batch.tokens.shape)
 
     @contextlib.contextmanager
     def _event(self, kind: str, number: int) -> Iterator[None]:

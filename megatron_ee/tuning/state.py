@@ -144,7 +144,7 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
             "a new run"
         )
     for key, kind in (("exits", "other exits"), ("dtype", "another dtype"), ("backbone_sha256", "another backbone")):
-        if key in description and checkpoint.metadata.get(key) != description[key]:
+        if key in description and _compared(checkpoint.metadata.get(key)) != _compared(description[key]):
             raise CheckpointError(
                 f"{checkpoint.path}: made with {kind}; resume with the configuration it was started with, "
                 f"or start a new run with --init-adapter"
@@ -167,6 +167,13 @@ def _decay_towards(description: Mapping[str, Any]) -> str:
     return str(found or "zero")
 
 
+def _compared(value: Any) -> Any:
+    """What must be equal of an entry: of exits all but ``init``, which has no effect on later steps."""
+    if not isinstance(value, list):
+        return value
+    return [{k: v for k, v in each.items() if k != "init"} if isinstance(each, dict) else each for each in value]
+
+
 def load_state(
     checkpoint: Checkpoint, stage: Stage, optimizer: ExitOptimizer, description: dict[str, Any]
 ) -> RunProgress:
@@ -177,7 +184,6 @@ def load_state(
     """
     check_same_run(checkpoint, description)
     progress, counters = _read_progress(checkpoint)
-    # The weights last, since creating Adam's state changes them.
     pieces = [*_state_pieces(stage, optimizer), *_weight_pieces(stage, None)]
     with torch.no_grad():
         for piece in pieces:

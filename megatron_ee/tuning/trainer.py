@@ -41,6 +41,7 @@ class Trainer:
     Attributes:
         validate: called every ``validation.interval`` steps and at both ends; None without validation data.
         description: identification of the run in its checkpoints and adapters.
+        resumed: whether the state is that of a checkpoint in ``output``.
     """
 
     config: RunConfig
@@ -51,10 +52,10 @@ class Trainer:
     description: dict[str, Any]
     validate: Validate | None = None
     progress: RunProgress = field(default_factory=RunProgress)
+    resumed: bool = False
 
     def __post_init__(self) -> None:
-        # A resumed run starts from the state on disk.
-        self._started = self._saved = self.progress.step or None
+        self._started = self._saved = self.progress.step if self.resumed else None
 
     def run(self, log: RunLog, interrupt: Interrupt) -> bool:
         """Tune until the last step, or until patience or an interrupt ends the run earlier. Every rank calls this.

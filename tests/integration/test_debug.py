@@ -297,10 +297,10 @@ def test_a_gradient_that_stays_zero_is_named(make_trainer: Callable[..., Trainer
 
 def test_a_frozen_weight_that_changes_is_named(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer([ExitSpec(2), ExitSpec(4, "norm")], 1)
-    with pytest.raises(UserError, match=r"^exits\.2\.body\.input_norm\.weight: is frozen"), checked(trainer):
+    with pytest.raises(UserError, match=r"^exits\.2\.body\.mlp_norm\.weight: is frozen"), checked(trainer):
         step(trainer)
         with torch.no_grad():
-            trainer.pipeline.stage.exits[0].body.input_norm.weight[5] += 1e-3
+            trainer.pipeline.stage.exits[0].body.mlp_norm.weight[5] += 1e-3
 
 
 def test_a_gradient_that_is_not_finite_is_named_before_the_update(make_trainer: Callable[..., Trainer]) -> None:

@@ -90,7 +90,7 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         ("data", {"sequence_length": 0}, "data.sequence_length: must be at least 1, not 0"),
         ("data", {"seed": -1}, "data.seed: must lie between 0 and 4294967295, not -1"),
         ("tuning", {"seed": 2**32}, "tuning.seed: must lie between 0 and 4294967295, not 4294967296"),
-        ("tuning", {"steps": 0}, "tuning.steps: must be at least 1, not 0"),
+        ("tuning", {"steps": -1}, "tuning.steps: must be at least 0, not -1"),
         ("tuning", {"global_batch_size": 0}, "tuning.global_batch_size: must be at least 1, not 0"),
         ("tuning", {"micro_batch_size": 0}, "tuning.micro_batch_size: must be at least 1, not 0"),
         ("tuning", {"micro_batch_size": 3}, "tuning.global_batch_size: 16 is not a multiple of tuning.micro_batch_siz"),

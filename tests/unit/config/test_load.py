@@ -25,7 +25,7 @@ exits:
   - {layer: 0.5, body: norm, head: shared}
 data: {train: [corpus/a, {path: corpus/b, weight: 2}]}
 """
-TOP = "model, exits, data, parallel, optimizer, schedule, loss, tuning, validation, checkpoint, logging"
+TOP = "model, exits, data, parallel, optimizer, schedule, loss, tuning, fit, validation, checkpoint, logging"
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:

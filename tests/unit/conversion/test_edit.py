@@ -166,6 +166,8 @@ def test_exits_that_cannot_be_added(model: Contents, adapter: Any) -> None:
         assert f"layer {layer} is outside" in refuse(model, ExitSpec(layer)) and "1 to 4" in refuse(
             model, ExitSpec(layer)
         )
+    assert "layer 1 has init fit, which needs data" in refuse(model, ExitSpec(1, init="fit"))
+    assert add_exits(model, [ExitSpec(1, init="auto")], seed=1).exits == (ExitSpec(1, init="copy"),)
     useless = ExitSpec(1, "embedding", "shared")
     assert "nothing to train" in refuse(model, useless)
     assert len(add_exits(model, [useless, ExitSpec(2)], seed=1).exits) == 2

@@ -87,8 +87,8 @@ def test_copies_are_the_named_tensors_bit_for_bit(family: str, saved_model: Any,
             same(ours.gate_up.bias[112:], f"{prefix}.up_proj.bias")
             same(ours.down.bias, f"{prefix}.down_proj.bias")
 
-    same(mlp.body.input_norm.weight, "model.layers.2.post_attention_layernorm.weight")
-    assert not mlp.body.input_norm.weight.requires_grad
+    same(mlp.body.mlp_norm.weight, "model.layers.2.post_attention_layernorm.weight")
+    assert not mlp.body.mlp_norm.weight.requires_grad
     same_mlp(mlp.body.mlp, "model.layers.2.mlp")
 
     last, inner = "model.layers.3", layer.body.layer
@@ -178,7 +178,7 @@ def test_random_initialisation(saved_model: Any, load_stage: Any) -> None:
             if parameter.requires_grad and parameter.ndim == 1:
                 assert (parameter == (0.0 if name.endswith("bias") else 1.0)).all(), name
     # What is frozen is still the model's own.
-    assert torch.equal(mlp.body.input_norm.weight.cpu(), theirs["model.layers.2.post_attention_layernorm.weight"])
+    assert torch.equal(mlp.body.mlp_norm.weight.cpu(), theirs["model.layers.2.post_attention_layernorm.weight"])
     assert torch.equal(layer.head.matrix.weight[:VOCAB].cpu(), reference.lm_head.weight)
 
 
@@ -262,7 +262,7 @@ def test_gradients_reach_the_exits_own_parameters_alone(
         reached = {id(p) for p in stage.parameters() if p.grad is not None and not before[id(p)]}
         assert reached == own and own
         assert taps[exit_.spec.layer].grad_fn is None and not taps[exit_.spec.layer].requires_grad
-    frozen = [*stage.backbone.parameters(), stage.shared_head.weight, stage.exits[2].body.input_norm.weight]
+    frozen = [*stage.backbone.parameters(), stage.shared_head.weight, stage.exits[2].body.mlp_norm.weight]
     assert not any(p.requires_grad or p.grad is not None for p in frozen)
 
 

@@ -213,17 +213,22 @@ def test_exit_tensors_are_what_modules_hold(family: str, head: Any, saved_model:
             held |= {n: (shapes[n], origin) for n, origin in zip(source.names, origins, strict=True)}
         assert exit_tensors(spec, arch) == held
         # What else is copied is the frozen norms of an mlp exit; and all copies fit.
-        around = ("mlp_norm.weight", "mlp_post_norm.weight") if spec.body == "mlp" else ()
+        around = ("mlp_norm.weight",) if spec.body == "mlp" else ()
         kept = [name for name in around if name in parameter_parts(arch)]
         norms = [layer_source(arch, name, f"model.layers.{spec.layer - 1}").names[0] for name in kept]
         assert [name for names in copied.values() for name in names] == norms
         expected = expected_tensors(arch)
         assert all(expected[origin] == shape for shape, origin in held.values() if origin is not None)
         # A body's tensors are all there: biases and q and k norms where the family has them.
-        inner = {"layer": "", "mlp": "mlp."}.get(spec.body)
+        after = ("post_feedforward_layernorm.",) if arch.norms_after else ()
+        inner = {"layer": ("",), "mlp": ("mlp.", *after)}.get(spec.body)
         if inner is not None:
             prefix, last = f"exits.{spec.layer}.", "model.layers.3."
-            names = {prefix + name.removeprefix(last) for name in expected if name.startswith(last + inner)}
+            names = {
+                prefix + name.removeprefix(last)
+                for name in expected
+                if name.startswith(tuple(last + part for part in inner))
+            }
             assert names == {name for name in held if name not in (prefix + "norm.weight",) and ".lm_head." not in name}
 
 

@@ -117,6 +117,20 @@ def test_steps_equal_plain_torch(clip_grad: float, make: Make, saved_model: Any,
         assert float((ours - start[name]).abs().max()) > 1e-3, f"{name} did not move"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_before_the_first_step_changes_nothing(dtype: torch.dtype, make: Make) -> None:
+    """A run may be saved before its first step, and then go on as if it had not been."""
+    stage, optimizer = make(dtype=dtype)
+    straight, other = make(dtype=dtype)
+    before = [parameter.detach().clone() for _, parameter in trained(stage.exits)]
+    assert all(not state.tensors["exp_avg"].any() for state in optimizer.parameter_states())
+    assert optimizer.counters()["adam_step"] == 0
+    assert all(torch.equal(old, new) for old, (_, new) in zip(before, trained(stage.exits), strict=True))
+    assert train(stage, optimizer, range(2)) == train(straight, other, range(2))
+    for (name, mine), (_, theirs) in zip(trained(stage.exits), trained(straight.exits), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
 def test_one_rank_gathers_no_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.distributed import param_and_grad_buffer
 
@@ -207,7 +221,7 @@ def test_an_exit_that_trains_nothing_is_left_alone(make: Make) -> None:
 
 def test_the_backbone_has_no_gradient_no_buffer_and_no_state(make: Make) -> None:
     stage, optimizer = make()
-    frozen = [*stage.backbone.parameters(), stage.shared_head.weight, stage.exits[1].body.input_norm.weight]
+    frozen = [*stage.backbone.parameters(), stage.shared_head.weight, stage.exits[1].body.mlp_norm.weight]
     before = [parameter.detach().clone() for parameter in frozen]
     train(stage, optimizer, range(2))
     owned = {id(state.parameter) for state in optimizer.parameter_states()}

@@ -1,0 +1,260 @@
+"""Closed-form fits of an exit's body to the final exit's features, from sums over tokens.
+
+The norm before the head is scale-free, so an exit's features need only point where the final exit's do. Let
+u = h_L / rms(h_L) be the last hidden state, r the residual that an MLP is added to, and a the input of its down
+projection. The projection is fitted by ridge regression over tokens, the masked ones left out:
+
+    D = argmin sum |c r / rms(r) + (a / rms(r)) D - u|^2 + lambda |D|^2,    down projection = D^T / (c m)
+
+with the residual multiplier m. A bias of the projection is one more column, 1 / rms(r). lambda is the ridge times the
+mean diagonal of the Gram matrix. Regressing the last hidden state on an earlier one is known from arXiv 2303.09435.
+
+Sums are of float32 products, in float64. Tensor-parallel ranks have rows of them, each of its own features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ee.errors import UserError
+from megatron_ee.model.layer import MLP
+
+if TYPE_CHECKING:
+    from megatron_ee.model.linear import RMSNorm
+    from megatron_ee.model.setup import ModelSetup
+
+RESIDUAL_SHARE = 0.25
+"""c: the residual's part of the features, relative to a last hidden state of the same size."""
+LEAST_PIVOT = 1e-8
+"""Smallest pivot of a Cholesky factor, relative to the mean diagonal: products in float32 have errors of this size."""
+FLOAT64 = 8  # bytes
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Fitted values of some parameters, on this rank.
+
+    Attributes:
+        values: by parameter, in its shape and dtype.
+        ridge: lambda over the mean diagonal of the Gram matrix; 0 where no ridge is used.
+    """
+
+    values: dict[nn.Parameter, Tensor]
+    ridge: float = 0.0
+
+    @torch.no_grad()
+    def place(self) -> None:
+        """Set the parameters to these values."""
+        for parameter, value in self.values.items():
+            parameter.copy_(value)
+
+
+class Fit(ABC):
+    """A fit of a body. Call order: ``add`` for every microbatch, ``reduce``, ``solve``, ``then``."""
+
+    @abstractmethod
+    def add(self, x: Tensor, last: Tensor, mask: Tensor) -> None:
+        """Add the tokens of a microbatch.
+
+        Args:
+            x: result of the body's ``attention_half``, ``[seq, batch, hidden]`` (a share of seq with sequence
+                parallelism).
+            last: the last hidden state, before the final norm, of the same shape.
+            mask: ``[seq * batch]`` float32, 1 for the tokens that count, else 0.
+        """
+
+    @abstractmethod
+    def reduce(self) -> None:
+        """Sum over the data-parallel ranks."""
+
+    @abstractmethod
+    def solve(self, ridges: Sequence[float]) -> list[Solution]:
+        """The solutions for these ridges, or only one if the fit has no ridge; equal on all data-parallel ranks.
+
+        Raises:
+            UserError: a sum is not finite.
+        """
+
+    def then(self) -> Fit | None:
+        """A second fit, of tokens that are added while a solution is placed; None if there is none."""
+        return None
+
+
+class ProjectionFit(Fit):
+    """Of an MLP's down projection.
+
+    Where a norm follows the projection, it decides only the direction of what is added to the residual; that norm's
+    scale is fitted afterwards.
+    """
+
+    def __init__(
+        self, setup: ModelSetup, mlp: MLP, before: nn.Module | None, after: RMSNorm | None, multiplier: float
+    ) -> None:
+        """``before`` and ``after``: the norms around the MLP; ``multiplier``: of what is added to the residual."""
+        self._setup, self._mlp, self._before, self._after = setup, mlp, before, after
+        self._factor = RESIDUAL_SHARE * multiplier
+        hidden, self._features = mlp.down.weight.shape
+        rows, device = self._features + (mlp.down.bias is not None), mlp.down.weight.device
+        ranks = setup.groups.tensor.size()
+        self._gram = torch.zeros(rows, rows * ranks, dtype=torch.float64, device=device)
+        self._right = torch.zeros(rows, hidden, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, last: Tensor, mask: Tensor) -> None:
+        """See ``Fit``."""
+        gather, eps = self._setup.gather_sequence, self._setup.architecture.norm_eps
+        activated = self._mlp.activated(x if self._before is None else self._before(x)).flatten(0, 1)
+        residual = gather(x).flatten(0, 1).float()
+        inverse = inverse_rms(residual, eps)
+        goal = normalised(gather(last).flatten(0, 1), eps).sub_(residual * inverse, alpha=RESIDUAL_SHARE)
+        counted = inverse * mask[:, None]
+        own = activated.float() * counted
+        if self._mlp.down.bias is not None:
+            own = torch.cat([own, counted], dim=1)
+        self._right += own.t() @ goal
+        columns = self._gram.chunk(self._setup.groups.tensor.size(), dim=1)
+        for part, block in zip(columns, _blocks(own, self._setup.groups.tensor), strict=True):
+            part += own.t() @ block
+
+    def reduce(self) -> None:
+        """See ``Fit``."""
+        for sums in (self._gram, self._right):
+            _sum_over(sums, self._setup.groups.data)
+
+    def solve(self, ridges: Sequence[float]) -> list[Solution]:
+        """See ``Fit``. A ridge that is too small for a stable solution is raised tenfold until it is not."""
+        group = self._setup.groups.tensor
+        gram, right = (_gathered(sums, group) for sums in (self._gram, self._right))
+        if self._mlp.down.bias is not None and group.size() > 1:  # every rank has the bias's row; one is kept
+            rows = torch.arange(len(gram), device=gram.device)
+            kept = rows[(rows + 1) % len(self._gram) != 0]
+            kept = torch.cat([kept, rows[-1:]])
+            gram, right = gram[kept][:, kept], right[kept]
+        mean = gram.diagonal().mean()
+        if not bool(torch.isfinite(mean)) or not bool(mean > 0):
+            raise UserError(f"the fit of an exit: the mean square of its MLP's activations is {float(mean)}")
+        diagonal, solutions = gram.diagonal().clone(), []
+        for ridge in ridges:
+            factor, used = _factorised(gram, diagonal, float(mean), ridge)
+            solutions.append(Solution(self._values(torch.cholesky_solve(right, factor)), used))
+            del factor
+        gram.diagonal().copy_(diagonal)
+        return solutions
+
+    def _values(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
+        """This rank's part of the solution ``[rows of all ranks, hidden]``."""
+        down, start = self._mlp.down, self._setup.groups.tensor.rank() * self._features
+        own = weights[start : start + self._features].t() / self._factor
+        values = {down.weight: own.to(down.weight.dtype).contiguous()}
+        if down.bias is not None:
+            values[down.bias] = (weights[-1] / self._factor).to(down.bias.dtype)
+        return values
+
+    def then(self) -> ScaleFit | None:
+        """Of the norm after the projection, if there is one."""
+        if self._after is None:
+            return None
+        mlp, before, factor, eps = self._mlp, self._before, self._factor, self._after.eps
+
+        def pair(r: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            residual = r.float()
+            inverse = inverse_rms(residual, eps)
+            added = normalised(mlp(r if before is None else before(r)), eps)
+            return added * inverse * factor, target - RESIDUAL_SHARE * inverse * residual
+
+        return ScaleFit(self._setup, self._after, pair)
+
+
+class ScaleFit(Fit):
+    """Of a norm's scale, feature by feature: sum x y / sum x^2, x the features before the scale and y their target."""
+
+    def __init__(
+        self, setup: ModelSetup, norm: RMSNorm, pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
+        """``pair``: ``attention_half``'s result and the normalised last hidden state -> x and y, all of one shape."""
+        self._setup, self._norm, self._pair = setup, norm, pair
+        self._sums = torch.zeros(2, len(norm.weight), dtype=torch.float64, device=norm.weight.device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, last: Tensor, mask: Tensor) -> None:
+        """See ``Fit``."""
+        shares = self._pair(x, normalised(last, self._norm.eps))
+        features, target = (self._setup.gather_sequence(share).flatten(0, 1) for share in shares)
+        counted = features * mask[:, None]
+        self._sums[0] += (counted * target).sum(dim=0, dtype=torch.float64)
+        self._sums[1] += (counted * features).sum(dim=0, dtype=torch.float64)
+
+    def reduce(self) -> None:
+        """See ``Fit``."""
+        _sum_over(self._sums, self._setup.groups.data)
+
+    def solve(self, ridges: Sequence[float]) -> list[Solution]:
+        """See ``Fit``. A feature that is always 0 keeps its scale."""
+        products, squares = self._sums
+        if not bool(torch.isfinite(self._sums).all()):
+            raise UserError("the fit of an exit: its features are not finite")
+        scale = torch.where(squares > 0, products / squares, self._norm.scale().double())
+        weight = self._norm.weight
+        return [Solution({weight: (scale - 1 if self._norm.plus_one else scale).to(weight.dtype)})]
+
+
+def fit_bytes(rows: int, hidden_size: int, tensor: int) -> tuple[int, int]:
+    """Bytes of a fit's sums on one of ``tensor`` ranks, and of what solving takes besides.
+
+    ``rows``: ``Body.fitted_rows``.
+    """
+    sums = -(-rows // tensor) * (rows + hidden_size)
+    gathered = rows * (rows + hidden_size) if tensor > 1 else 0
+    return FLOAT64 * sums, FLOAT64 * (gathered + rows * (rows + hidden_size))
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """``[..., size]`` float32 -> ``[..., 1]``."""
+    return torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """What an RMSNorm makes of ``x`` before its scale, in float32."""
+    wide = x.float()
+    return wide * inverse_rms(wide, eps)
+
+
+def _factorised(gram: Tensor, diagonal: Tensor, mean: float, ridge: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of ``gram`` with ``ridge * mean`` added to its ``diagonal``, and the ridge that was used."""
+    while True:
+        torch.add(diagonal, ridge * mean, out=gram.diagonal())
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if not int(failed) and bool(factor.diagonal().square().min() > LEAST_PIVOT * mean):
+            return factor, ridge
+        ridge = max(10 * ridge, 10 * LEAST_PIVOT)
+
+
+def _blocks(own: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
+    """Each rank's tensor of the same shape in turn, from the first on."""
+    for rank in range(group.size()):
+        block = own if rank == group.rank() else torch.empty_like(own)
+        if group.size() > 1:
+            dist.broadcast(block, group=group, group_src=rank)
+        yield block
+
+
+def _gathered(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks; ``rows`` itself on one rank."""
+    if group.size() == 1:
+        return rows
+    whole = rows.new_empty(group.size() * len(rows), rows.shape[1])
+    for part, block in zip(whole.split(len(rows)), _blocks(rows, group), strict=True):
+        part.copy_(block)
+    return whole
+
+
+def _sum_over(sums: Tensor, group: dist.ProcessGroup) -> None:
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)

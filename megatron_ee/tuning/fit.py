@@ -1,0 +1,424 @@
+"""Fits exits in closed form before tuning (``exits.fit``), on the run's own training data.
+
+A stage of all layers runs the data once. Each exit's sums are solved for several ridges. On tokens that are held out,
+the exit is measured with each solution and with its copied weights, and keeps the best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import FitConfig, RunConfig
+from megatron_ee.data.loader import Batch, MicrobatchStream, PackedBlend
+from megatron_ee.errors import DataError
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.fit import Fit, Solution, fit_bytes
+from megatron_ee.exits.registry import body_of
+from megatron_ee.exits.stage import Stage, build_stage
+from megatron_ee.model.distillation import Teacher, teacher_top_k
+from megatron_ee.model.setup import ModelSetup
+from megatron_ee.parallel.groups import Groups
+from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.progress import Progress, track
+from megatron_ee.tables import add_columns, make_console, new_table
+from megatron_ee.tuning.backward import LastHidden, TopTokens
+from megatron_ee.tuning.interrupt import Interrupt
+from megatron_ee.tuning.schedule import Microbatch, Pipeline
+
+INITIAL = "adapter-initial"
+"""Directory of the fitted exits in a run's output."""
+PER_FEATURE, FEW_PER_FEATURE = 16, 8
+"""Tokens for each feature of the MLP: by default, and below which a warning is due."""
+RIDGES = (1.0, 10.0, 100.0)
+"""Factors of ``fit.ridge`` that are tried."""
+HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 16, 1024, 4096
+SCALE_TOKENS = 4096
+"""Tokens to fit the scale of a norm on that follows the fitted projection."""
+MEMORY_SHARE = 0.7
+"""Share of the free memory that sums may take, so that the layers and the heads have room to run."""
+
+Steps = list[list[Batch]]
+"""This rank's microbatches of some global batches."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What exits are fitted and measured on. The two parts have different tokens unmasked.
+
+    Attributes:
+        fitted: global batches to fit on.
+        held_out: global batches to measure on.
+        num_fitted: unmasked tokens of ``fitted``, over all data-parallel ranks.
+        num_held_out: of ``held_out``.
+    """
+
+    fitted: Steps
+    held_out: Steps
+    num_fitted: int
+    num_held_out: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one exit, on the tokens that were held out.
+
+    Attributes:
+        layer: of the exit.
+        ridge: of the solution that it keeps; None if it keeps the copied weights.
+        agreement: share of tokens whose top-1 token is the final exit's: copied, and with the best solution.
+        loss: mean cross-entropy with the final exit's top-1 token, in nats, of the same two.
+        raised: lines about ridges that had to be raised.
+    """
+
+    layer: int
+    ridge: float | None
+    agreement: tuple[float, float]
+    loss: tuple[float, float]
+    raised: tuple[str, ...]
+
+
+def fit_exits(
+    config: RunConfig,
+    setup: ModelSetup,
+    specs: Sequence[ExitSpec],
+    blend: PackedBlend,
+    load: Callable[[Stage], None],
+    interrupt: Interrupt,
+) -> list[Exit]:
+    """The exits of this rank's stage of an even layout, initialised, and fitted where ``init`` is ``fit``.
+
+    Prints a table to stderr. Every rank calls this.
+
+    Args:
+        config: of the run.
+        setup: of the run.
+        specs: the exits of all stages, ``init`` resolved.
+        blend: the training data, read from its beginning.
+        load: fills a stage's layers and initialises its exits.
+        interrupt: checked between global batches.
+
+    Raises:
+        DataError: all tokens are masked.
+        UserError: activations are not finite.
+        Interrupted: a signal came to one of the ranks; raised on all.
+    """
+    arch, groups = setup.architecture, setup.groups
+    tokens = read_tokens(config, blend, arch.ffn_size, groups, interrupt)
+    if groups.is_main and tokens.num_fitted < FEW_PER_FEATURE * arch.ffn_size:
+        print(_few(tokens.num_fitted, arch.ffn_size, config.fit), file=sys.stderr, flush=True)
+    layout = even_layout(arch.num_layers, groups.pipeline.size(), [spec.layer for spec in specs])
+    stage = build_stage(setup, layout, specs, final_exit=True)
+    load(stage)
+    fitter = _Fitter(stage, layout, specs, tokens, config, interrupt)
+    outcomes = fitter.run()
+    if groups.is_main:
+        _print_outcomes(outcomes, tokens)
+    return stage.exits
+
+
+def read_tokens(config: RunConfig, blend: PackedBlend, ffn_size: int, groups: Groups, interrupt: Interrupt) -> Tokens:
+    """The first tokens of the training data, by whole global batches: ``fit.tokens``, or at most one epoch.
+
+    The last sequences of them, about a sixteenth of the tokens, are held out. Of a single sequence it is the last
+    quarter. The same tokens in every layout.
+
+    Raises:
+        DataError: all tokens are masked.
+    """
+    tuning = config.tuning
+    wanted = PER_FEATURE * ffn_size if config.fit.tokens == "auto" else config.fit.tokens
+    stream = MicrobatchStream(
+        blend, tuning.micro_batch_size, tuning.global_batch_size, groups.data.rank(), groups.data.size()
+    )
+    steps: Steps = []
+    counts: list[int] = []  # unmasked tokens of each sequence, over all ranks
+    epoch = sum(blend.samples_per_epoch)
+    while not steps or (sum(counts) < wanted and stream.consumed + tuning.global_batch_size <= epoch):
+        interrupt.check_together(groups)
+        first = stream.consumed
+        steps.append(stream.step())
+        own = torch.zeros(tuning.global_batch_size, dtype=torch.int64)
+        for batch in steps[-1]:
+            own[batch.sequences.start - first : batch.sequences.stop - first] = batch.mask.sum(dim=1)
+        own = own.to(platform.device())
+        dist.all_reduce(own, group=groups.data)
+        counts += own.tolist()
+    total = sum(counts)
+    first, position = _cut(counts, config.data.sequence_length)
+    fitted, held_out = ([[_masked(b, first, position, held) for b in step] for step in steps] for held in (False, True))
+    held = [sum(batch.num_tokens for step in held_out for batch in step)]
+    num_held_out = torch.tensor(held, device=platform.device())
+    dist.all_reduce(num_held_out, group=groups.data)
+    if total == int(num_held_out):
+        raise DataError("data.train: too few unmasked tokens to fit exits on; give more data, or use init: copy")
+    size = tuning.global_batch_size
+    last = first if position else first - 1
+    return Tokens(fitted[: last // size + 1], held_out[first // size :], total - int(num_held_out), int(num_held_out))
+
+
+def _cut(counts: Sequence[int], sequence_length: int) -> tuple[int, int]:
+    """The sequence and the position in it where the held-out tokens begin.
+
+    Args:
+        counts: unmasked tokens of each sequence.
+        sequence_length: tokens of each.
+    """
+    total = sum(counts)
+    wanted = min(max(HELD_OUT_LEAST, min(HELD_OUT_MOST, total // HELD_OUT_SHARE)), total // 4)
+    used = [number for number, count in enumerate(counts) if count]
+    if len(used) < 2:
+        return (used or [0])[0], 3 * sequence_length // 4
+    held, first = 0, len(counts)
+    while held < max(1, wanted) and first - 1 > used[0]:
+        first -= 1
+        held += counts[first]
+    return first, 0
+
+
+def _masked(batch: Batch, first: int, position: int, held: bool) -> Batch:
+    """The batch with only the tokens before a position of a sequence, or with only the ``held`` ones, unmasked."""
+    numbers = torch.tensor(list(batch.sequences))[:, None]
+    places = torch.arange(batch.mask.shape[1])
+    after = (numbers > first) | ((numbers == first) & (places >= position))
+    mask = batch.mask & (after if held else ~after)
+    return dataclasses.replace(batch, mask=mask, num_tokens=int(mask.sum()))
+
+
+class _Fitter:
+    """The exits of all stages, on this rank's stage of all layers."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        layout: Layout,
+        specs: Sequence[ExitSpec],
+        tokens: Tokens,
+        config: RunConfig,
+        interrupt: Interrupt,
+    ) -> None:
+        self._stage, self._layout, self._specs, self._interrupt = stage, layout, specs, interrupt
+        self._setup, self._groups, self._tokens = stage.setup, stage.setup.groups, tokens
+        self._chunk = config.loss.chunk_tokens
+        self._ridges = [config.fit.ridge * factor for factor in RIDGES] if config.fit.ridge else [0.0]
+        self._exits = [exit_ for exit_ in stage.exits if exit_.spec.init == "fit"]
+        self._raised: dict[Exit, tuple[str, ...]] = {}
+
+    def run(self) -> list[Outcome]:
+        """Fit, measure, and give each exit its best weights; the outcomes of all stages, by layer."""
+        taught = Pipeline(self._stage, self._layout, self._specs, backward=LastHidden(self._setup))
+        solutions: dict[Exit, list[Solution]] = {}
+        turns = self._turns()
+        amount, counted = len(self._tokens.fitted), self._groups.is_main
+        with track(len(turns) * amount, "global batches", "fitting exits", enabled=counted) as bar:
+            for turn in turns:
+                solutions |= self._solve(taught, [exit_ for exit_ in self._exits if exit_.spec.layer in turn], bar)
+        with torch.no_grad():
+            totals = self._measure({exit_: [_copied(exit_, found[0]), *found] for exit_, found in solutions.items()})
+        own = [self._choose(exit_, solutions[exit_], totals[exit_]) for exit_ in self._exits]
+        first = self._groups.tensor.rank() == self._groups.data.rank() == 0
+        gathered = self._groups.gather(own if first else [])
+        return sorted((each for rank in gathered for each in rank), key=lambda outcome: outcome.layer)
+
+    def _turns(self) -> list[set[int]]:
+        """Layers of the exits that are fitted together, over all stages: as many as the memory holds."""
+        name, groups = platform.memory_name(), self._groups
+        free = min(groups.gather(platform.free_memory(groups.gather(name).count(name))))
+        fitted = {spec.layer: spec for spec in self._specs if spec.init == "fit"}
+        turns: list[set[int]] = []
+        for place in self._layout.stages:
+            own = [fitted[layer] for layer in place.exits if layer in fitted]
+            for number, together in enumerate(split_turns(own, self._setup, int(MEMORY_SHARE * free))):
+                turns += [set()] if number == len(turns) else []
+                turns[number] |= together
+        return turns
+
+    def _solve(self, taught: Pipeline, exits: Sequence[Exit], bar: Progress) -> dict[Exit, list[Solution]]:
+        """Solutions of some exits: the sums over all tokens, then those of the norms that follow projections."""
+        fits = {exit_: _fit_of(exit_) for exit_ in exits}
+        self._add(taught, self._tokens.fitted, [(exit_, fit, None) for exit_, fit in fits.items()], bar)
+        found: dict[Exit, list[Solution]] = {}
+        seconds: list[tuple[Exit, Fit, Solution]] = []
+        for exit_ in exits:
+            fit = fits.pop(exit_)
+            fit.reduce()
+            found[exit_] = fit.solve(self._ridges)
+            for solution in found[exit_]:
+                second = fit.then()
+                seconds += [] if second is None else [(exit_, second, solution)]
+            self._raised[exit_] = _raised(exit_.spec.layer, found[exit_], self._ridges)
+        if any(self._groups.gather(bool(seconds))):
+            copies = [_copied(exit_, found[exit_][0]) for exit_ in exits]
+            self._add(taught, _first(self._tokens, SCALE_TOKENS), seconds, None)
+            for _, second, solution in seconds:
+                second.reduce()
+                solution.values.update(second.solve([0.0])[0].values)
+            for copy in copies:
+                copy.place()
+        return found
+
+    @torch.no_grad()
+    def _add(
+        self,
+        taught: Pipeline,
+        steps: Steps,
+        fits: Sequence[tuple[Exit, Fit, Solution | None]],
+        bar: Progress | None,
+    ) -> None:
+        """Run global batches through all layers and add them to ``fits``, each with its solution placed, if any."""
+
+        def add(micro: Microbatch, last: Tensor) -> None:
+            for exit_, fit, solution in fits:
+                if solution is not None:
+                    solution.place()
+                x = exit_.attention_half(micro.taps[exit_.spec.layer], micro.positions)
+                fit.add(x, last, micro.mask)
+
+        for batches in steps:
+            self._interrupt.check_together(self._groups)
+            taught.run(batches, add, lambda micro, h: h, taught=True)
+            if bar is not None:
+                bar.advance()
+
+    def _measure(self, candidates: dict[Exit, list[Solution]]) -> dict[Exit, list[tuple[float, float]]]:
+        """Agreement and loss of each exit with each candidate, on the held-out tokens; labels are the final exit's."""
+        stage, setup = self._stage, self._setup
+        sums = {
+            exit_: torch.zeros(len(found), 2, dtype=torch.float64, device=platform.device())
+            for exit_, found in candidates.items()
+        }
+
+        def score(micro: Microbatch, teacher: Teacher) -> None:
+            labels = teacher.ids[:, 0]
+            for exit_, found in candidates.items():
+                for number, solution in enumerate(found):
+                    solution.place()
+                    tap = micro.taps[exit_.spec.layer]
+                    stats = exit_.statistics(tap, micro.positions, labels, chunk_tokens=self._chunk)
+                    figures = torch.stack([(stats.top1 == labels).float(), stats.loss])
+                    sums[exit_][number] += (figures * micro.mask).sum(dim=1, dtype=torch.float64)
+
+        def teach(micro: Microbatch, h: Tensor) -> Teacher:
+            assert stage.backbone.head is not None, "the last stage holds the final exit"
+            z = stage.final_features(h).flatten(0, 1)
+            return teacher_top_k(z, stage.backbone.head, setup.groups.tensor, 1, chunk_tokens=self._chunk)
+
+        taught = Pipeline(stage, self._layout, self._specs, backward=TopTokens(1))
+        for batches in self._tokens.held_out:
+            self._interrupt.check_together(self._groups)
+            taught.run(batches, score, teach, taught=True)
+        means = {}
+        for exit_, total in sums.items():
+            dist.all_reduce(total, group=self._groups.data)
+            means[exit_] = [
+                (agreement, loss) for agreement, loss in (total / max(1, self._tokens.num_held_out)).tolist()
+            ]
+        # The candidates were placed in turn; the first are the copied weights.
+        for found in candidates.values():
+            found[0].place()
+        return means
+
+    def _choose(self, exit_: Exit, solutions: Sequence[Solution], figures: Sequence[tuple[float, float]]) -> Outcome:
+        """Place the best solution, unless the copy is kept."""
+        best, better = choose(figures)
+        if better:
+            solutions[best - 1].place()
+        (agreement, loss), ridge = figures[best], solutions[best - 1].ridge if better else None
+        copied = figures[0]
+        return Outcome(exit_.spec.layer, ridge, (copied[0], agreement), (copied[1], loss), self._raised[exit_])
+
+
+def choose(figures: Sequence[tuple[float, float]]) -> tuple[int, bool]:
+    """The solution with the lowest loss, and whether it agrees with the final exit more often than the copy.
+
+    ``figures``: agreement and loss of the copy, then of each solution.
+    """
+    best = min(range(1, len(figures)), key=lambda n: figures[n][1] if math.isfinite(figures[n][1]) else math.inf)
+    return best, figures[best][0] > figures[0][0]
+
+
+def split_turns(specs: Sequence[ExitSpec], setup: ModelSetup, free: int) -> list[set[int]]:
+    """Exits of one stage, by layer, in groups whose sums are in memory together; an exit alone if it is too large.
+
+    ``free``: bytes for the sums, and for solving one fit at a time.
+    """
+    arch, tensor = setup.architecture, setup.groups.tensor.size()
+    turns: list[set[int]] = []
+    held = solving = 0
+    for spec in specs:
+        sums, work = fit_bytes(body_of(spec).fitted_rows(arch) or 0, arch.hidden_size, tensor)
+        if not turns or held + sums + max(solving, work) > free:
+            turns.append(set())
+            held = solving = 0
+        turns[-1].add(spec.layer)
+        held, solving = held + sums, max(solving, work)
+    return turns
+
+
+def _fit_of(exit_: Exit) -> Fit:
+    fit = exit_.body.fit(exit_.setup)
+    assert fit is not None, "a body with nothing to fit was refused"
+    return fit
+
+
+def _copied(exit_: Exit, solution: Solution) -> Solution:
+    """The present values of the parameters that a solution changes."""
+    return Solution({parameter: parameter.detach().clone() for parameter in solution.values})
+
+
+def _first(tokens: Tokens, count: int) -> Steps:
+    """The first global batches with about ``count`` tokens, the same number on every rank."""
+    share = min(1.0, count / tokens.num_fitted)
+    return tokens.fitted[: math.ceil(share * len(tokens.fitted))]
+
+
+def _raised(layer: int, solutions: Sequence[Solution], ridges: Sequence[float]) -> tuple[str, ...]:
+    pairs = zip(ridges, solutions, strict=False)
+    return tuple(
+        f"fit: exit after layer {layer}: features depend on each other, so ridge {wanted:g} was raised to "
+        f"{solution.ridge:g}"
+        for wanted, solution in pairs
+        if solution.ridge > wanted
+    )
+
+
+def _few(tokens: int, features: int, fit: FitConfig) -> str:
+    more = "" if fit.tokens == "auto" else ", or raise fit.tokens"
+    return (
+        f"fit: {tokens:,} unmasked tokens are {tokens / features:.1f} for each of the MLP's {features:,} features; "
+        f"fewer than {FEW_PER_FEATURE} fit poorly: give more data{more}"
+    )
+
+
+def _print_outcomes(outcomes: Iterable[Outcome], tokens: Tokens) -> None:
+    """A table of the fitted exits on stderr."""
+    console = make_console(sys.stderr)
+    held = f"{tokens.num_held_out:,} other tokens"
+    table = new_table(
+        f"Exits fitted on {tokens.num_fitted:,} tokens; agreement and loss (final top-1) on {held}", console
+    )
+    add_columns(table, "exit after", "ridge", "agreement copied", "fitted", "loss copied", "fitted")
+    for outcome in outcomes:
+        for line in outcome.raised:
+            console.print(line)
+        table.add_row(
+            str(outcome.layer),
+            "-" if outcome.ridge is None else f"{outcome.ridge:g}",
+            *(f"{value:.3f}" for value in (*outcome.agreement, *outcome.loss)),
+        )
+    console.print(table)
+    for outcome in outcomes:
+        if outcome.ridge is None:
+            console.print(
+                f"fit: exit after layer {outcome.layer}: keeps its copied weights, since the fit agrees with the final "
+                "exit no more often"
+            )

@@ -1,0 +1,158 @@
+"""Fitted exits of every layout give the features that one process's give, on other tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.adapter import open_adapter
+from megatron_ee.checkpoint.adapter_writing import save_adapter
+from megatron_ee.checkpoint.initialise import initialise_exit
+from megatron_ee.checkpoint.loading import load_backbone, load_exits
+from megatron_ee.checkpoint.saved_model import SavedModel, open_model
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import DataConfig, FitConfig, ModelConfig, ParallelConfig, RunConfig, TuningConfig
+from megatron_ee.data.loader import Sample
+from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.fit import Solution
+from megatron_ee.exits.stage import Stage
+from megatron_ee.model.setup import build_setup
+from megatron_ee.parallel.groups import joined_processes, model_groups
+from megatron_ee.testing.ranks import run_ranks
+from megatron_ee.tuning.fit import _Fitter, fit_exits
+from megatron_ee.tuning.interrupt import Interrupt
+
+LENGTH = 32
+CHOSEN = "llama-biases"
+"""The family whose fitted exits are better than copies. For the others the first solution is taken."""
+WORK = {
+    "llama2": (
+        ExitSpec(1, init="fit"),
+        ExitSpec(2, "layer", "shared", init="fit"),
+        ExitSpec(3, "norm", "shared", init="fit"),
+        ExitSpec(4, init="random"),
+    ),
+    CHOSEN: (ExitSpec(2, "mlp", "shared", init="fit"), ExitSpec(3, "mlp", "low_rank", init="fit")),
+    "gemma2": (ExitSpec(1, "norm", "shared", init="fit"), ExitSpec(3, "mlp", "shared", init="fit")),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """``tensor`` and ``pipeline`` sizes, sequence parallelism, sequences per microbatch: the rest is data-parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    micro: int = 1
+
+
+PLACES = {
+    1: [Place(micro=4)],
+    2: [Place(2), Place(2, sequence=True, micro=2), Place(1, 2), Place(micro=2)],
+    4: [Place(2, 2, sequence=True), Place(1, 2, micro=2), Place(2, 1)],
+}
+
+
+class Blend:
+    """Random sequences, of which one token in five is masked."""
+
+    samples_per_epoch = (40,)
+
+    def __getitem__(self, index: int) -> Sample:
+        generator = np.random.default_rng(index)
+        tokens = generator.integers(0, 131, LENGTH + 1)
+        return tokens[:-1], tokens[1:], generator.random(LENGTH) < 0.8
+
+
+def fit_all(models: dict[str, Path], places: Sequence[Place], output: Path) -> None:
+    """On one rank: every family in every place; the exits are saved as ``output/<number of the place>/<family>``."""
+    with joined_processes() as control:
+        for number, place in enumerate(places):
+            with model_groups(control, place.tensor, place.pipeline) as groups:
+                for family, path in models.items():
+                    model, specs = open_model(path), WORK[family]
+                    setup = build_setup(model.architecture, torch.float32, groups, sequence_parallel=place.sequence)
+                    config = RunConfig(
+                        ModelConfig(str(path)),
+                        [],
+                        DataConfig([], sequence_length=LENGTH),
+                        ParallelConfig(),
+                        tuning=TuningConfig(global_batch_size=4, micro_batch_size=place.micro),
+                        fit=FitConfig(tokens=800),
+                    )
+                    blend: Any = Blend()
+                    first = mock.patch.object(_Fitter, "_measure", _prefer_first)
+                    with contextlib.nullcontext() if family == CHOSEN else first:
+                        exits = fit_exits(config, setup, specs, blend, partial(_load, model), Interrupt())
+                    where = output / str(number) / family
+                    save_adapter(where, exits, specs, groups, base_model="", backbone_sha256="0" * 64, steps=0)
+
+
+def _prefer_first(self: _Fitter, candidates: dict[Exit, list[Solution]]) -> dict[Exit, list[tuple[float, float]]]:
+    """In place of measuring: the copy has no agreement, and the first solution the lowest loss."""
+    return {exit_: [(min(n, 1.0), float(n)) for n in range(len(found))] for exit_, found in candidates.items()}
+
+
+def _load(model: SavedModel, stage: Stage) -> None:
+    load_backbone(stage, model)
+    for exit_ in stage.exits:
+        initialise_exit(exit_, model, 1)
+
+
+@pytest.fixture(scope="module")
+def models(saved_model: Any) -> dict[str, Path]:
+    return {family: saved_model(family)[0] for family in WORK}
+
+
+@pytest.fixture(scope="module")
+def alone(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output: Path = tmp_path_factory.mktemp("alone")
+    run_ranks(1, fit_all, models, PLACES[1], output)
+    return output / "0"
+
+
+def features(load_stage: Any, model: Path, specs: Sequence[ExitSpec], adapter: Path | None) -> list[Tensor]:
+    """Of each exit of an adapter, or of a copy, on tokens that it was not fitted on."""
+    stage = load_stage(model, [dataclasses.replace(spec, init="copy") for spec in specs])
+    if adapter is not None:
+        load_exits(stage.exits, open_adapter(adapter), open_model(model))
+    tokens = torch.randint(0, 131, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+    positions = stage.backbone.positions(LENGTH)
+    _, taps = stage.run_layers(stage.backbone.embed(tokens), positions)
+    with torch.no_grad():
+        return [exit_.features(taps[exit_.spec.layer], positions) for exit_ in stage.exits]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_layouts_fit_what_one_process_does(
+    world_size: int, models: dict[str, Path], alone: Path, load_stage: Any, tmp_path: Path
+) -> None:
+    run_ranks(world_size, fit_all, models, PLACES[world_size], tmp_path)
+    for family, specs in WORK.items():
+        expected = features(load_stage, models[family], specs, alone / family)
+        for number in range(len(PLACES[world_size])):
+            found = features(load_stage, models[family], specs, tmp_path / str(number) / family)
+            for spec, mine, theirs in zip(specs, found, expected, strict=True):
+                difference, largest = (mine - theirs).abs().max(), theirs.abs().max()
+                assert difference <= 1e-4 * largest, (PLACES[world_size][number], family, spec)
+
+
+def test_fitted_exits_differ_from_copies(models: dict[str, Path], alone: Path, load_stage: Any) -> None:
+    for family, specs in WORK.items():
+        copies = features(load_stage, models[family], specs, None)
+        fitted = features(load_stage, models[family], specs, alone / family)
+        for spec, mine, theirs in zip(specs, fitted, copies, strict=True):
+            # Random exits differ too.
+            assert (mine - theirs).abs().max() > 0.05 * theirs.abs().max(), (family, spec)
