@@ -228,8 +228,8 @@ def _prepare(
     if inputs.windows is not None:
         whole = even_layout(model.architecture.num_layers, config.parallel.pipeline)
         validate = make_validator(config, setup, model, digest, inputs.windows, whole, interrupt)
-    adapter = inputs.adapter
-    if adapter is None and any(spec.init == "fit" for spec in specs):
+    adapter, fits = inputs.adapter, any(spec.init == "fit" for spec in specs)
+    if adapter is None and fits:
         adapter = _fitted(config, inputs, setup, output, resume, description, interrupt)
     stage = build_stage(setup, layout, specs, final_exit=distillation.kl > 0)
     _load(stage, model=model, adapter=adapter, seed=config.tuning.seed, interrupt=interrupt)
@@ -247,6 +247,7 @@ def _prepare(
         validate=validate,
         progress=progress,
         resumed=resumed,
+        keep_initial=inputs.adapter is not None or fits,
     )
 
 

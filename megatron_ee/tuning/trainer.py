@@ -42,6 +42,8 @@ class Trainer:
         validate: called every ``validation.interval`` steps and at both ends; None without validation data.
         description: identification of the run in its checkpoints and adapters.
         resumed: whether the state is that of a checkpoint in ``output``.
+        keep_initial: whether the exits before the first step may be the best. Fitted exits may, copied ones need not be
+            kept.
     """
 
     config: RunConfig
@@ -53,6 +55,7 @@ class Trainer:
     validate: Validate | None = None
     progress: RunProgress = field(default_factory=RunProgress)
     resumed: bool = False
+    keep_initial: bool = False
 
     def __post_init__(self) -> None:
         self._started = self._saved = self.progress.step if self.resumed else None
@@ -156,7 +159,7 @@ class Trainer:
         return interval > 0 and self.progress.step % interval == 0
 
     def _validate(self, log: RunLog) -> None:
-        """Validate, and keep the adapter if it is the best so far. Untuned exits are measured, but not kept."""
+        """Validate, and keep the adapter if it is the best so far."""
         if self.validate is None:
             return
         done = self.progress
@@ -172,7 +175,7 @@ class Trainer:
             best = "" if math.isfinite(loss) else f"; these exits are not kept as {BEST}"
             line = f"validation after step {done.step}: the loss is not finite at {not_finite}{best}"
             print(line, file=sys.stderr, flush=True)
-        if done.step == 0:
+        if done.step == 0 and not self.keep_initial:
             return
         if math.isfinite(loss) and (done.best_loss is None or loss < done.best_loss):
             done.best_loss, done.best_step, done.stale_validations = loss, done.step, 0

@@ -59,6 +59,9 @@ def test_no_steps_give_exits_by_fitting_alone(tune: Run, tmp_path: Path) -> None
     changed = {key for key in plain if not torch.equal(plain[key], adapter[key])}
     assert changed and all(key.endswith("mlp.down_proj.weight") for key in changed)
     assert len(losses(fitted, 0)) == 3
+    best = json.loads((fitted / "adapter-best" / "exits.json").read_text())
+    assert best["steps"] == 0 and best["validation_loss"] < sum(losses(copied, 0)) / 3
+    assert not (copied / "adapter-best").exists()
 
     status, said = tune(fitted, "--resume", tuning=none)
     assert status == 0 and "Exits fitted" not in said, said
