@@ -216,6 +216,11 @@ def _check_intervals(config: RunConfig) -> None:
     for index, threshold in enumerate(config.validation.thresholds):
         if not 0 < threshold <= 1:
             raise ConfigError(f"validation.thresholds[{index}]: must be above 0 and at most 1, not {threshold}")
+    acceptance = config.validation.acceptance
+    _at_least(0, "validation.acceptance.prompts", acceptance.prompts)
+    _at_least(1, "validation.acceptance.prompt_tokens", acceptance.prompt_tokens)
+    _at_least(2, "validation.acceptance.tokens", acceptance.tokens)
+    _at_least(1, "validation.acceptance.draft_length", acceptance.draft_length)
     _at_least(0, "checkpoint.interval", config.checkpoint.interval)
     _at_least(2, "checkpoint.keep", config.checkpoint.keep)
     _at_least(1, "logging.interval", config.logging.interval)

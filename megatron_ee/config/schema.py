@@ -238,6 +238,26 @@ class FitConfig:
 
 
 @dataclass
+class AcceptanceConfig:
+    """How many tokens each exit's drafts give per round of speculative decoding, measured in every validation.
+
+    Before tuning the full model continues some prompts, the beginnings of held-out documents, greedily. In chat corpora
+    the prompt is what comes before the first answer.
+
+    Attributes:
+        prompts: number of prompts; 0 turns the measurement off.
+        prompt_tokens: tokens per prompt in plain text, if the document has twice as many.
+        tokens: largest number of tokens of a continuation, and at most half of ``data.sequence_length``.
+        draft_length: proposals per round.
+    """
+
+    prompts: int = 16
+    prompt_tokens: int = 64
+    tokens: int = 64
+    draft_length: int = 4
+
+
+@dataclass
 class ValidationConfig:
     """Validation during and after the run.
 
@@ -245,11 +265,13 @@ class ValidationConfig:
         interval: steps between validations. 0 validates only before the first step and after the last.
         sequences: largest number of validation sequences; 0 uses all.
         thresholds: confidence thresholds of the early-exit sweep; an empty list turns the sweep off.
+        acceptance: draft acceptance of each exit.
     """
 
     interval: int = 1000
     sequences: int = 256
     thresholds: list[float] = field(default_factory=lambda: [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
+    acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
 
 
 @dataclass

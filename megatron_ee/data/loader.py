@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,46 +109,22 @@ class PackedBlend:
         return tokens[:-1], tokens[1:], mask[1:]
 
 
-class ValidationWindows:
-    """Corpora cut in order into windows without overlap, so that each label is scored exactly once.
+class Windows(ABC):
+    """Windows of one length that are scored once, batch by batch.
 
-    The last window of a corpus is padded with token 0, masked. With a limit each corpus gives its first windows, and
-    all corpora the same number if they have enough. ``corpora`` holds the corpora in their order.
-
-    Args:
-        ranges: documents to validate on.
+    Attributes:
         sequence_length: labels per window.
-        limit: largest number of windows; 0 for all.
-
-    Raises:
-        DataError: there is no label to score.
     """
 
-    def __init__(self, ranges: Sequence[DocumentRange], sequence_length: int, limit: int = 0) -> None:
-        if sequence_length < 1 or limit < 0:
-            raise ConfigError(f"validation: sequence length {sequence_length} or number of sequences {limit} too small")
-        self.sequence_length = sequence_length
-        self.corpora = tuple(documents.corpus for documents in ranges)
-        self._ranges = tuple(ranges)
-        available = [-(-(documents.num_tokens - 1) // sequence_length) for documents in ranges]
-        counts = _share(available, limit) if limit else available
-        self._windows = [(place, window) for place, count in enumerate(counts) for window in range(count)]
-        self._starts = [np.cumsum([0, *r.corpus.lengths[r.start : r.stop].tolist()], dtype=np.int64) for r in ranges]
-        if not self._windows:
-            names = ", ".join(str(documents.corpus.prefix) for documents in ranges) or "no corpus"
-            raise DataError(f"{names}: nothing to validate on; give a corpus of at least two tokens")
+    sequence_length: int
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of windows."""
-        return len(self._windows)
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """Tokens, labels and mask of one window, each [sequence_length]."""
-        place, window = self._windows[index]
-        tokens, mask = self._read(place, window * self.sequence_length)
-        missing = self.sequence_length + 1 - len(tokens)
-        tokens, mask = np.pad(tokens, (0, missing)), np.pad(mask, (0, missing))
-        return tokens[:-1], tokens[1:], mask[1:]
 
     def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """Windows ``rank``, ``rank + size``, ... in batches; the last may be smaller."""
@@ -180,16 +157,59 @@ class ValidationWindows:
             if run:
                 yield run
 
+
+class ValidationWindows(Windows):
+    """Corpora cut in order into windows without overlap, so that each label is scored exactly once.
+
+    The last window of a corpus is padded with token 0, masked. With a limit each corpus gives its first windows, and
+    all corpora the same number if they have enough. ``corpora`` holds the corpora in their order, ``ranges`` the
+    documents.
+
+    Args:
+        ranges: documents to validate on.
+        sequence_length: labels per window.
+        limit: largest number of windows; 0 for all.
+
+    Raises:
+        DataError: there is no label to score.
+    """
+
+    def __init__(self, ranges: Sequence[DocumentRange], sequence_length: int, limit: int = 0) -> None:
+        if sequence_length < 1 or limit < 0:
+            raise ConfigError(f"validation: sequence length {sequence_length} or number of sequences {limit} too small")
+        self.sequence_length = sequence_length
+        self.corpora = tuple(documents.corpus for documents in ranges)
+        self.ranges = tuple(ranges)
+        available = [-(-(documents.num_tokens - 1) // sequence_length) for documents in ranges]
+        counts = _share(available, limit) if limit else available
+        self._windows = [(place, window) for place, count in enumerate(counts) for window in range(count)]
+        self._starts = [np.cumsum([0, *r.corpus.lengths[r.start : r.stop].tolist()], dtype=np.int64) for r in ranges]
+        if not self._windows:
+            names = ", ".join(str(documents.corpus.prefix) for documents in ranges) or "no corpus"
+            raise DataError(f"{names}: nothing to validate on; give a corpus of at least two tokens")
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Tokens, labels and mask of one window, each [sequence_length]."""
+        place, window = self._windows[index]
+        tokens, mask = self._read(place, window * self.sequence_length)
+        missing = self.sequence_length + 1 - len(tokens)
+        tokens, mask = np.pad(tokens, (0, missing)), np.pad(mask, (0, missing))
+        return tokens[:-1], tokens[1:], mask[1:]
+
     @property
     def fingerprint(self) -> str:
         """Digest of the content of all windows, the key of results that are cached for them."""
-        parts = [(r.corpus.fingerprint, r.start, r.stop) for r in self._ranges]
+        parts = [(r.corpus.fingerprint, r.start, r.stop) for r in self.ranges]
         text = repr((parts, self.sequence_length, self._windows))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _read(self, place: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Up to sequence_length + 1 tokens of a range from token ``begin`` on, and their mask."""
-        documents, starts = self._ranges[place], self._starts[place]
+        documents, starts = self.ranges[place], self._starts[place]
         end = min(begin + self.sequence_length + 1, int(starts[-1]))
         parts = []
         number = int(np.searchsorted(starts, begin, side="right")) - 1
@@ -310,7 +330,7 @@ def _share(available: Sequence[int], limit: int) -> list[int]:
     return counts
 
 
-def _collate(dataset: PackedBlend | ValidationWindows, sequences: range) -> Batch:
+def _collate(dataset: PackedBlend | Windows, sequences: range) -> Batch:
     tokens, labels, masks = (np.stack(column) for column in zip(*(dataset[i] for i in sequences), strict=True))
     mask = torch.from_numpy(masks)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), mask, int(np.count_nonzero(masks)), sequences)

@@ -23,10 +23,14 @@ from megatron_ee.config.schema import RunConfig, ValidationConfig
 from megatron_ee.data.checks import check_tokenizer
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
+from megatron_ee.data.prompts import held_out_prompts
 from megatron_ee.errors import CheckpointError, ConfigError
-from megatron_ee.evaluation.final_exit import final_exit
+from megatron_ee.evaluation.acceptance import measure_acceptance, with_acceptance
+from megatron_ee.evaluation.continuations import Continuation, continuations
+from megatron_ee.evaluation.final_exit import FinalExit, final_exit
+from megatron_ee.evaluation.full_model import FullModel
 from megatron_ee.evaluation.history import read_validations
-from megatron_ee.evaluation.plots import plot_agreement, plot_sweep
+from megatron_ee.evaluation.plots import plot_acceptance, plot_agreement, plot_sweep
 from megatron_ee.evaluation.quality import measure
 from megatron_ee.evaluation.report import print_history, print_quality, report_dict
 from megatron_ee.exits.stage import build_stage
@@ -204,18 +208,25 @@ def make_validator(
     layout: Layout,
     interrupt: Interrupt,
 ) -> Validate:
-    """Compute the final exit's results now, and return the validation function for ``tune``.
+    """Compute now what validation needs of all layers, and return the validation function for ``tune``.
 
     Both raise ``Interrupted`` on all ranks soon after a signal. Each validation prints tables to stderr and writes
     ``validation/step-N.json`` and ``.png`` under ``output``.
     """
     batch, chunk = config.tuning.micro_batch_size, config.loss.chunk_tokens
-    final = final_exit(setup, model, digest, windows, layout, batch, chunk, interrupt)
+    # The layers are freed when this returns, before tuning allocates memory.
+    final, paths = _with_all_layers(config, setup, model, digest, windows, layout, interrupt)
     check = partial(interrupt.check_together, setup.groups)
 
     def validate(pipeline: Pipeline, step: int) -> Quality:
         thresholds = config.validation.thresholds
         quality = measure(pipeline, windows, thresholds, final=final, batch_size=batch, chunk_tokens=chunk, check=check)
+        if paths:
+            length, tokens = config.validation.acceptance.draft_length, batch * windows.sequence_length
+            acceptance = measure_acceptance(
+                pipeline, paths, length, batch_tokens=tokens, chunk_tokens=chunk, check=check
+            )
+            quality = with_acceptance(quality, acceptance)
         if setup.groups.is_main:
             write_quality(quality, pipeline.specs, output / "validation" / f"step-{step}")
             print_quality(quality, pipeline.specs, f"Quality per exit after step {step}", to_stderr=True)
@@ -224,10 +235,36 @@ def make_validator(
     return validate
 
 
-def show_history(output: Path) -> None:
-    """Of a run in ``output``: print its validations as a table to stderr, and write ``validation/agreement.png``.
+def _with_all_layers(
+    config: RunConfig,
+    setup: ModelSetup,
+    model: SavedModel,
+    digest: str,
+    windows: ValidationWindows,
+    layout: Layout,
+    interrupt: Interrupt,
+) -> tuple[FinalExit, tuple[Continuation, ...]]:
+    """What validation needs of all layers: the final exit's results, and continuations for acceptance, if any."""
+    arch, settings, groups = model.architecture, config.validation.acceptance, setup.groups
+    full = FullModel(build_setup(arch, setup.dtype, groups), model, layout, interrupt)
+    final = final_exit(full, digest, windows, config.tuning.micro_batch_size, config.loss.chunk_tokens)
+    # A prompt with its continuation is no longer than a sequence, so it needs no more memory.
+    longest = min(windows.sequence_length, arch.max_generated_positions)
+    limit = min(settings.tokens, longest // 2)
+    # The engine runs on stages that all hold layers. A continuation of one token has no round.
+    if not settings.prompts or limit < 2 or not all(stage.layers for stage in layout.stages):
+        return final, ()
+    most = longest - limit
+    prompts = held_out_prompts(windows.ranges, settings.prompts, min(settings.prompt_tokens, most), most)
+    eos = frozenset(corpus.metadata.eos_id for corpus in windows.corpora if corpus.metadata is not None)
+    return final, continuations(full, digest, prompts, limit, eos)
 
-    Nothing is shown before the second validation.
+
+def show_history(output: Path) -> None:
+    """Of a run in ``output``: print its validations as a table to stderr, and plot agreement and acceptance.
+
+    The plots are ``validation/agreement.png`` and, if acceptance was measured, ``validation/acceptance.png``. Nothing
+    is shown before the second validation.
 
     Raises:
         DataError: its log cannot be read.
@@ -243,6 +280,10 @@ def show_history(output: Path) -> None:
     plot_agreement(validations, steps, plot)
     kept = f"; the exits with the lowest loss, of step {steps}, are in {best}" if steps is not None else ""
     print(f"agreement against tokens seen: {plot}{kept}", file=sys.stderr, flush=True)
+    if any(validation.acceptance for validation in validations):
+        plot = output / "validation" / "acceptance.png"
+        plot_acceptance(validations, steps, plot)
+        print(f"tokens per round of speculative decoding against tokens seen: {plot}", file=sys.stderr, flush=True)
 
 
 def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> None:

@@ -18,18 +18,13 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.digest import cache_directory
-from megatron_ee.checkpoint.loading import load_backbone
 from megatron_ee.checkpoint.safetensors_file import read_header, read_into, write_safetensors
-from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.config.architecture import outputs_digest
 from megatron_ee.data.loader import ValidationWindows
 from megatron_ee.errors import CheckpointError
-from megatron_ee.exits.stage import build_stage
+from megatron_ee.evaluation.full_model import FullModel
 from megatron_ee.model.metrics import FinalStats
-from megatron_ee.model.setup import ModelSetup
-from megatron_ee.parallel.layout import Layout
 from megatron_ee.progress import track
-from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 VERSION = 1
@@ -55,14 +50,7 @@ class FinalExit:
 
 
 def final_exit(
-    setup: ModelSetup,
-    model: SavedModel,
-    digest: str,
-    windows: ValidationWindows,
-    layout: Layout,
-    batch_size: int,
-    chunk_tokens: int,
-    interrupt: Interrupt,
+    full: FullModel, digest: str, windows: ValidationWindows, batch_size: int, chunk_tokens: int
 ) -> FinalExit:
     """Return the final exit's results from the cache, or compute and cache them. Every rank calls this.
 
@@ -70,48 +58,35 @@ def final_exit(
     batch sizes and chunk sizes differ only by rounding, so they share an entry.
 
     Args:
-        setup: of the run.
-        model: the backbone.
-        digest: its hash.
+        full: all layers. Its ``interrupt`` is checked between microbatches.
+        digest: the backbone's hash.
         windows: validation windows; each data-parallel rank takes its share.
-        layout: of all layers.
         batch_size: windows per pass.
         chunk_tokens: tokens whose logits exist at a time.
-        interrupt: checked between microbatches.
 
     Raises:
         CheckpointError: the model's files cannot be read.
         Interrupted: one of the ranks received a signal; raised on all ranks.
     """
-    groups = setup.groups
+    groups = full.setup.groups
     rank, size = groups.data.rank(), groups.data.size()
-    settings = outputs_digest(model.architecture)
-    key = (VERSION, digest, settings, windows.fingerprint, str(setup.dtype), rank, size)
+    settings = outputs_digest(full.model.architecture)
+    key = (VERSION, digest, settings, windows.fingerprint, str(full.setup.dtype), rank, size)
     path = cache_directory() / "final-exit" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
     shape = (len(range(rank, len(windows), size)), windows.sequence_length)
     cached = _read(path, shape)
     if all(groups.gather(cached is not None)) and cached is not None:
         return cached
-    result = _compute(setup, model, windows, layout, batch_size, chunk_tokens, interrupt)
+    result = _compute(full, windows, batch_size, chunk_tokens)
     if groups.pipeline.rank() == groups.tensor.rank() == 0:
         _write(path, result)
     return result
 
 
-def _compute(
-    setup: ModelSetup,
-    model: SavedModel,
-    windows: ValidationWindows,
-    layout: Layout,
-    batch_size: int,
-    chunk_tokens: int,
-    interrupt: Interrupt,
-) -> FinalExit:
-    groups = setup.groups
+def _compute(full: FullModel, windows: ValidationWindows, batch_size: int, chunk_tokens: int) -> FinalExit:
+    groups, stage = full.setup.groups, full.stage
     rank, size = groups.data.rank(), groups.data.size()
-    stage = build_stage(setup, layout, (), final_exit=True)
-    groups.together(lambda: load_backbone(stage, model, lambda count: interrupt.check()))
-    pipeline = Pipeline(stage, layout, ())
+    pipeline = Pipeline(stage, full.layout, ())
     share = len(range(rank, len(windows), size))
     loss = torch.empty(share, windows.sequence_length, device=platform.device())
     top1 = torch.empty_like(loss, dtype=torch.int64)
@@ -128,11 +103,11 @@ def _compute(
             loss[done : done + count] = stats.loss.view(-1, count).t()
             top1[done : done + count] = stats.top1.view(-1, count).t()
 
-        stages, check = groups.pipeline.size(), partial(interrupt.check_together, groups)
+        stages, check = groups.pipeline.size(), partial(full.interrupt.check_together, groups)
         for batches in windows.runs(batch_size, rank, size, stages=stages, check=check):
             pipeline.run(batches, passed, at_end)
     for tensor in (loss, top1):
-        dist.broadcast(tensor, group=groups.pipeline, group_src=layout.last_layered)
+        dist.broadcast(tensor, group=groups.pipeline, group_src=full.layout.last_layered)
     return FinalExit(loss.cpu(), top1.cpu())
 
 

@@ -24,6 +24,7 @@ class Validation:
         final_loss: loss of the final exit.
         losses: loss per exit, by layer.
         agreements: share of tokens where the exit's top-1 is the final exit's, by layer.
+        acceptance: tokens per round of speculative decoding, by layer; empty if it was not measured.
     """
 
     step: int
@@ -31,6 +32,7 @@ class Validation:
     final_loss: float
     losses: dict[int, float]
     agreements: dict[int, float]
+    acceptance: dict[int, float]
 
 
 def read_log(log: str | Path) -> tuple[Losses, Losses]:
@@ -75,6 +77,10 @@ def read_validations(log: str | Path) -> list[Validation]:
                 math.nan if final is None else final,
                 _by_layer(exits, "loss"),
                 _by_layer(exits, "agreement"),
+                _by_layer(
+                    [{"layer": each["layer"], **each["acceptance"]} for each in exits if each.get("acceptance")],
+                    "length",
+                ),
             )
 
     _each_record(log, read)

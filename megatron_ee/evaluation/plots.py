@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,28 +158,51 @@ def plot_agreement(validations: Sequence[Validation], best_step: int | None, pat
         UserError: ``path`` is not a .png, .pdf or .svg, or cannot be written.
         ValueError: there is no validation.
     """
+    with _against_tokens_seen(validations, best_step, path) as axes:
+        shares = [{layer: 100 * share for layer, share in each.agreements.items()} for each in validations]
+        _plot_lines(axes, validations, shares)
+        axes.set_ylabel("agreement with the final exit (% of tokens)")
+        axes.set_title("Agreement of each exit while tuning", loc="left")
+
+
+def plot_acceptance(validations: Sequence[Validation], best_step: int | None, path: str | Path) -> None:
+    """Tokens per round of speculative decoding with each exit's drafts, against the tokens seen.
+
+    Arguments and errors as for ``plot_agreement``.
+    """
+    with _against_tokens_seen(validations, best_step, path) as axes:
+        _plot_lines(axes, validations, [each.acceptance for each in validations])
+        axes.set_ylabel("acceptance length (tokens per round)")
+        axes.set_title("Speculative decoding with each exit's drafts while tuning", loc="left")
+
+
+@contextmanager
+def _against_tokens_seen(validations: Sequence[Validation], best_step: int | None, path: str | Path) -> Iterator[Axes]:
+    """Axes to draw validations on, with the best step marked; saved at the end."""
     if not validations:
         raise ValueError("there is no validation to plot")
     from matplotlib.ticker import EngFormatter
 
-    seen = [validation.tokens_seen for validation in validations]
     with saved_figure(path, (7.5, 4.8)) as figure:
         axes = figure.subplots()
-        for index, layer in enumerate(sorted(validations[-1].agreements)):
-            values = _percents([validation.agreements.get(layer, math.nan) for validation in validations])
-            axes.plot(
-                seen, values, "o-", color=COLOURS[index % len(COLOURS)], ms=4, lw=1.6, label=f"exit after layer {layer}"
-            )
+        yield axes
         for validation in validations:
             if validation.step == best_step:
                 label = f"lowest validation loss (step {best_step})"
                 axes.axvline(validation.tokens_seen, color=GREY, lw=1, ls=":", label=label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("tokens seen (labels that the exits were trained on)")
-        axes.set_ylabel("agreement with the final exit (% of tokens)")
-        axes.set_title("Agreement of each exit while tuning", loc="left")
         axes.margins(x=0.02)
         axes.legend()
+
+
+def _plot_lines(axes: Axes, validations: Sequence[Validation], values: Sequence[Mapping[int, float]]) -> None:
+    """One line per exit, of its value in each validation."""
+    seen = [validation.tokens_seen for validation in validations]
+    for index, layer in enumerate(sorted(values[-1])):
+        line = [each.get(layer, math.nan) for each in values]
+        label = f"exit after layer {layer}"
+        axes.plot(seen, line, "o-", color=COLOURS[index % len(COLOURS)], ms=4, lw=1.6, label=label)
 
 
 def _curve(losses: Losses, layer: int) -> tuple[list[int], list[float]]:

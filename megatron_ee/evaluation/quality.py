@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.data.loader import Batch, ValidationWindows
+from megatron_ee.data.loader import Batch, ValidationWindows, Windows
 from megatron_ee.evaluation.final_exit import FinalExit
 from megatron_ee.exits.registry import body_of
 from megatron_ee.model.metrics import QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality
+from megatron_ee.parallel.groups import Groups
 from megatron_ee.progress import track
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
@@ -57,22 +58,48 @@ def measure(
     rank, size = groups.data.rank(), groups.data.size()
     done = 0
     with track(len(range(rank, len(windows), size)), "sequences", "validating", enabled=groups.is_main) as bar:
-        for batches in windows.runs(batch_size, rank, size, stages=groups.pipeline.size(), check=check):
-            scored = _on_first_stage(pipeline, _score(pipeline, batches, chunk_tokens, final is None), batches)
-            for number, batch in enumerate(batches):
-                count = len(batch.tokens)
-                if scored:
-                    labels, mask = (tensor.t().reshape(-1) for tensor in (batch.labels, batch.mask))
-                    exits = [scored[spec.layer][number] for spec in specs]
-                    last = final.take(done, count) if final is not None else scored[FINAL][number]
-                    sums.update(exits, last, labels, mask)
-                done += count
-                bar.advance(count)
-    total = sums.sums.to(platform.device())
+        scored = scored_batches(
+            pipeline, windows, final=final is None, batch_size=batch_size, chunk_tokens=chunk_tokens, check=check
+        )
+        for batch, stats in scored:
+            count = len(batch.tokens)
+            if stats:
+                labels, mask = (tensor.t().reshape(-1) for tensor in (batch.labels, batch.mask))
+                exits = [stats[spec.layer] for spec in specs]
+                sums.update(exits, stats[FINAL] if final is None else final.take(done, count), labels, mask)
+            done += count
+            bar.advance(count)
+    sum_over_ranks(sums.sums, groups)
+    return sums.result()
+
+
+def scored_batches(
+    pipeline: Pipeline,
+    windows: Windows,
+    *,
+    final: bool = False,
+    batch_size: int,
+    chunk_tokens: int,
+    check: Callable[[], None],
+) -> Iterator[tuple[Batch, dict[int, TokenStats]]]:
+    """This data-parallel rank's batches, with their statistics by layer of the exit on the first stage (else empty).
+
+    ``final``: whether to score the final exit too, with key ``FINAL``. Other arguments as for ``measure``.
+    """
+    groups = pipeline.stage.setup.groups
+    rank, size, stages = groups.data.rank(), groups.data.size(), groups.pipeline.size()
+    for batches in windows.runs(batch_size, rank, size, stages=stages, check=check):
+        scored = _on_first_stage(pipeline, _score(pipeline, batches, chunk_tokens, final), batches)
+        for number, batch in enumerate(batches):
+            yield batch, {layer: stats[number] for layer, stats in scored.items()}
+
+
+def sum_over_ranks(sums: Tensor, groups: Groups) -> None:
+    """Replace ``sums``, on the CPU, by the total of the first stages of all data-parallel ranks, on every rank."""
+    total = sums.to(platform.device())
     dist.broadcast(total, group=groups.pipeline, group_src=0)
     dist.all_reduce(total, group=groups.data)
-    sums.sums.copy_(total)
-    return sums.result()
+    sums.copy_(total)
 
 
 def _score(

@@ -53,7 +53,7 @@ def print_quality(
     to_stderr: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Print the table per exit and, if there are thresholds, the sweep.
+    """Print the table per exit and, if they were measured, the acceptance of drafts and the threshold sweep.
 
     Args:
         quality: to print.
@@ -68,6 +68,8 @@ def print_quality(
     _check(quality, exits)
     console = console or make_console(sys.stderr if to_stderr else sys.stdout)
     tables = [_exit_table(quality, exits, title, console)]
+    if any(exit_.acceptance is not None for exit_ in quality.exits):
+        tables.append(_acceptance_table(quality, exits, console))
     if quality.sweep and quality.exits:
         tables += [_sweep_table(quality, console), _above_table(quality, console)]
     for index, table in enumerate(tables):
@@ -170,6 +172,17 @@ def _exit_table(quality: Quality, exits: Sequence[ExitSpec], title: str, console
         *("",) * 2,
         style="dim",
     )
+    return table
+
+
+def _acceptance_table(quality: Quality, exits: Sequence[ExitSpec], console: Console) -> Table:
+    measured = [(spec, e.acceptance) for spec, e in zip(exits, quality.exits, strict=True) if e.acceptance is not None]
+    length = measured[0][1].draft_length
+    table = new_table(f"Speculative decoding, drafts of {length} tokens", console)
+    add_columns(table, "after layer", "exit", words=True)
+    add_columns(table, "tokens per round", "proposals accepted")
+    for spec, drafts in measured:
+        table.add_row(str(spec.layer), _label(spec), _number(drafts.length, 2), _percent(drafts.rate))
     return table
 
 

@@ -20,6 +20,35 @@ class ReliabilityBin:
 
 
 @dataclass(frozen=True)
+class DraftAcceptance:
+    """Greedy speculative decoding with the drafts of one exit, summed over continuations of prompts.
+
+    Attributes:
+        draft_length: proposals per round.
+        rounds: number of rounds.
+        tokens: tokens that they emitted: accepted proposals, and one token of the full model per round.
+        proposed: proposals up to the first wrong one of each round.
+        accepted: proposals that were right.
+    """
+
+    draft_length: int
+    rounds: int
+    tokens: int
+    proposed: int
+    accepted: int
+
+    @property
+    def length(self) -> float:
+        """Acceptance length: tokens per round, the full model's own included; nan without rounds."""
+        return self.tokens / self.rounds if self.rounds else math.nan
+
+    @property
+    def rate(self) -> float:
+        """Share of accepted proposals among ``proposed``; nan if there are none."""
+        return self.accepted / self.proposed if self.proposed else math.nan
+
+
+@dataclass(frozen=True)
 class ExitQuality:
     """One exit, measured on all tokens.
 
@@ -33,6 +62,7 @@ class ExitQuality:
             (Guo et al. 2017, arXiv 1706.04599).
         ece_agreement: the same with agreement instead of accuracy; an exit's confidence should predict agreement.
         bins: the reliability diagram, in equal bins of confidence.
+        acceptance: of its drafts; None if it was not measured.
     """
 
     layer: int
@@ -43,6 +73,7 @@ class ExitQuality:
     ece: float
     ece_agreement: float
     bins: tuple[ReliabilityBin, ...]
+    acceptance: DraftAcceptance | None = None
 
     @property
     def perplexity(self) -> float:
@@ -101,10 +132,13 @@ class Quality:
         return perplexity(self.final_loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to strict JSON types, with perplexities added and non-finite numbers as None."""
+        """Convert to strict JSON types, with perplexities and the acceptance's ``length`` and ``rate`` added, and
+        non-finite numbers as None."""
         data = asdict(self) | {"final_perplexity": self.final_perplexity}
         for entry, exit_ in zip(data["exits"], self.exits, strict=True):
             entry["perplexity"] = exit_.perplexity
+            if exit_.acceptance is not None:
+                entry["acceptance"] |= {"length": exit_.acceptance.length, "rate": exit_.acceptance.rate}
         return strict_json(data)
 
     @classmethod
@@ -115,7 +149,13 @@ class Quality:
             KeyError: a key is missing.
         """
         exits = tuple(
-            _read(ExitQuality, exit_, bins=tuple(_read(ReliabilityBin, bin_) for bin_ in exit_["bins"]))
+            _read(
+                ExitQuality,
+                exit_,
+                bins=tuple(_read(ReliabilityBin, bin_) for bin_ in exit_["bins"]),
+                # Older files do not have it.
+                acceptance=_read(DraftAcceptance, exit_["acceptance"]) if exit_.get("acceptance") else None,
+            )
             for exit_ in data["exits"]
         )
         sweep = tuple(

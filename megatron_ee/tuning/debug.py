@@ -38,7 +38,7 @@ from megatron_ee.tuning.wandb_run import check_wandb
 
 COMMAND, DIRECTORY = "tune --debug", "debug"
 """Subdirectory of the run's output that a debug run writes to."""
-LAYERS, STEPS, MICROBATCHES, MICRO_BATCH_SIZE, SEQUENCE_LENGTH, VALIDATION_SEQUENCES = 4, 3, 2, 2, 128, 2
+LAYERS, STEPS, MICROBATCHES, MICRO_BATCH_SIZE, SEQUENCE_LENGTH, VALIDATION_SEQUENCES, PROMPTS = 4, 3, 2, 2, 128, 2, 2
 """Limits of a slice. It has more layers only if there are more kinds of exits."""
 
 
@@ -117,7 +117,7 @@ def choose_slice(specs: Sequence[ExitSpec], num_layers: int) -> Slice:
 
 def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
     """The configuration of a debug run of ``config``."""
-    micro = min(config.tuning.micro_batch_size, MICRO_BATCH_SIZE)
+    micro, acceptance = min(config.tuning.micro_batch_size, MICRO_BATCH_SIZE), config.validation.acceptance
     return dataclasses.replace(
         config,
         # A slice has too little data to fit exits on.
@@ -138,6 +138,7 @@ def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
             config.validation,
             interval=0,
             sequences=min(config.validation.sequences or VALIDATION_SEQUENCES, VALIDATION_SEQUENCES),
+            acceptance=dataclasses.replace(acceptance, prompts=min(acceptance.prompts, PROMPTS)),
         ),
         checkpoint=dataclasses.replace(config.checkpoint, interval=0),
         logging=dataclasses.replace(config.logging, interval=1, wandb=WandbConfig()),

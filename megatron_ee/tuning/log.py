@@ -100,6 +100,9 @@ class RunLog:
         for exit_ in quality.exits:
             for name in ("loss", "agreement", "mean_confidence", "ece"):
                 points[f"validation/exit_{exit_.layer}/{name}"] = getattr(exit_, name)
+            if exit_.acceptance is not None:
+                points[f"validation/exit_{exit_.layer}/acceptance_length"] = exit_.acceptance.length
+                points[f"validation/exit_{exit_.layer}/acceptance_rate"] = exit_.acceptance.rate
         self._plot(points, step)
 
     def save(self, step: int, stopped_seconds: float, write_seconds: float) -> None:

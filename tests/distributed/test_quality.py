@@ -18,6 +18,7 @@ from megatron_ee.data.loader import validation_windows
 from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.evaluate import evaluate
 from megatron_ee.evaluation.final_exit import final_exit
+from megatron_ee.evaluation.full_model import FullModel
 from megatron_ee.evaluation.quality import measure
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
@@ -48,9 +49,10 @@ def scored(path: Path, corpus: Path, cache: Path, case: Case) -> tuple[dict[str,
         whole.load_state_dict(pipeline.stage.state_dict(), strict=False)
         load_backbone(whole, model)
         there = measure(Pipeline(whole, case.layout, case.specs), windows, THRESHOLDS, batch_size=2)
-        layout = even_layout(4, len(case.stages))
-        final = final_exit(setup, model, "digest", windows, layout, 2, 512, Interrupt())
-        again = final_exit(setup, model, "digest", windows, layout, 2, 512, Interrupt())
+        plain = build_setup(model.architecture, setup.dtype, groups)
+        full = FullModel(plain, model, even_layout(4, len(case.stages)), Interrupt())
+        final = final_exit(full, "digest", windows, 2, 512)
+        again = final_exit(full, "digest", windows, 2, 512)
         assert final.loss.equal(again.loss) and final.top1.equal(again.top1)
         cached = measure(pipeline, windows, THRESHOLDS, final=final, batch_size=2)
         return there.to_dict(), cached.to_dict()

@@ -233,6 +233,7 @@ def test_a_configuration_that_is_smaller_stays_so() -> None:
     assert not small.logging.wandb.project, "a debug run is no run to keep"
     values["validation"]["sequences"] = 0  # all of them
     assert cut_config(config_from_dict(values), choose_slice([ExitSpec(1)], 4)).validation.sequences == 2
+    assert small.validation.acceptance.prompts == 2
 
 
 @pytest.fixture

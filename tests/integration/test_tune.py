@@ -44,7 +44,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 def test_run_leaves_what_it_should(project: Any, tuned: Path) -> None:
     for name in ("adapter/exits.safetensors", "adapter-best/exits.json", "config.json"):
         assert (tuned / name).is_file(), name
-    for name in ("step-12.json", "agreement.png"):
+    for name in ("step-12.json", "agreement.png", "acceptance.png"):
         assert (tuned / "validation" / name).is_file(), name
     assert list((tuned / "tensorboard").glob("events.*"))
     assert sorted(path.name for path in (tuned / "checkpoints").iterdir()) == ["step-12", "step-8"]
@@ -66,6 +66,9 @@ def test_run_leaves_what_it_should(project: Any, tuned: Path) -> None:
     for before, after in zip(*(line["validation"]["exits"] for line in (validations[0], validations[-1])), strict=True):
         assert after["loss"] < before["loss"]
     assert all(line["validation"]["final_loss"] == validations[0]["validation"]["final_loss"] for line in validations)
+    drafts = [exit_["acceptance"] for line in validations for exit_ in line["validation"]["exits"]]
+    # One document is held out, and a continuation is half a sequence: 16 tokens, the first before any round.
+    assert all(each["tokens"] == 15 and 1 <= each["length"] <= 5 for each in drafts)
 
 
 @pytest.mark.smoke
@@ -315,7 +318,7 @@ def refused(
             if not hashes:
                 patch.setattr(SavedModel, "digest", lambda *_, **__: pytest.fail("hashed"))
             patch.setattr("megatron_ee.tuning.run.build_stage", lambda *_, **__: pytest.fail("loaded"))
-            patch.setattr("megatron_ee.evaluation.final_exit.build_stage", lambda *_, **__: pytest.fail("loaded"))
+            patch.setattr("megatron_ee.evaluation.full_model.build_stage", lambda *_, **__: pytest.fail("loaded"))
             assert main(["tune", "--config", str(config), *map(str, options)]) == status
         beside = ("hashing", "is slow on this CPU")
         lines = [line for line in capsys.readouterr().err.splitlines() if not any(word in line for word in beside)]

@@ -115,6 +115,13 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         ("validation", {"interval": -1}, "validation.interval: must be at least 0, not -1"),
         ("validation", {"sequences": -1}, "validation.sequences: must be at least 0, not -1"),
         ("validation", {"thresholds": [0.5, 0]}, "validation.thresholds[1]: must be above 0 and at most 1, not 0.0"),
+        ("validation", {"acceptance": {"prompts": -1}}, "validation.acceptance.prompts: must be at least 0, not -1"),
+        ("validation", {"acceptance": {"tokens": 1}}, "validation.acceptance.tokens: must be at least 2, not 1"),
+        (
+            "validation",
+            {"acceptance": {"draft_length": 0}},
+            "validation.acceptance.draft_length: must be at least 1, not 0",
+        ),
         ("validation", {"thresholds": [1.5]}, "validation.thresholds[0]: must be above 0 and at most 1, not 1.5"),
         ("checkpoint", {"interval": -1}, "checkpoint.interval: must be at least 0, not -1"),
         ("checkpoint", {"keep": 1}, "checkpoint.keep: must be at least 2, not 1"),

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ee.checkpoint.saved_model import SavedModel, open_model
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.evaluation import final_exit as module
 from megatron_ee.evaluation.final_exit import FinalExit, final_exit
-from megatron_ee.model.setup import ModelSetup, build_setup
+from megatron_ee.evaluation.full_model import FullModel
+from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.layout import even_layout
 from megatron_ee.tuning.interrupt import Interrupt
 
@@ -37,7 +38,7 @@ def computed(
     monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path))
     calls = 0
 
-    def compute(setup: ModelSetup, model: SavedModel, windows: Windows, *_: Any) -> FinalExit:
+    def compute(full: FullModel, windows: Windows, *_: Any) -> FinalExit:
         nonlocal calls
         calls += 1
         shape = len(windows), windows.sequence_length
@@ -49,9 +50,8 @@ def computed(
         digest: str = "weights", windows: Windows | None = None, dtype: torch.dtype = torch.float32, **changes: Any
     ) -> tuple[bool, FinalExit]:
         before, model = calls, open_model(saved_model("llama2", **changes)[0])
-        setup = build_setup(model.architecture, dtype, groups)
-        layout = even_layout(4, 1)
-        result = final_exit(setup, model, digest, windows or Windows(), layout, 1, 512, Interrupt())  # type: ignore[arg-type]
+        full = FullModel(build_setup(model.architecture, dtype, groups), model, even_layout(4, 1), Interrupt())
+        result = final_exit(full, digest, windows or Windows(), 1, 512)  # type: ignore[arg-type]
         return calls > before, result
 
     return run

@@ -15,7 +15,14 @@ import torch
 from megatron_ee.checkpoint.ownership import check_file
 from megatron_ee.errors import DataError, UserError
 from megatron_ee.evaluation.history import Validation, read_log, read_validations
-from megatron_ee.evaluation.plots import FORMATS, plot_agreement, plot_reliability, plot_sweep, plot_training
+from megatron_ee.evaluation.plots import (
+    FORMATS,
+    plot_acceptance,
+    plot_agreement,
+    plot_reliability,
+    plot_sweep,
+    plot_training,
+)
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality
 
@@ -113,6 +120,18 @@ def test_agreement_has_one_line_per_exit_against_tokens_seen(tmp_path: Path) -> 
         plot_agreement([], None, tmp_path / "none.png")
 
 
+def test_acceptance_has_one_line_per_exit_that_drafts(tmp_path: Path) -> None:
+    lines = [validation_line(step, 400 * step, 0.5) for step in (0, 10)]
+    lines[0]["validation"]["exits"][0]["acceptance"] = {"length": 1.5}
+    lines[1]["validation"]["exits"][0]["acceptance"] = {"length": None}  # no rounds
+    first, second = read_validations(write_log(tmp_path / "log.jsonl", lines))
+    assert first.acceptance == {2: 1.5} and math.isnan(second.acceptance[2]) and list(second.acceptance) == [2]
+    plot_acceptance([first, second], None, tmp_path / "acceptance.svg")
+    text = drawn_text(tmp_path / "acceptance.svg").splitlines()
+    assert "exit after layer 2" in text and "exit after layer 4" not in text
+    assert "acceptance length (tokens per round)" in text
+
+
 def test_validations_of_a_log(tmp_path: Path) -> None:
     """A repeated step counts once, a figure that was not finite is nan, and older releases counted no tokens."""
     older = {key: value for key, value in validation_line(5, 0, 0.1).items() if key != "tokens_seen"}
@@ -124,7 +143,7 @@ def test_validations_of_a_log(tmp_path: Path) -> None:
         step_line(11),
     ]
     first, second = read_validations(write_log(tmp_path / "log.jsonl", lines))
-    assert first == Validation(0, 0, 2.0, {2: 2.8, 4: 2.6}, {2: 0.5, 4: 0.5})
+    assert first == Validation(0, 0, 2.0, {2: 2.8, 4: 2.6}, {2: 0.5, 4: 0.5}, {})
     assert (second.step, second.tokens_seen) == (10, 9) and all(map(math.isnan, second.agreements.values()))
     log = write_log(
         tmp_path / "bad.jsonl", [{"step": 1, "tokens_seen": 1, "validation": {"exits": [{}]}}, step_line(2)]

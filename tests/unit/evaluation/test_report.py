@@ -12,6 +12,7 @@ import torch
 
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.evaluation.acceptance import with_acceptance
 from megatron_ee.evaluation.evaluate import write_quality
 from megatron_ee.evaluation.history import Validation
 from megatron_ee.evaluation.report import (
@@ -23,7 +24,7 @@ from megatron_ee.evaluation.report import (
     report_dict,
 )
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
-from megatron_ee.model.quality import Quality
+from megatron_ee.model.quality import DraftAcceptance, Quality
 from megatron_ee.tables import make_console
 
 EXITS = (ExitSpec(2), ExitSpec(4, body="layer", head="low_rank"))
@@ -63,6 +64,35 @@ def test_dict_has_the_fixed_keys_and_reads_back() -> None:
     assert report_dict(Quality.from_dict(data), EXITS) == data
 
 
+def test_acceptance_is_shown_and_reads_back() -> None:
+    """Not for an exit that cannot draft; files of older releases have none."""
+    measured = with_acceptance(quality(), {2: DraftAcceptance(4, 8, 20, 15, 12)})
+    data = json.loads(json.dumps(report_dict(measured, EXITS), allow_nan=False))
+    first, second = (exit_["acceptance"] for exit_ in data["exits"])
+    assert (
+        first
+        == {
+            "draft_length": 4,
+            "rounds": 8,
+            "tokens": 20,
+            "proposed": 15,
+            "accepted": 12,
+            "length": 2.5,
+            "rate": 0.8,
+        }
+        and second is None
+    )
+    assert report_dict(Quality.from_dict(data), EXITS) == data
+    table = plain(measured, EXITS)
+    assert ["2", "mlp", "2.50", "80.0%"] in table and ["4", "layer,", "low_rank", "2.50", "80.0%"] not in table
+    for exit_ in data["exits"]:
+        del exit_["acceptance"]
+    assert Quality.from_dict(data) == quality()
+    empty = with_acceptance(quality(), {2: DraftAcceptance(4, 0, 0, 0, 0)})
+    assert ["2", "mlp", "-", "-"] in plain(empty, EXITS)
+    assert report_dict(empty, EXITS)["exits"][0]["acceptance"]["length"] is None
+
+
 def test_comparison_dict() -> None:
     data = comparison_dict(quality(3.5), quality(3.0), EXITS)
     assert data["final_loss"] == 2.0
@@ -97,7 +127,7 @@ def test_on_a_terminal_of_80_columns_nothing_is_cut() -> None:
 
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, color_system=None)
-    print_quality(quality(), EXITS, console=console)
+    print_quality(with_acceptance(quality(), {2: DraftAcceptance(4, 8, 20, 15, 12)}), EXITS, console=console)
     print_comparison(quality(3.5), quality(), EXITS, console=console)
     text = file.getvalue()
     assert "…" not in text
@@ -157,7 +187,7 @@ def test_without_thresholds_there_is_no_sweep(tmp_path: Path) -> None:
 
 def history(count: int, best: int | None) -> list[list[str]]:
     validations = [
-        Validation(10 * place, 4_000 * place, 2.0, {2: 4.0 - place, 4: math.nan}, {2: 0.5, 4: 0.75})
+        Validation(10 * place, 4_000 * place, 2.0, {2: 4.0 - place, 4: math.nan}, {2: 0.5, 4: 0.75}, {})
         for place in range(count)
     ]
     file = io.StringIO()

@@ -1,0 +1,117 @@
+"""The full model's greedy continuations of held-out prompts, generated once before tuning and cached."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ee.checkpoint.atomic import write_json
+from megatron_ee.checkpoint.digest import cache_directory
+from megatron_ee.config.architecture import outputs_digest
+from megatron_ee.data.tokenizer_files import eos_token_ids
+from megatron_ee.errors import CheckpointError
+from megatron_ee.evaluation.full_model import FullModel
+from megatron_ee.inference.loading import engine_on_ranks
+from megatron_ee.inference.requests import Request
+from megatron_ee.progress import track
+
+VERSION = 1
+"""Part of the cache's key. Raise it if the same model and prompts give another result in a new version."""
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the full model writes after one prompt.
+
+    Attributes:
+        prompt: token ids.
+        tokens: token ids, at most ``limit``; fewer if the last one is an end of text.
+        limit: largest number of tokens.
+    """
+
+    prompt: Tokens
+    tokens: Tokens
+    limit: int
+
+
+def continuations(
+    full: FullModel, digest: str, prompts: Sequence[Tokens], limit: int, eos: frozenset[int]
+) -> tuple[Continuation, ...]:
+    """Return the continuations of ``prompts`` from the cache, or generate and cache them. Every rank calls this.
+
+    The result is equal on all ranks. A prompt after which the logits are not finite is left out. The cache key consists
+    of the backbone's hash and settings, the dtype, the prompts, ``limit`` and ``eos``. Continuations with other layouts
+    may differ by rounding, and share an entry.
+
+    Args:
+        full: all layers.
+        digest: the backbone's hash.
+        prompts: spread over the data-parallel ranks.
+        limit: tokens per continuation.
+        eos: end-of-text tokens of the corpora, besides those that the model's files name.
+
+    Raises:
+        CheckpointError: the model's files cannot be read.
+        ConfigError: there is not enough memory for the KV cache.
+        Interrupted: one of the ranks received a signal; raised on all ranks.
+    """
+    groups, architecture = full.setup.groups, full.model.architecture
+    ends = frozenset(groups.together(lambda: tuple(eos.union(eos_token_ids(full.model.path))))[0])
+    key = (VERSION, digest, outputs_digest(architecture), str(full.setup.dtype), tuple(prompts), limit, sorted(ends))
+    path = cache_directory() / "continuations" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.json"
+    found = groups.gather(_read(path, len(prompts), limit, architecture.vocab_size) if groups.is_main else None)[0]
+    if found is None:
+        found = _generate(full, prompts, limit, ends)
+        if groups.is_main:
+            _write(path, found)
+    pairs = zip(prompts, found, strict=True)
+    return tuple(Continuation(prompt, tokens, limit) for prompt, tokens in pairs if tokens)
+
+
+def _generate(full: FullModel, prompts: Sequence[Tokens], limit: int, eos: frozenset[int]) -> list[Tokens]:
+    stage, groups = full.stage, full.setup.groups
+    mine = range(groups.data.rank(), len(prompts), groups.data.size())
+
+    def work() -> dict[int, Tokens]:
+        found: dict[int, Tokens] = {}
+        with engine_on_ranks(stage, full.layout, (), eos=eos) as engine:
+            if engine is None:
+                return found
+            requests = {engine.submit(Request(prompt=prompts[i], max_tokens=limit)): i for i in mine}
+            with track(len(mine), "prompts", "continuing validation prompts", enabled=groups.is_main) as bar:
+                while not engine.idle and not full.interrupt.requested:
+                    for event in engine.step():
+                        if event.completion is not None:
+                            found[requests[event.request]] = tuple(token.id for token in event.completion.tokens)
+                        bar.advance(event.completion is not None or event.error is not None)
+        return found
+
+    parts = groups.together(work)
+    full.interrupt.check_together(groups)
+    whole = {index: tokens for part in parts for index, tokens in part.items()}
+    return [whole.get(index, ()) for index in range(len(prompts))]
+
+
+def _read(path: Path, count: int, limit: int, vocab_size: int) -> list[Tokens] | None:
+    """The cached continuations; None if there are no usable ones."""
+    try:
+        found = [tuple(tokens) for tokens in json.loads(path.read_text(encoding="utf-8"))["continuations"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    usable = all(
+        len(tokens) <= limit and all(type(token) is int and 0 <= token < vocab_size for token in tokens)
+        for tokens in found
+    )
+    return found if usable and len(found) == count else None
+
+
+def _write(path: Path, found: Sequence[Tokens]) -> None:
+    """Write the cache. If this fails, continue without it."""
+    with contextlib.suppress(OSError, CheckpointError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"continuations": found})
