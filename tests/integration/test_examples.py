@@ -66,4 +66,4 @@ def test_any_example_scales_by_replicas() -> None:
         assert same == specs
         for stage, before in zip(wider.stages, plan.stages, strict=True):
             assert stage.memory.optimizer == pytest.approx(before.memory.optimizer / 4, rel=1e-6)
-            assert stage.memory.total < before.memory.total
+            assert stage.memory.tuning < before.memory.tuning

@@ -113,6 +113,29 @@ def test_some_of_the_exits_can_be_loaded(saved: Path, saved_model: Any, load_sta
     assert torch.equal(stage.exits[0].body.mlp.down.weight.cpu(), expected)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_adapters_from_before_the_norm_after_an_mlp_was_trained(
+    family: str, tmp_path: Path, saved_model: Any, load_stage: Any
+) -> None:
+    """They lack it: it is the model's own."""
+    from safetensors.torch import save_file
+
+    model, specs = saved_model(family)[0], [ExitSpec(2, "mlp", "shared")]
+    scrambled = scramble(load_stage(model, specs))
+    path = save(scrambled, tmp_path / "old")
+    tensors = load_file(path / "exits.safetensors")
+    del tensors["exits.2.post_feedforward_layernorm.weight"]
+    save_file(tensors, path / "exits.safetensors", {"format": "pt"})
+    adapter = find_exits(open_model(model), path, verify=False)
+    assert adapter is not None
+    fresh, stage = load_stage(model, specs), scramble(load_stage(model, specs))
+    load_exits(stage.exits, adapter, open_model(model))
+    norm, other = (each.exits[0].body.mlp_post_norm.weight for each in (fresh, scrambled))
+    assert torch.equal(stage.exits[0].body.mlp_post_norm.weight, norm) and not torch.equal(other, norm)
+    down, same = (each.exits[0].body.mlp.down.weight for each in (stage, scrambled))
+    assert torch.equal(down, same)
+
+
 def test_saved_twice_is_replaced(saved: Path, saved_model: Any, load_stage: Any) -> None:
     stage = load_stage(saved_model("llama3.1")[0], [ExitSpec(2, "mlp")])
     save(stage, saved, steps=8)

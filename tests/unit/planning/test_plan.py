@@ -9,9 +9,10 @@ import pytest
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
+from megatron_ee.exits.fit import fit_bytes
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
-from megatron_ee.planning.memory import Workload, stage_memory
+from megatron_ee.planning.memory import Workload, stage_memory, trained_parameters
 from megatron_ee.planning.plan import StageWork, idle_shares, make_plan, plan_run
 from megatron_ee.tables import make_console
 from megatron_ee.testing.models import llama2_7b
@@ -101,6 +102,22 @@ def test_the_table_shows_every_stage() -> None:
         assert row.split()[-1] == f"{stage.memory.total / 2**30:.2f}"
         assert f"{stage.trained_parameters / 1e6:.1f} M" in row
     assert last == f"The stages are expected to compute {plan.efficiency:.1%} of the time (M / (M + P - 1): 66.7%)."
+
+
+def test_the_fit_before_tuning_counts_where_it_needs_more() -> None:
+    """All layers and the heads, and one exit's sums, whole while they are solved."""
+    model, stages = llama2_7b(), layout(((1, 8), (8,)))
+    copied, fitted = (make_plan(stages, model, [ExitSpec(8, init=init)], Workload(2)) for init in ("copy", "fit"))
+    (before,), (after,) = (plan.stages for plan in (copied, fitted))
+    assert before.memory.fit == 0 and after.memory.tuning == before.memory.tuning == before.memory.total
+    weights = 2 * (6_738_415_616 + trained_parameters(model, ExitSpec(8)) + 4096)
+    sums, solving = fit_bytes(11008, 4096, 1)
+    assert 0 < after.memory.fit - weights - sums - solving < 0.1 * weights
+    assert after.memory.total == after.memory.fit > after.memory.tuning
+    file = io.StringIO()
+    print_plan(fitted, make_console(file))
+    heading, row = file.getvalue().splitlines()[1:3]
+    assert "or fit before" in heading and row.split()[-2] == row.split()[-1] == f"{after.memory.fit / 2**30:.2f}"
 
 
 def test_the_table_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
