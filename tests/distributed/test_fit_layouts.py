@@ -62,6 +62,7 @@ PLACES = {
     1: [Place(micro=4)],
     2: [Place(2), Place(2, sequence=True, micro=2), Place(1, 2), Place(micro=2)],
     4: [Place(2, 2, sequence=True), Place(1, 2, micro=2), Place(2, 1)],
+    8: [Place(2, 2), Place(2, 2, sequence=True)],
 }
 
 
@@ -135,7 +136,7 @@ def features(load_stage: Any, model: Path, specs: Sequence[ExitSpec], adapter: P
         return [exit_.features(taps[exit_.spec.layer], positions) for exit_ in stage.exits]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_layouts_fit_what_one_process_does(
     world_size: int, models: dict[str, Path], alone: Path, load_stage: Any, tmp_path: Path
 ) -> None:
