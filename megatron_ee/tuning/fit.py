@@ -69,7 +69,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FitOutcome:
     """What became of one exit, on the tokens that were held out.
 
     Attributes:
@@ -119,11 +119,27 @@ def fit_exits(
     layout = even_layout(arch.num_layers, groups.pipeline.size(), [spec.layer for spec in specs])
     stage = build_stage(setup, layout, specs, final_exit=True)
     load(stage)
-    fitter = _Fitter(stage, layout, specs, tokens, config, interrupt)
-    outcomes = fitter.run()
+    outcomes = fit_stage(stage, layout, specs, tokens, config.fit, interrupt, chunk_tokens=config.loss.chunk_tokens)
     if groups.is_main:
         _print_outcomes(outcomes, tokens)
     return stage.exits
+
+
+def fit_stage(
+    stage: Stage,
+    layout: Layout,
+    specs: Sequence[ExitSpec],
+    tokens: Tokens,
+    fit: FitConfig,
+    interrupt: Interrupt,
+    *,
+    chunk_tokens: int = 512,
+) -> list[FitOutcome]:
+    """Fit the exits of ``stage``, which is loaded and holds the final exit, where ``init`` is ``fit``.
+
+    The outcomes are those of all stages, by layer. Every rank calls this. Errors as for ``fit_exits``.
+    """
+    return _Fitter(stage, layout, specs, tokens, fit, interrupt, chunk_tokens).run()
 
 
 def read_tokens(config: RunConfig, blend: PackedBlend, ffn_size: int, groups: Groups, interrupt: Interrupt) -> Tokens:
@@ -203,17 +219,18 @@ class _Fitter:
         layout: Layout,
         specs: Sequence[ExitSpec],
         tokens: Tokens,
-        config: RunConfig,
+        fit: FitConfig,
         interrupt: Interrupt,
+        chunk_tokens: int,
     ) -> None:
         self._stage, self._layout, self._specs, self._interrupt = stage, layout, specs, interrupt
         self._setup, self._groups, self._tokens = stage.setup, stage.setup.groups, tokens
-        self._chunk = config.loss.chunk_tokens
-        self._ridges = [config.fit.ridge * factor for factor in RIDGES] if config.fit.ridge else [0.0]
+        self._chunk = chunk_tokens
+        self._ridges = [fit.ridge * factor for factor in RIDGES] if fit.ridge else [0.0]
         self._exits = [exit_ for exit_ in stage.exits if exit_.spec.init == "fit"]
         self._raised: dict[Exit, tuple[str, ...]] = {}
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> list[FitOutcome]:
         """Fit, measure, and give each exit its best weights; the outcomes of all stages, by layer."""
         taught = Pipeline(self._stage, self._layout, self._specs, backward=LastHidden(self._setup))
         solutions: dict[Exit, list[Solution]] = {}
@@ -327,14 +344,14 @@ class _Fitter:
             found[0].place()
         return means
 
-    def _choose(self, exit_: Exit, solutions: Sequence[Solution], figures: Sequence[tuple[float, float]]) -> Outcome:
+    def _choose(self, exit_: Exit, solutions: Sequence[Solution], figures: Sequence[tuple[float, float]]) -> FitOutcome:
         """Place the best solution, unless the copy is kept."""
         best, better = choose(figures)
         if better:
             solutions[best - 1].place()
         (agreement, loss), ridge = figures[best], solutions[best - 1].ridge if better else None
         copied = figures[0]
-        return Outcome(exit_.spec.layer, ridge, (copied[0], agreement), (copied[1], loss), self._raised[exit_])
+        return FitOutcome(exit_.spec.layer, ridge, (copied[0], agreement), (copied[1], loss), self._raised[exit_])
 
 
 def choose(figures: Sequence[tuple[float, float]]) -> tuple[int, bool]:
@@ -399,7 +416,7 @@ def _few(tokens: int, features: int, fit: FitConfig) -> str:
     )
 
 
-def _print_outcomes(outcomes: Iterable[Outcome], tokens: Tokens) -> None:
+def _print_outcomes(outcomes: Iterable[FitOutcome], tokens: Tokens) -> None:
     """A table of the fitted exits on stderr."""
     console = make_console(sys.stderr)
     held = f"{tokens.num_held_out:,} other tokens"
