@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare-data": ("prepare_data", "tokenize text or chat jsonl into a corpus"),
     "regenerate": ("regenerate", "answer prompts with the model itself, as data to tune on"),
     "convert": ("convert", "convert checkpoints; add, drop or merge exits"),
+    "probe": ("probe", "forecast what exits would gain, before tuning"),
     "tune": ("tune", "train exits on a frozen model"),
     "evaluate": ("evaluate", "measure each exit on a corpus; threshold sweep"),
     "generate": ("generate", "generate text; show the layer that emitted each token"),

@@ -130,7 +130,11 @@ class Windows(ABC):
         """Windows ``rank``, ``rank + size``, ... in batches; the last may be smaller."""
         mine = range(rank, len(self), size)
         for start in range(0, len(mine), batch_size):
-            yield _collate(self, mine[start : start + batch_size])
+            yield self.batch(mine[start : start + batch_size])
+
+    def batch(self, windows: range) -> Batch:
+        """These windows in one batch."""
+        return _collate(self, windows)
 
     def runs(
         self,

@@ -29,7 +29,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 2, "megatron-ee: error: no command given; possible: quickstart, prepare-data, regenerate, convert, tune"),
+        ([], 2, "megatron-ee: error: no command given; possible: quickstart, prepare-data, regenerate, convert, probe"),
         (["tuen"], 2, "megatron-ee: error: unknown command 'tuen'; did you mean 'tune'?"),
         (["tune"], 2, "megatron-ee tune: error: the following arguments are required: --config, --output (see "),
         (
@@ -107,6 +107,7 @@ INPUTS = {
     "generate --model here --prompts here --adapter here": ("--model", "--prompts", "--adapter"),
     "generate --model here --prompt a --draft-vocabulary 4 --draft-corpus here": ("--draft-corpus",),
     "regenerate --model here --prompts here --output out": ("--model", "--prompts"),
+    "probe --model here --data here": ("--model", "--data"),
     "quickstart --base here --data here --held-out here --out out": ("--base", "--data", "--held-out"),
 }
 """Command lines, and their options that name what is read."""

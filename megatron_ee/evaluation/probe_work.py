@@ -1,0 +1,159 @@
+"""How much a probe does in the time that it is given: which layers, on how many tokens, with which fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.data.loader import Batch
+from megatron_ee.exits.stage import Stage
+from megatron_ee.tuning.fit import RIDGES
+from megatron_ee.tuning.schedule import Microbatch, one_stage
+
+SOLVED = 1024
+"""Largest matrix whose factorisation is timed."""
+PER_FEATURE, LEAST_PER_FEATURE = 16, 2
+"""Tokens to fit on for each feature of the MLP: wanted, and at least."""
+NORM_TOKENS = 4096
+"""Tokens to fit the scale of a norm on."""
+HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 4096, 512, 4
+"""Tokens to measure on: wanted, and at least in a short time; at most one in ``HELD_OUT_SHARE`` of the text."""
+CANDIDATES = 1 + len(RIDGES)
+"""Values that each exit is measured with to choose a ridge: also the copied ones."""
+FEW_LAYERS = 3
+"""Layers below which the cheaper fit of a norm is preferred, on more of them."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Measured seconds.
+
+    Attributes:
+        forward: per token, all layers and the final exit.
+        fit: per token and exit: the sums of an ``mlp`` exit's fit.
+        measure: per token and exit: body, head and statistics.
+        solve: per ``mlp`` exit, for all ridges.
+    """
+
+    forward: float
+    fit: float
+    measure: float
+    solve: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a probe does.
+
+    Attributes:
+        layers: that get an exit.
+        body: of the exits, fitted.
+        fitted: tokens to fit on.
+        held_out: other tokens to measure on.
+        seconds: that it takes, estimated.
+    """
+
+    layers: tuple[int, ...]
+    body: str
+    fitted: int
+    held_out: int
+    seconds: float
+
+
+def choose_work(
+    pace: Pace, seconds: float, num_layers: int, features: int, available: int, most_exits: int, chosen_on: int
+) -> Work:
+    """The most that fits into ``seconds``; the least possible if nothing does.
+
+    Tokens are halved first, down to a quarter, then layers, which are evenly spaced, and at last ``mlp`` exits are
+    replaced by ``norm`` exits, which are cheaper to fit but know less.
+
+    Args:
+        pace: measured.
+        seconds: left.
+        num_layers: of the model. The last layer gets no exit.
+        features: of the MLP.
+        available: unmasked tokens of the text.
+        most_exits: ``mlp`` exits that the memory holds.
+        chosen_on: tokens that the ridge of each exit is chosen on.
+    """
+    works = list(_works(pace, num_layers, features, available, most_exits, chosen_on))
+    return next((work for work in works if work.seconds <= seconds), works[-1])
+
+
+def _works(
+    pace: Pace, num_layers: int, features: int, available: int, most_exits: int, chosen_on: int
+) -> Iterator[Work]:
+    """From the most wanted to the least."""
+    rest = available - available // HELD_OUT_SHARE
+    for body in ("mlp", "norm"):
+        wanted = PER_FEATURE * features if body == "mlp" else NORM_TOKENS
+        if body == "mlp" and rest < LEAST_PER_FEATURE * features:
+            continue
+        fit, solve = (pace.fit, pace.solve) if body == "mlp" else (0.0, 0.0)
+        count = min(num_layers - 1, max(1, most_exits if body == "mlp" else num_layers))
+        while count >= (min(FEW_LAYERS, num_layers - 1) if body == "mlp" else 1):
+            for share in (1.0, 0.5, 0.25):
+                fitted = min(rest, int(share * wanted))
+                held = min(available // HELD_OUT_SHARE, max(LEAST_HELD_OUT, int(share * HELD_OUT)))
+                once = fitted + held
+                measured = held + CANDIDATES * chosen_on
+                each = fitted * fit + measured * pace.measure + solve
+                yield Work(spaced(count, num_layers), body, fitted, held, once * pace.forward + count * each)
+            count //= 2
+
+
+def spaced(count: int, num_layers: int) -> tuple[int, ...]:
+    """``count`` layers below the last, evenly spaced."""
+    return tuple(round(place * num_layers / (count + 1)) for place in range(1, count + 1))
+
+
+@torch.no_grad()
+def measure_pace(stage: Stage, batch: Batch, tokens: float) -> Pace:
+    """Time one microbatch through a stage of all layers with the final exit, and its first exit, an ``mlp`` exit.
+
+    ``tokens``: of the microbatch, those that are not masked.
+    """
+    exit_, pipeline = stage.exits[0], one_stage(stage)
+    fit = exit_.body.fit(stage.setup)
+    assert fit is not None, "an mlp exit has a fit"
+    spent: dict[str, float] = {}
+
+    def at_end(micro: Microbatch, h: Tensor) -> Tensor:
+        stage.final_statistics(h, micro.labels)
+        return h
+
+    def work(micro: Microbatch, last: Any) -> None:
+        tap = micro.taps[exit_.spec.layer]
+        mask = torch.ones_like(micro.mask)
+        spent["fit"] = _timed(lambda: fit.add(exit_.attention_half(tap, micro.positions), last, mask))
+        spent["measure"] = _timed(lambda: exit_.statistics(tap, micro.positions, micro.labels))
+
+    pipeline.run([batch], work, at_end)  # the first is slow
+    whole = _timed(lambda: pipeline.run([batch], work, at_end))
+    features = stage.setup.architecture.ffn_size
+    size = min(SOLVED, features)
+    matrix = torch.eye(size, dtype=torch.float64, device=platform.device())
+    solve = _timed(lambda: torch.linalg.cholesky(matrix))
+    # The factorisation is n^3 / 3 products, the two triangular solves of a column n^2.
+    columns = 3 * stage.setup.architecture.hidden_size / features
+    return Pace(
+        forward=(whole - spent["fit"] - spent["measure"]) / tokens,
+        fit=spent["fit"] / tokens,
+        measure=spent["measure"] / tokens,
+        solve=len(RIDGES) * solve * (features / size) ** 3 * (1 + columns),
+    )
+
+
+def _timed(work: Callable[[], object]) -> float:
+    platform.synchronize()
+    began = time.perf_counter()
+    work()
+    platform.synchronize()
+    return time.perf_counter() - began
