@@ -1,7 +1,7 @@
 """The adapter format: only the exits, under released names, independent of the layout of the training run.
 
-``exits.safetensors`` holds the trained tensors, as ``exits.<layer>.<released name>``. ``exits.json`` lists the exits
-and records the hash of their backbone.
+``exits.safetensors`` holds the trained tensors and fitted gates, as ``exits.<layer>.<released name>``. ``exits.json``
+lists the exits and records the hash of their backbone.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from megatron_ee.config.schema import Head, Init
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
+from megatron_ee.exits.gate import GATE
 from megatron_ee.exits.registry import BODIES, bodies_with
-from megatron_ee.exits.tensors import exit_parts
+from megatron_ee.exits.tensors import saved_parts
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
@@ -170,6 +171,7 @@ class _Exit(Strict):
     weight: float = Field(1.0, gt=0)
     rank: int = Field(64, ge=1)
     init: Init = "copy"
+    gate: bool = False
 
 
 class _Description(Strict, extra="ignore"):
@@ -205,13 +207,16 @@ def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor])
         own = {name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
         stray -= {prefix + name for name in own}
         kinds = {name.partition(".")[0] for name in own}
-        bodies = bodies_with(kinds - {"lm_head"})
+        bodies = bodies_with(kinds - {"lm_head", GATE})
         head = "own" if "lm_head.weight" in own else "low_rank" if "lm_head.a" in own else "shared"
         if spec.body not in bodies or head != spec.head:
             raise ValueError(
                 f"the exit after layer {spec.layer} is said to be {spec.body} with head {spec.head}, "
                 f"but its weights are those of {' or '.join(bodies) or 'no body known'} with head {head}"
             )
+        if spec.gate != (GATE in kinds):
+            has, lacks = ("a", "no") if spec.gate else ("no", "a")
+            raise ValueError(f"the exit after layer {spec.layer} is said to have {has} gate, but there is {lacks} gate")
         if head == "low_rank" and weights[f"{prefix}lm_head.a"].shape[:1] != (spec.rank,):
             raise ValueError(
                 f"the head after layer {spec.layer} is said to have rank {spec.rank}, but its weights differ"
@@ -296,7 +301,7 @@ def check_fits(adapter: Adapter, specs: Iterable[ExitSpec], architecture: Archit
     known = {spec.layer: spec for spec in adapter.exits}
     for spec in specs:
         check_same_kind(spec, known.get(spec.layer), adapter)
-        for part in exit_parts(spec, architecture):
+        for part in saved_parts(spec, architecture):
             for name, shape in zip(part.saved.names, part.shapes, strict=True):
                 if not part.optional or name in adapter.weights:
                     named_tensor(adapter, name, shape)

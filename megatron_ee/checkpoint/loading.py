@@ -13,7 +13,7 @@ from megatron_ee.checkpoint.adapter import Adapter, check_same_kind, named_tenso
 from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
-from megatron_ee.exits.tensors import exit_copy_sources, shared_head_sources, trained_parts
+from megatron_ee.exits.tensors import exit_copy_sources, gate_sources, shared_head_sources, trained_parts
 from megatron_ee.families.family import Source
 from megatron_ee.model.names import Block, backbone_sources, blocks
 from megatron_ee.model.setup import ModelSetup
@@ -58,6 +58,8 @@ def load_frozen_norms(exit_: Exit, model: SavedModel) -> None:
 def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> None:
     """Fill exits from an adapter, and their frozen tensors from the model.
 
+    A gate that the adapter lacks keeps its values.
+
     Raises:
         CheckpointError: the adapter lacks an exit or has another kind of it, or a tensor is missing or has another
             shape.
@@ -72,6 +74,9 @@ def load_exits(exits: Iterable[Exit], adapter: Adapter, model: SavedModel) -> No
                     fill([(parameter, part.copied)], model, exit_.setup)
                 else:
                     _read(parameter, part.saved, exit_, adapter)
+            if known[exit_.spec.layer].gate:
+                for parameter, source in gate_sources(exit_):
+                    _read(parameter, source, exit_, adapter)
 
 
 def fill(

@@ -19,6 +19,7 @@ class ExitSpec:
     weight: float = 1.0
     rank: int = 64
     init: Init = "copy"
+    gate: bool = False
 
 
 def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpec, ...]:
@@ -42,7 +43,7 @@ def resolve_exits(exits: Sequence[ExitConfig], num_layers: int) -> tuple[ExitSpe
             raise ConfigError(f"{key}.weight: must be a positive number, not {exit_.weight}")
         if exit_.rank < 1:
             raise ConfigError(f"{key}.rank: must be at least 1, not {exit_.rank}")
-        specs[layer] = ExitSpec(layer, exit_.body, exit_.head, exit_.weight, exit_.rank, exit_.init)
+        specs[layer] = ExitSpec(layer, exit_.body, exit_.head, exit_.weight, exit_.rank, exit_.init, exit_.gate)
     return tuple(specs[layer] for layer in sorted(specs))
 
 

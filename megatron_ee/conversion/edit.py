@@ -15,6 +15,7 @@ from megatron_ee.config.architecture import Architecture, changed_settings, outp
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Head
 from megatron_ee.errors import CheckpointError, ConfigError
+from megatron_ee.exits.gate import GATE
 from megatron_ee.exits.registry import check_trains
 from megatron_ee.exits.tensors import exit_tensors
 from megatron_ee.families.weights import head_name
@@ -74,6 +75,10 @@ def add_exits(contents: Contents, specs: Sequence[ExitSpec], seed: int) -> Conte
         if spec.init == "fit":
             raise ConfigError(
                 f"exits: the exit after layer {spec.layer} has init fit, which needs data; tune it, or use init copy"
+            )
+        if spec.gate:
+            raise ConfigError(
+                f"exits: the exit after layer {spec.layer} has a gate, which needs data; tune it, or leave out gate"
             )
         if not 1 <= spec.layer <= arch.num_layers:
             raise ConfigError(
@@ -227,6 +232,10 @@ def change_heads(contents: Contents, heads: Mapping[int, Head], seed: int) -> Co
                 f"the exit after layer {layer} now uses the backbone's head; its tuned {spec.head} head is removed "
                 f"({', '.join(old)})"
             )
+        if head == "shared" and spec.gate:
+            exits[layer] = replace(exits[layer], gate=False)
+            tensors = {name: each for name, each in tensors.items() if not name.startswith(f"exits.{layer}.{GATE}.")}
+            notes.append(f"the gate of the exit after layer {layer} is removed: it was fitted to the old head")
     return replace(contents, exits=_in_order(exits.values()), exit_tensors=tensors, notes=(*contents.notes, *notes))
 
 

@@ -63,8 +63,10 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
         _check_shape(contents, name, tensors[name], shape)
         backbone[name] = tensors[name]
     text = json.dumps(config, indent=2) + "\n"
+    line = f"{contents.source}: the gate of the exit after layer {layer} is left out: a plain model has none"
     return replace(
         contents,
+        notes=(*contents.notes, line) if spec.gate else contents.notes,
         format=f"{spec.body} exit after layer {layer} as a model of {shallow.num_layers} layers",
         architecture=shallow,
         backbone=backbone,

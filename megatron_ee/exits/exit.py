@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.gate import Gate
 from megatron_ee.exits.head import ExitHead
 from megatron_ee.exits.registry import body_of, trains
 from megatron_ee.model.backbone import VocabHead
@@ -25,6 +26,7 @@ class Exit(nn.Module):
     """The exit after layer ``spec.layer``. Its trained parameters are those that require a gradient.
 
     Attributes:
+        gate: predicts the agreement with the final exit; None without one. It is fitted, not trained.
         windows: attention windows of its own layers with a KV cache; see ``Body.windows``.
     """
 
@@ -34,6 +36,7 @@ class Exit(nn.Module):
         self.spec, self.setup = spec, setup
         self.body = body_of(spec)(setup, spec.layer)
         self.head = ExitHead(setup, spec, shared_head)
+        self.gate = Gate(setup.architecture.hidden_size) if spec.gate else None
         self.windows = self.body.windows(setup.architecture)
         assert len(self.windows) <= 1, "a body is given one cache"
 
@@ -103,7 +106,11 @@ class Exit(nn.Module):
     @torch.no_grad()
     def statistics(self, tap: Tensor, positions: Positions, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
         """Loss, confidence and top-1 token of each token; arguments as in ``forward``."""
-        z = self.features(tap, positions).flatten(0, 1)
+        return self.head_statistics(self.features(tap, positions).flatten(0, 1), labels, chunk_tokens=chunk_tokens)
+
+    @torch.no_grad()
+    def head_statistics(self, z: Tensor, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:
+        """As ``statistics``, from ``features`` ``[tokens, hidden]``."""
         return exit_statistics(
             z,
             self.head.matrix,

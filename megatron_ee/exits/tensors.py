@@ -11,6 +11,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.body import ExitPart
 from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.gate import gate_parts
 from megatron_ee.exits.head import head_parts
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.stage import Stage
@@ -23,6 +24,12 @@ def exit_parts(spec: ExitSpec, arch: Architecture) -> Iterator[ExitPart]:
     """Every trained parameter of an exit: the body's, then the head's."""
     yield from body_of(spec).parts(arch, spec.layer)
     yield from head_parts(spec, arch)
+
+
+def saved_parts(spec: ExitSpec, arch: Architecture) -> Iterator[ExitPart]:
+    """Every parameter of an exit that an adapter holds: the trained ones, and those of its gate."""
+    yield from exit_parts(spec, arch)
+    yield from gate_parts(spec, arch)
 
 
 def parameter_sizes(spec: ExitSpec, arch: Architecture, tensor: int, *, matrices: bool = False) -> list[int]:
@@ -51,10 +58,10 @@ def body_weights(spec: ExitSpec, arch: Architecture) -> int:
 def exit_tensors(spec: ExitSpec, arch: Architecture) -> dict[str, tuple[tuple[int, ...], str | None]]:
     """What an exit holds of its own: name in an adapter -> shape, and the released tensor it is copied from.
 
-    The source is None for a ``low_rank`` head's A and B, which start out otherwise.
+    The source is None for a ``low_rank`` head's A and B, which start out otherwise, and for a gate, which is fitted.
     """
     found: dict[str, tuple[tuple[int, ...], str | None]] = {}
-    for part in exit_parts(spec, arch):
+    for part in saved_parts(spec, arch):
         origins = part.copied.names if part.copied else (None,) * len(part.saved.names)
         found |= {
             name: (shape, origin) for name, shape, origin in zip(part.saved.names, part.shapes, origins, strict=True)
@@ -83,9 +90,16 @@ def exit_copy_sources(exit_: Exit) -> Iterator[tuple[Tensor, Source]]:
 
 
 def exit_saved_sources(exit_: Exit) -> Iterator[tuple[Tensor, Source]]:
-    """Every trained parameter of an exit under its name in an adapter, ``exits.<layer>...``."""
+    """Every parameter of an exit that an adapter holds, under its name there, ``exits.<layer>...``."""
     for parameter, part in trained_parts(exit_):
         yield parameter, part.saved
+    yield from gate_sources(exit_)
+
+
+def gate_sources(exit_: Exit) -> Iterator[tuple[Tensor, Source]]:
+    """The parameters of an exit's gate, if it has one, under their names in an adapter."""
+    for part in gate_parts(exit_.spec, exit_.setup.architecture):
+        yield exit_.get_parameter(part.parameter), part.saved
 
 
 def shared_head_sources(stage: Stage) -> Iterator[tuple[Tensor, Source]]:

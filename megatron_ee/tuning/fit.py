@@ -142,8 +142,10 @@ def fit_stage(
     return _Fitter(stage, layout, specs, tokens, fit, interrupt, chunk_tokens).run()
 
 
-def read_tokens(config: RunConfig, blend: PackedBlend, ffn_size: int, groups: Groups, interrupt: Interrupt) -> Tokens:
+def read_tokens(config: RunConfig, blend: PackedBlend, features: int, groups: Groups, interrupt: Interrupt) -> Tokens:
     """The first tokens of the training data, by whole global batches: ``fit.tokens``, or at most one epoch.
+
+    ``auto`` is 16 tokens for each of ``features``.
 
     The last sequences of them, about a sixteenth of the tokens, are held out. Of a single sequence it is the last
     quarter. The same tokens in every layout.
@@ -152,7 +154,7 @@ def read_tokens(config: RunConfig, blend: PackedBlend, ffn_size: int, groups: Gr
         DataError: all tokens are masked.
     """
     tuning = config.tuning
-    wanted = PER_FEATURE * ffn_size if config.fit.tokens == "auto" else config.fit.tokens
+    wanted = PER_FEATURE * features if config.fit.tokens == "auto" else config.fit.tokens
     stream = MicrobatchStream(
         blend, tuning.micro_batch_size, tuning.global_batch_size, groups.data.rank(), groups.data.size()
     )
@@ -308,14 +310,12 @@ class _Fitter:
 
     def _measure(self, candidates: dict[Exit, list[Solution]]) -> dict[Exit, list[tuple[float, float]]]:
         """Agreement and loss of each exit with each candidate, on the held-out tokens; labels are the final exit's."""
-        stage, setup = self._stage, self._setup
         sums = {
             exit_: torch.zeros(len(found), 2, dtype=torch.float64, device=platform.device())
             for exit_, found in candidates.items()
         }
 
-        def score(micro: Microbatch, teacher: Teacher) -> None:
-            labels = teacher.ids[:, 0]
+        def score(micro: Microbatch, labels: Tensor) -> None:
             for exit_, found in candidates.items():
                 for number, solution in enumerate(found):
                     solution.place()
@@ -324,15 +324,10 @@ class _Fitter:
                     figures = torch.stack([(stats.top1 == labels).float(), stats.loss])
                     sums[exit_][number] += (figures * micro.mask).sum(dim=1, dtype=torch.float64)
 
-        def teach(micro: Microbatch, h: Tensor) -> Teacher:
-            assert stage.backbone.head is not None, "the last stage holds the final exit"
-            z = stage.final_features(h).flatten(0, 1)
-            return teacher_top_k(z, stage.backbone.head, setup.groups.tensor, 1, chunk_tokens=self._chunk)
-
-        taught = Pipeline(stage, self._layout, self._specs, backward=TopTokens(1))
+        taught = Pipeline(self._stage, self._layout, self._specs, backward=TopTokens(1))
         for batches in self._tokens.held_out:
             self._interrupt.check_together(self._groups)
-            taught.run(batches, score, teach, taught=True)
+            run_with_top1(taught, batches, score, chunk_tokens=self._chunk)
         means = {}
         for exit_, total in sums.items():
             dist.all_reduce(total, group=self._groups.data)
@@ -352,6 +347,27 @@ class _Fitter:
         (agreement, loss), ridge = figures[best], solutions[best - 1].ridge if better else None
         copied = figures[0]
         return FitOutcome(exit_.spec.layer, ridge, (copied[0], agreement), (copied[1], loss), self._raised[exit_])
+
+
+def run_with_top1(
+    taught: Pipeline, batches: Sequence[Batch], score: Callable[[Microbatch, Tensor], None], *, chunk_tokens: int
+) -> None:
+    """Run a global batch through a stage of all layers. ``score`` receives the final exit's top-1 tokens.
+
+    Args:
+        taught: with ``TopTokens(1)``.
+        batches: of this data-parallel rank.
+        score: called for each microbatch with token ids ``[seq * batch]``.
+        chunk_tokens: tokens whose logits exist at a time.
+    """
+    stage = taught.stage
+
+    def teach(micro: Microbatch, h: Tensor) -> Teacher:
+        assert stage.backbone.head is not None, "the last stage holds the final exit"
+        z = stage.final_features(h).flatten(0, 1)
+        return teacher_top_k(z, stage.backbone.head, stage.setup.groups.tensor, 1, chunk_tokens=chunk_tokens)
+
+    taught.run(batches, lambda micro, teacher: score(micro, teacher.ids[:, 0]), teach, taught=True)
 
 
 def choose(figures: Sequence[tuple[float, float]]) -> tuple[int, bool]:

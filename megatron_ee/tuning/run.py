@@ -64,6 +64,7 @@ from megatron_ee.planning.plan import plan_run
 from megatron_ee.progress import track
 from megatron_ee.tuning.backward import of_distillation
 from megatron_ee.tuning.fit import INITIAL, fit_exits
+from megatron_ee.tuning.gates import add_gates
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.plan_table import print_plan
@@ -131,10 +132,16 @@ def tune(
                 settings = config_to_dict(config)
                 log = RunLog(output, config.logging, progress.step, settings=settings, enabled=groups.is_main)
                 with log, around(trainer):
-                    trainer.run(log, interrupt)
-        except Interrupted as error:  # nothing is tuned yet, so there is nothing to save
+                    done = trainer.run(log, interrupt)
+                if done and inputs.gates:
+                    setup = trainer.pipeline.stage.setup
+                    del trainer  # frees its stage, which has other layers than the stage that fits gates
+                    adapters = [output / name for name in ("adapter", "adapter-best")]
+                    add_gates(config, setup, inputs.model, adapters, inputs.gates, inputs.blend, interrupt)
+        except Interrupted as error:  # all that is tuned is saved already
             if launched_rank() == 0:
-                print(f"{error}: ended before the first step; continue with --resume", file=sys.stderr, flush=True)
+                before = "the gates were fitted" if progress.step else "the first step"
+                print(f"{error}: ended before {before}; continue with --resume", file=sys.stderr, flush=True)
     return 0
 
 
@@ -146,6 +153,7 @@ class _Inputs:
         config: the configuration, with ``auto`` resolved to a dtype.
         windows: validation windows; None without validation.
         held_out: corpora that ``data.validation`` names.
+        gates: layers of the exits that get a gate after tuning. ``specs`` are the exits as they are tuned, without.
     """
 
     config: RunConfig
@@ -156,6 +164,7 @@ class _Inputs:
     blend: PackedBlend
     windows: ValidationWindows | None
     held_out: tuple[Corpus, ...]
+    gates: frozenset[int]
 
 
 def _open_inputs(
@@ -167,8 +176,10 @@ def _open_inputs(
     say_text_only(model)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     arch = model.architecture
-    specs = resolve_init(check_run(config, arch, world_size()), arch)
-    check_trains(specs)
+    wanted = resolve_init(check_run(config, arch, world_size()), arch)
+    check_trains(wanted)
+    gates = frozenset(spec.layer for spec in wanted if spec.gate)
+    specs = tuple(dataclasses.replace(spec, gate=False) for spec in wanted)
     # Refused here if they are not installed on this machine.
     check_wandb(config.logging.wandb)
     adam_class(config.optimizer.implementation, platform.DTYPES[config.model.dtype])
@@ -189,7 +200,7 @@ def _open_inputs(
             print(line, file=sys.stderr, flush=True)
     # Hashed last: all other checks are faster.
     adapter = open_adapter(init_adapter, verify=verify) if init_adapter is not None else None
-    return _Inputs(config, model, specs, layout, adapter, blend, windows, held_out)
+    return _Inputs(config, model, specs, layout, adapter, blend, windows, held_out, gates)
 
 
 def _prepare(

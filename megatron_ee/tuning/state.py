@@ -168,10 +168,13 @@ def _decay_towards(description: Mapping[str, Any]) -> str:
 
 
 def _compared(value: Any) -> Any:
-    """What must be equal of an entry: of exits all but ``init``, which has no effect on later steps."""
+    """What must be equal of an entry: of exits all but ``init`` and ``gate``, which have no effect on later steps."""
     if not isinstance(value, list):
         return value
-    return [{k: v for k, v in each.items() if k != "init"} if isinstance(each, dict) else each for each in value]
+    return [
+        {k: v for k, v in each.items() if k not in ("init", "gate")} if isinstance(each, dict) else each
+        for each in value
+    ]
 
 
 def load_state(

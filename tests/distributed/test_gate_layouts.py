@@ -1,0 +1,102 @@
+"""Gates fitted in every layout are those that one process fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_ee.checkpoint.adapter import open_adapter
+from megatron_ee.checkpoint.adapter_writing import save_adapter
+from megatron_ee.checkpoint.initialise import initialise_exit
+from megatron_ee.checkpoint.saved_model import open_model
+from megatron_ee.checkpoint.tensors import StoredTensor
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import DataConfig, FitConfig, ModelConfig, ParallelConfig, RunConfig, TuningConfig
+from megatron_ee.data.loader import Sample
+from megatron_ee.exits.stage import build_stage
+from megatron_ee.model.setup import build_setup
+from megatron_ee.parallel.groups import joined_processes, model_groups
+from megatron_ee.parallel.layout import even_layout
+from megatron_ee.testing.ranks import run_ranks
+from megatron_ee.tuning.gates import add_gates
+from megatron_ee.tuning.interrupt import Interrupt
+
+LENGTH = 32
+SPECS = (ExitSpec(1, "mlp", "shared"), ExitSpec(2, "norm", "shared"), ExitSpec(3, "layer", "shared"))
+GATES = frozenset({1, 3})
+
+
+@dataclass(frozen=True)
+class Place:
+    """``tensor`` and ``pipeline`` sizes, sequence parallelism, sequences per microbatch: the rest is data-parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    micro: int = 1
+
+
+PLACES = {1: [Place(micro=4)], 2: [Place(2, sequence=True, micro=2), Place(1, 2), Place(micro=2)]}
+
+
+class Blend:
+    """Random sequences, of which one token in five is masked."""
+
+    samples_per_epoch = (40,)
+
+    def __getitem__(self, index: int) -> Sample:
+        generator = np.random.default_rng(index)
+        tokens = generator.integers(0, 131, LENGTH + 1)
+        return tokens[:-1], tokens[1:], generator.random(LENGTH) < 0.8
+
+
+def add_all(path: Path, places: Sequence[Place], output: Path) -> None:
+    """On one rank: an adapter without gates gets them, in every place."""
+    model, blend = open_model(path), Blend()
+    with joined_processes() as control:
+        for number, place in enumerate(places):
+            with model_groups(control, place.tensor, place.pipeline) as groups:
+                setup = build_setup(model.architecture, torch.float32, groups, sequence_parallel=place.sequence)
+                layout = even_layout(model.architecture.num_layers, place.pipeline, [spec.layer for spec in SPECS])
+                exits = build_stage(setup, layout, SPECS).exits
+                for exit_ in exits:
+                    initialise_exit(exit_, model, 1)
+                adapter = output / str(number)
+                save_adapter(adapter, exits, SPECS, groups, base_model="", backbone_sha256="0" * 64, steps=7)
+                config = RunConfig(
+                    ModelConfig(str(path)),
+                    [],
+                    DataConfig([], sequence_length=LENGTH),
+                    ParallelConfig(),
+                    tuning=TuningConfig(global_batch_size=4, micro_batch_size=place.micro),
+                    fit=FitConfig(tokens=800),
+                )
+                paths = [adapter, output / "missing"]
+                add_gates(config, setup, model, paths, GATES, blend, Interrupt())  # type: ignore[arg-type]
+
+
+def whole(tensor: StoredTensor) -> torch.Tensor:
+    return torch.cat([slab.clone() for slab in tensor.slabs()])
+
+
+def test_layouts_fit_the_gates_of_one_process(saved_model: Any, tmp_path: Path) -> None:
+    path = saved_model("llama-biases")[0]
+    run_ranks(1, add_all, path, PLACES[1], tmp_path / "one")
+    run_ranks(2, add_all, path, PLACES[2], tmp_path / "two")
+    expected = open_adapter(tmp_path / "one" / "0")
+    assert expected.exits == tuple(dataclasses.replace(spec, gate=spec.layer in GATES) for spec in SPECS)
+    assert expected.steps == 7
+    for number, place in enumerate(PLACES[2]):
+        found = open_adapter(tmp_path / "two" / str(number))
+        assert found.exits == expected.exits and found.weights.keys() == expected.weights.keys()
+        for layer in GATES:
+            for name in (f"exits.{layer}.gate.weight", f"exits.{layer}.gate.bias"):
+                mine, theirs = whole(found.weights[name]), whole(expected.weights[name])
+                assert theirs.abs().max() > 0
+                assert (mine - theirs).abs().max() <= 1e-4 * max(1.0, float(theirs.abs().max())), (place, name)
