@@ -72,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_exits(group: Any) -> None:
     add = group.add_argument
+    add(
+        "--policy",
+        choices=("threshold", "gate"),
+        default="threshold",
+        help="what decides in mode threshold: the head's confidence (threshold, default), or before the head runs the "
+        "probability that the exit agrees with the full model (gate; for exits that were tuned with gate: true)",
+    )
     add("--threshold", type=float, metavar="X", help="confidence at which a token leaves (default: 0.9)")
     add("--thresholds", type=_by_layer, default={}, metavar="K=X,...", help="thresholds of single exits: 8=0.8,16=0.95")
     add(
@@ -92,9 +99,9 @@ def _add_exits(group: Any) -> None:
     add(
         "--backoff",
         type=at_least(0),
-        default=4,
         metavar="N",
-        help="after N tokens in a row that did not leave at an exit, use it less often; 0: always use it (default: 4)",
+        help="after N tokens in a row that did not leave at an exit, use it less often; 0: always use it (default: 4; "
+        "0 with --policy gate)",
     )
     add("--draft-exit", type=at_least(1), metavar="K", help="layer of the drafting exit (default: chosen at run time)")
     add("--draft-length", type=at_least(0), metavar="N", help="tokens per draft (default: chosen at run time)")

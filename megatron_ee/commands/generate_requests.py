@@ -14,7 +14,7 @@ from megatron_ee.config.validation import validated
 from megatron_ee.data.chat import check_messages
 from megatron_ee.errors import ConfigError, UserError, shown
 from megatron_ee.inference.loading import Released
-from megatron_ee.inference.policy import ThresholdPolicy
+from megatron_ee.inference.policy import POLICIES
 from megatron_ee.inference.requests import Request, encode_chat, prompt_ids
 from megatron_ee.inference.sampling import Sampling
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 POLICY = ("thresholds", "measure", "max_deferred", "min_full", "backoff")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 OTHERS = ("samples", "max_tokens", "stop", "ignore_eos", "echo", "logprobs", "exits")
-FIELDS = ("mode", "threshold", *POLICY, "draft_exit", "draft_length", *SAMPLING, *OTHERS)
+FIELDS = ("mode", "policy", "threshold", *POLICY, "draft_exit", "draft_length", *SAMPLING, *OTHERS)
 """Names of a request's settings; ``generate --help`` describes them."""
 PROMPTS = ("prompt", "messages")
 
@@ -49,18 +49,20 @@ class FileRequest:
 def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, has_exits: bool) -> Request:
     """A request with these settings, by the names in ``FIELDS``. Those that are left out have their defaults.
 
-    A ``mode`` of None means ``threshold`` if there are exits, else ``full``. A ``threshold`` of None means the default.
+    A ``mode`` of None means ``threshold`` if there are exits, else ``full``. A ``threshold`` or ``backoff`` of None
+    means the policy's default.
     """
-    mode = settings.get("mode")
-    policy = _chosen(settings, POLICY)
-    if settings.get("threshold") is not None:
-        policy["threshold"] = settings["threshold"]
+    mode, name = settings.get("mode"), settings.get("policy", "threshold")
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ConfigError(f"policy: must be one of {', '.join(POLICIES)}, not {shown(name)}")
+    policy = _chosen(settings, ("threshold", *POLICY))
+    policy = {key: value for key, value in policy.items() if value is not None or key not in ("threshold", "backoff")}
     return validated(
         Request,
         {
             "prompt": prompt,
             "mode": ("threshold" if has_exits else "full") if mode is None else mode,
-            "policy": validated(ThresholdPolicy, policy),
+            "policy": validated(POLICIES[name], policy),
             "draft": {"exit": settings.get("draft_exit"), "length": settings.get("draft_length")},
             "sampling": validated(Sampling, _chosen(settings, SAMPLING)),
             **_chosen(settings, OTHERS),
@@ -92,7 +94,8 @@ def check_request(request: Request, released: Released) -> None:
         ConfigError: the request is invalid; the message names the field.
     """
     arch = released.model.architecture
-    request.check([spec.layer for spec in released.exits], arch.num_layers)
+    gates = [spec.layer for spec in released.exits if spec.gate]
+    request.check([spec.layer for spec in released.exits], arch.num_layers, gates=gates)
     prompt_ids(request, released.tokenizer, arch.vocab_size, arch.max_generated_positions)
 
 

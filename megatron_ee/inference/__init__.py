@@ -2,7 +2,7 @@
 
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import open_engine, open_released
-from megatron_ee.inference.policy import ExitPolicy, ThresholdPolicy
+from megatron_ee.inference.policy import ExitPolicy, GatePolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request, Token
 from megatron_ee.inference.sampling import Sampling
 
@@ -12,6 +12,7 @@ __all__ = [
     "Engine",
     "Event",
     "ExitPolicy",
+    "GatePolicy",
     "Request",
     "Sampling",
     "ThresholdPolicy",

@@ -83,7 +83,8 @@ class Engine:
         Raises:
             ConfigError: as ``submit``.
         """
-        request.check([spec.layer for spec in self.exits], self.num_layers, self.off)
+        gates = [spec.layer for spec in self.exits if spec.gate]
+        request.check([spec.layer for spec in self.exits], self.num_layers, self.off, gates)
         if request.stop and self._tokenizer is None:
             raise ConfigError("stop: needs a tokenizer, and there is none; give stop_ids")
         prompt = prompt_ids(request, self._tokenizer, self.vocab_size, self.max_positions)

@@ -33,6 +33,7 @@ class HeadInput:
         seen: ids of the prompt and the emitted tokens if there is a repetition penalty; else empty.
         logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's; None
             for no log-probabilities.
+        min_chance: with ``draft``, the gate's probability below which the draft ends before the head runs.
     """
 
     kind: Kind
@@ -43,6 +44,20 @@ class HeadInput:
     proposals: tuple[int, ...] = ()
     seen: tuple[int, ...] = ()
     logprobs: int | None = None
+    min_chance: float = 0.0
+
+    @property
+    def gated(self) -> bool:
+        """Whether the exit's gate, if it has one, decides whether the head runs."""
+        if self.kind == "draft":
+            return self.min_chance > 0
+        return self.kind == "leave" and self.policy is not None and self.policy.gated
+
+    def passes(self, chance: float) -> bool:
+        """Whether the head runs at this probability of the gate."""
+        if self.kind == "draft" or self.policy is None:
+            return chance >= self.min_chance
+        return self.policy.leaves(self.layer, chance)
 
     @property
     def measure(self) -> str:
@@ -80,9 +95,9 @@ class HeadOutput:
     """The result of a head for one sequence.
 
     Attributes:
-        tokens: emitted or proposed tokens, in order. Empty if the token does not leave at this exit. With ``verify``,
-            the accepted proposals and one more token.
-        confidences: confidence of the head for each of ``tokens``.
+        tokens: emitted or proposed tokens, in order. Empty if the token does not leave at this exit, or if a gate ends
+            the draft. With ``verify``, the accepted proposals and one more token.
+        confidences: confidence of the head for each of ``tokens``, or the gate's probability if it decided.
         logprobs: log-probabilities for each of ``tokens``, if requested.
         finite: False if the logits hold NaN or +inf, or are all -inf; the other attributes then have no meaning.
             Single -inf logits, of tokens that cannot be chosen, are allowed.

@@ -152,6 +152,7 @@ class OutputState:
 
         ``layers_per_token`` is the number of decoder layers run per token after the first one, including those for
         deferred tokens and rejected proposals; the own layer of a ``layer`` exit counts if its head was asked.
+        ``heads_per_token`` is the number of heads run per token after the first one; a verification counts once.
         ``acceptance_rate`` is the share of accepted proposals among the judged ones. ``reused_tokens`` is the number of
         prompt tokens whose KV was copied from another request. Times are in seconds. ``tokens_per_second`` excludes the
         prompt and the first token.
@@ -167,6 +168,7 @@ class OutputState:
             "tokens_by_layer": _by_layer(Counter(token.layer for token in self.tokens)),
             "mean_exit_layer": sum(token.layer for token in self.tokens) / count if count else None,
             "layers_per_token": seq.num_layer_runs / (count - 1) if count > 1 else None,
+            "heads_per_token": seq.num_head_runs / (count - 1) if count > 1 else None,
             "deferred_tokens": sum(seq.deferred.values()),
             "rounds": 0 if drafting is None else drafting.num_rounds,
             "proposed": seq.num_draft_tokens,
@@ -188,6 +190,7 @@ class Totals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     layer_runs: int = 0
+    head_runs: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     by_layer: Counter[int] = field(default_factory=Counter)
@@ -202,6 +205,7 @@ class Totals:
         self.prompt_tokens += seq.num_prompt_tokens
         self.cached_tokens += seq.num_cached_tokens
         self.layer_runs += seq.num_layer_runs
+        self.head_runs += seq.num_head_runs
         self.draft_tokens += seq.num_draft_tokens
         self.accepted_tokens += seq.num_accepted_tokens
         self.by_layer.update(token.layer for token in output.tokens)
@@ -219,6 +223,7 @@ class Totals:
             "tokens_by_layer": _by_layer(self.by_layer),
             "mean_exit_layer": self.by_layer.total() and sum(k * n for k, n in self.by_layer.items()) / self.tokens,
             "layers_per_token": self.layer_runs / self.later_tokens if self.later_tokens else None,
+            "heads_per_token": self.head_runs / self.later_tokens if self.later_tokens else None,
             "proposed": self.draft_tokens,
             "accepted": self.accepted_tokens,
             "acceptance_rate": self.accepted_tokens / self.draft_tokens if self.draft_tokens else None,

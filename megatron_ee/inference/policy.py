@@ -23,7 +23,7 @@ import struct
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
@@ -112,8 +112,10 @@ class ExitPolicy(Strict):
         backoff: number of consecutive tokens that do not leave at an exit before it backs off: it is then asked about
             every second token, then every fourth, eighth and sixteenth, until a token leaves there. This saves the
             cost of its head. 0 disables back-off.
+        gated: whether ``leaves`` is asked before the head runs, with the probability of the exit's gate as confidence.
     """
 
+    gated: ClassVar[bool] = False
     name: str
     measure: str = "probability"
     max_deferred: int = Field(default=MAX_DEFERRED, ge=0, le=MOST_DEFERRED)
@@ -151,7 +153,7 @@ class ExitPolicy(Strict):
 Confidence = Annotated[float, Field(gt=0)]
 
 
-class ThresholdPolicy(ExitPolicy):
+class _Thresholds(ExitPolicy):
     """A token leaves at the first exit whose confidence is at least the threshold.
 
     Attributes:
@@ -159,7 +161,6 @@ class ThresholdPolicy(ExitPolicy):
         thresholds: by layer, thresholds of single exits; they replace ``threshold`` there.
     """
 
-    name: Literal["threshold"] = "threshold"
     threshold: Confidence = 0.9
     thresholds: Mapping[int, Confidence] = Field(default_factory=dict)
 
@@ -184,8 +185,27 @@ class ThresholdPolicy(ExitPolicy):
         return self.thresholds.keys()
 
 
+class ThresholdPolicy(_Thresholds):
+    """The confidence is computed from the head's logits, see ``measure``."""
+
+    name: Literal["threshold"] = "threshold"
+
+
+class GatePolicy(_Thresholds):
+    """The confidence is the probability that the exit agrees with the final exit, predicted by the exit's gate.
+
+    The head runs only for tokens that leave. ``measure`` is the confidence of the tokens that the final exit emits. An
+    exit that is asked in vain costs little, so there is no back-off by default.
+    """
+
+    gated: ClassVar[bool] = True
+    name: Literal["gate"] = "gate"
+    backoff: int = Field(default=0, ge=0)
+
+
 POLICIES: dict[str, type[ExitPolicy]] = {
     "threshold": ThresholdPolicy,
+    "gate": GatePolicy,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -87,13 +87,16 @@ class Request(Strict):
             raise ValueError("forced_ids: speculative mode cannot verify proposals on a forced text; use another mode")
         return self
 
-    def check(self, exits: Sequence[int], num_layers: int, off: Sequence[int] = ()) -> None:
+    def check(
+        self, exits: Sequence[int], num_layers: int, off: Sequence[int] = (), gates: Collection[int] = ()
+    ) -> None:
         """Check the settings that depend on the model, except the prompt.
 
         Args:
             exits: layers of the available exits.
             num_layers: number of backbone layers.
             off: layers of the exits that are switched off.
+            gates: layers of the exits that have a gate.
 
         Raises:
             ConfigError: a setting is invalid; the message names the field.
@@ -108,6 +111,13 @@ class Request(Strict):
                 _known(name, layer, exits, off)
         if self.exits is not None and not self.exits and self.mode != "full":
             raise ConfigError(f"exits: mode {self.mode} needs at least one")
+        if self.mode == "threshold" and self.policy.gated:
+            for layer in exits if self.exits is None else self.exits:
+                if layer not in gates:
+                    raise ConfigError(
+                        f"policy: the exit after layer {layer} has no gate; tune it with gate: true, or use only exits "
+                        f"that have one: {_listed(sorted(gates))}"
+                    )
         self._check_draft(exits, num_layers, off)
 
     def _check_draft(self, exits: Sequence[int], num_layers: int, off: Sequence[int]) -> None:

@@ -390,6 +390,8 @@ class Scheduler:
             The emitted tokens.
         """
         last, kind = self.stage_map.final - 1, head_input.kind
+        if seq.tokens:
+            seq.num_head_runs += bool(output.tokens) or not head_input.gated
         if not output.finite:
             seq.status = Status.FAILED
             seq.error = f"the logits after layer {min(depth, last)} at position {head_input.position} are not finite"
@@ -397,7 +399,7 @@ class Scheduler:
             return []
         if kind == "draft":
             assert seq.drafting is not None
-            if seq.drafting.propose(output.tokens[0], output.confidences[0]):
+            if output.tokens and seq.drafting.propose(output.tokens[0], output.confidences[0]):
                 seq.spec_token_ids.append(output.tokens[0])
                 self._defer(seq, depth)
             return []

@@ -83,6 +83,8 @@ class Sequence:
         num_passes_waited: passes of other sequences since its last one.
         num_layer_runs: decoder layers run for tokens after the prompt. The own layer of a ``layer`` exit counts if its
             head was asked.
+        num_head_runs: heads run after the first token. A head that verifies several proposals at once counts once, and
+            one that a gate kept from running does not count.
     """
 
     seq_id: int
@@ -105,6 +107,7 @@ class Sequence:
     parent: int | None = None
     num_passes_waited: int = 0
     num_layer_runs: int = 0
+    num_head_runs: int = 0
 
     @property
     def in_flight(self) -> bool:
@@ -187,4 +190,6 @@ class Sequence:
             )
         if params.mode == "threshold":
             return HeadInput("leave", position, params.sampling, params.policy, depth, (), seen, params.logprobs)
-        return HeadInput("draft", position, params.sampling, seen=seen) if self.proposes else None
+        if self.drafting is None or not self.proposes:
+            return None
+        return HeadInput("draft", position, params.sampling, seen=seen, min_chance=self.drafting.min_chance)

@@ -7,6 +7,7 @@ ends early at a token that is unlikely to be accepted. The output always equals 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -275,6 +276,14 @@ class DraftState:
     def set_seconds(self, seconds: float) -> None:
         """Set the duration of the round from ``elapsed``, equal on all ranks; the sequences share it."""
         self._seconds = seconds / self._rows
+
+    @property
+    def min_chance(self) -> float:
+        """Acceptance rate below which the draft ends at the next proposal; 0 if drafts end at their length only."""
+        if self.plan is None or not self.plan.min_chance:
+            return 0.0
+        acceptance = self._drafter.acceptance[self.plan.exit]
+        return self.plan.min_chance / math.prod(acceptance.rate(each) for each in self._confidences)
 
     def propose(self, token: int, confidence: float) -> bool:
         """Add a token of the drafting exit to the draft. Returns False, without adding it, if the draft ends here."""

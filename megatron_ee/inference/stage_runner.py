@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -118,6 +118,9 @@ class TokenBatch:
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """Split ``[tokens, 1, hidden]`` by sequence."""
         return [x] if len(self.counts) == 1 else x.split(self.counts)
+
+
+Asking = tuple[StageSequence, HeadInput]
 
 
 class StageRunner:
@@ -261,8 +264,10 @@ class StageRunner:
         if exit_ is not None:
             x = exit_.attention_half(tap, batch.positions, batch.exit_cache(pass_.stop)) if exit_.windows else tap
             if inputs:
-                logits = _exit_logits(exit_, exit_.rest(_newest(x, pass_, batch))[:, 0], inputs)
-                emitted = iter([bool(output.tokens) for output in self._run_head(logits, pass_, batch)])
+                z = exit_.rest(_newest(x, pass_, batch))[:, 0]
+                outputs = _gated_outputs(exit_, z, _asking(pass_, batch))
+                self._outputs.append(outputs)
+                emitted = iter([bool(output.tokens) for output in outputs])
                 left = [seq.head_input is not None and next(emitted) for seq in pass_.sequences]
         for sequence, part, leaves in zip(batch.sequences, batch.split(tap), left, strict=True):
             if not (leaves and pass_.stop == self._final - 1):  # after the last layer there is no KV left to fill
@@ -272,21 +277,7 @@ class StageRunner:
         """Run the final exit for the sequences that ask it, if any."""
         if _head_inputs(pass_):
             z = self.stage.final_features(_newest(h, pass_, batch))[:, 0]
-            self._run_head(self.stage.final_logits(z), pass_, batch)
-
-    def _run_head(self, logits: Tensor, pass_: Pass, batch: TokenBatch) -> list[HeadOutput]:
-        """Compute the head outputs of the sequences that ask it, and queue them for ``outputs``."""
-        wanted = [
-            (sequence, scheduled.head_input)
-            for sequence, scheduled in zip(batch.sequences, pass_.sequences, strict=True)
-            if scheduled.head_input is not None
-        ]
-        outputs = head_outputs(logits, [each for _, each in wanted], [sequence.draft_probs for sequence, _ in wanted])
-        for sequence, head_input in wanted:
-            if head_input.kind == "verify":
-                sequence.draft_probs = []
-        self._outputs.append(outputs)
-        return outputs
+            self._outputs.append(_head_outputs(self.stage.final_logits(z), _asking(pass_, batch)))
 
     def _positions(self, counts: list[int], stops: list[int]) -> Positions:
         """Positions of the last ``counts`` tokens of sequences of length ``stops``, from a table that grows."""
@@ -300,6 +291,47 @@ class StageRunner:
 def _head_inputs(pass_: Pass) -> list[HeadInput]:
     """Head inputs of the sequences that ask the head."""
     return [seq.head_input for seq in pass_.sequences if seq.head_input is not None]
+
+
+def _asking(pass_: Pass, batch: TokenBatch) -> list[Asking]:
+    """The sequences that ask the head, with their inputs."""
+    return [
+        (sequence, scheduled.head_input)
+        for sequence, scheduled in zip(batch.sequences, pass_.sequences, strict=True)
+        if scheduled.head_input is not None
+    ]
+
+
+def _gated_outputs(exit_: Exit, z: Tensor, asking: Sequence[Asking]) -> list[HeadOutput]:
+    """The head outputs of an exit from z ``[sequences, hidden]``. Its gate decides first for which of them it runs.
+
+    The gate's probabilities are a transfer of their own, before that of the head.
+    """
+    inputs = [each for _, each in asking]
+    if exit_.gate is None or not any(each.gated for each in inputs):
+        return _head_outputs(_exit_logits(exit_, z, inputs), asking)
+    chances = exit_.gate(z).tolist()
+    outputs = [HeadOutput(finite=chance == chance) for chance in chances]
+    chosen = [n for n, each in enumerate(inputs) if not each.gated or each.passes(chances[n])]
+    if not chosen:
+        return outputs
+    through = [
+        (asking[n][0], replace(inputs[n], kind="emit") if inputs[n].kind == "leave" and inputs[n].gated else inputs[n])
+        for n in chosen
+    ]
+    rows = z if len(chosen) == len(inputs) else torch.stack([z[n] for n in chosen])
+    found = _head_outputs(_exit_logits(exit_, rows, [each for _, each in through]), through)
+    for n, output in zip(chosen, found, strict=True):
+        outputs[n] = replace(output, confidences=(chances[n],)) if inputs[n].gated and output.tokens else output
+    return outputs
+
+
+def _head_outputs(logits: Tensor, asking: Sequence[Asking]) -> list[HeadOutput]:
+    outputs = head_outputs(logits, [each for _, each in asking], [sequence.draft_probs for sequence, _ in asking])
+    for sequence, head_input in asking:
+        if head_input.kind == "verify":
+            sequence.draft_probs = []
+    return outputs
 
 
 def _exit_logits(exit_: Exit, z: Tensor, inputs: Sequence[HeadInput]) -> Tensor:

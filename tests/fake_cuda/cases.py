@@ -64,6 +64,7 @@ def inference_grid() -> list[Inference]:
         cases.append(Inference("llama2_7b", mode, exits("mlp", "own", 8, 16), sampled=True))
         cases.append(Inference("llama3.1_8b", mode, exits("mlp", "own", 8, 16), rows=2, sampled=True))
     cases.append(Inference("llama2_7b", "threshold", exits("mlp", "own", 8, 16), window=256))
+    cases.append(Inference("llama2_7b", "threshold", exits("mlp", "own", 8, 16), rows=3, gates=True))
     for body, head in (("embedding", "own"), ("norm", "shared"), ("layer", "low_rank")):
         cases.append(Inference("llama2_7b", "threshold", exits(body, head, 8, 16)))
         cases.append(Inference("llama2_7b", "speculative", exits(body, head, 8, 16)))

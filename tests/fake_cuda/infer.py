@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
 from megatron_ee import platform
+from megatron_ee.exits.gate import Gate
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference import loading, remote, stage_runner
-from megatron_ee.inference.policy import ThresholdPolicy
+from megatron_ee.inference.policy import GatePolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.model.setup import build_setup
@@ -36,7 +38,9 @@ def run(case: Inference, explained: int | None = None) -> Result:
         mock.patch.object(loading, "share", _shared),
         mock.patch.object(remote, "share", _shared),
         mock.patch.object(stage_runner, "head_outputs", _counting(stage_runner.head_outputs, heads := [])),
+        mock.patch.object(Gate, "forward", _counting(Gate.forward, gates := [])),
     ):
+        specs = tuple(dataclasses.replace(spec, gate=case.gates) for spec in specs)
         setup = build_setup(architecture, platform.DTYPES[config.model.dtype], groups)
         stage = Stage(setup, range(1, architecture.num_layers + 1), specs, final_exit=True)
         with loading.engine_on_ranks(stage, layout, specs) as engine:
@@ -51,7 +55,7 @@ def run(case: Inference, explained: int | None = None) -> Result:
                     Request(
                         prompt=[1] * (PROMPT + row),
                         mode=case.mode,
-                        policy=ThresholdPolicy(threshold=0.8),
+                        policy=(GatePolicy if case.gates else ThresholdPolicy)(threshold=0.8),
                         sampling=sampling,
                         max_tokens=case.tokens,
                         ignore_eos=True,
@@ -70,7 +74,7 @@ def run(case: Inference, explained: int | None = None) -> Result:
             peak=held,
             launches=sum(watch.launches.values()),
             syncs=dict(watch.syncs),
-            units={"head": len(heads)},
+            units={"head": len(heads), "gate": len(gates)},
             attention=dict(watch.attention),
             faults=tuple(watch.faults),
             launches_by_place=dict(watch.places.most_common(12)),

@@ -45,6 +45,7 @@ class Inference:
         tokens: that each emits.
         sampled: draw tokens; otherwise take the most probable one.
         window: sliding window that the model is given.
+        gates: the exits have gates, which decide in threshold mode.
     """
 
     example: str
@@ -54,12 +55,13 @@ class Inference:
     tokens: int = 4
     sampled: bool = False
     window: int | None = None
+    gates: bool = False
 
     @property
     def name(self) -> str:
         """Distinguishes it from other cases."""
-        sampled = ["sampled"] if self.sampled else []
-        return _named("infer", self.example, self.mode, *sampled, *self.overrides, rows=self.rows, window=self.window)
+        kinds = [kind for kind in ("sampled", "gates") if getattr(self, kind)]
+        return _named("infer", self.example, self.mode, *kinds, *self.overrides, rows=self.rows, window=self.window)
 
 
 def _named(*words: str, **numbers: int | None) -> str:

@@ -75,7 +75,7 @@ def test_json_form() -> None:
     assert form["name"] == "threshold" and policy_from_json(form) == policy
     assert policy_from_json({"threshold": 0.5}) == ThresholdPolicy(threshold=0.5)
     for wrong, message in (
-        ({"name": "hope"}, "name: must be one of threshold, not 'hope'"),
+        ({"name": "hope"}, "name: must be one of threshold, gate, not 'hope'"),
         ({"name": "threshold", "luck": 1}, "luck: unknown key"),
         (["threshold"], "must be an object with the name of a policy"),
     ):

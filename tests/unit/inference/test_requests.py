@@ -39,7 +39,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"mode": "fast"}, "mode: must be one of 'full', 'threshold' or 'speculative', not 'fast'"),
     ({"mode": None}, "mode: must be one of"),
     ({"policy": {"threshold": 0.0}}, "policy: threshold: must be above 0, not 0.0"),
-    ({"policy": {"name": "luck"}}, "policy: name: must be one of threshold, not 'luck'"),
+    ({"policy": {"name": "luck"}}, "policy: name: must be one of threshold, gate, not 'luck'"),
     ({"policy": 0.5}, "policy: must be an object with the name of a policy, not 0.5"),
     ({"exits": 1}, "exits: must be a list"),
     ({"exits": (True,)}, "exits[0]: must be a whole number"),
