@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--no-verify", action="store_true", help="do not check checksums")
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    result.add_argument(
+        "--probe", type=Path, metavar="FILE", help="probe.json of a probe: compare with its fitted exits"
+    )
     result.add_argument("--plot", type=Path, metavar="FILE", help="plot the sweep to a .png, .pdf or .svg file")
     result.add_argument(
         "--output",
@@ -71,12 +74,15 @@ def run(arguments: argparse.Namespace) -> int:
         check_output(arguments.output, "evaluate")
     check_input("--model", arguments.model)
     check_input("--adapter", arguments.adapter)
+    check_input("--probe", arguments.probe)
     check_corpus("--data", [arguments.data])
     from megatron_ee.evaluation.evaluate import evaluate, write_quality
     from megatron_ee.evaluation.plots import plot_reliability, plot_sweep
+    from megatron_ee.evaluation.probe_report import print_since, read_layers, since_dict
     from megatron_ee.evaluation.report import print_quality
     from megatron_ee.parallel.groups import launched_rank
 
+    probed = None if arguments.probe is None else read_layers(arguments.probe)
     result = evaluate(
         model=arguments.model,
         adapter=arguments.adapter,
@@ -92,9 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
     if launched_rank() > 0:
         return 0
     if arguments.json:
-        print(json.dumps(result.to_dict()))
+        compared = {} if probed is None else {"since_probe": since_dict(probed, result.quality)}
+        print(json.dumps({**result.to_dict(), **compared}))
     else:
         print_quality(result.quality, result.exits)
+        if probed is not None:
+            print_since(probed, result.quality)
     if arguments.output is not None:
         claim_output(arguments.output, "evaluate")
         write_quality(result.quality, result.exits, arguments.output / "evaluation")

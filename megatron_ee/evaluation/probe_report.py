@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_ee.config.untrusted import read_json
+from megatron_ee.config.validation import validated
+from megatron_ee.errors import DataError
 from megatron_ee.evaluation.forecast import Forecast
-from megatron_ee.evaluation.probe import ABOVE, Probe
+from megatron_ee.evaluation.probe import ABOVE, LayerFigures, Probe
+from megatron_ee.model.quality import Quality
 from megatron_ee.tables import add_columns, make_console, new_table
 
 PAYS = 1.05
@@ -119,6 +124,39 @@ def print_probe(found: Probe) -> None:
         console.print(yaml_block(exits))
         console.print()
     console.print(judgement(found), soft_wrap=True)
+
+
+def read_layers(path: Path) -> list[LayerFigures]:
+    """The fitted exits of a ``probe.json``.
+
+    Raises:
+        DataError: it is none.
+        CheckpointError: it cannot be read.
+    """
+    content = read_json(path)
+    layers = content.get("layers") if isinstance(content, dict) else None
+    return validated(list[LayerFigures], layers, where=f"{path}: layers", error=DataError)
+
+
+def since_dict(probed: Sequence[LayerFigures], quality: Quality) -> list[dict[str, float]]:
+    """Agreement of the exits that a probe measured too, then and now."""
+    then = {each.layer: each.agreement for each in probed}
+    return [
+        {"layer": exit_.layer, "probed": then[exit_.layer], "agreement": exit_.agreement}
+        for exit_ in quality.exits
+        if exit_.layer in then
+    ]
+
+
+def print_since(probed: Sequence[LayerFigures], quality: Quality) -> None:
+    """Print ``since_dict`` to stdout."""
+    console = make_console()
+    table = new_table("Agreement since the probe", console)
+    add_columns(table, "after layer", "fitted, probe", "now")
+    for each in since_dict(probed, quality):
+        table.add_row(str(each["layer"]), f"{each['probed']:.1%}", f"{each['agreement']:.1%}")
+    console.print()
+    console.print(table)
 
 
 def _add(table: Any, mode: str, setting: str, each: Forecast) -> None:

@@ -68,3 +68,23 @@ def test_what_cannot_be_probed(
     assert "chat template" in refused(1, "--data", tmp_path / "chat.jsonl")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "probe runs in one process" in refused(2, "--data", project.train)
+
+
+def test_evaluate_compares_with_a_probe(
+    project: Project, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probed(capsys, "--model", project.model, "--data", project.train, "--output", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "probe.json").read_text())
+    evaluate = ("evaluate", "--model", project.model, "--adapter", tuned / "adapter", "--data", project.held_out)
+    line = [*map(str, evaluate), "--sequence-length", "32", "--sequences", "4", "--probe"]
+    assert main([*line, str(tmp_path / "out" / "probe.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(each["layer"], each["probed"], each["agreement"]) for each in found["since_probe"]] == [
+        (exit_["layer"], then["agreement"], exit_["agreement"])
+        for exit_, then in zip(found["exits"], content["layers"], strict=True)
+    ]
+    assert main([*line, str(tmp_path / "out" / "probe.json")]) == 0
+    assert "Agreement since the probe" in capsys.readouterr().out
+    (tmp_path / "other.json").write_text('{"layers": [{"layer": 1}]}')
+    assert main([*line, str(tmp_path / "other.json")]) == 1
+    assert "other.json: layers" in capsys.readouterr().err.splitlines()[-1]

@@ -103,7 +103,7 @@ INPUTS = {
     "tune --config run.yaml --output out --data.train [here] --data.validation [here]": (
         *("--data.train", "--data.validation"),
     ),
-    "evaluate --model here --adapter here --data here": ("--model", "--adapter", "--data"),
+    "evaluate --model here --adapter here --data here --probe here": ("--model", "--adapter", "--data", "--probe"),
     "generate --model here --prompts here --adapter here": ("--model", "--prompts", "--adapter"),
     "generate --model here --prompt a --draft-vocabulary 4 --draft-corpus here": ("--draft-corpus",),
     "regenerate --model here --prompts here --output out": ("--model", "--prompts"),
