@@ -18,7 +18,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.inference import kv_cache, kv_cache_manager, scheduler
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import engine_on_ranks
-from megatron_ee.inference.policy import POLICIES, ExitHistory, ExitPolicy, ThresholdPolicy
+from megatron_ee.inference.policy import POLICIES, ExitHistory, ExitPolicy, GatePolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.parallel.groups import process_groups
@@ -27,7 +27,12 @@ from megatron_ee.testing.models import save_tiny_model
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import run_command, run_ranks
 
-SPECS = [ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4), ExitSpec(4)]
+SPECS = [
+    ExitSpec(1, gate=True),
+    ExitSpec(2, "layer", "shared", gate=True),
+    ExitSpec(3, "norm", "low_rank", rank=4, gate=True),
+    ExitSpec(4, gate=True),
+]
 PROMPTS = [[5, 17, 99, 42, 3, 77, 120], [9, 8, 7], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40], [64]]
 DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=3)
 
@@ -83,6 +88,7 @@ def requests() -> list[Request]:
         ),
         Request(prompt=PROMPTS[1], mode="threshold", policy=ThresholdPolicy(threshold=1e-6), exits=(4,), max_tokens=8),
         Request(prompt=PROMPTS[2], sampling=DRAWN, samples=2, max_tokens=12, stop_ids=(7, 8)),
+        *(Request(prompt=each, mode="threshold", policy=GatePolicy(threshold=0.7), max_tokens=14) for each in PROMPTS),
         *(Request(prompt=PROMPTS[0], mode="threshold", policy=RunOut(exit=k), max_tokens=14) for k in (1, 3)),
     ]
     return found
@@ -112,6 +118,8 @@ def engine_of(directory: str, tensor: int, pipeline: int, **options: Any) -> Ite
             initialise_exit(exit_, model, 1)
             with torch.no_grad():  # exits that differ from each other, and now and then from the final one
                 exit_.body.norm.weight *= 1 + 0.2 * exit_.spec.layer
+            generator = torch.Generator().manual_seed(exit_.spec.layer)
+            exit_.gate.place(0.3 * torch.randn(len(exit_.gate.weight) + 1, generator=generator))
             exit_.head.restrict(torch.arange(0, 131, 2, device=platform.device()))  # of which each rank has some
         with engine_on_ranks(stage, layout, SPECS, **options) as engine:
             yield engine
