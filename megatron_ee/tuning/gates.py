@@ -48,7 +48,7 @@ BINS = 15
 
 
 @dataclass(frozen=True)
-class Rows:
+class GateTokens:
     """Tokens of this rank, in host memory.
 
     Attributes:
@@ -200,9 +200,9 @@ def fit_gates(
 @torch.no_grad()
 def _collect(
     taught: Pipeline, steps: Steps, chunk_tokens: int, interrupt: Interrupt, bar: Progress
-) -> dict[Exit, Rows]:
+) -> dict[Exit, GateTokens]:
     """The unmasked tokens of some global batches, for each exit with a gate."""
-    found: dict[Exit, list[Rows]] = {exit_: [] for exit_ in taught.stage.exits if exit_.gate is not None}
+    found: dict[Exit, list[GateTokens]] = {exit_: [] for exit_ in taught.stage.exits if exit_.gate is not None}
 
     def score(micro: Microbatch, labels: Tensor) -> None:
         kept = micro.mask > 0
@@ -210,19 +210,21 @@ def _collect(
             z = exit_.features(micro.taps[exit_.spec.layer], micro.positions).flatten(0, 1)
             stats = exit_.head_statistics(z, labels, chunk_tokens=chunk_tokens)
             rows = (z[kept], stats.top1[kept] == labels[kept], stats.confidence[kept])
-            parts.append(Rows(*(each.cpu() for each in rows)))
+            parts.append(GateTokens(*(each.cpu() for each in rows)))
 
     for batches in steps:
         interrupt.check_together(taught.stage.setup.groups)
         run_with_top1(taught, batches, score, chunk_tokens=chunk_tokens)
         bar.advance()
     return {
-        exit_: Rows(*(torch.cat([getattr(part, name) for part in parts]) for name in ("z", "agrees", "confidence")))
+        exit_: GateTokens(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("z", "agrees", "confidence"))
+        )
         for exit_, parts in found.items()
     }
 
 
-def _fit(exit_: Exit, rows: Rows, held_out: Rows) -> float:
+def _fit(exit_: Exit, rows: GateTokens, held_out: GateTokens) -> float:
     """Fit an exit's gate, and return the ridge with the lowest loss on held-out tokens."""
     groups, device, gate = exit_.setup.groups, platform.device(), exit_.gate
     assert gate is not None
