@@ -23,10 +23,10 @@ from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.optimizer import ExitOptimizer
-from megatron_ee.tuning.backward import of_distillation
 from megatron_ee.tuning.schedule import Pipeline, Span
 from megatron_ee.tuning.state import RunProgress, load_state, save_state
 from megatron_ee.tuning.step import StepResult, tuning_step
+from megatron_ee.tuning.teacher import of_distillation
 
 SEQUENCE_LENGTH, GLOBAL_BATCH, STEPS = 16, 12, 3
 
@@ -144,4 +144,4 @@ def prepare(model_path: Path, case: Case, groups: Groups) -> tuple[Pipeline, Exi
         decay_towards=case.decay_towards,  # type: ignore[arg-type]
     )
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, settings, ScheduleConfig(), STEPS)
-    return Pipeline(stage, case.layout, case.specs, backward=of_distillation(distillation)), optimizer
+    return Pipeline(stage, case.layout, case.specs, teacher=of_distillation(distillation)), optimizer

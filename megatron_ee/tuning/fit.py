@@ -31,9 +31,9 @@ from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.progress import Progress, track
 from megatron_ee.tables import add_columns, make_console, new_table
-from megatron_ee.tuning.backward import LastHidden, TopTokens
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
+from megatron_ee.tuning.teacher import LastHidden, TopTokens
 
 INITIAL = "adapter-initial"
 """Directory of the fitted exits in a run's output."""
@@ -234,7 +234,7 @@ class _Fitter:
 
     def run(self) -> list[FitOutcome]:
         """Fit, measure, and give each exit its best weights; the outcomes of all stages, by layer."""
-        taught = Pipeline(self._stage, self._layout, self._specs, backward=LastHidden(self._setup))
+        taught = Pipeline(self._stage, self._layout, self._specs, teacher=LastHidden(self._setup))
         solutions: dict[Exit, list[Solution]] = {}
         turns = self._turns()
         amount, counted = len(self._tokens.fitted), self._groups.is_main
@@ -324,7 +324,7 @@ class _Fitter:
                     figures = torch.stack([(stats.top1 == labels).float(), stats.loss])
                     sums[exit_][number] += (figures * micro.mask).sum(dim=1, dtype=torch.float64)
 
-        taught = Pipeline(self._stage, self._layout, self._specs, backward=TopTokens(1))
+        taught = Pipeline(self._stage, self._layout, self._specs, teacher=TopTokens(1))
         for batches in self._tokens.held_out:
             self._interrupt.check_together(self._groups)
             run_with_top1(taught, batches, score, chunk_tokens=self._chunk)

@@ -37,10 +37,10 @@ from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.progress import Progress, track
 from megatron_ee.tables import add_columns, make_console, new_table
-from megatron_ee.tuning.backward import TopTokens
 from megatron_ee.tuning.fit import PER_FEATURE, Steps, Tokens, read_tokens, run_with_top1
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
+from megatron_ee.tuning.teacher import TopTokens
 
 RIDGES = (0.001, 0.01, 0.1)
 BINS = 15
@@ -177,7 +177,7 @@ def fit_gates(
         interrupt: checked between global batches.
     """
     groups = stage.setup.groups
-    taught = Pipeline(stage, layout, specs, backward=TopTokens(1))
+    taught = Pipeline(stage, layout, specs, teacher=TopTokens(1))
     amount = len(tokens.fitted) + len(tokens.held_out)
     with track(amount, "global batches", "fitting gates", enabled=groups.is_main) as bar:
         fitted, held_out = (

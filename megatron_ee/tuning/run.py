@@ -62,7 +62,6 @@ from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.corpus import little_data
 from megatron_ee.planning.plan import plan_run
 from megatron_ee.progress import track
-from megatron_ee.tuning.backward import of_distillation
 from megatron_ee.tuning.fit import INITIAL, fit_exits
 from megatron_ee.tuning.gates import add_gates
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
@@ -71,6 +70,7 @@ from megatron_ee.tuning.plan_table import print_plan
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.state import RunProgress, check_same_run, load_state
 from megatron_ee.tuning.status import reported_status, write_failed
+from megatron_ee.tuning.teacher import of_distillation
 from megatron_ee.tuning.trainer import Trainer, Validate
 from megatron_ee.tuning.wandb_run import check_wandb
 
@@ -250,7 +250,7 @@ def _prepare(
         write_json(output / "config.json", config_to_dict(config))
     return Trainer(
         config=config,
-        pipeline=Pipeline(stage, layout, specs, backward=of_distillation(distillation)),
+        pipeline=Pipeline(stage, layout, specs, teacher=of_distillation(distillation)),
         optimizer=optimizer,
         stream=_stream(config, inputs.blend, groups, progress),
         output=output,

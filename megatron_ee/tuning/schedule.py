@@ -1,7 +1,7 @@
 """The schedule of a step over the stages: forward only. Each stage trains its exits when their taps have arrived.
 
 There is no backward pipeline, so no stage waits for an exit: h and taps are sent before the exits' work starts. What
-exits learn from the stage of the last layer comes back in a teacher message (``tuning.backward``). A stage with n
+exits learn from the stage of the last layer comes back in a teacher message (``tuning.teacher``). A stage with n
 stages after it then runs its exits n microbatches late, when the first teacher message has arrived.
 """
 
@@ -23,7 +23,7 @@ from megatron_ee.data.loader import Batch
 from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.transfer import Inbox, Outbox, connect
-from megatron_ee.tuning.backward import Backward
+from megatron_ee.tuning.teacher import TeacherMessage
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import Positions
@@ -73,17 +73,17 @@ class Pipeline:
     """
 
     def __init__(
-        self, stage: Stage, layout: Layout, specs: Sequence[ExitSpec], *, backward: Backward | None = None
+        self, stage: Stage, layout: Layout, specs: Sequence[ExitSpec], *, teacher: TeacherMessage | None = None
     ) -> None:
-        """``backward``: the kind of teacher messages, which come back from the stage of the last layer, if any."""
+        """``teacher``: the kind of teacher messages, which come back from the stage of the last layer, if any."""
         self.stage, self.layout, self.specs = stage, layout, tuple(specs)
         self.events: list[Span] | None = None
         groups, dtype = stage.setup.groups, stage.setup.dtype
         self.index, last = groups.pipeline.rank(), layout.last_layered
         hosts = [index for index, place in enumerate(layout.stages) if place.exits and index != last]
-        taught = backward is not None
+        taught = teacher is not None
         self.lag = layout.depth(last) - layout.depth(self.index) if taught and self.index in hosts else 0
-        self._backward = backward
+        self._teacher_message = teacher
         # Warm-up is needed for messages in both directions. Messages that only go forward cannot deadlock.
         self._needs_warm_up = bool(taught and hosts) and platform.loads_kernels_lazily()
         self._inboxes, self._outboxes = [], []
@@ -98,13 +98,13 @@ class Pipeline:
                 self._outboxes.append((message, Outbox(groups.pipeline, message.target, dtype, ahead=ahead)))
         self._teacher_outboxes: list[Outbox] = []
         self._teacher_inbox: Inbox | None = None
-        if backward is not None:
+        if teacher is not None:
             for host in hosts:
                 connect(groups.teacher, last, host)
             if self.index == last:
-                self._teacher_outboxes = [Outbox(groups.teacher, host, backward.dtype) for host in hosts]
+                self._teacher_outboxes = [Outbox(groups.teacher, host, teacher.dtype) for host in hosts]
             if self.index in hosts:
-                self._teacher_inbox = Inbox(groups.teacher, last, backward.dtype)
+                self._teacher_inbox = Inbox(groups.teacher, last, teacher.dtype)
 
     @platform.tuning_attention()
     def run(
@@ -121,7 +121,7 @@ class Pipeline:
             batches: this data-parallel rank's microbatches, the same on all stages.
             exits_work: called once for each microbatch, in order, with the teacher of the microbatch or None.
             at_end: called with h after the last layer, on the stage that runs this layer. The teacher that it returns,
-                of the kind that ``backward`` packs, is sent to all stages that host exits.
+                of the kind that ``teacher`` packs, is sent to all stages that host exits.
             taught: whether ``at_end`` returns a teacher, for which the exits then wait. Equal on all stages; False in
                 validation.
         """
@@ -191,8 +191,8 @@ class Pipeline:
         taps = {exit_.spec.layer: own.get(exit_.spec.layer, zeros) for exit_ in self.stage.exits}
         micro = Microbatch(-1, batch, positions, data.labels, torch.zeros_like(data.mask), taps)
         teacher = at_end(micro, h) if ends and at_end is not None else None
-        if self._teacher_inbox is not None and self._backward is not None:
-            teacher = self._backward.stand_in(batch)
+        if self._teacher_inbox is not None and self._teacher_message is not None:
+            teacher = self._teacher_message.stand_in(batch)
         exits_work(micro, teacher)
 
     def _expect(self, batches: Sequence[Batch], taught: bool) -> None:
@@ -201,8 +201,8 @@ class Pipeline:
             tensors = message.hidden + len(message.taps)
             inbox.begin([tensors * self._shape(batch).numel() for batch in batches])
             inbox.post(ahead)
-        if taught and self._teacher_inbox is not None and self._backward is not None:
-            self._teacher_inbox.begin([self._backward.size(batch) for batch in batches])
+        if taught and self._teacher_inbox is not None and self._teacher_message is not None:
+            self._teacher_inbox.begin([self._teacher_message.size(batch) for batch in batches])
 
     def _receive(self, number: int, batch: Batch, data: DeviceBatch) -> tuple[Tensor, dict[int, Tensor]]:
         """h and taps from other stages, or the embedded tokens."""
@@ -226,15 +226,15 @@ class Pipeline:
 
     def _send_teacher(self, number: int, teacher: Any) -> None:
         for outbox in self._teacher_outboxes:
-            assert teacher is not None and self._backward is not None, "other stages wait for the teacher message"
+            assert teacher is not None and self._teacher_message is not None, "other stages wait for it"
             with self._event("send", number):
-                outbox.send(self._backward.pack(teacher))
+                outbox.send(self._teacher_message.pack(teacher))
 
     def _receive_teacher(self, micro: Microbatch) -> Any:
-        assert self._teacher_inbox is not None and self._backward is not None
+        assert self._teacher_inbox is not None and self._teacher_message is not None
         with self._event("teacher", micro.number):
             message = self._teacher_inbox.take()
-        return self._backward.unpack(message, micro.batch)
+        return self._teacher_message.unpack(message, micro.batch)
 
     def _hosted(self, taps: dict[int, Tensor]) -> dict[int, Tensor]:
         return {exit_.spec.layer: taps[exit_.spec.layer] for exit_ in self.stage.exits}

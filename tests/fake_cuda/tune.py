@@ -14,9 +14,9 @@ from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.plan import plan_run
 from megatron_ee.testing.examples import example_architecture, open_example
-from megatron_ee.tuning.backward import of_distillation
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.step import tuning_step
+from megatron_ee.tuning.teacher import of_distillation
 
 from .cluster import as_rank
 from .runs import Result, Tuning
@@ -42,7 +42,7 @@ def run(case: Tuning, explained: int | None = None) -> Result:
         setup = build_setup(architecture, dtype, groups, sequence_parallel=parallel.sequence)
         stage = build_stage(setup, layout, specs, final_exit=taught)
         optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, 10)
-        pipeline = Pipeline(stage, layout, specs, backward=of_distillation(config.loss.distillation))
+        pipeline = Pipeline(stage, layout, specs, teacher=of_distillation(config.loss.distillation))
         batches = [_batch(config, number) for number in range(case.microbatches)]
         for counted in (batches[:1], batches):  # AdamW makes its state in the first step
             before = watch.peak

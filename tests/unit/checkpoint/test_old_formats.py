@@ -120,8 +120,9 @@ def test_a_run_goes_on_from_it(stage: Stage, groups: Groups, tmp_path: Path, mon
                     parameter.zero_()
     optimizer = optimizer_of(stage, groups)
     progress = load_state(checkpoint, stage, optimizer, checkpoint.metadata)
-    # A validation that was interrupted is newer than the format.
-    assert progress.model_dump() == EXPECTED["step-3"]["metadata"]["progress"] | {"validation_due": False}
+    # Interrupted validations and patience are newer than the format.
+    newer = {"validation_due": False, "stale_validations": 0}
+    assert progress.model_dump() == EXPECTED["step-3"]["metadata"]["progress"] | newer
     assert optimizer.counters() == EXPECTED["step-3"]["metadata"]["counters"]
     for names, parameter in parameters(stage).items():
         assert torch.equal(parameter, from_adapter[names]), names

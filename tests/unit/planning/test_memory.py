@@ -26,9 +26,9 @@ from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.tiles import accelerator_tiles
 from megatron_ee.planning.memory import Workload, stage_memory, stage_parameters
 from megatron_ee.testing.models import FAMILIES, llama2_7b
-from megatron_ee.tuning.backward import of_distillation
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.step import tuning_step
+from megatron_ee.tuning.teacher import of_distillation
 
 EXITS: dict[str, tuple[ExitSpec, ...]] = {
     "bodies": (ExitSpec(1, "embedding"), ExitSpec(2, "norm"), ExitSpec(3, "mlp"), ExitSpec(4, "layer")),
@@ -134,7 +134,7 @@ def step_memory(
         for parameter in stage.parameters():
             parameter.data.normal_(0, 0.02)
         optimizer = ExitOptimizer(stage.exits, setup.config, groups, settings, ScheduleConfig(), 10)
-        pipeline = Pipeline(stage, stages, specs, backward=of_distillation(loss.distillation))
+        pipeline = Pipeline(stage, stages, specs, teacher=of_distillation(loss.distillation))
         tuning_step(pipeline, optimizer, batches, loss, 1.0)  # makes the optimizer's state
         between = live.most = live.now
         tuning_step(pipeline, optimizer, batches, loss, 1.0)

@@ -16,7 +16,7 @@ from megatron_ee.model.distillation import Teacher
 from megatron_ee.model.setup import ModelSetup
 
 
-class Backward(Protocol):
+class TeacherMessage(Protocol):
     """A kind of teacher, and how it travels: as one flat tensor of ``dtype``."""
 
     @property
@@ -45,7 +45,7 @@ class TopTokens:
         self.k = k
 
     def size(self, batch: Batch) -> int:
-        """See ``Backward``."""
+        """See ``TeacherMessage``."""
         return 2 * batch.tokens.numel() * self.k
 
     def pack(self, teacher: Teacher) -> tuple[Tensor, Tensor]:
@@ -53,12 +53,12 @@ class TopTokens:
         return teacher.ids.int(), teacher.log_probabilities.contiguous().view(torch.int32)
 
     def unpack(self, message: Tensor, batch: Batch) -> Teacher:
-        """See ``Backward``."""
+        """See ``TeacherMessage``."""
         ids, bits = message.view(2, batch.tokens.numel(), self.k).unbind()
         return Teacher(ids.long(), bits.view(torch.float32))
 
     def stand_in(self, batch: Batch) -> Teacher:
-        """See ``Backward``."""
+        """See ``TeacherMessage``."""
         ids = torch.arange(self.k, device=platform.device()).expand(batch.tokens.numel(), -1)
         return Teacher(ids, torch.full(ids.shape, -math.log(self.k), device=platform.device()))
 
@@ -70,19 +70,19 @@ class LastHidden:
         self._setup, self.dtype = setup, setup.dtype
 
     def size(self, batch: Batch) -> int:
-        """See ``Backward``."""
+        """See ``TeacherMessage``."""
         return self._setup.hidden_shape(*batch.tokens.shape).numel()
 
     def pack(self, teacher: Tensor) -> tuple[Tensor]:
-        """See ``Backward``."""
+        """See ``TeacherMessage``."""
         return (teacher,)
 
     def unpack(self, message: Tensor, batch: Batch) -> Tensor:
-        """See ``Backward``."""
+        """See ``TeacherMessage``."""
         return message.view(self._setup.hidden_shape(*batch.tokens.shape))
 
     def stand_in(self, batch: Batch) -> Tensor:
-        """See ``Backward``."""
+        """See ``TeacherMessage``."""
         shape = self._setup.hidden_shape(*batch.tokens.shape)
         return torch.zeros(shape, dtype=self.dtype, device=platform.device())
 
