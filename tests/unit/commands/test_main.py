@@ -108,7 +108,8 @@ INPUTS = {
     "generate --model here --prompt a --draft-vocabulary 4 --draft-corpus here": ("--draft-corpus",),
     "regenerate --model here --prompts here --output out": ("--model", "--prompts"),
     "probe --model here --data here": ("--model", "--data"),
-    "quickstart --base here --data here --held-out here --out out": ("--base", "--data", "--held-out"),
+    "quickstart --base here --data here --out out": ("--base", "--data"),
+    "quickstart --base here --prompts here --out out": ("--prompts",),
 }
 """Command lines, and their options that name what is read."""
 

