@@ -48,6 +48,7 @@ def finite(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
+@pytest.mark.slow
 def test_tune(run: Any) -> None:
     rows = run(tune, "--tokens", "16", "--exits", "2")
     assert rows.keys() == {"ours", "plain PyTorch"}
@@ -73,6 +74,7 @@ def test_decode(run: Any) -> None:
     assert rows["transformers"]["same_outputs"] == rows["speculative"]["same_outputs"] == 1
 
 
+@pytest.mark.slow
 def test_convert(run: Any) -> None:
     rows = run(convert)
     assert list(rows) == ["start", "cp and fsync", "SHA-256", "HF to parallel", "parallel to HF"]
@@ -82,6 +84,7 @@ def test_convert(run: Any) -> None:
         assert rows[name]["peak_mb"] > 50
 
 
+@pytest.mark.slow
 def test_pipeline(run: Any) -> None:
     rows = run(pipeline, "--tokens", "16", "--exits", "2", "--microbatches", "2", "--steps", "1")
     assert list(rows) == ["one process", "2 stages, balanced", "2 stages, even"]

@@ -77,7 +77,7 @@ def stand_in_deepspeed(load: Callable[[], Any] = lambda: None) -> dict[str, Modu
     return {"deepspeed.ops.adam": ops, "deepspeed.ops.op_builder": builders}
 
 
-@pytest.fixture(params=["stand-in", "installed"])
+@pytest.fixture(params=["stand-in", pytest.param("installed", marks=pytest.mark.slow)])
 def deepspeed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "stand-in":
         for name, module in stand_in_deepspeed().items():
