@@ -19,7 +19,7 @@ from megatron_ee.inference.policy import MAX_DEFERRED
 from megatron_ee.inference.speculation import MAX_LENGTH
 
 MOST_EXITS = 3
-"""Exits in a set: each one that is asked in vain costs a head."""
+"""Exits in a set: each one that a token asks without leaving costs a head."""
 STARTS = 4
 """Single exits that sets are grown from."""
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995)
@@ -112,7 +112,7 @@ def threshold_forecast(records: Records, times: DecodeTimes, exits: Sequence[int
     """Threshold mode: a token leaves at the first exit that is confident enough.
 
     Tokens that left wait, and join the next token that goes deeper: one pass runs them all. After ``MAX_DEFERRED``
-    early tokens one runs all layers without asking an exit. Back-off of exits that are asked in vain is left out: it
+    early tokens one runs all layers without asking an exit. Back-off is left out: it
     saves heads.
     """
     rows, last = records.rows(exits), len(exits)

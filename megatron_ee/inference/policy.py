@@ -195,7 +195,7 @@ class GatePolicy(_Thresholds):
     """The confidence is the probability that the exit agrees with the final exit, predicted by the exit's gate.
 
     The head runs only for tokens that leave. ``measure`` is the confidence of the tokens that the final exit emits. An
-    exit that is asked in vain costs little, so there is no back-off by default.
+    exit where no token leaves costs little, so there is no back-off by default.
     """
 
     gated: ClassVar[bool] = True
