@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,7 +18,7 @@ from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import LossConfig, OptimizerConfig, ScheduleConfig
-from megatron_ee.data.loader import Batch
+from megatron_ee.data.loader import Batch, Sample
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
@@ -29,6 +30,22 @@ from megatron_ee.tuning.step import StepResult, tuning_step
 from megatron_ee.tuning.teacher import of_distillation
 
 SEQUENCE_LENGTH, GLOBAL_BATCH, STEPS = 16, 12, 3
+
+
+class RandomBlend:
+    """Random sequences, of which one token in five is masked."""
+
+    samples_per_epoch = (40,)
+
+    def __init__(self, length: int) -> None:
+        """``length``: tokens of a sequence."""
+        self._length = length
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sequence, always the same for an index."""
+        generator = np.random.default_rng(index)
+        tokens = generator.integers(0, 131, self._length + 1)
+        return tokens[:-1], tokens[1:], generator.random(self._length) < 0.8
 
 
 @dataclass(frozen=True)

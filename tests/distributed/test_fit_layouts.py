@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,13 +22,13 @@ from megatron_ee.checkpoint.loading import load_backbone, load_exits
 from megatron_ee.checkpoint.saved_model import SavedModel, open_model
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DataConfig, FitConfig, ModelConfig, ParallelConfig, RunConfig, TuningConfig
-from megatron_ee.data.loader import Sample
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.fit import Solution
 from megatron_ee.exits.stage import Stage
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import joined_processes, model_groups
 from megatron_ee.testing.ranks import run_ranks
+from megatron_ee.testing.tuning import RandomBlend
 from megatron_ee.tuning.fit import _Fitter, fit_exits
 from megatron_ee.tuning.interrupt import Interrupt
 
@@ -66,17 +65,6 @@ PLACES = {
 }
 
 
-class Blend:
-    """Random sequences, of which one token in five is masked."""
-
-    samples_per_epoch = (40,)
-
-    def __getitem__(self, index: int) -> Sample:
-        generator = np.random.default_rng(index)
-        tokens = generator.integers(0, 131, LENGTH + 1)
-        return tokens[:-1], tokens[1:], generator.random(LENGTH) < 0.8
-
-
 def fit_all(models: dict[str, Path], places: Sequence[Place], output: Path) -> None:
     """On one rank: every family in every place; the exits are saved as ``output/<number of the place>/<family>``."""
     with joined_processes() as control:
@@ -93,7 +81,7 @@ def fit_all(models: dict[str, Path], places: Sequence[Place], output: Path) -> N
                         tuning=TuningConfig(global_batch_size=4, micro_batch_size=place.micro),
                         fit=FitConfig(tokens=800),
                     )
-                    blend: Any = Blend()
+                    blend: Any = RandomBlend(LENGTH)
                     first = mock.patch.object(_Fitter, "_measure", _prefer_first)
                     with contextlib.nullcontext() if family == CHOSEN else first:
                         exits = fit_exits(config, setup, specs, blend, partial(_load, model), Interrupt())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_ee.checkpoint.adapter import open_adapter
@@ -18,12 +17,12 @@ from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DataConfig, FitConfig, ModelConfig, ParallelConfig, RunConfig, TuningConfig
-from megatron_ee.data.loader import Sample
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import joined_processes, model_groups
 from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.ranks import run_ranks
+from megatron_ee.testing.tuning import RandomBlend
 from megatron_ee.tuning.gates import add_gates
 from megatron_ee.tuning.interrupt import Interrupt
 
@@ -45,20 +44,9 @@ class Place:
 PLACES = {1: [Place(micro=4)], 2: [Place(2, sequence=True, micro=2), Place(1, 2), Place(micro=2)]}
 
 
-class Blend:
-    """Random sequences, of which one token in five is masked."""
-
-    samples_per_epoch = (40,)
-
-    def __getitem__(self, index: int) -> Sample:
-        generator = np.random.default_rng(index)
-        tokens = generator.integers(0, 131, LENGTH + 1)
-        return tokens[:-1], tokens[1:], generator.random(LENGTH) < 0.8
-
-
 def add_all(path: Path, places: Sequence[Place], output: Path) -> None:
     """On one rank: an adapter without gates gets them, in every place."""
-    model, blend = open_model(path), Blend()
+    model, blend = open_model(path), RandomBlend(LENGTH)
     with joined_processes() as control:
         for number, place in enumerate(places):
             with model_groups(control, place.tensor, place.pipeline) as groups:
