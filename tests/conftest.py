@@ -79,10 +79,17 @@ def load_stage(groups: Groups) -> Callable[..., Stage]:
     from megatron_ee.model.setup import build_setup
 
     def load(
-        path: Path, exits: Any = (), *, layers: Any = None, dtype: Any = torch.float32, seed: int = 1, **kwargs: Any
+        path: Path,
+        exits: Any = (),
+        *,
+        layers: Any = None,
+        dtype: Any = torch.float32,
+        seed: int = 1,
+        slots: int = 0,
+        **kwargs: Any,
     ) -> Stage:
         model = open_model(path)
-        setup = build_setup(model.architecture, dtype, groups)
+        setup = build_setup(model.architecture, dtype, groups, slots=slots)
         layers = range(1, model.architecture.num_layers + 1) if layers is None else layers
         stage = Stage(setup, layers, exits, **{"final_exit": True, **kwargs})
         load_backbone(stage, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -15,8 +15,9 @@ from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
 from megatron_ee.exits.tensors import exit_copy_sources, gate_sources, shared_head_sources, trained_parts
 from megatron_ee.families.family import Source
-from megatron_ee.model.names import Block, backbone_sources, blocks
+from megatron_ee.model.names import Block, backbone_sources, blocks, layer_sources
 from megatron_ee.model.setup import ModelSetup
+from megatron_ee.model.slots import Slot
 from megatron_ee.progress import track
 
 READERS = 2
@@ -29,15 +30,14 @@ def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None
     Raises:
         CheckpointError: a file cannot be read, or lacks a tensor that the stage needs.
     """
-    total = sum(parameter.numel() * parameter.element_size() for parameter in stage.backbone.parameters())
-    with track(total, "B", "loading", enabled=stage.setup.groups.is_main) as bar:
+    with track(backbone_bytes(stage), "B", "loading", enabled=stage.setup.groups.is_main) as bar:
         load_backbone(stage, model, bar.advance)
     if adapter is not None:
         load_exits(stage.exits, adapter, model)
 
 
 def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None] | None = None) -> None:
-    """Read the backbone of ``stage``, and the stage's shared head, from a saved model.
+    """Read the backbone of ``stage``, and the stage's shared head, from a saved model. Slots are filled on demand.
 
     Args:
         stage: allocated, with undefined values.
@@ -47,7 +47,23 @@ def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None
     Raises:
         CheckpointError: a file cannot be read.
     """
-    fill(itertools.chain(backbone_sources(stage.backbone), shared_head_sources(stage)), model, stage.setup, advance)
+    fill(_loaded(stage), model, stage.setup, advance)
+    if stage.backbone.slots is not None:
+
+        def fill_slot(number: int, slot: Slot) -> None:
+            fill(layer_sources(model.architecture, number, slot.tensors), model, stage.setup)
+
+        stage.backbone.slots.fill = fill_slot
+
+
+def backbone_bytes(stage: Stage) -> int:
+    """Number of bytes that ``load_backbone`` reads, in the stage's dtype."""
+    return sum(parameter.numel() * parameter.element_size() for parameter, _ in _loaded(stage))
+
+
+def _loaded(stage: Stage) -> Iterator[tuple[Tensor, Source]]:
+    """The parameters that ``load_backbone`` fills."""
+    return itertools.chain(backbone_sources(stage.backbone), shared_head_sources(stage))
 
 
 def load_frozen_norms(exit_: Exit, model: SavedModel) -> None:

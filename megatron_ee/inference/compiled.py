@@ -181,6 +181,8 @@ def compile_stage(stage: Stage) -> CompiledStage:
     Raises:
         ConfigError: the layers cannot be compiled on this machine.
     """
+    if stage.backbone.slots is not None:
+        raise ConfigError("compile: needs the weights of all layers in the device's memory; leave it out")
     compiled = CompiledStage(stage)
 
     def warm_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from megatron_ee import platform
 from megatron_ee.model.attention import make_positions, make_rotary, packed_positions
 from megatron_ee.model.layer import DecoderLayer
 from megatron_ee.model.linear import RMSNorm
+from megatron_ee.model.slots import LayerSlots
 from megatron_ee.parallel.core_versions import mark_sharded
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Backbone(nn.Module):
 
     Attributes:
         layers: the decoder layers by number, from 1, as strings.
+        slots: memory that the layers share; None if each has its own.
     """
 
     def __init__(self, setup: ModelSetup, layers: Iterable[int], *, embedding: bool, final_exit: bool) -> None:
@@ -71,7 +74,9 @@ class Backbone(nn.Module):
                 config=setup.config,
                 tp_group=setup.groups.tensor,
             )
-        self.layers = nn.ModuleDict({str(number): DecoderLayer(setup, number) for number in layers})
+        with torch.device("meta") if setup.slots else contextlib.nullcontext():
+            self.layers = nn.ModuleDict({str(number): DecoderLayer(setup, number) for number in layers})
+        self.slots = LayerSlots(dict(self.numbered_layers()), setup.slots) if setup.slots and self.layers else None
         self.final_norm = RMSNorm(setup, arch.hidden_size) if final_exit else None
         self.head = VocabHead(setup) if final_exit else None
         if final_exit and arch.tied and self.embedding is not None:
@@ -104,4 +109,6 @@ class Backbone(nn.Module):
     def layers_between(self, first: int, last: int) -> Iterator[tuple[int, DecoderLayer]]:
         """Layers ``first .. last`` with their numbers, in order: a ``traversal.LayerSource``."""
         for number in range(first, last + 1):
+            if self.slots is not None:
+                self.slots.hold(number)
             yield number, self.layers[str(number)]  # type: ignore[misc]

@@ -7,7 +7,7 @@ the boxes of a parameter. Loading fills them and saving writes them, so one desc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,16 +36,28 @@ class Block:
 
 
 def backbone_sources(backbone: Backbone) -> Iterator[tuple[Tensor, Source]]:
-    """Yield every parameter of the backbone on this rank once, with its source."""
+    """Yield every parameter of the backbone on this rank once, with its source. Slots of layers are left out."""
     arch = backbone.setup.architecture
+    if backbone.slots is None:
+        for number, layer in backbone.numbered_layers():
+            yield from layer_sources(arch, number, dict(layer.named_parameters()))
     for name, parameter in backbone.named_parameters():
         if name.startswith("layers."):
-            _, number, rest = name.split(".", 2)
-            yield parameter, layer_source(arch, rest, f"model.layers.{int(number) - 1}")
-        elif name == "final_norm.weight":
+            continue
+        if name == "final_norm.weight":
             yield parameter, Source((FINAL_NORM,), "whole")
         else:
             yield parameter, Source((EMBEDDING if name == "embedding.weight" else head_name(arch),), "vocabulary")
+
+
+def layer_sources(arch: Architecture, number: int, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Source]]:
+    """Yield each tensor of layer ``number`` with its source.
+
+    Args:
+        tensors: by the layer's parameter names.
+    """
+    for name, tensor in tensors.items():
+        yield tensor, layer_source(arch, name, f"model.layers.{number - 1}")
 
 
 def blocks(parameter: Tensor, source: Source, arch: Architecture, rank: int, size: int) -> list[Block]:

@@ -33,6 +33,8 @@ class ModelSetup:
         tiles: tile sizes of an exit's work on this device.
         repeats_keys: whether attention over whole rows repeats keys and values for each query head, because no fused
             kernel supports grouped queries.
+        slots: number of backbone layers whose weights are in the device's memory at a time, see ``model.slots``; 0 for
+            all.
     """
 
     architecture: Architecture
@@ -40,6 +42,7 @@ class ModelSetup:
     groups: Groups
     tiles: Tiles = field(default_factory=Tiles)
     repeats_keys: bool = False
+    slots: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +82,12 @@ class ModelSetup:
 
 
 def build_setup(
-    architecture: Architecture, dtype: torch.dtype, groups: Groups, *, sequence_parallel: bool = False
+    architecture: Architecture,
+    dtype: torch.dtype,
+    groups: Groups,
+    *,
+    sequence_parallel: bool = False,
+    slots: int = 0,
 ) -> ModelSetup:
     """Setup for building modules of ``architecture`` in ``dtype`` on this rank."""
     config = TransformerConfig(
@@ -112,4 +120,5 @@ def build_setup(
     tensor = groups.tensor.size()
     rows = padded_vocab(architecture.vocab_size, tensor) // tensor
     tiles = accelerator_tiles(rows) if platform.has_accelerator() else Tiles(cached_bytes=platform.cached_bytes())
-    return ModelSetup(architecture, config, groups, tiles=tiles, repeats_keys=not platform.groups_heads(dtype))
+    repeats_keys = not platform.groups_heads(dtype)
+    return ModelSetup(architecture, config, groups, tiles=tiles, repeats_keys=repeats_keys, slots=slots)

@@ -62,7 +62,10 @@ class _Checks:
 
     def __init__(self, trainer: Trainer, log: TextIO) -> None:
         self._trainer, self._stage, self._log = trainer, trainer.pipeline.stage, log
-        self._parameters = {_shown(name): parameter for name, parameter in self._stage.named_parameters()}
+        parameters = {_shown(name): parameter for name, parameter in self._stage.named_parameters()}
+        if self._stage.backbone.slots is not None:  # they hold one layer after another
+            parameters = {name: each for name, each in parameters.items() if not name.startswith("backbone.layers.")}
+        self._parameters = parameters
         self._logged: set[str] = set()
         self._with_gradient: set[str] = set()
         self._microbatch = self._microbatches = 0
