@@ -25,7 +25,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("convert", DESCRIPTION)
     result.add_argument(
-        "--input", type=Path, required=True, metavar="PATH", help="checkpoint to read: directory or GGUF file"
+        "--input",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="checkpoint to read: directory, or GGUF file (any of its parts)",
     )
     result.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write; must not exist")
     result.add_argument("--to", choices=TARGETS, required=True, help="format to write")

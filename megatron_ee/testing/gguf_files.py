@@ -27,6 +27,7 @@ def write_model(
     embedding: gguf.GGMLQuantizationType | None = None,
     extra: dict[str, np.ndarray] | None = None,
     chat_template: str | None = None,
+    part_tensors: int = 0,
     **keys: Any,
 ) -> None:
     """Write ``model`` with matrices stored as ``quantised``, and the embedding as ``embedding``.
@@ -35,6 +36,8 @@ def write_model(
         arch: ``general.architecture``.
         extra: more tensors.
         chat_template: of the tokenizer; None for none.
+        part_tensors: tensors of a part, after a first one that has only the metadata; 0 for one file. Parts are named
+            after ``path``, as llama.cpp names them.
         keys: metadata that differ: of the architecture, with "__" for a dot; None leaves a key out.
     """
     config = model.config
@@ -52,7 +55,7 @@ def write_model(
         "rope.freq_base": 10_000.0,
     }
     values |= {key.replace("__", "."): value for key, value in keys.items()}
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=part_tensors, small_first_shard=part_tensors > 0)
     for key, value in values.items():
         if value is not None:
             add_value(writer, f"{arch}.{key}", value)

@@ -42,6 +42,7 @@ class TensorInfo:
     """A tensor of the file.
 
     Attributes:
+        path: the file.
         name: as GGUF has it.
         type: how its values are stored.
         shape: as in torch, the last dimension contiguous. GGUF's own order is the reverse.
@@ -49,6 +50,7 @@ class TensorInfo:
         nbytes: in the file.
     """
 
+    path: Path
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -61,7 +63,7 @@ class Header:
     """Everything before the tensors' bytes.
 
     Attributes:
-        path: the file.
+        path: the file; of a model in parts, the first one.
         metadata: values by key: numbers, flags, texts, and lists of one of them.
         tensors: by name.
     """
@@ -75,7 +77,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header.
 
     Raises:
-        CheckpointError: not a GGUF file, of another version, byte order or kind, or one part of several.
+        CheckpointError: not a GGUF file, or of another version, byte order or kind.
         DamagedError: truncated, or sizes that cannot be.
     """
     with open_regular(path) as fd:
@@ -87,9 +89,6 @@ def read_header(path: Path) -> Header:
             if key in metadata:
                 raise DamagedError(f"{path}: key {shown(key)} appears twice")
             metadata[key] = source.value(source.number("<u4"), f"key {shown(key)}")
-        count = metadata.get("split.count", 1)
-        if count not in (0, 1):
-            raise CheckpointError(f"{path}: is one of {shown(count)} parts; join them with llama-gguf-split --merge")
         entries = [_read_tensor_entry(source) for _ in range(tensor_count)]
         return Header(path, metadata, _place(source, entries, _alignment(path, metadata)))
 
@@ -212,5 +211,5 @@ def _place(
                 f"{where}: truncated or damaged: shape {list(shape)} of {stored.name} needs {nbytes} bytes at byte "
                 f"{start + offset}, but the file has {source.size} bytes; get the file again"
             )
-        tensors[name] = TensorInfo(name, stored, shape, start + offset, nbytes)
+        tensors[name] = TensorInfo(source.path, name, stored, shape, start + offset, nbytes)
     return tensors

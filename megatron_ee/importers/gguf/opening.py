@@ -1,4 +1,4 @@
-"""Opens a GGUF file as the contents of a checkpoint."""
+"""Opens a GGUF file, or a model in several, as the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.errors import CheckpointError, shown
 from megatron_ee.families.reading import Config
 from megatron_ee.families.registry import parse_architecture
-from megatron_ee.importers.gguf.header import Header, read_header
+from megatron_ee.importers.gguf.header import Header
 from megatron_ee.importers.gguf.kinds import KINDS, Facts, Kind, derive_config
+from megatron_ee.importers.gguf.parts import read_parts
 from megatron_ee.importers.gguf.tokenizer import generation_config, read_vocabulary, to_json, tokenizer_files
 from megatron_ee.importers.gguf.weights import read_vector, released_weights
 
@@ -22,14 +23,15 @@ def open_gguf(path: Path, *, dtype: torch.dtype = torch.bfloat16) -> Contents:
     """Open a GGUF file. No weight is read.
 
     Args:
-        path: the file.
+        path: the file, or any part of a model in several.
         dtype: of the weights. Dequantised values are rounded to it.
 
     Raises:
-        CheckpointError: not a GGUF file, damaged, or of an architecture or with a setting that is not supported. The
-            message names the key or tensor.
+        CheckpointError: not a GGUF file, damaged, a part without the others, or of an architecture or with a setting
+            that is not supported. The message names the file, key or tensor.
     """
-    header = read_header(path)
+    header = read_parts(path)
+    path = header.path
     name = header.metadata.get("general.architecture")
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None or not isinstance(name, str):
@@ -59,9 +61,7 @@ def _facts(header: Header, name: str, kind: Kind) -> Facts:
     values = {
         key.removeprefix(f"{name}."): value for key, value in header.metadata.items() if key.startswith(f"{name}.")
     }
-    vectors = {
-        tensor: read_vector(header.path, header.tensors[tensor]) for tensor in kind.vectors if tensor in header.tensors
-    }
+    vectors = {tensor: read_vector(header.tensors[tensor]) for tensor in kind.vectors if tensor in header.tensors}
     return Facts(Config(values, f"{header.path}: {name}"), vectors, frozenset(header.tensors))
 
 

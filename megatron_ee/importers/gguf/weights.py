@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -39,9 +38,10 @@ def released_weights(
         CheckpointError: a tensor is missing, unknown, of another shape, or of a type that cannot be dequantised.
     """
     places = _gguf_names(header, kind, arch)
-    unknown = next((name for name in header.tensors if name not in places.values() and name not in consumed), None)
+    known = {*places.values(), *consumed}
+    unknown = next((info for name, info in header.tensors.items() if name not in known), None)
     if unknown is not None:
-        raise CheckpointError(f"{header.path}: unknown tensor {shown(unknown)} for a {arch.family} model")
+        raise CheckpointError(f"{unknown.path}: unknown tensor {shown(unknown.name)} for a {arch.family} model")
     found: dict[str, StoredTensor] = {}
     for name, shape in expected_tensors(arch).items():
         if places[name] not in header.tensors:
@@ -49,24 +49,26 @@ def released_weights(
         info = header.tensors[places[name]]
         if info.shape != shape:
             raise CheckpointError(
-                f"{header.path}: tensor {info.name!r} has shape {list(info.shape)}, but the metadata make it "
+                f"{info.path}: tensor {info.name!r} has shape {list(info.shape)}, but the metadata make it "
                 f"{list(shape)}"
             )
-        found[name] = _weight(header.path, info, dtype, _rotated_head(name, kind, arch), kind.offset_norms)
-    _check_types(header.path, [header.tensors[place] for place in places.values()])
+        found[name] = _weight(info, dtype, _rotated_head(name, kind, arch), kind.offset_norms)
+    _check_types([header.tensors[place] for place in places.values()])
     return found
 
 
-def read_vector(path: Path, info: TensorInfo) -> list[float]:
+def read_vector(info: TensorInfo) -> list[float]:
     """The values of a tensor of one dimension.
 
     Raises:
         CheckpointError: it has more, or cannot be read.
     """
     if len(info.shape) != 1:
-        raise CheckpointError(f"{path}: tensor {info.name!r} must have one dimension, not shape {list(info.shape)}")
-    _check_types(path, [info])
-    values: list[float] = _dequantised(path, info, 0, 1)[0].tolist()
+        raise CheckpointError(
+            f"{info.path}: tensor {info.name!r} must have one dimension, not shape {list(info.shape)}"
+        )
+    _check_types([info])
+    values: list[float] = _dequantised(info, 0, 1)[0].tolist()
     return values
 
 
@@ -82,7 +84,7 @@ def _gguf_names(header: Header, kind: Kind, arch: Architecture) -> dict[str, str
     return names
 
 
-def _check_types(path: Path, infos: Sequence[TensorInfo]) -> None:
+def _check_types(infos: Sequence[TensorInfo]) -> None:
     """Refuse types that the package cannot dequantise."""
     examples: Mapping[gguf.GGMLQuantizationType, TensorInfo] = {info.type: info for info in infos}
     for kind, info in examples.items():
@@ -90,7 +92,7 @@ def _check_types(path: Path, infos: Sequence[TensorInfo]) -> None:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
             raise CheckpointError(
-                f"{path}: tensor {info.name!r} is stored as {kind.name}, which the package gguf cannot dequantise"
+                f"{info.path}: tensor {info.name!r} is stored as {kind.name}, which the package gguf cannot dequantise"
             ) from None
 
 
@@ -100,7 +102,7 @@ def _rotated_head(name: str, kind: Kind, arch: Architecture) -> int:
     return arch.head_dim if kind.interleaved and any(part in name for part in turned) else 0
 
 
-def _weight(path: Path, info: TensorInfo, dtype: torch.dtype, head: int, offset_norms: bool) -> StoredTensor:
+def _weight(info: TensorInfo, dtype: torch.dtype, head: int, offset_norms: bool) -> StoredTensor:
     """A weight of the file.
 
     Args:
@@ -112,18 +114,18 @@ def _weight(path: Path, info: TensorInfo, dtype: torch.dtype, head: int, offset_
 
     def read(out: Tensor, offset: Sequence[int]) -> None:
         if len(info.shape) == 1:  # a norm or a bias, which is small
-            vector = _dequantised(path, info, 0, 1)[0][_file_rows(0, info.shape[0], head)] - added
+            vector = _dequantised(info, 0, 1)[0][_file_rows(0, info.shape[0], head)] - added
             out.copy_(torch.from_numpy(vector[offset[0] : offset[0] + len(out)]))
             return
         for start in range(0, len(out), step):
             part = out[start : start + step]
             rows = _file_rows(offset[0] + start, len(part), head)
             low, high = int(rows.min()), int(rows.max()) + 1
-            values = _dequantised(path, info, low, high)[rows - low, offset[1] : offset[1] + out.shape[1]]
+            values = _dequantised(info, low, high)[rows - low, offset[1] : offset[1] + out.shape[1]]
             part.copy_(torch.from_numpy(values))
 
     made = f"{info.name} of {info.type.name} at {info.position}, heads of {head}, minus {added}, as {dtype}"
-    return StoredTensor(dtype, info.shape, read, (path,), made)
+    return StoredTensor(dtype, info.shape, read, (info.path,), made)
 
 
 def _file_rows(first: int, count: int, head: int) -> np.ndarray:
@@ -140,11 +142,11 @@ def _file_rows(first: int, count: int, head: int) -> np.ndarray:
     return which * head + 2 * pair + half
 
 
-def _dequantised(path: Path, info: TensorInfo, first: int, end: int) -> np.ndarray:
+def _dequantised(info: TensorInfo, first: int, end: int) -> np.ndarray:
     """Rows ``first`` to ``end`` in float32. A tensor of one dimension is one row."""
     row = info.nbytes * info.shape[-1] // math.prod(info.shape)
     data = torch.empty((end - first, row), dtype=torch.uint8)
-    with open_regular(path) as fd:
-        read_exactly(fd, tensor_bytes(data), info.position + first * row, path)
+    with open_regular(info.path) as fd:
+        read_exactly(fd, tensor_bytes(data), info.position + first * row, info.path)
     values: np.ndarray = gguf.dequantize(data.numpy(), info.type)
     return values

@@ -83,7 +83,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
         header(values=1, body=text(b"general.alignment") + struct.pack("<II", UINT32, 3)),
         "general.alignment must be a power of two, not 3",
     ),
-    "part": (header(values=1, body=text(b"split.count") + struct.pack("<II", UINT32, 4)), "is one of 4 parts"),
+    "part": (header(values=1, body=text(b"split.count") + struct.pack("<II", UINT32, 4)), "split.no must be a number"),
     "dimensions": (header(tensors=1, body=entry(b"w", (2,) * 9, 0, 0)), "'w' has 9 dimensions"),
     "absurd shape": (header(tensors=1, body=entry(b"w", (2**62, 2**62), 0, 0)), "'w': truncated or damaged"),
     "no columns": (header(tensors=1, body=entry(b"w", (0, 4), 0, 0)), "shape [4, 0] is impossible"),
