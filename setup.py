@@ -33,6 +33,7 @@ setup(
         "pydantic>=2.11,<3",  # models of what files and requests hold
         "numpy>=1.26,<3",
         "psutil>=6,<8",
+        "packaging>=24,<27",
         "rich>=13.9,<16",
         "tensorboard>=2.18,<3",
         "matplotlib>=3.9,<4",

@@ -24,6 +24,7 @@ COMMANDS = {
     "tune": ("tune", "train exits on a frozen model"),
     "evaluate": ("evaluate", "measure each exit on a corpus; threshold sweep"),
     "generate": ("generate", "generate text; show the layer that emitted each token"),
+    "doctor": ("doctor", "check what works on this machine"),
 }
 SAVING = ("tune",)
 """Commands that save and end with 0 after a signal; the others end by it."""

@@ -46,18 +46,18 @@ def adam_class(implementation: str, dtype: torch.dtype) -> type[Optimizer]:
         ConfigError: the named implementation is not installed or does not work.
     """
     if implementation in ("apex", "auto"):
-        found = _find_apex_adam()
+        found = find_apex_adam()
         if not isinstance(found, str):
             return found
         if implementation == "apex":
             raise ConfigError(f"{KEY}: {found}; install NVIDIA apex from its source with CUDA kernels, or use auto")
     if implementation == "deepspeed_cpu":
-        _load_deepspeed()
+        load_deepspeed()
         return HostAdam
     return SplitAdam if dtype == torch.bfloat16 else AdamW
 
 
-def _find_apex_adam() -> type[Optimizer] | str:
+def find_apex_adam() -> type[Optimizer] | str:
     """NVIDIA apex's FusedAdam, or the reason why it cannot be used."""
     spec = find_spec("apex")
     if spec is None:
@@ -79,7 +79,7 @@ def _find_apex_adam() -> type[Optimizer] | str:
     return fused_adam
 
 
-def _load_deepspeed() -> type[Optimizer]:
+def load_deepspeed() -> type[Optimizer]:
     """DeepSpeed's CPU Adam, compiled."""
     where = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
     line = (
@@ -221,7 +221,7 @@ class HostAdam(Optimizer):
                 mains.append(main)
             self._mains += zip(group["params"], mains, strict=True)
             groups.append({**group, "params": mains, "bias_correction": False})
-        self._inner = _load_deepspeed()(groups, adamw_mode=True)  # type: ignore[call-arg]
+        self._inner = load_deepspeed()(groups, adamw_mode=True)  # type: ignore[call-arg]
         for shard, main in self._mains:
             state = self.state[shard]
             self._inner.state[main] = {"step": 0, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}

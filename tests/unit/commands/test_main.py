@@ -134,7 +134,7 @@ def test_an_input_that_does_not_exist_is_named_with_status_2(
 
 
 def test_all_commands_are_among_these() -> None:
-    assert {line.split()[0] for line in INPUTS} == set(COMMANDS)
+    assert {line.split()[0] for line in INPUTS} == set(COMMANDS) - {"doctor"}  # it reads none
 
 
 @pytest.mark.smoke
