@@ -76,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_input("--adapter", arguments.adapter)
     check_input("--probe", arguments.probe)
     check_corpus("--data", [arguments.data])
-    from megatron_ee.evaluation.evaluate import evaluate, write_quality
+    from megatron_ee.evaluation.evaluate import evaluate
     from megatron_ee.evaluation.plots import plot_reliability, plot_sweep
     from megatron_ee.evaluation.probe_report import print_since, read_layers, since_dict
-    from megatron_ee.evaluation.report import print_quality
+    from megatron_ee.evaluation.report import print_quality, write_quality
     from megatron_ee.parallel.groups import launched_rank
 
     probed = None if arguments.probe is None else read_layers(arguments.probe)

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         corpora = getattr(config.data, key)
         check_corpus(f"data.{key}", [each if isinstance(each, str) else each.path for each in corpora])
     check_input("--init-adapter", arguments.init_adapter)
-    from megatron_ee.evaluation.evaluate import make_validator, show_history
+    from megatron_ee.evaluation.validation import make_validator, show_history
 
     if arguments.debug:
         from megatron_ee.tuning.debug import DIRECTORY, debug_tune

@@ -14,10 +14,11 @@ from megatron_ee.checkpoint.digest import cache_directory
 from megatron_ee.config.architecture import outputs_digest
 from megatron_ee.data.tokenizer_files import eos_token_ids
 from megatron_ee.errors import CheckpointError
-from megatron_ee.evaluation.full_model import FullModel
+from megatron_ee.exits.stage import whole_sequences
 from megatron_ee.inference.loading import engine_on_ranks
 from megatron_ee.inference.requests import Request
 from megatron_ee.progress import track
+from megatron_ee.tuning.full_model import FullModel
 
 VERSION = 1
 """Part of the cache's key. Raise it if the same model and prompts give another result in a new version."""
@@ -79,7 +80,7 @@ def _generate(full: FullModel, prompts: Sequence[Tokens], limit: int, eos: froze
 
     def work() -> dict[int, Tokens]:
         found: dict[int, Tokens] = {}
-        with engine_on_ranks(stage, full.layout, (), eos=eos) as engine:
+        with whole_sequences(stage), engine_on_ranks(stage, full.layout, (), eos=eos) as engine:
             if engine is None:
                 return found
             requests = {engine.submit(Request(prompt=prompts[i], max_tokens=limit)): i for i in mine}

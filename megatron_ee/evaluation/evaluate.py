@@ -1,4 +1,4 @@
-"""Measures a model's exits on a corpus, for ``evaluate`` and for validation in ``tune``."""
+"""Measures a model's exits on a corpus, for ``evaluate``."""
 
 from __future__ import annotations
 
@@ -11,31 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits, open_adapter
-from megatron_ee.checkpoint.atomic import write_json
+from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_pipeline, check_tensor
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import RunConfig, ValidationConfig
+from megatron_ee.config.schema import ValidationConfig
 from megatron_ee.data.checks import check_tokenizer
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
-from megatron_ee.data.prompts import held_out_prompts
-from megatron_ee.errors import CheckpointError, ConfigError
-from megatron_ee.evaluation.acceptance import measure_acceptance, with_acceptance
-from megatron_ee.evaluation.continuations import Continuation, continuations
-from megatron_ee.evaluation.final_exit import FinalExit, final_exit
-from megatron_ee.evaluation.full_model import FullModel
-from megatron_ee.evaluation.history import read_validations
-from megatron_ee.evaluation.plots import plot_acceptance, plot_agreement, plot_sweep
+from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.quality import measure
-from megatron_ee.evaluation.report import print_history, print_quality, report_dict
+from megatron_ee.evaluation.report import report_dict
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.quality import Quality
-from megatron_ee.model.setup import ModelSetup, build_setup
+from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.groups import (
     Groups,
@@ -45,12 +37,9 @@ from megatron_ee.parallel.groups import (
     model_groups,
     world_size,
 )
-from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.parallel.layout import even_layout
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
-from megatron_ee.tuning.interrupt import Interrupt
-from megatron_ee.tuning.log import LOG
 from megatron_ee.tuning.schedule import Pipeline
-from megatron_ee.tuning.trainer import BEST, Validate
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
@@ -196,106 +185,3 @@ def _check_adapter(subject: _Subject, groups: Groups) -> None:
         groups.together(
             lambda: check_hash(opened, model, lambda: hash_backbone(model.weights)) if groups.is_main else None
         )
-
-
-def make_validator(
-    output: Path,
-    config: RunConfig,
-    setup: ModelSetup,
-    model: SavedModel,
-    digest: str,
-    windows: ValidationWindows,
-    layout: Layout,
-    interrupt: Interrupt,
-) -> Validate:
-    """Compute now what validation needs of all layers, and return the validation function for ``tune``.
-
-    Both raise ``Interrupted`` on all ranks soon after a signal. Each validation prints tables to stderr and writes
-    ``validation/step-N.json`` and ``.png`` under ``output``.
-    """
-    batch, chunk = config.tuning.micro_batch_size, config.loss.chunk_tokens
-    # The layers are freed when this returns, before tuning allocates memory.
-    final, paths = _with_all_layers(config, setup, model, digest, windows, layout, interrupt)
-    check = partial(interrupt.check_together, setup.groups)
-
-    def validate(pipeline: Pipeline, step: int) -> Quality:
-        thresholds = config.validation.thresholds
-        quality = measure(pipeline, windows, thresholds, final=final, batch_size=batch, chunk_tokens=chunk, check=check)
-        if paths:
-            length, tokens = config.validation.acceptance.draft_length, batch * windows.sequence_length
-            acceptance = measure_acceptance(
-                pipeline, paths, length, batch_tokens=tokens, chunk_tokens=chunk, check=check
-            )
-            quality = with_acceptance(quality, acceptance)
-        if setup.groups.is_main:
-            write_quality(quality, pipeline.specs, output / "validation" / f"step-{step}")
-            print_quality(quality, pipeline.specs, f"Quality per exit after step {step}", to_stderr=True)
-        return quality
-
-    return validate
-
-
-def _with_all_layers(
-    config: RunConfig,
-    setup: ModelSetup,
-    model: SavedModel,
-    digest: str,
-    windows: ValidationWindows,
-    layout: Layout,
-    interrupt: Interrupt,
-) -> tuple[FinalExit, tuple[Continuation, ...]]:
-    """What validation needs of all layers: the final exit's results, and continuations for acceptance, if any."""
-    arch, settings, groups = model.architecture, config.validation.acceptance, setup.groups
-    full = FullModel(build_setup(arch, setup.dtype, groups), model, layout, interrupt)
-    final = final_exit(full, digest, windows, config.tuning.micro_batch_size, config.loss.chunk_tokens)
-    # A prompt with its continuation is no longer than a sequence, so it needs no more memory.
-    longest = min(windows.sequence_length, arch.max_generated_positions)
-    limit = min(settings.tokens, longest // 2)
-    # The engine runs on stages that all hold layers. A continuation of one token has no round.
-    if not settings.prompts or limit < 2 or not all(stage.layers for stage in layout.stages):
-        return final, ()
-    most = longest - limit
-    prompts = held_out_prompts(windows.ranges, settings.prompts, min(settings.prompt_tokens, most), most)
-    eos = frozenset(corpus.metadata.eos_id for corpus in windows.corpora if corpus.metadata is not None)
-    return final, continuations(full, digest, prompts, limit, eos)
-
-
-def show_history(output: Path) -> None:
-    """Of a run in ``output``: print its validations as a table to stderr, and plot agreement and acceptance.
-
-    The plots are ``validation/agreement.png`` and, if acceptance was measured, ``validation/acceptance.png``. Nothing
-    is shown before the second validation.
-
-    Raises:
-        DataError: its log cannot be read.
-        UserError: the plot cannot be written.
-    """
-    validations = read_validations(output / LOG)
-    if len(validations) < 2:
-        return
-    best = output / BEST
-    steps = open_adapter(best, verify=False).steps if best.exists() else None
-    print_history(validations, steps)
-    plot = output / "validation" / "agreement.png"
-    plot_agreement(validations, steps, plot)
-    kept = f"; the exits with the lowest loss, of step {steps}, are in {best}" if steps is not None else ""
-    print(f"agreement against tokens seen: {plot}{kept}", file=sys.stderr, flush=True)
-    if any(validation.acceptance for validation in validations):
-        plot = output / "validation" / "acceptance.png"
-        plot_acceptance(validations, steps, plot)
-        print(f"tokens per round of speculative decoding against tokens seen: {plot}", file=sys.stderr, flush=True)
-
-
-def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> None:
-    """Write ``path.json`` and, if there was a sweep over exits, its plot ``path.png``.
-
-    Raises:
-        CheckpointError: they cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path.with_suffix(".json"), report_dict(quality, exits))
-        if quality.exits and quality.sweep:
-            plot_sweep(quality, path.with_suffix(".png"))
-    except OSError as error:
-        raise CheckpointError(f"{path}.json: cannot be written: {error.strerror}") from None

@@ -22,9 +22,9 @@ from megatron_ee.checkpoint.safetensors_file import read_header, read_into, writ
 from megatron_ee.config.architecture import outputs_digest
 from megatron_ee.data.loader import ValidationWindows
 from megatron_ee.errors import CheckpointError
-from megatron_ee.evaluation.full_model import FullModel
 from megatron_ee.model.metrics import FinalStats
 from megatron_ee.progress import track
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 VERSION = 1

@@ -48,7 +48,8 @@ from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.parallel.groups import process_groups, world_size
 from megatron_ee.parallel.layout import even_layout
 from megatron_ee.progress import track
-from megatron_ee.tuning.fit import Tokens, fit_stage
+from megatron_ee.tuning.fit import Fitter
+from megatron_ee.tuning.fit_tokens import Tokens
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, one_stage
 
@@ -147,7 +148,7 @@ def probe(
         specs = [exit_.spec for exit_ in stage.exits]
         layout = even_layout(saved.architecture.num_layers, 1, work.layers)
         tokens = _tokens(fitted)
-        fit_stage(stage, layout, specs, tokens, FitConfig(), Interrupt())
+        Fitter(stage, layout, specs, tokens, FitConfig(), Interrupt()).run()
         taken = _record(stage, held_out)
     records = taken.records(work.layers)
     work = dataclasses.replace(work, fitted=tokens.num_fitted, held_out=len(records.starts))

@@ -1,14 +1,18 @@
-"""Quality per exit, as tables and as a dict for ``--json``."""
+"""Quality per exit, as tables, as files and as a dict for ``--json``."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.errors import CheckpointError
 from megatron_ee.evaluation.history import Validation
+from megatron_ee.evaluation.plots import plot_sweep
 from megatron_ee.model.quality import Quality
 from megatron_ee.tables import add_columns, make_console, new_table
 
@@ -31,6 +35,21 @@ def report_dict(quality: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
         for spec, entry in zip(exits, data["exits"], strict=True)
     ]
     return data
+
+
+def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> None:
+    """Write ``path.json`` and, if there was a sweep over exits, its plot ``path.png``.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path.with_suffix(".json"), report_dict(quality, exits))
+        if quality.exits and quality.sweep:
+            plot_sweep(quality, path.with_suffix(".png"))
+    except OSError as error:
+        raise CheckpointError(f"{path}.json: cannot be written: {error.strerror}") from None
 
 
 def comparison_dict(initial: Quality, tuned: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,7 @@ class Stage(nn.Module):
         embedding: bool = True,
         final_exit: bool = False,
         tapped: Sequence[ExitSpec] | None = None,
+        backbone: Backbone | None = None,
     ) -> None:
         """Allocate the stage on this process's device, without values; ``checkpoint.loading`` fills it.
 
@@ -53,12 +55,15 @@ class Stage(nn.Module):
             embedding: whether the stage starts from tokens.
             final_exit: whether it holds the final norm and the LM head.
             tapped: all exits that read layers of this stage, wherever they are hosted; by default ``exits``.
+            backbone: of another stage with the same layers, which is then shared; None to allocate one.
         """
         super().__init__()
         self.setup = setup
         self.taps = {spec.layer: tap_of(spec) for spec in (exits if tapped is None else tapped)}
         with torch.device(platform.device()):
-            self.backbone = Backbone(setup, layers, embedding=embedding, final_exit=final_exit)
+            if backbone is None:
+                backbone = Backbone(setup, layers, embedding=embedding, final_exit=final_exit)
+            self.backbone = backbone
             self.shared_head = self._shared_head(exits)
             self._exits = nn.ModuleDict({str(spec.layer): Exit(setup, spec, self.shared_head) for spec in exits})
 
@@ -124,8 +129,23 @@ class Stage(nn.Module):
         return head.capped(self.setup.gather_vocabulary(product(z, head.weight)).float())
 
 
-def build_stage(setup: ModelSetup, layout: Layout, specs: Sequence[ExitSpec], *, final_exit: bool = False) -> Stage:
-    """This rank's stage of a layout, allocated; ``final_exit``: the stage of the last layer holds that one too."""
+def build_stage(
+    setup: ModelSetup,
+    layout: Layout,
+    specs: Sequence[ExitSpec],
+    *,
+    final_exit: bool = False,
+    backbone: Backbone | None = None,
+) -> Stage:
+    """This rank's stage of a layout, allocated.
+
+    Args:
+        setup: architecture and groups.
+        layout: of all stages.
+        specs: the exits of all stages.
+        final_exit: whether the stage of the last layer holds the final exit too.
+        backbone: see ``Stage``.
+    """
     index = setup.groups.pipeline.rank()
     place = layout.stages[index]
     return Stage(
@@ -135,4 +155,23 @@ def build_stage(setup: ModelSetup, layout: Layout, specs: Sequence[ExitSpec], *,
         embedding=1 in place.layers,
         final_exit=final_exit and index == layout.last_layered,
         tapped=[spec for spec in specs if spec.layer in place.layers],
+        backbone=backbone,
     )
+
+
+@contextlib.contextmanager
+def whole_sequences(stage: Stage) -> Iterator[None]:
+    """Run ``stage`` without sequence parallelism while the context is open, for passes of single tokens.
+
+    Weights are cut in the same way with and without it.
+    """
+    names = ("sequence_parallel", "reduce_scatter_embeddings")  # megatron-core's, in its configuration and its layers
+    owners = (stage.setup.config, *stage.modules())
+    on = [(owner, name) for owner in owners for name in names if getattr(owner, name, False)]
+    for owner, name in on:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in on:
+            setattr(owner, name, True)

@@ -33,7 +33,8 @@ from megatron_ee.families.weights import expected_tensors
 from megatron_ee.parallel.groups import world_size
 from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.tuning.checks import LOG, checked
-from megatron_ee.tuning.run import MakeValidator, tune
+from megatron_ee.tuning.run import tune
+from megatron_ee.tuning.trainer import MakeValidator
 from megatron_ee.tuning.wandb_run import check_wandb
 
 COMMAND, DIRECTORY = "tune --debug", "debug"

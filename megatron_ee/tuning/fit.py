@@ -6,7 +6,6 @@ the exit is measured with each solution and with its copied weights, and keeps t
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,55 +16,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ee import platform
+from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import FitConfig, RunConfig
-from megatron_ee.data.loader import Batch, MicrobatchStream, PackedBlend
-from megatron_ee.errors import DataError
+from megatron_ee.data.loader import Batch, PackedBlend
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.fit import Fit, Solution, fit_bytes
 from megatron_ee.exits.registry import body_of
-from megatron_ee.exits.stage import Stage, build_stage
+from megatron_ee.exits.stage import Stage
 from megatron_ee.model.distillation import Teacher, teacher_top_k
 from megatron_ee.model.setup import ModelSetup
-from megatron_ee.parallel.groups import Groups
-from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.parallel.layout import Layout
 from megatron_ee.progress import Progress, track
 from megatron_ee.tables import add_columns, make_console, new_table
+from megatron_ee.tuning.fit_tokens import Steps, Tokens, read_tokens
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 from megatron_ee.tuning.teacher import LastHidden, TopTokens
 
-INITIAL = "adapter-initial"
-"""Directory of the fitted exits in a run's output."""
-PER_FEATURE, FEW_PER_FEATURE = 16, 8
-"""Tokens for each feature of the MLP: by default, and below which a warning is due."""
+FEW_PER_FEATURE = 8
+"""Tokens for each feature of the MLP below which a warning is due."""
 RIDGES = (1.0, 10.0, 100.0)
 """Factors of ``fit.ridge`` that are tried."""
-HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 16, 1024, 4096
 SCALE_TOKENS = 4096
 """Tokens to fit the scale of a norm on that follows the fitted projection."""
 MEMORY_SHARE = 0.7
 """Share of the free memory that sums may take, so that the layers and the heads have room to run."""
-
-Steps = list[list[Batch]]
-"""This rank's microbatches of some global batches."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What exits are fitted and measured on. The two parts have different tokens unmasked.
-
-    Attributes:
-        fitted: global batches to fit on.
-        held_out: global batches to measure on.
-        num_fitted: unmasked tokens of ``fitted``, over all data-parallel ranks.
-        num_held_out: of ``held_out``.
-    """
-
-    fitted: Steps
-    held_out: Steps
-    num_fitted: int
-    num_held_out: int
 
 
 @dataclass(frozen=True)
@@ -87,133 +64,43 @@ class FitOutcome:
     raised: tuple[str, ...]
 
 
-def fit_exits(
-    config: RunConfig,
-    setup: ModelSetup,
-    specs: Sequence[ExitSpec],
-    blend: PackedBlend,
-    load: Callable[[Stage], None],
-    interrupt: Interrupt,
-) -> list[Exit]:
-    """The exits of this rank's stage of an even layout, initialised, and fitted where ``init`` is ``fit``.
+def fit_exits(config: RunConfig, full: FullModel, specs: Sequence[ExitSpec], blend: PackedBlend) -> list[Exit]:
+    """The exits of this rank's stage of all layers, initialised, and fitted where ``init`` is ``fit``.
 
     Prints a table to stderr. Every rank calls this.
 
     Args:
         config: of the run.
-        setup: of the run.
+        full: all layers.
         specs: the exits of all stages, ``init`` resolved.
         blend: the training data, read from its beginning.
-        load: fills a stage's layers and initialises its exits.
-        interrupt: checked between global batches.
 
     Raises:
+        CheckpointError: the model's files cannot be read.
         DataError: all tokens are masked.
         UserError: activations are not finite.
         Interrupted: a signal came to one of the ranks; raised on all.
     """
-    arch, groups = setup.architecture, setup.groups
-    tokens = read_tokens(config, blend, arch.ffn_size, groups, interrupt)
-    if groups.is_main and tokens.num_fitted < FEW_PER_FEATURE * arch.ffn_size:
-        print(_few(tokens.num_fitted, arch.ffn_size, config.fit), file=sys.stderr, flush=True)
-    layout = even_layout(arch.num_layers, groups.pipeline.size(), [spec.layer for spec in specs])
-    stage = build_stage(setup, layout, specs, final_exit=True)
-    load(stage)
-    outcomes = fit_stage(stage, layout, specs, tokens, config.fit, interrupt, chunk_tokens=config.loss.chunk_tokens)
+    groups, features = full.setup.groups, full.setup.architecture.ffn_size
+    tokens = read_tokens(config, blend, features, groups, full.interrupt)
+    if groups.is_main and tokens.num_fitted < FEW_PER_FEATURE * features:
+        print(_few(tokens.num_fitted, features, config.fit), file=sys.stderr, flush=True)
+    stage, layout = full.with_exits(specs)
+
+    def initialise() -> None:
+        for exit_ in stage.exits:
+            initialise_exit(exit_, full.model, config.tuning.seed)
+
+    groups.together(initialise)
+    fitter = Fitter(stage, layout, specs, tokens, config.fit, full.interrupt, config.loss.chunk_tokens)
+    outcomes = fitter.run()
     if groups.is_main:
         _print_outcomes(outcomes, tokens)
     return stage.exits
 
 
-def fit_stage(
-    stage: Stage,
-    layout: Layout,
-    specs: Sequence[ExitSpec],
-    tokens: Tokens,
-    fit: FitConfig,
-    interrupt: Interrupt,
-    *,
-    chunk_tokens: int = 512,
-) -> list[FitOutcome]:
-    """Fit the exits of ``stage``, which is loaded and holds the final exit, where ``init`` is ``fit``.
-
-    The outcomes are those of all stages, by layer. Every rank calls this. Errors as for ``fit_exits``.
-    """
-    return _Fitter(stage, layout, specs, tokens, fit, interrupt, chunk_tokens).run()
-
-
-def read_tokens(config: RunConfig, blend: PackedBlend, features: int, groups: Groups, interrupt: Interrupt) -> Tokens:
-    """The first tokens of the training data, by whole global batches: ``fit.tokens``, or at most one epoch.
-
-    ``auto`` is 16 tokens for each of ``features``.
-
-    The last sequences of them, about a sixteenth of the tokens, are held out. Of a single sequence it is the last
-    quarter. The same tokens in every layout.
-
-    Raises:
-        DataError: all tokens are masked.
-    """
-    tuning = config.tuning
-    wanted = PER_FEATURE * features if config.fit.tokens == "auto" else config.fit.tokens
-    stream = MicrobatchStream(
-        blend, tuning.micro_batch_size, tuning.global_batch_size, groups.data.rank(), groups.data.size()
-    )
-    steps: Steps = []
-    counts: list[int] = []  # unmasked tokens of each sequence, over all ranks
-    epoch = sum(blend.samples_per_epoch)
-    while not steps or (sum(counts) < wanted and stream.consumed + tuning.global_batch_size <= epoch):
-        interrupt.check_together(groups)
-        first = stream.consumed
-        steps.append(stream.step())
-        own = torch.zeros(tuning.global_batch_size, dtype=torch.int64)
-        for batch in steps[-1]:
-            own[batch.sequences.start - first : batch.sequences.stop - first] = batch.mask.sum(dim=1)
-        own = own.to(platform.device())
-        dist.all_reduce(own, group=groups.data)
-        counts += own.tolist()
-    total = sum(counts)
-    first, position = _cut(counts, config.data.sequence_length)
-    fitted, held_out = ([[_masked(b, first, position, held) for b in step] for step in steps] for held in (False, True))
-    held = [sum(batch.num_tokens for step in held_out for batch in step)]
-    num_held_out = torch.tensor(held, device=platform.device())
-    dist.all_reduce(num_held_out, group=groups.data)
-    if total == int(num_held_out):
-        raise DataError("data.train: too few unmasked tokens to fit exits on; give more data, or use init: copy")
-    size = tuning.global_batch_size
-    last = first if position else first - 1
-    return Tokens(fitted[: last // size + 1], held_out[first // size :], total - int(num_held_out), int(num_held_out))
-
-
-def _cut(counts: Sequence[int], sequence_length: int) -> tuple[int, int]:
-    """The sequence and the position in it where the held-out tokens begin.
-
-    Args:
-        counts: unmasked tokens of each sequence.
-        sequence_length: tokens of each.
-    """
-    total = sum(counts)
-    wanted = min(max(HELD_OUT_LEAST, min(HELD_OUT_MOST, total // HELD_OUT_SHARE)), total // 4)
-    used = [number for number, count in enumerate(counts) if count]
-    if len(used) < 2:
-        return (used or [0])[0], 3 * sequence_length // 4
-    held, first = 0, len(counts)
-    while held < max(1, wanted) and first - 1 > used[0]:
-        first -= 1
-        held += counts[first]
-    return first, 0
-
-
-def _masked(batch: Batch, first: int, position: int, held: bool) -> Batch:
-    """The batch with only the tokens before a position of a sequence, or with only the ``held`` ones, unmasked."""
-    numbers = torch.tensor(list(batch.sequences))[:, None]
-    places = torch.arange(batch.mask.shape[1])
-    after = (numbers > first) | ((numbers == first) & (places >= position))
-    mask = batch.mask & (after if held else ~after)
-    return dataclasses.replace(batch, mask=mask, num_tokens=int(mask.sum()))
-
-
-class _Fitter:
-    """The exits of all stages, on this rank's stage of all layers."""
+class Fitter:
+    """The fit of all stages' exits, on this rank's stage of all layers."""
 
     def __init__(
         self,
@@ -223,8 +110,9 @@ class _Fitter:
         tokens: Tokens,
         fit: FitConfig,
         interrupt: Interrupt,
-        chunk_tokens: int,
+        chunk_tokens: int = 512,
     ) -> None:
+        """``stage`` is loaded, its exits are initialised, and it holds the final exit if it has the last layer."""
         self._stage, self._layout, self._specs, self._interrupt = stage, layout, specs, interrupt
         self._setup, self._groups, self._tokens = stage.setup, stage.setup.groups, tokens
         self._chunk = chunk_tokens
@@ -233,7 +121,10 @@ class _Fitter:
         self._raised: dict[Exit, tuple[str, ...]] = {}
 
     def run(self) -> list[FitOutcome]:
-        """Fit, measure, and give each exit its best weights; the outcomes of all stages, by layer."""
+        """Fit the exits whose ``init`` is ``fit``, measure them, and give each its best weights.
+
+        Every rank calls this. The outcomes are those of all stages, by layer. Errors as for ``fit_exits``.
+        """
         taught = Pipeline(self._stage, self._layout, self._specs, teacher=LastHidden(self._setup))
         solutions: dict[Exit, list[Solution]] = {}
         turns = self._turns()

@@ -23,21 +23,21 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import DESCRIPTION, MAX_DESCRIPTION, describe_exits, open_adapter
 from megatron_ee.checkpoint.adapter_writing import save_adapter
-from megatron_ee.checkpoint.loading import load_backbone, load_exits
-from megatron_ee.checkpoint.saved_model import SavedModel
+from megatron_ee.checkpoint.loading import load_exits
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.loader import PackedBlend
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.gate import logistic_regression
-from megatron_ee.exits.stage import Stage, build_stage
-from megatron_ee.model.setup import ModelSetup
+from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.agreement import each_own
-from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.parallel.layout import Layout
 from megatron_ee.progress import Progress, track
 from megatron_ee.tables import add_columns, make_console, new_table
-from megatron_ee.tuning.fit import PER_FEATURE, Steps, Tokens, read_tokens, run_with_top1
+from megatron_ee.tuning.fit import run_with_top1
+from megatron_ee.tuning.fit_tokens import PER_FEATURE, Steps, Tokens, read_tokens
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 from megatron_ee.tuning.teacher import TopTokens
@@ -83,13 +83,7 @@ class GateQuality:
 
 
 def add_gates(
-    config: RunConfig,
-    setup: ModelSetup,
-    model: SavedModel,
-    adapters: Sequence[Path],
-    layers: Collection[int],
-    blend: PackedBlend,
-    interrupt: Interrupt,
+    config: RunConfig, full: FullModel, adapters: Sequence[Path], layers: Collection[int], blend: PackedBlend
 ) -> None:
     """Fit the gates of the exits after ``layers`` in each adapter that lacks them, and replace the adapter atomically.
 
@@ -97,37 +91,33 @@ def add_gates(
 
     Args:
         config: of the run.
-        setup: of the run.
-        model: the backbone.
+        full: all layers.
         adapters: directories; those that do not exist are left out.
         layers: of the exits.
         blend: the training data, read from its beginning: ``fit.tokens`` of them, at most 16 for each feature.
-        interrupt: checked between global batches.
 
     Raises:
         CheckpointError: an adapter cannot be read or written.
         DataError: all tokens are masked.
         Interrupted: a signal came to one of the ranks; raised on all.
     """
-    groups, hidden = setup.groups, setup.architecture.hidden_size
+    groups, hidden = full.setup.groups, full.setup.architecture.hidden_size
     todo = groups.together(lambda: _without_gates(adapters, layers) if groups.is_main else [])[0]
     if not todo:
         return
     most = PER_FEATURE * hidden
     amount = most if config.fit.tokens == "auto" else min(most, config.fit.tokens)
     limited = dataclasses.replace(config, fit=dataclasses.replace(config.fit, tokens=amount))
-    tokens = read_tokens(limited, blend, hidden, groups, interrupt)
+    tokens = read_tokens(limited, blend, hidden, groups, full.interrupt)
     stage, fitted = None, -1
     for path in todo:
         adapter = each_own(groups.gather, lambda path=path: open_adapter(path, verify=False))  # type: ignore[misc]
         specs = tuple(dataclasses.replace(spec, gate=spec.layer in layers) for spec in adapter.exits)
-        layout = even_layout(setup.architecture.num_layers, groups.pipeline.size(), [spec.layer for spec in specs])
         if stage is None:
-            stage = build_stage(setup, layout, specs, final_exit=True)
-            groups.together(lambda stage=stage: load_backbone(stage, model))  # type: ignore[misc]
+            stage, layout = full.with_exits(specs)
         if adapter.steps != fitted:  # exits after the same step are the same
-            groups.together(lambda stage=stage, adapter=adapter: load_exits(stage.exits, adapter, model))  # type: ignore[misc]
-            qualities = fit_gates(stage, layout, specs, tokens, config.loss.chunk_tokens, interrupt)
+            groups.together(lambda stage=stage, adapter=adapter: load_exits(stage.exits, adapter, full.model))  # type: ignore[misc]
+            qualities = fit_gates(stage, layout, specs, tokens, config.loss.chunk_tokens, full.interrupt)
             fitted = adapter.steps
             if groups.is_main:
                 _print(qualities, tokens, path.name)

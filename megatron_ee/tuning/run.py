@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,6 @@ from typing import Any
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import (
-    DESCRIPTION,
-    MAX_DESCRIPTION,
     SETTINGS,
     Adapter,
     check_backbone,
@@ -22,11 +20,10 @@ from megatron_ee.checkpoint.adapter import (
     check_settings,
     open_adapter,
 )
-from megatron_ee.checkpoint.adapter_writing import save_adapter
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.initialise import initialise_exit
-from megatron_ee.checkpoint.loading import load_backbone, load_exits
+from megatron_ee.checkpoint.loading import load_exits
 from megatron_ee.checkpoint.ownership import claim_output
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
@@ -36,14 +33,13 @@ from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_to_dict
 from megatron_ee.config.schema import RunConfig
-from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.checks import changed_data, check_data, describe_data
 from megatron_ee.data.indexed import Corpus
 from megatron_ee.data.loader import MicrobatchStream, PackedBlend, ValidationWindows, open_data
-from megatron_ee.errors import CheckpointError, ConfigError, Interrupted
+from megatron_ee.errors import ConfigError, Interrupted
 from megatron_ee.exits.registry import check_trains, resolve_init
 from megatron_ee.exits.stage import Stage, build_stage
-from megatron_ee.model.setup import ModelSetup, build_setup
+from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.adam import adam_class
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.groups import (
@@ -55,14 +51,14 @@ from megatron_ee.parallel.groups import (
     model_groups,
     world_size,
 )
-from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.parallel.layout import Layout
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.corpus import little_data
 from megatron_ee.planning.plan import plan_run
-from megatron_ee.progress import track
-from megatron_ee.tuning.fit import INITIAL, fit_exits
+from megatron_ee.tuning.fitted import fitted_exits
+from megatron_ee.tuning.full_model import FullModel, load_layers
 from megatron_ee.tuning.gates import add_gates
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
@@ -71,14 +67,8 @@ from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.state import RunProgress, check_same_run, load_state
 from megatron_ee.tuning.status import reported_status, write_failed
 from megatron_ee.tuning.teacher import of_distillation
-from megatron_ee.tuning.trainer import Trainer, Validate
+from megatron_ee.tuning.trainer import MakeValidator, Trainer, Validate, ValidationInputs
 from megatron_ee.tuning.wandb_run import check_wandb
-
-MADE_FROM = "fitted_from"
-"""Entry of the description of fitted exits: the settings and data that decided their values."""
-MakeValidator = Callable[[RunConfig, ModelSetup, SavedModel, str, ValidationWindows, Layout, Interrupt], Validate]
-"""Prepares validation before tuning allocates memory. Arguments include the backbone's hash, the validation windows, a
-layout of all layers without exits, and the ``Interrupt``."""
 
 
 def tune(
@@ -137,7 +127,7 @@ def tune(
                     setup = trainer.pipeline.stage.setup
                     del trainer  # frees its stage, which has other layers than the stage that fits gates
                     adapters = [output / name for name in ("adapter", "adapter-best")]
-                    add_gates(config, setup, inputs.model, adapters, inputs.gates, inputs.blend, interrupt)
+                    add_gates(config, FullModel(setup, inputs.model, interrupt), adapters, inputs.gates, inputs.blend)
         except Interrupted as error:  # all that is tuned is saved already
             if launched_rank() == 0:
                 before = "the gates were fitted" if progress.step else "the first step"
@@ -235,15 +225,11 @@ def _prepare(
     dtype, distillation = platform.DTYPES[config.model.dtype], config.loss.distillation
     setup = build_setup(model.architecture, dtype, groups, sequence_parallel=config.parallel.sequence)
     _show_plan(config, inputs, groups)
-    validate = None
-    if inputs.windows is not None:
-        whole = even_layout(model.architecture.num_layers, config.parallel.pipeline)
-        validate = make_validator(config, setup, model, digest, inputs.windows, whole, interrupt)
-    adapter, fits = inputs.adapter, any(spec.init == "fit" for spec in specs)
-    if adapter is None and fits:
-        adapter = _fitted(config, inputs, setup, output, resume, description, interrupt)
+    full = FullModel(setup, model, interrupt)
+    validate, adapter = _with_all_layers(config, inputs, full, output, resume, description, make_validator)
+    del full  # frees the layers before tuning allocates memory
     stage = build_stage(setup, layout, specs, final_exit=distillation.kl > 0)
-    _load(stage, model=model, adapter=adapter, seed=config.tuning.seed, interrupt=interrupt)
+    _load(stage, model, adapter, config.tuning.seed, interrupt)
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, config.tuning.steps)
     resumed = resume and _resume(config, output, stage, optimizer, description, leave_out, progress)
     if groups.is_main:
@@ -258,76 +244,34 @@ def _prepare(
         validate=validate,
         progress=progress,
         resumed=resumed,
-        keep_initial=inputs.adapter is not None or fits,
+        keep_initial=inputs.adapter is not None or _fits(specs),
     )
 
 
-def _fitted(
+def _with_all_layers(
     config: RunConfig,
     inputs: _Inputs,
-    setup: ModelSetup,
+    full: FullModel,
     output: Path,
     resume: bool,
     description: dict[str, Any],
-    interrupt: Interrupt,
-) -> Adapter | None:
-    """The exits fitted before tuning, saved in ``OUTPUT/adapter-initial``, so that every layout starts from the same.
-
-    None if the run continues from a checkpoint. A resumed run without one takes the exits that it fitted before.
+    make_validator: MakeValidator,
+) -> tuple[Validate | None, Adapter | None]:
+    """What needs all layers before tuning: the validation function, and the adapter that the exits start from, if any.
 
     Raises:
         Interrupted: a signal came to one of the ranks; raised on all.
     """
-    groups, path = setup.groups, output / INITIAL
-    made_from = {
-        "fit": dataclasses.asdict(config.fit),
-        "dtype": config.model.dtype,
-        "data": {**dataclasses.asdict(config.data), "corpora": description["data"]},
-        "global_batch_size": config.tuning.global_batch_size,
-        "seed": config.tuning.seed,
-    }
-
-    def state() -> str:
-        if resume and numbered_directories(output / "checkpoints"):
-            return "checkpoint"
-        kept = resume and _is_fitted(path, made_from, description, config.checkpoint.verify)
-        return "fitted" if kept else "to fit"
-
-    found = groups.together(lambda: state() if groups.is_main else "")[0]
-    if found == "checkpoint":
-        return None
-    if found == "to fit":
-        load = partial(_load, model=inputs.model, adapter=None, seed=config.tuning.seed, interrupt=interrupt)
-        exits = fit_exits(config, setup, inputs.specs, inputs.blend, load, interrupt)
-        save_adapter(
-            path,
-            exits,
-            inputs.specs,
-            groups,
-            base_model=description["base_model"],
-            backbone_sha256=description["backbone_sha256"],
-            steps=0,
-            settings=description[SETTINGS],
-            extra={MADE_FROM: made_from},
-        )
-    elif groups.is_main:
-        print(f"{path}: exits are fitted already; starting from them", file=sys.stderr, flush=True)
-    return each_own(groups.gather, lambda: open_adapter(path, verify=False))
+    validate, adapter = None, inputs.adapter
+    if inputs.windows is not None:
+        validate = make_validator(ValidationInputs(config, description["backbone_sha256"], inputs.windows), full)
+    if adapter is None and _fits(inputs.specs):
+        adapter = fitted_exits(config, full, inputs.specs, inputs.blend, output, resume, description)
+    return validate, adapter
 
 
-def _is_fitted(path: Path, made_from: dict[str, Any], description: dict[str, Any], verify: bool) -> bool:
-    """Whether there are undamaged exits that were fitted with the same settings, data, backbone and dtype."""
-    try:
-        adapter = open_adapter(path, verify=verify)
-        content = read_json(path / DESCRIPTION, MAX_DESCRIPTION)
-    except CheckpointError:
-        return False
-    return (
-        isinstance(content, dict)
-        and content.get(MADE_FROM) == made_from
-        and content.get("exits") == description["exits"]
-        and adapter.backbone_sha256 == description["backbone_sha256"]
-    )
+def _fits(specs: Sequence[ExitSpec]) -> bool:
+    return any(spec.init == "fit" for spec in specs)
 
 
 @contextlib.contextmanager
@@ -354,26 +298,18 @@ def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
         print_plan(plan)
 
 
-def _load(stage: Stage, *, model: SavedModel, adapter: Adapter | None, seed: int, interrupt: Interrupt) -> None:
+def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, interrupt: Interrupt) -> None:
     """Load this stage's layers, and initialise its exits."""
-    groups = stage.setup.groups
-    total = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
+    load_layers(stage, model, interrupt)
 
-    def load() -> None:
-        with track(total, "B", "loading the frozen layers", enabled=groups.is_main) as bar:
-
-            def advance(count: int) -> None:
-                interrupt.check()
-                bar.advance(count)
-
-            load_backbone(stage, model, advance)
+    def initialise() -> None:
         if adapter is not None:
             load_exits(stage.exits, adapter, model)
         else:
             for exit_ in stage.exits:
                 initialise_exit(exit_, model, seed)
 
-    groups.together(load)
+    stage.setup.groups.together(initialise)
 
 
 def _open_newest(config: RunConfig, output: Path, groups: Groups) -> Checkpoint | None:

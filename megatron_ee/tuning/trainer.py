@@ -15,12 +15,13 @@ from megatron_ee.checkpoint.adapter_writing import extract_adapter, save_adapter
 from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
-from megatron_ee.data.loader import MicrobatchStream
+from megatron_ee.data.loader import MicrobatchStream, ValidationWindows
 from megatron_ee.errors import Interrupted, UserError
 from megatron_ee.model.quality import Quality
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.progress import track
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.schedule import Pipeline
@@ -32,6 +33,25 @@ BEST = "adapter-best"
 Validate = Callable[[Pipeline, int], Quality]
 """Measures the exits of all stages after a number of steps, and returns the result on every rank. The callback also
 prints and writes it."""
+
+
+@dataclass(frozen=True)
+class ValidationInputs:
+    """What validation is prepared from.
+
+    Attributes:
+        config: of the run.
+        backbone_sha256: the backbone's hash.
+        windows: validation windows.
+    """
+
+    config: RunConfig
+    backbone_sha256: str
+    windows: ValidationWindows
+
+
+MakeValidator = Callable[[ValidationInputs, FullModel], Validate]
+"""Prepares validation. The layers of the ``FullModel`` are freed before tuning, so the result must not keep it."""
 
 
 @dataclass

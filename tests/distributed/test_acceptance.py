@@ -18,16 +18,15 @@ from megatron_ee.config.schema import LossConfig
 from megatron_ee.data.loader import Batch
 from megatron_ee.evaluation.acceptance import ContinuationWindows, measure_acceptance
 from megatron_ee.evaluation.continuations import Continuation, continuations
-from megatron_ee.evaluation.full_model import FullModel
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.inference.loading import engine_on_ranks
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
-from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import Case, prepare
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.step import tuning_step
@@ -48,22 +47,24 @@ def measured(path: Path, cache: Path, case: Case) -> dict[str, Any]:
     os.environ["MEGATRON_EE_CACHE"] = str(cache)
     with joined_processes() as control, model_groups(control, case.tensor, len(case.stages)) as groups:
         model = open_model(path)
-        setup = build_setup(model.architecture, torch.float32, groups)
-        layout = even_layout(4, len(case.stages))
-        full = FullModel(setup, model, layout, Interrupt())
+        setup = build_setup(model.architecture, torch.float32, groups, sequence_parallel=case.sequence)
+        full = FullModel(setup, model, Interrupt())
         paths = {"length": continuations(full, "digest", PROMPTS, LIMIT, frozenset())}
         end = paths["length"][0].tokens[LIMIT // 2]
         paths["eos"] = continuations(full, "digest", PROMPTS, LIMIT, frozenset((end,)))
         gc.disable()
-        stage, full = weakref.ref(full.stage), FullModel(setup, model, layout, Interrupt())
+        stage, full = weakref.ref(full.stage), FullModel(setup, model, Interrupt())
         assert stage() is None, "the layers are freed at once"
         gc.enable()
         assert continuations(full, "digest", PROMPTS, LIMIT, frozenset((end,))) == paths["eos"]
         assert "stage" not in vars(full), "the cache needs no layers"
+        assert setup.config.sequence_parallel == case.sequence
         pipeline, optimizer = prepare(path, case, groups)
         for _ in range(4):
             tuning_step(pipeline, optimizer, own_batches(paths["length"], groups), LossConfig(), 1.0)
-        whole = build_stage(setup, case.layout, case.specs, final_exit=True)
+        whole = build_stage(
+            build_setup(model.architecture, torch.float32, groups), case.layout, case.specs, final_exit=True
+        )
         whole.load_state_dict(pipeline.stage.state_dict(), strict=False)
         load_backbone(whole, model)
         found: dict[str, Any] = {}

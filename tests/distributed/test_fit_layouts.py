@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,19 +16,18 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.adapter import open_adapter
 from megatron_ee.checkpoint.adapter_writing import save_adapter
-from megatron_ee.checkpoint.initialise import initialise_exit
-from megatron_ee.checkpoint.loading import load_backbone, load_exits
-from megatron_ee.checkpoint.saved_model import SavedModel, open_model
+from megatron_ee.checkpoint.loading import load_exits
+from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DataConfig, FitConfig, ModelConfig, ParallelConfig, RunConfig, TuningConfig
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.fit import Solution
-from megatron_ee.exits.stage import Stage
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import joined_processes, model_groups
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import RandomBlend
-from megatron_ee.tuning.fit import _Fitter, fit_exits
+from megatron_ee.tuning.fit import Fitter, fit_exits
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 
 LENGTH = 32
@@ -82,22 +80,16 @@ def fit_all(models: dict[str, Path], places: Sequence[Place], output: Path) -> N
                         fit=FitConfig(tokens=800),
                     )
                     blend: Any = RandomBlend(LENGTH)
-                    first = mock.patch.object(_Fitter, "_measure", _prefer_first)
+                    first = mock.patch.object(Fitter, "_measure", _prefer_first)
                     with contextlib.nullcontext() if family == CHOSEN else first:
-                        exits = fit_exits(config, setup, specs, blend, partial(_load, model), Interrupt())
+                        exits = fit_exits(config, FullModel(setup, model, Interrupt()), specs, blend)
                     where = output / str(number) / family
                     save_adapter(where, exits, specs, groups, base_model="", backbone_sha256="0" * 64, steps=0)
 
 
-def _prefer_first(self: _Fitter, candidates: dict[Exit, list[Solution]]) -> dict[Exit, list[tuple[float, float]]]:
+def _prefer_first(self: Fitter, candidates: dict[Exit, list[Solution]]) -> dict[Exit, list[tuple[float, float]]]:
     """In place of measuring: the copy has no agreement, and the first solution the lowest loss."""
     return {exit_: [(min(n, 1.0), float(n)) for n in range(len(found))] for exit_, found in candidates.items()}
-
-
-def _load(model: SavedModel, stage: Stage) -> None:
-    load_backbone(stage, model)
-    for exit_ in stage.exits:
-        initialise_exit(exit_, model, 1)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from megatron_ee.parallel.groups import joined_processes, model_groups
 from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import RandomBlend
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.gates import add_gates
 from megatron_ee.tuning.interrupt import Interrupt
 
@@ -66,7 +67,7 @@ def add_all(path: Path, places: Sequence[Place], output: Path) -> None:
                     fit=FitConfig(tokens=800),
                 )
                 paths = [adapter, output / "missing"]
-                add_gates(config, setup, model, paths, GATES, blend, Interrupt())  # type: ignore[arg-type]
+                add_gates(config, FullModel(setup, model, Interrupt()), paths, GATES, blend)  # type: ignore[arg-type]
 
 
 def whole(tensor: StoredTensor) -> torch.Tensor:

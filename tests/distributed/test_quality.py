@@ -18,15 +18,14 @@ from megatron_ee.data.loader import validation_windows
 from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.evaluate import evaluate
 from megatron_ee.evaluation.final_exit import final_exit
-from megatron_ee.evaluation.full_model import FullModel
 from megatron_ee.evaluation.quality import measure
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import joined_processes, model_groups
-from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import Case, prepare
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Pipeline
 
@@ -49,8 +48,7 @@ def scored(path: Path, corpus: Path, cache: Path, case: Case) -> tuple[dict[str,
         whole.load_state_dict(pipeline.stage.state_dict(), strict=False)
         load_backbone(whole, model)
         there = measure(Pipeline(whole, case.layout, case.specs), windows, THRESHOLDS, batch_size=2)
-        plain = build_setup(model.architecture, setup.dtype, groups)
-        full = FullModel(plain, model, even_layout(4, len(case.stages)), Interrupt())
+        full = FullModel(setup, model, Interrupt())
         final = final_exit(full, "digest", windows, 2, 512)
         again = final_exit(full, "digest", windows, 2, 512)
         assert final.loss.equal(again.loss) and final.top1.equal(again.top1)

@@ -318,7 +318,7 @@ def refused(
             if not hashes:
                 patch.setattr(SavedModel, "digest", lambda *_, **__: pytest.fail("hashed"))
             patch.setattr("megatron_ee.tuning.run.build_stage", lambda *_, **__: pytest.fail("loaded"))
-            patch.setattr("megatron_ee.evaluation.full_model.build_stage", lambda *_, **__: pytest.fail("loaded"))
+            patch.setattr("megatron_ee.tuning.full_model.build_stage", lambda *_, **__: pytest.fail("loaded"))
             assert main(["tune", "--config", str(config), *map(str, options)]) == status
         beside = ("hashing", "is slow on this CPU")
         lines = [line for line in capsys.readouterr().err.splitlines() if not any(word in line for word in beside)]

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ee.commands.main import main
+from megatron_ee.exits.stage import Stage
 from megatron_ee.testing.project import all_tensors, read_log
-from megatron_ee.tuning import run as tuning_run
+from megatron_ee.tuning import fitted, full_model
 
 EXITS = [{"layer": 2, "head": "shared"}, {"layer": 3, "body": "layer", "head": "shared"}, {"layer": 1, "body": "norm"}]
 SHORT = {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2}
@@ -67,6 +68,20 @@ def test_no_steps_give_exits_by_fitting_alone(tune: Run, tmp_path: Path) -> None
     assert status == 0 and "Exits fitted" not in said, said
 
 
+def test_validation_and_the_fit_share_all_layers(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+    usual = full_model.load_backbone
+
+    def count(stage: Stage, *arguments: Any) -> None:
+        loaded.append(len(stage.backbone.layers))
+        usual(stage, *arguments)
+
+    monkeypatch.setattr(full_model, "load_backbone", count)
+    monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path / "cache"))
+    assert tune(tmp_path / "run", tuning={**SHORT, "steps": 0})[0] == 0
+    assert loaded == [4, 3]  # all layers once, and those up to the deepest exit to tune
+
+
 def test_resuming(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run"
     assert tune(output)[0] == 0
@@ -97,7 +112,7 @@ def test_resuming(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise AssertionError("nothing is fitted")
 
-    monkeypatch.setattr(tuning_run, "fit_exits", refuse)
+    monkeypatch.setattr(fitted, "fit_exits", refuse)
     shutil.rmtree(output / "adapter-initial")
     assert tune(output, "--resume", tuning={**SHORT, "steps": 3})[0] == 0  # from a checkpoint
     start = tmp_path / "other"

@@ -13,9 +13,8 @@ import torch
 from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.errors import Interrupted
 from megatron_ee.evaluation.continuations import continuations
-from megatron_ee.evaluation.full_model import FullModel
 from megatron_ee.model.setup import build_setup
-from megatron_ee.parallel.layout import even_layout
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 
 PROMPTS = [(5, 6, 7), (8, 9)]
@@ -26,7 +25,7 @@ def full(saved_model: Any, groups: Any, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path))
     model = open_model(saved_model("llama2")[0])
     setup = build_setup(model.architecture, torch.float32, groups)
-    return lambda: FullModel(setup, model, even_layout(model.architecture.num_layers, 1), Interrupt())
+    return lambda: FullModel(setup, model, Interrupt())
 
 
 def test_a_signal_ends_generation_and_nothing_is_cached(full: Callable[[], FullModel], tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import torch
 from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.evaluation import final_exit as module
 from megatron_ee.evaluation.final_exit import FinalExit, final_exit
-from megatron_ee.evaluation.full_model import FullModel
 from megatron_ee.model.setup import build_setup
-from megatron_ee.parallel.layout import even_layout
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 
 
@@ -50,7 +49,7 @@ def computed(
         digest: str = "weights", windows: Windows | None = None, dtype: torch.dtype = torch.float32, **changes: Any
     ) -> tuple[bool, FinalExit]:
         before, model = calls, open_model(saved_model("llama2", **changes)[0])
-        full = FullModel(build_setup(model.architecture, dtype, groups), model, even_layout(4, 1), Interrupt())
+        full = FullModel(build_setup(model.architecture, dtype, groups), model, Interrupt())
         result = final_exit(full, digest, windows or Windows(), 1, 512)  # type: ignore[arg-type]
         return calls > before, result
 

@@ -13,7 +13,6 @@ import torch
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.evaluation.acceptance import with_acceptance
-from megatron_ee.evaluation.evaluate import write_quality
 from megatron_ee.evaluation.history import Validation
 from megatron_ee.evaluation.report import (
     HISTORY_ROWS,
@@ -22,6 +21,7 @@ from megatron_ee.evaluation.report import (
     print_history,
     print_quality,
     report_dict,
+    write_quality,
 )
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
 from megatron_ee.model.quality import DraftAcceptance, Quality

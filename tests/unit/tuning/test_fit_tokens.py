@@ -1,19 +1,16 @@
-"""Which tokens exits are fitted on, which solution they keep, and which are fitted together."""
+"""Which tokens exits are fitted on, and which are held out."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import DataConfig, FitConfig, ModelConfig, RunConfig, TuningConfig
 from megatron_ee.data.loader import Sample
 from megatron_ee.errors import DataError
-from megatron_ee.exits.fit import fit_bytes
-from megatron_ee.tuning.fit import Tokens, choose, read_tokens, split_turns
+from megatron_ee.tuning.fit_tokens import Tokens, read_tokens
 from megatron_ee.tuning.interrupt import Interrupt
 
 LENGTH = 16
@@ -77,19 +74,3 @@ def test_a_single_sequence_is_cut(groups: Any) -> None:
     assert unmasked(tokens.held_out) == [(0, place) for place in range(12, 16)]
     with pytest.raises(DataError, match="too few unmasked tokens to fit exits on"):
         read(groups, Blend(0), 1, 1)
-
-
-def test_the_lowest_loss_is_taken_if_it_agrees_more() -> None:
-    assert choose([(0.2, 5.0), (0.3, 4.0), (0.4, 3.5), (0.1, 4.5)]) == (2, True)
-    assert choose([(0.4, 5.0), (0.3, 4.0), (0.4, 3.5)]) == (2, False)
-    assert choose([(0.0, 5.0), (0.3, math.nan), (0.2, 6.0)]) == (2, True)
-
-
-def test_exits_share_a_turn_while_their_sums_fit(saved_model: Any, load_stage: Any) -> None:
-    setup = load_stage(saved_model("llama2")[0]).setup
-    specs = [ExitSpec(layer) for layer in (1, 2, 3)] + [ExitSpec(4, "norm")]
-    sums, solving = fit_bytes(setup.architecture.ffn_size, setup.architecture.hidden_size, 1)
-    assert split_turns(specs, setup, 2 * sums + solving) == [{1, 2}, {3, 4}]
-    assert split_turns(specs, setup, 3 * sums + solving) == [{1, 2, 3, 4}]
-    assert split_turns(specs, setup, 0) == [{1}, {2}, {3}, {4}]
-    assert split_turns([], setup, 0) == []
