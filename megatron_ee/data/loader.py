@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_ee.config.schema import CorpusConfig, DataConfig
 from megatron_ee.data.indexed import Corpus, dataset_helpers, open_corpus
-from megatron_ee.data.packing import DocumentRange, PackedDocuments, split, whole
+from megatron_ee.data.packing import DocumentRange, JoinedDocuments, PackedDocuments, split, whole
 from megatron_ee.errors import ConfigError, DataError
 
 RUN = 8
@@ -187,7 +187,7 @@ class ValidationWindows(Windows):
         available = [-(-(documents.num_tokens - 1) // sequence_length) for documents in ranges]
         counts = _share(available, limit) if limit else available
         self._windows = [(place, window) for place, count in enumerate(counts) for window in range(count)]
-        self._starts = [np.cumsum([0, *r.corpus.lengths[r.start : r.stop].tolist()], dtype=np.int64) for r in ranges]
+        self._streams = [JoinedDocuments(documents) for documents in ranges]
         if not self._windows:
             names = ", ".join(str(documents.corpus.prefix) for documents in ranges) or "no corpus"
             raise DataError(f"{names}: nothing to validate on; give a corpus of at least two tokens")
@@ -199,7 +199,7 @@ class ValidationWindows(Windows):
     def __getitem__(self, index: int) -> Sample:
         """Tokens, labels and mask of one window, each [sequence_length]."""
         place, window = self._windows[index]
-        tokens, mask = self._read(place, window * self.sequence_length)
+        tokens, mask = self._streams[place].read(window * self.sequence_length, self.sequence_length + 1)
         missing = self.sequence_length + 1 - len(tokens)
         tokens, mask = np.pad(tokens, (0, missing)), np.pad(mask, (0, missing))
         return tokens[:-1], tokens[1:], mask[1:]
@@ -210,18 +210,6 @@ class ValidationWindows(Windows):
         parts = [(r.corpus.fingerprint, r.start, r.stop) for r in self.ranges]
         text = repr((parts, self.sequence_length, self._windows))
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def _read(self, place: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Up to sequence_length + 1 tokens of a range from token ``begin`` on, and their mask."""
-        documents, starts = self.ranges[place], self._starts[place]
-        end = min(begin + self.sequence_length + 1, int(starts[-1]))
-        parts = []
-        number = int(np.searchsorted(starts, begin, side="right")) - 1
-        while begin < end:
-            stop = min(end, int(starts[number + 1]))
-            parts.append(documents.read(documents.start + number, begin - int(starts[number]), stop - begin))
-            begin, number = stop, number + 1
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 class MicrobatchStream:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_ee.data.indexed import Corpus, dataset_helpers
+from megatron_ee.data.indexed import Corpus
 from megatron_ee.errors import ConfigError, DataError
 
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Its multiples, without their whole part, are spread evenly over 0 to 1, however many there are."""
 _KEPT_EPOCHS = 2  # a global batch may reach from one epoch into the next
 
 
@@ -66,17 +69,44 @@ def split(corpus: Corpus, validation_fraction: float) -> tuple[DocumentRange, Do
     return DocumentRange(corpus, 0, cut), DocumentRange(corpus, cut, corpus.num_documents)
 
 
+class JoinedDocuments:
+    """Documents of a range, joined into one stream of tokens.
+
+    Args:
+        documents: the range.
+        order: numbers of its documents, int32; by default as on disk.
+    """
+
+    def __init__(self, documents: DocumentRange, order: NDArray[np.int32] | None = None) -> None:
+        self._documents = documents
+        self._order = np.arange(documents.start, documents.stop, dtype=np.int32) if order is None else order
+        self._ends = np.cumsum(documents.corpus.lengths[self._order], dtype=np.int64)
+
+    def read(self, begin: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens from ``begin`` on, and whether each is a label; both [length], or less at the end of the stream."""
+        parts, end = [], min(begin + length, int(self._ends[-1]))
+        place = int(np.searchsorted(self._ends, begin, side="right"))
+        while begin < end:
+            document, stop = int(self._order[place]), min(end, int(self._ends[place]))
+            offset = begin - int(self._ends[place]) + int(self._documents.corpus.lengths[document])
+            parts.append(self._documents.read(document, offset, stop - begin))
+            begin, place = stop, place + 1
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
 class PackedDocuments:
     """Sequences of one range of documents, epoch after epoch without end.
 
     Each epoch joins the documents in a new order into one stream and cuts that into ``samples_per_epoch`` sequences of
     ``sequence_length`` labels, which are then shuffled. Adjacent sequences share one token: the last label of one is
     the first token of the next. The rest of an epoch's stream, less than one sequence, is dropped; these are different
-    tokens in each epoch. Sequence ``i`` depends only on (documents, seed, i), so any position can be read directly.
+    tokens in each epoch. Epochs after the first begin to cut later in the stream, by less than one sequence, and go on
+    at its beginning where it ends. So even a single document is cut at other places. Sequence ``i`` depends only on
+    (documents, seed, i), so any position can be read directly.
     """
 
     def __init__(self, documents: DocumentRange, sequence_length: int, seed: tuple[int, ...]) -> None:
-        if sequence_length < 2:  # megatron-core's index builder asserts it
+        if sequence_length < 2:
             raise ConfigError(f"data.sequence_length: must be at least 2, not {sequence_length}")
         self._documents = documents
         self._sequence_length = sequence_length
@@ -92,19 +122,14 @@ class PackedDocuments:
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Tokens and label mask of sequence ``index``, both [sequence_length + 1]."""
-        epoch_number, place = divmod(index, self.samples_per_epoch)
-        epoch = self._epoch(epoch_number)
-        sample = epoch.order[place]
-        first, begin = (int(value) for value in epoch.samples[sample])
-        last, end = (int(value) for value in epoch.samples[sample + 1])
-        parts = []
-        for position in range(first, last + 1):
-            document = int(epoch.documents[position])
-            offset = begin if position == first else 0
-            # The index gives the position of the next sample's first token, which is also this sample's last label.
-            stop = end + 1 if position == last else int(self._documents.corpus.lengths[document])
-            parts.append(self._documents.read(document, offset, stop - offset))
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        number, place = divmod(index, self.samples_per_epoch)
+        epoch, length = self._epoch(number), self._sequence_length
+        begin = (epoch.offset + int(epoch.order[place]) * length) % self._tokens
+        tokens, mask = epoch.stream.read(begin, length + 1)
+        if missing := length + 1 - len(tokens):
+            more = epoch.stream.read(0, missing)
+            tokens, mask = np.concatenate((tokens, more[0])), np.concatenate((mask, more[1]))
+        return tokens, mask
 
     def _epoch(self, number: int) -> _Epoch:
         if number in self._epochs:
@@ -114,12 +139,10 @@ class PackedDocuments:
         random = np.random.RandomState(np.array([*self._seed, number], dtype=np.uint32))
         documents = np.arange(self._documents.start, self._documents.stop, dtype=np.int32)
         random.shuffle(documents)
-        samples = dataset_helpers().build_sample_idx(
-            self._documents.corpus.lengths, documents, self._sequence_length, 1, self._tokens, True, True
-        )
         order = np.arange(self.samples_per_epoch, dtype=np.int64)
         random.shuffle(order)
-        self._epochs[number] = _Epoch(documents, samples, order)
+        offset = int(number * GOLDEN % 1 * self._sequence_length)
+        self._epochs[number] = _Epoch(JoinedDocuments(self._documents, documents), order, offset)
         while len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)
         return self._epochs[number]
@@ -130,11 +153,11 @@ class _Epoch:
     """One epoch's order.
 
     Attributes:
-        documents: int32 [documents], in the order in which they are joined.
-        samples: [samples + 1, 2], the start of each: index in ``documents``, offset in that document.
-        order: int64 [samples], in the order in which they are read.
+        stream: the documents, joined in their order.
+        order: int64 [samples], the sequences in the order in which they are read.
+        offset: token of the stream at which sequence 0 begins.
     """
 
-    documents: NDArray[np.int32]
-    samples: NDArray[np.integer]
+    stream: JoinedDocuments
     order: NDArray[np.int64]
+    offset: int

@@ -116,6 +116,20 @@ def test_each_corpus_of_a_blend_has_a_new_order_in_each_epoch(blend: PackedBlend
         }
 
 
+def test_one_long_document_is_cut_at_other_places_in_each_epoch(write_corpus: Callable[..., Path]) -> None:
+    single = PackedBlend([whole(open_corpus(write_corpus("a", numbered(1, 50))))], [1.0], 8, 7)
+    (count,) = single.samples_per_epoch
+    assert count == 6
+    epochs = [[single[epoch * count + place] for place in range(count)] for epoch in range(8)]
+    assert sorted(int(tokens[0]) for tokens, _, _ in epochs[0]) == [0, 8, 16, 24, 32, 40]
+    for epoch in epochs:
+        labels = np.concatenate([sample[1] for sample in epoch])
+        assert len(set(labels.tolist())) == len(labels)
+        for tokens, labels, _ in epoch:
+            assert np.array_equal(labels, (tokens + 1) % 50)  # the end is followed by the beginning
+    assert len({frozenset(int(tokens[0]) for tokens, _, _ in epoch) for epoch in epochs}) > 6
+
+
 def test_a_corpus_shorter_than_a_batch_is_read_again_within_it(write_corpus: Callable[..., Path]) -> None:
     single = PackedBlend([whole(open_corpus(write_corpus("a", numbered(3, 7))))], [1.0], 4, 7)
     assert single.samples_per_epoch == (5,)
