@@ -53,7 +53,8 @@ def tune(small: bool, folder: Path) -> Iterator[Finding]:
     from megatron_ee.parallel.groups import process_groups
     from megatron_ee.parallel.optimizer import ExitOptimizer
     from megatron_ee.planning.balance import resolve_layout
-    from megatron_ee.planning.memory import Workload, stage_memory
+    from megatron_ee.planning.memory import stage_memory
+    from megatron_ee.planning.workload import Workload
     from megatron_ee.tuning.schedule import Pipeline
     from megatron_ee.tuning.step import tuning_step
 

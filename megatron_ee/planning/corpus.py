@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
-from megatron_ee.planning.memory import trained_parameters
+from megatron_ee.planning.parameters import trained_parameters
 
 LABELS_PER_PARAMETER = 1
 PASSES = 4

@@ -5,20 +5,19 @@ Pure: no process group is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from types import MappingProxyType
 
 from megatron_ee.config.architecture import Architecture
-from megatron_ee.config.check import data_parallel_size
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.parallel.costs import final_exit_flops
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.planning.costs import exit_flops, layer_flops
-from megatron_ee.planning.memory import Memory, Workload, stage_memory, stage_parameters
-
-ITEMSIZES = {"float32": 4, "bfloat16": 2}
+from megatron_ee.planning.memory import Memory, stage_memory
+from megatron_ee.planning.parameters import stage_parameters
+from megatron_ee.planning.workload import Workload, make_workload
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class StageWork:
-    """Work of one stage on one microbatch, in FLOPs or any unit of time.
+    """Work of one stage on one microbatch, in FLOPs or seconds.
 
     Attributes:
         forward: work of its layers; h and taps are sent after it.
@@ -74,12 +73,12 @@ class StageWork:
         exits: work of the exits that it hosts.
     """
 
-    forward: int
-    teacher: int
-    exits: int
+    forward: float
+    teacher: float
+    exits: float
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         """Total work."""
         return self.forward + self.teacher + self.exits
 
@@ -91,29 +90,7 @@ def plan_run(
 
     ``auto`` in ``model.dtype`` must already be resolved.
     """
-    tuning, parallel, distillation = config.tuning, config.parallel, config.loss.distillation
-    data = data_parallel_size(parallel, world_size)
-    workload = Workload(
-        itemsize=ITEMSIZES[config.model.dtype],
-        tensor=parallel.tensor,
-        data=data,
-        sequence_parallel=parallel.sequence,
-        micro_batch_size=tuning.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        microbatches=tuning.global_batch_size // (tuning.micro_batch_size * data),
-        chunk_tokens=config.loss.chunk_tokens,
-        top_k=distillation.top_k if distillation.kl > 0 else 0,
-        tempered=distillation.temperature != 1,
-        remainder=4 if _has_whole_main_weights(config.optimizer.implementation) else 2,
-        host_optimizer=config.optimizer.implementation == "deepspeed_cpu",
-        keeps_initial=config.optimizer.decay_towards == "initial",
-    )
-    return make_plan(layout, architecture, specs, workload)
-
-
-def _has_whole_main_weights(implementation: str) -> bool:
-    """Whether AdamW keeps whole float32 main weights for bfloat16 weights: apex does; ``auto`` uses apex if found."""
-    return implementation == "apex" or (implementation == "auto" and find_spec("apex") is not None)
+    return make_plan(layout, architecture, specs, make_workload(config, world_size))
 
 
 def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> RunPlan:
@@ -125,7 +102,7 @@ def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSp
         frozen, trained = stage_parameters(
             layout, index, architecture, specs, workload.tensor, distillation=workload.top_k > 0
         )
-        flops = work[index].total * workload.microbatches
+        flops = int(work[index].total) * workload.microbatches
         memory = stage_memory(layout, index, architecture, specs, workload)
         stages.append(StagePlan(stage.layers, stage.exits, frozen, trained, flops, idle[index], memory))
     return RunPlan(tuple(stages), workload.tensor, workload.data, workload.microbatches)
@@ -152,36 +129,56 @@ def stage_work(
 def idle_shares(
     layout: Layout, work: Sequence[StageWork], microbatches: int, *, distillation: bool = False
 ) -> list[float]:
-    """Share of a step in which each stage waits, if transfer takes no time.
+    """Share of a step in which each stage waits, if transfer takes no time; see ``schedule_end``."""
+    end = schedule_end(layout, work, microbatches, distillation=distillation)
+    return [1 - microbatches * stage.total / end for stage in work]
+
+
+def schedule_end(
+    layout: Layout,
+    work: Sequence[StageWork],
+    microbatches: int,
+    *,
+    distillation: bool = False,
+    transfer: Mapping[tuple[int, int], float] = MappingProxyType({}),
+) -> float:
+    """When the last stage is done with a step, in the unit of ``work``.
 
     This simulates the schedule (``tuning.schedule``). A stage starts a microbatch when its h and taps have arrived; a
     stage sends them before its exits' work. With distillation a stage's exits run ``Layout.lag`` microbatches late and
     wait for the final exit.
+
+    Args:
+        layout: of all stages.
+        work: of each stage, on one microbatch.
+        microbatches: of a step.
+        distillation: whether exits wait for the final exit.
+        transfer: time of a message, by source and target. Messages overlap with work and each other.
     """
     lags = [layout.lag(index) if distillation else 0 for index in range(len(work))]
     sources: list[set[int]] = [set() for _ in work]
     for message in layout.messages():
         sources[message.target].add(message.source)
-    free = [0] * len(work)
-    left = [[0] * microbatches for _ in work]  # when h and taps leave a stage
-    taught = [0] * microbatches  # when a teacher message leaves the last stage with layers
+    free = [0.0] * len(work)
+    left = [[0.0] * microbatches for _ in work]  # when h and taps leave a stage
+    taught = [0.0] * microbatches  # when a teacher message leaves the last stage with layers
     last = layout.last_layered
 
     def run_exits(index: int, number: int) -> None:
         if distillation and index != last and work[index].exits:
-            free[index] = max(free[index], taught[number])
+            free[index] = max(free[index], taught[number] + transfer.get((last, index), 0.0))
         free[index] += work[index].exits
 
     # A stage's turn depends only on earlier turns of later stages, because teacher messages arrive within its lag.
     for turn in range(microbatches + max(lags)):
         for index, stage in enumerate(work):
             if turn < microbatches:
-                there = max((left[source][turn] for source in sources[index]), default=0)
+                arrived = (left[source][turn] + transfer.get((source, index), 0.0) for source in sources[index])
+                there = max(arrived, default=0.0)
                 free[index] = left[index][turn] = max(free[index], there) + stage.forward
                 if index == last:
                     free[index] = taught[turn] = free[index] + stage.teacher
         for index in range(len(work)):
             if 0 <= turn - lags[index] < microbatches:
                 run_exits(index, turn - lags[index])
-    end = max(free)
-    return [1 - microbatches * stage.total / end for stage in work]
+    return max(free)

@@ -57,12 +57,12 @@ from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.corpus import little_data
 from megatron_ee.planning.plan import plan_run
+from megatron_ee.planning.table import print_plan
 from megatron_ee.tuning.fitted import fitted_exits
 from megatron_ee.tuning.full_model import FullModel, load_layers
 from megatron_ee.tuning.gates import add_gates
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
-from megatron_ee.tuning.plan_table import print_plan
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.state import RunProgress, check_same_run, load_state
 from megatron_ee.tuning.status import reported_status, write_failed

@@ -28,8 +28,8 @@ from megatron_ee.model.linear import RMSNorm
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.parallel.groups import process_groups
 from megatron_ee.parallel.layout import even_layout
-from megatron_ee.planning.memory import Workload
 from megatron_ee.planning.plan import make_plan
+from megatron_ee.planning.workload import Workload
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import Case, prepare, random_batches
 from megatron_ee.tuning.step import tuning_step

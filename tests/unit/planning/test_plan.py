@@ -12,11 +12,13 @@ from megatron_ee.config.load import config_from_dict
 from megatron_ee.exits.fit import fit_bytes
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
-from megatron_ee.planning.memory import Workload, stage_memory, trained_parameters
+from megatron_ee.planning.memory import stage_memory
+from megatron_ee.planning.parameters import trained_parameters
 from megatron_ee.planning.plan import StageWork, idle_shares, make_plan, plan_run
+from megatron_ee.planning.table import print_plan
+from megatron_ee.planning.workload import Workload
 from megatron_ee.tables import make_console
 from megatron_ee.testing.models import llama2_7b
-from megatron_ee.tuning.plan_table import print_plan
 
 
 def layout(*stages: tuple[tuple[int, int] | None, tuple[int, ...]]) -> Layout:
@@ -93,14 +95,22 @@ def test_the_table_shows_every_stage() -> None:
     plan = make_plan(stages, llama2_7b(), specs, Workload(2, data=2, microbatches=4))
     file = io.StringIO()
     print_plan(plan, make_console(file))
-    title, heading, *rows, last = file.getvalue().splitlines()
+    lines = file.getvalue().splitlines()
+    title, heading, *rows = lines[:5]
     assert title.startswith("Plan: tensor 1 x pipeline 3 x data 2, 4 microbatches per step")
     assert heading.split()[:4] == ["stage", "layers", "exits", "after"]
     assert [row.split()[:3] for row in rows] == [["0", "1-8", "8"], ["1", "9-16", "-"], ["2", "-", "16"]]
     for row, stage in zip(rows, plan.stages, strict=True):
-        assert f"{stage.idle:.1%}" in row
-        assert row.split()[-1] == f"{stage.memory.total / 2**30:.2f}"
+        assert row.split()[-1] == f"{stage.idle:.1%}"
         assert f"{stage.trained_parameters / 1e6:.1f} M" in row
+    title, heading, *rows, last = lines[5:]
+    assert title.startswith("Memory per rank in GB")
+    kinds = "backbone", "exits", "gradients", "optimizer", "activations", "taps", "buffers", "=", "tuning"
+    assert heading.split() == ["stage", *kinds]
+    for row, stage in zip(rows, plan.stages, strict=True):
+        *parts, total = map(float, row.split()[1:])
+        assert sum(parts) == pytest.approx(total, abs=0.04)
+        assert row.split()[-1] == f"{stage.memory.total / 1e9:.2f}"
     assert last == f"The stages are expected to compute {plan.efficiency:.1%} of the time (M / (M + P - 1): 66.7%)."
 
 
@@ -116,8 +126,21 @@ def test_the_fit_before_tuning_counts_where_it_needs_more() -> None:
     assert after.memory.total == after.memory.fit > after.memory.tuning
     file = io.StringIO()
     print_plan(fitted, make_console(file))
-    heading, row = file.getvalue().splitlines()[1:3]
-    assert "or fit before" in heading and row.split()[-2] == row.split()[-1] == f"{after.memory.fit / 2**30:.2f}"
+    heading, row = file.getvalue().splitlines()[4:6]
+    assert heading.split()[-4:] == ["=", "tuning", "or", "fit"]
+    assert row.split()[-2:] == [f"{after.memory.tuning / 1e9:.2f}", f"{after.memory.fit / 1e9:.2f}"]
+
+
+def test_validation_and_gates_hold_all_layers() -> None:
+    model, stages = llama2_7b(), layout(((1, 8), (8,)))
+    (stage,) = make_plan(stages, model, [ExitSpec(8, gate=True)], Workload(2, validates=True)).stages
+    (plain,) = make_plan(stages, model, [ExitSpec(8)], Workload(2)).stages
+    weights = 2 * 6_738_415_616
+    assert 0 < stage.memory.validation - weights < 0.1 * weights
+    trained = 2 * (trained_parameters(model, ExitSpec(8)) + 4096)
+    assert 0 < stage.memory.gates - weights - trained < 0.1 * weights
+    assert stage.memory.total == stage.memory.gates > stage.memory.tuning == plain.memory.tuning
+    assert plain.memory.validation == plain.memory.gates == 0
 
 
 def test_the_table_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,155 @@
+"""Memory of the work on one microbatch: peaks of the frozen layers, of an exit with its loss, and of a fit.
+
+Labels and positions (a few bytes per token) are not counted. The numbers are an accelerator's; see ``tiles``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.body import LayerBytes
+from megatron_ee.exits.registry import body_of, trains
+from megatron_ee.parallel.costs import VOCAB_MULTIPLE, padded_vocab
+from megatron_ee.parallel.layout import Layout, StageLayout
+from megatron_ee.parallel.tiles import TOP_RUN, WINDOW_QUERIES, Tiles, accelerator_tiles
+from megatron_ee.planning.parameters import head_rows, hosted_by
+from megatron_ee.planning.workload import FLOAT32, Workload
+
+
+def activation_peak(
+    layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+) -> int:
+    """The larger of two peaks, in the frozen layers and in an exit."""
+    stage, hidden = layout.stages[index], hidden_bytes(architecture, workload)
+    trained = [spec for spec in hosted_by(stage, specs) if trains(spec)]
+    peaks = [_exit_peak(architecture, spec, _of_a_graph(architecture, spec, workload)) for spec in trained]
+    if stage.layers:
+        # Embedded tokens stay alive until all layers have run. Hidden states from other stages are in transfer buffers.
+        embedded = hidden if 1 in stage.layers else 0
+        peaks.append(embedded + layer_peak(architecture, workload))
+        if workload.top_k and index == layout.last_layered:
+            peaks.append(3 * hidden + _teacher_bytes(architecture, workload))
+    return _band_bytes(architecture, stage, trained, workload) + max(peaks, default=0)
+
+
+def _band_bytes(architecture: Architecture, stage: StageLayout, trained: Sequence[ExitSpec], workload: Workload) -> int:
+    """Bytes of the masks of sliding windows shorter than a sequence. All layers and microbatches share them."""
+    windows = {architecture.windows[layer - 1] for layer in stage.layers}
+    windows |= {window for spec in trained for window in body_of(spec).windows(architecture)}
+    shared, size = architecture.num_heads // architecture.num_kv_heads, 0
+    for window in windows:
+        if window is not None and window < workload.sequence_length:
+            queries = min(WINDOW_QUERIES, workload.sequence_length - window)
+            size += queries * shared * (queries + window) * workload.itemsize
+    return size
+
+
+def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) -> Workload:
+    """The workload with the tokens that the exit processes at a time; see ``Exit.pieces``."""
+    tiles = _tiles(architecture, workload)
+    graph = tiles.graph_tokens if workload.graph_tokens is None else workload.graph_tokens
+    tokens = max(graph, min(workload.chunk_tokens, tiles.logit_tokens))
+    if body_of(spec).windows(architecture) or workload.sequence_parallel or tokens >= workload.tokens:
+        return workload
+    return dataclasses.replace(workload, micro_batch_size=1, sequence_length=tokens)
+
+
+def layer_peak(architecture: Architecture, workload: Workload) -> int:
+    """Peak bytes of one layer without gradients: in attention during RoPE, or in the MLP before the down projection.
+
+    In both, the layer's input and its norm's output are alive. In attention, the fused projection and four times the
+    queries are alive too. In the MLP, the residual and the fused gate and up are alive too; the activated gate and the
+    product reuse the memory of gate and up.
+    """
+    sizes = _layer_bytes(architecture, workload)
+    attention = 2 * sizes.hidden + sizes.gathered + 5 * sizes.query + 2 * sizes.key
+    return max(attention, 3 * sizes.hidden + sizes.gathered + 2 * sizes.ffn)
+
+
+def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
+    """Peak bytes of one exit's graph: the larger of the loss, with its scratch memory, and the body's backward."""
+    graph = body_of(spec).graph_bytes(_layer_bytes(architecture, workload))
+    return max(graph.kept + _loss_bytes(architecture, spec, workload), graph.backward)
+
+
+def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
+    """Bytes of the exit loss: the features' gradient, a chunk's logits, and some rows of a head's gradient.
+
+    The numbers are an accelerator's. On a CPU chunks are smaller, and the gradient of a bfloat16 head takes additional
+    memory; see ``tiles``.
+    """
+    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+    narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
+    logits = _chunk_logits(architecture, workload)
+    size = _gathered_bytes(architecture, workload) if body_of(spec).saved else 0
+    capped = architecture.logit_soft_cap is not None
+    size += logits * (FLOAT32 * (1 + workload.tempered + capped) + narrow)
+    size += logits // rows * VOCAB_MULTIPLE * FLOAT32  # of the search for the maximum
+    if spec.head == "low_rank":
+        size += 2 * workload.tokens * spec.rank * workload.itemsize
+        size += max(logits, rows * spec.rank) * workload.itemsize
+    return size
+
+
+def statistics_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Bytes of loss, confidence and top-1 token without gradients: a chunk's logits, and the search for the maximum."""
+    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+    logits = _chunk_logits(architecture, workload)
+    narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
+    capped = FLOAT32 if architecture.logit_soft_cap is not None else 0
+    return logits * (FLOAT32 + narrow + capped) + logits // rows * VOCAB_MULTIPLE * FLOAT32
+
+
+def _teacher_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Bytes of the teacher's top-k: a chunk's logits twice, and the columns that are sorted."""
+    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+    logits = _chunk_logits(architecture, workload)
+    sorted_columns = logits // rows * min(rows, TOP_RUN * workload.top_k)
+    candidates, values, order = FLOAT32, FLOAT32, 8
+    return logits * FLOAT32 + max(logits * workload.itemsize, sorted_columns * (candidates + values + order))
+
+
+def _tiles(architecture: Architecture, workload: Workload) -> Tiles:
+    return accelerator_tiles(padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor)
+
+
+def _chunk_logits(architecture: Architecture, workload: Workload) -> int:
+    """Number of logits of a chunk on one rank."""
+    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+    return min(workload.chunk_tokens, _tiles(architecture, workload).logit_tokens, workload.tokens) * rows
+
+
+def _gathered_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Bytes of the hidden states of a whole microbatch."""
+    return workload.tokens * architecture.hidden_size * workload.itemsize
+
+
+def hidden_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Bytes of this rank's share of the hidden states of a microbatch."""
+    return _gathered_bytes(architecture, workload) // (workload.tensor if workload.sequence_parallel else 1)
+
+
+def _layer_bytes(architecture: Architecture, workload: Workload) -> LayerBytes:
+    per_feature = workload.tokens * workload.itemsize
+    query, key = head_rows(architecture, workload.tensor)
+    whole, ffn = _gathered_bytes(architecture, workload), architecture.ffn_size // workload.tensor
+    return LayerBytes(
+        hidden=hidden_bytes(architecture, workload),
+        whole=whole,
+        gathered=whole if workload.sequence_parallel else 0,
+        query=query * per_feature,
+        key=key * per_feature,
+        ffn=ffn * per_feature,
+        matrix=ffn * architecture.hidden_size * workload.itemsize,
+    )
+
+
+def fit_peak(architecture: Architecture, rows: int, workload: Workload) -> int:
+    """Of adding a microbatch to a fit: gate and up, the features of two ranks in float32, their product, and the
+    residual, the last hidden state and their difference in float32."""
+    own, wide = -(-rows // workload.tensor), FLOAT32 * workload.tokens
+    features = 2 * own * workload.tokens * workload.itemsize + 2 * own * wide
+    return features + FLOAT32 * own * max(own, architecture.hidden_size) + 3 * architecture.hidden_size * wide

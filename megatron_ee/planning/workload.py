@@ -1,0 +1,84 @@
+"""The settings of a run, besides model, exits and layout, that its memory, work and traffic follow from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from megatron_ee.config.check import data_parallel_size
+from megatron_ee.config.schema import RunConfig
+
+FLOAT32 = 4
+ITEMSIZES = {"float32": FLOAT32, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Settings of a run, in addition to model, exits and layout, that affect the memory and work of a rank.
+
+    Attributes:
+        itemsize: bytes of a weight: 2 for bfloat16, 4 for float32.
+        tensor: tensor-parallel size.
+        data: data-parallel size, over which the optimizer state is sharded (ZeRO-1).
+        sequence_parallel: whether hidden states outside attention and MLP are sharded over the tensor-parallel ranks.
+        micro_batch_size: sequences per forward pass.
+        sequence_length: tokens per sequence.
+        microbatches: microbatches of one data-parallel rank per step.
+        chunk_tokens: maximum number of tokens whose logits exist at a time; see also ``tiles``.
+        graph_tokens: minimum number of tokens that an exit processes at a time, if its body allows pieces. The default
+            is an accelerator's.
+        top_k: tokens of the final exit's distribution that are kept for distillation; 0 without distillation.
+        tempered: whether the temperature of distillation is not 1.
+        remainder: additional bytes of a float32 main weight: 2, or 4 for optimizers that keep it whole.
+        host_optimizer: whether the optimizer state is in host memory.
+        keeps_initial: whether weight decay goes towards the initial values, which are then kept.
+        validates: whether validation runs all layers once before tuning.
+    """
+
+    itemsize: int
+    tensor: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+    sequence_length: int = 2048
+    microbatches: int = 1
+    chunk_tokens: int = 4096
+    graph_tokens: int | None = None
+    top_k: int = 0
+    tempered: bool = False
+    remainder: int = 2
+    host_optimizer: bool = False
+    keeps_initial: bool = False
+    validates: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch."""
+        return self.micro_batch_size * self.sequence_length
+
+
+def make_workload(config: RunConfig, world_size: int) -> Workload:
+    """The workload of a checked configuration on ``world_size`` processes, its ``model.dtype`` resolved."""
+    tuning, parallel, distillation = config.tuning, config.parallel, config.loss.distillation
+    data = data_parallel_size(parallel, world_size)
+    return Workload(
+        itemsize=ITEMSIZES[config.model.dtype],
+        tensor=parallel.tensor,
+        data=data,
+        sequence_parallel=parallel.sequence,
+        micro_batch_size=tuning.micro_batch_size,
+        sequence_length=config.data.sequence_length,
+        microbatches=tuning.global_batch_size // (tuning.micro_batch_size * data),
+        chunk_tokens=config.loss.chunk_tokens,
+        top_k=distillation.top_k if distillation.kl > 0 else 0,
+        tempered=distillation.temperature != 1,
+        remainder=4 if _has_whole_main_weights(config.optimizer.implementation) else 2,
+        host_optimizer=config.optimizer.implementation == "deepspeed_cpu",
+        keeps_initial=config.optimizer.decay_towards == "initial",
+        validates=bool(config.data.validation or config.data.validation_fraction),
+    )
+
+
+def _has_whole_main_weights(implementation: str) -> bool:
+    """Whether AdamW keeps whole float32 main weights for bfloat16 weights: apex does; ``auto`` uses apex if found."""
+    return implementation == "apex" or (implementation == "auto" and find_spec("apex") is not None)
