@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
@@ -41,11 +42,23 @@ def resolve_layout(
         ConfigError: an impossible layout, see ``parse_layout`` and ``balance``.
     """
     if parallel.layout == "auto":
-        return balance(
-            architecture, specs, parallel.pipeline, sequence_length, distillation=distillation, tensor=parallel.tensor
-        )
+        kinds = tuple(ExitSpec(spec.layer, spec.body, spec.head, rank=spec.rank) for spec in specs)
+        return _balanced(architecture, kinds, parallel.pipeline, sequence_length, distillation, parallel.tensor)
     run = last_layer(specs, architecture.num_layers, distillation)
     return parse_layout(parallel.layout, specs, architecture.num_layers, run)
+
+
+@lru_cache
+def _balanced(
+    architecture: Architecture,
+    specs: tuple[ExitSpec, ...],
+    stages: int,
+    tokens: int,
+    distillation: bool,
+    tensor: int,
+) -> Layout:
+    """``balance``, remembered: a search of layouts asks for the same ones many times."""
+    return balance(architecture, specs, stages, tokens, distillation=distillation, tensor=tensor)
 
 
 def balance(
@@ -151,25 +164,33 @@ class _Search:
             for start, here in enumerate(best[:count]):
                 if here is None:
                     continue
-                for end, (left_over, stage) in enumerate(runs[start], start + 1):
+                for end, (left_over, exits) in enumerate(runs[start], start + 1):
                     known = longer[end]
                     if known is None or here[0] + left_over < known[0]:
+                        stage = StageLayout(range(start + 1, end + 1), exits)
                         longer[end] = here[0] + left_over, (*here[1], stage)
             best = longer
             cuts.append(best[count])
         return [None if cut is None else cut[1] for cut in cuts]
 
-    def _runs(self, start: int, limit: int) -> list[tuple[int, StageLayout]]:
-        """Stages of 1, 2, ... layers after layer ``start``, while they are within ``limit``."""
-        found, work = [], 0
+    def _runs(self, start: int, limit: int) -> list[tuple[int, tuple[int, ...]]]:
+        """For stages of 1, 2, ... layers after layer ``start``, while they are within ``limit``: the cost of the exits
+        that do not fit beside the layers, and those that do."""
+        found, work, total, here = [], 0, 0, dict[int, int]()
+        kept: tuple[int, ...] = ()
         for layer in range(start + 1, len(self.layers) + 1):
             work += self.layers[layer - 1]
             if work > limit:
                 break
-            here = {number: self.exits[number] for number in range(start + 1, layer + 1) if number in self.exits}
-            kept = _fullest(here, limit - work)
-            left_over = sum(here.values()) - sum(here[number] for number in kept)
-            found.append((left_over, StageLayout(range(start + 1, layer + 1), kept)))
+            if layer in self.exits:
+                here[layer] = self.exits[layer]
+                total += here[layer]
+                kept = tuple(here)
+            if work + total <= limit:
+                found.append((0, kept))
+            else:
+                fullest = _fullest(here, limit - work)
+                found.append((total - sum(here[number] for number in fullest), fullest))
         return found
 
     def _complete(self, layered: tuple[StageLayout, ...] | None, limit: int) -> Layout | None:
