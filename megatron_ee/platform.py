@@ -32,6 +32,8 @@ from torch.overrides import TorchFunctionMode
 from megatron_ee.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEAST_LOAD = 0.5
+"""CPUs that others must use before a machine is called busy."""
 
 
 def has_accelerator() -> bool:
@@ -146,6 +148,28 @@ def peak_memory() -> int:
         status = Path("/proc/self/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@functools.cache
+def warn_if_busy() -> None:
+    """Say once, on stderr of the first rank, if other processes use CPUs that this one has threads for.
+
+    A product then waits for its slowest thread. Measuring takes a fifth of a second, and only where the load is high.
+    """
+    threads, cpus = torch.get_num_threads(), os.cpu_count() or 1
+    if has_accelerator() or threads == 1 or os.environ.get("RANK", "0") != "0" or os.getloadavg()[0] < LEAST_LOAD:
+        return
+    import psutil
+
+    busy = psutil.cpu_percent(interval=0.2) / 100 * cpus
+    if busy >= LEAST_LOAD and threads > cpus - busy + LEAST_LOAD:
+        fewer = max(1, int(cpus - busy + LEAST_LOAD))
+        print(
+            f"other processes use {busy:.1f} of this machine's {cpus} CPUs, and {threads} threads here wait for each "
+            f"other, up to a hundred times longer than one alone would take; set OMP_NUM_THREADS={fewer}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def memory_name() -> str:

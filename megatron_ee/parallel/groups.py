@@ -103,6 +103,7 @@ def joined_processes(timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[di
     alone is a world of one, without any network.
     """
     platform.quiet_runtime()
+    platform.warn_if_busy()
     platform.return_freed_memory()
     if platform.has_accelerator():
         # A launcher may show each process all devices of its machine, or only its own.

@@ -234,6 +234,30 @@ def test_zeros_take_no_memory() -> None:
     assert before - process.memory_info().rss > 0.9 * tensor.nbytes
 
 
+@pytest.mark.parametrize(
+    ("threads", "load", "busy", "advice"),
+    [(2, 1.2, 50.0, "OMP_NUM_THREADS=1"), (2, 9.0, 100.0, "OMP_NUM_THREADS=1"), (1, 1.2, 50.0, ""), (2, 1.2, 3.0, "")],
+)
+def test_a_busy_machine_is_told_once(
+    threads: int,
+    load: float,
+    busy: float,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(platform.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(platform.os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
+    monkeypatch.setattr(platform, "has_accelerator", lambda: False)
+    platform.warn_if_busy.cache_clear()
+    platform.warn_if_busy()
+    platform.warn_if_busy()
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(advice) and advice in said
+
+
 def test_a_timer_measures_what_lies_between() -> None:
     timer = platform.DeviceTimer()
     time.sleep(0.05)
