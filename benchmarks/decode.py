@@ -62,13 +62,13 @@ def measure(options: argparse.Namespace, directory: Path) -> Result:
     import torch
 
     from benchmarks.limits import read_rate
-    from megatron_ee.inference.loading import open_engine, open_released
+    from megatron_ee.inference import EngineOptions, open_engine, open_released
 
     torch.set_num_threads(options.threads)
     text = sample_text() if options.text is None else options.text.read_text(encoding="utf-8")
     started = time.perf_counter()
     released = open_released(path, adapter)
-    with open_engine(released, dtype=options.dtype, compiled=options.compile) as engine:
+    with open_engine(released, EngineOptions(dtype=options.dtype, compile=options.compile)) as engine:
         assert engine is not None, "this is the first rank"
         opened = time.perf_counter() - started
         peer = Peer(path, options.dtype)

@@ -167,6 +167,7 @@ def parity(small: bool, folder: Path) -> Iterator[Finding]:
 
     from megatron_ee import platform
     from megatron_ee.inference.loading import make_engine
+    from megatron_ee.inference.options import EngineOptions
     from megatron_ee.parallel.groups import process_groups
     from megatron_ee.testing.models import save_tiny_model
 
@@ -179,7 +180,7 @@ def parity(small: bool, folder: Path) -> Iterator[Finding]:
             h = stage.backbone.embed(ids.to(platform.device()))
             h, _ = stage.run_layers(h, positions, to_end=True)
             ours = stage.final_logits(stage.final_features(h))[:, 0].cpu()
-            engine = make_engine(stage, memory=2**28)
+            engine = make_engine(stage, EngineOptions(kv_memory=2**28))
             found = _tokens_of_modes(engine)
             engine.close()
             for place in dict.fromkeys((torch.device("cpu"), platform.device())):
@@ -207,18 +208,18 @@ def compiled(small: bool, folder: Path) -> Iterator[Finding]:
     """A tiny model in float32 with compiled layers: the tokens of every mode equal those without compilation."""
     import torch
 
-    from megatron_ee.inference.compiled import compile_stage
     from megatron_ee.inference.loading import make_engine
+    from megatron_ee.inference.options import EngineOptions
     from megatron_ee.parallel.groups import process_groups
     from megatron_ee.testing.models import save_tiny_model
 
     save_tiny_model(FAMILIES[0], folder / "model")
     with process_groups() as groups, torch.no_grad():
         stage = _tiny_stage(folder / "model", groups)
-        expected = _tokens_of_modes(make_engine(stage, memory=2**28))
-        seconds, code = _timed(compile_stage, stage)
+        expected = _tokens_of_modes(make_engine(stage, EngineOptions(kv_memory=2**28)))
+        seconds, engine = _timed(make_engine, stage, EngineOptions(kv_memory=2**28, compile=True))
         yield Finding("compiling a tiny model", f"{seconds:.0f} s", "", None)
-        found = _tokens_of_modes(make_engine(stage, memory=2**28, compiled_stage=code))
+        found = _tokens_of_modes(engine)
     same = [name for name in expected if found[name] == expected[name]]
     yield Finding("tokens of compiled layers", f"{len(same)} of {len(expected)} modes", "all", found == expected)
 

@@ -53,7 +53,7 @@ def add_engine(group: Any) -> None:
         help="memory for the KV cache, per process (default: half of the free memory)",
     )
     add(
-        "--max-rows",
+        "--max-num-seqs",
         "--batch-size",
         type=at_least(1),
         default=16,

@@ -17,8 +17,8 @@ from megatron_ee.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from megatron_ee.commands.generate_requests import FileRequest
     from megatron_ee.inference.engine import Engine
-    from megatron_ee.inference.loading import Released
     from megatron_ee.inference.offline import ModeResult
+    from megatron_ee.inference.released import Released
     from megatron_ee.inference.requests import Completion, Request
 
 DESCRIPTION = """Continue prompts. The terminal colours each token by the layer that emitted it. Under torchrun the
@@ -135,9 +135,9 @@ def _add_output(group: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate. Print text with a legend, or JSON, to stdout."""
     from megatron_ee.commands.inputs import check_corpus, check_input
-    from megatron_ee.inference.compiled import check_compiler
-    from megatron_ee.inference.loading import check_parallel, open_engine, open_released
-    from megatron_ee.parallel.groups import world_size
+    from megatron_ee.inference.loading import open_engine
+    from megatron_ee.inference.options import EngineOptions
+    from megatron_ee.inference.released import open_released
 
     if (arguments.draft_vocabulary is None) != (arguments.draft_corpus is None):
         raise ConfigError("--draft-vocabulary and --draft-corpus: give both, or neither")
@@ -159,27 +159,23 @@ def run(arguments: argparse.Namespace) -> int:
         requests = [line.request for line in lines] or _requests(arguments, released)
         if arguments.compare:
             _check_compare(arguments, requests, released)
-        arch = released.model.architecture
-        check_parallel(arch, arguments.tensor, arguments.pipeline, world_size())
-        if arguments.compile:
-            check_compiler(arch, arguments.tensor)
-        candidates = _candidates(arguments, arch.vocab_size)
+        options = EngineOptions(
+            dtype=arguments.dtype,
+            tensor=arguments.tensor,
+            pipeline=arguments.pipeline,
+            exits=_used_exits(requests, released, every_mode=arguments.compare),
+            candidates=_candidates(arguments, released.model.architecture.vocab_size),
+            compile=arguments.compile,
+            kv_memory=arguments.kv_memory,
+            max_num_seqs=arguments.max_num_seqs,
+        )
+        options.check(released)
     except ConfigError as error:
         raise as_option(error) from None
     except UserError as error:
         error.common = True  # every rank has read the same file
         raise
-    with open_engine(
-        released,
-        dtype=arguments.dtype,
-        tensor=arguments.tensor,
-        pipeline=arguments.pipeline,
-        memory=arguments.kv_memory,
-        max_rows=arguments.max_rows,
-        candidates=candidates,
-        compiled=arguments.compile,
-        exits=_used_exits(requests, released, every_mode=arguments.compare),
-    ) as engine:
+    with open_engine(released, options) as engine:
         if engine is None:
             return 0
         if arguments.prompts is not None:
@@ -314,7 +310,7 @@ def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine
     failed = 0
     with track(len(lines), "prompts", "answering", "tokens") as bar:
         advance = partial(bar.advance, 1)
-        answers = run_batch(engine, [line.request for line in lines], ahead=2 * arguments.max_rows, advance=advance)
+        answers = run_batch(engine, [line.request for line in lines], ahead=2 * arguments.max_num_seqs, advance=advance)
         for line, outcomes in zip(lines, answers, strict=True):
             shown = [{"error": each} if isinstance(each, str) else _described(each) for each in outcomes]
             failed += any("error" in each for each in shown)

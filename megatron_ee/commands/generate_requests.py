@@ -13,8 +13,8 @@ from megatron_ee.config.untrusted import parse_json
 from megatron_ee.config.validation import validated
 from megatron_ee.data.chat import check_messages
 from megatron_ee.errors import ConfigError, UserError, shown
-from megatron_ee.inference.loading import Released
 from megatron_ee.inference.policy import POLICIES
+from megatron_ee.inference.released import Released
 from megatron_ee.inference.requests import Request, encode_chat, prompt_ids
 from megatron_ee.inference.sampling import Sampling
 

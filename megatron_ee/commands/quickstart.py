@@ -19,7 +19,7 @@ DESCRIPTION = """Run the other commands in turn and show each: let the model ans
 and tune exits, evaluate, generate. examples/quickstart/run.sh first fetches a small model, if you have none."""
 POSITIONS = (0.33, 0.53, 0.73)  # of 30 layers: after 10, 16 and 22
 ANSWER_TOKENS = 64
-ROWS = 32
+NUM_SEQS = 32
 SEQUENCES = 120
 STEPS = 20
 PROBE_MINUTES = 2
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     if data is None:
         data = out / "answers.jsonl"
         answers = ("--prompts", arguments.prompts, "--output", data, "--overwrite")
-        limits = ("--max-tokens", ANSWER_TOKENS, "--max-rows", ROWS)
+        limits = ("--max-tokens", ANSWER_TOKENS, "--max-num-seqs", NUM_SEQS)
         _command("regenerate", "--model", base, "--dtype", dtype, *answers, *limits)
     parts = _split(data, out / "data")
     chat = ("--chat",) if _is_chat(data) else ()

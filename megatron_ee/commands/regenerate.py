@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_ee.commands.generate_requests import FileRequest
     from megatron_ee.data.tokenizer import Tokenizer
     from megatron_ee.inference.engine import Engine
-    from megatron_ee.inference.loading import Released
+    from megatron_ee.inference.released import Released
     from megatron_ee.inference.requests import Completion, Request
 
 DESCRIPTION = """Answer a file of prompts with all layers of the model, and write the answers as jsonl for prepare-data:
@@ -66,8 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.commands.answer_file import is_complete, open_answers
     from megatron_ee.commands.generate_requests import SAMPLING, make_request
     from megatron_ee.commands.inputs import check_input
-    from megatron_ee.inference.loading import check_parallel, open_engine, open_released
-    from megatron_ee.parallel.groups import launched_rank, world_size
+    from megatron_ee.inference.loading import open_engine
+    from megatron_ee.inference.options import EngineOptions
+    from megatron_ee.inference.released import open_released
+    from megatron_ee.parallel.groups import launched_rank
 
     settings = {name: getattr(arguments, name) for name in (*SAMPLING, "samples", "max_tokens")}
     try:
@@ -76,7 +78,14 @@ def run(arguments: argparse.Namespace) -> int:
         check_input("prompts", arguments.prompts)
         released = dataclasses.replace(open_released(arguments.model, verify=not arguments.no_verify), adapter=None)
         lines = _prompts(arguments.prompts, settings, released)
-        check_parallel(released.model.architecture, arguments.tensor, arguments.pipeline, world_size())
+        options = EngineOptions(
+            dtype=arguments.dtype,
+            tensor=arguments.tensor,
+            pipeline=arguments.pipeline,
+            kv_memory=arguments.kv_memory,
+            max_num_seqs=arguments.max_num_seqs,
+        )
+        options.check(released)
         about = _about(arguments, settings, released)
     except ConfigError as error:
         raise as_option(error) from None
@@ -94,14 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with (
         open_output() if first else contextlib.nullcontext() as answers,
-        open_engine(
-            released,
-            dtype=arguments.dtype,
-            tensor=arguments.tensor,
-            pipeline=arguments.pipeline,
-            memory=arguments.kv_memory,
-            max_rows=arguments.max_rows,
-        ) as engine,
+        open_engine(released, options) as engine,
     ):
         if engine is None or answers is None:
             return 0
@@ -146,7 +148,7 @@ def _with_own_seed(request: Request, index: int) -> Request:
 
 
 def _about(arguments: argparse.Namespace, settings: dict[str, Any], released: Released) -> dict[str, Any]:
-    """What the answers depend on. Other numbers of processes and rows change them by rounding only."""
+    """What the answers depend on. How many processes and sequences run changes them by rounding only."""
     from megatron_ee.checkpoint.digest import file_sha256, hash_backbone
     from megatron_ee.commands.answer_file import MADE_BY
     from megatron_ee.data.fingerprint import tokenizer_digests
@@ -182,7 +184,7 @@ def _answer(
     try:
         with track(len(lines), "prompts", "answering", "tokens", completed=answers.done) as bar:
             requests = [line.request for line in rest]
-            results = run_batch(engine, requests, ahead=2 * arguments.max_rows, advance=partial(bar.advance, 1))
+            results = run_batch(engine, requests, ahead=2 * arguments.max_num_seqs, advance=partial(bar.advance, 1))
             for line, outcomes in zip(rest, results, strict=True):
                 records = []
                 for sample, outcome in enumerate(outcomes):

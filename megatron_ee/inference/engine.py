@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import ConfigError, UserError
@@ -34,19 +35,26 @@ class Engine:
     def __init__(
         self,
         scheduler: Scheduler | DriverScheduler,
+        architecture: Architecture,
         exits: Collection[ExitSpec],
         *,
-        num_layers: int,
-        vocab_size: int,
-        max_positions: int,
         tokenizer: Tokenizer | None = None,
         eos: Collection[int] = (),
         off: Collection[int] = (),
     ) -> None:
-        """See ``loading.open_engine``. Without a tokenizer, prompts must be token ids, and outputs have no text."""
+        """Create an idle engine; ``loading`` builds one for a model.
+
+        Args:
+            scheduler: runs the sequences.
+            architecture: of the model.
+            exits: the exits that requests may use.
+            tokenizer: None if prompts are token ids only; outputs then have no text.
+            eos: end-of-text tokens.
+            off: layers of the model's exits that are not loaded, for the messages about them.
+        """
         self._scheduler, self._tokenizer, self._eos = scheduler, tokenizer, frozenset(eos)
-        self.exits, self.off, self.num_layers = tuple(exits), tuple(sorted(off)), num_layers
-        self.vocab_size, self.max_positions = vocab_size, max_positions
+        self.exits, self.off, self.num_layers = tuple(exits), tuple(sorted(off)), architecture.num_layers
+        self.vocab_size, self.max_positions = architecture.vocab_size, architecture.max_generated_positions
         self._outputs: dict[int, OutputState] = {}
         self._events: deque[Event] = deque()
         self._num_requests = self._num_seqs = 0

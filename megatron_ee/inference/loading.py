@@ -1,36 +1,32 @@
-"""Opens a released model and its exits, and builds an engine on one or more ranks."""
+"""Loads a released model and builds its engine, on one or more ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
-from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
+from megatron_ee.checkpoint.saved_model import choose_dtype, say_text_only
 from megatron_ee.config.architecture import Architecture
-from megatron_ee.config.check import check_pipeline, check_tensor
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ee.data.tokenizer_files import eos_token_ids
-from megatron_ee.errors import ConfigError, UserError, shown
+from megatron_ee.data.tokenizer import Tokenizer
+from megatron_ee.errors import UserError
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.stage import Stage
 from megatron_ee.exits.tensors import body_weights
 from megatron_ee.families.weights import parameter_parts
-from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
+from megatron_ee.inference.compiled import compile_stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache_manager import KVBudget, PrefixCache, stage_memory
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.passes import StageMap, StageWorker
 from megatron_ee.inference.policy import MOST_DEFERRED
+from megatron_ee.inference.released import Released
 from megatron_ee.inference.remote import (
     DriverScheduler,
     Mail,
@@ -40,75 +36,26 @@ from megatron_ee.inference.remote import (
     serve_stage,
     share,
 )
-from megatron_ee.inference.requests import MAX_DRAFT, check_ids
+from megatron_ee.inference.requests import MAX_DRAFT
 from megatron_ee.inference.scheduler import PASS_TOKENS, Scheduler
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
 from megatron_ee.inference.stage_runner import StageRunner
 from megatron_ee.model.setup import build_setup
-from megatron_ee.parallel.groups import Groups, host_group, joined_processes, model_groups, world_size
+from megatron_ee.parallel.groups import Groups, host_group, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.transfer import connect
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 
+DEFAULTS = EngineOptions()
 SLACK = max(MAX_DRAFT, MOST_DEFERRED) + 1
 """Positions kept before a sliding window. They are needed after a rejected draft, and for a copy of the positions that
 all layers have run: the first layers may be ahead by the deferred tokens."""
 MEMORY_SHARE = 0.5
 """Default share of the free memory, after loading the model, for the KV cache."""
-MAX_ROWS = 16
-"""Default maximum number of running sequences."""
-
-
-@dataclass(frozen=True)
-class Released:
-    """A model, its exits and its tokenizer, opened and checked. The weights are not loaded yet."""
-
-    path: Path
-    model: SavedModel
-    adapter: Adapter | None
-    tokenizer: Tokenizer
-    eos: frozenset[int]
-
-    @property
-    def exits(self) -> tuple[ExitSpec, ...]:
-        """The exits of the adapter."""
-        return () if self.adapter is None else self.adapter.exits
-
-
-def open_released(model: str | Path, adapter: str | Path | None = None, *, verify: bool = True) -> Released:
-    """Open and check a model, its tokenizer and its exits.
-
-    Args:
-        model: Hugging Face directory or parallel checkpoint, with its tokenizer.
-        adapter: directory of the exits; None for the exits in the model's directory, if any.
-        verify: verify checksums of the files, if there are any.
-
-    Raises:
-        CheckpointError: the model or the adapter is invalid, or the adapter is for another model.
-        DataError: the tokenizer is invalid.
-    """
-    released = open_model(model, verify=verify)
-    opened = find_exits(released, adapter, verify=verify)
-    tokenizer = load_tokenizer(model)
-    if opened is not None:
-        check_hash(opened, released, lambda: hash_backbone(released.weights))
-    return Released(Path(model), released, opened, tokenizer, end_of_text(Path(model), tokenizer))
 
 
 @contextmanager
-def open_engine(
-    released: Released,
-    *,
-    dtype: str = "auto",
-    tensor: int = 1,
-    pipeline: int = 1,
-    memory: int | None = None,
-    max_rows: int = MAX_ROWS,
-    candidates: Sequence[int] | None = None,
-    compiled: bool = False,
-    prefix_rows: int = 0,
-    exits: Collection[int] | None = None,
-) -> Iterator[Engine | None]:
+def open_engine(released: Released, options: EngineOptions = DEFAULTS) -> Iterator[Engine | None]:
     """Load a model on all ranks and yield its engine.
 
     Every rank calls this. The first rank gets the engine. The other ranks work for it until it is closed, and then get
@@ -116,76 +63,28 @@ def open_engine(
 
     Args:
         released: from ``open_released``.
-        dtype: dtype of the model and the KV cache; ``auto`` for the checkpoint's.
-        tensor: tensor-parallel size.
-        pipeline: number of pipeline stages.
-        memory: bytes of KV cache on each rank; None for half of the memory that is free after loading.
-        max_rows: maximum number of running sequences; others wait.
-        candidates: token ids that a drafting exit may propose, for example from ``data.indexed.frequent_tokens``. It
-            then computes only their logits (FR-Spec, arXiv 2502.14856). The full model still emits any token. None for
-            all.
-        compiled: compile the layers between exits, which makes a sequence that runs alone faster.
-        prefix_rows: maximum number of finished sequences whose KV is kept while memory permits. A request that starts
-            with the same tokens, such as the next message of a chat, copies this KV. Its rounding is then that of the
-            other request, which may differ from its own because passes of different sizes round differently.
-        exits: layers of the exits to load; None for all. Other exits cost no memory or time, and requests that name
-            them are errors. A ``layer`` exit has its own KV, which every token fills, so full mode is faster without
-            it.
+        options: how the model is loaded, and how its engine runs.
 
     Raises:
         CheckpointError: a file cannot be read.
-        ConfigError: an argument is invalid.
+        ConfigError: an option does not fit the model or the machine.
     """
-    check_parallel(released.model.architecture, tensor, pipeline, world_size())
-    dtype = choose_dtype(dtype, released.model, "dtype")
+    options.check(released)
+    dtype = choose_dtype(options.dtype, released.model, "dtype")
     say_text_only(released.model)
-    if type(prefix_rows) is not int or prefix_rows < 0:
-        raise ConfigError(f"prefix_rows: must be a whole number from 0 on, not {prefix_rows!r}")
-    if compiled:
-        check_compiler(released.model.architecture, tensor)
-    there = [spec.layer for spec in released.exits]
-    for layer in exits or ():
-        if layer not in there:
-            raise ConfigError(f"exits: there is no exit after layer {shown(layer)}; there are: {there or 'none'}")
-    specs = [spec for spec in released.exits if exits is None or spec.layer in exits]
-    if candidates is not None:
-        check_ids("candidates", candidates, released.model.architecture.vocab_size)
-        if not candidates:
-            raise ConfigError("candidates: there are none; give some token ids, or None for all")
-    with joined_processes() as control, model_groups(control, tensor, pipeline) as groups:
-        place = f"stage {groups.pipeline.rank()}"
-        with watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: place):
-            layout = even_layout(released.model.architecture.num_layers, pipeline)
-            stage = load_stage(released, specs, layout, dtype, groups, candidates)
-            compiled_stage = compile_stage(stage) if compiled else None
-            with engine_on_ranks(
-                stage,
-                layout,
-                specs,
-                released.tokenizer,
-                released.eos,
-                memory,
-                max_rows,
-                compiled_stage,
-                prefix_rows,
-                [layer for layer in there if exits is not None and layer not in exits],
-            ) as engine:
-                yield engine
-
-
-def check_parallel(architecture: Architecture, tensor: int, pipeline: int, processes: int) -> None:
-    """Check the parallel sizes, before anything is loaded.
-
-    Raises:
-        ConfigError: they do not fit the model or the number of processes; the message names the option.
-    """
-    if processes != tensor * pipeline:
-        raise ConfigError(
-            f"tensor x pipeline: {tensor} x {pipeline} needs {tensor * pipeline} processes, but there are {processes}; "
-            "start as many with torchrun, or change the options"
-        )
-    check_pipeline(architecture.num_layers, pipeline, "pipeline")
-    check_tensor(architecture, tensor, "tensor")
+    loaded = [spec for spec in released.exits if options.exits is None or spec.layer in options.exits]
+    off = [spec.layer for spec in released.exits if spec not in loaded]
+    with (
+        joined_processes() as control,
+        model_groups(control, options.tensor, options.pipeline) as groups,
+        watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}"),
+    ):
+        layout = even_layout(released.model.architecture.num_layers, options.pipeline)
+        stage = load_stage(released, loaded, layout, dtype, groups, options.candidates)
+        with engine_on_ranks(
+            stage, layout, loaded, options, tokenizer=released.tokenizer, eos=released.eos, off=off
+        ) as engine:
+            yield engine
 
 
 def load_stage(
@@ -196,7 +95,7 @@ def load_stage(
     groups: Groups,
     candidates: Sequence[int] | None = None,
 ) -> Stage:
-    """Load this rank's layers of the backbone and the exits on them; arguments as for ``open_engine``."""
+    """Load this rank's layers of the backbone and the exits on them; ``candidates`` as in ``EngineOptions``."""
     index, arch = groups.pipeline.rank(), released.model.architecture
     layers = layout.stages[index].layers
     setup = build_setup(arch, platform.DTYPES[dtype], groups)
@@ -210,64 +109,51 @@ def load_stage(
     return stage
 
 
-def end_of_text(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The end-of-text tokens of the model's configuration, its generation configuration and its tokenizer.
-
-    All are needed: one may end a turn of the chat template and another a document.
-
-    Raises:
-        DataError: ``eos_token_id`` is not a token id or a list of them.
-    """
-    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    return frozenset((*eos_token_ids(directory), *own))
-
-
 @contextmanager
 def engine_on_ranks(
     stage: Stage,
     layout: Layout,
     specs: Sequence[ExitSpec],
+    options: EngineOptions = DEFAULTS,
+    *,
     tokenizer: Tokenizer | None = None,
     eos: frozenset[int] = frozenset(),
-    memory: int | None = None,
-    max_rows: int = MAX_ROWS,
-    compiled_stage: CompiledStage | None = None,
-    prefix_rows: int = 0,
     off: Sequence[int] = (),
 ) -> Iterator[Engine | None]:
-    """Yield the engine on the first rank, for loaded stages; arguments as for ``open_engine``."""
-    setup, groups = stage.setup, stage.setup.groups
-    arch, index = setup.architecture, groups.pipeline.rank()
-    total = min(groups.gather(int(MEMORY_SHARE * free_memory(groups)) if memory is None else memory))
+    """Yield the engine of loaded stages on the first rank. Every rank calls this, as ``open_engine``.
+
+    Args:
+        stage: this rank's stage.
+        layout: the layers of all stages.
+        specs: the exits of all stages.
+        options: those that concern loading are ignored.
+        tokenizer: see ``Engine``.
+        eos: see ``Engine``.
+        off: see ``Engine``.
+    """
+    groups = stage.setup.groups
     if groups.world.size() == 1:
-        engine = make_engine(
-            stage,
-            tokenizer=tokenizer,
-            eos=eos,
-            memory=total,
-            max_rows=max_rows,
-            compiled_stage=compiled_stage,
-            prefix_rows=prefix_rows,
-            off=off,
-        )
+        engine = make_engine(stage, options, tokenizer=tokenizer, eos=eos, off=off)
         try:
             yield engine
         finally:
             engine.close()
         return
+    arch, index = stage.setup.architecture, groups.pipeline.rank()
+    compiled, memory = compile_stage(stage) if options.compile else None, _kv_memory(groups, options)
     mail = Mail(host_group(groups.pipeline, groups.control))
     peers = host_group(groups.tensor, groups.control)
     for source in range(groups.pipeline.size() - 1):
         connect(groups.pipeline, source, source + 1)
-    channel = RemoteChannel(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, setup.dtype)
-    runner = StageRunner(stage, SLACK, PASS_TOKENS, channel, compiled_stage)
+    channel = RemoteChannel(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, stage.setup.dtype)
+    runner = StageRunner(stage, SLACK, PASS_TOKENS, channel, compiled)
     if index > 0:
         serve_stage(runner, mail)
         mail.finish()
         yield None
         return
     others = [RemoteStage(mail, number) for number in range(1, groups.pipeline.size())]
-    scheduler = _scheduler(stage, layout, specs, [runner, *others], total, max_rows, prefix_rows)
+    scheduler = _scheduler(stage, layout, specs, [runner, *others], memory, options)
     if peers.size() > 1:
         scheduler.share_seconds = lambda seconds: float(share([seconds], peers)[0])
     if peers.rank() > 0:
@@ -276,17 +162,17 @@ def engine_on_ranks(
         yield None
         return
     driver = DriverScheduler(scheduler, peers) if peers.size() > 1 else scheduler
-    engine = _engine(driver, stage, specs, tokenizer, eos, off)
-    in_step = True
+    engine = Engine(driver, arch, specs, tokenizer=tokenizer, eos=eos, off=off)
+    in_sync = True
     try:
         yield engine
     except (UserError, ValidationError):  # an invalid request; all ranks are idle
         raise
     except BaseException:
-        in_step = False  # the other ranks may wait for messages that will not come; the watchdog ends them
+        in_sync = False  # the other ranks may wait for messages that will not come; the watchdog ends them
         raise
     finally:
-        if in_step:
+        if in_sync:
             engine.close()
             if isinstance(driver, DriverScheduler):
                 driver.stop()
@@ -301,55 +187,31 @@ def _stop(others: Sequence[RemoteStage], mail: Mail) -> None:
 
 def make_engine(
     stage: Stage,
+    options: EngineOptions = DEFAULTS,
     *,
     tokenizer: Tokenizer | None = None,
     eos: frozenset[int] = frozenset(),
-    memory: int | None = None,
-    max_rows: int = MAX_ROWS,
-    compiled_stage: CompiledStage | None = None,
-    prefix_rows: int = 0,
     off: Sequence[int] = (),
 ) -> Engine:
-    """Build an engine in one process, for a stage with the whole model; arguments as for ``open_engine``."""
-    layout, specs = even_layout(stage.setup.architecture.num_layers, 1), [exit_.spec for exit_ in stage.exits]
-    total = int(MEMORY_SHARE * free_memory(stage.setup.groups)) if memory is None else memory
-    runner = StageRunner(stage, SLACK, PASS_TOKENS, compiled=compiled_stage)
-    scheduler = _scheduler(stage, layout, specs, [runner], total, max_rows, prefix_rows)
-    return _engine(scheduler, stage, specs, tokenizer, eos, off)
-
-
-def _engine(
-    scheduler: Scheduler | DriverScheduler,
-    stage: Stage,
-    specs: Sequence[ExitSpec],
-    tokenizer: Tokenizer | None = None,
-    eos: frozenset[int] = frozenset(),
-    off: Sequence[int] = (),
-) -> Engine:
-    arch = stage.setup.architecture
-    return Engine(
-        scheduler,
-        specs,
-        num_layers=arch.num_layers,
-        vocab_size=arch.vocab_size,
-        max_positions=arch.max_generated_positions,
-        tokenizer=tokenizer,
-        eos=eos,
-        off=off,
-    )
+    """Build an engine in one process, for a stage with the whole model; arguments as for ``engine_on_ranks``."""
+    arch, specs = stage.setup.architecture, [exit_.spec for exit_ in stage.exits]
+    compiled = compile_stage(stage) if options.compile else None
+    runner = StageRunner(stage, SLACK, PASS_TOKENS, compiled=compiled)
+    memory = _kv_memory(stage.setup.groups, options)
+    scheduler = _scheduler(stage, even_layout(arch.num_layers, 1), specs, [runner], memory, options)
+    return Engine(scheduler, arch, specs, tokenizer=tokenizer, eos=eos, off=off)
 
 
 def _scheduler(
     stage: Stage,
     layout: Layout,
     specs: Sequence[ExitSpec],
-    stages: list[StageWorker],
+    workers: list[StageWorker],
     memory: int,
-    max_rows: int,
-    prefix_rows: int,
+    options: EngineOptions,
 ) -> Scheduler:
     arch, setup = stage.setup.architecture, stage.setup
-    kept = [
+    memories = [
         stage_memory(
             arch,
             place.layers,
@@ -363,11 +225,16 @@ def _scheduler(
         ends=(*(place.layers[-1] for place in layout.stages[:-1]), arch.num_layers + 1),
         layer_exits=frozenset(spec.layer for spec in specs if body_of(spec).windows(arch)),
     )
-    budget = KVBudget(memory, kept, SLACK, PASS_TOKENS)
-    acceptance = {spec.layer: Acceptance() for spec in specs}
-    drafter = Drafter(Costs(head_layers(arch, specs)), acceptance)
-    prefixes = PrefixCache(prefix_rows, min((window for window in arch.windows if window is not None), default=None))
-    return Scheduler(stages, stage_map, budget, max_rows, drafter, prefixes)
+    drafter = Drafter(Costs(head_layers(arch, specs)), {spec.layer: Acceptance() for spec in specs})
+    window = min((window for window in arch.windows if window is not None), default=None)
+    return Scheduler(
+        workers,
+        stage_map,
+        KVBudget(memory, memories, SLACK, PASS_TOKENS),
+        options.max_num_seqs,
+        drafter,
+        PrefixCache(options.prefix_cache_seqs, window),
+    )
 
 
 def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[int, float]:
@@ -377,6 +244,12 @@ def head_layers(architecture: Architecture, specs: Sequence[ExitSpec]) -> dict[i
     layer = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     exits = {spec.layer: (body_weights(spec, arch) + head) / layer for spec in specs}
     return {**exits, arch.num_layers + 1: head / layer}
+
+
+def _kv_memory(groups: Groups, options: EngineOptions) -> int:
+    """Bytes that every rank can give to its KV cache. Every rank calls this."""
+    given = options.kv_memory
+    return min(groups.gather(int(MEMORY_SHARE * free_memory(groups)) if given is None else given))
 
 
 def free_memory(groups: Groups) -> int:

@@ -249,14 +249,14 @@ class Scheduler:
             new = [seq.token_ids(seq.num_computed_tokens) if depth == 0 else [] for seq in chosen]
             self._start(stage, depth, chosen, new)
 
-    def _begin_round(self, seq: Sequence, rows: int) -> None:
+    def _begin_round(self, seq: Sequence, num_seqs: int) -> None:
         """Plan the drafts of a sequence in speculative mode."""
         if seq.drafting is None:
             return
         # The last token needs no proposal, and proposals need positions too.
         params = seq.params
         room = min(params.max_tokens - len(seq.tokens), params.max_length - seq.num_tokens_with_spec)
-        seq.drafting.begin_round(rows, time.perf_counter(), room - 1)
+        seq.drafting.begin_round(num_seqs, time.perf_counter(), room - 1)
 
     def _run_prompts(self, prompts: list[Sequence]) -> None:
         """Run the next tokens of prompts, oldest first, at most ``PASS_TOKENS`` in total."""

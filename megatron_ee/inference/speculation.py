@@ -137,16 +137,16 @@ class Drafter:
     _times: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _rounds: int = 0
 
-    def plan(self, exits: Sequence[int], rows: int, length: int | None = None, *, may_skip: bool = True) -> Plan:
+    def plan(self, exits: Sequence[int], num_seqs: int, length: int | None = None, *, may_skip: bool = True) -> Plan:
         """Plan the next round of a sequence.
 
         Args:
             exits: layers of the exits that may draft.
-            rows: number of sequences that share the passes.
+            num_seqs: number of sequences that share the passes.
             length: draft length of the request; None to choose it by expected gain per time.
             may_skip: whether a round without proposals may be chosen.
         """
-        size = bucket(rows)
+        size = bucket(num_seqs)
         choices = [*exits, *([0] if may_skip and length is None else [])]
         records = {layer: self._records.setdefault((layer, size), _Record()) for layer in choices}
         new = [layer for layer in choices if records[layer].rounds < TRIALS]
@@ -161,9 +161,9 @@ class Drafter:
         if rate == 0:  # no round has been timed: a long draft could take longer than the rest of a short output
             return Plan(layer, DEFAULT_LENGTH)
         # A proposal gains its acceptance probability in tokens and costs one more pass up to the exit.
-        return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, rows) * rate)
+        return Plan(layer, MAX_LENGTH, self.costs.seconds(layer, num_seqs) * rate)
 
-    def learn(self, plan: Plan, rows: int, proposals: int, tokens: int, seconds: float) -> None:
+    def learn(self, plan: Plan, num_seqs: int, proposals: int, tokens: int, seconds: float) -> None:
         """Record a finished round.
 
         The first round of each size is ignored because it is often slow (kernel selection, compilation). Later rounds
@@ -171,14 +171,14 @@ class Drafter:
 
         Args:
             plan: its plan.
-            rows: number of sequences that shared the passes.
+            num_seqs: number of sequences that shared the passes.
             proposals: number of proposals made.
             tokens: number of tokens emitted.
             seconds: this sequence's share of the time.
         """
         self._rounds += 1
-        record = self._records.setdefault((plan.exit, bucket(rows)), _Record())
-        size = (plan.exit, bucket(rows), bucket(proposals + 1))
+        record = self._records.setdefault((plan.exit, bucket(num_seqs)), _Record())
+        size = (plan.exit, bucket(num_seqs), bucket(proposals + 1))
         known = size in self._times
         _smooth(self._times, size, seconds)
         if known:
@@ -209,7 +209,7 @@ class DraftState:
         self._drafter, self._exits, self._fixed, self._greedy = drafter, tuple(exits), fixed, greedy
         self.num_rounds = self.num_failed_rounds = self.rounds_to_skip = 0
         self.plan: Plan | None = None
-        self._rows, self._started, self._seconds = 1, 0.0, 0.0
+        self._num_seqs, self._started, self._seconds = 1, 0.0, 0.0
         self._confidences: list[float] = []  # of the proposals
         self._unproposed: tuple[int, float] | None = None  # the token at which the draft ended, and its confidence
 
@@ -238,11 +238,11 @@ class DraftState:
         """Whether consecutive failed rounds are enough to insert rounds without drafts."""
         return self._may_skip and backoff_length(self.num_failed_rounds) > 0
 
-    def begin_round(self, rows: int, now: float, max_length: int) -> None:
+    def begin_round(self, num_seqs: int, now: float, max_length: int) -> None:
         """Plan the next round, unless a round is running.
 
         Args:
-            rows: number of sequences that share its passes.
+            num_seqs: number of sequences that share its passes.
             now: current time in seconds.
             max_length: maximum number of proposals.
         """
@@ -256,14 +256,14 @@ class DraftState:
         elif self._backs_off and self.rounds_to_skip > 0:
             plan, self.rounds_to_skip = Plan(), self.rounds_to_skip - 1
         elif self._backs_off:  # exits take turns, since another one may do better on this text
-            plan = self._drafter.plan([exits[self.num_failed_rounds % len(exits)]], rows, may_skip=False)
+            plan = self._drafter.plan([exits[self.num_failed_rounds % len(exits)]], num_seqs, may_skip=False)
         else:
             # A sequence starts with drafted rounds, because other sequences have different text.
             may_skip = self._may_skip and self.num_rounds >= TRIALS
-            plan = self._drafter.plan(exits, rows, length, may_skip=may_skip)
+            plan = self._drafter.plan(exits, num_seqs, length, may_skip=may_skip)
         if plan.length > max_length:
             plan = Plan(plan.exit, max_length, plan.min_chance) if max_length > 0 else Plan()
-        self.plan, self._rows, self._started, self._seconds = plan, rows, now, 0.0
+        self.plan, self._num_seqs, self._started, self._seconds = plan, num_seqs, now, 0.0
 
     def add_seconds(self, seconds: float) -> None:
         """Add the sequence's share of the time of a pass."""
@@ -275,7 +275,7 @@ class DraftState:
 
     def set_seconds(self, seconds: float) -> None:
         """Set the duration of the round from ``elapsed``, equal on all ranks; the sequences share it."""
-        self._seconds = seconds / self._rows
+        self._seconds = seconds / self._num_seqs
 
     @property
     def min_chance(self) -> float:
@@ -321,7 +321,7 @@ class DraftState:
                 acceptance.observe(self._unproposed[1], self._unproposed[0] == emitted[-1])
         # Failed rounds of a sequence that backs off do not count: its text is unusual for the exits.
         if self._seconds > 0 and (accepted or not backed_off):
-            self._drafter.learn(self.plan, self._rows, made, len(emitted), self._seconds)
+            self._drafter.learn(self.plan, self._num_seqs, made, len(emitted), self._seconds)
         self.abort_round()
         return judged, accepted
 

@@ -20,6 +20,7 @@ from megatron_ee.evaluation.acceptance import ContinuationWindows, measure_accep
 from megatron_ee.evaluation.continuations import Continuation, continuations
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.inference.loading import engine_on_ranks
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
@@ -86,7 +87,9 @@ def own_batches(paths: tuple[Continuation, ...], groups: Groups) -> list[Batch]:
 def decoded(pipeline: Pipeline, eos: frozenset[int]) -> dict[int, Counts]:
     """What the engine counts in speculative mode with each exit."""
     counts: dict[int, Counts] = {}
-    with engine_on_ranks(pipeline.stage, pipeline.layout, pipeline.specs, eos=eos, memory=1 << 24) as engine:
+    with engine_on_ranks(
+        pipeline.stage, pipeline.layout, pipeline.specs, EngineOptions(kv_memory=1 << 24), eos=eos
+    ) as engine:
         if engine is None:
             return {}
         for layer in (1, 2, 3):

@@ -18,6 +18,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.inference import kv_cache, kv_cache_manager, scheduler
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import engine_on_ranks
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import POLICIES, ExitHistory, ExitPolicy, GatePolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
@@ -121,7 +122,7 @@ def engine_of(directory: str, tensor: int, pipeline: int, **options: Any) -> Ite
             generator = torch.Generator().manual_seed(exit_.spec.layer)
             exit_.gate.place(0.3 * torch.randn(len(exit_.gate.weight) + 1, generator=generator))
             exit_.head.restrict(torch.arange(0, 131, 2, device=platform.device()))  # of which each rank has some
-        with engine_on_ranks(stage, layout, SPECS, **options) as engine:
+        with engine_on_ranks(stage, layout, SPECS, EngineOptions(**options)) as engine:
             yield engine
 
 
@@ -130,10 +131,10 @@ def summary(completion: Completion) -> tuple[list[int], list[int], str]:
     return [t.id for t in completion.tokens], [t.layer for t in completion.tokens], completion.finish_reason
 
 
-def generate(directory: str, tensor: int, pipeline: int, batched: bool, prefix_rows: int = 0) -> Any:
+def generate(directory: str, tensor: int, pipeline: int, batched: bool, prefix_cache_seqs: int = 0) -> Any:
     """Answers on one rank, by request and sample, and how many tokens were reused."""
     kv_cache_manager.MIN_PREFIX = 2
-    with engine_of(directory, tensor, pipeline, prefix_rows=prefix_rows) as engine:
+    with engine_of(directory, tensor, pipeline, prefix_cache_seqs=prefix_cache_seqs) as engine:
         if engine is None:
             return None
         asked, found = requests(), []
@@ -155,7 +156,7 @@ def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: rang
     kv_cache_manager.MIN_PREFIX = 2
     found: list[tuple[int, int, int, bool, Any]] = []
     everything = requests()
-    with engine_of(directory, tensor, pipeline, memory=kept, max_rows=6, prefix_rows=2) as engine:
+    with engine_of(directory, tensor, pipeline, kv_memory=kept, max_num_seqs=6, prefix_cache_seqs=2) as engine:
         for seed in seeds if engine is not None else ():
             assert engine is not None
             chance, asked, cancelled = random.Random(seed), dict[int, int](), set[int]()
@@ -209,7 +210,7 @@ MORE = [(1, 1, True, 0), (2, 1, False, 0), (1, 2, True, 0), (2, 2, False, 2)]
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "batched", "prefix_rows"),
+    ("tensor", "pipeline", "batched", "prefix_cache_seqs"),
     [
         (2, 1, True, 3),
         (1, 4, False, 3),
@@ -218,12 +219,12 @@ MORE = [(1, 1, True, 0), (2, 1, False, 0), (1, 2, True, 0), (2, 2, False, 2)]
     ],
 )
 def test_equals_one_process(
-    tensor: int, pipeline: int, batched: bool, prefix_rows: int, directory: str, alone: Any
+    tensor: int, pipeline: int, batched: bool, prefix_cache_seqs: int, directory: str, alone: Any
 ) -> None:
-    found, *others = run_ranks(tensor * pipeline, generate, directory, tensor, pipeline, batched, prefix_rows)
+    found, *others = run_ranks(tensor * pipeline, generate, directory, tensor, pipeline, batched, prefix_cache_seqs)
     assert all(other is None for other in others)
     first, reused = found
-    assert (reused > 0) == (prefix_rows > 0)
+    assert (reused > 0) == (prefix_cache_seqs > 0)
     for index, (ours, theirs) in enumerate(zip(first, alone, strict=True)):
         if adaptive(index):
             ours, theirs = ([(tokens, end) for tokens, _, end in each] for each in (ours, theirs))

@@ -17,6 +17,7 @@ from megatron_ee.exits.stage import Stage
 from megatron_ee.families.registry import read_architecture
 from megatron_ee.inference import kv_cache
 from megatron_ee.inference.compiled import CompiledStage, check_compiler, compile_stage
+from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache import Extent, LayerKV
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.policy import ThresholdPolicy
@@ -55,11 +56,19 @@ class Watched:
         return done
 
 
+def engine_with(stage: Stage, compiled: Any) -> Engine:
+    """An engine with layers that are compiled already, or with eager ones."""
+    engine = make_engine(stage)
+    scheduler: Any = engine._scheduler
+    scheduler.stages[0].compiled = compiled
+    return engine
+
+
 def answer(stage: Stage, watched: Any, *requests: Request) -> Any:
     """Tokens and their layers."""
     if watched is not None:
         watched.seen.clear()
-    outputs = make_engine(stage, compiled_stage=watched).generate(requests)
+    outputs = engine_with(stage, watched).generate(requests)
     return [[(token.id, token.layer) for token in one.tokens] for each in outputs for one in each]
 
 
@@ -99,8 +108,8 @@ def check_mode(mode: str, prompt: list[int], stage: Stage, watched: Watched) -> 
 
 def check_caches(stage: Stage, watched: Watched) -> None:
     caches = {}
-    for name, compiled_stage in (("compiled", watched), ("eager", None)):
-        engine = make_engine(stage, compiled_stage=compiled_stage)  # type: ignore[arg-type]
+    for name, compiled in (("compiled", watched), ("eager", None)):
+        engine = engine_with(stage, compiled)
         engine.submit(Request(prompt=PROMPTS[0], max_tokens=6, ignore_eos=True))
         for _ in range(4):
             engine.step()

@@ -15,6 +15,7 @@ from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.inference.sampling import Sampling
@@ -35,7 +36,7 @@ def stage(exit_stage: MakeStage) -> Stage:
 
 
 def generate(stage: Stage, requests: Sequence[Request], **options: Any) -> list[list[Completion]]:
-    engine = make_engine(stage, **options)
+    engine = make_engine(stage, EngineOptions(**options))
     found = engine.generate(requests)
     scheduler: Any = engine._scheduler
     assert engine.idle and scheduler.budget.used == 0 and not scheduler.stages[0].sequences
@@ -177,12 +178,12 @@ def alone(stage: Stage) -> list[list[Completion]]:
     return [generate(stage, [request])[0] for request in mixed_requests()]
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 32])
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 32])
 @pytest.mark.parametrize("order", [1, -1])
 def test_rows_do_not_depend_on_their_neighbours(
-    order: int, max_rows: int, stage: Stage, alone: list[list[Completion]]
+    order: int, max_num_seqs: int, stage: Stage, alone: list[list[Completion]]
 ) -> None:
-    together = generate(stage, mixed_requests()[::order], max_rows=max_rows)[::order]
+    together = generate(stage, mixed_requests()[::order], max_num_seqs=max_num_seqs)[::order]
     for request, [ours], [theirs] in zip(mixed_requests(), together, alone, strict=True):
         assert summary(ours) == summary(theirs), request
         assert [t.confidence for t in ours.tokens] == pytest.approx([t.confidence for t in theirs.tokens], abs=1e-4)
@@ -212,20 +213,20 @@ def test_adaptive_rows_say_the_same_beside_others(stage: Stage, alone: list[list
     ],
     ids=["full", "threshold", "speculative"],
 )
-@pytest.mark.parametrize("max_rows", [1, 2, 8])
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 8])
 @pytest.mark.parametrize("prompt", [PROMPTS[2], PROMPTS[1]], ids=["22 tokens", "1 token"])
 def test_samples_are_requests_with_the_next_seeds(
-    prompt: list[int], max_rows: int, fields: dict[str, Any], stage: Stage
+    prompt: list[int], max_num_seqs: int, fields: dict[str, Any], stage: Stage
 ) -> None:
     request = Request(prompt=prompt, sampling=DRAWN, max_tokens=12, **fields)
-    [samples] = generate(stage, [request.model_copy(update={"samples": 4})], max_rows=max_rows)
+    [samples] = generate(stage, [request.model_copy(update={"samples": 4})], max_num_seqs=max_num_seqs)
     seeds = [
         request.model_copy(update={"sampling": DRAWN.model_copy(update={"seed": DRAWN.seed + i})}) for i in range(4)
     ]
     singles = [generate(stage, [each])[0][0] for each in seeds]
     assert [summary(one) for one in samples] == [summary(one) for one in singles]
     assert len({tuple(tokens_of(one)) for one in samples}) > 1
-    [again] = generate(stage, [request.model_copy(update={"samples": 4})], max_rows=max_rows)
+    [again] = generate(stage, [request.model_copy(update={"samples": 4})], max_num_seqs=max_num_seqs)
     assert [summary(one) for one in again] == [summary(one) for one in samples]
 
 
@@ -247,7 +248,7 @@ def test_samples_share_the_prompt(stage: Stage) -> None:
 @pytest.mark.parametrize("prompt", [PROMPTS[2], PROMPTS[1]], ids=["22 tokens", "1 token"])
 def test_a_sample_that_comes_late_does_not_wait_for_the_first_to_end(prompt: list[int], stage: Stage) -> None:
     """The first one has run the prompt before there is a row for the second."""
-    engine = make_engine(stage, max_rows=2)
+    engine = make_engine(stage, EngineOptions(max_num_seqs=2))
     engine.submit(Request(prompt=PROMPTS[0], max_tokens=3))
     number = engine.submit(Request(prompt=prompt, sampling=DRAWN, samples=2, max_tokens=60))
     emitted: Counter[int] = Counter()

@@ -15,6 +15,7 @@ from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
@@ -213,7 +214,7 @@ def last(events: Sequence[Event], request: int) -> Completion:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_cancelled_in_work_and_in_line(mode: str, stage: Stage, tokenizer: Tokenizer) -> None:
-    engine = make_engine(stage, tokenizer=tokenizer, max_rows=2)
+    engine = make_engine(stage, EngineOptions(max_num_seqs=2), tokenizer=tokenizer)
     free = [answer(engine, prompt=prompt, max_tokens=30, **MODES[mode]) for prompt in ("one", "two", "three", "four")]
     numbers = [
         engine.submit(Request(prompt=prompt, max_tokens=30, **MODES[mode]))
@@ -263,7 +264,7 @@ def test_cancelling_the_first_sample_of_a_waiting_prompt_lets_others_run(engine:
 
 
 def test_close_ends_everything(stage: Stage, tokenizer: Tokenizer) -> None:
-    engine = make_engine(stage, tokenizer=tokenizer, max_rows=1)
+    engine = make_engine(stage, EngineOptions(max_num_seqs=1), tokenizer=tokenizer)
     engine.submit(Request(prompt=PROMPT))
     engine.submit(Request(prompt=PROMPT))
     engine.step()

@@ -17,6 +17,7 @@ from megatron_ee.exits.stage import Stage
 from megatron_ee.inference import kv_cache_manager, loading
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
@@ -108,13 +109,15 @@ def small(alone: list[Summary]) -> Iterator[None]:
 class Run:
     """An engine under observation."""
 
-    def __init__(self, stage: Stage, max_rows: int, rows: int, spare: int, kept: int = 0) -> None:
+    def __init__(self, stage: Stage, max_num_seqs: int, room: int, spare: int, kept: int = 0) -> None:
         budget = self._scheduler(make_engine(stage)).budget
         self.engine = make_engine(
             stage,
-            max_rows=max_rows,
-            memory=rows * budget.needed(32, 32) + budget.needed(spare, spare),
-            prefix_rows=kept,
+            EngineOptions(
+                max_num_seqs=max_num_seqs,
+                kv_memory=room * budget.needed(32, 32) + budget.needed(spare, spare),
+                prefix_cache_seqs=kept,
+            ),
         )
         self.scheduler = self._scheduler(self.engine)
         self.asked: dict[int, int] = {}
@@ -190,29 +193,35 @@ EVERYTHING = [("submit", index) for index in range(len(REQUESTS))]
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     actions=st.lists(ACTIONS, min_size=4, max_size=24),
-    max_rows=st.integers(1, 6),
-    rows=st.integers(1, 3),
+    max_num_seqs=st.integers(1, 6),
+    room=st.integers(1, 3),
     spare=st.integers(0, 20),
     kept=st.sampled_from([0, 1, 3]),
 )
-@example(actions=EVERYTHING, max_rows=20, rows=1, spare=0, kept=0)
-@example(actions=EVERYTHING[::-1], max_rows=4, rows=2, spare=8, kept=0)
-@example(actions=[*EVERYTHING, ("step", 400), *EVERYTHING[::-1]], max_rows=6, rows=3, spare=8, kept=3)
-@example(actions=[*EVERYTHING, ("step", 40), *[("cancel", n) for n in range(11)]], max_rows=5, rows=2, spare=0, kept=2)
+@example(actions=EVERYTHING, max_num_seqs=20, room=1, spare=0, kept=0)
+@example(actions=EVERYTHING[::-1], max_num_seqs=4, room=2, spare=8, kept=0)
+@example(actions=[*EVERYTHING, ("step", 400), *EVERYTHING[::-1]], max_num_seqs=6, room=3, spare=8, kept=3)
 @example(
-    actions=[("submit", 4), ("step", 3), ("submit", 4), ("step", 9), ("submit", 8)], max_rows=3, rows=1, spare=9, kept=0
+    actions=[*EVERYTHING, ("step", 40), *[("cancel", n) for n in range(11)]], max_num_seqs=5, room=2, spare=0, kept=2
+)
+@example(
+    actions=[("submit", 4), ("step", 3), ("submit", 4), ("step", 9), ("submit", 8)],
+    max_num_seqs=3,
+    room=1,
+    spare=9,
+    kept=0,
 )
 def test_any_schedule(
     actions: list[tuple[str, int]],
-    max_rows: int,
-    rows: int,
+    max_num_seqs: int,
+    room: int,
     spare: int,
     kept: int,
     stage: Stage,
     alone: list[Summary],
     small: None,
 ) -> None:
-    run = Run(stage, max_rows, rows, spare, kept)
+    run = Run(stage, max_num_seqs, room, spare, kept)
     for name, argument in actions:
         getattr(run, name)(argument)
     run.finish(alone)

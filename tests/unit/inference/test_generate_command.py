@@ -22,7 +22,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import ConfigError
 from megatron_ee.exits.stage import Stage
-from megatron_ee.inference.loading import open_released
+from megatron_ee.inference.released import open_released
 from megatron_ee.inference.requests import Request
 from megatron_ee.testing.models import save_tiny_model
 
@@ -345,7 +345,7 @@ def test_a_file_of_prompts_is_answered_in_order(
     ]
     last = {"prompt": "five", "samples": 2, "id": "five"}
     path = write_prompts(tmp_path / "prompts.jsonl", *(line for line, _ in lines), "", last)
-    status, out, err = command.run(*exits, "--prompts", path, "--max-rows", 2, model=model)
+    status, out, err = command.run(*exits, "--prompts", path, "--max-num-seqs", 2, model=model)
     assert status == 0, err
     found = [json.loads(line) for line in out.splitlines()]
     assert len(found) == len(lines) + 1 and [len(one["token_ids"]) for one in found[-1]["outputs"]] == [6, 6]

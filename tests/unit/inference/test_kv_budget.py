@@ -17,6 +17,7 @@ from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache import CHUNK
 from megatron_ee.inference.kv_cache_manager import KVBudget, StageMemory, stage_memory
 from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
 from megatron_ee.inference.sampling import Sampling
@@ -146,7 +147,7 @@ def memory_for(stage: Stage, *lengths: int) -> int:
 def test_rows_wait_or_are_preempted_with_the_same_result(rows: int, exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("qwen2-window", EXITS)
     alone = [make_engine(stage).generate([request])[0] for request in requests()]
-    engine = make_engine(stage, memory=memory_for(stage, *[63] * rows), max_rows=6)
+    engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, *[63] * rows), max_num_seqs=6))
     pressed = run_all(engine, requests())
     for request, ours, theirs in zip(requests(), pressed, alone, strict=True):
         assert [summary(one) for one in ours] == [summary(one) for one in theirs], request
@@ -155,7 +156,7 @@ def test_rows_wait_or_are_preempted_with_the_same_result(rows: int, exit_stage: 
 
 def test_the_youngest_is_preempted_and_the_oldest_never(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
-    engine = make_engine(stage, memory=memory_for(stage, 40, 16), max_rows=4)
+    engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, 40, 16), max_num_seqs=4))
     numbers = [engine.submit(Request(prompt=[5, 6, 7, number], max_tokens=36)) for number in range(3)]
     ended, rows, left = [], scheduler_of(engine).running, []
     while not engine.idle:
@@ -170,7 +171,7 @@ def test_the_youngest_is_preempted_and_the_oldest_never(exit_stage: MakeStage, s
 
 def test_a_row_that_just_fits_runs_alone(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
-    engine = make_engine(stage, memory=memory_for(stage, 63), max_rows=4)
+    engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, 63), max_num_seqs=4))
     just = [
         Request(prompt=[5, 6, 7], mode=mode, policy=ThresholdPolicy(threshold=0.1), max_tokens=60)
         for mode in ("full", "threshold", "speculative")
@@ -181,7 +182,7 @@ def test_a_row_that_just_fits_runs_alone(exit_stage: MakeStage, small_chunks: No
 
 def test_one_that_can_never_fit_is_refused_at_once(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
-    engine = make_engine(stage, memory=memory_for(stage, 40), max_rows=4)
+    engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, 40), max_num_seqs=4))
     running = engine.submit(Request(prompt=[5, 6, 7], max_tokens=36))
     engine.step()
     message = r"^max_tokens: 48 positions need .* MB of KV cache, but it may have .* MB; ask for fewer"
@@ -196,7 +197,7 @@ def test_one_that_can_never_fit_is_refused_at_once(exit_stage: MakeStage, small_
 @pytest.mark.parametrize("after", range(0, 60, 7))
 def test_nothing_leaks_when_all_are_cancelled(after: int, exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
-    engine = make_engine(stage, memory=memory_for(stage, 63, 40), max_rows=5)
+    engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, 63, 40), max_num_seqs=5))
     numbers = [engine.submit(request) for request in requests()]
     for _ in range(after):
         engine.step()
@@ -220,7 +221,7 @@ def test_samples_of_one_that_is_preempted_go_on(exit_stage: MakeStage, small_chu
     singles = [
         request.model_copy(update={"samples": 1, "sampling": Sampling(temperature=0.9, seed=seed)}) for seed in range(4)
     ]
-    engine = make_engine(stage, memory=memory_for(stage, 60, 48), max_rows=4)
+    engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, 60, 48), max_num_seqs=4))
     [ours] = run_all(engine, [request])
     theirs = [make_engine(stage).generate([single])[0][0] for single in singles]
     assert [summary(one) for one in ours] == [summary(one) for one in theirs]

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from megatron_ee import platform
 from megatron_ee.checkpoint.saved_model import choose_dtype, open_model
 from megatron_ee.errors import ConfigError
-from megatron_ee.inference import Request, ThresholdPolicy, open_engine, open_released
+from megatron_ee.inference import EngineOptions, Request, ThresholdPolicy, open_engine, open_released
 
 
 def test_an_engine_without_some_exits(byte_model: Path, adapter: Path) -> None:
     released = open_released(byte_model, adapter)  # exits after layers 1 and 2, the second with a layer of its own
     ids, needed = {}, {}
     for exits in (None, [1], []):
-        with open_engine(released, dtype="float32", exits=exits) as engine:
+        with open_engine(released, EngineOptions(dtype="float32", exits=exits)) as engine:
             assert engine is not None
             [[full]] = engine.generate([Request(prompt="Once", max_tokens=5, ignore_eos=True, exits=[2])])
             ids[str(exits)] = [token.id for token in full.tokens]
@@ -45,7 +45,7 @@ def test_an_engine_without_some_exits(byte_model: Path, adapter: Path) -> None:
 def test_unknown_exits_are_refused(byte_model: Path, adapter: Path) -> None:
     with (
         pytest.raises(ConfigError, match="exits: there is no exit after layer 3"),
-        open_engine(open_released(byte_model, adapter), exits=[3]),
+        open_engine(open_released(byte_model, adapter), EngineOptions(exits=[3])),
     ):
         pass
 

@@ -15,6 +15,7 @@ from megatron_ee.inference import kv_cache_manager, loading
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache_manager import MIN_PREFIX, Prefix, PrefixCache
 from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.passes import Pass, ScheduledSequence
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Request
@@ -123,7 +124,7 @@ def test_a_chat_goes_on_from_where_it_was(
 ) -> None:
     """Whatever left early in one turn, the next says what it says by itself, and runs only what is new."""
     stage = exit_stage(family, [ExitSpec(1, "layer"), ExitSpec(2), ExitSpec(3, "norm")])
-    engine = make_engine(stage, prefix_rows=1)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=1))
     before = ask(engine, LONG, **first)
     history = [*LONG, *(token.id for token in before.tokens), 7, 8, 9]
     ran: list[int] = []
@@ -147,7 +148,7 @@ def test_many_deferred_tokens_leave_whole_windows(exit_stage: MakeStage, monkeyp
     monkeypatch.setattr(kv_cache, "CHUNK", 4)
     stage = exit_stage("gemma3", [ExitSpec(2)])
     assert stage.setup.architecture.windows[0] == 16
-    engine = make_engine(stage, prefix_rows=1)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=1))
     early = ThresholdPolicy(threshold=1e-6, max_deferred=100)
     ask(engine, LONG, mode="threshold", policy=early, max_tokens=33)
     after = ask(engine, [*LONG, 7, 8, 9])
@@ -160,7 +161,7 @@ def test_many_deferred_tokens_leave_whole_windows(exit_stage: MakeStage, monkeyp
 
 def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(1, "layer"), ExitSpec(2)])
-    engine = make_engine(stage, prefix_rows=2)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=2))
     ask(engine, LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06))
     engine.submit(Request(prompt=[*LONG[:30], 99, 98, 97], max_tokens=5))
     engine.step()
@@ -181,7 +182,7 @@ def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) ->
 
 def test_rows_in_work_share_too(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
-    engine = make_engine(stage, prefix_rows=1)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=1))
     first = engine.submit(Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=12))
     for _ in range(6):
         engine.step()
@@ -199,7 +200,7 @@ def test_rows_in_work_share_too(exit_stage: MakeStage) -> None:
 
 def test_samples_of_a_prompt_that_is_known_all_begin_with_it(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
-    engine = make_engine(stage, prefix_rows=1)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=1))
     ask(engine, LONG)
     [outputs] = engine.generate([Request(prompt=LONG, max_tokens=8, samples=3)])
     assert [each.statistics["reused_tokens"] for each in outputs] == [len(LONG) - 1] * 3
@@ -211,7 +212,7 @@ def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
     """Rows that wait, and rows that grow, come before those that have ended: nobody is preempted for these."""
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     needed = scheduler_of(make_engine(stage)).budget.needed(52, 52)
-    engine = make_engine(stage, prefix_rows=8, memory=2 * needed)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=8, kv_memory=2 * needed))
     scheduler = scheduler_of(engine)
     for start in range(5):
         prompt = [start, *LONG[1:]]
@@ -224,7 +225,7 @@ def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
 
 def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
-    engine = make_engine(stage, prefix_rows=2)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=2))
     number = engine.submit(
         Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=30)
     )
@@ -243,7 +244,7 @@ def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
 
 def test_a_row_that_failed_is_not_kept(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
-    engine = make_engine(stage, prefix_rows=2)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=2))
     with torch.no_grad():
         stage.exits[0].head.matrix.weight[50] = float("nan")
     engine.submit(Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=4))

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import DataError
-from megatron_ee.inference.loading import end_of_text
+from megatron_ee.inference.released import end_of_text
 from megatron_ee.inference.requests import encode_chat
 
 PROMPT = "Once upon a time"

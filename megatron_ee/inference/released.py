@@ -1,0 +1,61 @@
+"""Opens a released model with its exits and its tokenizer. The weights are loaded later; see ``loading``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
+from megatron_ee.checkpoint.digest import hash_backbone
+from megatron_ee.checkpoint.saved_model import SavedModel, open_model
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ee.data.tokenizer_files import eos_token_ids
+
+
+@dataclass(frozen=True)
+class Released:
+    """A model, its exits and its tokenizer, opened and checked. The weights are not loaded yet."""
+
+    path: Path
+    model: SavedModel
+    adapter: Adapter | None
+    tokenizer: Tokenizer
+    eos: frozenset[int]
+
+    @property
+    def exits(self) -> tuple[ExitSpec, ...]:
+        """The exits of the adapter."""
+        return () if self.adapter is None else self.adapter.exits
+
+
+def open_released(model: str | Path, adapter: str | Path | None = None, *, verify: bool = True) -> Released:
+    """Open and check a model, its tokenizer and its exits.
+
+    Args:
+        model: Hugging Face directory or parallel checkpoint, with its tokenizer.
+        adapter: directory of the exits; None for the exits in the model's directory, if any.
+        verify: verify checksums of the files, if there are any.
+
+    Raises:
+        CheckpointError: the model or the adapter is invalid, or the adapter is for another model.
+        DataError: the tokenizer is invalid.
+    """
+    released = open_model(model, verify=verify)
+    opened = find_exits(released, adapter, verify=verify)
+    tokenizer = load_tokenizer(model)
+    if opened is not None:
+        check_hash(opened, released, lambda: hash_backbone(released.weights))
+    return Released(Path(model), released, opened, tokenizer, end_of_text(Path(model), tokenizer))
+
+
+def end_of_text(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The end-of-text tokens of the model's configuration, its generation configuration and its tokenizer.
+
+    All are needed: one may end a turn of the chat template and another a document.
+
+    Raises:
+        DataError: ``eos_token_id`` is not a token id or a list of them.
+    """
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    return frozenset((*eos_token_ids(directory), *own))
