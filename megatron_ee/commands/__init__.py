@@ -10,8 +10,6 @@ from megatron_ee.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
 MODEL_DTYPES = ("auto", *DTYPES)
-MODEL_DTYPE = "dtype of the model (default: auto, the checkpoint's own; bfloat16 for float16)"
-MODEL = "Hugging Face directory or parallel checkpoint"
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,14 +1,37 @@
-"""Options of the commands that generate text: sampling, and the engine."""
+"""What the commands that run a model have in common: options of the model, of sampling and of the engine."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megatron_ee.commands import at_least
-from megatron_ee.errors import ConfigError
+from megatron_ee.commands import MODEL_DTYPES, at_least
+from megatron_ee.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from megatron_ee.inference.options import EngineOptions
+    from megatron_ee.inference.released import Released
 
 MOST_GIGABYTES = 1e9  # bytes fit an int64
+
+
+def add_model(group: Any, *, adapter: str | None = None) -> None:
+    """The model. ``adapter`` is the description of ``--adapter``; None for a command that uses no exits."""
+    add = group.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory or parallel checkpoint")
+    if adapter is not None:
+        add("--adapter", type=Path, metavar="DIR", help=adapter)
+    add(
+        "--dtype",
+        choices=MODEL_DTYPES,
+        default="auto",
+        help="dtype of the model (default: auto, the checkpoint's own; bfloat16 for float16)",
+    )
+    add("--no-verify", action="store_true", help="do not check checksums")
 
 
 def add_sampling(group: Any) -> None:
@@ -62,14 +85,51 @@ def add_engine(group: Any) -> None:
     )
 
 
-def as_option(error: ConfigError) -> ConfigError:
-    """The error with the option's name in place of the request's field. Errors of a file's line stay unchanged."""
-    if error.common:
-        return error
+def engine_options(arguments: argparse.Namespace, released: Released, **others: Any) -> EngineOptions:
+    """The options of ``add_model`` and ``add_engine``, checked against the opened model.
+
+    Args:
+        arguments: the command line.
+        released: the model.
+        others: further fields of ``EngineOptions``.
+
+    Raises:
+        ConfigError: an option does not fit the model or the number of processes.
+    """
+    from megatron_ee.inference.options import EngineOptions
+
+    options = EngineOptions(
+        dtype=arguments.dtype,
+        tensor=arguments.tensor,
+        pipeline=arguments.pipeline,
+        kv_memory=arguments.kv_memory,
+        max_num_seqs=arguments.max_num_seqs,
+        **others,
+    )
+    options.check(released)
+    return options
+
+
+@contextlib.contextmanager
+def errors_of_options() -> Iterator[None]:
+    """Errors of requests and options in the body name the option in place of the request's field.
+
+    Every rank reads the same command line and files, so only the first one prints the error. An error that is already
+    marked so, because it names a file and line, stays as it is.
+    """
+    try:
+        yield
+    except UserError as error:
+        named = _as_option(error) if isinstance(error, ConfigError) and not error.common else error
+        named.common = True
+        raise named from None
+
+
+def _as_option(error: ConfigError) -> ConfigError:
     field, colon, rest = str(error).partition(":")
-    named = ConfigError(f"--{field.replace('_', '-').replace('.', '-')}:{rest}" if colon else str(error))
-    named.common = True
-    return named
+    if not (colon and re.fullmatch(r"[a-z_.]+(\[\d+\])?", field)):
+        return error
+    return ConfigError(f"--{field.replace('_', '-').replace('.', '-')}:{rest}")
 
 
 def _gigabytes(text: str) -> int:

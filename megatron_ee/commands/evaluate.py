@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_ee.commands import MODEL, MODEL_DTYPE, MODEL_DTYPES, Parser, at_least
+from megatron_ee.commands import Parser, at_least
+from megatron_ee.commands.engine_options import add_model
 from megatron_ee.errors import ConfigError
 
 PLOTS = (".png", ".pdf", ".svg")
@@ -19,10 +20,7 @@ the threshold: layers per token and agreement at each."""
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("evaluate", DESCRIPTION)
-    result.add_argument("--model", type=Path, required=True, metavar="DIR", help=MODEL)
-    result.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="exits to measure (default: those in the model's directory, if any)"
-    )
+    add_model(result, adapter="exits to measure (default: those in the model's directory, if any)")
     result.add_argument("--data", type=Path, required=True, metavar="PREFIX", help="corpus from prepare-data")
     result.add_argument(
         "--sequence-length", type=at_least(1), metavar="N", help="tokens per sequence (default: 2048, or the model's)"
@@ -37,7 +35,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--batch-size", type=at_least(1), default=1, metavar="N", help="sequences per pass (default: 1)"
     )
-    result.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
     result.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
     result.add_argument(
         "--pipeline",
@@ -46,7 +43,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pipeline stages (default: 1); data parallelism takes the processes that are left",
     )
-    result.add_argument("--no-verify", action="store_true", help="do not check checksums")
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     result.add_argument(
         "--probe", type=Path, metavar="FILE", help="probe.json of a probe: compare with its fitted exits"

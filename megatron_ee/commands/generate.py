@@ -10,9 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.commands import MODEL, MODEL_DTYPE, MODEL_DTYPES, Parser, at_least
-from megatron_ee.commands.engine_options import add_engine, add_sampling, as_option
-from megatron_ee.errors import ConfigError, UserError
+from megatron_ee.commands import Parser, at_least
+from megatron_ee.commands.engine_options import (
+    add_engine,
+    add_model,
+    add_sampling,
+    engine_options,
+    errors_of_options,
+)
+from megatron_ee.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_ee.commands.generate_requests import FileRequest
@@ -30,8 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("generate", DESCRIPTION)
     add = result.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help=MODEL)
-    add("--adapter", type=Path, metavar="DIR", help="exits to use (default: those in the model's directory)")
+    add_model(result, adapter="exits to use (default: those in the model's directory)")
     prompts = result.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; repeatable")
     prompts.add_argument(
@@ -53,8 +58,6 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=at_least(1), default=64, metavar="N", help="largest number of new tokens (default: 64)")
     add("--json", action="store_true", help="print one JSON object instead of coloured text")
     add("--html", type=Path, metavar="FILE", help="also write a page that shows the layer of each token")
-    add("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
-    add("--no-verify", action="store_true", help="do not check checksums")
     _add_exits(result.add_argument_group("exits"))
     output = result.add_argument_group("output")
     add_sampling(output)
@@ -136,7 +139,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate. Print text with a legend, or JSON, to stdout."""
     from megatron_ee.commands.inputs import check_corpus, check_input
     from megatron_ee.inference.loading import open_engine
-    from megatron_ee.inference.options import EngineOptions
     from megatron_ee.inference.released import open_released
 
     if (arguments.draft_vocabulary is None) != (arguments.draft_corpus is None):
@@ -147,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.html is not None:
         _check_page(arguments)
-    try:
+    with errors_of_options():
         _check_settings(arguments)
         check_input("model", arguments.model)
         check_input("adapter", arguments.adapter)
@@ -159,22 +161,13 @@ def run(arguments: argparse.Namespace) -> int:
         requests = [line.request for line in lines] or _requests(arguments, released)
         if arguments.compare:
             _check_compare(arguments, requests, released)
-        options = EngineOptions(
-            dtype=arguments.dtype,
-            tensor=arguments.tensor,
-            pipeline=arguments.pipeline,
+        options = engine_options(
+            arguments,
+            released,
             exits=_used_exits(requests, released, every_mode=arguments.compare),
             candidates=_candidates(arguments, released.model.architecture.vocab_size),
             compile=arguments.compile,
-            kv_memory=arguments.kv_memory,
-            max_num_seqs=arguments.max_num_seqs,
         )
-        options.check(released)
-    except ConfigError as error:
-        raise as_option(error) from None
-    except UserError as error:
-        error.common = True  # every rank has read the same file
-        raise
     with open_engine(released, options) as engine:
         if engine is None:
             return 0
@@ -277,10 +270,8 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
 
     from megatron_ee.commands.show import html_layers, print_layers
 
-    try:
+    with errors_of_options():
         answers = engine.generate(requests)
-    except ConfigError as error:
-        raise as_option(error) from None
     shown = [(prompt, one) for prompt, outputs in zip(arguments.prompt, answers, strict=True) for one in outputs]
     for _, output in shown:
         if output.finish_reason == "context":
@@ -327,10 +318,8 @@ def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Eng
     from megatron_ee.inference.offline import compare_modes
     from megatron_ee.tables import make_console
 
-    try:
+    with errors_of_options():
         results = compare_modes(engine, requests)
-    except ConfigError as error:
-        raise as_option(error) from None
     if arguments.json:
         print(json.dumps({each.mode: _mode(each) for each in results}))
         return

@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_ee.commands import MODEL, MODEL_DTYPE, MODEL_DTYPES, Parser
+from megatron_ee.commands import Parser
+from megatron_ee.commands.engine_options import add_model
 
 TEXTS = (".txt", ".jsonl", ".ndjson", ".json")
 DESCRIPTION = """Before tuning: fit exits after the layers of a model on your text, measure how often they agree with
@@ -17,7 +18,7 @@ Prints the exits to tune as a block of a configuration, or why exits will not pa
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("probe", DESCRIPTION)
-    result.add_argument("--model", type=Path, required=True, metavar="DIR", help=MODEL)
+    add_model(result)
     result.add_argument(
         "--data",
         type=Path,
@@ -28,8 +29,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--budget", type=float, default=5.0, metavar="MINUTES", help="time to take, loading aside (default: 5)"
     )
-    result.add_argument("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
-    result.add_argument("--no-verify", action="store_true", help="do not check checksums")
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     result.add_argument(
         "--output", type=Path, metavar="DIR", help="write probe.json to this directory: new, or an earlier probe's"

@@ -12,8 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.commands import MODEL, MODEL_DTYPE, MODEL_DTYPES, Parser, at_least
-from megatron_ee.commands.engine_options import add_engine, add_sampling, as_option
+from megatron_ee.commands import Parser, at_least
+from megatron_ee.commands.engine_options import (
+    add_engine,
+    add_model,
+    add_sampling,
+    engine_options,
+    errors_of_options,
+)
 from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("regenerate", DESCRIPTION)
     add = result.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help=MODEL)
+    add_model(result)
     add(
         "--prompts",
         type=Path,
@@ -54,8 +60,6 @@ def parser() -> argparse.ArgumentParser:
     existing = result.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue an unfinished --output")
     existing.add_argument("--overwrite", action="store_true", help="replace an existing file that regenerate wrote")
-    add("--dtype", choices=MODEL_DTYPES, default="auto", help=MODEL_DTYPE)
-    add("--no-verify", action="store_true", help="do not check checksums")
     add_sampling(result.add_argument_group("output"))
     add_engine(result.add_argument_group("engine"))
     return result
@@ -67,31 +71,18 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.commands.generate_requests import SAMPLING, make_request
     from megatron_ee.commands.inputs import check_input
     from megatron_ee.inference.loading import open_engine
-    from megatron_ee.inference.options import EngineOptions
     from megatron_ee.inference.released import open_released
     from megatron_ee.parallel.groups import launched_rank
 
     settings = {name: getattr(arguments, name) for name in (*SAMPLING, "samples", "max_tokens")}
-    try:
+    with errors_of_options():
         make_request("", settings, has_exits=False)  # before the model is opened
         check_input("model", arguments.model)
         check_input("prompts", arguments.prompts)
         released = dataclasses.replace(open_released(arguments.model, verify=not arguments.no_verify), adapter=None)
         lines = _prompts(arguments.prompts, settings, released)
-        options = EngineOptions(
-            dtype=arguments.dtype,
-            tensor=arguments.tensor,
-            pipeline=arguments.pipeline,
-            kv_memory=arguments.kv_memory,
-            max_num_seqs=arguments.max_num_seqs,
-        )
-        options.check(released)
+        options = engine_options(arguments, released)
         about = _about(arguments, settings, released)
-    except ConfigError as error:
-        raise as_option(error) from None
-    except UserError as error:
-        error.common = True  # every rank has read the same files
-        raise
     first = launched_rank() == 0
     if arguments.resume and is_complete(arguments.output, about):
         if first:
