@@ -129,7 +129,15 @@ def _as_option(error: ConfigError) -> ConfigError:
     field, colon, rest = str(error).partition(":")
     if not (colon and re.fullmatch(r"[a-z_.]+(\[\d+\])?", field)):
         return error
-    return ConfigError(f"--{field.replace('_', '-').replace('.', '-')}:{rest}")
+    return ConfigError(f"--{setting_name(field).replace('_', '-')}:{rest}")
+
+
+def setting_name(field: str) -> str:
+    """The flat name of a request's field, in options and files of prompts.
+
+    ``policy.threshold`` is the setting ``threshold``, and ``draft.exit`` is ``draft_exit``.
+    """
+    return field.removeprefix("policy.").removeprefix("sampling.").replace("draft.", "draft_")
 
 
 def _gigabytes(text: str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ee.commands.engine_options import setting_name
 from megatron_ee.config.untrusted import parse_json
 from megatron_ee.config.validation import validated
 from megatron_ee.data.chat import check_messages
@@ -129,7 +130,7 @@ def read_requests(
             check_request(requests[-1].request, released)
         except UserError as error:
             field, colon, rest = str(error).partition(":")
-            raise _in_file(f"{path}:{number}: {field.replace('draft.', 'draft_')}{colon}{rest}") from None
+            raise _in_file(f"{path}:{number}: {setting_name(field)}{colon}{rest}") from None
     if not requests:
         raise _in_file(f"--prompts: {path} holds no prompt; each line is a JSON object with a prompt or messages")
     return requests

@@ -2,7 +2,8 @@
 
 ``Strict`` is the base class of such models, and ``validated`` reads values into one. Types are strict: '1' and true are
 not numbers, 1.0 is not a whole number, NaN and infinity are refused, and unknown keys are errors. A model's own check
-raises ``ValueError`` in a ``field_validator`` or ``model_validator``. Its text follows the key in the message.
+raises ``ValueError`` in a ``field_validator`` or ``model_validator``. Its text follows the key in the message. A
+validator that reads a whole model uses ``nested``.
 """
 
 from __future__ import annotations
@@ -75,6 +76,32 @@ def validated(kind: type[T], values: Any, *, where: str = "", error: type[UserEr
         raise error(f"{where}: {line}" if where else line) from None
 
 
+class NestedError(ValueError):
+    """A validator's value is invalid at a key inside it, which follows the value's own key in the message.
+
+    Attributes:
+        key: the inner key.
+        problem: what is wrong there.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key, self.problem = key, problem
+
+
+def nested(kind: type[T], values: Any) -> T:
+    """``validated`` for use in a validator, whose error then names the whole path of keys.
+
+    Raises:
+        ValueError: for pydantic, which goes on to describe it.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        key, problem = _first_problem(error, kind, values)
+        raise (NestedError(key, problem) if key else ValueError(problem)) from None
+
+
 def first_problem(error: ValidationError, kind: Any = None, values: Any = None) -> str:
     """Describe the first problem of an error, unknown keys first: ``key: must be EXPECTED, not VALUE``.
 
@@ -83,6 +110,12 @@ def first_problem(error: ValidationError, kind: Any = None, values: Any = None) 
         kind: the validated type. If given, a problem with an unknown key names the known keys.
         values: the validated values. If given, the names of a union's members are left out of the key.
     """
+    key, problem = _first_problem(error, kind, values)
+    return f"{key}: {problem}" if key else problem
+
+
+def _first_problem(error: ValidationError, kind: Any, values: Any) -> tuple[str, str]:
+    """The key, empty for the whole value, and the description of its problem."""
     problems = [
         (each, tuple(_path(each["loc"], values) if values is not None else each["loc"]))
         for each in error.errors(include_url=False)
@@ -91,18 +124,20 @@ def first_problem(error: ValidationError, kind: Any = None, values: Any = None) 
     first, path = problems[0]
     # In a union, the member that fits the value's form fails inside the value.
     first, path = max((each for each in problems if each[1][: len(path)] == path), key=lambda each: len(each[1]))
-    name, value = _spelt(path), shown(first["input"])
-    prefix = f"{name}: " if name else ""
+    key, value = _spelt(path), shown(first["input"])
     if first["type"] == "missing":
-        return f"{prefix}missing"
+        return key, "missing"
     if first["type"] == "extra_forbidden":
-        return f"{prefix}unknown key{_meant(str(path[-1]), _keys(kind, path[:-1]))}"
+        return key, f"unknown key{_meant(str(path[-1]), _keys(kind, path[:-1]))}"
     if first["type"] == "value_error":
-        return prefix + str(first["ctx"]["error"])
+        reason = first["ctx"]["error"]
+        if isinstance(reason, NestedError):
+            return f"{key}.{reason.key}".removeprefix("."), reason.problem
+        return key, str(reason)
     # Otherwise all members fail at the same place, each with its own problem.
     here = [_expected(each) for each, other in problems if other == path]
     of_key = "its keys " if first["loc"][-1:] == ("[key]",) else ""
-    return f"{prefix}{of_key}must be {' or '.join(dict.fromkeys(here))}, not {value}"
+    return key, f"{of_key}must be {' or '.join(dict.fromkeys(here))}, not {value}"
 
 
 def _expected(problem: Any) -> str:

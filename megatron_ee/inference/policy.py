@@ -29,8 +29,8 @@ import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 from torch import Tensor
 
-from megatron_ee.config.validation import Strict, validated
-from megatron_ee.errors import ConfigError, shown
+from megatron_ee.config.validation import NestedError, Strict, nested, validated
+from megatron_ee.errors import shown
 
 MAX_DEFERRED = 15
 """Default of ``ExitPolicy.max_deferred``. With the new token, 16 tokens then run all layers together, a full matrix
@@ -145,9 +145,9 @@ class ExitPolicy(Strict):
     def leaves(self, layer: int, confidence: float) -> bool:
         """Whether the token leaves at the exit after ``layer``; ``confidence`` is a float32 value."""
 
-    def named_exits(self) -> Collection[int]:
-        """Layers of the exits that the settings name. A request that names an exit the model lacks is an error."""
-        return ()
+    def named_exits(self) -> Mapping[str, Collection[int]]:
+        """By field, the layers of the exits that it names. A request that names an exit the model lacks is an error."""
+        return {}
 
 
 Confidence = Annotated[float, Field(gt=0)]
@@ -180,9 +180,9 @@ class _Thresholds(ExitPolicy):
         """See ``ExitPolicy``."""
         return confidence >= _float32(self.thresholds.get(layer, self.threshold))
 
-    def named_exits(self) -> Collection[int]:
+    def named_exits(self) -> Mapping[str, Collection[int]]:
         """See ``ExitPolicy``."""
-        return self.thresholds.keys()
+        return {"thresholds": self.thresholds.keys()}
 
 
 class ThresholdPolicy(_Thresholds):
@@ -209,26 +209,30 @@ POLICIES: dict[str, type[ExitPolicy]] = {
 }
 
 
+def _read(value: Any) -> Any:
+    """A policy, from its JSON form if it is not one already."""
+    if isinstance(value, ExitPolicy):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be an object with the name of a policy, not {shown(value)}")
+    name = value.get("name", "threshold")
+    if not isinstance(name, str) or name not in POLICIES:
+        raise NestedError("name", f"must be one of {', '.join(POLICIES)}, not {shown(name)}")
+    return nested(POLICIES[name], dict(value))
+
+
+AnyPolicy = Annotated[SerializeAsAny[ExitPolicy], BeforeValidator(_read)]
+"""Type of a pydantic field that holds any policy and validates and serialises its JSON form."""
+
+
 def policy_from_json(form: Any) -> ExitPolicy:
     """A policy from its JSON form.
 
     Raises:
         ConfigError: the name is unknown or a field is invalid; the message names the key.
     """
-    if not isinstance(form, Mapping):
-        raise ConfigError(f"must be an object with the name of a policy, not {shown(form)}")
-    name = form.get("name", "threshold")
-    if not isinstance(name, str) or name not in POLICIES:
-        raise ConfigError(f"name: must be one of {', '.join(POLICIES)}, not {shown(name)}")
-    return validated(POLICIES[name], dict(form))
-
-
-def _read(value: Any) -> Any:
-    return value if isinstance(value, ExitPolicy) else policy_from_json(value)
-
-
-AnyPolicy = Annotated[SerializeAsAny[ExitPolicy], BeforeValidator(_read)]
-"""Type of a pydantic field that holds any policy and validates and serialises its JSON form."""
+    policy: ExitPolicy = validated(AnyPolicy, form)  # type: ignore[type-abstract]
+    return policy
 
 
 def backoff_length(failures: int, backoff: int = BACKOFF) -> int:

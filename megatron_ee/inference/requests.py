@@ -81,7 +81,7 @@ class Request(Strict):
     def _fits_together(self) -> Self:
         if self.sampling.seed + self.samples - 1 > MAX_SEED:
             raise ValueError(
-                f"seed: sample i of several has seed + i, which may be at most {MAX_SEED}; give a smaller seed"
+                f"sampling.seed: sample i of several has seed + i, which may be at most {MAX_SEED}; give a smaller seed"
             )
         if self.forced_ids and self.mode == "speculative":
             raise ValueError("forced_ids: speculative mode cannot verify proposals on a forced text; use another mode")
@@ -106,7 +106,8 @@ class Request(Strict):
             raise ConfigError(f"mode: {self.mode} needs exits; {what}")
         # Full mode asks no exits, so it may name one that is switched off.
         exits, off = ([*exits, *off], ()) if self.mode == "full" else (exits, off)
-        for name, wanted in (("exits", self.exits or ()), ("thresholds", self.policy.named_exits())):
+        named = {f"policy.{field}": layers for field, layers in self.policy.named_exits().items()}
+        for name, wanted in {"exits": self.exits or (), **named}.items():
             for layer in wanted:
                 _known(name, layer, exits, off)
         if self.exits is not None and not self.exits and self.mode != "full":
