@@ -1,7 +1,9 @@
-"""A file of answers that is written line by line, and continued after an interruption.
+"""A file of answers that survives an interruption: a journal while prompts are answered, in their order at the end.
 
-While it grows it is ``FILE.partial``, and ``FILE.partial.info.json`` says what it was made from. When all prompts are
-answered, both take their final names, ``FILE`` and ``FILE.info.json``.
+The journal is ``FILE.partial``. Each line holds the answers to one prompt, in the order in which they were finished, so
+that no finished answer is lost while an earlier prompt still runs. ``FILE.partial.info.json`` says what it was made
+from. When all prompts are answered, the answers are written to ``FILE``, one per line in the order of the prompts, and
+the info to ``FILE.info.json``.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.checkpoint.atomic import fsync_directory, write_all, write_json
+from megatron_ee.checkpoint.atomic import new_file, write_all, write_json
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import CheckpointError, ConfigError, storage_errors
 
@@ -31,47 +33,62 @@ class AnswerFile:
 
     Attributes:
         path: final name.
-        done: how many of the prompts are answered.
-        answers: number of lines.
-        cut: lines whose answer ended at a length limit.
+        about: what the answers are made from.
+        prompts: line numbers of the prompts, in order.
+        done: by line number of each answered prompt, the position of its line in the journal.
+        answers: number of answers.
+        cut: answers that ended at a length limit.
     """
 
     path: Path
-    done: int
+    about: Mapping[str, Any]
+    prompts: Sequence[int]
+    done: dict[int, tuple[int, int]]
     answers: int
     cut: int
     _fd: int
+    _size: int
     _synced: float = 0.0
 
-    def append(self, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Write the answers to the next prompt, which may be none.
+    def append(self, prompt: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Write the answers to the prompt of this line number, which may be none.
 
         Raises:
             CheckpointError: the disk is full or the like.
         """
-        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        line = _encoded({"line": prompt, "answers": answers})
         with storage_errors(_partial(self.path), "write"):
-            # Half a surrogate pair has no bytes of its own; JSON spells it as an escape.
-            write_all(self._fd, memoryview(lines.encode("utf-8", "backslashreplace")))
+            write_all(self._fd, memoryview(line))
             if time.monotonic() - self._synced >= SYNC_SECONDS:
                 os.fsync(self._fd)
                 self._synced = time.monotonic()
-        self.done += 1
+        self.done[prompt] = self._size, len(line)
+        self._size += len(line)
         self.answers += len(answers)
         self.cut += sum(answer["finish_reason"] != "eos" for answer in answers)
 
     def commit(self) -> None:
-        """All prompts are answered: give the file its name.
+        """All prompts are answered: write the file, then remove the journal.
 
         Raises:
-            CheckpointError: it cannot be renamed.
+            CheckpointError: the file cannot be written.
         """
         partial = _partial(self.path)
-        with storage_errors(self.path, "write"):
-            os.fsync(self._fd)
-            os.replace(partial, self.path)
-            os.replace(_info(partial), _info(self.path))
-            fsync_directory(self.path.parent)
+        with new_file(self.path) as fd:
+            for prompt in self.prompts:
+                position, size = self.done[prompt]
+                for answer in json.loads(os.pread(self._fd, size, position))["answers"]:
+                    write_all(fd, memoryview(_encoded(answer)))
+        write_json(_info(self.path), self.about)
+        # Until here a rerun with --resume would write the file again.
+        with storage_errors(partial, "remove"):
+            partial.unlink()
+            _info(partial).unlink()
+
+
+def _encoded(value: Mapping[str, Any]) -> bytes:
+    """A line of JSON. Half a surrogate pair has no bytes of its own; JSON spells it as an escape."""
+    return f"{json.dumps(value, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
 
 
 def is_complete(path: Path, about: Mapping[str, Any]) -> bool:
@@ -81,14 +98,14 @@ def is_complete(path: Path, about: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def open_answers(
-    path: Path, about: Mapping[str, Any], samples: Mapping[int, int], *, resume: bool, overwrite: bool
+    path: Path, about: Mapping[str, Any], prompts: Sequence[int], *, resume: bool, overwrite: bool
 ) -> Iterator[AnswerFile]:
     """Begin a file of answers, or continue one.
 
     Args:
         path: of the finished file.
         about: what the answers are made from: digests, ``settings``, and paths for the reader.
-        samples: number of answers to each prompt, by its line number, in order. A line of answers names it as ``line``.
+        prompts: line numbers of the prompts, in order.
         resume: continue an unfinished file if there is one.
         overwrite: replace a finished file that this command wrote, and an unfinished one.
 
@@ -112,14 +129,14 @@ def open_answers(
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         _lock(fd, partial)
-        done = answers = cut = 0
+        file = AnswerFile(path, about, prompts, {}, 0, 0, fd, 0)
         if begun and resume:
-            done, answers, cut = _continue(fd, partial, about, samples)
+            _continue(file, partial)
         else:
             with storage_errors(partial, "write"):
                 os.ftruncate(fd, 0)
             write_json(_info(partial), about)
-        yield AnswerFile(path, done, answers, cut, fd)
+        yield file
     finally:
         os.close(fd)
 
@@ -163,57 +180,45 @@ def _lock(fd: int, partial: Path) -> None:
         pass
 
 
-def _continue(fd: int, partial: Path, about: Mapping[str, Any], samples: Mapping[int, int]) -> tuple[int, int, int]:
-    """Cut an unfinished file behind the last prompt that is answered completely.
-
-    Returns:
-        The number of prompts that are done, of answers, and of those that were cut.
-    """
+def _continue(file: AnswerFile, partial: Path) -> None:
+    """Take over a journal, up to a line that a kill has torn."""
     info = _read_info(partial)
     if not info:
         raise ConfigError(
             f"--resume: {_info(partial)} is missing or damaged, so {partial} cannot be continued; give --overwrite to "
             "begin again"
         )
-    changes = _changes(info, about)
+    changes = _changes(info, file.about)
     if changes:
         raise ConfigError(
             f"--resume: {partial} was begun with {', '.join(changes)}; give the same, or --overwrite to begin again"
         )
-    last, start, end, answers, cut = 0, 0, 0, 0, 0
-    found: list[str] = []  # why the last prompt's answers ended
-    with storage_errors(partial, "read"), open(partial, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):  # torn by a kill
+    left = set(file.prompts)
+    with storage_errors(partial, "read"), open(partial, "rb") as journal:
+        for number, line in enumerate(journal, start=1):
+            if not line.endswith(b"\n"):
                 break
-            prompt, reason = _read_answer(line, f"{partial}, line {number}", samples)
-            if prompt != last:
-                last, found, start = prompt, [], end
-            found.append(reason)
-            end += len(line)
-            answers += 1
-            cut += reason != "eos"
-    order = list(samples)
-    done = order.index(last) + 1 if found else 0
-    if found and len(found) < samples[last]:  # a kill between two samples, or answers that were left out
-        done, end = done - 1, start
-        answers, cut = answers - len(found), cut - sum(reason != "eos" for reason in found)
+            prompt, reasons = _read_line(line, f"{partial}, line {number}", left)
+            left.remove(prompt)
+            file.done[prompt] = file._size, len(line)
+            file._size += len(line)
+            file.answers += len(reasons)
+            file.cut += sum(reason != "eos" for reason in reasons)
     with storage_errors(partial, "write"):
-        os.ftruncate(fd, end)
-        os.lseek(fd, end, os.SEEK_SET)
-    return done, answers, cut
+        os.ftruncate(file._fd, file._size)
+        os.lseek(file._fd, file._size, os.SEEK_SET)
 
 
-def _read_answer(line: bytes, where: str, samples: Mapping[int, int]) -> tuple[int, str]:
-    """The line number of an answer's prompt, and why it ended."""
+def _read_line(line: bytes, where: str, left: Collection[int]) -> tuple[int, list[str]]:
+    """The line number of the prompt of a journal's line, and why its answers ended."""
     try:
-        answer = json.loads(line)
-        prompt, reason = answer["line"], answer["finish_reason"]
-        if prompt in samples and isinstance(reason, str):
-            return prompt, reason
+        found = json.loads(line)
+        prompt, reasons = found["line"], [answer["finish_reason"] for answer in found["answers"]]
+        if prompt in left and all(isinstance(reason, str) for reason in reasons):
+            return prompt, reasons
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise CheckpointError(f"{where}: is not an answer to one of the prompts; give --overwrite to begin again")
+    raise CheckpointError(f"{where}: does not answer one of the prompts that are left; give --overwrite to begin again")
 
 
 def _changes(recorded: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:

@@ -294,14 +294,15 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
 def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine: Engine) -> int:
     """Answer a file's requests in order, with one JSON line each. Return status 1 if some failed."""
     from megatron_ee.commands.generate_requests import check_memory
-    from megatron_ee.inference.offline import run_batch
+    from megatron_ee.inference.offline import in_order, run_batch
     from megatron_ee.progress import track
 
     check_memory(lines, engine, arguments.prompts)
     failed = 0
     with track(len(lines), "prompts", "answering", "tokens") as bar:
         advance = partial(bar.advance, 1)
-        answers = run_batch(engine, [line.request for line in lines], ahead=2 * arguments.max_num_seqs, advance=advance)
+        requests = [line.request for line in lines]
+        answers = in_order(run_batch(engine, requests, ahead=2 * arguments.max_num_seqs, advance=advance))
         for line, outcomes in zip(lines, answers, strict=True):
             shown = [{"error": each} if isinstance(each, str) else _described(each) for each in outcomes]
             failed += any("error" in each for each in shown)

@@ -88,9 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
         if first:
             print(f"megatron-ee regenerate: {arguments.output} is complete already", file=sys.stderr)
         return 0
-    samples = {line.line: line.request.samples for line in lines}
+    prompts = [line.line for line in lines]
     open_output = partial(
-        open_answers, arguments.output, about, samples, resume=arguments.resume, overwrite=arguments.overwrite
+        open_answers, arguments.output, about, prompts, resume=arguments.resume, overwrite=arguments.overwrite
     )
     with (
         open_output() if first else contextlib.nullcontext() as answers,
@@ -171,23 +171,24 @@ def _answer(
     from megatron_ee.progress import track
 
     check_memory(lines, engine, arguments.prompts)
-    rest, failed = lines[answers.done :], []
+    rest = [line for line in lines if line.line not in answers.done]
+    failed: list[tuple[int, str]] = []
     try:
-        with track(len(lines), "prompts", "answering", "tokens", completed=answers.done) as bar:
+        with track(len(lines), "prompts", "answering", "tokens", completed=len(answers.done)) as bar:
             requests = [line.request for line in rest]
             results = run_batch(engine, requests, ahead=2 * arguments.max_num_seqs, advance=partial(bar.advance, 1))
-            for line, outcomes in zip(rest, results, strict=True):
-                records = []
+            for index, outcomes in results:
+                line, records = rest[index], []
                 for sample, outcome in enumerate(outcomes):
                     if isinstance(outcome, str):
-                        failed.append(f"{arguments.prompts}:{line.line}: {outcome}")
+                        failed.append((line.line, outcome))
                     elif not (arguments.drop_cut and outcome.finish_reason in _CUT):
                         records += _record(line, sample, outcome, tokenizer)
-                answers.append(records)
+                answers.append(line.line, records)
         answers.commit()
     except (KeyboardInterrupt, UserError):
         print(
-            f"megatron-ee regenerate: {answers.done} of {len(lines)} prompts are answered; the same command with "
+            f"megatron-ee regenerate: {len(answers.done)} of {len(lines)} prompts are answered; the same command with "
             "--resume continues",
             file=sys.stderr,
         )
@@ -198,8 +199,8 @@ def _answer(
         f"{arguments.output}: {answers.answers} answers to {len(lines)} prompts{cut}"
         + (f", {left_out} left out" if left_out else "")
     )
-    for reason in failed:
-        print(f"megatron-ee regenerate: {reason}", file=sys.stderr)
+    for number, reason in sorted(failed):
+        print(f"megatron-ee regenerate: {arguments.prompts}:{number}: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.requests import Completion, Mode, Request
 
+T = TypeVar("T")
 Outcome = Completion | str
 """The completion of one output, or an error message of one line."""
 
@@ -20,40 +22,50 @@ def run_batch(
     *,
     ahead: int = 32,
     advance: Callable[[int], None] = lambda tokens: None,
-) -> Iterator[list[Outcome]]:
+) -> Iterator[tuple[int, list[Outcome]]]:
     """Run all requests concurrently. A request that fails does not end the others.
 
     Args:
         engine: without other requests; their events would be lost.
         requests: to run.
         ahead: maximum number of unfinished requests in the engine.
-        advance: called with a request's number of tokens when it finishes, in order of completion.
+        advance: called with a request's number of tokens when it finishes.
 
     Yields:
-        The outcomes of each request, by sample, in the order of ``requests``.
+        The index of each request as it finishes, and its outcomes by sample.
 
     Raises:
         ConfigError: a request is invalid, as from ``Engine.check``.
     """
-    numbers: dict[int, int] = {}  # number in the engine -> index among the requests
-    done: dict[int, dict[int, Outcome]] = {}
+    indices: dict[int, int] = {}  # by number in the engine
+    found: dict[int, dict[int, Outcome]] = {}
     started = 0
-    for index, request in enumerate(requests):
-        while len(done.get(index, {})) < request.samples:
-            while started < len(requests) and len(numbers) < ahead:
-                numbers[engine.submit(requests[started])] = started
-                started += 1
-            for event in engine.step():
-                outcome = event.completion if event.error is None else event.error
-                if outcome is None or event.request not in numbers:
-                    continue
-                at = numbers[event.request]
-                outcomes = done.setdefault(at, {})
-                outcomes[event.sample] = outcome
-                if len(outcomes) == requests[at].samples:
-                    del numbers[event.request]
-                    advance(sum(len(each.tokens) for each in outcomes.values() if isinstance(each, Completion)))
-        yield [outcome for _, outcome in sorted(done.pop(index).items())]
+    while started < len(requests) or indices:
+        while started < len(requests) and len(indices) < ahead:
+            indices[engine.submit(requests[started])] = started
+            started += 1
+        for event in engine.step():
+            outcome = event.completion if event.error is None else event.error
+            if outcome is None or event.request not in indices:
+                continue
+            index = indices[event.request]
+            outcomes = found.setdefault(index, {})
+            outcomes[event.sample] = outcome
+            if len(outcomes) == requests[index].samples:
+                del indices[event.request], found[index]
+                advance(sum(len(each.tokens) for each in outcomes.values() if isinstance(each, Completion)))
+                yield index, [outcome for _, outcome in sorted(outcomes.items())]
+
+
+def in_order(results: Iterable[tuple[int, T]]) -> Iterator[T]:
+    """The results of ``run_batch`` in the order of the requests. Results wait for those before them."""
+    held: dict[int, T] = {}
+    following = 0
+    for index, result in results:
+        held[index] = result
+        while following in held:
+            yield held.pop(following)
+            following += 1
 
 
 @dataclass(frozen=True)

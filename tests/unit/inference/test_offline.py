@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.inference.offline import run_batch
+from megatron_ee.inference.offline import in_order, run_batch
 from megatron_ee.inference.requests import Completion, Event, Request
 
 
@@ -37,7 +37,10 @@ def test_outcomes_come_in_order(ahead: int) -> None:
     requests = [Request(prompt=str(number), samples=1 + (number == 4)) for number in range(8)]
     engine: Any = LastFirst(fails=3)
     advanced: list[int] = []
-    found = list(run_batch(engine, requests, ahead=ahead, advance=advanced.append))
+    finished = list(run_batch(engine, requests, ahead=ahead, advance=advanced.append))
+    assert sorted(index for index, _ in finished) == list(range(8))
+    assert ahead == 1 or finished[0][0] == min(ahead, 8) - 1
+    found = list(in_order(finished))
     outputs = [[each if isinstance(each, str) else each.text for each in outcomes] for outcomes in found]
     failed = next(number for number, texts in enumerate(outputs) if texts == ["not finite"])
     expected = [[str(number)] * request.samples for number, request in enumerate(requests)]

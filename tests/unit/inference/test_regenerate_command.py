@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ee.commands import answer_file
 from megatron_ee.commands.answer_file import AnswerFile
 from megatron_ee.commands.main import main
 from megatron_ee.data.indexed import indexed_dataset
@@ -166,9 +167,9 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], N
     def set_limit(count: int | None) -> None:
         written = 0
 
-        def limited(file: AnswerFile, records: Any) -> None:
+        def limited(file: AnswerFile, prompt: int, records: Any) -> None:
             nonlocal written
-            append(file, records)
+            append(file, prompt, records)
             written += 1
             if written == count:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -189,19 +190,24 @@ def test_an_interrupted_file_is_continued(
     interrupt_after: Callable[[int | None], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Also one that a kill has torn within a line: the result is that of one run."""
-    prompts = write_prompts(tmp_path / "prompts.jsonl", *({"prompt": f"say {n}"} for n in range(7)))
+    """Also one that a kill has torn within a line: the result is that of one run.
+
+    Finished answers are kept although the first prompt still runs.
+    """
+    lines = [{"prompt": "say 0", "max_tokens": 30}, *({"prompt": f"say {n}"} for n in range(1, 7))]
+    prompts = write_prompts(tmp_path / "prompts.jsonl", *lines)
     drawn = ("--temperature", 1, "--samples", samples, "--max-tokens", 8, "--batch-size", 3)
     whole, output = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     assert regenerate(chat_model, prompts, whole, *drawn) == 0
-    interrupt_after(3)
+    interrupt_after(2)
     assert regenerate(chat_model, prompts, output, *drawn) == 128 + signal.SIGINT
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        "megatron-ee regenerate: 3 of 7 prompts are answered; the same command with --resume continues",
+        "megatron-ee regenerate: 2 of 7 prompts are answered; the same command with --resume continues",
         "megatron-ee regenerate: interrupted by SIGINT",
     ]
     unfinished = tmp_path / "answers.jsonl.partial"
-    assert not output.exists() and len(answers(unfinished)) == 3 * samples
+    assert not output.exists() and 1 not in [each["line"] for each in answers(unfinished)]
+    assert [len(each["answers"]) for each in answers(unfinished)] == [samples] * 2
     unfinished.write_bytes(damage(unfinished.read_bytes()))
     interrupt_after(None)
     assert regenerate(chat_model, prompts, output, *drawn) == 2
@@ -212,6 +218,28 @@ def test_an_interrupted_file_is_continued(
         "answers.jsonl",
         "answers.jsonl.info.json",
     ]
+
+
+def test_an_interruption_while_the_final_file_is_written(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    output, whole = tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"
+    assert regenerate(chat_model, prompts, whole, "--max-tokens", 8) == 0
+    write_json = answer_file.write_json
+
+    def interrupted(path: Path, data: Any) -> None:
+        if path.name == "answers.jsonl.info.json":
+            raise KeyboardInterrupt
+        write_json(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answer_file, "write_json", interrupted)
+        assert regenerate(chat_model, prompts, output, "--max-tokens", 8) == 130
+    assert regenerate(chat_model, prompts, output, "--max-tokens", 8, "--resume") == 0
+    assert output.read_bytes() == whole.read_bytes()
+    assert regenerate(chat_model, prompts, output, "--max-tokens", 8, "--resume") == 0  # complete
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_only_the_same_work_is_continued(
@@ -242,7 +270,7 @@ def test_only_the_same_work_is_continued(
         assert f"--resume: {unfinished} was begun with {message}" in last_line(capsys)
     unfinished.write_bytes(b'{"line": 9}\n' + before)
     assert regenerate(chat_model, prompts, output, *same) == 1
-    assert f"{unfinished}, line 1: is not an answer to one of the prompts" in last_line(capsys)
+    assert f"{unfinished}, line 1: does not answer one of the prompts that are left" in last_line(capsys)
     unfinished.write_bytes(before)
     info = tmp_path / "answers.jsonl.partial.info.json"
     info.rename(tmp_path / "away")
