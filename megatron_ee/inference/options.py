@@ -10,7 +10,7 @@ from megatron_ee.config.validation import Strict
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.compiled import check_compiler
 from megatron_ee.inference.released import Released
-from megatron_ee.inference.requests import Ids, check_ids
+from megatron_ee.inference.requests import Ids, Layers, check_ids
 from megatron_ee.parallel.groups import world_size
 
 
@@ -38,7 +38,7 @@ class EngineOptions(Strict):
     dtype: str = "auto"
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
-    exits: Ids | None = None
+    exits: Layers | None = None
     candidates: Ids | None = None
     compile: bool = False
     kv_memory: int | None = Field(default=None, ge=1)

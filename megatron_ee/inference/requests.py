@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_ee.config.validation import Strict
 from megatron_ee.data.chat import render_chat
@@ -38,6 +39,17 @@ Ids = Annotated[tuple[int, ...], Field(strict=False)]
 """A list or tuple of integers."""
 
 
+def _each_once(layers: tuple[int, ...]) -> tuple[int, ...]:
+    for layer, count in Counter(layers).items():
+        if count > 1:
+            raise ValueError(f"names layer {layer} twice")
+    return layers
+
+
+Layers = Annotated[Ids, AfterValidator(_each_once)]
+"""Layers of exits."""
+
+
 class Request(Strict):
     """One prompt to continue.
 
@@ -66,7 +78,7 @@ class Request(Strict):
     mode: Mode = "full"
     policy: AnyPolicy = ThresholdPolicy()
     draft: Draft = Draft()
-    exits: Ids | None = None
+    exits: Layers | None = None
     sampling: Sampling = Sampling()
     samples: int = Field(default=1, ge=1, le=128)
     max_tokens: int = Field(default=64, ge=1)

@@ -227,6 +227,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("EXITS", "--measure", "luck"), "--measure: must be one of probability, margin, entropy, not 'luck'"),
     (("EXITS", "--exits", "3"), "--exits: there is no exit after layer 3; there are: 1, 2"),
     (("EXITS", "--exits", "a"), "argument --exits: must be layers such as 8,16, not 'a'"),
+    (("EXITS", "--exits", "1,1"), "--exits: names layer 1 twice"),
     (("EXITS", "--max-deferred", -1), "argument --max-deferred: must be at least 0, not -1"),
     (("EXITS", "--backoff", -1), "argument --backoff: must be at least 0, not -1"),
     (("EXITS", "--min-full", 0), "argument --min-full: must be at least 1, not 0"),

@@ -46,6 +46,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"sampling": {"seeds": 1}}, "sampling.seeds: unknown key; did you mean 'seed'?"),
     ({"exits": 1}, "exits: must be a list"),
     ({"exits": (True,)}, "exits[0]: must be a whole number"),
+    ({"exits": [1, 2, 1]}, "exits: names layer 1 twice"),
     ({"draft": {"length": 99}}, f"draft.length: must be at most {MAX_DRAFT}, not 99"),
     ({"draft": {"length": -1}}, "draft.length: must be at least 0, not -1"),
     ({"draft": {"length": 1.0}}, "draft.length: must be a whole number"),
