@@ -81,11 +81,15 @@ def user_prompt(text: str, released: Released, *, chat: bool) -> str | list[int]
     An empty text stays empty.
     """
     messages = _user_messages(text, chat)
-    return text if messages is None else encode_chat(released.tokenizer, messages)
+    return text if messages is None else _encoded_chat(messages, released)
 
 
 def _user_messages(text: str, chat: bool) -> list[dict[str, Any]] | None:
     return [{"role": "user", "content": text}] if chat and text else None
+
+
+def _encoded_chat(messages: Sequence[Mapping[str, Any]], released: Released) -> list[int]:
+    return encode_chat(released.tokenizer, messages, released.model.architecture.max_generated_positions)
 
 
 def check_request(request: Request, released: Released) -> None:
@@ -179,7 +183,7 @@ def _read_line(number: int, line: str, defaults: Mapping[str, Any], released: Re
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise ConfigError(f"id: must be text or a whole number, not {shown(name)}")
     messages = _conversation(given, chat)
-    prompt = given["prompt"] if messages is None else encode_chat(released.tokenizer, messages)
+    prompt = given["prompt"] if messages is None else _encoded_chat(messages, released)
     request = make_request(prompt, {**defaults, **given}, has_exits=bool(released.exits))
     return FileRequest(number, name, messages, request)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_ee.data.token_length import count_characters
 from megatron_ee.data.tokenizer_backends import Backend, SentencePieceBackend, Span, TokenizersBackend
 from megatron_ee.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from megatron_ee.errors import DataError
@@ -58,6 +59,11 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids with the special tokens that the tokenizer adds around a text, such as beginning-of-text."""
         return self._backend.encode_prompt(text)
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of the number of tokens of a text, found without tokenizing it; 0 if none is known."""
+        longest = self._backend.longest_token
+        return -(-count_characters(text) // longest) if longest else 0
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """Token ids of a rendered chat template, and the characters of ``text`` that each token stands for."""

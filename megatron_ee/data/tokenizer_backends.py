@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_ee.data.token_length import longest_token
 from megatron_ee.data.tokenizer_files import AddedToken, TokenizerFiles
 from megatron_ee.errors import DataError
 
@@ -45,6 +47,10 @@ class Backend(Protocol):
 
     def token_name(self, token_id: int) -> str | None:
         """A token as the vocabulary spells it."""
+
+    @property
+    def longest_token(self) -> int | None:
+        """See ``token_length.longest_token``."""
 
 
 class TokenizersBackend:
@@ -97,6 +103,10 @@ class TokenizersBackend:
 
     def token_name(self, token_id: int) -> str | None:
         return self._core.id_to_token(token_id)
+
+    @functools.cached_property
+    def longest_token(self) -> int | None:
+        return longest_token(self._core)
 
 
 class SentencePieceBackend:
@@ -196,6 +206,10 @@ class SentencePieceBackend:
         if token_id in self._names:
             return self._names[token_id]
         return str(self._first.id_to_piece(token_id)) if 0 <= token_id < self._pieces else None
+
+    @property
+    def longest_token(self) -> int | None:
+        return None  # its normalizer may drop characters; it takes seconds for megabytes
 
     def _processor(self, first: bool, character: str) -> Any:
         """The processor for a part of a text that begins with ``character``."""

@@ -20,6 +20,8 @@ from megatron_ee.inference.sampling import MAX_SEED, Sampling
 Mode = Literal["full", "threshold", "speculative"]
 MAX_DRAFT = 16
 MAX_LOGPROBS = 100
+QUICK_CHARACTERS = 16
+"""Texts of at most so many characters per position of the model are tokenized to count their tokens."""
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 
 
@@ -229,6 +231,7 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
         if tokenizer is None:
             raise ConfigError("prompt: is text, but there is no tokenizer; give token ids")
         _check_text(request.prompt)
+        check_length(tokenizer, request.prompt, max_positions)
         prompt = tuple(tokenizer.encode_prompt(request.prompt)) if request.prompt else ()
     else:
         prompt = request.prompt
@@ -238,11 +241,27 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
         _check_known(tokenizer, prompt, vocab_size)
     check_ids("prompt", prompt, vocab_size)
     if len(prompt) >= max_positions:
-        raise ConfigError(
-            f"prompt: has {len(prompt)} tokens; the model's {max_positions} positions leave room for a new token after "
-            f"at most {max_positions - 1}; shorten it"
-        )
+        raise _too_long(str(len(prompt)), max_positions)
     return prompt
+
+
+def check_length(tokenizer: Tokenizer, text: str, max_positions: int) -> None:
+    """Refuse a text that is much too long for the model, before it is tokenized, which may take minutes.
+
+    Raises:
+        ConfigError: it certainly has more tokens than the model's context.
+    """
+    if len(text) > QUICK_CHARACTERS * max_positions:
+        least = tokenizer.least_tokens(text)
+        if least >= max_positions:
+            raise _too_long(f"at least {least}", max_positions)
+
+
+def _too_long(tokens: str, max_positions: int) -> ConfigError:
+    return ConfigError(
+        f"prompt: has {tokens} tokens; the model's {max_positions} positions leave room for a new token after at most "
+        f"{max_positions - 1}; shorten it"
+    )
 
 
 def _check_text(text: str) -> None:
@@ -267,12 +286,19 @@ def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
         raise ConfigError(f"{name}: token ids must be whole numbers from 0 to {vocab_size - 1}")
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], max_positions: int | None = None
+) -> list[int]:
     """Token ids of a conversation in the model's chat template, up to the start of the assistant's turn.
+
+    Args:
+        tokenizer: with the template.
+        messages: the conversation.
+        max_positions: of the model; None for any length.
 
     Raises:
         DataError: there is no template, or it fails on these messages.
-        ConfigError: the rendered conversation is not valid Unicode.
+        ConfigError: the rendered conversation is not valid Unicode, or much too long for the model.
     """
     if not tokenizer.templates:
         raise DataError(f"{tokenizer.path}: the tokenizer has no chat template; give the prompt as text")
@@ -281,4 +307,6 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
     except Exception as error:  # a template is a program and may raise any exception
         raise DataError(f"{tokenizer.path}: the chat template fails on these messages: {error}") from None
     _check_text(text)
+    if max_positions is not None:
+        check_length(tokenizer, text, max_positions)
     return tokenizer.encode_spans(text)[0]

@@ -20,6 +20,7 @@ from megatron_ee.commands.generate_requests import FIELDS, make_request
 from megatron_ee.commands.main import main
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import load_tokenizer
+from megatron_ee.data.tokenizer_backends import TokenizersBackend
 from megatron_ee.errors import ConfigError
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.released import open_released
@@ -397,6 +398,25 @@ def test_a_bad_line_is_refused_before_the_model_is_loaded(
     status, out, err = command.run("--adapter", adapter, "--prompts", path)
     assert (status, out) == (2, "") and len(err.splitlines()) == 1
     assert err.startswith(f"megatron-ee generate: error: {path}:3: ") and message in err
+
+
+def test_a_prompt_of_megabytes_is_refused_without_tokenizing_it(
+    command: Command,
+    byte_model: Path,
+    tmp_path: Path,
+    save_tokenizer: SaveTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(byte_model, model)
+    save_tokenizer(model, template=TEMPLATE)
+    for name in ("encode_prompt", "encode_spans"):
+        monkeypatch.setattr(TokenizersBackend, name, lambda *_: pytest.fail("tokenized"))
+    path = write_prompts(tmp_path / "prompts.jsonl", {"prompt": "x" * 5_000_000})
+    for options in (("--prompt", "x" * 5_000_000), ("--prompts", path), ("--prompts", path, "--chat")):
+        status, out, err = command.run(*options, model=model)
+        assert (status, out) == (2, "") and len(err.splitlines()) == 1
+        assert "prompt: has at least 1250" in err and "tokens; the model's 64 positions leave room" in err
 
 
 def test_a_file_without_prompts_is_refused(command: Command, tmp_path: Path) -> None:
