@@ -14,6 +14,7 @@ Sums are of float32 products, in float64. Tensor-parallel ranks have rows of the
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 RESIDUAL_SHARE = 0.25
 """c: the residual's part of the features, relative to a last hidden state of the same size."""
+RIDGES = (1.0, 10.0, 100.0)
+"""Factors of ``fit.ridge`` that are tried."""
 LEAST_PIVOT = 1e-8
 """Smallest pivot of a Cholesky factor, relative to the mean diagonal: products in float32 have errors of this size."""
 FLOAT64 = 8  # bytes
@@ -101,7 +104,8 @@ class ProjectionFit(Fit):
         self._setup, self._mlp, self._before, self._after = setup, mlp, before, after
         self._factor = RESIDUAL_SHARE * multiplier
         hidden, self._features = mlp.down.weight.shape
-        rows, device = self._features + (mlp.down.bias is not None), mlp.down.weight.device
+        self._biased = mlp.down.bias is not None
+        rows, device = self._features + self._biased, mlp.down.weight.device
         ranks = setup.groups.tensor.size()
         self._gram = torch.zeros(rows, rows * ranks, dtype=torch.float64, device=device)
         self._right = torch.zeros(rows, hidden, dtype=torch.float64, device=device)
@@ -116,11 +120,12 @@ class ProjectionFit(Fit):
         goal = normalised(gather(last).flatten(0, 1), eps).sub_(residual * inverse, alpha=RESIDUAL_SHARE)
         counted = inverse * mask[:, None]
         own = activated.float() * counted
-        if self._mlp.down.bias is not None:
-            own = torch.cat([own, counted], dim=1)
+        group = self._setup.groups.tensor
+        if self._biased:  # the last rank counts for all
+            own = torch.cat([own, counted if group.rank() == group.size() - 1 else torch.zeros_like(counted)], dim=1)
         self._right += own.t() @ goal
-        columns = self._gram.chunk(self._setup.groups.tensor.size(), dim=1)
-        for part, block in zip(columns, _blocks(own, self._setup.groups.tensor), strict=True):
+        columns = self._gram.chunk(group.size(), dim=1)
+        for part, block in zip(columns, _blocks(own, group), strict=True):
             part += own.t() @ block
 
     def reduce(self) -> None:
@@ -130,32 +135,57 @@ class ProjectionFit(Fit):
 
     def solve(self, ridges: Sequence[float]) -> list[Solution]:
         """See ``Fit``. A ridge that is too small for a stable solution is raised tenfold until it is not."""
-        group = self._setup.groups.tensor
-        gram, right = (_gathered(sums, group) for sums in (self._gram, self._right))
-        if self._mlp.down.bias is not None and group.size() > 1:  # every rank has the bias's row; one is kept
-            rows = torch.arange(len(gram), device=gram.device)
-            kept = rows[(rows + 1) % len(self._gram) != 0]
-            kept = torch.cat([kept, rows[-1:]])
-            gram, right = gram[kept][:, kept], right[kept]
-        mean = gram.diagonal().mean()
-        if not bool(torch.isfinite(mean)) or not bool(mean > 0):
-            raise UserError(f"the fit of an exit: the mean square of its MLP's activations is {float(mean)}")
-        diagonal, solutions = gram.diagonal().clone(), []
-        for ridge in ridges:
-            factor, used = _factorised(gram, diagonal, float(mean), ridge)
-            solutions.append(Solution(self._values(torch.cholesky_solve(right, factor)), used))
-            del factor
-        gram.diagonal().copy_(diagonal)
-        return solutions
+        mean = self._mean_diagonal()
+        if not math.isfinite(mean) or mean <= 0:
+            raise UserError(f"the fit of an exit: the mean square of its MLP's activations is {mean}")
+        return [self._solution(ridge, mean) for ridge in ridges]
 
-    def _values(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
-        """This rank's part of the solution ``[rows of all ranks, hidden]``."""
-        down, start = self._mlp.down, self._setup.groups.tensor.rank() * self._features
-        own = weights[start : start + self._features].t() / self._factor
-        values = {down.weight: own.to(down.weight.dtype).contiguous()}
+    def _mean_diagonal(self) -> float:
+        """Of the Gram matrix of all tensor-parallel ranks."""
+        group = self._setup.groups.tensor
+        total = self._gram.chunk(group.size(), dim=1)[group.rank()].diagonal().sum()
+        _sum_over(total, group)
+        return float(total) / (group.size() * self._features + self._biased)
+
+    def _solution(self, ridge: float, mean: float) -> Solution:
+        group, down = self._setup.groups.tensor, self._mlp.down
+        factor, ridge = self._factorised(ridge, mean)
+        weights = _collected(self._right, group)
+        if factor is not None and weights is not None:
+            torch.linalg.solve_triangular(factor, weights, upper=False, out=weights)
+            torch.linalg.solve_triangular(factor.mT, weights, upper=True, out=weights)
+            if self._biased:
+                weights[self._features :: self._features + 1] = weights[-1].clone()
+        own = _spread(weights, self._right, group).div_(self._factor)
+        values = {down.weight: own[: self._features].t().to(down.weight.dtype).contiguous()}
         if down.bias is not None:
-            values[down.bias] = (weights[-1] / self._factor).to(down.bias.dtype)
-        return values
+            values[down.bias] = own[-1].to(down.bias.dtype)
+        return Solution(values, ridge)
+
+    def _factorised(self, ridge: float, mean: float) -> tuple[Tensor | None, float]:
+        """The Cholesky factor, on the first tensor-parallel rank alone, and the ridge that was used.
+
+        The factor takes the place of the collected matrix, which is collected again for another ridge.
+        """
+        group = self._setup.groups.tensor
+        while True:
+            gram = _collected(self._gram, group)
+            stable = torch.zeros((), dtype=torch.int32, device=self._gram.device)
+            if gram is not None:
+                diagonal = gram.diagonal()
+                if self._biased:  # of the biases only the last rank's was added
+                    diagonal[self._features :: self._features + 1][:-1] = mean
+                diagonal += ridge * mean
+                gram = gram.mT  # symmetric; columns are contiguous now, so that the factor is made in place
+                torch.linalg.cholesky_ex(gram, out=(gram, stable))
+                stable = (stable == 0) & (diagonal.square().min() > LEAST_PIVOT * mean)
+            stable = stable.int()
+            if group.size() > 1:
+                dist.broadcast(stable, group=group, group_src=0)
+            if int(stable):
+                return gram, ridge
+            del gram
+            ridge = max(10 * ridge, 10 * LEAST_PIVOT)
 
     def then(self) -> ScaleFit | None:
         """Of the norm after the projection, if there is one."""
@@ -206,13 +236,11 @@ class ScaleFit(Fit):
 
 
 def fit_bytes(rows: int, hidden_size: int, tensor: int) -> tuple[int, int]:
-    """Bytes of a fit's sums on one of ``tensor`` ranks, and of what solving takes besides.
+    """Bytes of a fit's sums on one of ``tensor`` ranks, and of what solving takes besides, on the first of them.
 
     ``rows``: ``Body.fitted_rows``.
     """
-    sums = -(-rows // tensor) * (rows + hidden_size)
-    gathered = rows * (rows + hidden_size) if tensor > 1 else 0
-    return FLOAT64 * sums, FLOAT64 * (gathered + rows * (rows + hidden_size))
+    return FLOAT64 * -(-rows // tensor) * (rows + hidden_size), FLOAT64 * rows * (rows + hidden_size)
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -226,16 +254,6 @@ def normalised(x: Tensor, eps: float) -> Tensor:
     return wide * inverse_rms(wide, eps)
 
 
-def _factorised(gram: Tensor, diagonal: Tensor, mean: float, ridge: float) -> tuple[Tensor, float]:
-    """The Cholesky factor of ``gram`` with ``ridge * mean`` added to its ``diagonal``, and the ridge that was used."""
-    while True:
-        torch.add(diagonal, ridge * mean, out=gram.diagonal())
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if not int(failed) and bool(factor.diagonal().square().min() > LEAST_PIVOT * mean):
-            return factor, ridge
-        ridge = max(10 * ridge, 10 * LEAST_PIVOT)
-
-
 def _blocks(own: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
     """Each rank's tensor of the same shape in turn, from the first on."""
     for rank in range(group.size()):
@@ -245,14 +263,23 @@ def _blocks(own: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
         yield block
 
 
-def _gathered(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks; ``rows`` itself on one rank."""
+def _collected(rows: Tensor, group: dist.ProcessGroup) -> Tensor | None:
+    """A copy of the rows of all ranks, on the first rank; None on the others."""
     if group.size() == 1:
-        return rows
-    whole = rows.new_empty(group.size() * len(rows), rows.shape[1])
-    for part, block in zip(whole.split(len(rows)), _blocks(rows, group), strict=True):
-        part.copy_(block)
+        return rows.clone()
+    whole = rows.new_empty(group.size() * len(rows), rows.shape[1]) if group.rank() == 0 else None
+    parts = None if whole is None else list(whole.split(len(rows)))
+    dist.gather(rows, parts, group=group, group_dst=0)
     return whole
+
+
+def _spread(whole: Tensor | None, like: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The inverse of ``_collected``; ``like``: a tensor of the shape of this rank's rows."""
+    if whole is not None and group.size() == 1:
+        return whole
+    own = torch.empty_like(like)
+    dist.scatter(own, None if whole is None else list(whole.split(len(own))), group=group, group_src=0)
+    return own
 
 
 def _sum_over(sums: Tensor, group: dist.ProcessGroup) -> None:

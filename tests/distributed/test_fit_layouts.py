@@ -137,3 +137,31 @@ def test_fitted_exits_differ_from_copies(models: dict[str, Path], alone: Path, l
         for spec, mine, theirs in zip(specs, fitted, copies, strict=True):
             # Random exits differ too.
             assert (mine - theirs).abs().max() > 0.05 * theirs.abs().max(), (family, spec)
+
+
+def raise_a_ridge(path: Path) -> None:
+    """On one of two tensor-parallel ranks: too few tokens for the features, and no ridge."""
+    with joined_processes() as control, model_groups(control, 2, 1) as groups:
+        model = open_model(path)
+        setup = build_setup(model.architecture, torch.float32, groups)
+        layers = range(1, model.architecture.num_layers + 1)
+        stage = Stage(setup, layers, [ExitSpec(2, init="fit")], final_exit=True)
+        _load(model, stage)
+        (exit_,) = stage.exits
+        positions = stage.backbone.positions(LENGTH)
+        tokens = torch.arange(LENGTH)[None]
+        last, taps = stage.run_layers(stage.backbone.embed(tokens), positions, to_end=True)
+        fit = exit_.body.fit(setup)
+        assert fit is not None
+        with torch.no_grad():
+            fit.add(exit_.attention_half(taps[2], positions), last, torch.ones(LENGTH))
+        fit.reduce()
+        solutions = fit.solve([0.0, 0.1])
+        assert all(value.isfinite().all() for solution in solutions for value in solution.values.values())
+        ridges = [solution.ridge for solution in solutions]
+        assert 0 < ridges[0] < 1e-3 and ridges[1] == 0.1 and groups.gather(ridges) == [ridges, ridges]
+
+
+def test_tensor_parallel_ranks_raise_a_ridge_together(models: dict[str, Path]) -> None:
+    """One of them solves for both."""
+    run_ranks(2, raise_a_ridge, models["llama2"])
