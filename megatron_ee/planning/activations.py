@@ -148,8 +148,12 @@ def _layer_bytes(architecture: Architecture, workload: Workload) -> LayerBytes:
 
 
 def fit_peak(architecture: Architecture, rows: int, workload: Workload) -> int:
-    """Of adding a microbatch to a fit: gate and up, the features of two ranks in float32, their product, and the
-    residual, the last hidden state and their difference in float32."""
+    """Peak bytes of adding a microbatch to a fit.
+
+    The residual and the target in float32, the activations, and the same in float32, are alive. So is the larger of
+    two: the float32 activations before they are scaled, or another rank's with their product.
+    """
     own, wide = -(-rows // workload.tensor), FLOAT32 * workload.tokens
-    features = 2 * own * workload.tokens * workload.itemsize + 2 * own * wide
-    return features + FLOAT32 * own * max(own, architecture.hidden_size) + 3 * architecture.hidden_size * wide
+    product = FLOAT32 * own * max(own, architecture.hidden_size) + (workload.tensor > 1) * own * wide
+    activated = own * workload.tokens * workload.itemsize
+    return 2 * architecture.hidden_size * wide + activated + own * wide + max(own * wide, product)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.exits.fit import fit_bytes
+from megatron_ee.exits.fit import FLOAT64, RIDGES, fit_bytes
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.tensors import parameter_sizes
 from megatron_ee.parallel.layout import Layout, even_layout
@@ -100,23 +100,31 @@ def fit_memory(
 ) -> int:
     """Bytes of the closed-form fit on each rank of stage ``index``; 0 if no exit is fitted.
 
-    All layers are spread evenly, with the final exit. One fit at a time is counted: if there is more memory, several
-    exits are fitted together.
+    All layers are spread evenly, with the final exit. Exits are counted as fitted one at a time: if there is more
+    memory, several are fitted together. The first tensor-parallel rank is counted, which solves for the others.
     """
     if not any(spec.init == "fit" for spec in specs):
         return 0
     layout = even_layout(architecture.num_layers, stages, [spec.layer for spec in specs])
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
-    stage, hidden = layout.stages[index], hidden_bytes(architecture, workload)
-    solving, running = 0, layer_peak(architecture, workload) if stage.layers else 0
-    for spec in hosted_by(stage, specs):
+    stage, hidden, size = layout.stages[index], hidden_bytes(architecture, workload), architecture.hidden_size
+    layers = layer_peak(architecture, workload) if stage.layers else 0
+    adding = solving = kept = 0
+    for spec in (spec for spec in hosted_by(stage, specs) if spec.init == "fit"):
         rows = body_of(spec).fitted_rows(architecture) or 0
-        if spec.init == "fit":
-            solving = max(solving, sum(fit_bytes(rows, architecture.hidden_size, workload.tensor)))
-            running = max(running, fit_peak(architecture, rows, workload))
+        sums, work = fit_bytes(rows, size, workload.tensor)
+        own = -(-rows // workload.tensor) * size
+        adding = max(adding, kept + sums + max(layers, fit_peak(architecture, rows, workload)))
+        kept += len(RIDGES) * own * workload.itemsize
+        solving = max(solving, kept + sums + work + (workload.tensor > 1) * FLOAT64 * own)
+    measuring = layers
+    if stage.exits or index == layout.last_layered:
+        measuring = max(measuring, 2 * hidden + statistics_bytes(architecture, workload))
+    copies = kept // len(RIDGES)
     taught = len(stage.exits) * (1 + layout.depth(layout.last_layered) - layout.depth(index))
     buffers = 4 * hidden  # of messages to and from a neighbour, two each way
-    return (frozen + trained) * workload.itemsize + solving + running + taught * hidden + buffers
+    peak = max(adding, solving, kept + copies + measuring)
+    return (frozen + trained) * workload.itemsize + peak + taught * hidden + buffers
 
 
 def validation_memory(stages: int, index: int, architecture: Architecture, workload: Workload) -> int:

@@ -21,7 +21,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import FitConfig, RunConfig
 from megatron_ee.data.loader import Batch, PackedBlend
 from megatron_ee.exits.exit import Exit
-from megatron_ee.exits.fit import Fit, Solution, fit_bytes
+from megatron_ee.exits.fit import RIDGES, Fit, Solution, fit_bytes
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.stage import Stage
 from megatron_ee.model.distillation import Teacher, teacher_top_k
@@ -37,8 +37,6 @@ from megatron_ee.tuning.teacher import LastHidden, TopTokens
 
 FEW_PER_FEATURE = 8
 """Tokens for each feature of the MLP below which a warning is due."""
-RIDGES = (1.0, 10.0, 100.0)
-"""Factors of ``fit.ridge`` that are tried."""
 SCALE_TOKENS = 4096
 """Tokens to fit the scale of a norm on that follows the fitted projection."""
 MEMORY_SHARE = 0.7
@@ -249,14 +247,15 @@ def run_with_top1(
         taught: with ``TopTokens(1)``.
         batches: of this data-parallel rank.
         score: called for each microbatch with token ids ``[seq * batch]``.
-        chunk_tokens: tokens whose logits exist at a time.
+        chunk_tokens: maximum number of tokens whose logits exist at a time; ``tiles.logit_tokens`` also limits it.
     """
     stage = taught.stage
+    chunk = min(chunk_tokens, stage.setup.tiles.logit_tokens)
 
     def teach(micro: Microbatch, h: Tensor) -> Teacher:
         assert stage.backbone.head is not None, "the last stage holds the final exit"
         z = stage.final_features(h).flatten(0, 1)
-        return teacher_top_k(z, stage.backbone.head, stage.setup.groups.tensor, 1, chunk_tokens=chunk_tokens)
+        return teacher_top_k(z, stage.backbone.head, stage.setup.groups.tensor, 1, chunk_tokens=chunk)
 
     taught.run(batches, lambda micro, teacher: score(micro, teacher.ids[:, 0]), teach, taught=True)
 

@@ -10,9 +10,9 @@ import argparse
 from megatron_ee.testing.examples import MODELS
 
 from . import report
-from .cases import inference_grid, tuning_grid
+from .cases import fitting_grid, inference_grid, tuning_grid
 from .checks import problems
-from .runs import MODES, Inference, Tuning
+from .runs import MODES, Case, Fitting, Inference, Tuning
 from .worker import Worker
 
 
@@ -22,9 +22,10 @@ def main() -> None:
     parser.add_argument("--details", action="store_true")
     parser.add_argument("text", nargs="*")
     arguments = parser.parse_args()
-    cases: list[Tuning | Inference] = [*tuning_grid(), *inference_grid()]
+    cases: list[Case] = [*tuning_grid(), *fitting_grid(), *inference_grid()]
     if not arguments.grid:
         cases = [*(Tuning(name, -1) for name in MODELS)]
+        cases += [Fitting(name) for name in MODELS]
         cases += [Inference(name, mode) for name in MODELS for mode in MODES]
     print(report.HEADER)
     with Worker() as worker:

@@ -1,8 +1,8 @@
-"""The grid: ranks, exit bodies and heads, distillation, sequence parallelism, and modes of inference."""
+"""The grid: ranks, fits, exit bodies and heads, distillation, sequence parallelism, and modes of inference."""
 
 from __future__ import annotations
 
-from .runs import Inference, Tuning
+from .runs import Fitting, Inference, Tuning
 
 BODIES = ("embedding", "norm", "mlp", "layer")
 HEADS = ("own", "shared", "low_rank")
@@ -52,6 +52,18 @@ def tuning_grid() -> list[Tuning]:
     places = "[{layers: [1, 2], exits: [2]}, {layers: [3, 4]}, {exits: [4]}]"
     alone = ("--parallel.pipeline", "3", "--parallel.layout", places)
     cases += [Tuning("llama2_7b", rank, 3, (*few, *alone)) for rank in (1, 2)]
+    return cases
+
+
+def fitting_grid() -> list[Fitting]:
+    """Ranks of the large run and of one without sequence parallelism, and each body that can be fitted."""
+    name, processes, layout = LARGE
+    cases = [Fitting(name, rank, processes, layout) for rank in (0, 1, 24, 56)]
+    cases.append(Fitting(name, 0, processes, (*layout, "--parallel.sequence", "false")))
+    for body, head in (("mlp", "shared"), ("mlp", "low_rank"), ("layer", "own")):
+        cases.append(Fitting("llama2_7b", overrides=exits(body, head, 2, 4)))
+    norms = ("--exits", "[{layer: 2, body: norm, head: shared, init: fit}]")
+    cases.append(Fitting("llama3.1_8b", 1, overrides=norms))
     return cases
 
 

@@ -13,7 +13,7 @@ def problems(result: Result) -> list[str]:
     """A line for each tensor on a wrong device, wait that is not allowed, or memory that was not planned."""
     lines = [f"device: {fault}" for fault in result.faults]
     lines += [f"host sync: {line}" for line in not_allowed(result)]
-    if abs(result.off) > TOLERANCE:
+    if result.off > TOLERANCE or (result.off < -TOLERANCE and not result.planned_for_another):
         lines.append(
             f"memory: {result.peak / 1e9:.3f} GB at most, {result.planned / 1e9:.3f} GB planned, {result.off:+.1%}"
         )

@@ -34,6 +34,30 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Fitting:
+    """The closed-form fit of an example configuration on one rank, one exit at a time.
+
+    Attributes:
+        example: directory under ``examples``.
+        rank: of all processes; negative ones count from the last.
+        processes: of the run; None for as many as the example starts.
+        overrides: of the configuration, as on the command line.
+        microbatches: of one data-parallel replica that are fitted on, and measured on.
+    """
+
+    example: str
+    rank: int = 0
+    processes: int | None = None
+    overrides: tuple[str, ...] = ()
+    microbatches: int = 2
+
+    @property
+    def name(self) -> str:
+        """Distinguishes it from other cases."""
+        return _named("fit", self.example, *self.overrides, rank=self.rank)
+
+
+@dataclass(frozen=True)
 class Inference:
     """Requests to an engine of an example configuration's model and exits, on the first rank.
 
@@ -64,6 +88,9 @@ class Inference:
         return _named("infer", self.example, self.mode, *kinds, *self.overrides, rows=self.rows, window=self.window)
 
 
+Case = Tuning | Fitting | Inference
+
+
 def _named(*words: str, **numbers: int | None) -> str:
     return " ".join([*words, *(f"{name} {number}" for name, number in numbers.items() if number is not None)])
 
@@ -77,13 +104,14 @@ class Result:
         where: the rank among all, and its place in the layout.
         planned: bytes by the package's own plan.
         peak: bytes at most.
-        launches: kernels and collectives of a step, or of all requests.
+        launches: kernels and collectives of a step, of a fit, or of all requests.
         syncs: waits of the host for the device meanwhile, by place in the package and kind.
         units: how many there were of each unit that the list of host syncs counts by.
         attention: calls by backend.
         faults: tensors on wrong devices.
         launches_by_place: the places in the package that launch most.
         composition: bytes at the peak by place, where that was asked for.
+        planned_for_another: whether the plan is of a rank that holds more.
     """
 
     name: str
@@ -97,6 +125,7 @@ class Result:
     faults: tuple[str, ...]
     launches_by_place: dict[str, int]
     composition: dict[str, int] = field(default_factory=dict)
+    planned_for_another: bool = False
 
     @property
     def off(self) -> float:

@@ -43,8 +43,8 @@ def load() -> ctypes.CDLL:
 
 
 def build() -> Path:
-    """Compile the shim where that was not done yet; its path."""
-    key = zlib.crc32(SOURCE.read_bytes() + _compiler().encode())
+    """Compile the shim where that was not done yet, for this environment; its path."""
+    key = zlib.crc32(SOURCE.read_bytes() + f"{_compiler()} {_torch()}".encode())  # it names torch's directory
     caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     library = caches / "megatron_ee" / f"fake_cuda-torch-{version('torch')}-{key:08x}" / "libdevice_guard.so"
     if not library.exists():

@@ -177,7 +177,7 @@ def test_attention_that_holds_all_scores() -> None:
 
 @pytest.mark.parametrize(
     ("what", "units"),
-    [("tune", {"step", "microbatch"}), ("infer", {"head", "gate"})],
+    [("tune", {"step", "microbatch"}), ("fit", {"exit"}), ("infer", {"head", "gate"})],
 )
 def test_the_list_of_host_syncs(what: str, units: set[str]) -> None:
     for entry in allowed(what):

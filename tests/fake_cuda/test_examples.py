@@ -8,7 +8,7 @@ from megatron_ee.testing.examples import MODELS
 
 from . import report
 from .checks import problems
-from .runs import MODES, Inference, Tuning
+from .runs import MODES, Fitting, Inference, Tuning
 from .worker import Worker
 
 
@@ -16,6 +16,16 @@ from .worker import Worker
 def test_tuning_step(example: str, worker: Worker) -> None:
     """On the last rank, which has the deepest layers."""
     result = worker.run(Tuning(example, rank=-1))
+    print(report.line(result), report.details(result), sep="\n")
+    assert problems(result) == []
+
+
+@pytest.mark.parametrize(
+    "example", [pytest.param(name, marks=() if name == "llama2_70b" else pytest.mark.slow) for name in MODELS]
+)
+def test_fit(example: str, worker: Worker) -> None:
+    """On the first rank, which solves for the others."""
+    result = worker.run(Fitting(example))
     print(report.line(result), report.details(result), sep="\n")
     assert problems(result) == []
 

@@ -43,7 +43,7 @@ def run(case: Tuning, explained: int | None = None) -> Result:
         stage = build_stage(setup, layout, specs, final_exit=taught)
         optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, 10)
         pipeline = Pipeline(stage, layout, specs, teacher=of_distillation(config.loss.distillation))
-        batches = [_batch(config, number) for number in range(case.microbatches)]
+        batches = [make_batch(config, number) for number in range(case.microbatches)]
         for counted in (batches[:1], batches):  # AdamW makes its state in the first step
             before = watch.peak
             watch.restart()
@@ -64,7 +64,7 @@ def run(case: Tuning, explained: int | None = None) -> Result:
         )
 
 
-def _batch(config: RunConfig, number: int) -> Batch:
+def make_batch(config: RunConfig, number: int) -> Batch:
     """A microbatch without masked tokens."""
     rows, length = config.tuning.micro_batch_size, config.data.sequence_length
     tokens = torch.ones(rows, length, dtype=torch.int64)

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from . import shim
-from .runs import Inference, Result, Tuning
+from .runs import Case, Fitting, Inference, Result, Tuning
 
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
 """Makes a context that spoils the package while a case runs; a function of a module, for it is sent by its name."""
@@ -24,9 +24,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
 
-    def run(
-        self, case: Tuning | Inference, *, fault: Fault = contextlib.nullcontext, explained: int | None = None
-    ) -> Result:
+    def run(self, case: Case, *, fault: Fault = contextlib.nullcontext, explained: int | None = None) -> Result:
         """Run a case.
 
         Raises:
@@ -46,11 +44,17 @@ def _start() -> None:
     warnings.filterwarnings("ignore", message=".*data pointer of FakeTensor.*")
 
 
-def _run(case: Tuning | Inference, fault: Fault, explained: int | None) -> Result:
-    from . import infer, tune
+def _run(case: Case, fault: Fault, explained: int | None) -> Result:
+    from . import fit, infer, tune
 
     try:
         with fault():
-            return tune.run(case, explained) if isinstance(case, Tuning) else infer.run(case, explained)
+            match case:
+                case Tuning():
+                    return tune.run(case, explained)
+                case Fitting():
+                    return fit.run(case, explained)
+                case Inference():
+                    return infer.run(case, explained)
     except Exception:  # errors of fake tensors cannot be sent to another process
         raise RuntimeError(traceback.format_exc()) from None
