@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.adapter import open_adapter
 from megatron_ee.checkpoint.adapter_writing import save_adapter
+from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_exits
 from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.config.exits import ExitSpec
@@ -144,10 +145,9 @@ def raise_a_ridge(path: Path) -> None:
     with joined_processes() as control, model_groups(control, 2, 1) as groups:
         model = open_model(path)
         setup = build_setup(model.architecture, torch.float32, groups)
-        layers = range(1, model.architecture.num_layers + 1)
-        stage = Stage(setup, layers, [ExitSpec(2, init="fit")], final_exit=True)
-        _load(model, stage)
+        stage, _ = FullModel(setup, model, Interrupt()).with_exits([ExitSpec(2, init="fit")])
         (exit_,) = stage.exits
+        initialise_exit(exit_, model, 1)
         positions = stage.backbone.positions(LENGTH)
         tokens = torch.arange(LENGTH)[None]
         last, taps = stage.run_layers(stage.backbone.embed(tokens), positions, to_end=True)

@@ -49,7 +49,7 @@ class Fitting:
     rank: int = 0
     processes: int | None = None
     overrides: tuple[str, ...] = ()
-    microbatches: int = 2
+    microbatches: int = 1
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from megatron_ee.commands.main import main
 from megatron_ee.exits.stage import Stage
 from megatron_ee.testing.project import all_tensors, read_log
+from megatron_ee.tuning import fit as tuning_fit
 from megatron_ee.tuning import fitted, full_model
 
 EXITS = [{"layer": 2, "head": "shared"}, {"layer": 3, "body": "layer", "head": "shared"}, {"layer": 1, "body": "norm"}]
@@ -118,6 +119,40 @@ def test_resuming(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     start = tmp_path / "other"
     assert tune(start, "--init-adapter", output / "adapter")[0] == 0
     assert not (output / "adapter-initial").exists() and not (start / "adapter-initial").exists()
+
+
+def test_exits_that_are_fitted_in_turns(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short; the run is the same."""
+    together, turns = tmp_path / "together", tmp_path / "turns"
+    assert tune(together)[0] == 0
+    split, turns_of = tuning_fit.split_turns, []
+    monkeypatch.setattr(tuning_fit, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(tuning_fit, "split_turns", lambda *given: turns_of.append(split(*given)) or turns_of[-1])
+    assert tune(turns)[0] == 0
+    assert turns_of == [[{2}, {3}]]
+    expected, found = all_tensors(together, 2), all_tensors(turns, 2)
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_heads_are_tuned_behind_bodies_that_are_fitted_to_the_models_own(
+    tune: Run, tmp_path: Path, project: Any
+) -> None:
+    exits = [{"layer": 2, "head": "shared"}, {"layer": 2, "head": "own"}, {"layer": 2, "head": "low_rank", "rank": 4}]
+    fitted, tuned = [], []
+    for exit_ in exits:
+        output = tmp_path / exit_["head"]
+        assert tune(output, exits=[exit_])[0] == 0
+        for name, found in (("adapter-initial", fitted), ("adapter", tuned)):
+            found.append(load_file(output / name / "exits.safetensors"))
+    shared, own, low_rank = fitted
+    assert shared and all(
+        torch.equal(own[key], shared[key]) and torch.equal(low_rank[key], shared[key]) for key in shared
+    )
+    (head,) = own.keys() - shared.keys()
+    assert torch.equal(own[head], load_file(project.model / "model.safetensors")["lm_head.weight"])
+    assert len(low_rank.keys() - shared.keys()) == 2
+    for before, after in zip(fitted[1:], tuned[1:], strict=True):
+        assert all(not torch.equal(before[key], after[key]) for key in before.keys() - shared.keys())
 
 
 def test_little_data_and_a_raised_ridge_are_said(tune: Run, tmp_path: Path) -> None:

@@ -119,6 +119,27 @@ def test_logits(
     check(stage, with_exits(path, stage, tmp_path / "adapter"), tmp_path)
 
 
+@pytest.mark.parametrize("family", ["llama-biases", "gemma2"])
+def test_fitted_exits(family: str, tmp_path: Path, saved_model: SavedModel, load_stage: LoadStage) -> None:
+    """With a bias of the projection, and with a norm after it."""
+    path, _ = saved_model(family)
+    stage = load_stage(path, (ExitSpec(1, "norm", "shared"), ExitSpec(2, "mlp", "own"), ExitSpec(3, "layer", "shared")))
+    tokens = torch.randint(0, 131, (8, LENGTH), generator=torch.Generator().manual_seed(3))
+    positions, mask = stage.backbone.positions(LENGTH), torch.ones(tokens.numel())
+    last, taps = stage.run_layers(stage.backbone.embed(tokens), positions, to_end=True)
+    for exit_ in stage.exits:
+        x = exit_.attention_half(taps[exit_.spec.layer], positions)
+        fit = exit_.body.fit(exit_.setup)
+        while fit is not None:
+            fit.add(x, last, mask)
+            fit.reduce()
+            (solution,) = fit.solve([0.1])
+            assert all(not torch.equal(value, parameter) for parameter, value in solution.values.items())
+            solution.place()
+            fit = fit.then()
+    check(stage, with_exits(path, stage, tmp_path / "adapter"), tmp_path)
+
+
 @pytest.mark.parametrize("first", [0, 2, 4])
 def test_windows_without_layer_types(
     first: int, tmp_path: Path, saved_model: SavedModel, load_stage: LoadStage
