@@ -50,6 +50,7 @@ setup(
             "ruff>=0.17.6,<0.18",  # a minor release may format differently
             "mypy>=2.4,<2.5",
             "import-linter>=2.17,<3",
+            "compressed-tensors>=0.20,<0.21",  # writes quantised models for the tests
             "gguf>=0.19,<0.20",  # writes GGUF files for the tests
             "accelerate>=1.15,<2",  # transformers reads GGUF files only with it
         ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ee.checkpoint.quantised.weights import QuantisedWeight, stored_weights
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
@@ -22,7 +23,7 @@ class Contents:
         format: the format in words: ``Hugging Face model``, ``adapter`` and so on.
         architecture: the backbone's shape; None for an adapter.
         backbone: every weight of the backbone under its released (Hugging Face) name, in its released shape: not
-            padded, not fused. Empty for an adapter.
+            padded, not fused. Empty for an adapter. Quantised ones are expanded as they are read.
         non_weights: tensors of the released files that hold no weight of their own. They are copied.
         vision: tensors of a multimodal release outside its text model, by their names in the release.
         spelling: mapping between that release's names and the backbone's; None for a text model.
@@ -37,6 +38,7 @@ class Contents:
         settings: ``output_settings`` of that backbone's architecture; None if they are not known.
         steps: number of tuning steps of the exits.
         notes: notices for the user about what was changed or left out.
+        quantised: the quantised weights of the backbone, as they are stored, by name.
     """
 
     source: Path
@@ -54,3 +56,9 @@ class Contents:
     settings: Mapping[str, Any] | None = None
     steps: int = 0
     notes: tuple[str, ...] = ()
+    quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
+
+    @property
+    def stored_backbone(self) -> dict[str, StoredTensor]:
+        """The tensors that hold the backbone, by released name: several for a quantised weight."""
+        return stored_weights(self.backbone, self.quantised)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -22,17 +23,25 @@ from megatron_ee import platform
 from megatron_ee.checkpoint.digest import backbone_digest, file_sha256
 from megatron_ee.checkpoint.hf_directory import INDEX, HFDirectory
 from megatron_ee.checkpoint.manifest import MANIFEST
+from megatron_ee.checkpoint.quantised.registry import Quantisation, find_quantisation
+from megatron_ee.checkpoint.quantised.weights import (
+    QuantisedWeight,
+    expanded_weights,
+    split_quantised,
+    stored_weights,
+)
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.errors import CheckpointError, ConfigError, DamagedError, shown
-from megatron_ee.families.multimodal import Spelling, find_release, find_spelling
-from megatron_ee.families.registry import parse_architecture, read_architecture, read_config
+from megatron_ee.families.multimodal import Spelling, find_release, find_spelling, plain_config
+from megatron_ee.families.registry import parse_architecture, read_config
 from megatron_ee.families.weights import EMBEDDING, LM_HEAD, expected_tensors, is_non_weight
 from megatron_ee.parallel.groups import launched_rank
 
 KIND = "parallel"
 EXITS = "exits."  # prefix of the names of exits' tensors
+NOMINAL_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -42,12 +51,14 @@ class SavedModel:
     Attributes:
         path: the directory.
         architecture: from ``config.json``, except ``tied``, which depends on the tensors.
-        weights: every weight by released name.
+        weights: every weight by released name. Quantised ones are expanded as they are read.
         non_weights: other known tensors, which are not weights.
         vision: tensors of a multimodal release outside its text model, by their names in the release. They are never
             loaded. All other attributes use the names of a text model.
         spelling: mapping between the names of a multimodal release and a text model; None for a text model.
         checkpoint: the parallel checkpoint; None for a Hugging Face directory.
+        quantised: the quantised weights, as they are stored, by name.
+        quantises_activations: whether the release is made to quantise activations too. This is not done here.
     """
 
     path: Path
@@ -57,6 +68,8 @@ class SavedModel:
     vision: dict[str, StoredTensor] = field(default_factory=dict)
     spelling: Spelling | None = None
     checkpoint: Checkpoint | None = None
+    quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
+    quantises_activations: bool = False
 
     @property
     def dtype(self) -> str:
@@ -66,9 +79,14 @@ class SavedModel:
             stored[tensor.dtype] += tensor.nbytes
         return "float32" if stored.most_common(1)[0][0] in (torch.float32, torch.float64) else "bfloat16"
 
+    @property
+    def stored_weights(self) -> dict[str, StoredTensor]:
+        """The tensors that hold the weights, by released name: several for a quantised weight."""
+        return stored_weights(self.weights, self.quantised)
+
     def digest(self, *, fresh: bool = False, advance: Callable[[int], None] | None = None) -> str:
         """The backbone's hash; see ``backbone_digest``."""
-        return backbone_digest(self.weights, fresh=fresh, advance=advance)
+        return backbone_digest(self.stored_weights, fresh=fresh, advance=advance)
 
 
 def choose_dtype(asked: str, model: SavedModel, key: str, *, tuning: bool = False) -> str:
@@ -104,15 +122,15 @@ def open_model(path: str | Path, *, verify: bool = True) -> SavedModel:
     if os.path.isfile(path / MANIFEST):
         return model_in(open_checkpoint(path, verify=verify))
     config = read_config(path)
-    architecture, directory = parse_architecture(config, str(path / "config.json")), HFDirectory.open(path)
+    described, directory = _describe(path, config), HFDirectory.open(path)
     tensors = {name: stored(entry) for name, entry in directory.tensors.items()}
     if find_release(config) is None:
-        return _checked(path, architecture, tensors, directory.absent)
-    return _text_model(path, architecture, tensors, directory.absent)
+        return _checked(path, described, tensors, directory.absent)
+    return _text_model(path, described, tensors, directory.absent)
 
 
 def _text_model(
-    path: Path, architecture: Architecture, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
+    path: Path, described: _Described, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
 ) -> SavedModel:
     """Check the text model of a multimodal release. Arguments as for ``_checked``, with the names of the release."""
     spelling = find_spelling(tensors, str(path))
@@ -124,15 +142,21 @@ def _text_model(
         elif plain := spelling.plain(name):
             text[plain] = tensor
         else:
-            raise CheckpointError(f"{tensor.files[-1]}: unknown tensor {name!r} for a {architecture.family} model")
-    model = _checked(path, architecture, text, {spelling.plain(name) or name: file for name, file in absent.items()})
+            raise CheckpointError(
+                f"{tensor.files[-1]}: unknown tensor {name!r} for a {described.architecture.family} model"
+            )
+    model = _checked(path, described, text, {spelling.plain(name) or name: file for name, file in absent.items()})
     return dataclasses.replace(model, vision=vision, spelling=spelling)
 
 
-def say_text_only(model: SavedModel) -> None:
-    """Print one line to stderr, on the first rank, if the vision tensors of a multimodal release are not loaded."""
-    if model.vision and launched_rank() == 0:
-        line = f"{model.path}: only its text model is loaded, not its {len(model.vision)} vision tensors"
+def say_limits(model: SavedModel) -> None:
+    """Print what of a release is not used to stderr, on the first rank: vision tensors, quantised activations."""
+    lines = []
+    if model.vision:
+        lines.append(f"{model.path}: only its text model is loaded, not its {len(model.vision)} vision tensors")
+    if model.quantises_activations:
+        lines.append(f"{model.path}: its weights are quantised here, but not its activations, as where it is served")
+    for line in lines if launched_rank() == 0 else ():
         print(line, file=sys.stderr, flush=True)
 
 
@@ -144,7 +168,7 @@ def model_in(checkpoint: Checkpoint) -> SavedModel:
     """
     check_parallel(checkpoint)
     tensors = {key: tensor for key, tensor in checkpoint.tensors().items() if not key.startswith(EXITS)}
-    model = _checked(checkpoint.path, read_architecture(checkpoint.path), tensors, {})
+    model = _checked(checkpoint.path, _describe(checkpoint.path, read_config(checkpoint.path)), tensors, {})
     return dataclasses.replace(model, checkpoint=checkpoint)
 
 
@@ -181,10 +205,33 @@ def _is_plain_file(directory: Path, name: str) -> bool:
     return os.path.realpath(directory / name) == os.path.join(os.path.realpath(directory), name)
 
 
+@dataclass(frozen=True)
+class _Described:
+    """What ``config.json`` says; ``dtype`` is that of expanded weights, None if it is not stated."""
+
+    architecture: Architecture
+    quantisation: Quantisation | None
+    dtype: torch.dtype | None
+
+
+def _describe(path: Path, config: dict[str, Any]) -> _Described:
+    """Read a parsed ``config.json``."""
+    where = str(path / "config.json")
+    architecture, plain = parse_architecture(config, where, quantised=True), plain_config(config, where)
+    named = plain.get("dtype", plain.get("torch_dtype"))
+    dtype = NOMINAL_DTYPES.get(named) if isinstance(named, str) else None
+    return _Described(architecture, find_quantisation(plain, where), dtype)
+
+
 def _checked(
-    path: Path, architecture: Architecture, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
+    path: Path, described: _Described, tensors: dict[str, StoredTensor], absent: Mapping[str, Path]
 ) -> SavedModel:
-    """Check tensors against an architecture and return the model; ``absent`` as in ``HFDirectory``."""
+    """Check tensors against ``config.json`` and return the model; ``absent`` as in ``HFDirectory``."""
+    architecture, quantised, extra = described.architecture, dict[str, QuantisedWeight](), dict[str, StoredTensor]()
+    if described.quantisation is not None:
+        possible = expected_tensors(dataclasses.replace(architecture, tied=False))
+        quantised, extra, tensors = split_quantised(tensors, possible, described.quantisation, str(path))
+        tensors |= expanded_weights(quantised, described.dtype)
     architecture, tensors = _resolve_head(architecture, tensors)
     expected = expected_tensors(architecture)
     for name, file in absent.items():
@@ -204,8 +251,17 @@ def _checked(
             )
         if not tensors[name].dtype.is_floating_point:
             raise CheckpointError(f"{where} has dtype {tensors[name].dtype}; expected a floating one")
+        if described.quantisation is not None and tensors[name].dtype.itemsize == 1:
+            raise CheckpointError(f"{where} has dtype {tensors[name].dtype}, but no scale, which it needs")
     others = {name: tensor for name, tensor in tensors.items() if name not in expected}
-    return SavedModel(path, architecture, {name: tensors[name] for name in expected}, others)
+    weights = {name: tensors[name] for name in expected}
+    quantised = {name: weight for name, weight in quantised.items() if name in expected}
+    formats = sorted({weight.format.text for weight in quantised.values()})
+    architecture = dataclasses.replace(architecture, weight_format="; ".join(formats))
+    activations = described.quantisation is not None and described.quantisation.activations
+    return SavedModel(
+        path, architecture, weights, others | extra, quantised=quantised, quantises_activations=activations
+    )
 
 
 def _resolve_head(

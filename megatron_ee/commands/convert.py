@@ -74,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     trust.add_argument("--no-verify", action="store_true", help="do not check checksums")
     trust.add_argument("--dtype", choices=DTYPES, help="dtype for a GGUF file's weights (default: bfloat16)")
     result.add_argument(
+        "--expand", action="store_true", help="write the values of quantised weights instead of their stored tensors"
+    )
+    result.add_argument(
         "--max-shard-size", type=at_least(1), default=5000, metavar="MB", help="file size for --to hf (default: 5000)"
     )
     return result
@@ -109,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         all_heads=all_heads,
         seed=arguments.seed,
         shard=arguments.max_shard_size * 10**6,
+        expand=arguments.expand,
     )
     check_new(arguments.output)
     for option in ("input", "model", "config"):

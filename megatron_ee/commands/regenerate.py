@@ -152,7 +152,7 @@ def _about(arguments: argparse.Namespace, settings: dict[str, Any], released: Re
         "made_by": MADE_BY,
         "model": str(arguments.model),
         "prompts": str(arguments.prompts),
-        "model_sha256": hash_backbone(released.model.weights, enabled=launched_rank() == 0),
+        "model_sha256": hash_backbone(released.model.stored_weights, enabled=launched_rank() == 0),
         "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "prompts_sha256": file_sha256(arguments.prompts),
         "settings": {**settings, "drop_cut": arguments.drop_cut, "dtype": dtype},

@@ -78,6 +78,7 @@ class Architecture:
         rotated: per layer, whether it has rotary positions; empty if all layers have.
         attention_soft_cap: c in ``c * tanh(score / c)`` of attention scores; None for no soft cap.
         logit_soft_cap: the same for logits, after ``logit_multiplier``.
+        weight_format: how the values of quantised weights follow from the stored tensors; empty if none is quantised.
     """
 
     family: str
@@ -109,6 +110,7 @@ class Architecture:
     rotated: tuple[bool, ...] = ()
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
+    weight_format: str = ""
 
     @property
     def max_generated_positions(self) -> int:

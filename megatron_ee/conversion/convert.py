@@ -17,6 +17,7 @@ from megatron_ee.config.exits import resolve_exits
 from megatron_ee.config.schema import ExitConfig, Head
 from megatron_ee.conversion.copy import write_output
 from megatron_ee.conversion.edit import add_exits, change_heads, check_exits, drop_exits, merge_exits
+from megatron_ee.conversion.expansion import expanded
 from megatron_ee.conversion.formats import DType, open_contents
 from megatron_ee.conversion.shallow import shallow_model, text_only
 from megatron_ee.conversion.to_adapter import to_adapter
@@ -51,6 +52,7 @@ class Conversion:
         all_heads: new head of all exits that are not in ``heads``.
         seed: seed of random weights.
         shard: bytes of tensors per file of a Hugging Face directory.
+        expand: write quantised weights expanded.
     """
 
     input: Path
@@ -71,6 +73,7 @@ class Conversion:
     all_heads: Head | None = None
     seed: int = 1
     shard: int = SHARD
+    expand: bool = False
 
 
 def prepare(request: Conversion) -> tuple[Contents, Contents]:
@@ -102,6 +105,13 @@ def prepare(request: Conversion) -> tuple[Contents, Contents]:
     if request.to == "megatron" and contents.exits:
         note = f"{contents.source}: its exits are left out: Megatron's format cannot hold them; use --to adapter"
         contents = dataclasses.replace(contents, notes=(*contents.notes, note))
+    if request.expand or request.exit is not None:
+        contents = expanded(contents)
+    elif request.to == "megatron" and contents.quantised:
+        raise CheckpointError(
+            f"{contents.source}: Megatron's format cannot hold quantised weights; write their values with --expand, or "
+            "use --to hf or --to parallel"
+        )
     if request.exit is not None:
         contents = shallow_model(contents, request.exit)
     elif contents.exits and contents.backbone_sha256 is None and request.to in ("adapter", "hf", "parallel"):
@@ -155,7 +165,7 @@ def write(contents: Contents, request: Conversion, output: Path) -> None:
 
 def backbone_hash(contents: Contents) -> str:
     """The hash of the backbone in ``contents``, from the cache or computed with progress on stderr."""
-    return hash_backbone(contents.backbone, enabled=sys.stderr.isatty())
+    return hash_backbone(contents.stored_backbone, enabled=sys.stderr.isatty())
 
 
 def _check(request: Conversion) -> None:
@@ -165,6 +175,8 @@ def _check(request: Conversion) -> None:
         raise ConfigError(
             f"--tensor, --pipeline and --stages have no effect with --to {request.to}; use them with --to parallel"
         )
+    if request.expand and request.to == "adapter":
+        raise ConfigError("--expand: has no effect with --to adapter, which holds no backbone")
     if request.stages and request.pipeline not in (1, len(request.stages)):
         raise ConfigError(
             f"--stages: {list(request.stages)} contradicts --pipeline {request.pipeline}; give one of the two"

@@ -123,6 +123,7 @@ def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
         settings=exits.settings if exits else None,
         steps=exits.steps if exits else 0,
         notes=notes,
+        quantised=model.quantised,
     )
 
 

@@ -22,7 +22,7 @@ def print_contents(contents: Contents, output: TextIO | None = None) -> None:
     arch = contents.architecture
     if arch is not None:
         shape = f"{arch.family}, {arch.num_layers} layers of {arch.hidden_size}, vocabulary {arch.vocab_size}"
-        table.add_row("backbone", *_sizes(contents.backbone.values()), shape)
+        table.add_row("backbone", *_sizes(contents.stored_backbone.values()), shape)
     if contents.non_weights:
         table.add_row("non-weights", *_sizes(contents.non_weights.values()), ", ".join(contents.non_weights))
     if contents.vision:

@@ -19,7 +19,7 @@ SHARD = 5 * 10**9  # bytes, as in transformers
 def to_hf(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
     """Plan the output: the backbone in its released names and dtypes, and its exits as an adapter in ``adapter/``.
 
-    A multimodal release's vision tensors are copied.
+    Quantised weights stay as they are. A multimodal release's vision tensors are copied.
 
     Args:
         contents: to write.
@@ -30,7 +30,7 @@ def to_hf(contents: Contents, *, shard: int = SHARD) -> OutputDirectory:
     """
     if not contents.backbone:
         raise CheckpointError(f"{contents.source}: holds exits but no backbone; give the model with --model")
-    tensors = {**contents.backbone, **contents.non_weights}
+    tensors = {**contents.stored_backbone, **contents.non_weights}
     if contents.spelling is not None:
         tensors = {contents.spelling.released(name): tensor for name, tensor in tensors.items()}
     tensors |= contents.vision

@@ -119,8 +119,10 @@ def _parts(contents: Contents, arch: Architecture, layers: range, rank: int, siz
         if _layer_of(name, arch) not in layers:
             continue
         for offset, shape in rank_boxes(name, tensor.shape, arch, rank, size):
-            part = tuple(offset), tuple(shape)
-            yield Part(piece_name(name, tensor.shape, *part), name, tensor, *part)
+            box = tuple(offset), tuple(shape)
+            stored = contents.quantised[name].shares(box) if name in contents.quantised else [(name, tensor, box)]
+            for key, each, (start, extent) in stored:
+                yield Part(piece_name(key, each.shape, start, extent), key, each, tuple(start), tuple(extent))
 
 
 def _shard(file: OutputFile, written: Written) -> ShardContent:

@@ -14,7 +14,7 @@ from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_pipeline, check_tensor
 from megatron_ee.config.exits import ExitSpec
@@ -109,7 +109,7 @@ def evaluate(
         )
         saved = subject.model
         dtype = choose_dtype(dtype, saved, "--dtype")
-        say_text_only(saved)
+        say_limits(saved)
         with model_groups(control, tensor, pipeline) as groups, _watched(groups):
             _check_adapter(subject, groups)
             setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)
@@ -183,5 +183,5 @@ def _check_adapter(subject: _Subject, groups: Groups) -> None:
     opened, model = subject.adapter, subject.model
     if opened is not None:
         groups.together(
-            lambda: check_hash(opened, model, lambda: hash_backbone(model.weights)) if groups.is_main else None
+            lambda: check_hash(opened, model, lambda: hash_backbone(model.stored_weights)) if groups.is_main else None
         )

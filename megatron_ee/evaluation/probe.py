@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_backbone
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import FitConfig
 from megatron_ee.data.checks import check_tokenizer
@@ -136,7 +136,7 @@ def probe(
     if saved.architecture.num_layers < 2:
         raise ConfigError("--model: the model has one layer, so there is no layer to leave it early")
     dtype = choose_dtype(dtype, saved, "--dtype")
-    say_text_only(saved)
+    say_limits(saved)
     with _corpus(Path(data), saved) as corpus, process_groups() as groups:
         text = _Text(corpus, Path(data), saved.architecture.max_positions)
         setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)

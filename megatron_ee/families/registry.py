@@ -44,6 +44,8 @@ FAMILIES: dict[str, Family] = {
 }
 """By ``model_type``."""
 MAX_FILE = 16 * 2**20  # bytes; released files have a few KiB
+QUANTISED = ("quantization_config", "compression_config")
+"""Keys of a quantised model; the second is of the first releases of compressed-tensors."""
 
 
 def read_architecture(directory: str | Path) -> Architecture:
@@ -52,7 +54,7 @@ def read_architecture(directory: str | Path) -> Architecture:
     Raises:
         CheckpointError: no such file, not JSON, a family or setting that is not supported, or a bad value.
     """
-    return parse_architecture(read_config(directory), str(Path(directory) / "config.json"))
+    return parse_architecture(read_config(directory), str(Path(directory) / "config.json"), quantised=True)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -71,12 +73,13 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Architecture:
+def parse_architecture(config: dict[str, Any], where: str = "config.json", *, quantised: bool = False) -> Architecture:
     """Architecture from the parsed ``config.json``; for a multimodal release, of its text model.
 
     Args:
         config: the parsed file.
         where: name of the file, for messages.
+        quantised: accept a model whose weights are quantised.
 
     Raises:
         CheckpointError: as ``read_architecture``.
@@ -89,9 +92,9 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json") -> Ar
             f"{where}: auto_map asks for code from the checkpoint, which is never run; if that code computes what "
             f"transformers' own {family.architecture} does, remove auto_map"
         )
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise CheckpointError(f"{where}: {key} is set; quantised checkpoints are not supported")
+    for key in QUANTISED:
+        if config.get(key) and not quantised:
+            raise CheckpointError(f"{where}: {key} is set, but quantised weights are not supported here")
     return family.parse(Config(config, where))
 
 

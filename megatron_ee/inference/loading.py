@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.loading import fill_stage
-from megatron_ee.checkpoint.saved_model import choose_dtype, say_text_only
+from megatron_ee.checkpoint.saved_model import choose_dtype, say_limits
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def open_engine(released: Released, options: EngineOptions = DEFAULTS) -> Iterat
     """
     options.check(released)
     dtype = choose_dtype(options.dtype, released.model, "dtype")
-    say_text_only(released.model)
+    say_limits(released.model)
     loaded = [spec for spec in released.exits if options.exits is None or spec.layer in options.exits]
     off = [spec.layer for spec in released.exits if spec not in loaded]
     with (

@@ -45,7 +45,7 @@ def open_released(model: str | Path, adapter: str | Path | None = None, *, verif
     opened = find_exits(released, adapter, verify=verify)
     tokenizer = load_tokenizer(model)
     if opened is not None:
-        check_hash(opened, released, lambda: hash_backbone(released.weights))
+        check_hash(opened, released, lambda: hash_backbone(released.stored_weights))
     return Released(Path(model), released, opened, tokenizer, end_of_text(Path(model), tokenizer))
 
 

@@ -151,7 +151,8 @@ def cut_model(model: SavedModel, layers: int) -> SavedModel:
     whole = model.architecture
     architecture = dataclasses.replace(whole, num_layers=layers, windows=whole.windows[:layers])
     weights = {name: model.weights[name] for name in expected_tensors(architecture)}
-    return SavedModel(model.path, architecture, weights)
+    quantised = {name: weight for name, weight in model.quantised.items() if name in weights}
+    return SavedModel(model.path, architecture, weights, quantised=quantised)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_exits
 from megatron_ee.checkpoint.ownership import claim_output
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_text_only
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.check import check_run
@@ -163,7 +163,7 @@ def _open_inputs(
     verify = config.checkpoint.verify
     model = open_model(config.model.path, verify=verify)
     dtype: Any = choose_dtype(config.model.dtype, model, "model.dtype", tuning=True)
-    say_text_only(model)
+    say_limits(model)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     arch = model.architecture
     wanted = resolve_init(check_run(config, arch, world_size()), arch)
@@ -217,7 +217,8 @@ def _prepare(
     leave_out = {"data"} if allow_new_data else set()
     newest = _open_newest(config, output, groups) if resume else None
     _check_resumable(newest, _without(description, leave_out), groups)
-    digest = groups.together(lambda: hash_backbone(model.weights, check=interrupt.check) if groups.is_main else "")[0]
+    stored = model.stored_weights
+    digest = groups.together(lambda: hash_backbone(stored, check=interrupt.check) if groups.is_main else "")[0]
     description["backbone_sha256"] = digest
     _check_resumable(newest, _without(description, leave_out), groups)
     if inputs.adapter is not None:

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_ee.checkpoint.contents import Contents
-from megatron_ee.checkpoint.saved_model import open_model, say_text_only
+from megatron_ee.checkpoint.saved_model import open_model, say_limits
 from megatron_ee.config.schema import ExitConfig
 from megatron_ee.conversion.convert import Conversion, plan_output, prepare
 from megatron_ee.conversion.copy import write_output
@@ -79,7 +79,7 @@ def test_logits(release: tuple[Path, Any, str], load_stage: LoadStage, capsys: p
     assert float((our_logits(load_stage(directory)) - theirs).abs().max()) <= TOLERANCE
     capsys.readouterr()
     opened = open_model(directory)
-    say_text_only(opened)
+    say_limits(opened)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"{directory}: only its text model is loaded, not its {len(opened.vision)} vision tensors"]
     assert read_tokenizer_files(directory).vocab_size == 131

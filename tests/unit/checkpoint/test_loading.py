@@ -275,7 +275,7 @@ def test_no_weights_no_config_no_directory(copied: Any, tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ["'GPT2LMHeadModel'", "LlamaForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "quant_method"]),
         ({"auto_map": {"AutoModel": "code.Model"}}, ["auto_map"]),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ["rope type", "'longrope'"]),
     ],

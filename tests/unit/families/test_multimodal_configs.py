@@ -81,8 +81,8 @@ def test_the_outer_key_ties_the_head() -> None:
         ({"text_config": {"model_type": "gemma2"}}, "text_config of model_type 'gemma2' is not supported in a gemma3"),
         ({"model_type": "gemma3_text"}, "model_type 'gemma3_text' contradicts architecture"),
         ({"auto_map": {"AutoModel": "x.y"}}, "auto_map asks for code"),
-        ({"quantization_config": {"bits": 4}}, "quantised checkpoints are not supported"),
-        ({"text_config": {"quantization_config": {"bits": 4}}}, "quantised checkpoints are not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights are not supported here"),
+        ({"text_config": {"quantization_config": {"bits": 4}}}, "quantised weights are not supported here"),
         ({"text_config": {"hidden_size": "x"}}, "hidden_size must be a positive whole number"),
     ],
 )

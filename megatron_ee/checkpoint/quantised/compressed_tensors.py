@@ -1,0 +1,234 @@
+"""compressed-tensors, the format of LLM Compressor and vLLM: integers of 4 or 8 bits, packed into words or not; FP8.
+
+Scales are one per weight, per output ("channel"), per group of input features, or per block. Settings of activations
+are not applied: only weights are quantised here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_ee.checkpoint.quantised.formats import (
+    COLUMNS,
+    FLOATING,
+    ROWS,
+    Axis,
+    Format,
+    Method,
+    PartSpec,
+    Reader,
+    Shape,
+    check_one_of,
+    ordered,
+    packed,
+    read_size,
+    unpack_words,
+)
+from megatron_ee.config.validation import Strict, validated
+from megatron_ee.errors import CheckpointError, shown
+from megatron_ee.model.packed import PackedMatrix
+
+PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized", "float-quantized")
+STRATEGIES = ("tensor", "channel", "group", "block")
+BITS = {"int": (4, 8), "float": (8,)}
+
+
+class _Weights(Strict, extra="ignore"):
+    """``weights`` of a group of modules."""
+
+    num_bits: int = 8
+    type: Literal["int", "float"] = "int"
+    symmetric: bool = True
+    strategy: str | None = None
+    group_size: int | None = None
+    block_structure: list[int] | None = None
+    actorder: bool | str | None = None
+
+
+class _Group(Strict, extra="ignore"):
+    """One of ``config_groups``."""
+
+    weights: _Weights | None = None
+    input_activations: dict[str, Any] | None = None
+    format: str | None = None
+
+
+class _Settings(Strict, extra="ignore"):
+    """``quantization_config``."""
+
+    config_groups: dict[str, _Group]
+    format: str
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The blocks of a weight that share a scale.
+
+    Attributes:
+        strategy: one of ``STRATEGIES``.
+        rows: rows of a block, with strategy ``block``.
+        columns: columns of a block or group.
+    """
+
+    strategy: str
+    rows: int = 1
+    columns: int = 0
+
+    def size(self, weight: Shape) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        if self.strategy == "tensor":
+            return weight[ROWS], weight[COLUMNS]
+        return self.rows, self.columns or weight[COLUMNS]
+
+    def axes(self, weight: Shape, *, row_unit: int = 1, whole: bool = False) -> tuple[Axis, ...]:
+        """Axes of the tensor of scales, or of zero points of which ``row_unit`` are in a word."""
+        if self.strategy == "tensor":
+            return ()
+        rows, columns = self.size(weight)
+        return Axis(ROWS, rows * row_unit), Axis(COLUMNS, columns, whole)
+
+    def __str__(self) -> str:
+        return f"{self.strategy} {self.rows} x {self.columns or 'all'}"
+
+
+def integer_format(bits: int, scales: Scales, *, in_words: bool, symmetric: bool, act_order: bool) -> Format:
+    """Integers, as ``weight`` int8 ``[out, in]``, or as ``weight_packed`` int32 ``[out, in * bits / 32]``.
+
+    Args:
+        bits: of a code, 4 or 8.
+        scales: their blocks.
+        in_words: codes are packed into words, from the lowest bits on, after adding 2^(bits - 1).
+        symmetric: there are no zero points.
+        act_order: ``weight_g_idx`` gives the group of each input feature.
+    """
+    unit, middle = 32 // bits, 2 ** (bits - 1)
+    codes_name = "weight_packed" if in_words else "weight"
+
+    def parts(weight: Shape) -> dict[str, PartSpec]:
+        kind = torch.int32 if in_words else torch.int8
+        found = {
+            codes_name: PartSpec((kind,), (Axis(ROWS), Axis(COLUMNS, unit if in_words else 1))),
+            "weight_scale": PartSpec(FLOATING, scales.axes(weight, whole=act_order)),
+        }
+        if not symmetric:
+            axes = scales.axes(weight, row_unit=unit if in_words else 1, whole=act_order)
+            found["weight_zero_point"] = PartSpec((kind,), axes)
+        if act_order:
+            found["weight_g_idx"] = PartSpec((torch.int32, torch.int64), (Axis(COLUMNS),))
+        return found
+
+    def zero_points(reader: Reader) -> Tensor | float:
+        if symmetric:
+            return float(middle) if in_words else 0.0
+        zero = reader["weight_zero_point"]
+        if not in_words:
+            return _matrix(zero)
+        first = reader.offset[ROWS] % unit
+        return unpack_words(zero.t(), bits).t()[first : first + reader.rows]
+
+    def pack(reader: Reader) -> PackedMatrix:
+        codes = reader[codes_name]
+        if in_words:
+            codes = reader.within(unpack_words(codes, bits), column_unit=unit)
+        scale, zero, order = _matrix(reader["weight_scale"]), zero_points(reader), None
+        size = scales.size(reader.weight)
+        grid = reader.grid(*size)
+        if act_order:
+            scale, zero, grid, order = ordered(reader, "weight_g_idx", size[1], scale, zero)
+        return packed(codes, bits if in_words else 8, scale, zero, grid, order)
+
+    zero = "symmetric" if symmetric else "asymmetric"
+    return Format(f"compressed-tensors int{bits}, {scales}, {zero}", parts, pack)
+
+
+def float_format(scales: Scales) -> Format:
+    """FP8: ``weight`` float8 ``[out, in]``."""
+
+    def parts(weight: Shape) -> dict[str, PartSpec]:
+        return {
+            "weight": PartSpec((torch.float8_e4m3fn,), (Axis(ROWS), Axis(COLUMNS))),
+            "weight_scale": PartSpec(FLOATING, scales.axes(weight)),
+        }
+
+    def pack(reader: Reader) -> PackedMatrix:
+        grid = reader.grid(*scales.size(reader.weight))
+        return packed(reader["weight"], 8, _matrix(reader["weight_scale"]), 0.0, grid)
+
+    return Format(f"compressed-tensors fp8, {scales}", parts, pack)
+
+
+def _matrix(values: Tensor) -> Tensor:
+    """One value as a matrix of one element."""
+    return values.view(1, 1) if values.ndim < 2 else values
+
+
+def read_formats(config: Mapping[str, Any], where: str) -> tuple[Format, ...]:
+    """See ``Method``. Which group a weight belongs to is seen from its tensors, not from ``targets`` and ``ignore``."""
+    where = f"{where}: quantization_config"
+    sparsity = config.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        raise CheckpointError(f"{where}: sparsity_config {shown(sparsity)} is not supported; use a dense release")
+    if config.get("transform_config"):
+        raise CheckpointError(f"{where}: transform_config is not supported; use a release without rotations")
+    settings = validated(_Settings, dict(config), where=where, error=CheckpointError)
+    found: dict[str, Format] = {}
+    for name, group in settings.config_groups.items():
+        if group.weights is not None:
+            each = _format(group.weights, group.format or settings.format, f"{where}: config_groups.{name}")
+            found[each.text] = each
+    if not found:
+        raise CheckpointError(f"{where}: config_groups has no group with quantised weights")
+    return tuple(found.values())
+
+
+def _format(weights: _Weights, stored: str, where: str) -> Format:
+    check_one_of(stored, "format", (PACKED, *PLAIN), where)
+    where = f"{where}.weights"
+    check_one_of(weights.num_bits, f"num_bits of type {weights.type}", BITS[weights.type], where)
+    scales = _scales(weights, where)
+    act_order = weights.actorder is True or weights.actorder in ("group", "dynamic")
+    if weights.type == "float":
+        check_one_of(stored, "format of type float", PLAIN, where)
+        check_one_of(weights.symmetric, "symmetric of type float", (True,), where)
+        return float_format(scales)
+    if not weights.symmetric:
+        possible = ("channel", "group") if stored == PACKED else ("tensor", "channel", "group")
+        check_one_of(scales.strategy, "asymmetric strategy", possible, where)
+    return integer_format(
+        weights.num_bits, scales, in_words=stored == PACKED, symmetric=weights.symmetric, act_order=act_order
+    )
+
+
+def _scales(weights: _Weights, where: str) -> Scales:
+    strategy = weights.strategy
+    if strategy is None:
+        strategy = "tensor" if weights.group_size is None else "channel" if weights.group_size == -1 else "group"
+    check_one_of(strategy, "strategy", STRATEGIES, where)
+    if strategy == "group":
+        return Scales(strategy, 1, read_size(weights.group_size, "group_size", where))
+    if strategy == "block":
+        block = weights.block_structure or []
+        if len(block) != 2:
+            raise CheckpointError(f"{where}: block_structure must be rows and columns, not {shown(block)}")
+        return Scales(strategy, *(read_size(size, "block_structure", where) for size in block))
+    return Scales(strategy)
+
+
+def quantises_activations(config: Mapping[str, Any]) -> bool:
+    """See ``Method``. ``read_formats`` has checked the settings."""
+    return any(group.get("input_activations") for group in config["config_groups"].values())
+
+
+COMPRESSED_TENSORS = Method(
+    "compressed-tensors",
+    read_formats,
+    marks=("weight_packed", "weight_scale"),
+    activations=quantises_activations,
+    carried=("weight_shape", "input_scale", "input_zero_point", "input_global_scale", "output_scale"),
+    extra=("k_scale", "v_scale", "q_scale", "output_scale", "k_zero_point", "v_zero_point"),
+)
