@@ -467,6 +467,7 @@ def test_the_digest_of_outputs_changes_with_what_changes_outputs_only() -> None:
         "rotated": (False,) * 32,
         "attention_soft_cap": 50.0,
         "logit_soft_cap": 30.0,
+        "weight_format": "gptq",
     }
     changed += [{name: value} for name, value in others.items()]
     assert len(changed) == len(dataclasses.fields(Rope)) + len(dataclasses.fields(Architecture)) - len(same) - 1
