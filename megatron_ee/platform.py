@@ -165,8 +165,8 @@ def warn_if_busy() -> None:
     if busy >= LEAST_LOAD and threads > cpus - busy + LEAST_LOAD:
         fewer = max(1, int(cpus - busy + LEAST_LOAD))
         print(
-            f"other processes use {busy:.1f} of this machine's {cpus} CPUs, and {threads} threads here wait for each "
-            f"other, up to a hundred times longer than one alone would take; set OMP_NUM_THREADS={fewer}",
+            f"other processes use {busy:.1f} of this machine's {cpus} CPUs; {threads} threads that wait for each other "
+            f"can then be a hundred times slower than {fewer}; set OMP_NUM_THREADS={fewer}",
             file=sys.stderr,
             flush=True,
         )

@@ -34,6 +34,19 @@ def add_model(group: Any, *, adapter: str | None = None) -> None:
     add("--no-verify", action="store_true", help="do not check checksums")
 
 
+def add_parallel(group: Any) -> None:
+    """Over how many processes the model runs, where the others hold copies of it."""
+    add = group.add_argument
+    add("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
+    add(
+        "--pipeline",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="pipeline stages (default: 1); data parallelism takes the processes that are left",
+    )
+
+
 def add_sampling(group: Any) -> None:
     """How tokens are chosen, and how many outputs a prompt gets."""
     add = group.add_argument

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 from megatron_ee.commands import Parser, at_least
-from megatron_ee.commands.engine_options import add_model
+from megatron_ee.commands.engine_options import add_model, add_parallel
 from megatron_ee.errors import ConfigError
 
 PLOTS = (".png", ".pdf", ".svg")
 
 DESCRIPTION = """Measure each exit on a corpus: loss, perplexity, agreement with the final exit, calibration. Then sweep
-the threshold: layers per token and agreement at each."""
+the threshold: layers per token and agreement at each. With --speed, compare the speed of the modes."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,17 +35,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--batch-size", type=at_least(1), default=1, metavar="N", help="sequences per pass (default: 1)"
     )
-    result.add_argument("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
-    result.add_argument(
-        "--pipeline",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="pipeline stages (default: 1); data parallelism takes the processes that are left",
-    )
+    add_parallel(result)
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     result.add_argument(
-        "--probe", type=Path, metavar="FILE", help="probe.json of a probe: compare with its fitted exits"
+        "--speed",
+        action="store_true",
+        help="also decode after the beginnings of some documents in every mode, and compare the speed with full mode",
+    )
+    result.add_argument(
+        "--probe",
+        type=Path,
+        metavar="FILE",
+        help="probe.json of a probe: compare with its fitted exits, and with --speed the speed with its forecast",
     )
     result.add_argument("--plot", type=Path, metavar="FILE", help="plot the sweep to a .png, .pdf or .svg file")
     result.add_argument(
@@ -74,11 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_corpus("--data", [arguments.data])
     from megatron_ee.evaluation.evaluate import evaluate
     from megatron_ee.evaluation.plots import plot_reliability, plot_sweep
-    from megatron_ee.evaluation.probe_report import print_since, read_layers, since_dict
+    from megatron_ee.evaluation.probe_compare import print_since, print_speed, read_probe, since_dict, speed_dict
     from megatron_ee.evaluation.report import print_quality, write_quality
     from megatron_ee.parallel.groups import launched_rank
 
-    probed = None if arguments.probe is None else read_layers(arguments.probe)
+    probed = None if arguments.probe is None else read_probe(arguments.probe)
     result = evaluate(
         model=arguments.model,
         adapter=arguments.adapter,
@@ -90,19 +91,25 @@ def run(arguments: argparse.Namespace) -> int:
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         verify=not arguments.no_verify,
+        speed=arguments.speed,
+        gate_threshold=None if probed is None else probed.gate_threshold,
     )
     if launched_rank() > 0:
         return 0
+    compared = {} if probed is None else {"since_probe": since_dict(probed, result.quality)}
+    if result.speed:
+        compared["speed"] = speed_dict(result.speed, probed)
     if arguments.json:
-        compared = {} if probed is None else {"since_probe": since_dict(probed, result.quality)}
         print(json.dumps({**result.to_dict(), **compared}))
     else:
         print_quality(result.quality, result.exits)
         if probed is not None:
             print_since(probed, result.quality)
+        if result.speed:
+            print_speed(result.speed, probed)
     if arguments.output is not None:
         claim_output(arguments.output, "evaluate")
-        write_quality(result.quality, result.exits, arguments.output / "evaluation")
+        write_quality(result.quality, result.exits, arguments.output / "evaluation", compared)
         if result.exits:
             plot_reliability(result.quality, arguments.output / "reliability.png")
     if arguments.plot is not None and result.exits:

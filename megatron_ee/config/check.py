@@ -102,6 +102,21 @@ def check_pipeline(num_layers: int, pipeline: int, key: str) -> None:
         raise ConfigError(f"{key}: {pipeline} stages are more than the model's {num_layers} layers")
 
 
+def check_ranks(architecture: Architecture, tensor: int, pipeline: int, processes: int) -> None:
+    """Refuse parallel sizes of a command line that do not fit the model or the number of processes.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    check_tensor(architecture, tensor, "--tensor")
+    check_pipeline(architecture.num_layers, pipeline, "--pipeline")
+    if processes % (tensor * pipeline):
+        raise ConfigError(
+            f"--tensor: {tensor} x --pipeline {pipeline} = {tensor * pipeline} processes hold one model, which does "
+            f"not divide the {processes} running; start a multiple with torchrun, or change the options"
+        )
+
+
 def _check_parallel(parallel: ParallelConfig, architecture: Architecture, sequence_length: int) -> None:
     _at_least(1, "parallel.tensor", parallel.tensor)
     _at_least(1, "parallel.pipeline", parallel.pipeline)

@@ -15,17 +15,26 @@ from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
-from megatron_ee.config.architecture import Architecture
-from megatron_ee.config.check import check_pipeline, check_tensor
+from megatron_ee.config.check import check_ranks
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ValidationConfig
 from megatron_ee.data.checks import check_tokenizer
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
+from megatron_ee.data.prompts import held_out_prompts
+from megatron_ee.data.tokenizer_files import eos_token_ids
 from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.quality import measure
 from megatron_ee.evaluation.report import report_dict
-from megatron_ee.exits.stage import build_stage
+from megatron_ee.evaluation.speed import (
+    PROMPT_TOKENS,
+    PROMPTS,
+    TOKENS,
+    ModeSpeed,
+    good_threshold,
+    measure_speed,
+)
+from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.quality import Quality
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.agreement import each_own
@@ -37,7 +46,7 @@ from megatron_ee.parallel.groups import (
     model_groups,
     world_size,
 )
-from megatron_ee.parallel.layout import even_layout
+from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 from megatron_ee.tuning.schedule import Pipeline
 
@@ -54,6 +63,7 @@ class Evaluation:
         model: the model's directory.
         adapter: the exits' directory, if any.
         sequence_length: tokens per window.
+        speed: of each mode; empty if it was not measured.
     """
 
     quality: Quality
@@ -61,6 +71,7 @@ class Evaluation:
     model: str
     adapter: str | None
     sequence_length: int
+    speed: tuple[ModeSpeed, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """``final_loss``, ``exits`` and the rest of ``report_dict``, and the inputs of the evaluation."""
@@ -81,6 +92,8 @@ def evaluate(
     tensor: int = 1,
     pipeline: int = 1,
     verify: bool = True,
+    speed: bool = False,
+    gate_threshold: float | None = None,
 ) -> Evaluation:
     """Measure the final exit, and the exits of ``adapter``, on a corpus. Every rank calls this and gets the result.
 
@@ -96,9 +109,12 @@ def evaluate(
         tensor: tensor-parallel size.
         pipeline: number of pipeline stages. The other ranks are used for data parallelism.
         verify: check checksums, if the files have any.
+        speed: measure the speed of each mode too, with the lowest threshold that agrees often enough.
+        gate_threshold: for it, the threshold of policy ``gate``; None leaves this policy out.
 
     Raises:
-        ConfigError: the sequence is longer than the model's positions, or the ranks do not fit the model.
+        ConfigError: the sequence is longer than the model's positions, the ranks do not fit the model, or there are no
+            exits whose speed could be measured.
         CheckpointError: the model or the adapter is invalid, or the adapter is for another model.
         DataError: the corpus is invalid.
     """
@@ -107,6 +123,8 @@ def evaluate(
         subject = each_own(
             gather, lambda: _open_subject(model, adapter, data, sequence_length, sequences, tensor, pipeline, verify)
         )
+        if speed:
+            _check_exits(subject)
         saved = subject.model
         dtype = choose_dtype(dtype, saved, "--dtype")
         say_limits(saved)
@@ -122,8 +140,9 @@ def evaluate(
                 ValidationConfig().thresholds if thresholds is None else thresholds,
                 batch_size=batch_size,
             )
+            speeds = _speed(stage, layout, subject, quality, gate_threshold) if speed else ()
     where = None if subject.adapter is None else str(subject.adapter.path)
-    return Evaluation(quality, subject.exits, str(model), where, subject.windows.sequence_length)
+    return Evaluation(quality, subject.exits, str(model), where, subject.windows.sequence_length, speeds)
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,7 @@ def _open_subject(
 ) -> _Subject:
     saved = open_model(model, verify=verify)
     arch = saved.architecture
-    _check_ranks(arch, tensor, pipeline, world_size())
+    check_ranks(arch, tensor, pipeline, world_size())
     length = sequence_length or min(DEFAULT_SEQUENCE_LENGTH, arch.max_positions)
     if length > arch.max_positions:
         raise ConfigError(f"--sequence-length: {length} is more than the model's {arch.max_positions} positions")
@@ -164,14 +183,27 @@ def _open_subject(
     return _Subject(saved, find_exits(saved, adapter, verify=verify), windows)
 
 
-def _check_ranks(arch: Architecture, tensor: int, pipeline: int, processes: int) -> None:
-    check_tensor(arch, tensor, "--tensor")
-    check_pipeline(arch.num_layers, pipeline, "--pipeline")
-    if processes % (tensor * pipeline):
-        raise ConfigError(
-            f"--tensor: {tensor} x --pipeline {pipeline} = {tensor * pipeline} processes hold one model, which does "
-            f"not divide the {processes} running; start a multiple with torchrun, or change the options"
-        )
+def _check_exits(subject: _Subject) -> None:
+    if not subject.exits:
+        error = ConfigError("--speed: there are no exits to compare with full mode; give their adapter with --adapter")
+        error.common = True
+        raise error
+
+
+def _speed(
+    stage: Stage, layout: Layout, subject: _Subject, quality: Quality, gate_threshold: float | None
+) -> tuple[ModeSpeed, ...]:
+    """Speed after the beginnings of some documents; empty, with a notice, if all documents are too short."""
+    arch, ranges, groups = subject.model.architecture, subject.windows.ranges, stage.setup.groups
+    prompts = held_out_prompts(ranges, PROMPTS, PROMPT_TOKENS, arch.max_generated_positions - TOKENS)
+    if not prompts:
+        if groups.is_main:
+            print("--speed: no document of the corpus is short enough for a prompt", file=sys.stderr, flush=True)
+        return ()
+    ends = {corpus.metadata.eos_id for corpus in subject.windows.corpora if corpus.metadata is not None}
+    eos = groups.from_first(lambda: frozenset(ends.union(eos_token_ids(subject.model.path))))
+    threshold = good_threshold(quality.sweep)
+    return measure_speed(stage, layout, subject.exits, prompts, eos, threshold, gate_threshold)
 
 
 def _watched(groups: Groups) -> contextlib.AbstractContextManager[None]:

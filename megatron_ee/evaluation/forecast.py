@@ -8,6 +8,7 @@ Pure: numpy on the CPU, no model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ STARTS = 4
 """Single exits that sets are grown from."""
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.97, 0.98, 0.99, 0.995)
 """Thresholds that are tried."""
+QUANTILES = 20
+"""Parts of the tokens, by confidence, of ``calibrated``."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ class DecodeTimes:
         """Layers that a token has run when it reaches the exit after ``layer``."""
         return layer - (min(1.0, self.body[1] / self.layer[1]) if self.skipped else 0.0)
 
-    def asked(self) -> float:
-        """One token that asks an exit: body and head."""
-        return self.body[1] + self.head[1]
+    def asked(self, *, gated: bool = False) -> float:
+        """One token that asks an exit: body and head. A gate costs nothing, and decides before the head runs."""
+        return self.body[1] + (0.0 if gated else self.head[1])
 
     def full(self) -> float:
         """One token of full mode."""
@@ -94,6 +97,7 @@ class Forecast:
         speedup: against full mode.
         early: share of tokens that leave early (threshold mode).
         threshold: of threshold mode; None for another mode.
+        gated: whether the exits' gates decide (policy ``gate``).
         draft_length: proposals per round of speculative mode; None for another mode.
         tokens_per_round: of speculative mode.
     """
@@ -104,16 +108,20 @@ class Forecast:
     speedup: float
     early: float = 0.0
     threshold: float | None = None
+    gated: bool = False
     draft_length: int | None = None
     tokens_per_round: float | None = None
 
 
-def threshold_forecast(records: Records, times: DecodeTimes, exits: Sequence[int], threshold: float) -> Forecast:
+def threshold_forecast(
+    records: Records, times: DecodeTimes, exits: Sequence[int], threshold: float, *, gated: bool = False
+) -> Forecast:
     """Threshold mode: a token leaves at the first exit that is confident enough.
 
     Tokens that left wait, and join the next token that goes deeper: one pass runs them all. After ``MAX_DEFERRED``
-    early tokens one runs all layers without asking an exit. Back-off is left out: it
-    saves heads.
+    early tokens one runs all layers without asking an exit. Back-off is left out: it saves heads.
+
+    ``gated``: the confidence is a gate's probability, so that only a token that leaves runs the exit's head.
     """
     rows, last = records.rows(exits), len(exits)
     tokens = np.arange(len(records.starts))
@@ -128,14 +136,14 @@ def threshold_forecast(records: Records, times: DecodeTimes, exits: Sequence[int
     depths = [*(times.depth(layer) for layer in exits), float(times.num_layers)]
     seconds = times.layers(depths[0], np.ones(len(tokens), dtype=np.int64))
     for place in range(last):
-        seconds += np.count_nonzero(~forced & (first >= place)) * times.asked()
+        seconds += np.count_nonzero(~forced & (first >= place)) * times.asked(gated=gated)
         deeper = np.flatnonzero(left > place)
         together = np.diff(deeper, prepend=-1)  # the token, and those that waited for it
         seconds += times.layers(depths[place + 1] - depths[place], together)
-    seconds += np.count_nonzero(~early) * times.head[1]
-    each = seconds / len(tokens)
+    seconds += (len(tokens) if gated else np.count_nonzero(~early)) * times.head[1]
+    each, share = seconds / len(tokens), float(early.mean())
     return Forecast(
-        tuple(exits), float(agreed.mean()), each, times.full() / each, early=float(early.mean()), threshold=threshold
+        tuple(exits), float(agreed.mean()), each, times.full() / each, early=share, threshold=threshold, gated=gated
     )
 
 
@@ -168,15 +176,18 @@ def speculative_forecast(records: Records, times: DecodeTimes, layer: int, draft
     return Forecast((layer,), 1.0, each, times.full() / each, draft_length=draft_length, tokens_per_round=gained)
 
 
-def best_threshold(records: Records, times: DecodeTimes, agreements: Sequence[float]) -> list[Forecast]:
+def best_threshold(
+    records: Records, times: DecodeTimes, agreements: Sequence[float], *, gated: bool = False
+) -> list[Forecast]:
     """For each smallest agreement, the fastest set of up to ``MOST_EXITS`` exits and its threshold.
 
-    Sets are found by ``grow``. Full mode, with no exits, where nothing is faster.
+    Sets are found by ``grow``. Full mode, with no exits, where nothing is faster. ``gated``: see
+    ``threshold_forecast``.
     """
 
     @functools.cache
     def swept(exits: tuple[int, ...]) -> list[Forecast]:
-        return [threshold_forecast(records, times, exits, threshold) for threshold in THRESHOLDS]
+        return [threshold_forecast(records, times, exits, threshold, gated=gated) for threshold in THRESHOLDS]
 
     full = Forecast((), 1.0, times.full(), 1.0)
 
@@ -207,6 +218,19 @@ def grow(layers: Sequence[int], fastest: Callable[[tuple[int, ...]], Forecast]) 
             exits = next_
         ends.append(fastest(exits))
     return max(ends, key=_speedup)
+
+
+def calibrated(records: Records) -> Records:
+    """The records with each confidence replaced by the share of the tokens of similar confidence that agree.
+
+    That is what a gate would say that knows no more than the head. A similar confidence is one of the same exit and the
+    same of ``QUANTILES`` equal parts.
+    """
+    chances = np.empty_like(records.confidence)
+    for chance, confidence, agrees in zip(chances, records.confidence, records.agrees, strict=True):
+        for part in np.array_split(np.argsort(confidence, kind="stable"), min(QUANTILES, len(confidence))):
+            chance[part] = agrees[part].mean()
+    return dataclasses.replace(records, confidence=chances)
 
 
 def best_speculative(records: Records, times: DecodeTimes) -> Forecast:

@@ -1,37 +1,31 @@
 """``probe``: what is to be gained by exits on a model and a user's text, before anything is tuned.
 
 Exits are fitted in closed form after each layer, on part of the text, and measured on another part. Their records and
-the measured times of decoding on this machine give the speed of sets of exits (``forecast``).
+the measured times of decoding on this machine give the speed of sets of exits (``forecast``). Where asking a head costs
+much, gates are fitted too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
+import math
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.initialise import initialise_exit
-from megatron_ee.checkpoint.loading import load_backbone
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
+from megatron_ee.config.check import check_ranks
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import FitConfig
-from megatron_ee.data.checks import check_tokenizer
-from megatron_ee.data.indexed import Corpus, open_corpus
-from megatron_ee.data.loader import Batch, validation_windows
-from megatron_ee.data.prepare import prepare_corpus
-from megatron_ee.data.read import JSON_LINES
-from megatron_ee.errors import ConfigError, DataError
+from megatron_ee.data.loader import Batch
+from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.decode_times import measure_decode
 from megatron_ee.evaluation.forecast import (
     DecodeTimes,
@@ -39,26 +33,34 @@ from megatron_ee.evaluation.forecast import (
     Records,
     best_speculative,
     best_threshold,
+    calibrated,
 )
-from megatron_ee.evaluation.probe_work import Work, choose_work, measure_pace
-from megatron_ee.exits.stage import Stage
+from megatron_ee.evaluation.probe_records import Measured, measure_exits, measure_gates
+from megatron_ee.evaluation.probe_shape import Shape, ShapeForecast
+from megatron_ee.evaluation.probe_text import HeldWindows, ProbeText, open_text
+from megatron_ee.evaluation.probe_work import Pace, Work, choose_work, measure_pace
 from megatron_ee.exits.tensors import body_weights
-from megatron_ee.model.metrics import TokenStats
 from megatron_ee.model.setup import ModelSetup, build_setup
-from megatron_ee.parallel.groups import process_groups, world_size
-from megatron_ee.parallel.layout import even_layout
-from megatron_ee.progress import track
+from megatron_ee.parallel.agreement import each_own
+from megatron_ee.parallel.groups import Groups, gather_objects, joined_processes, model_groups, world_size
+from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 from megatron_ee.tuning.fit import Fitter
 from megatron_ee.tuning.fit_tokens import Tokens
+from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
-from megatron_ee.tuning.schedule import Microbatch, one_stage
+from megatron_ee.tuning.schedule import Pipeline
+from megatron_ee.tuning.teacher import LastHidden
 
-AGREEMENTS = (0.99, 0.95, 0.9)
-"""Shares of tokens equal to the full model's that threshold mode is forecast for."""
+AGREEMENTS, MIDDLE = (0.99, 0.95, 0.9), 0.95
+"""Shares of tokens equal to the full model's that threshold mode is forecast for, and the one that is most wanted."""
 ABOVE = 0.8
 """Confidence above which tokens are counted in the table of layers."""
-WINDOW, WINDOWS = 512, 8
-"""Tokens of a window at most, and windows at least: a short text has shorter ones."""
+GATE_SHARE = 0.2
+"""Share of the time that is kept for gates."""
+GATE_PAYS = 1.02
+"""Gain over deciding by the head from which gates are fitted, and recommended."""
+GATE_TOKENS = 8
+"""Tokens to fit a gate on, for each feature of the hidden state."""
 
 
 @dataclass(frozen=True)
@@ -91,182 +93,207 @@ class Probe:
         data: the text.
         dtype: of the model.
         vocab_size: of the model.
+        processes: tensor-parallel size, number of stages, and number of model copies.
         work: what was done.
         final_loss: of the final exit, on the held-out tokens.
         layers: the exits.
         times: of decoding.
         threshold: by smallest agreement, the best setting of threshold mode.
+        gate: the same with policy ``gate``; empty if no gates were fitted.
         speculative: the best setting of speculative mode.
+        shapes: forecasts for other models.
     """
 
     model: str
     data: str
     dtype: str
     vocab_size: int
+    processes: tuple[int, int, int]
     work: Work
     final_loss: float
     layers: tuple[LayerFigures, ...]
     times: DecodeTimes
-    threshold: dict[float, Forecast]
+    threshold: Mapping[float, Forecast]
+    gate: Mapping[float, Forecast]
     speculative: Forecast
+    shapes: tuple[ShapeForecast, ...]
 
 
 def probe(
-    *, model: str | Path, data: str | Path, budget_minutes: float = 5.0, dtype: str = "auto", verify: bool = True
+    *,
+    model: str | Path,
+    data: str | Path,
+    budget_minutes: float = 5.0,
+    dtype: str = "auto",
+    tensor: int = 1,
+    pipeline: int = 1,
+    verify: bool = True,
+    shapes: Sequence[Shape] = (),
 ) -> Probe:
-    """Probe a model in this process.
+    """Probe a model. Every rank calls this and gets the result.
 
     Args:
         model: Hugging Face directory or parallel checkpoint.
-        data: prefix of a corpus, or a text or JSON lines file, which is tokenised with the model's tokenizer.
+        data: prefix of a corpus, or a text or JSON lines file, which is tokenised with the model's tokenizer. Only the
+            first rank reads it.
         budget_minutes: time to take, after loading the model.
         dtype: dtype of the model; ``auto`` is the checkpoint's own.
+        tensor: tensor-parallel size.
+        pipeline: number of pipeline stages. The other ranks are used for data parallelism.
         verify: check checksums, if the files have any.
+        shapes: other models to forecast the gain for, if exits agreed as often there.
 
     Raises:
-        ConfigError: there are several processes, the budget is no positive number, or the model has one layer.
+        ConfigError: the budget is no positive number, the model has one layer, or the ranks do not fit it.
         CheckpointError: the model cannot be used.
         DataError: the text cannot be used.
     """
-    if world_size() > 1:
-        raise ConfigError("probe runs in one process; start it without torchrun")
     if not 0 < budget_minutes < float("inf"):
         raise ConfigError(f"--budget: must be a positive number of minutes, not {budget_minutes}")
+    with joined_processes() as control:
+        saved = each_own(partial(gather_objects, group=control), lambda: _open(model, tensor, pipeline, verify))
+        dtype = choose_dtype(dtype, saved, "--dtype")
+        say_limits(saved)
+        with (
+            model_groups(control, tensor, pipeline) as groups,
+            watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}"),
+            open_text(Path(data), saved, groups) as text,
+        ):
+            setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)
+            found = _run(FullModel(setup, saved, Interrupt()), text, 60 * budget_minutes, shapes)
+            return groups.from_first(lambda: _result(str(model), str(data), dtype, setup, found))
+
+
+def _open(model: str | Path, tensor: int, pipeline: int, verify: bool) -> SavedModel:
     saved = open_model(model, verify=verify)
     if saved.architecture.num_layers < 2:
         raise ConfigError("--model: the model has one layer, so there is no layer to leave it early")
-    dtype = choose_dtype(dtype, saved, "--dtype")
-    say_limits(saved)
-    with _corpus(Path(data), saved) as corpus, process_groups() as groups:
-        text = _Text(corpus, Path(data), saved.architecture.max_positions)
-        setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)
-        began = time.monotonic()
-        times, work = _measure_machine(setup, saved, text, 60 * budget_minutes, began)
-        _say(work, text, 60 * budget_minutes - (time.monotonic() - began))
-        fitted, held_out = text.parts(work)
-        stage = _load(setup, saved, [ExitSpec(layer, work.body, "shared", init="fit") for layer in work.layers])
-        specs = [exit_.spec for exit_ in stage.exits]
-        layout = even_layout(saved.architecture.num_layers, 1, work.layers)
-        tokens = _tokens(fitted)
-        Fitter(stage, layout, specs, tokens, FitConfig(), Interrupt()).run()
-        taken = _record(stage, held_out)
-    records = taken.records(work.layers)
-    work = dataclasses.replace(work, fitted=tokens.num_fitted, held_out=len(records.starts))
-    return Probe(
-        model=str(model),
-        data=str(data),
-        dtype=dtype,
-        vocab_size=saved.architecture.vocab_size,
-        work=work,
-        final_loss=float(np.mean(taken.final_losses)),
-        layers=_figures(records, taken.losses()),
-        times=times,
-        threshold=dict(zip(AGREEMENTS, best_threshold(records, times, AGREEMENTS), strict=True)),
-        speculative=best_speculative(records, times),
-    )
+    check_ranks(saved.architecture, tensor, pipeline, world_size())
+    return saved
 
 
-@contextlib.contextmanager
-def _corpus(data: Path, model: SavedModel) -> Iterator[Corpus]:
-    """The corpus at a prefix, or a temporary one of a file. A line with ``messages`` makes it chat data."""
-    with tempfile.TemporaryDirectory(prefix="megatron-ee-probe-") as directory:
-        prefix = data
-        if data.is_file():
-            prefix = Path(directory) / "corpus"
-            prepare_corpus([data], model.path, prefix, chat=_is_chat(data))
-        corpus = open_corpus(prefix)
-        corpus.check_vocabulary(model.architecture.vocab_size)
-        for line in check_tokenizer([("--data", corpus)], model.path):
-            print(line, file=sys.stderr, flush=True)
-        yield corpus
-
-
-def _is_chat(data: Path) -> bool:
-    """Whether the first line of a file is a JSON object with ``messages``. Errors are left to the tokenisation."""
-    if data.suffix not in JSON_LINES:
-        return False
-    with data.open(encoding="utf-8", errors="replace") as file:
-        try:
-            first = json.loads(file.readline())
-        except ValueError:
-            return False
-    return isinstance(first, dict) and "messages" in first
-
-
-class _Text:
-    """A corpus in windows: the last ones are held out.
+@dataclass(frozen=True)
+class _Subject:
+    """A model whose speed is forecast: the one that was measured, or a shape with its agreements.
 
     Attributes:
-        windows: of all tokens.
-        per_window: unmasked tokens, in the mean, estimated.
-        available: unmasked tokens, estimated.
+        shape: None for the measured model.
+        records: of its exits.
+        times: of decoding.
+        threshold: by smallest agreement, the best setting of threshold mode.
     """
 
-    def __init__(self, corpus: Corpus, data: Path, max_positions: int) -> None:
-        total = int(corpus.lengths.sum())
-        length = min(WINDOW, max_positions, total // WINDOWS)
-        if length < 16:
-            raise DataError(f"--data: {data} has {total:,} tokens; give at least {16 * WINDOWS}")
-        self.windows = validation_windows([corpus], length)
-        count = len(self.windows)
-        looked_at = [self._batch(int(place)) for place in np.linspace(0, count - 1, min(count, 256))]
-        share = sum(batch.num_tokens for batch in looked_at) / sum(batch.mask.numel() for batch in looked_at)
-        if share == 0:
-            raise DataError(f"--data: all tokens of {data} are masked; give other text")
-        self.per_window = share * length
-        self.available = int(self.per_window * count)
-
-    def _batch(self, number: int) -> Batch:
-        return self.windows.batch(range(number, number + 1))
-
-    @property
-    def first(self) -> Batch:
-        """A whole window, to time."""
-        return self._batch(0)
-
-    def parts(self, work: Work) -> tuple[list[Batch], list[Batch]]:
-        """Windows to fit on, spread over all but the held-out ones, and the held-out ones, at the end of the text."""
-        count = len(self.windows)
-        held = max(1, round(work.held_out / self.per_window))
-        fitted = min(count - held, max(2, round(work.fitted / self.per_window)))
-        places = np.linspace(0, count - held - 1, fitted).astype(int).tolist()
-        return [self._batch(n) for n in places], [self._batch(n) for n in range(count - held, count)]
+    shape: Shape | None
+    records: Records
+    times: DecodeTimes
+    threshold: Mapping[float, Forecast]
 
 
-def _measure_machine(
-    setup: ModelSetup, saved: SavedModel, text: _Text, budget: float, began: float
-) -> tuple[DecodeTimes, Work]:
-    """Times of decoding, and the work that fits into the rest of the budget, in seconds."""
-    arch = setup.architecture
+@dataclass(frozen=True)
+class _Found:
+    """What was done and measured; ``gates`` are the records of the exits that got one, if any."""
+
+    work: Work
+    measured: Measured
+    subjects: tuple[_Subject, ...]
+    gates: Records | None
+
+
+def _run(full: FullModel, text: ProbeText, budget: float, shapes: Sequence[Shape]) -> _Found:
+    """Measure this machine and the exits in ``budget`` seconds; equal on every rank."""
+    groups, arch = full.setup.groups, full.setup.architecture
+    assert full.stage is not None, "it is loaded before the time begins"
+    began = time.monotonic()
+
+    def left() -> float:
+        return budget - (time.monotonic() - began)
+
+    times, pace, most = _measure_machine(full, text)
+    work = groups.from_first(
+        lambda: choose_work(
+            pace,
+            (1 - GATE_SHARE) * left(),
+            arch.num_layers,
+            arch.ffn_size,
+            text.available,
+            most,
+            int(text.first.counts[0]),
+        )
+    )
+    if groups.is_main:
+        _say(work, text, left())
+    fitted, held_out = text.parts(work.fitted, work.held_out)
+    tokens = _tokens(fitted, groups)
+    pipeline = _with_exits(full, [ExitSpec(layer, work.body, "shared", init="fit") for layer in work.layers])
+    Fitter(pipeline.stage, pipeline.layout, pipeline.specs, tokens, FitConfig(), full.interrupt).run()
+    measured = measure_exits(pipeline, held_out)
+    subjects = groups.from_first(lambda: _subjects(measured.records, times, shapes))
+    layers = groups.from_first(lambda: _layers_to_gate(subjects, pace, GATE_TOKENS * arch.hidden_size, left()))
+    gates = None
+    if layers:
+        some = _first(tokens, GATE_TOKENS * arch.hidden_size)
+        gates = measure_gates(pipeline, some, held_out, layers, measured.records)
+    work = dataclasses.replace(work, fitted=tokens.num_fitted, held_out=len(measured.records.starts))
+    return _Found(work, measured, subjects, gates)
+
+
+def _measure_machine(full: FullModel, text: ProbeText) -> tuple[DecodeTimes, Pace, int]:
+    """Times of decoding, the pace of the work, and how many ``mlp`` exits the memory holds; equal on every rank."""
+    arch, groups = full.setup.architecture, full.setup.groups
     spec = ExitSpec(max(1, arch.num_layers // 2), "mlp", "shared")
-    stage = _load(setup, saved, [spec])
-    times = measure_decode(stage)
-    pace = measure_pace(stage, text.first, text.per_window)
+    pipeline = _with_exits(full, [spec])
+    times = measure_decode(pipeline.stage, pipeline.layout, spec)
+    pace = measure_pace(pipeline, text.first.batch(range(1)), text.per_window)
+    name = platform.memory_name()
+    free = min(groups.gather(platform.free_memory(groups.gather(name).count(name))))
     # Half of the memory for the exits, each of which is fitted beside its copied weights.
-    most = platform.free_memory() // 2 // (2 * body_weights(spec, arch) * setup.dtype.itemsize)
-    left = budget - (time.monotonic() - began)
-    return times, choose_work(pace, left, arch.num_layers, arch.ffn_size, text.available, most, text.first.num_tokens)
+    size = 2 * body_weights(spec, arch) * full.setup.dtype.itemsize
+    return times, pace, groups.pipeline.size() * groups.tensor.size() * free // 2 // size
 
 
-def _load(setup: ModelSetup, saved: SavedModel, specs: list[ExitSpec]) -> Stage:
+def _with_exits(full: FullModel, specs: Sequence[ExitSpec]) -> Pipeline:
     """All layers, the final exit, and copied exits."""
-    layers = range(1, setup.architecture.num_layers + 1)
-    stage = Stage(setup, layers, specs, embedding=True, final_exit=True)
-    load_backbone(stage, saved)
-    for exit_ in stage.exits:
-        initialise_exit(exit_, saved, seed=0)
-    return stage
+    stage, layout = full.with_exits(specs)
+
+    def initialise() -> None:
+        for exit_ in stage.exits:
+            initialise_exit(exit_, full.model, seed=0)
+
+    full.setup.groups.together(initialise)
+    return Pipeline(stage, layout, specs, teacher=LastHidden(full.setup))
 
 
-def _tokens(batches: list[Batch]) -> Tokens:
-    """Windows to fit on, and the one with the most unmasked tokens to choose each exit's ridge on."""
-    chosen_on = max(batches, key=lambda batch: batch.num_tokens)
-    fitted = [batch for batch in batches if batch is not chosen_on]
-    count = sum(batch.num_tokens for batch in fitted)
-    return Tokens([[batch] for batch in fitted], [[chosen_on]], count, chosen_on.num_tokens)
+def _tokens(windows: HeldWindows, groups: Groups) -> Tokens:
+    """Windows to fit on, and the one with the most unmasked tokens to choose each exit's ridge on.
+
+    Data-parallel ranks take windows in turn. A rank whose turn is empty runs a window of which all tokens are masked,
+    so that the exits are those of one rank.
+    """
+    rank, size = groups.data.rank(), groups.data.size()
+    chosen_on = int(windows.counts.argmax())
+    others = [window for window in range(len(windows)) if window != chosen_on]
+    counts = windows.counts[others]
+
+    def turn(window: int | None) -> Batch:
+        if window is not None:
+            return windows.batch(range(window, window + 1))
+        batch = windows.batch(range(1))
+        return dataclasses.replace(batch, mask=batch.mask.zero_(), num_tokens=0)
+
+    fitted = [
+        [turn(others[start + rank] if start + rank < len(others) else None)] for start in range(0, len(others), size)
+    ]
+    held_out = [[turn(chosen_on if rank == 0 else None)]]
+    return Tokens(fitted, held_out, int(counts.sum()), int(windows.counts[chosen_on]))
 
 
-def _say(work: Work, text: _Text, left: float) -> None:
+def _first(tokens: Tokens, count: int) -> Tokens:
+    """The first windows, with about ``count`` tokens to fit on."""
+    steps = math.ceil(min(1.0, count / tokens.num_fitted) * len(tokens.fitted))
+    return dataclasses.replace(tokens, fitted=tokens.fitted[:steps])
+
+
+def _say(work: Work, text: ProbeText, left: float) -> None:
     """What is done, and whether it takes longer than wanted, on stderr."""
     print(
         f"probe: {work.body} exits after {len(work.layers)} layers, fitted on about {work.fitted:,} tokens and "
@@ -278,64 +305,73 @@ def _say(work: Work, text: _Text, left: float) -> None:
         print("probe: this is the least work; it takes longer than --budget", file=sys.stderr, flush=True)
 
 
-@dataclass
-class _Taken:
-    """What exits and the final exit say of the unmasked tokens, window by window."""
-
-    confidences: list[Tensor] = field(default_factory=list)
-    agreements: list[Tensor] = field(default_factory=list)
-    exit_losses: list[Tensor] = field(default_factory=list)
-    starts: list[Tensor] = field(default_factory=list)
-    final_losses: list[float] = field(default_factory=list)
-
-    def records(self, layers: tuple[int, ...]) -> Records:
-        """Of all tokens."""
-        confidence, agrees = torch.cat(self.confidences, dim=1), torch.cat(self.agreements, dim=1)
-        return Records(layers, confidence.numpy(), agrees.numpy(), torch.cat(self.starts).numpy())
-
-    def losses(self) -> list[float]:
-        """Mean of each exit."""
-        means: list[float] = torch.cat(self.exit_losses, dim=1).double().mean(dim=1).tolist()
-        return means
+def _subjects(records: Records, times: DecodeTimes, shapes: Sequence[Shape]) -> tuple[_Subject, ...]:
+    models = [(None, records, times), *((s, s.records(records, times.num_layers), s.times()) for s in shapes)]
+    return tuple(_Subject(*model, _by_agreement(*model[1:])) for model in models)
 
 
-@torch.no_grad()
-def _record(stage: Stage, held_out: list[Batch]) -> _Taken:
-    """Run windows of one sequence each through all layers and exits."""
-    taken = _Taken()
+def _by_agreement(records: Records, times: DecodeTimes, *, gated: bool = False) -> dict[float, Forecast]:
+    return dict(zip(AGREEMENTS, best_threshold(records, times, AGREEMENTS, gated=gated), strict=True))
 
-    def at_end(micro: Microbatch, h: Tensor) -> TokenStats:
-        return stage.final_statistics(h, micro.labels)
 
-    def take(micro: Microbatch, final: TokenStats) -> None:
-        found = [exit_.statistics(micro.taps[exit_.spec.layer], micro.positions, micro.labels) for exit_ in stage.exits]
-        counted = micro.mask.bool()
-        confidence, loss, top1 = (
-            torch.stack([getattr(each, name)[counted] for each in found]) for name in ("confidence", "loss", "top1")
+def _layers_to_gate(subjects: Sequence[_Subject], pace: Pace, tokens: int, left: float) -> tuple[int, ...]:
+    """Exits whose gates are worth fitting on ``tokens`` tokens in the time that is left.
+
+    They are those of the fastest sets if gates knew what heads know, where that is faster than deciding by heads.
+    """
+    num_layers, wanted = subjects[0].times.num_layers, dict[int, None]()
+    for subject in subjects:
+        by_gates = _by_agreement(calibrated(subject.records), subject.times, gated=True)
+        source = {layer: layer for layer in subject.records.layers}
+        if subject.shape is not None:
+            source = subject.shape.places(subjects[0].records.layers, num_layers)
+        for least, each in sorted(by_gates.items(), key=lambda item: abs(item[0] - MIDDLE)):
+            if each.speedup >= GATE_PAYS * subject.threshold[least].speedup:
+                wanted |= dict.fromkeys(source[layer] for layer in each.exits)
+    most = int(max(0.0, left - tokens * pace.forward) / pace.fit_gate(tokens))
+    if len(wanted) > most:
+        print(
+            f"probe: gates could pay at {len(wanted)} exits, but there is time for {most}; give a longer --budget",
+            file=sys.stderr,
+            flush=True,
         )
-        places = counted.nonzero()[:, 0]
-        starts = torch.ones_like(places, dtype=torch.bool)
-        starts[1:] = places[1:] != places[:-1] + 1
-        taken.confidences.append(confidence.cpu())
-        taken.exit_losses.append(loss.cpu())
-        taken.agreements.append((top1 == final.top1[counted]).cpu())
-        taken.starts.append(starts.cpu())
-        taken.final_losses.extend(final.loss[counted].tolist())
-
-    pipeline = one_stage(stage)
-    with track(len(held_out), "windows", "measuring exits") as bar:
-        for batch in held_out:
-            if batch.num_tokens:
-                pipeline.run([batch], take, at_end)
-            bar.advance()
-    if not taken.starts:
-        raise DataError("--data: all tokens at the end of the text are masked; give other text")
-    return taken
+    return tuple(sorted(list(wanted)[:most]))
 
 
-def _figures(records: Records, losses: list[float]) -> tuple[LayerFigures, ...]:
-    figures = []
-    for row, (layer, loss) in enumerate(zip(records.layers, losses, strict=True)):
+def _result(model: str, data: str, dtype: str, setup: ModelSetup, found: _Found) -> Probe:
+    def forecasts(subject: _Subject) -> tuple[Mapping[float, Forecast], Mapping[float, Forecast], Forecast]:
+        """Of threshold mode, policy ``gate`` and speculative mode."""
+        gates = found.gates
+        if gates is not None and subject.shape is not None:
+            gates = subject.shape.records(gates, found.subjects[0].times.num_layers)
+        by_gates = {} if gates is None else _by_agreement(gates, subject.times, gated=True)
+        return subject.threshold, by_gates, best_speculative(subject.records, subject.times)
+
+    own, *others = found.subjects
+    groups = setup.groups
+    threshold, gate, speculative = forecasts(own)
+    return Probe(
+        model=model,
+        data=data,
+        dtype=dtype,
+        vocab_size=setup.architecture.vocab_size,
+        processes=(groups.tensor.size(), groups.pipeline.size(), groups.data.size()),
+        work=found.work,
+        final_loss=found.measured.final_loss,
+        layers=_figures(found.measured),
+        times=own.times,
+        threshold=threshold,
+        gate=gate,
+        speculative=speculative,
+        shapes=tuple(
+            ShapeForecast(each.shape, each.times, *forecasts(each)) for each in others if each.shape is not None
+        ),
+    )
+
+
+def _figures(measured: Measured) -> tuple[LayerFigures, ...]:
+    figures, records = [], measured.records
+    for row, (layer, loss) in enumerate(zip(records.layers, measured.losses, strict=True)):
         confidence, agrees = records.confidence[row], records.agrees[row]
         above = confidence >= np.float32(ABOVE)
         share = float(agrees[above].mean()) if above.any() else None

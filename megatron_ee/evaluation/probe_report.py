@@ -3,46 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from megatron_ee.config.untrusted import read_json
-from megatron_ee.config.validation import validated
-from megatron_ee.errors import DataError
-from megatron_ee.evaluation.forecast import Forecast
-from megatron_ee.evaluation.probe import ABOVE, LayerFigures, Probe
-from megatron_ee.model.quality import Quality
+from megatron_ee.evaluation.forecast import DecodeTimes, Forecast
+from megatron_ee.evaluation.probe import ABOVE, GATE_PAYS, MIDDLE, Probe
+from megatron_ee.evaluation.probe_shape import ShapeForecast
 from megatron_ee.tables import add_columns, make_console, new_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PAYS = 1.05
 """Forecast speed-up from which exits are recommended: forecasts are not more exact than this."""
-MIDDLE = 0.95
-"""Agreement of the threshold setting whose exits are recommended, if one this good pays."""
 DEEP = 0.75
 """Share of the layers by which half of the tokens should agree."""
 
 
-def recommended(found: Probe) -> tuple[int, ...]:
-    """Layers of the exits to tune: of the best threshold setting that pays, and of speculative mode if that pays."""
+def best_early(found: Probe | ShapeForecast, least: float) -> Forecast:
+    """The best setting in which tokens leave early: by gates where they pay, else by the heads' confidence."""
+    by_heads, by_gates = found.threshold[least], found.gate.get(least)
+    if by_gates is not None and by_gates.speedup >= GATE_PAYS * by_heads.speedup:
+        return by_gates
+    return by_heads
+
+
+def recommended(found: Probe) -> dict[int, bool]:
+    """The exits to tune, by layer, and whether with a gate.
+
+    They are those of the best setting in which tokens leave early, of those that pay with the highest agreement up to
+    ``MIDDLE``, and of speculative mode if that pays.
+    """
     at_least = [MIDDLE, *sorted((each for each in found.threshold if each < MIDDLE), reverse=True)]
-    paying = [found.threshold[each] for each in at_least if found.threshold[each].speedup >= PAYS][:1]
+    settings = [best_early(found, least) for least in at_least]
+    paying = [each for each in settings if each.speedup >= PAYS][:1]
     paying += [found.speculative] if found.speculative.speedup >= PAYS else []
-    return tuple(sorted({layer for each in paying for layer in each.exits}))
+    gated = {layer for each in paying if each.gated for layer in each.exits}
+    return {layer: layer in gated for layer in sorted({layer for each in paying for layer in each.exits})}
 
 
-def yaml_block(exits: tuple[int, ...]) -> str:
-    """The exits as a block of ``tune``'s configuration; ``mlp`` exits with the shared head that was measured."""
-    return "\n".join(["exits:", *(f"  - {{layer: {layer}, body: mlp, head: shared}}" for layer in exits)])
+def yaml_block(exits: Mapping[int, bool]) -> str:
+    """The exits as a block of ``tune``'s configuration: ``mlp`` exits with the shared head that was measured."""
+    gate = {True: ", gate: true", False: ""}
+    lines = (f"  - {{layer: {layer}, body: mlp, head: shared{gate[gated]}}}" for layer, gated in exits.items())
+    return "\n".join(["exits:", *lines])
 
 
 def judgement(found: Probe) -> str:
     """Whether exits pay, in a sentence or two."""
-    threshold, speculative, times = found.threshold[MIDDLE], found.speculative, found.times
+    early, speculative, times = best_early(found, MIDDLE), found.speculative, found.times
     if recommended(found):
+        mode = "policy gate" if early.gated else "threshold mode"
         lines = [
             f"Exits should pay: speculative mode is forecast at {speculative.speedup:.2f} times the speed of full "
-            f"mode, threshold mode at {threshold.speedup:.2f} times with {MIDDLE:.0%} of the tokens equal."
+            f"mode, {mode} at {early.speedup:.2f} times with {MIDDLE:.0%} of the tokens equal."
         ]
     elif found.work.body == "norm":
         return (
@@ -50,7 +64,8 @@ def judgement(found: Probe) -> str:
             "the final exit far less often than mlp exits. Give a longer --budget or more text."
         )
     else:
-        best = max((*found.threshold.values(), speculative), key=lambda each: each.speedup)
+        settings = (*found.threshold.values(), *found.gate.values(), speculative)
+        best = max(settings, key=lambda each: each.speedup)
         lines = [f"Exits will not pay here: nothing is forecast above {best.speedup:.2f} times the speed of full mode."]
         asked, middle = times.asked() / times.layer[1], [e for e in found.layers if e.layer <= DEEP * times.num_layers]
         most = max((figures.agreement for figures in middle), default=0.0)
@@ -74,23 +89,28 @@ def judgement(found: Probe) -> str:
 
 def probe_dict(found: Probe) -> dict[str, Any]:
     """As JSON: times in milliseconds, and the recommended ``exits``, empty if exits do not pay."""
-    times = found.times
+    tensor, pipeline, data = found.processes
     return {
         **{key: getattr(found, key) for key in ("model", "data", "dtype", "vocab_size", "final_loss")},
-        "num_layers": times.num_layers,
+        "parallel": {"tensor": tensor, "pipeline": pipeline, "data": data},
         "work": dataclasses.asdict(found.work),
         "layers": [dataclasses.asdict(figures) for figures in found.layers],
-        "milliseconds": {"layer": _ms(times.layer), "head": _ms(times.head), "body": _ms(times.body)},
-        "threshold": [{"at_least": least, **dataclasses.asdict(each)} for least, each in found.threshold.items()],
-        "speculative": dataclasses.asdict(found.speculative),
-        "exits": [{"layer": layer, "body": "mlp", "head": "shared"} for layer in recommended(found)],
+        **_forecast_dict(found),
+        "shapes": [
+            {"name": each.shape.name, "gpu": each.shape.device.name, "gpus": each.shape.gpus, **_forecast_dict(each)}
+            for each in found.shapes
+        ],
+        "exits": [
+            {"layer": layer, "body": "mlp", "head": "shared", "gate": gated}
+            for layer, gated in recommended(found).items()
+        ],
         "judgement": judgement(found),
     }
 
 
 def print_probe(found: Probe) -> None:
     """Print tables, the recommended exits and the judgement to stdout."""
-    console, times = make_console(), found.times
+    console = make_console()
     title = (
         f"Fitted {found.work.body} exits on {found.work.held_out:,} held-out tokens; final loss {found.final_loss:.3f}"
     )
@@ -102,7 +122,37 @@ def print_probe(found: Probe) -> None:
         table.add_row(str(exit_.layer), *shares)
     console.print(table)
     console.print()
-    table = new_table(f"Milliseconds of a decoding pass ({found.dtype})", console)
+    tensor, pipeline, _ = found.processes
+    ranks = f", tensor {tensor} x pipeline {pipeline}" if tensor * pipeline > 1 else ""
+    _print_times(f"Milliseconds of a decoding pass ({found.dtype}{ranks})", found.times, console)
+    _print_forecast("Forecast of the best settings, one sequence, greedy", found, console)
+    exits = recommended(found)
+    if exits:
+        console.print(yaml_block(exits))
+        console.print()
+    console.print(judgement(found), soft_wrap=True)
+    _print_shapes(found, console)
+
+
+def _print_shapes(found: Probe, console: Console) -> None:
+    for each in found.shapes:
+        shape, times = each.shape, each.times
+        device = shape.device.name if shape.gpus == 1 else f"{shape.gpus} {shape.device.name}"
+        console.print()
+        layer, head = (f"{1000 * part[1]:.3f} ms" for part in (times.layer, times.head))
+        title = f"Forecast, not measured: {shape.name} ({times.num_layers} layers of {layer}, head {head}) on {device}"
+        _print_forecast(title, each, console)
+    if found.shapes:
+        console.print(
+            "These forecasts take exits to agree as often as those measured here, at the same share of the depth. A "
+            "pass takes the time of reading its weights in bfloat16 from the memory of the GPUs, or of its products if "
+            "that is longer. Links, attention and the launch of kernels are left out.",
+            soft_wrap=True,
+        )
+
+
+def _print_times(title: str, times: DecodeTimes, console: Console) -> None:
+    table = new_table(title, console)
     add_columns(table, "tokens", "a layer", "head", "exit body", "full mode")
     for size in times.layer:
         parts = (times.layer[size], times.head[size], times.body[size])
@@ -110,58 +160,23 @@ def print_probe(found: Probe) -> None:
         table.add_row(str(size), *(f"{1000 * each:.3f}" for each in (*parts, full)))
     console.print(table)
     console.print()
-    table = new_table("Forecast of the best settings, one sequence, greedy", console)
+
+
+def _print_forecast(title: str, found: Probe | ShapeForecast, console: Console) -> None:
+    table = new_table(title, console)
     add_columns(table, "mode", "exits", "setting", words=True)
     add_columns(table, "tokens equal", "early", "tokens per round", "ms per token", "speed-up")
-    for least, each in found.threshold.items():
-        setting = "" if each.threshold is None else f"threshold {each.threshold:g}"
-        _add(table, f"threshold, {least:.0%} equal", setting, each)
-    _add(table, "speculative", f"draft length {found.speculative.draft_length}", found.speculative)
+    for name, settings in (("threshold", found.threshold), ("policy gate", found.gate)):
+        for least, each in settings.items():
+            setting = "" if each.threshold is None else f"threshold {each.threshold:g}"
+            table.add_row(f"{name}, {least:.0%} equal", *_cells(setting, each))
+    table.add_row("speculative", *_cells(f"draft length {found.speculative.draft_length}", found.speculative))
     console.print(table)
     console.print()
-    exits = recommended(found)
-    if exits:
-        console.print(yaml_block(exits))
-        console.print()
-    console.print(judgement(found), soft_wrap=True)
 
 
-def read_layers(path: Path) -> list[LayerFigures]:
-    """The fitted exits of a ``probe.json``.
-
-    Raises:
-        DataError: it is none.
-        CheckpointError: it cannot be read.
-    """
-    content = read_json(path)
-    layers = content.get("layers") if isinstance(content, dict) else None
-    return validated(list[LayerFigures], layers, where=f"{path}: layers", error=DataError)
-
-
-def since_dict(probed: Sequence[LayerFigures], quality: Quality) -> list[dict[str, float]]:
-    """Agreement of the exits that a probe measured too, then and now."""
-    then = {each.layer: each.agreement for each in probed}
-    return [
-        {"layer": exit_.layer, "probed": then[exit_.layer], "agreement": exit_.agreement}
-        for exit_ in quality.exits
-        if exit_.layer in then
-    ]
-
-
-def print_since(probed: Sequence[LayerFigures], quality: Quality) -> None:
-    """Print ``since_dict`` to stdout."""
-    console = make_console()
-    table = new_table("Agreement since the probe", console)
-    add_columns(table, "after layer", "fitted, probe", "now")
-    for each in since_dict(probed, quality):
-        table.add_row(str(each["layer"]), f"{each['probed']:.1%}", f"{each['agreement']:.1%}")
-    console.print()
-    console.print(table)
-
-
-def _add(table: Any, mode: str, setting: str, each: Forecast) -> None:
-    table.add_row(
-        mode,
+def _cells(setting: str, each: Forecast) -> tuple[str, ...]:
+    return (
         ", ".join(map(str, each.exits)) or "none (full mode)",
         setting,
         f"{each.agreement:.1%}",
@@ -170,6 +185,21 @@ def _add(table: Any, mode: str, setting: str, each: Forecast) -> None:
         f"{1000 * each.seconds:.2f}",
         f"{each.speedup:.2f}",
     )
+
+
+def _forecast_dict(found: Probe | ShapeForecast) -> dict[str, Any]:
+    times = found.times
+    return {
+        "num_layers": times.num_layers,
+        "milliseconds": {"layer": _ms(times.layer), "head": _ms(times.head), "body": _ms(times.body)},
+        "threshold": _settings(found.threshold),
+        "gate": _settings(found.gate),
+        "speculative": dataclasses.asdict(found.speculative),
+    }
+
+
+def _settings(found: Mapping[float, Forecast]) -> list[dict[str, Any]]:
+    return [{"at_least": least, **dataclasses.asdict(each)} for least, each in found.items()]
 
 
 def _ms(seconds: Mapping[int, float]) -> dict[str, float]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.data.loader import Batch
-from megatron_ee.exits.stage import Stage
 from megatron_ee.tuning.fit import RIDGES
-from megatron_ee.tuning.schedule import Microbatch, one_stage
+from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
-SOLVED = 1024
-"""Largest matrix whose factorisation is timed."""
+SOLVED, NEWTON_ROWS = 1024, 512
+"""Largest matrix whose factorisation is timed, and rows of the product that is timed for gates."""
 PER_FEATURE, LEAST_PER_FEATURE = 16, 2
 """Tokens to fit on for each feature of the MLP: wanted, and at least."""
 NORM_TOKENS = 4096
@@ -26,25 +26,33 @@ HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 4096, 512, 4
 """Tokens to measure on: wanted, and at least in a short time; at most one in ``HELD_OUT_SHARE`` of the text."""
 CANDIDATES = 1 + len(RIDGES)
 """Values that each exit is measured with to choose a ridge: also the copied ones."""
+NEWTON_STEPS = 8
+"""Of a gate's fit, about."""
 FEW_LAYERS = 3
 """Layers below which the cheaper fit of a norm is preferred, on more of them."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured seconds.
+    """Measured seconds, in which stages and data-parallel ranks share the work.
 
     Attributes:
         forward: per token, all layers and the final exit.
         fit: per token and exit: the sums of an ``mlp`` exit's fit.
         measure: per token and exit: body, head and statistics.
         solve: per ``mlp`` exit, for all ridges.
+        gate: per token, exit and Newton step: the sums of a gate's fit.
     """
 
     forward: float
     fit: float
     measure: float
     solve: float
+    gate: float
+
+    def fit_gate(self, tokens: int) -> float:
+        """One gate, on so many tokens."""
+        return tokens * (self.measure + NEWTON_STEPS * self.gate)
 
 
 @dataclass(frozen=True)
@@ -115,40 +123,65 @@ def spaced(count: int, num_layers: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def measure_pace(stage: Stage, batch: Batch, tokens: float) -> Pace:
-    """Time one microbatch through a stage of all layers with the final exit, and its first exit, an ``mlp`` exit.
+def measure_pace(pipeline: Pipeline, batch: Batch, tokens: float) -> Pace:
+    """Time one microbatch through all layers, the final exit and one ``mlp`` exit; equal on every rank.
 
-    ``tokens``: of the microbatch, those that are not masked.
+    Args:
+        pipeline: the stages, with ``LastHidden`` teachers.
+        batch: the same on every rank.
+        tokens: of the microbatch, those that are not masked.
     """
-    exit_, pipeline = stage.exits[0], one_stage(stage)
-    fit = exit_.body.fit(stage.setup)
-    assert fit is not None, "an mlp exit has a fit"
-    spent: dict[str, float] = {}
+    stage, setup = pipeline.stage, pipeline.stage.setup
+    own = dict.fromkeys(("whole", "fit", "measure", "solve", "gate"), 0.0)
+    fits = {exit_: exit_.body.fit(setup) for exit_ in stage.exits}
 
     def at_end(micro: Microbatch, h: Tensor) -> Tensor:
         stage.final_statistics(h, micro.labels)
         return h
 
     def work(micro: Microbatch, last: Any) -> None:
-        tap = micro.taps[exit_.spec.layer]
         mask = torch.ones_like(micro.mask)
-        spent["fit"] = _timed(lambda: fit.add(exit_.attention_half(tap, micro.positions), last, mask))
-        spent["measure"] = _timed(lambda: exit_.statistics(tap, micro.positions, micro.labels))
+        for exit_, fit in fits.items():
+            assert fit is not None, "an mlp exit has a fit"
+            tap = micro.taps[exit_.spec.layer]
+            own["fit"] = _timed(lambda: fit.add(exit_.attention_half(tap, micro.positions), last, mask))  # noqa: B023
+            own["measure"] = _timed(lambda: exit_.statistics(tap, micro.positions, micro.labels))  # noqa: B023
 
-    pipeline.run([batch], work, at_end)  # the first is slow
-    whole = _timed(lambda: pipeline.run([batch], work, at_end))
-    features = stage.setup.architecture.ffn_size
+    def run() -> None:
+        pipeline.run([batch], work, at_end, taught=True)
+
+    run()  # the first is slow
+    own["whole"] = _timed(run)
+    if stage.exits:
+        own["solve"] = _time_solve(setup.architecture)
+        own["gate"] = _time_newton_step(setup.architecture.hidden_size)
+    slowest = {name: max(each[name] for each in setup.groups.gather(own)) for name in own}
+    copies, stages = setup.groups.data.size(), setup.groups.pipeline.size()
+    forward = max(slowest["whole"] - slowest["fit"] - slowest["measure"], 0.1 * slowest["whole"])
+    return Pace(
+        forward=forward / tokens / copies,
+        fit=slowest["fit"] / tokens / copies / stages,
+        measure=slowest["measure"] / tokens / copies / stages,
+        solve=slowest["solve"] / stages,
+        gate=slowest["gate"] / copies / stages,
+    )
+
+
+def _time_solve(architecture: Architecture) -> float:
+    """Seconds to solve the fit of an ``mlp`` exit for all ridges."""
+    features = architecture.ffn_size
     size = min(SOLVED, features)
     matrix = torch.eye(size, dtype=torch.float64, device=platform.device())
-    solve = _timed(lambda: torch.linalg.cholesky(matrix))
+    factorised = _timed(lambda: torch.linalg.cholesky(matrix))
     # The factorisation is n^3 / 3 products, the two triangular solves of a column n^2.
-    columns = 3 * stage.setup.architecture.hidden_size / features
-    return Pace(
-        forward=(whole - spent["fit"] - spent["measure"]) / tokens,
-        fit=spent["fit"] / tokens,
-        measure=spent["measure"] / tokens,
-        solve=len(RIDGES) * solve * (features / size) ** 3 * (1 + columns),
-    )
+    columns = 3 * architecture.hidden_size / features
+    return len(RIDGES) * factorised * (features / size) ** 3 * (1 + columns)
+
+
+def _time_newton_step(hidden_size: int) -> float:
+    """Seconds for each token of a gate's fit."""
+    rows = torch.ones(NEWTON_ROWS, hidden_size, dtype=torch.float64, device=platform.device())
+    return _timed(lambda: rows.t() @ rows) / NEWTON_ROWS
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +37,17 @@ def report_dict(quality: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
     return data
 
 
-def write_quality(quality: Quality, exits: Sequence[ExitSpec], path: Path) -> None:
-    """Write ``path.json`` and, if there was a sweep over exits, its plot ``path.png``.
+def write_quality(
+    quality: Quality, exits: Sequence[ExitSpec], path: Path, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write ``path.json``, with ``extra`` entries, and, if there was a sweep over exits, its plot ``path.png``.
 
     Raises:
         CheckpointError: they cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path.with_suffix(".json"), report_dict(quality, exits))
+        write_json(path.with_suffix(".json"), {**report_dict(quality, exits), **(extra or {})})
         if quality.exits and quality.sweep:
             plot_sweep(quality, path.with_suffix(".png"))
     except OSError as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.requests import Completion, Mode, Request
+from megatron_ee.inference.requests import Completion, Request
 
 T = TypeVar("T")
+MODES: Mapping[str, Mapping[str, Any]] = {mode: {"mode": mode} for mode in ("full", "threshold", "speculative")}
+"""What to compare by default: names, and the fields of a request that differ."""
 Outcome = Completion | str
 """The completion of one output, or an error message of one line."""
 
@@ -73,7 +75,7 @@ class ModeResult:
     """Results of one mode on all prompts, run one after another.
 
     Attributes:
-        mode: the mode.
+        mode: its name.
         seconds: time for all prompts, including prefill; median over the rounds.
         tokens_per_second: emitted tokens divided by ``seconds``.
         mean_exit_layer: mean layer of the emitted tokens.
@@ -82,7 +84,7 @@ class ModeResult:
         outputs: completions of the last round.
     """
 
-    mode: Mode
+    mode: str
     seconds: float
     tokens_per_second: float
     mean_exit_layer: float
@@ -91,37 +93,48 @@ class ModeResult:
     outputs: tuple[Completion, ...]
 
 
-def compare_modes(engine: Engine, requests: Sequence[Request], rounds: int = 3) -> list[ModeResult]:
+def compare_modes(
+    engine: Engine,
+    requests: Sequence[Request],
+    modes: Mapping[str, Mapping[str, Any]] = MODES,
+    *,
+    rounds: int = 3,
+) -> list[ModeResult]:
     """Run ``requests`` in every mode and compare.
 
     The modes alternate within each round, so that changes of the machine's speed affect all of them. One additional
     round before the others is a warm-up. Agreement of threshold mode is measured with full mode's output forced;
     agreement of speculative mode on its own output, which differs from full mode's only by rounding.
 
+    Args:
+        engine: without other requests.
+        requests: one output each.
+        modes: valid fields that replace those of the requests, by name; ``full`` is compared with.
+        rounds: that are timed.
+
     Raises:
         UserError: a request is invalid or fails.
     """
-    modes: tuple[Mode, ...] = ("full", "threshold", "speculative")
-    times: dict[Mode, list[float]] = {mode: [] for mode in modes}
-    outputs: dict[Mode, list[Completion]] = {}
+    asked = {mode: [each.model_copy(update=dict(changes)) for each in requests] for mode, changes in modes.items()}
+    times: dict[str, list[float]] = {mode: [] for mode in modes}
+    outputs: dict[str, list[Completion]] = {}
     for number in range(1 + rounds):
-        for mode in modes:
+        for mode, some in asked.items():
             started = time.perf_counter()
-            outputs[mode] = [engine.generate([request.model_copy(update={"mode": mode})])[0][0] for request in requests]
+            outputs[mode] = [engine.generate([request])[0][0] for request in some]
             if number > 0:
                 times[mode].append(time.perf_counter() - started)
-    return [
-        _result(mode, statistics.median(times[mode]), outputs[mode], _agreement(engine, requests, mode, outputs))
-        for mode in modes
-    ]
+    agreements = {mode: _agreement(engine, some, outputs[mode], outputs["full"]) for mode, some in asked.items()}
+    return [_result(mode, statistics.median(times[mode]), outputs[mode], agreements[mode]) for mode in modes]
 
 
-def _agreement(engine: Engine, requests: Sequence[Request], mode: Mode, outputs: dict[Mode, list[Completion]]) -> float:
-    emitted, truth = outputs[mode], outputs["full"]
-    if mode == "threshold":
+def _agreement(
+    engine: Engine, requests: Sequence[Request], emitted: Sequence[Completion], truth: Sequence[Completion]
+) -> float:
+    if requests[0].mode == "threshold":
         forced = [tuple(token.id for token in each.tokens) for each in truth]
         emitted = [
-            engine.generate([request.model_copy(update={"mode": mode, "forced_ids": given})])[0][0]
+            engine.generate([request.model_copy(update={"forced_ids": given})])[0][0]
             for request, given in zip(requests, forced, strict=True)
         ]
     pairs = [
@@ -132,7 +145,7 @@ def _agreement(engine: Engine, requests: Sequence[Request], mode: Mode, outputs:
     return statistics.fmean(pairs)
 
 
-def _result(mode: Mode, seconds: float, outputs: Sequence[Completion], agreement: float) -> ModeResult:
+def _result(mode: str, seconds: float, outputs: Sequence[Completion], agreement: float) -> ModeResult:
     count = sum(len(each.tokens) for each in outputs)
     layers = [token.layer for each in outputs for token in each.tokens]
     paid = [each.statistics["layers_per_token"] for each in outputs if each.statistics["layers_per_token"] is not None]

@@ -64,6 +64,14 @@ class Groups:
         """Every rank's ``value``, in order of rank."""
         return gather_objects(value, self.control)
 
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on the first rank, on every rank. Raises on all ranks if it raises there."""
+        answers: list[Any] = []
+        self.together(lambda: answers.append(work()) if self.is_main else None)
+        answers = answers or [None]
+        dist.broadcast_object_list(answers, group=self.control, group_src=0)  # noqa: TID251  between the ranks of one run
+        return answers[0]  # type: ignore[no-any-return]
+
     def together(self, work: Callable[[], T]) -> list[T]:
         """Run ``work`` on every rank and return all results. Raises on all ranks if one raises; see ``agreement``."""
         return together(self.gather, work)

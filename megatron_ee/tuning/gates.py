@@ -153,6 +153,7 @@ def fit_gates(
     tokens: Tokens,
     chunk_tokens: int,
     interrupt: Interrupt,
+    ridges: Sequence[float] = RIDGES,
 ) -> list[GateQuality]:
     """Fit the gates of a stage of all layers, and measure them; the qualities of all stages, by layer.
 
@@ -165,6 +166,7 @@ def fit_gates(
         tokens: to fit and measure on.
         chunk_tokens: tokens whose logits exist at a time.
         interrupt: checked between global batches.
+        ridges: that are tried.
     """
     groups = stage.setup.groups
     taught = Pipeline(stage, layout, specs, teacher=TopTokens(1))
@@ -175,7 +177,7 @@ def fit_gates(
         )
     own = []
     for exit_, rows in fitted.items():
-        ridge = _fit(exit_, rows, held_out[exit_])
+        ridge = _fit(exit_, rows, held_out[exit_], ridges)
         gate, measured = exit_.gate, held_out[exit_]
         assert gate is not None
         chance = gate(measured.z.to(gate.weight.device)).cpu()
@@ -214,7 +216,7 @@ def _collect(
     }
 
 
-def _fit(exit_: Exit, rows: GateTokens, held_out: GateTokens) -> float:
+def _fit(exit_: Exit, rows: GateTokens, held_out: GateTokens, ridges: Sequence[float]) -> float:
     """Fit an exit's gate, and return the ridge with the lowest loss on held-out tokens."""
     groups, device, gate = exit_.setup.groups, platform.device(), exit_.gate
     assert gate is not None
@@ -223,7 +225,7 @@ def _fit(exit_: Exit, rows: GateTokens, held_out: GateTokens) -> float:
         dist.all_reduce(sums, group=groups.data)
 
     best = math.inf
-    for ridge in RIDGES:
+    for ridge in ridges:
         solution = logistic_regression(rows.z, rows.agrees, ridge, device, reduce)
         logits = held_out.z.double() @ solution[:-1] + solution[-1]
         loss = F.binary_cross_entropy_with_logits(logits, held_out.agrees.double(), reduction="sum").to(device)

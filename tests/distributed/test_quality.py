@@ -91,9 +91,12 @@ def evaluated(path: Path, adapter: Path, corpus: Path, cache: Path, tensor: int,
     """On one rank: what ``evaluate`` finds."""
     os.environ["MEGATRON_EE_CACHE"] = str(cache)
     options: dict[str, Any] = {"sequence_length": 32, "sequences": 7, "dtype": "float32", "thresholds": THRESHOLDS}
-    return evaluate(
-        model=path, adapter=adapter, data=corpus, batch_size=2, tensor=tensor, pipeline=pipeline, **options
-    ).to_dict()
+    found = evaluate(
+        model=path, adapter=adapter, data=corpus, batch_size=2, tensor=tensor, pipeline=pipeline, speed=True, **options
+    )
+    assert [each.mode for each in found.speed] == ["full", "threshold", "speculative"]
+    assert all(each.speedup > 0 for each in found.speed) and found.speed[2].agreement == 1.0
+    return {**found.to_dict(), "equal": [each.agreement for each in found.speed]}
 
 
 def test_evaluate_over_ranks_equals_one_process(project: Project, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_ee.evaluation.forecast import (
     Records,
     best_speculative,
     best_threshold,
+    calibrated,
     grow,
     speculative_forecast,
     threshold_forecast,
@@ -62,6 +63,16 @@ def test_threshold_mode_by_hand() -> None:
     assert nothing.seconds == pytest.approx(12 + 2.5) and nothing.agreement == 1.0 and nothing.early == 0.0
 
 
+def test_a_gate_saves_the_head_of_a_token_that_stays() -> None:
+    taken = records((4,), [[0.9, 0.9, 0.1, 0.95]], [[1, 0, 1, 1]])
+    found = threshold_forecast(taken, TIMES, [4], 0.9, gated=True)
+    # As by hand above, but each token runs one head, here or at the end.
+    assert found.seconds == pytest.approx((4 * 4 + 4 * 0.5 + 6 + 4 * 2) / 4)
+    assert found.gated and (found.agreement, found.early) == (0.75, 0.75)
+    stays = threshold_forecast(taken, TIMES, [4], 1.01, gated=True)
+    assert stays.seconds == pytest.approx(12 + 0.5)
+
+
 def test_the_mlp_that_a_body_replaces_is_not_run_twice() -> None:
     taken = records((4,), [[0.9, 0.1]], [[1, 1]])
     skipped = DecodeTimes(10, TIMES.layer, TIMES.head, TIMES.body, skipped=True)
@@ -86,7 +97,9 @@ def test_speculative_mode_by_hand() -> None:
     assert found.agreement == 1.0 and found.draft_length == 2
 
 
-def replayed(taken: Records, times: DecodeTimes, exits: list[int], threshold: float) -> tuple[float, float]:
+def replayed(
+    taken: Records, times: DecodeTimes, exits: list[int], threshold: float, gated: bool
+) -> tuple[float, float]:
     """Seconds per token and agreement of threshold mode, token by token."""
     waiting = [0] * len(exits)
     depths = [*map(times.depth, exits), times.num_layers]
@@ -102,8 +115,9 @@ def replayed(taken: Records, times: DecodeTimes, exits: list[int], threshold: fl
             before = depths[place]
             row = taken.layers.index(layer)
             if not forced:
-                seconds += times.asked()
+                seconds += times.body[1] + (0.0 if gated else times.head[1])
                 if taken.confidence[row, token] >= np.float32(threshold):
+                    seconds += times.head[1] if gated else 0.0
                     waiting[place] += tokens
                     early, equal = early + 1, equal + int(taken.agrees[row, token])
                     break
@@ -120,10 +134,11 @@ def confident(taken: Records, exits: list[int], threshold: float, token: int) ->
 
 @pytest.mark.parametrize("exits", [[2], [9], [2, 6], [4, 6, 9]])
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.8])
-def test_threshold_mode_equals_a_replay(exits: list[int], threshold: float) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_threshold_mode_equals_a_replay(exits: list[int], threshold: float, gated: bool) -> None:
     taken = random_records((2, 4, 6, 9), 400, seed=1)
-    found = threshold_forecast(taken, RISING, exits, threshold)
-    assert (found.seconds, found.agreement) == pytest.approx(replayed(taken, RISING, exits, threshold))
+    found = threshold_forecast(taken, RISING, exits, threshold, gated=gated)
+    assert (found.seconds, found.agreement) == pytest.approx(replayed(taken, RISING, exits, threshold, gated))
 
 
 @pytest.mark.parametrize("length", [1, 3, 7])
@@ -151,6 +166,15 @@ def test_the_best_set_is_the_best_of_all(seed: int) -> None:
         best = max(each.speedup for each in all_ if each.agreement >= agreement)
         assert found.speedup == pytest.approx(max(best, 1.0)) and found.agreement >= agreement
         assert found.speedup > 1 or agreement == 0.97
+
+
+def test_calibrated_confidence_is_the_share_that_agrees() -> None:
+    taken = random_records((2, 9), 400, seed=3)
+    found = calibrated(taken)
+    assert found.confidence.mean(axis=1) == pytest.approx(taken.agrees.mean(axis=1))
+    order = np.argsort(taken.confidence[1])
+    assert found.confidence[1][order[:20]] == pytest.approx(taken.agrees[1][order[:20]].mean())
+    assert calibrated(records((2,), [[0.4]], [[1]])).confidence.tolist() == [[1.0]]
 
 
 def test_exits_that_never_agree_lose_to_full_mode() -> None:

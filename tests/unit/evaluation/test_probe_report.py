@@ -22,7 +22,12 @@ SLOW = dataclasses.replace(SPECULATIVE, speedup=0.9)
 
 
 def probe(
-    speculative: Forecast, threshold: tuple[Forecast, ...], *, head: float = 2.0, agreement: float = 0.8
+    speculative: Forecast,
+    threshold: tuple[Forecast, ...],
+    *,
+    gate: tuple[Forecast, ...] = (),
+    head: float = 2.0,
+    agreement: float = 0.8,
 ) -> Probe:
     times = DecodeTimes(10, layer={1: 1e-3}, head={1: head * 1e-3}, body={1: 5e-4}, skipped=True)
     layers = tuple(LayerFigures(layer, agreement, 3.0, 0.4, 0.2, None if layer == 3 else 0.9) for layer in (3, 7, 9))
@@ -32,24 +37,40 @@ def probe(
         "data",
         "float32",
         50_000,
+        (1, 2, 1),
         work,
         2.0,
         layers,
         times,
         dict(zip(AGREEMENTS, threshold, strict=True)),
+        dict(zip(AGREEMENTS, gate, strict=False)),
         speculative,
+        (),
     )
 
 
 def test_exits_that_pay_are_a_configuration() -> None:
     faster = Forecast((7, 9), 0.96, 0.008, 1.5, early=0.6, threshold=0.8)
     found = probe(SPECULATIVE, (FULL, faster, faster))
-    assert recommended(found) == (3, 7, 9)
+    assert recommended(found) == dict.fromkeys((3, 7, 9), False)
     read = yaml.safe_load(yaml_block(recommended(found)))["exits"]
     specs = resolve_exits([ExitConfig(**each) for each in read], 10)
-    assert [(spec.layer, spec.body, spec.head) for spec in specs] == [(k, "mlp", "shared") for k in (3, 7, 9)]
+    assert [(s.layer, s.body, s.head, s.gate) for s in specs] == [(k, "mlp", "shared", False) for k in (3, 7, 9)]
     assert "1.20 times" in judgement(found) and "1.50 times" in judgement(found)
-    assert recommended(probe(SLOW, (FULL, FULL, faster))) == (7, 9)  # less agreement, if nothing better pays
+    # Less agreement, if nothing better pays.
+    assert list(recommended(probe(SLOW, (FULL, FULL, faster)))) == [7, 9]
+
+
+def test_gates_are_recommended_where_they_pay() -> None:
+    by_heads = Forecast((7,), 0.96, 0.009, 1.3, early=0.5, threshold=0.8)
+    by_gates = Forecast((5, 7), 0.95, 0.008, 1.4, early=0.5, threshold=0.7, gated=True)
+    found = probe(SPECULATIVE, (FULL, by_heads, by_heads), gate=(FULL, by_gates, by_gates))
+    assert recommended(found) == {3: False, 5: True, 7: True}
+    assert "policy gate at 1.40 times" in judgement(found)
+    read = yaml.safe_load(yaml_block(recommended(found)))["exits"]
+    assert [spec.gate for spec in resolve_exits([ExitConfig(**each) for each in read], 10)] == [False, True, True]
+    hardly = dataclasses.replace(by_gates, speedup=1.31)
+    assert recommended(probe(SLOW, (FULL, by_heads, FULL), gate=(FULL, hardly, FULL))) == {7: False}
 
 
 @pytest.mark.parametrize(
@@ -65,20 +86,21 @@ def test_it_says_that_exits_will_not_pay(
     assert reason in said or (reason == "asked" and "Asking an exit takes as long as 2.5" in said)
     print_probe(found)
     out = capsys.readouterr().out
-    assert "exits:" not in out and said in out and "none (full mode)" in out
+    assert "exits:" not in out and said in out and "none (full mode)" in out and "tensor 1 x pipeline 2" in out
 
 
 def test_norm_exits_cannot_tell_that_exits_do_not_pay() -> None:
     found = probe(SLOW, (FULL, FULL, FULL))
     found = dataclasses.replace(found, work=dataclasses.replace(found.work, body="norm"))
-    assert judgement(found).startswith("It cannot be told") and recommended(found) == ()
+    assert judgement(found).startswith("It cannot be told") and not recommended(found)
 
 
 def test_json() -> None:
     found = json.loads(json.dumps(probe_dict(probe(SPECULATIVE, (FULL, FULL, FULL)))))
     assert found["milliseconds"] == {"layer": {"1": 1.0}, "head": {"1": 2.0}, "body": {"1": 0.5}}
     assert [each["at_least"] for each in found["threshold"]] == [0.99, 0.95, 0.9]
-    assert found["exits"] == [{"layer": 3, "body": "mlp", "head": "shared"}]
+    assert found["exits"] == [{"layer": 3, "body": "mlp", "head": "shared", "gate": False}]
+    assert found["gate"] == found["shapes"] == [] and found["parallel"]["pipeline"] == 2
     assert found["layers"][0] == {
         "layer": 3,
         "agreement": 0.8,
@@ -90,7 +112,7 @@ def test_json() -> None:
 
 
 def test_work_that_fits() -> None:
-    pace = Pace(forward=1e-3, fit=1e-4, measure=1e-3, solve=1.0)
+    pace = Pace(forward=1e-3, fit=1e-4, measure=1e-3, solve=1.0, gate=1e-4)
     rich = choose_work(pace, 1e6, 32, 1000, 1_000_000, 99, 100)
     assert (rich.layers, rich.body, rich.fitted, rich.held_out) == (tuple(range(1, 32)), "mlp", 16_000, 4096)
     assert rich.seconds == pytest.approx(20.096 + 31 * (1.6 + 4.096 + 0.4 + 1))
