@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import convert, decode, pipeline, tune
+from benchmarks import convert, decode, exits, pipeline, tune
 from benchmarks.models import exit_layers, save_model
 
 
@@ -102,3 +102,35 @@ def test_prompts_lie_apart() -> None:
     groups = decode.prompt_groups(range(100), rows=2, least=3, length=10)
     assert [[prompt[0] for prompt in group] for group in groups] == [[0, 22], [44, 66]]
     assert all(len(prompt) == 10 for group in groups for prompt in group)
+
+
+@pytest.mark.slow
+def test_exits(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copies and fits, with gates; the second time nothing is tuned again."""
+    for name, value in project.environment().items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "def main():"}\n{"prompt": "import "}\n')
+    files = ("--model", project.model, "--train", project.train, "--validation", project.held_out)
+    files += ("--output", tmp_path / "runs", "--json", tmp_path / "found.json")
+    settings = ("--layers", 1, 3, "--steps", 2, "--interval", 1, "--sequence-length", 32, "--validation-sequences", 4)
+    gates = ("--gate-prompts", tmp_path / "prompts.jsonl", "--gate-tokens", 4)
+    arguments = [str(each) for each in (*files, *settings, *gates, "--fit.tokens", 512)]
+    assert exits.main(arguments) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    keys = ("init", "layer", "tokens_seen")
+    assert {tuple(row[key] for key in keys) for row in found["rows"]} == {
+        (init, layer, seen) for init in ("copy", "fit") for layer in (1, 3) for seen in (0, 128, 256)
+    }
+    assert all(0 <= row["agreement"] <= 1 and math.isfinite(row["loss"]) for row in found["rows"])
+    fitted = {(row["init"], row["layer"]): row["loss"] for row in found["rows"] if row["tokens_seen"] == 0}
+    assert fitted["fit", 1] < fitted["copy", 1]
+    assert {row["policy"] for row in found["gates"]} == set(exits.POLICIES)
+    assert all(row["agreement"] == 1 for row in found["gates"] if row["early"] == 0)
+    capsys.readouterr()
+    tuned = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/adapter/exits.json")}
+    assert len(tuned) == 2 and exits.main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in tuned} == tuned
+    printed = capsys.readouterr()
+    assert "Agreement with the final exit, and loss" in printed.out and "tuning" not in printed.err
