@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.adapter import Adapter, check_same_kind, named_tensor
+from megatron_ee.checkpoint.packing import pack_layers
 from megatron_ee.checkpoint.saved_model import SavedModel
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
@@ -37,7 +38,9 @@ def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None
 
 
 def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None] | None = None) -> None:
-    """Read the backbone of ``stage``, and the stage's shared head, from a saved model. Slots are filled on demand.
+    """Read the backbone of ``stage``, and the stage's shared head, from a saved model.
+
+    With slots, quantised layers are read packed, and others when they are reached.
 
     Args:
         stage: allocated, with undefined values.
@@ -48,7 +51,9 @@ def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None
         CheckpointError: a file cannot be read.
     """
     fill(_loaded(stage), model, stage.setup, advance)
-    if stage.backbone.slots is not None:
+    if stage.backbone.slots is not None and model.quantised:
+        pack_layers(stage.backbone, model, advance)
+    elif stage.backbone.slots is not None:
 
         def fill_slot(number: int, slot: Slot) -> None:
             fill(layer_sources(model.architecture, number, slot.tensors), model, stage.setup)
@@ -58,7 +63,9 @@ def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None
 
 def backbone_bytes(stage: Stage) -> int:
     """Number of bytes that ``load_backbone`` reads, in the stage's dtype."""
-    return sum(parameter.numel() * parameter.element_size() for parameter, _ in _loaded(stage))
+    slots, layers = stage.backbone.slots, len(stage.backbone.layers)
+    shared = 0 if slots is None else layers * slots.slots[0].memory.nbytes
+    return shared + sum(parameter.numel() * parameter.element_size() for parameter, _ in _loaded(stage))
 
 
 def _loaded(stage: Stage) -> Iterator[tuple[Tensor, Source]]:

@@ -10,6 +10,7 @@ from megatron_ee.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
 MODEL_DTYPES = ("auto", *DTYPES)
+WEIGHTS = ("packed", "expanded")
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.commands import MODEL_DTYPES, at_least
+from megatron_ee.commands import MODEL_DTYPES, WEIGHTS, at_least
 from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ def add_model(group: Any, *, adapter: str | None = None) -> None:
         choices=MODEL_DTYPES,
         default="auto",
         help="dtype of the model (default: auto, the checkpoint's own; bfloat16 for float16)",
+    )
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        default="packed",
+        help="how a quantised model's weights are held in memory (default: packed; expanded is faster, and larger)",
     )
     add("--no-verify", action="store_true", help="do not check checksums")
 
@@ -113,6 +119,7 @@ def engine_options(arguments: argparse.Namespace, released: Released, **others: 
 
     options = EngineOptions(
         dtype=arguments.dtype,
+        weights=arguments.weights,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         kv_memory=arguments.kv_memory,

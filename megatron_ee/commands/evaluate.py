@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         sequences=arguments.sequences,
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
+        weights=arguments.weights,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         verify=not arguments.no_verify,

@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
+        weights=arguments.weights,
         verify=not arguments.no_verify,
         shapes=shapes,
     )

@@ -11,6 +11,7 @@ from typing import Literal
 Body = Literal["embedding", "norm", "mlp", "layer"]
 Head = Literal["own", "shared", "low_rank"]
 Init = Literal["auto", "fit", "copy", "random"]
+Weights = Literal["packed", "expanded"]
 
 
 @dataclass
@@ -21,10 +22,13 @@ class ModelConfig:
         path: Hugging Face directory with ``config.json`` and safetensors.
         dtype: dtype of the backbone and the exits. ``auto`` is the checkpoint's own dtype (bfloat16 for float16).
             Trained weights are updated in float32 in any case.
+        weights: how a quantised model's weights are held. ``packed`` keeps them as small as in the files, and expands a
+            layer when it is reached; ``expanded`` expands them as they are loaded. Results are the same.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Weights = "packed"
 
 
 @dataclass

@@ -14,10 +14,11 @@ from megatron_ee import platform
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
+from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
 from megatron_ee.config.check import check_ranks
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import ValidationConfig
+from megatron_ee.config.schema import ValidationConfig, Weights
 from megatron_ee.data.checks import check_tokenizer
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
@@ -94,6 +95,7 @@ def evaluate(
     verify: bool = True,
     speed: bool = False,
     gate_threshold: float | None = None,
+    weights: Weights = "packed",
 ) -> Evaluation:
     """Measure the final exit, and the exits of ``adapter``, on a corpus. Every rank calls this and gets the result.
 
@@ -111,6 +113,7 @@ def evaluate(
         verify: check checksums, if the files have any.
         speed: measure the speed of each mode too, with the lowest threshold that agrees often enough.
         gate_threshold: for it, the threshold of policy ``gate``; None leaves this policy out.
+        weights: how a quantised model's weights are held.
 
     Raises:
         ConfigError: the sequence is longer than the model's positions, the ranks do not fit the model, or there are no
@@ -130,7 +133,8 @@ def evaluate(
         say_limits(saved)
         with model_groups(control, tensor, pipeline) as groups, _watched(groups):
             _check_adapter(subject, groups)
-            setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)
+            slots = packed_slots(saved, weights)
+            setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups, slots=slots)
             layout = even_layout(saved.architecture.num_layers, pipeline, [spec.layer for spec in subject.exits])
             stage = build_stage(setup, layout, subject.exits, final_exit=True)
             groups.together(lambda: fill_stage(stage, saved, subject.adapter))

@@ -20,10 +20,11 @@ import numpy as np
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.initialise import initialise_exit
+from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
 from megatron_ee.config.check import check_ranks
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import FitConfig
+from megatron_ee.config.schema import FitConfig, Weights
 from megatron_ee.data.loader import Batch
 from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.decode_times import measure_decode
@@ -125,6 +126,7 @@ def probe(
     data: str | Path,
     budget_minutes: float = 5.0,
     dtype: str = "auto",
+    weights: Weights = "packed",
     tensor: int = 1,
     pipeline: int = 1,
     verify: bool = True,
@@ -138,6 +140,7 @@ def probe(
             first rank reads it.
         budget_minutes: time to take, after loading the model.
         dtype: dtype of the model; ``auto`` is the checkpoint's own.
+        weights: how a quantised model's weights are held.
         tensor: tensor-parallel size.
         pipeline: number of pipeline stages. The other ranks are used for data parallelism.
         verify: check checksums, if the files have any.
@@ -159,7 +162,8 @@ def probe(
             watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}"),
             open_text(Path(data), saved, groups) as text,
         ):
-            setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups)
+            slots = packed_slots(saved, weights)
+            setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups, slots=slots)
             found = _run(FullModel(setup, saved, Interrupt()), text, 60 * budget_minutes, shapes)
             return groups.from_first(lambda: _result(str(model), str(data), dtype, setup, found))
 

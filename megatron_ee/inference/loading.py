@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.loading import fill_stage
+from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.saved_model import choose_dtype, say_limits
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import Weights
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import UserError
 from megatron_ee.exits.registry import body_of
@@ -80,7 +82,7 @@ def open_engine(released: Released, options: EngineOptions = DEFAULTS) -> Iterat
         watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}"),
     ):
         layout = even_layout(released.model.architecture.num_layers, options.pipeline)
-        stage = load_stage(released, loaded, layout, dtype, groups, options.candidates)
+        stage = load_stage(released, loaded, layout, dtype, groups, options.candidates, options.weights)
         with engine_on_ranks(
             stage, layout, loaded, options, tokenizer=released.tokenizer, eos=released.eos, off=off
         ) as engine:
@@ -94,11 +96,13 @@ def load_stage(
     dtype: str,
     groups: Groups,
     candidates: Sequence[int] | None = None,
+    weights: Weights = "packed",
 ) -> Stage:
-    """Load this rank's layers of the backbone and the exits on them; ``candidates`` as in ``EngineOptions``."""
+    """Load this rank's layers of the backbone and the exits on them; ``candidates`` and ``weights`` as in
+    ``EngineOptions``."""
     index, arch = groups.pipeline.rank(), released.model.architecture
     layers = layout.stages[index].layers
-    setup = build_setup(arch, platform.DTYPES[dtype], groups)
+    setup = build_setup(arch, platform.DTYPES[dtype], groups, slots=packed_slots(released.model, weights))
     specs = [spec for spec in exits if spec.layer in layers]
     stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
     groups.together(lambda: fill_stage(stage, released.model, released.adapter))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_pipeline, check_tensor
+from megatron_ee.config.schema import Weights
 from megatron_ee.config.validation import Strict
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.compiled import check_compiler
@@ -19,6 +21,7 @@ class EngineOptions(Strict):
 
     Attributes:
         dtype: dtype of the model and the KV cache; ``auto`` for the checkpoint's.
+        weights: how a quantised model's weights are held, see ``ModelConfig``.
         tensor: tensor-parallel size.
         pipeline: number of pipeline stages.
         exits: layers of the exits to load; None for all. Other exits cost no memory or time, and requests that name
@@ -36,6 +39,7 @@ class EngineOptions(Strict):
     """
 
     dtype: str = "auto"
+    weights: Weights = "packed"
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
     exits: Layers | None = None
@@ -55,6 +59,10 @@ class EngineOptions(Strict):
         check_parallel(arch, self.tensor, self.pipeline, world_size())
         if self.compile:
             check_compiler(arch, self.tensor)
+            if packed_slots(released.model, self.weights):
+                raise ConfigError(
+                    "weights: compile needs those of all layers in memory; use expanded, or do not compile"
+                )
         known = [spec.layer for spec in released.exits]
         for layer in self.exits or ():
             if layer not in known:

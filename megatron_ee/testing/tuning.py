@@ -14,10 +14,11 @@ import torch.distributed as dist
 from megatron_ee import platform
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_backbone
+from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import LossConfig, OptimizerConfig, ScheduleConfig
+from megatron_ee.config.schema import LossConfig, OptimizerConfig, ScheduleConfig, Weights
 from megatron_ee.data.loader import Batch, Sample
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
@@ -65,6 +66,7 @@ class Case:
     decay_towards: str = "zero"
     dtype: str = "float32"
     micro_batch_size: int = 1
+    weights: Weights = "packed"
 
     @property
     def layout(self) -> Layout:
@@ -147,7 +149,9 @@ def _tune_case(
 def prepare(model_path: Path, case: Case, groups: Groups) -> tuple[Pipeline, ExitOptimizer]:
     """This rank's stage with its exits initialised, and their optimizer."""
     model, distillation = open_model(model_path), case.loss.distillation
-    setup = build_setup(model.architecture, platform.DTYPES[case.dtype], groups, sequence_parallel=case.sequence)
+    slots = packed_slots(model, case.weights)
+    dtype = platform.DTYPES[case.dtype]
+    setup = build_setup(model.architecture, dtype, groups, sequence_parallel=case.sequence, slots=slots)
     stage = build_stage(setup, case.layout, case.specs, final_exit=distillation.kl > 0)
     load_backbone(stage, model)
     for exit_ in stage.exits:

@@ -25,6 +25,7 @@ from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.loading import load_exits
 from megatron_ee.checkpoint.ownership import claim_output
+from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
 from megatron_ee.checkpoint.store import Checkpoint
@@ -224,7 +225,8 @@ def _prepare(
     if inputs.adapter is not None:
         check_backbone(inputs.adapter, digest, config.model.path)
     dtype, distillation = platform.DTYPES[config.model.dtype], config.loss.distillation
-    setup = build_setup(model.architecture, dtype, groups, sequence_parallel=config.parallel.sequence)
+    slots = packed_slots(model, config.model.weights)
+    setup = build_setup(model.architecture, dtype, groups, sequence_parallel=config.parallel.sequence, slots=slots)
     _show_plan(config, inputs, groups)
     full = FullModel(setup, model, interrupt)
     validate, adapter = _with_all_layers(config, inputs, full, output, resume, description, make_validator)
