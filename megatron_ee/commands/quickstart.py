@@ -9,29 +9,35 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ee.commands import MODEL_DTYPES, Parser, at_least
 from megatron_ee.errors import DataError
 from megatron_ee.tuning.interrupt import watch_signals
 
+if TYPE_CHECKING:
+    from megatron_ee.model.quality import Quality
+
 DESCRIPTION = """Run the other commands in turn and show each: let the model answer prompts, prepare data, probe, fit
 and tune exits, evaluate, generate. examples/quickstart/run.sh first fetches a small model, if you have none."""
-POSITIONS = (0.33, 0.53, 0.73)  # of 30 layers: after 10, 16 and 22
+EXITS = [{"layer": depth, "body": "mlp", "head": "shared"} for depth in (0.33, 0.53, 0.73)]  # of 30: 10, 16 and 22
 ANSWER_TOKENS = 64
 NUM_SEQS = 32
 SEQUENCES = 120
 STEPS = 20
 PROBE_MINUTES = 2
 AGREEMENT = 0.995
-PROMPTS = 4
+PROMPTS = 2
 MADE = {
     "model": "the model, from its GGUF file",
     "answers.jsonl": "its answers to the prompts",
-    "tuning/adapter": "the tuned exits",
+    "probe/probe.json": "the forecast before tuning",
+    "copied": "the exits as copied, before the fit",
     "tuning/adapter-initial": "the exits as fitted, before tuning",
+    "tuning/adapter-best": "the tuned exits with the lowest loss on held-out text",
+    "tuning/adapter": "the exits after the last step",
     "tune.yaml": "the tuning configuration",
-    "evaluation/evaluation.json": "quality per exit and threshold",
+    "evaluation/evaluation.json": "quality per exit and threshold, and speed",
     "evaluation/evaluation.png": "the same as a plot",
     "evaluation/reliability.png": "confidence against accuracy, per exit",
     "training.png": "loss per exit while tuning",
@@ -84,9 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     if base.is_dir():
         open_model(base)  # a model that is not supported is refused before anything is written
     claim_output(out, "quickstart", "--out")
-    tuning = out / "tuning"
+    tuning, copied = out / "tuning", out / "copied"
     check_output(tuning, "tune", "--out")
-    for directory in (tuning, out / "model"):
+    for directory in (tuning, copied, out / "model"):
         if directory.exists():
             shutil.rmtree(directory)  # an earlier quickstart's; these commands never overwrite
 
@@ -112,14 +118,18 @@ def run(arguments: argparse.Namespace) -> int:
         prepared = ("--input", part, "--tokenizer", base, "--output", part.with_suffix(""))
         _command("prepare-data", *prepared, *chat, "--overwrite")
     train = out / "data" / "train"
-    _command("probe", "--model", base, "--dtype", dtype, "--data", train, "--budget", PROBE_MINUTES)
+    probed = ("--budget", PROBE_MINUTES, "--output", out / "probe")
+    _command("probe", "--model", base, "--dtype", dtype, "--data", train, *probed)
     with watch_signals() as interrupt:
         _command("tune", "--config", _write_config(out, base, dtype, length, arguments.steps), "--output", tuning)
     if interrupt.name is not None:
         signal.raise_signal(signal.Signals[interrupt.name])  # tune has saved and ended normally; end quickstart too
-    exits = ("--model", base, "--adapter", tuning / "adapter", "--dtype", dtype)
+    best = tuning / "adapter-best"
+    adapter = best if best.exists() else tuning / "adapter"
+    exits = ("--model", base, "--adapter", adapter, "--dtype", dtype)
     held_out = ("--data", out / "data" / "held_out", "--sequence-length", length, "--sequences", SEQUENCES)
-    _command("evaluate", *exits, *held_out, "--output", out / "evaluation")
+    compared = ("--speed", "--probe", out / "probe" / "probe.json")
+    _command("evaluate", *exits, *held_out, *compared, "--output", out / "evaluation")
     if arguments.prompt:
         texts = [arguments.prompt]
     else:
@@ -129,8 +139,11 @@ def run(arguments: argparse.Namespace) -> int:
     shown = ("--max-tokens", ANSWER_TOKENS, "--threshold", threshold, "--compare")
     _command("generate", *exits, *prompts, *chat, *shown)
 
+    as_copied = json.dumps([{**exit_, "init": "copy"} for exit_ in EXITS])
+    _command("convert", "--input", base, "--output", copied, "--to", "adapter", "--exits", as_copied)
+    copies = _quality(base, copied, out / "data" / "held_out", length, dtype)
     digests = {"backbone_sha256_before": before, "backbone_sha256_after": model.digest(fresh=True)}
-    _report(out, digests, time.time() - started)
+    _report(out, adapter, copies, digests, time.time() - started)
     return 0
 
 
@@ -178,7 +191,7 @@ def _write_config(out: Path, base: Path, dtype: str, length: int, steps: int) ->
     """Write the configuration of the tuning run, as a starting point for the user's own."""
     config: dict[str, Any] = {
         "model": {"path": str(base), "dtype": dtype},
-        "exits": [{"layer": position, "body": "mlp", "head": "shared"} for position in POSITIONS],
+        "exits": EXITS,
         "data": {
             "train": [str(out / "data" / "train")],
             "validation": [str(out / "data" / "held_out")],
@@ -222,25 +235,36 @@ def _threshold(evaluation: Path) -> float:
     return min(good, default=max(point["threshold"] for point in sweep))
 
 
-def _report(out: Path, digests: dict[str, str], seconds: float) -> None:
-    """Report what tuning changed, as a table, as ``report.json`` and as loss curves, and list all results."""
+def _quality(base: Path, adapter: Path, data: Path, length: int, dtype: str) -> Quality:
+    """The quality of some exits on the held-out text."""
+    from megatron_ee.evaluation.evaluate import evaluate
+
+    settings = {"sequence_length": length, "sequences": SEQUENCES, "dtype": dtype, "thresholds": ()}
+    return evaluate(model=base, adapter=adapter, data=data, **settings).quality  # type: ignore[arg-type]
+
+
+def _report(out: Path, adapter: Path, copied: Quality, digests: dict[str, str], seconds: float) -> None:
+    """Report what fit and tuning changed, as a table, as ``report.json`` and as loss curves, and list all results."""
     from megatron_ee.config.exits import ExitSpec
     from megatron_ee.evaluation.plots import plot_training
     from megatron_ee.evaluation.report import comparison_dict, print_comparison
     from megatron_ee.model.quality import Quality
 
     tuning = out / "tuning"
-    described = json.loads((tuning / "adapter" / "exits.json").read_text(encoding="utf-8"))
+    described = json.loads((adapter / "exits.json").read_text(encoding="utf-8"))
     exits = [ExitSpec(**fields) for fields in described["exits"]]
     files = (tuning / "validation" / "step-0.json", out / "evaluation" / "evaluation.json")
     initial, tuned = (Quality.from_dict(json.loads(file.read_text(encoding="utf-8"))) for file in files)
-    report = {**comparison_dict(initial, tuned, exits), **digests, "seconds": round(seconds, 1)}
+    evaluated = {"adapter": str(adapter), "steps": described["steps"]}
+    report = {**comparison_dict(initial, tuned, exits, copied), **evaluated, **digests, "seconds": round(seconds, 1)}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     plot_training(tuning / "log.jsonl", out / "training.png")
     print()
-    print_comparison(initial, tuned, exits)
+    print_comparison(initial, tuned, exits, copied)
+    kept = "with the lowest loss on held-out text" if adapter.name == "adapter-best" else "after the last step"
+    print(f"\ntuned exits: {adapter}, those {kept} (step {described['steps']})")
     same = digests["backbone_sha256_before"] == digests["backbone_sha256_after"]
-    print(f"\nbackbone {'unchanged' if same else 'CHANGED'}, sha256 {digests['backbone_sha256_after'][:16]}...")
+    print(f"backbone {'unchanged' if same else 'CHANGED'}, sha256 {digests['backbone_sha256_after'][:16]}...")
     print(f"{seconds:.0f} s in all. Made:")
     for name, what in MADE.items():
         if (out / name).exists():

@@ -54,16 +54,22 @@ def write_quality(
         raise CheckpointError(f"{path}.json: cannot be written: {error.strerror}") from None
 
 
-def comparison_dict(initial: Quality, tuned: Quality, exits: Sequence[ExitSpec]) -> dict[str, Any]:
-    """``final_loss``, and per exit its loss, agreement and accuracy before and after tuning, as a dict."""
-    before, after = report_dict(initial, exits), report_dict(tuned, exits)
+def comparison_dict(
+    initial: Quality, tuned: Quality, exits: Sequence[ExitSpec], copied: Quality | None = None
+) -> dict[str, Any]:
+    """``final_loss``, and per exit its loss, agreement and accuracy before and after tuning, as a dict.
+
+    ``copied``: quality of the exits with copied weights, before the fit, if there was one.
+    """
+    stages = {"copied": copied, "initial": initial, "tuned": tuned}
+    reports = {name: report_dict(quality, exits) for name, quality in stages.items() if quality is not None}
     rows = []
-    for old, new in zip(before["exits"], after["exits"], strict=True):
+    for place, new in enumerate(reports["tuned"]["exits"]):
         row = {key: new[key] for key in ("layer", "body", "head")}
         for key in ("loss", "agreement", "accuracy"):
-            row |= {f"{key}_initial": old[key], f"{key}_tuned": new[key]}
+            row |= {f"{key}_{name}": report["exits"][place][key] for name, report in reports.items()}
         rows.append(row)
-    return {"final_loss": after["final_loss"], "exits": rows}
+    return {"final_loss": reports["tuned"]["final_loss"], "exits": rows}
 
 
 def print_quality(
@@ -100,36 +106,43 @@ def print_quality(
 
 
 def print_comparison(
-    initial: Quality, tuned: Quality, exits: Sequence[ExitSpec], console: Console | None = None
+    initial: Quality,
+    tuned: Quality,
+    exits: Sequence[ExitSpec],
+    copied: Quality | None = None,
+    console: Console | None = None,
 ) -> None:
     """Print the quality of each exit before and after tuning.
 
+    Args:
+        initial: before.
+        tuned: after.
+        exits: the exits, in the same order.
+        copied: as for ``comparison_dict``; it takes the place of accuracy, so that a line fits on a terminal.
+        console: print to this console, not to stdout.
+
     Raises:
-        ValueError: ``exits`` do not match ``initial`` and ``tuned``.
+        ValueError: ``exits`` do not match one of the others.
     """
-    _check(initial, exits)
-    _check(tuned, exits)
+    stages = [quality for quality in (copied, initial, tuned) if quality is not None]
+    for quality in stages:
+        _check(quality, exits)
     console = console or make_console()
-    table = new_table(f"Exits before and after tuning ({tuned.tokens:,} held-out tokens)", console)
+    title = "Exits before and after tuning" if copied is None else "Exits as copied, as fitted, and tuned"
+    table = new_table(f"{title} ({tuned.tokens:,} held-out tokens)", console)
     add_columns(table, "after layer", "exit", words=True)
-    for name in ("loss", "agreement", "accuracy"):
+    names = ("loss", "agreement", "accuracy") if copied is None else ("loss", "agreement")
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for spec, old, new in zip(exits, initial.exits, tuned.exits, strict=True):
-        table.add_row(
-            str(spec.layer),
-            _label(spec),
-            f"{_number(old.loss)} -> {_number(new.loss)}",
-            f"{_percent(old.agreement)} -> {_percent(new.agreement)}",
-            f"{_percent(old.accuracy)} -> {_percent(new.accuracy)}",
+    for spec, *each in zip(exits, *(quality.exits for quality in stages), strict=True):
+        cells = (
+            [_number(exit_.loss) for exit_ in each],
+            [_percent(exit_.agreement) for exit_ in each],
+            [_percent(exit_.accuracy) for exit_ in each],
         )
-    table.add_row(
-        str(tuned.num_layers),
-        "final",
-        _number(tuned.final_loss),
-        _percent(1.0),
-        _percent(tuned.final_accuracy),
-        style="dim",
-    )
+        table.add_row(str(spec.layer), _label(spec), *map(" -> ".join, cells[: len(names)]))
+    final = (_number(tuned.final_loss), _percent(1.0), _percent(tuned.final_accuracy))
+    table.add_row(str(tuned.num_layers), "final", *final[: len(names)], style="dim")
     console.print(table)
 
 

@@ -57,6 +57,10 @@ def check_report(out: Path, printed: str) -> None:
     assert len(report["exits"]) == 3 and "backbone unchanged" in printed
     listed = [line.split()[0] for line in printed.partition(" s in all. Made:\n")[2].splitlines()]
     assert all(Path(path).exists() for path in listed) and str(out / "tuning" / "adapter") in listed
+    assert f"tuned exits: {report['adapter']}, those " in printed and "Exits as copied, as fitted, and tuned" in printed
+    agreements = {"agreement_copied", "agreement_initial", "agreement_tuned"}
+    assert all(entry.keys() >= agreements for entry in report["exits"])
+    assert "forecast, probe" in printed
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -72,7 +76,7 @@ def test_own_answers(
     shown = capsys.readouterr().out
     commands = [line.split()[2] for line in shown.splitlines() if line.startswith("$ megatron-ee")]
     prepared = ["convert", "regenerate", "prepare-data", "prepare-data"]
-    assert commands == [*prepared, "probe", "tune", "evaluate", "generate"]
+    assert commands == [*prepared, "probe", "tune", "evaluate", "generate", "convert"]
     check_report(out, shown)
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     parts = [(out / "data" / f"{part}.jsonl").read_text().splitlines() for part in ("train", "held_out")]
@@ -105,7 +109,7 @@ def test_given_text(
     shown = capsys.readouterr()
     check_report(out, shown.out)
     assert "model.dtype" not in shown.err
-    assert shown.out.count("$ megatron-ee") == 6
+    assert shown.out.count("$ megatron-ee") == 7
     if instructions:  # again, in the place of the first
         assert main(["quickstart", *map(str, given)]) == 0
 
@@ -121,7 +125,7 @@ def test_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     check_report(tmp_path / "out", capsys.readouterr().out)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     first, _, last = (entry["agreement_tuned"] for entry in report["exits"])
-    assert 0.2 < first < last
+    assert report["exits"][0]["agreement_copied"] < 0.1 and 0.2 < first < last
 
 
 def test_too_little_to_hold_out_a_part(project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

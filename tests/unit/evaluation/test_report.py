@@ -98,7 +98,9 @@ def test_comparison_dict() -> None:
     assert data["final_loss"] == 2.0
     first = data["exits"][0]
     assert (first["layer"], first["body"], first["loss_initial"], first["loss_tuned"]) == (2, "mlp", 3.5, 3.0)
-    assert (first["agreement_initial"], first["agreement_tuned"]) == (0.5, 0.5)
+    assert (first["agreement_initial"], first["agreement_tuned"]) == (0.5, 0.5) and "loss_copied" not in first
+    with_copies = comparison_dict(quality(3.5), quality(3.0), EXITS, quality(9.0))["exits"][0]
+    assert [with_copies[f"loss_{name}"] for name in ("copied", "initial", "tuned")] == [9.0, 3.5, 3.0]
 
 
 def test_plain_tables_are_words_and_numbers_only() -> None:
@@ -129,6 +131,7 @@ def test_on_a_terminal_of_80_columns_nothing_is_cut() -> None:
     console = Console(file=file, force_terminal=True, width=80, color_system=None)
     print_quality(with_acceptance(quality(), {2: DraftAcceptance(4, 8, 20, 15, 12)}), EXITS, console=console)
     print_comparison(quality(3.5), quality(), EXITS, console=console)
+    print_comparison(quality(3.5), quality(), EXITS, quality(19.5), console=console)
     text = file.getvalue()
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
@@ -140,6 +143,9 @@ def test_comparison_table() -> None:
     table = rows(file.getvalue())
     assert ["2", "mlp", "3.500", "->", "3.000", "50.0%", "->", "50.0%", "25.0%", "->", "25.0%"] in table
     assert ["8", "final", "2.000", "100.0%", "75.0%"] in table
+    print_comparison(quality(3.5), quality(3.0), EXITS, quality(9.0), console=make_console(file))
+    words = ["9.000", "->", "3.500", "->", "3.000", "50.0%", "->", "50.0%", "->", "50.0%"]
+    assert ["2", "mlp", *words] in rows(file.getvalue())
 
 
 def test_without_exits_only_the_final_one_is_shown() -> None:
