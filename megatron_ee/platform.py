@@ -21,7 +21,8 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -87,27 +88,107 @@ class DeviceTimer:
     """
 
     def __init__(self) -> None:
-        self._start = self._end = _mark()
+        self._start = self._end = mark()
 
     def stop(self) -> None:
         """End of the measured work."""
-        self._end = _mark()
+        self._end = mark()
 
     def seconds(self) -> float:
         """Duration of the work; waits until the work is done."""
-        if isinstance(self._end, float):
-            return float(self._end - self._start)
-        self._end.synchronize()
-        return float(self._start.elapsed_time(self._end)) / 1000
+        return seconds_between(self._start, self._end)
 
 
-def _mark() -> Any:
-    """The current point of the stream; the current time without an accelerator."""
+def mark() -> Any:
+    """The current point of the current stream; the current time without an accelerator."""
     if not has_accelerator():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def seconds_between(first: Any, second: Any) -> float:
+    """Time from one mark to a later one of the same stream; waits until the device has reached the later one."""
+    if isinstance(second, float):
+        return float(second - first)
+    second.synchronize()
+    return float(first.elapsed_time(second)) / 1000
+
+
+class Clock:
+    """Converts marks of any stream to seconds of ``time.perf_counter``."""
+
+    def __init__(self) -> None:
+        self._origin = mark()
+        synchronize()
+        self._time = time.perf_counter()
+
+    def time(self, of: Any) -> float:
+        """When the device reached a mark; waits until it has."""
+        return of if isinstance(of, float) else self._time + seconds_between(self._origin, of)
+
+
+class SideStream:
+    """Work beside the computation, in order, on a thread of its own. On a GPU also its device work is beside it."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "side stream")
+        self._stream = torch.cuda.Stream() if has_accelerator() else None
+
+    def start(self, work: Callable[[], None], memory: torch.Tensor) -> SideWork:
+        """Start work that writes to ``memory``. Its device work begins after all that the caller has queued so far."""
+        stream = self._stream
+        if stream is None:
+            return SideWork(self._thread.submit(work))
+        before, done = torch.cuda.Event(), torch.cuda.Event()
+        before.record()
+        memory.record_stream(stream)  # otherwise memory that is freed might be reused before the work has ended
+
+        def run() -> None:
+            with torch.cuda.stream(stream):
+                stream.wait_event(before)
+                work()
+                done.record()
+
+        return SideWork(self._thread.submit(run), done)
+
+
+class SideWork:
+    """Work that ``SideStream.start`` has started."""
+
+    def __init__(self, queued: Future[None], done: Any = None) -> None:
+        self._queued, self._done = queued, done
+
+    def wait(self) -> None:
+        """What the caller queues from now on comes after this work. Raises what the work raised."""
+        self._queued.result()
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+
+
+class Staging:
+    """Where host code writes what belongs into a device's memory: a page-locked buffer, or on a CPU that memory."""
+
+    def __init__(self, like: torch.Tensor, instead: str) -> None:
+        """``like``: memory of the largest size. ``instead``: see ``host_buffer``."""
+        self._bytes = host_buffer(like.nbytes, instead) if queues_work(like.device) else None
+        self._sent: Any = None
+
+    def room(self, memory: torch.Tensor) -> torch.Tensor:
+        """Host memory like ``memory``, to write into. Waits until it is free."""
+        if self._bytes is None:
+            return memory
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._bytes[: memory.nbytes].view(memory.dtype)
+
+    def send(self, memory: torch.Tensor) -> None:
+        """Copy what was written into ``room`` to ``memory``, on the current stream."""
+        if self._bytes is not None:
+            memory.copy_(self._bytes[: memory.nbytes].view(memory.dtype), non_blocking=True)
+            self._sent = torch.cuda.Event()
+            self._sent.record()
 
 
 def queues_work(device: torch.device) -> bool:
@@ -178,7 +259,7 @@ def memory_name() -> str:
     Processes with the same memory get equal names. Device numbers are not enough, because each process may see only its
     own device, as number 0.
     """
-    host = socket.gethostname()
+    host = host_name()
     return f"{host} {torch.cuda.get_device_properties(device()).uuid}" if has_accelerator() else host
 
 
@@ -188,11 +269,19 @@ def free_memory(processes: int = 1) -> int:
     Args:
         processes: number of processes with the same ``memory_name``.
     """
-    if has_accelerator():
-        return int(torch.cuda.mem_get_info()[0]) // processes
+    return (int(torch.cuda.mem_get_info()[0]) if has_accelerator() else free_host_memory()) // processes
+
+
+def host_name() -> str:
+    """Name of this machine. Processes with equal names share its memory."""
+    return socket.gethostname()
+
+
+def free_host_memory() -> int:
+    """Bytes of this machine's memory that are free, or can be made so without swapping."""
     import psutil
 
-    return int(psutil.virtual_memory().available) // processes
+    return int(psutil.virtual_memory().available)
 
 
 def cached_bytes() -> int:

@@ -86,10 +86,11 @@ def load_stage(groups: Groups) -> Callable[..., Stage]:
         dtype: Any = torch.float32,
         seed: int = 1,
         slots: int = 0,
+        residency: Any = "device",
         **kwargs: Any,
     ) -> Stage:
         model = open_model(path)
-        setup = build_setup(model.architecture, dtype, groups, slots=slots)
+        setup = build_setup(model.architecture, dtype, groups, slots=slots, residency=residency)
         layers = range(1, model.architecture.num_layers + 1) if layers is None else layers
         stage = Stage(setup, layers, exits, **{"final_exit": True, **kwargs})
         load_backbone(stage, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,7 +18,7 @@ from megatron_ee.exits.tensors import exit_copy_sources, gate_sources, shared_he
 from megatron_ee.families.family import Source
 from megatron_ee.model.names import Block, backbone_sources, blocks, layer_sources
 from megatron_ee.model.setup import ModelSetup
-from megatron_ee.model.slots import Slot
+from megatron_ee.model.streaming import stream_from_files, stream_from_host
 from megatron_ee.progress import track
 
 READERS = 2
@@ -40,7 +40,7 @@ def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None
 def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None] | None = None) -> None:
     """Read the backbone of ``stage``, and the stage's shared head, from a saved model.
 
-    With slots, quantised layers are read packed, and others when they are reached.
+    Layers with slots are read when they are reached, unless they are kept in host memory, or quantised and packed.
 
     Args:
         stage: allocated, with undefined values.
@@ -51,21 +51,29 @@ def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None
         CheckpointError: a file cannot be read.
     """
     fill(_loaded(stage), model, stage.setup, advance)
-    if stage.backbone.slots is not None and model.quantised:
+    slots = stage.backbone.slots
+    if slots is None:
+        return
+
+    def read(number: int, tensors: Mapping[str, Tensor]) -> None:
+        fill(layer_sources(model.architecture, number, tensors), model, stage.setup)
+
+    if stage.setup.residency == "disk":
+        stream_from_files(slots, read)
+    elif stage.setup.residency == "host":
+        stream_from_host(slots, read, advance)
+    elif model.quantised:
         pack_layers(stage.backbone, model, advance)
-    elif stage.backbone.slots is not None:
-
-        def fill_slot(number: int, slot: Slot) -> None:
-            fill(layer_sources(model.architecture, number, slot.tensors), model, stage.setup)
-
-        stage.backbone.slots.fill = fill_slot
+    else:
+        slots.fill = lambda number, slot: read(number, slot.tensors)
 
 
 def backbone_bytes(stage: Stage) -> int:
     """Number of bytes that ``load_backbone`` reads, in the stage's dtype."""
-    slots, layers = stage.backbone.slots, len(stage.backbone.layers)
-    shared = 0 if slots is None else layers * slots.slots[0].memory.nbytes
-    return shared + sum(parameter.numel() * parameter.element_size() for parameter, _ in _loaded(stage))
+    slots, nbytes = stage.backbone.slots, sum(parameter.nbytes for parameter, _ in _loaded(stage))
+    if slots is None or stage.setup.residency == "disk":
+        return nbytes
+    return nbytes + len(slots.numbers) * slots.slots[0].memory.nbytes
 
 
 def _loaded(stage: Stage) -> Iterator[tuple[Tensor, Source]]:

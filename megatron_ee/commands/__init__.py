@@ -11,6 +11,7 @@ from megatron_ee.errors import ConfigError
 DTYPES = ("float32", "bfloat16")
 MODEL_DTYPES = ("auto", *DTYPES)
 WEIGHTS = ("packed", "expanded")
+RESIDENCIES = ("device", "host", "disk")
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.commands import MODEL_DTYPES, WEIGHTS, at_least
+from megatron_ee.commands import MODEL_DTYPES, RESIDENCIES, WEIGHTS, at_least
 from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,16 @@ def add_model(group: Any, *, adapter: str | None = None) -> None:
         help="how a quantised model's weights are held in memory (default: packed; expanded is faster, and larger)",
     )
     add("--no-verify", action="store_true", help="do not check checksums")
+
+
+def add_residency(group: Any) -> None:
+    """Where the layers' weights are."""
+    group.add_argument(
+        "--residency",
+        choices=RESIDENCIES,
+        default="device",
+        help="where the layers' weights are: all on the device (default), or streamed from host memory or the files",
+    )
 
 
 def add_parallel(group: Any) -> None:
@@ -88,6 +98,7 @@ def add_engine(group: Any) -> None:
     add = group.add_argument
     add("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
     add("--pipeline", type=at_least(1), default=1, metavar="N", help="pipeline stages (default: 1)")
+    add_residency(group)
     add(
         "--kv-memory",
         type=_gigabytes,
@@ -122,6 +133,7 @@ def engine_options(arguments: argparse.Namespace, released: Released, **others: 
         weights=arguments.weights,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
+        residency=arguments.residency,
         kv_memory=arguments.kv_memory,
         max_num_seqs=arguments.max_num_seqs,
         **others,

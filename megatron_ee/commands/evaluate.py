@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_ee.commands import Parser, at_least
-from megatron_ee.commands.engine_options import add_model, add_parallel
+from megatron_ee.commands.engine_options import add_model, add_parallel, add_residency
 from megatron_ee.errors import ConfigError
 
 PLOTS = (".png", ".pdf", ".svg")
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size", type=at_least(1), default=1, metavar="N", help="sequences per pass (default: 1)"
     )
     add_parallel(result)
+    add_residency(result)
     result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     result.add_argument(
         "--speed",
@@ -91,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
+        residency=arguments.residency,
         verify=not arguments.no_verify,
         speed=arguments.speed,
         gate_threshold=None if probed is None else probed.gate_threshold,

@@ -16,6 +16,7 @@ from megatron_ee.config.schema import (
     LossConfig,
     OptimizerConfig,
     ParallelConfig,
+    Residency,
     RunConfig,
     ScheduleConfig,
     TuningConfig,
@@ -46,6 +47,7 @@ def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1
     _check_patience(config)
     _check_wandb(config.logging.wandb)
     _check_parallel(config.parallel, architecture, config.data.sequence_length)
+    check_residency(config.model.residency, config.parallel.pipeline, "model.residency")
     _check_batch(config.tuning, data_parallel_size(config.parallel, world_size))
     return exits
 
@@ -114,6 +116,19 @@ def check_ranks(architecture: Architecture, tensor: int, pipeline: int, processe
         raise ConfigError(
             f"--tensor: {tensor} x --pipeline {pipeline} = {tensor * pipeline} processes hold one model, which does "
             f"not divide the {processes} running; start a multiple with torchrun, or change the options"
+        )
+
+
+def check_residency(residency: Residency, pipeline: int, key: str) -> None:
+    """Refuse to stream layers to several stages.
+
+    Raises:
+        ConfigError: naming ``key``.
+    """
+    if residency != "device" and pipeline > 1:
+        raise ConfigError(
+            f"{key}: {residency} reads each layer once for all microbatches, but pipeline stages take one by one; "
+            "use one stage, with tensor and data parallelism, or device"
         )
 
 

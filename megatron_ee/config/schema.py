@@ -12,6 +12,7 @@ Body = Literal["embedding", "norm", "mlp", "layer"]
 Head = Literal["own", "shared", "low_rank"]
 Init = Literal["auto", "fit", "copy", "random"]
 Weights = Literal["packed", "expanded"]
+Residency = Literal["device", "host", "disk"]
 
 
 @dataclass
@@ -24,11 +25,15 @@ class ModelConfig:
             Trained weights are updated in float32 in any case.
         weights: how a quantised model's weights are held. ``packed`` keeps them as small as in the files, and expands a
             layer when it is reached; ``expanded`` expands them as they are loaded. Results are the same.
+        residency: where the layers' weights are. ``device``: all in the device's memory. ``host`` and ``disk`` stream
+            them, from host memory or from the model's files, two layers at a time; all microbatches of a step then pass
+            a layer before the next one.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     weights: Weights = "packed"
+    residency: Residency = "device"
 
 
 @dataclass

@@ -22,9 +22,6 @@ from megatron_ee.data.indexed import Corpus, dataset_helpers, open_corpus
 from megatron_ee.data.packing import DocumentRange, JoinedDocuments, PackedDocuments, split, whole
 from megatron_ee.errors import ConfigError, DataError
 
-RUN = 8
-"""Validation batches per stage in one run through several stages: enough to keep the stages busy, few enough to fit in
-memory and to stop soon after a signal."""
 Sample = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
 
@@ -142,16 +139,17 @@ class Windows(ABC):
         rank: int = 0,
         size: int = 1,
         *,
-        stages: int = 1,
+        length: int = 1,
         check: Callable[[], None] = lambda: None,
     ) -> Iterator[list[Batch]]:
-        """The same batches in groups: one batch if there is one stage, else ``RUN`` per stage.
+        """The same batches in groups.
 
         Args:
+            length: batches per group, equal on every rank.
             check: called before each group, equally often on every rank, even if a rank has no batch left. It may
                 communicate, and raise to end the loop on all ranks.
         """
-        batches, length = self.batches(batch_size, rank, size), 1 if stages == 1 else RUN * stages
+        batches = self.batches(batch_size, rank, size)
         most = -(
             -len(range(0, len(self), size)) // batch_size
         )  # of the first rank, which has at least as many as the others

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,13 @@ def continuations(
 def _generate(full: FullModel, prompts: Sequence[Tokens], limit: int, eos: frozenset[int]) -> list[Tokens]:
     stage, groups = full.stage, full.setup.groups
     mine = range(groups.data.rank(), len(prompts), groups.data.size())
+    if full.setup.residency == "disk" and groups.is_main:
+        print(
+            f"validation.acceptance: each of up to {limit} tokens reads all layers from disk, once for this model and "
+            "these prompts; prompts: 0 leaves it out",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def work() -> dict[int, Tokens]:
         found: dict[int, Tokens] = {}

@@ -16,9 +16,9 @@ from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
 from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
-from megatron_ee.config.check import check_ranks
+from megatron_ee.config.check import check_ranks, check_residency
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import ValidationConfig, Weights
+from megatron_ee.config.schema import Residency, ValidationConfig, Weights
 from megatron_ee.data.checks import check_tokenizer
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
@@ -38,6 +38,7 @@ from megatron_ee.evaluation.speed import (
 from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.quality import Quality
 from megatron_ee.model.setup import build_setup
+from megatron_ee.model.streaming import check_host_memory
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.groups import (
     Groups,
@@ -92,6 +93,7 @@ def evaluate(
     thresholds: Sequence[float] | None = None,
     tensor: int = 1,
     pipeline: int = 1,
+    residency: Residency = "device",
     verify: bool = True,
     speed: bool = False,
     gate_threshold: float | None = None,
@@ -110,6 +112,7 @@ def evaluate(
         thresholds: thresholds of the sweep, empty for none; None for those of validation in ``tune``.
         tensor: tensor-parallel size.
         pipeline: number of pipeline stages. The other ranks are used for data parallelism.
+        residency: where the layers' weights are, see ``ModelConfig``.
         verify: check checksums, if the files have any.
         speed: measure the speed of each mode too, with the lowest threshold that agrees often enough.
         gate_threshold: for it, the threshold of policy ``gate``; None leaves this policy out.
@@ -123,6 +126,7 @@ def evaluate(
     """
     with joined_processes() as control:
         gather = partial(gather_objects, group=control)
+        each_own(gather, lambda: check_residency(residency, pipeline, "--residency"))
         subject = each_own(
             gather, lambda: _open_subject(model, adapter, data, sequence_length, sequences, tensor, pipeline, verify)
         )
@@ -133,8 +137,14 @@ def evaluate(
         say_limits(saved)
         with model_groups(control, tensor, pipeline) as groups, _watched(groups):
             _check_adapter(subject, groups)
-            slots = packed_slots(saved, weights)
-            setup = build_setup(saved.architecture, platform.DTYPES[dtype], groups, slots=slots)
+            setup = build_setup(
+                saved.architecture,
+                platform.DTYPES[dtype],
+                groups,
+                slots=packed_slots(saved, weights),
+                residency=residency,
+            )
+            check_host_memory(setup, saved.architecture.num_layers, "--residency")
             layout = even_layout(saved.architecture.num_layers, pipeline, [spec.layer for spec in subject.exits])
             stage = build_stage(setup, layout, subject.exits, final_exit=True)
             groups.together(lambda: fill_stage(stage, saved, subject.adapter))

@@ -103,8 +103,9 @@ def _compute(full: FullModel, windows: ValidationWindows, batch_size: int, chunk
             loss[done : done + count] = stats.loss.view(-1, count).t()
             top1[done : done + count] = stats.top1.view(-1, count).t()
 
-        stages, check = groups.pipeline.size(), partial(full.interrupt.check_together, groups)
-        for batches in windows.runs(batch_size, rank, size, stages=stages, check=check):
+        length = pipeline.batches_per_run(batch_size, windows.sequence_length)
+        check = partial(full.interrupt.check_together, groups)
+        for batches in windows.runs(batch_size, rank, size, length=length, check=check):
             pipeline.run(batches, passed, at_end)
     for tensor in (loss, top1):
         dist.broadcast(tensor, group=groups.pipeline, group_src=full.layout.last_layered)

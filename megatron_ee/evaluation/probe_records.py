@@ -110,7 +110,7 @@ def _collect(
 
     def take(micro: Microbatch, teacher: object) -> None:
         for exit_ in stage.exits:
-            values = at_exit(exit_, micro)
+            values = at_exit(exit_, micro) if exit_.spec.layer in micro.taps else None
             if values is not None:
                 keep(micro, exit_.spec.layer, values)
 
@@ -119,7 +119,8 @@ def _collect(
         keep(micro, FINAL, at_end(micro, h))
 
     with track(len(range(rank, len(windows), size)), "windows", "measuring exits", enabled=groups.is_main) as bar:
-        for batches in windows.runs(1, rank, size, stages=groups.pipeline.size()):
+        length = pipeline.batches_per_run(1, windows.sequence_length)
+        for batches in windows.runs(1, rank, size, length=length):
             pipeline.run(batches, take, None if at_end is None else end)
             bar.advance(len(batches))
     merged: Columns = {}

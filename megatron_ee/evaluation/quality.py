@@ -87,8 +87,9 @@ def scored_batches(
     ``final``: whether to score the final exit too, with key ``FINAL``. Other arguments as for ``measure``.
     """
     groups = pipeline.stage.setup.groups
-    rank, size, stages = groups.data.rank(), groups.data.size(), groups.pipeline.size()
-    for batches in windows.runs(batch_size, rank, size, stages=stages, check=check):
+    rank, size = groups.data.rank(), groups.data.size()
+    length = pipeline.batches_per_run(batch_size, windows.sequence_length)
+    for batches in windows.runs(batch_size, rank, size, length=length, check=check):
         scored = _on_first_stage(pipeline, _score(pipeline, batches, chunk_tokens, final), batches)
         for number, batch in enumerate(batches):
             yield batch, {layer: stats[number] for layer, stats in scored.items()}
@@ -111,9 +112,9 @@ def _score(
 
     def exits_work(micro: Microbatch, teacher: object) -> None:
         for exit_ in stage.exits:
-            tap = micro.taps[exit_.spec.layer]
-            stats = exit_.statistics(tap, micro.positions, micro.labels, chunk_tokens=chunk_tokens)
-            scored[exit_.spec.layer].append(stats)
+            if (tap := micro.taps.get(exit_.spec.layer)) is not None:
+                stats = exit_.statistics(tap, micro.positions, micro.labels, chunk_tokens=chunk_tokens)
+                scored[exit_.spec.layer].append(stats)
 
     def at_end(micro: Microbatch, h: Tensor) -> None:
         scored[FINAL].append(stage.final_statistics(h, micro.labels, chunk_tokens=chunk_tokens))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from megatron_ee.model.backbone import Backbone, VocabHead
 from megatron_ee.model.exit_loss import exit_statistics
 from megatron_ee.model.linear import product
 from megatron_ee.model.metrics import TokenStats
-from megatron_ee.model.traversal import run_layers, run_segment
+from megatron_ee.model.traversal import run_layers, run_segment, run_segments
 from megatron_ee.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -108,6 +108,37 @@ class Stage(nn.Module):
         if numbers:
             h = run_layers(run, self.taps, numbers[0] - 1, numbers[-1], h, keep, to_hidden=to_end)
         return h, kept
+
+    def run_by_layer(
+        self,
+        hidden: list[Tensor],
+        positions: Sequence[Positions],
+        at_tap: Callable[[int, list[Tensor]], None],
+        *,
+        to_end: bool = False,
+    ) -> list[Tensor]:
+        """Run the frozen layers, one after the other, each for all microbatches.
+
+        Args:
+            hidden: h of each microbatch, ``[seq, batch, hidden]``; the list is used up.
+            positions: of each microbatch.
+            at_tap: called with the layer of an exit, and each microbatch's tap, as soon as they are computed.
+            to_end: as in ``run_layers``.
+
+        Returns:
+            The last h computed of each microbatch.
+        """
+
+        def run(start: int, stop: int, xs: list[Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                return run_segments(self.backbone.layers_between, self.taps, start, stop, xs, positions)
+
+        def tapped(layer: int, taps: list[Tensor]) -> list[Tensor]:
+            at_tap(layer, taps)
+            return taps
+
+        numbers = [number for number, _ in self.backbone.numbered_layers()]
+        return run_layers(run, self.taps, numbers[0] - 1, numbers[-1], hidden, tapped, to_hidden=to_end)
 
     @torch.no_grad()
     def final_statistics(self, h: Tensor, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.schema import Residency
 from megatron_ee.errors import ConfigError, first_line
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.kv_cache import Extent, LayerKV, MaskKey, Masks, attend_together, shared_mask
@@ -196,12 +197,14 @@ def compile_stage(stage: Stage) -> CompiledStage:
     return compiled
 
 
-def check_compiler(architecture: Architecture, tensor: int) -> None:
+def check_compiler(architecture: Architecture, tensor: int, residency: Residency = "device") -> None:
     """Check that ``compile`` can work, before a model is loaded.
 
     Raises:
-        ConfigError: attention has a soft cap, tensor parallelism is used, or there is no compiler.
+        ConfigError: attention has a soft cap, tensor parallelism is used, layers are streamed, or there is no compiler.
     """
+    if residency != "device":
+        raise ConfigError(f"compile: not supported with residency {residency}; leave one of them out")
     if architecture.attention_soft_cap is not None:
         raise ConfigError("compile: not supported for attention with a soft cap; leave it out")
     if tensor > 1:

@@ -15,7 +15,7 @@ from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.saved_model import choose_dtype, say_limits
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import Weights
+from megatron_ee.config.schema import Residency, Weights
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import UserError
 from megatron_ee.exits.registry import body_of
@@ -43,6 +43,7 @@ from megatron_ee.inference.scheduler import PASS_TOKENS, Scheduler
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
 from megatron_ee.inference.stage_runner import StageRunner
 from megatron_ee.model.setup import build_setup
+from megatron_ee.model.streaming import check_host_memory
 from megatron_ee.parallel.groups import Groups, host_group, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.transfer import connect
@@ -82,7 +83,9 @@ def open_engine(released: Released, options: EngineOptions = DEFAULTS) -> Iterat
         watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}"),
     ):
         layout = even_layout(released.model.architecture.num_layers, options.pipeline)
-        stage = load_stage(released, loaded, layout, dtype, groups, options.candidates, options.weights)
+        stage = load_stage(
+            released, loaded, layout, dtype, groups, options.candidates, options.weights, options.residency
+        )
         with engine_on_ranks(
             stage, layout, loaded, options, tokenizer=released.tokenizer, eos=released.eos, off=off
         ) as engine:
@@ -97,12 +100,16 @@ def load_stage(
     groups: Groups,
     candidates: Sequence[int] | None = None,
     weights: Weights = "packed",
+    residency: Residency = "device",
 ) -> Stage:
-    """Load this rank's layers of the backbone and the exits on them; ``candidates`` and ``weights`` as in
-    ``EngineOptions``."""
+    """Load this rank's layers of the backbone and the exits on them.
+
+    ``candidates``, ``weights`` and ``residency`` as in ``EngineOptions``.
+    """
     index, arch = groups.pipeline.rank(), released.model.architecture
-    layers = layout.stages[index].layers
-    setup = build_setup(arch, platform.DTYPES[dtype], groups, slots=packed_slots(released.model, weights))
+    layers, slots = layout.stages[index].layers, packed_slots(released.model, weights)
+    setup = build_setup(arch, platform.DTYPES[dtype], groups, slots=slots, residency=residency)
+    check_host_memory(setup, len(layers), "residency")
     specs = [spec for spec in exits if spec.layer in layers]
     stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
     groups.together(lambda: fill_stage(stage, released.model, released.adapter))

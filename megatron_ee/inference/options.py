@@ -7,7 +7,7 @@ from pydantic import Field
 from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import check_pipeline, check_tensor
-from megatron_ee.config.schema import Weights
+from megatron_ee.config.schema import Residency, Weights
 from megatron_ee.config.validation import Strict
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.compiled import check_compiler
@@ -24,6 +24,8 @@ class EngineOptions(Strict):
         weights: how a quantised model's weights are held, see ``ModelConfig``.
         tensor: tensor-parallel size.
         pipeline: number of pipeline stages.
+        residency: where the layers' weights are, see ``ModelConfig``. Streamed layers are read for every pass, so a
+            token takes at least the time to read the layers that it runs.
         exits: layers of the exits to load; None for all. Other exits cost no memory or time, and requests that name
             them are errors. A ``layer`` exit has its own KV, which every token fills, so full mode is faster without
             it.
@@ -42,6 +44,7 @@ class EngineOptions(Strict):
     weights: Weights = "packed"
     tensor: int = Field(default=1, ge=1)
     pipeline: int = Field(default=1, ge=1)
+    residency: Residency = "device"
     exits: Layers | None = None
     candidates: Ids | None = None
     compile: bool = False
@@ -58,7 +61,7 @@ class EngineOptions(Strict):
         arch = released.model.architecture
         check_parallel(arch, self.tensor, self.pipeline, world_size())
         if self.compile:
-            check_compiler(arch, self.tensor)
+            check_compiler(arch, self.tensor, self.residency)
             if packed_slots(released.model, self.weights):
                 raise ConfigError(
                     "weights: compile needs those of all layers in memory; use expanded, or do not compile"

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.schema import Residency
 from megatron_ee.parallel.core_versions import without_cuda_graphs
 from megatron_ee.parallel.costs import padded_vocab
 from megatron_ee.parallel.groups import Groups
-from megatron_ee.parallel.tiles import Tiles, accelerator_tiles
+from megatron_ee.parallel.tiles import STREAMED_SLOTS, Tiles, accelerator_tiles
 
 with platform.quiet_imports():
     from megatron.core.tensor_parallel import (
@@ -35,6 +36,7 @@ class ModelSetup:
             kernel supports grouped queries.
         slots: number of backbone layers whose weights are in the device's memory at a time, see ``model.slots``; 0 for
             all.
+        residency: where the layers' weights come from, if not all are in the device's memory.
     """
 
     architecture: Architecture
@@ -43,6 +45,7 @@ class ModelSetup:
     tiles: Tiles = field(default_factory=Tiles)
     repeats_keys: bool = False
     slots: int = 0
+    residency: Residency = "device"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,6 +91,7 @@ def build_setup(
     *,
     sequence_parallel: bool = False,
     slots: int = 0,
+    residency: Residency = "device",
 ) -> ModelSetup:
     """Setup for building modules of ``architecture`` in ``dtype`` on this rank."""
     config = TransformerConfig(
@@ -121,4 +125,5 @@ def build_setup(
     rows = padded_vocab(architecture.vocab_size, tensor) // tensor
     tiles = accelerator_tiles(rows) if platform.has_accelerator() else Tiles(cached_bytes=platform.cached_bytes())
     repeats_keys = not platform.groups_heads(dtype)
-    return ModelSetup(architecture, config, groups, tiles=tiles, repeats_keys=repeats_keys, slots=slots)
+    slots = slots if residency == "device" else STREAMED_SLOTS
+    return ModelSetup(architecture, config, groups, tiles, repeats_keys, slots, residency)

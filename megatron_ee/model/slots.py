@@ -1,73 +1,133 @@
 """Layers that share memory: the weights of a few layers are in memory at a time, each filled when its layer is reached.
 
-All layers of a backbone have parameters of the same shapes; only their options (window, rotary embedding) differ. So
-``count`` *slots* hold the weights of ``count`` layers, and layer n is bound to slot ``n % count``. The traversal
-(``model.traversal``) asks for layers in order, and a slot is filled when it holds another layer's weights.
+All layers of a backbone have parameters of the same shapes; only their options (window, rotary embedding) differ. So a
+few *slots* hold the weights of any of them. The traversal (``model.traversal``) asks for layers in order. A layer that
+is reached gets a slot, which is filled unless it holds the layer's weights already. With a side stream the next layer's
+slot is filled while this layer computes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron_ee import platform
+
 Fill = Callable[[int, "Slot"], None]
 """Writes the weights of a layer, given its number, into a slot."""
+Record = Callable[[str, int, Any, Any], None]
+"""Called with a kind of event (``wait``, ``read``, ``copy``), the layer, and ``platform.mark`` at its start and end."""
 ALIGNMENT = 256
 """Bytes. Each tensor starts at a multiple, as in memory of its own, so that the same kernels are chosen."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """Memory for the weights of one layer.
 
     Attributes:
         memory: ``[elements]``, of all tensors together.
         tensors: views of it, by the layer's parameter names.
-        number: the layer whose weights it holds; None if its values are undefined.
+        number: the layer whose weights it holds or is being filled with; None if its values are undefined.
+        filling: the work that fills it; None if this was waited for.
     """
 
     memory: Tensor
     tensors: dict[str, nn.Parameter]
     number: int | None = None
+    filling: platform.SideWork | None = None
+
+    def views(self, memory: Tensor) -> dict[str, Tensor]:
+        """Views of other memory like ``memory``, by the layer's parameter names."""
+        return {
+            name: memory[each.storage_offset() :][: each.numel()].view(each.shape)
+            for name, each in self.tensors.items()
+        }
 
 
 class LayerSlots:
     """The slots of a backbone's layers.
 
     Attributes:
-        slots: layer n uses slot ``n % len(slots)``.
+        numbers: of the layers, without gaps.
+        slots: the one that was used last comes last.
         fill: called to fill a slot; set when the model is loaded.
+        side: fills slots ahead; None to fill each when its layer is reached.
+        record: called for each event of the slots, on any thread; None to record nothing.
     """
 
     def __init__(self, layers: Mapping[int, nn.Module], count: int) -> None:
-        """Allocate slots on the current default device, and bind layers to them.
+        """Allocate slots on the current default device.
 
         Args:
             layers: by number, without gaps, on the meta device; at least one.
             count: number of slots.
         """
-        first = next(iter(layers.values()))
-        self.slots = [_allocate(first) for _ in range(min(count, len(layers)))]
+        self.numbers = range(min(layers), max(layers) + 1)
+        self.slots = [_allocate(layers[self.numbers[0]]) for _ in range(min(count, len(layers)))]
         self.fill: Fill | None = None
-        for number, layer in layers.items():
-            _bind(layer, self._slot(number))
+        self.side: platform.SideStream | None = None
+        self.record: Record | None = None
+        self._parameters = {number: dict(_places(layer)) for number, layer in layers.items()}
+        for number in layers:
+            self._bind(number, self.slots[0])
 
     def hold(self, number: int) -> None:
-        """Fill the slot of layer ``number``, unless it holds this layer's weights already."""
-        slot = self._slot(number)
-        if slot.number == number:
-            return
-        assert self.fill is not None, "the model is not loaded"
-        slot.number = None  # a fill that raises leaves undefined values
-        self.fill(number, slot)
-        slot.number = number
+        """Let layer ``number`` have its weights, and start to fill the next layer's slot.
 
-    def _slot(self, number: int) -> Slot:
-        return self.slots[number % len(self.slots)]
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        slot = self._start(number)
+        if slot.filling is not None:
+            filling, slot.filling, slot.number = slot.filling, None, None
+            with self.event("wait", number):
+                filling.wait()
+            slot.number = number
+        self._bind(number, slot)
+        self.slots.remove(slot)
+        self.slots.append(slot)
+        if self.side is not None and len(self.slots) > 1:
+            # After the last layer comes the first one: of the next step, or of the next token.
+            self._start(number + 1 if number + 1 in self.numbers else self.numbers[0])
+
+    @contextlib.contextmanager
+    def event(self, kind: str, number: int) -> Iterator[None]:
+        """Record what happens while the context is open."""
+        if self.record is None:
+            yield
+            return
+        start = platform.mark()
+        yield
+        self.record(kind, number, start, platform.mark())
+
+    def _start(self, number: int) -> Slot:
+        """The slot with the weights of a layer; if there is none, one that was not used last, which is filled or begins
+        to be."""
+        for slot in self.slots:
+            if slot.number == number:
+                return slot
+        assert self.fill is not None, "the model is not loaded"
+        slot = self.slots[0]
+        slot.number = None  # a fill that raises leaves undefined values
+        if self.side is None:
+            self.fill(number, slot)
+        else:
+            slot.filling = self.side.start(partial(self.fill, number, slot), slot.memory)
+        slot.number = number
+        return slot
+
+    def _bind(self, number: int, slot: Slot) -> None:
+        """Make the tensors of a slot the parameters of a layer."""
+        for name, (parameters, leaf) in self._parameters[number].items():
+            parameters[leaf] = slot.tensors[name]
 
 
 def _allocate(layer: nn.Module) -> Slot:
@@ -86,11 +146,8 @@ def _allocate(layer: nn.Module) -> Slot:
     return Slot(memory, {name: nn.Parameter(view, requires_grad=False) for name, view in views.items()})
 
 
-def _bind(layer: nn.Module, slot: Slot) -> None:
-    """Make the tensors of a slot the parameters of a layer."""
-    for name, parameter in list(layer.named_parameters()):
-        held = slot.tensors[name]
-        assert (held.shape, held.dtype) == (parameter.shape, parameter.dtype), "layers have equal parameters"
-        held.__dict__.update(parameter.__dict__)  # megatron-core's marks
+def _places(layer: nn.Module) -> Iterator[tuple[str, tuple[dict[str, nn.Parameter | None], str]]]:
+    """Where a layer's parameters are: by name, a submodule's parameters and the name among them."""
+    for name, _ in layer.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        layer.get_submodule(owner).register_parameter(leaf, held)
+        yield name, (layer.get_submodule(owner)._parameters, leaf)

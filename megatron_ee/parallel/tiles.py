@@ -15,6 +15,8 @@ smaller mask, but launch more kernels."""
 TOP_RUN = 64
 """Block of columns of the teacher's logits: a block is sorted only if its maximum is large enough. It divides the
 padded vocabulary."""
+STREAMED_SLOTS = 2
+"""Layers of a streamed backbone that are on the device: the one that computes and the one that comes next."""
 UPDATE_RUN = 2**24
 """Maximum number of main weights that the split optimizer joins in float32 at a time."""
 

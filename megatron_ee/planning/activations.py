@@ -29,10 +29,17 @@ def activation_peak(
     if stage.layers:
         # Embedded tokens stay alive until all layers have run. Hidden states from other stages are in transfer buffers.
         embedded = hidden if 1 in stage.layers else 0
+        if by_layer(layout, workload):  # the layer's input is among the hidden states of all microbatches
+            embedded = -hidden
         peaks.append(embedded + layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
             peaks.append(3 * hidden + _teacher_bytes(architecture, workload))
     return _band_bytes(architecture, stage, trained, workload) + max(peaks, default=0)
+
+
+def by_layer(layout: Layout, workload: Workload) -> bool:
+    """Whether all microbatches of a step pass a layer before the next one, since the layers share memory."""
+    return workload.slots > 0 and len(layout.stages) == 1
 
 
 def _band_bytes(architecture: Architecture, stage: StageLayout, trained: Sequence[ExitSpec], workload: Workload) -> int:

@@ -16,16 +16,17 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.fit import FLOAT64, RIDGES, fit_bytes
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.tensors import parameter_sizes
-from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.parallel.layout import Layout, StageLayout, even_layout
 from megatron_ee.parallel.tiles import UPDATE_RUN
 from megatron_ee.planning.activations import (
     activation_peak,
+    by_layer,
     fit_peak,
     hidden_bytes,
     layer_peak,
     statistics_bytes,
 )
-from megatron_ee.planning.parameters import hosted_by, stage_parameters
+from megatron_ee.planning.parameters import hosted_by, layer_parameters, stage_parameters
 from megatron_ee.planning.workload import FLOAT32, Workload
 
 
@@ -39,7 +40,8 @@ class Memory:
         gradients: float32 gradients of the exits.
         optimizer: two moments, the additional bytes of float32 main weights if the weights are bfloat16, and the
             initial values if weight decay goes towards them; 0 if they are in host memory.
-        taps: taps of this stage's layers, until the exits that read them are done.
+        taps: taps of this stage's layers, until the exits that read them are done; where layers share memory, the
+            hidden states of all microbatches too.
         activations: the largest of three, besides the taps: peak of one microbatch in the frozen layers, one exit's
             graph with the loss's scratch memory, and the optimizer's scratch memory.
         transfer: buffers of messages from and to other stages.
@@ -81,7 +83,7 @@ def stage_memory(
     activations = activation_peak(layout, index, architecture, specs, workload)
     stages = len(layout.stages)
     return Memory(
-        frozen=frozen * workload.itemsize,
+        frozen=_frozen_bytes(frozen, layout.stages[index], architecture, workload),
         trained=trained * workload.itemsize,
         gradients=trained * FLOAT32,
         optimizer=_optimizer_bytes(architecture, hosted, trained, workload),
@@ -121,10 +123,10 @@ def fit_memory(
     if stage.exits or index == layout.last_layered:
         measuring = max(measuring, 2 * hidden + statistics_bytes(architecture, workload))
     copies = kept // len(RIDGES)
-    taught = len(stage.exits) * (1 + layout.depth(layout.last_layered) - layout.depth(index))
     buffers = 4 * hidden  # of messages to and from a neighbour, two each way
     peak = max(adding, solving, kept + copies + measuring)
-    return (frozen + trained) * workload.itemsize + peak + taught * hidden + buffers
+    weights = _frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize
+    return weights + peak + _taught(layout, index, workload) * hidden + buffers
 
 
 def validation_memory(stages: int, index: int, architecture: Architecture, workload: Workload) -> int:
@@ -140,11 +142,13 @@ def validation_memory(stages: int, index: int, architecture: Architecture, workl
     frozen, _ = stage_parameters(layout, index, architecture, (), workload.tensor, distillation=True)
     stage, hidden = layout.stages[index], hidden_bytes(architecture, workload)
     embedded = hidden if 1 in stage.layers else 0
+    if by_layer(layout, workload):  # as many hidden states as fill a slot
+        embedded = max(hidden, layer_parameters(architecture, workload.tensor) * workload.itemsize)
     running = embedded + layer_peak(architecture, workload) if stage.layers else 0
     if index == layout.last_layered:
         running = max(running, 2 * hidden + statistics_bytes(architecture, workload))
     buffers = 4 * hidden if stages > 1 else 0
-    return frozen * workload.itemsize + running + buffers
+    return _frozen_bytes(frozen, stage, architecture, workload) + running + buffers
 
 
 def gates_memory(
@@ -162,14 +166,31 @@ def gates_memory(
     running = layer_peak(architecture, workload) if stage.layers else 0
     if stage.exits or index == layout.last_layered:
         running = max(running, 2 * hidden + statistics_bytes(architecture, workload))
-    taught = len(stage.exits) * (1 + layout.depth(layout.last_layered) - layout.depth(index))
     buffers = 4 * hidden if stages > 1 else 0
-    return (frozen + trained) * workload.itemsize + running + taught * hidden + buffers
+    weights = _frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize
+    return weights + running + _taught(layout, index, workload) * hidden + buffers
+
+
+def _frozen_bytes(frozen: int, stage: StageLayout, architecture: Architecture, workload: Workload) -> int:
+    """Bytes of a stage's frozen parameters that are on the device at a time."""
+    absent = max(0, len(stage.layers) - workload.slots) if workload.slots else 0
+    return (frozen - absent * layer_parameters(architecture, workload.tensor)) * workload.itemsize
+
+
+def _taught(layout: Layout, index: int, workload: Workload) -> int:
+    """Number of hidden states that are kept for the exits of a stage until the last layer has run, and its own."""
+    exits = len(layout.stages[index].exits)
+    if by_layer(layout, workload):
+        return workload.microbatches * (exits + 1)
+    return exits * (1 + layout.depth(layout.last_layered) - layout.depth(index))
 
 
 def _taps(layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> int:
     """Bytes of the taps of a microbatch; with distillation also of earlier ones, whose exits wait for the teacher."""
     stage = layout.stages[index]
+    if by_layer(layout, workload):  # a tap is the hidden state that goes on, unless it waits for the teacher
+        kept = 1 + (len(stage.exits) if workload.top_k else 0)
+        return workload.microbatches * kept * hidden_bytes(architecture, workload)
     held = len([spec for spec in specs if spec.layer in stage.layers])
     if workload.top_k:
         held += layout.lag(index) * len([layer for layer in stage.exits if layer in stage.layers])

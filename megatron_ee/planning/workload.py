@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from megatron_ee.config.check import data_parallel_size
 from megatron_ee.config.schema import RunConfig
+from megatron_ee.parallel.tiles import STREAMED_SLOTS
 
 FLOAT32 = 4
 ITEMSIZES = {"float32": FLOAT32, "bfloat16": 2}
@@ -33,6 +34,8 @@ class Workload:
         host_optimizer: whether the optimizer state is in host memory.
         keeps_initial: whether weight decay goes towards the initial values, which are then kept.
         validates: whether validation runs all layers once before tuning.
+        slots: layers of a stage whose weights are on the device at a time; 0 for all. With one stage all microbatches
+            of a step then pass a layer before the next one.
     """
 
     itemsize: int
@@ -50,6 +53,7 @@ class Workload:
     host_optimizer: bool = False
     keeps_initial: bool = False
     validates: bool = False
+    slots: int = 0
 
     @property
     def tokens(self) -> int:
@@ -76,6 +80,7 @@ def make_workload(config: RunConfig, world_size: int) -> Workload:
         host_optimizer=config.optimizer.implementation == "deepspeed_cpu",
         keeps_initial=config.optimizer.decay_towards == "initial",
         validates=bool(config.data.validation or config.data.validation_fraction),
+        slots=0 if config.model.residency == "device" else STREAMED_SLOTS,
     )
 
 

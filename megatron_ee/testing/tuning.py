@@ -18,7 +18,7 @@ from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import LossConfig, OptimizerConfig, ScheduleConfig, Weights
+from megatron_ee.config.schema import LossConfig, OptimizerConfig, Residency, ScheduleConfig, Weights
 from megatron_ee.data.loader import Batch, Sample
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
@@ -67,6 +67,7 @@ class Case:
     dtype: str = "float32"
     micro_batch_size: int = 1
     weights: Weights = "packed"
+    residency: Residency = "device"
 
     @property
     def layout(self) -> Layout:
@@ -149,9 +150,14 @@ def _tune_case(
 def prepare(model_path: Path, case: Case, groups: Groups) -> tuple[Pipeline, ExitOptimizer]:
     """This rank's stage with its exits initialised, and their optimizer."""
     model, distillation = open_model(model_path), case.loss.distillation
-    slots = packed_slots(model, case.weights)
-    dtype = platform.DTYPES[case.dtype]
-    setup = build_setup(model.architecture, dtype, groups, sequence_parallel=case.sequence, slots=slots)
+    setup = build_setup(
+        model.architecture,
+        platform.DTYPES[case.dtype],
+        groups,
+        sequence_parallel=case.sequence,
+        slots=packed_slots(model, case.weights),
+        residency=case.residency,
+    )
     stage = build_stage(setup, case.layout, case.specs, final_exit=distillation.kl > 0)
     load_backbone(stage, model)
     for exit_ in stage.exits:

@@ -121,6 +121,7 @@ def cut_config(config: RunConfig, kept: Slice) -> RunConfig:
     micro, acceptance = min(config.tuning.micro_batch_size, MICRO_BATCH_SIZE), config.validation.acceptance
     return dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, residency="device"),
         # A slice has too little data to fit exits on.
         exits=[
             ExitConfig(**{**dataclasses.asdict(spec), "init": "random" if spec.init == "random" else "copy"})

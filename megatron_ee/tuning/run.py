@@ -41,6 +41,7 @@ from megatron_ee.errors import ConfigError, Interrupted
 from megatron_ee.exits.registry import check_trains, resolve_init
 from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.setup import build_setup
+from megatron_ee.model.streaming import check_host_memory
 from megatron_ee.parallel.adam import adam_class
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.groups import (
@@ -225,8 +226,15 @@ def _prepare(
     if inputs.adapter is not None:
         check_backbone(inputs.adapter, digest, config.model.path)
     dtype, distillation = platform.DTYPES[config.model.dtype], config.loss.distillation
-    slots = packed_slots(model, config.model.weights)
-    setup = build_setup(model.architecture, dtype, groups, sequence_parallel=config.parallel.sequence, slots=slots)
+    setup = build_setup(
+        model.architecture,
+        dtype,
+        groups,
+        sequence_parallel=config.parallel.sequence,
+        slots=packed_slots(model, config.model.weights),
+        residency=config.model.residency,
+    )
+    check_host_memory(setup, model.architecture.num_layers, "model.residency")
     _show_plan(config, inputs, groups)
     full = FullModel(setup, model, interrupt)
     validate, adapter = _with_all_layers(config, inputs, full, output, resume, description, make_validator)

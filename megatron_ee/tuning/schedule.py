@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,10 @@ from megatron_ee.tuning.teacher import TeacherMessage
 
 if TYPE_CHECKING:
     from megatron_ee.model.attention import Positions
+
+RUN = 8
+"""Batches per stage in one run through several stages, where any number is possible: enough to keep the stages busy,
+few enough to fit in memory and to stop soon after a signal."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,18 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Span:
-    """A timed action of a stage, in seconds: ``receive``, ``forward``, ``send``, ``exits``, ``teach`` (work after the
-    last layer) or ``teacher`` (waiting for the teacher message)."""
+    """A timed action of a stage.
+
+    Attributes:
+        kind: for a microbatch ``receive``, ``forward``, ``send``, ``exits``, ``teach`` (work after the last layer) or
+            ``teacher`` (waiting for the teacher message). For a layer ``exits``, or one of ``model.slots``.
+        number: of the microbatch, or of the layer where all microbatches pass a layer before the next one.
+        start: in seconds.
+        end: in seconds.
+    """
 
     kind: str
-    microbatch: int
+    number: int
     start: float
     end: float
 
@@ -78,6 +89,8 @@ class Pipeline:
         """``teacher``: the kind of teacher messages, which come back from the stage of the last layer, if any."""
         self.stage, self.layout, self.specs = stage, layout, tuple(specs)
         self.events: list[Span] | None = None
+        self._marks: list[tuple[str, int, Any, Any]] = []
+        self._clock: platform.Clock | None = None
         groups, dtype = stage.setup.groups, stage.setup.dtype
         self.index, last = groups.pipeline.rank(), layout.last_layered
         hosts = [index for index, place in enumerate(layout.stages) if place.exits and index != last]
@@ -106,6 +119,25 @@ class Pipeline:
             if self.index in hosts:
                 self._teacher_inbox = Inbox(groups.teacher, last, teacher.dtype)
 
+    @property
+    def _by_layer(self) -> bool:
+        """Whether all microbatches of a run pass a layer before the next one, since the layers share memory."""
+        return self.stage.backbone.slots is not None and len(self.layout.stages) == 1
+
+    def batches_per_run(self, batch_size: int, sequence_length: int) -> int:
+        """Number of batches that ``run`` should get at a time where any number is possible, as in validation.
+
+        Several stages need enough to be busy. Where layers share memory, each run fills every slot again, so there are
+        as many as have hidden states of the size of one slot.
+        """
+        if len(self.layout.stages) > 1:
+            return RUN * len(self.layout.stages)
+        slots, setup = self.stage.backbone.slots, self.stage.setup
+        if slots is None:
+            return 1
+        hidden = setup.hidden_shape(batch_size, sequence_length).numel() * setup.dtype.itemsize
+        return max(1, slots.slots[0].memory.nbytes // hidden)
+
     @platform.tuning_attention()
     def run(
         self,
@@ -125,6 +157,9 @@ class Pipeline:
             taught: whether ``at_end`` returns a teacher, for which the exits then wait. Equal on all stages; False in
                 validation.
         """
+        if self._by_layer:
+            self._run_by_layer(batches, exits_work, at_end, taught)
+            return
         ends = at_end is not None and self.index == self.layout.last_layered
         needs_h = ends or any(message.hidden for message, _ in self._outboxes)
         waiting: deque[tuple[Microbatch, Any]] = deque()
@@ -132,8 +167,7 @@ class Pipeline:
             self._needs_warm_up = False
             self._warm_up(batches[0], exits_work, at_end)
         data = on_device(batches)
-        # Microbatches of one length share positions and masks.
-        of_length = {length: self.stage.backbone.positions(length) for length in {b.tokens.shape[1] for b in batches}}
+        of_length = self._positions(batches)
         self._expect(batches, taught)
         lag = self.lag if taught else 0
         for turn in range(len(batches) + lag):
@@ -166,6 +200,51 @@ class Pipeline:
                     exits_work(micro, teacher)
         for outbox in (*(box for _, box in self._outboxes), *self._teacher_outboxes):
             outbox.finish()
+
+    def _run_by_layer(
+        self,
+        batches: Sequence[Batch],
+        exits_work: Callable[[Microbatch, Any], None],
+        at_end: Callable[[Microbatch, Tensor], Any] | None,
+        taught: bool,
+    ) -> None:
+        """As ``run``, but all microbatches pass a layer, and then the exit after it, before the next layer.
+
+        So the weights of a layer are needed once. If the exits wait for a teacher, their taps are kept until the end.
+        """
+        stage, data = self.stage, on_device(batches)
+        slots = stage.backbone.slots
+        assert slots is not None, "layers with memory of their own need no such order"
+        if self.events is not None and slots.record is None:
+            self._clock, slots.record = platform.Clock(), lambda *event: self._marks.append(event)
+        with torch.no_grad():
+            hidden = [stage.backbone.embed(each.tokens) for each in data]
+        of_length = self._positions(batches)
+        micros = [
+            Microbatch(number, batch, of_length[batch.tokens.shape[1]], each.labels, each.mask, {})
+            for number, (batch, each) in enumerate(zip(batches, data, strict=True))
+        ]
+
+        def at_tap(layer: int, taps: Sequence[Tensor]) -> None:
+            if taught:
+                for micro, tap in zip(micros, taps, strict=True):
+                    micro.taps[layer] = tap
+                return
+            with slots.event("exits", layer):
+                for micro, tap in zip(micros, taps, strict=True):
+                    exits_work(replace(micro, taps={layer: tap}), None)
+
+        positions = [micro.positions for micro in micros]
+        hidden = stage.run_by_layer(hidden, positions, at_tap, to_end=at_end is not None)
+        hidden.reverse()
+        for micro in micros:
+            h = hidden.pop()
+            teacher = None if at_end is None else at_end(micro, h)
+            del h
+            if taught or not stage.exits:
+                exits_work(micro, teacher)
+        if self.events is not None:
+            self.events += self._timed()
 
     def _warm_up(
         self,
@@ -203,6 +282,19 @@ class Pipeline:
             inbox.post(ahead)
         if taught and self._teacher_inbox is not None and self._teacher_message is not None:
             self._teacher_inbox.begin([self._teacher_message.size(batch) for batch in batches])
+
+    def _positions(self, batches: Sequence[Batch]) -> dict[int, Positions]:
+        """Positions by the length of sequences. Microbatches of one length share them, and their masks."""
+        lengths = {batch.tokens.shape[1] for batch in batches}
+        return {length: self.stage.backbone.positions(length) for length in lengths}
+
+    def _timed(self) -> list[Span]:
+        """The events of the slots that were recorded since the last call."""
+        events, self._marks = self._marks, []
+        assert self._clock is not None
+        return [
+            Span(kind, number, self._clock.time(start), self._clock.time(end)) for kind, number, start, end in events
+        ]
 
     def _receive(self, number: int, batch: Batch, data: DeviceBatch) -> tuple[Tensor, dict[int, Tensor]]:
         """h and taps from other stages, or the embedded tokens."""

@@ -88,6 +88,8 @@ def tuning_step(
     def train_exits(micro: Microbatch, teacher: Teacher | None) -> None:
         for exit_ in trained:
             layer, wrapper = exit_.spec.layer, optimizer.wrappers[exit_]
+            if layer not in micro.taps:
+                continue
             pieces = _pieces(exit_, micro, at_a_time)
             for number, (tap, labels, mask, part) in enumerate(pieces, start=1):
                 last = micro.number == len(batches) - 1 and number == len(pieces)

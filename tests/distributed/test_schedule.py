@@ -227,8 +227,8 @@ def test_no_stage_waits_for_an_earlier_ones_exits(saved_model: Callable[..., tup
     case = Case("", "llama2", SPECS, HALVES, micro_batch_size=3)
     first, second = run_ranks(2, slow_exits, path, case)
     for microbatch in range(4):
-        (slow,) = (event for event in first if event.kind == "exits" and event.microbatch == microbatch)
-        (work,) = (event for event in second if event.kind == "exits" and event.microbatch == microbatch)
+        (slow,) = (event for event in first if event.kind == "exits" and event.number == microbatch)
+        (work,) = (event for event in second if event.kind == "exits" and event.number == microbatch)
         assert slow.end - slow.start >= SLOW
         assert work.end < slow.end, "the second stage was done with this microbatch before the first"
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -62,6 +63,9 @@ def as_rank(rank: int, processes: int, explained: int | None = None) -> Iterator
         stack.enter_context(mock.patch.multiple(dist, **_distributed(watch, rank, processes)))
         stack.enter_context(mock.patch.object(torch, "tensor", _on_current_device(torch.tensor)))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist(watch)))
+        stack.enter_context(mock.patch.object(FakeTensor, "record_stream", lambda *_: None))
+        stack.enter_context(mock.patch.object(platform, "host_buffer", _host_buffer))
+        stack.enter_context(mock.patch.object(platform, "ThreadPoolExecutor", _NoThread))
         # The fake process group has no coalesced collectives.
         stack.enter_context(mock.patch.object(param_and_grad_buffer, "_coalescing_manager", _coalescing))
         stack.enter_context(fused(watch))
@@ -168,6 +172,22 @@ def _on_current_device(make: Any) -> Any:
         return make(*args, device=device, **kwargs)
 
     return tensor
+
+
+class _NoThread:
+    """An executor that runs its work at once: a fake mode belongs to one thread."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def submit(self, work: Any) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(work())
+        return done
+
+
+def _host_buffer(nbytes: int, instead: str = "") -> torch.Tensor:
+    """``platform.host_buffer``, which locks real memory."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def _tolist(watch: Watch) -> Any:

@@ -9,6 +9,7 @@ from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import Batch
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
+from megatron_ee.model.streaming import stream_from_host
 from megatron_ee.parallel.groups import process_groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.planning.balance import resolve_layout
@@ -39,8 +40,11 @@ def run(case: Tuning, explained: int | None = None) -> Result:
         process_groups(parallel.tensor, parallel.pipeline) as groups,
     ):
         dtype = platform.DTYPES[config.model.dtype]
-        setup = build_setup(architecture, dtype, groups, sequence_parallel=parallel.sequence)
+        residency = config.model.residency
+        setup = build_setup(architecture, dtype, groups, sequence_parallel=parallel.sequence, residency=residency)
         stage = build_stage(setup, layout, specs, final_exit=taught)
+        if stage.backbone.slots is not None:
+            stream_from_host(stage.backbone.slots, lambda number, tensors: None)
         optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, 10)
         pipeline = Pipeline(stage, layout, specs, teacher=of_distillation(config.loss.distillation))
         batches = [make_batch(config, number) for number in range(case.microbatches)]

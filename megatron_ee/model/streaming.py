@@ -1,0 +1,85 @@
+"""A streamed backbone: layers come from host memory or from the model's files, each under the computation before it.
+
+Two slots (``model.slots``) on the device hold the layer that computes and the one that comes next. On a GPU a file is
+read into a page-locked buffer, and copied from there on a stream of its own. On a CPU it is read into the slot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.errors import ConfigError
+from megatron_ee.families.weights import layer_tensors
+from megatron_ee.model.setup import ModelSetup
+from megatron_ee.model.slots import LayerSlots, Slot
+
+Read = Callable[[int, Mapping[str, Tensor]], None]
+"""Reads the weights of a layer, given its number, into tensors on the host by the layer's parameter names."""
+
+
+def check_host_memory(setup: ModelSetup, layers: int, key: str) -> None:
+    """Check that layers fit in host memory if they are to stay there, before they are read. Every rank calls this.
+
+    Args:
+        setup: of this rank.
+        layers: number of layers that this rank needs.
+        key: of the residency, for the message.
+
+    Raises:
+        ConfigError: the layers of a machine's processes do not fit in its free memory; raised on all ranks.
+    """
+    if setup.residency != "host":
+        return
+    layer = sum(map(math.prod, layer_tensors(setup.architecture).values())) * setup.dtype.itemsize
+    own = layers * layer // setup.groups.tensor.size()
+    gathered = setup.groups.gather((platform.host_name(), own, platform.free_host_memory()))
+    processes = Counter(host for host, _, _ in gathered)
+    for host, count in processes.items():
+        wanted = sum(nbytes for each, nbytes, _ in gathered if each == host)
+        free = min(nbytes for each, _, nbytes in gathered if each == host)
+        if wanted > free:
+            error = ConfigError(
+                f"{key}: host needs {wanted / 1e9:.1f} GB of {host}'s memory for the layers of {count} "
+                f"process{'es' if count > 1 else ''}, and {free / 1e9:.1f} GB are free; use disk"
+            )
+            error.common = True
+            raise error
+
+
+def stream_from_files(slots: LayerSlots, read: Read) -> None:
+    """Let the slots be filled from files."""
+    staging = platform.Staging(slots.slots[0].memory, "model.residency to device")
+
+    def fill(number: int, slot: Slot) -> None:
+        room = staging.room(slot.memory)
+        with slots.event("read", number):
+            read(number, slot.views(room))
+        with slots.event("copy", number):
+            staging.send(slot.memory)
+
+    slots.fill, slots.side = fill, platform.SideStream()
+
+
+def stream_from_host(slots: LayerSlots, read: Read, advance: Callable[[int], None] | None = None) -> None:
+    """Read all layers into page-locked host memory, and let the slots be filled from there.
+
+    ``advance``: called with the number of bytes just read.
+    """
+    like = slots.slots[0]
+    kept: dict[int, Tensor] = {}
+    for number in slots.numbers:
+        kept[number] = platform.host_buffer(like.memory.nbytes, "model.residency to disk")
+        read(number, like.views(kept[number].view(like.memory.dtype)))
+        if advance is not None:
+            advance(like.memory.nbytes)
+
+    def fill(number: int, slot: Slot) -> None:
+        with slots.event("copy", number):
+            slot.memory.copy_(kept[number].view(slot.memory.dtype), non_blocking=True)
+
+    slots.fill, slots.side = fill, platform.SideStream()

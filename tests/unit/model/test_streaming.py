@@ -1,0 +1,97 @@
+"""A backbone whose layers come from host memory or from files computes what one in the device's memory computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ee import platform
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.exits.stage import Stage
+from megatron_ee.model.slots import Slot
+
+LoadStage = Callable[..., Stage]
+SavedModel = Callable[..., tuple[Path, Any]]
+EXITS = [ExitSpec(2, "mlp"), ExitSpec(3, "norm", "shared")]
+
+
+@torch.no_grad()
+def outputs(stage: Stage) -> list[Tensor]:
+    """h after the last layer, and the taps."""
+    tokens = torch.arange(20, device=platform.device())[None]
+    h, taps = stage.run_layers(stage.backbone.embed(tokens), stage.backbone.positions(20), to_end=True)
+    return [h, *taps.values()]
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_taps_equal_those_of_a_resident_backbone(
+    dtype: torch.dtype, residency: str, saved_model: SavedModel, load_stage: LoadStage
+) -> None:
+    path, _ = saved_model("gemma3")
+    resident = load_stage(path, EXITS, dtype=dtype)
+    streamed = load_stage(path, EXITS, dtype=dtype, residency=residency)
+    assert streamed.backbone.slots is not None and len(streamed.backbone.slots.slots) == 2
+    for _ in range(2):
+        for expected, found in zip(outputs(resident), outputs(streamed), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_layers(count: int, saved_model: SavedModel, load_stage: LoadStage) -> None:
+    """After the last layer the first one is read again, also where both would want the same slot."""
+    path, _ = saved_model("llama3.1")
+    layers = range(1, count + 1)
+    resident, streamed = (
+        load_stage(path, layers=layers, final_exit=False, residency=residency) for residency in ("device", "disk")
+    )
+    for _ in range(3):
+        assert torch.equal(outputs(streamed)[0], outputs(resident)[0])
+
+
+def test_the_next_layer_is_read_while_one_computes(saved_model: SavedModel, load_stage: LoadStage) -> None:
+    stage = load_stage(saved_model("llama3.1")[0], residency="disk")
+    slots = stage.backbone.slots
+    assert slots is not None and slots.fill is not None
+    fill, started = slots.fill, {number: threading.Event() for number in slots.numbers}
+
+    def watched(number: int, slot: Slot) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        started[number].set()
+        fill(number, slot)
+
+    slots.fill = watched
+    for number, _ in stage.backbone.layers_between(1, 4):
+        following = number % 4 + 1
+        assert started[following].wait(10), f"layer {following} is not read while layer {number} computes"
+        started[number].clear()
+
+
+def test_an_error_while_reading_ahead_is_raised_where_the_layer_is_used(
+    saved_model: SavedModel, load_stage: LoadStage
+) -> None:
+    stage = load_stage(saved_model("llama3.1")[0], residency="disk")
+    slots = stage.backbone.slots
+    assert slots is not None and slots.fill is not None
+    expected, fill, failing = outputs(stage), slots.fill, [3]
+
+    def broken(number: int, slot: Slot) -> None:
+        if number in failing:
+            slot.memory.zero_()
+            raise OSError("gone")
+        fill(number, slot)
+
+    slots.fill = broken
+    reached = []
+    with pytest.raises(OSError, match="gone"):
+        for number, _ in stage.backbone.layers_between(1, 4):
+            reached.append(number)
+    assert reached == [1, 2]
+    failing.clear()
+    assert torch.equal(outputs(stage)[0], expected[0])
