@@ -177,7 +177,7 @@ def _open(model: str | Path, tensor: int, pipeline: int, verify: bool) -> SavedM
 
 
 @dataclass(frozen=True)
-class _Subject:
+class _ForecastSubject:
     """A model whose speed is forecast: the one that was measured, or a shape with its agreements.
 
     Attributes:
@@ -199,7 +199,7 @@ class _Found:
 
     work: Work
     measured: Measured
-    subjects: tuple[_Subject, ...]
+    subjects: tuple[_ForecastSubject, ...]
     gates: Records | None
 
 
@@ -309,16 +309,16 @@ def _say(work: Work, text: ProbeText, left: float) -> None:
         print("probe: this is the least work; it takes longer than --budget", file=sys.stderr, flush=True)
 
 
-def _subjects(records: Records, times: DecodeTimes, shapes: Sequence[Shape]) -> tuple[_Subject, ...]:
+def _subjects(records: Records, times: DecodeTimes, shapes: Sequence[Shape]) -> tuple[_ForecastSubject, ...]:
     models = [(None, records, times), *((s, s.records(records, times.num_layers), s.times()) for s in shapes)]
-    return tuple(_Subject(*model, _by_agreement(*model[1:])) for model in models)
+    return tuple(_ForecastSubject(*model, _by_agreement(*model[1:])) for model in models)
 
 
 def _by_agreement(records: Records, times: DecodeTimes, *, gated: bool = False) -> dict[float, Forecast]:
     return dict(zip(AGREEMENTS, best_threshold(records, times, AGREEMENTS, gated=gated), strict=True))
 
 
-def _layers_to_gate(subjects: Sequence[_Subject], pace: Pace, tokens: int, left: float) -> tuple[int, ...]:
+def _layers_to_gate(subjects: Sequence[_ForecastSubject], pace: Pace, tokens: int, left: float) -> tuple[int, ...]:
     """Exits whose gates are worth fitting on ``tokens`` tokens in the time that is left.
 
     They are those of the fastest sets if gates knew what heads know, where that is faster than deciding by heads.
@@ -343,7 +343,7 @@ def _layers_to_gate(subjects: Sequence[_Subject], pace: Pace, tokens: int, left:
 
 
 def _result(model: str, data: str, dtype: str, setup: ModelSetup, found: _Found) -> Probe:
-    def forecasts(subject: _Subject) -> tuple[Mapping[float, Forecast], Mapping[float, Forecast], Forecast]:
+    def forecasts(subject: _ForecastSubject) -> tuple[Mapping[float, Forecast], Mapping[float, Forecast], Forecast]:
         """Of threshold mode, policy ``gate`` and speculative mode."""
         gates = found.gates
         if gates is not None and subject.shape is not None:
