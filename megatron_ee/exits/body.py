@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -40,6 +41,11 @@ class ExitPart:
     copied: Source | None
     plain: tuple[str, ...] = ()
     optional: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the tensors."""
+        return sum(math.prod(shape) for shape in self.shapes)
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,21 @@ class Body(nn.Module):
         return None
 
     @classmethod
+    def forward_flops(cls, architecture: Architecture, tokens: int) -> int:
+        """Forward alone, as in validation, for one sequence of ``tokens``."""
+        return 0
+
+    @classmethod
     def flops(cls, architecture: Architecture, tokens: int) -> int:
         """Forward and backward for one sequence of ``tokens``; a tap needs no gradient. As ``parallel.costs``."""
+        return 0
+
+    @classmethod
+    def ring_passes(cls, sequence_parallel: bool) -> int:
+        """Number of times that training it passes a microbatch's hidden states around the tensor-parallel ranks.
+
+        An all-gather or a reduce-scatter is one pass, an all-reduce is two. By default it has no such linears.
+        """
         return 0
 
     @classmethod

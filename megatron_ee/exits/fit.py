@@ -38,6 +38,10 @@ RIDGES = (1.0, 10.0, 100.0)
 LEAST_PIVOT = 1e-8
 """Smallest pivot of a Cholesky factor, relative to the mean diagonal: products in float32 have errors of this size."""
 FLOAT64 = 8  # bytes
+PER_FEATURE = 16
+"""Tokens for each feature that exits and gates are fitted on by default."""
+MEMORY_SHARE = 0.7
+"""Share of the free memory that sums may take, so that the layers and the heads have room to run."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,25 @@ def fit_bytes(rows: int, hidden_size: int, tensor: int) -> tuple[int, int]:
     ``rows``: ``Body.fitted_rows``.
     """
     return FLOAT64 * -(-rows // tensor) * (rows + hidden_size), FLOAT64 * rows * (rows + hidden_size)
+
+
+def number_turns(needed: Sequence[tuple[int, int]], free: int) -> list[int]:
+    """The turn, from 0, of each of some fits: those of one turn have their sums in memory together.
+
+    Args:
+        needed: of each fit, bytes of its sums, and of solving it.
+        free: bytes for the sums of a turn, and for solving one fit at a time. A fit that is too large has a turn alone.
+    """
+    turns: list[int] = []
+    held = solving = 0
+    for sums, work in needed:
+        if not turns or held + sums + max(solving, work) > free:
+            turns.append(turns[-1] + 1 if turns else 0)
+            held = solving = 0
+        else:
+            turns.append(turns[-1])
+        held, solving = held + sums, max(solving, work)
+    return turns
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

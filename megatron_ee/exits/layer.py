@@ -55,10 +55,20 @@ class LayerBody(Body):
         return architecture.ffn_size + architecture.mlp_bias
 
     @classmethod
+    def forward_flops(cls, architecture: Architecture, tokens: int) -> int:
+        """Of the layer."""
+        return attention_flops(architecture, architecture.num_layers, tokens) + mlp_flops(architecture, tokens)
+
+    @classmethod
     def flops(cls, architecture: Architecture, tokens: int) -> int:
-        """Three times the layer's forward. Its norms are trained too, so every matrix product has both gradients."""
-        attention = attention_flops(architecture, architecture.num_layers, tokens)
-        return 3 * (attention + mlp_flops(architecture, tokens))
+        """Three times the forward. Its norms are trained too, so every matrix product has both gradients."""
+        return 3 * cls.forward_flops(architecture, tokens)
+
+    @classmethod
+    def ring_passes(cls, sequence_parallel: bool) -> int:
+        """Each half all-reduces its output, and its input's gradient. With sequence parallelism it gathers its input,
+        again in backward, and the output's gradient; it scatters the output and the input's gradient."""
+        return 10 if sequence_parallel else 8
 
     @classmethod
     def graph_bytes(cls, sizes: LayerBytes) -> GraphBytes:

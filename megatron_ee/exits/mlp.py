@@ -21,6 +21,7 @@ from megatron_ee.families.weights import layer_source, parameter_parts
 from megatron_ee.model.layer import MLP, add_mlp, build_norms
 from megatron_ee.model.linear import RMSNorm
 from megatron_ee.model.traversal import Tap
+from megatron_ee.parallel.costs import mlp_flops
 
 if TYPE_CHECKING:
     from megatron_ee.model.setup import ModelSetup
@@ -67,12 +68,23 @@ class MLPBody(Body):
         return architecture.ffn_size + architecture.mlp_bias
 
     @classmethod
+    def forward_flops(cls, architecture: Architecture, tokens: int) -> int:
+        """Of the MLP."""
+        return mlp_flops(architecture, tokens)
+
+    @classmethod
     def flops(cls, architecture: Architecture, tokens: int) -> int:
         """``14 T h f``: forward and weight gradients ``6 T h f`` each, and the down projection's input gradient.
 
         What gate and up read is frozen.
         """
         return 14 * tokens * architecture.hidden_size * architecture.ffn_size
+
+    @classmethod
+    def ring_passes(cls, sequence_parallel: bool) -> int:
+        """The projection's output is all-reduced. With sequence parallelism the tap is gathered, the output is
+        scattered, and its gradient is gathered."""
+        return 3 if sequence_parallel else 2
 
     @classmethod
     def graph_bytes(cls, sizes: LayerBytes) -> GraphBytes:

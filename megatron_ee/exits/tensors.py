@@ -42,7 +42,7 @@ def parameter_sizes(spec: ExitSpec, arch: Architecture, tensor: int, *, matrices
     for part in exit_parts(spec, arch):
         if matrices and len(part.shapes[0]) == 1:
             continue
-        whole = sum(math.prod(shape) for shape in part.shapes)
+        whole = part.elements
         if part.saved.kind == "vocabulary":
             whole = whole // arch.vocab_size * padded_vocab(arch.vocab_size, tensor)
         sizes.append(whole if part.saved.kind == "whole" else whole // tensor)

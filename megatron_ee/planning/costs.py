@@ -37,6 +37,13 @@ def exit_flops(architecture: Architecture, spec: ExitSpec, tokens: int, tensor: 
     return body_of(spec).flops(architecture, tokens) + head_flops(architecture, spec, tokens, tensor)
 
 
+def exit_forward_flops(architecture: Architecture, spec: ExitSpec, tokens: int, tensor: int = 1) -> int:
+    """FLOPs of a forward of an exit with its head, as in validation."""
+    vocab, hidden = padded_vocab(architecture.vocab_size, tensor), architecture.hidden_size
+    flops = body_of(spec).forward_flops(architecture, tokens) + 2 * tokens * hidden * vocab
+    return flops + (2 * tokens * spec.rank * (hidden + vocab) if spec.head == "low_rank" else 0)
+
+
 def head_flops(architecture: Architecture, spec: ExitSpec, tokens: int, tensor: int = 1) -> int:
     """FLOPs of forward and backward of an exit's head.
 

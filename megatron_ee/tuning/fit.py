@@ -21,7 +21,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import FitConfig, RunConfig
 from megatron_ee.data.loader import Batch, PackedBlend
 from megatron_ee.exits.exit import Exit
-from megatron_ee.exits.fit import RIDGES, Fit, Solution, fit_bytes
+from megatron_ee.exits.fit import MEMORY_SHARE, RIDGES, Fit, Solution, fit_bytes, number_turns
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.stage import Stage
 from megatron_ee.model.distillation import Teacher, teacher_top_k
@@ -39,8 +39,6 @@ FEW_PER_FEATURE = 8
 """Tokens for each feature of the MLP below which a warning is due."""
 SCALE_TOKENS = 4096
 """Tokens to fit the scale of a norm on that follows the fitted projection."""
-MEMORY_SHARE = 0.7
-"""Share of the free memory that sums may take, so that the layers and the heads have room to run."""
 
 
 @dataclass(frozen=True)
@@ -275,15 +273,11 @@ def split_turns(specs: Sequence[ExitSpec], setup: ModelSetup, free: int) -> list
     ``free``: bytes for the sums, and for solving one fit at a time.
     """
     arch, tensor = setup.architecture, setup.groups.tensor.size()
+    needed = [fit_bytes(body_of(spec).fitted_rows(arch) or 0, arch.hidden_size, tensor) for spec in specs]
     turns: list[set[int]] = []
-    held = solving = 0
-    for spec in specs:
-        sums, work = fit_bytes(body_of(spec).fitted_rows(arch) or 0, arch.hidden_size, tensor)
-        if not turns or held + sums + max(solving, work) > free:
-            turns.append(set())
-            held = solving = 0
-        turns[-1].add(spec.layer)
-        held, solving = held + sums, max(solving, work)
+    for spec, number in zip(specs, number_turns(needed, free), strict=True):
+        turns += [set()] if number == len(turns) else []
+        turns[number].add(spec.layer)
     return turns
 
 

@@ -13,11 +13,10 @@ from megatron_ee import platform
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import Batch, MicrobatchStream, PackedBlend
 from megatron_ee.errors import DataError
+from megatron_ee.exits.fit import PER_FEATURE
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.tuning.interrupt import Interrupt
 
-PER_FEATURE = 16
-"""Tokens for each feature, by default."""
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 16, 1024, 4096
 
 Steps = list[list[Batch]]

@@ -29,6 +29,7 @@ from megatron_ee.config.schema import RunConfig
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.loader import PackedBlend
 from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.fit import PER_FEATURE
 from megatron_ee.exits.gate import logistic_regression
 from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.agreement import each_own
@@ -36,7 +37,7 @@ from megatron_ee.parallel.layout import Layout
 from megatron_ee.progress import Progress, track
 from megatron_ee.tables import add_columns, make_console, new_table
 from megatron_ee.tuning.fit import run_with_top1
-from megatron_ee.tuning.fit_tokens import PER_FEATURE, Steps, Tokens, read_tokens
+from megatron_ee.tuning.fit_tokens import Steps, Tokens, read_tokens
 from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline

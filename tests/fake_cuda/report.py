@@ -20,5 +20,10 @@ def details(result: Result) -> str:
     lines = [f"{count:8,} {kind:11} {where}" for (where, kind), count in sorted(result.syncs.items())]
     lines += [f"{count:8,} attention   {backend}" for backend, count in sorted(result.attention.items())]
     lines += [f"{count:8,} launches    {where}" for where, count in result.launches_by_place.items()]
+    lines += [
+        f"{sent / 1e6:8,.1f} MB sent     {link} ({planned / 1e6:,.1f} planned)"
+        for link, (sent, planned) in result.sent.items()
+        if sent or planned
+    ]
     lines += [f"{size / 1e6:8,.0f} MB          {where}" for where, size in sorted(result.composition.items())]
     return "\n".join(lines)

@@ -112,6 +112,8 @@ class Result:
         launches_by_place: the places in the package that launch most.
         composition: bytes at the peak by place, where that was asked for.
         planned_for_another: whether the plan is of a rank that holds more.
+        sent: bytes that the rank sent in the step, and those planned: to other stages, to tensor-parallel and to
+            data-parallel ranks; empty for inference.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Result:
     launches_by_place: dict[str, int]
     composition: dict[str, int] = field(default_factory=dict)
     planned_for_another: bool = False
+    sent: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def off(self) -> float:

@@ -10,10 +10,12 @@ from megatron_ee.data.loader import Batch
 from megatron_ee.exits.stage import build_stage
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.streaming import stream_from_host
-from megatron_ee.parallel.groups import process_groups
+from megatron_ee.parallel.groups import Groups, process_groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.plan import plan_run
+from megatron_ee.planning.traffic import StageTraffic, stage_traffic
+from megatron_ee.planning.workload import make_workload
 from megatron_ee.testing.examples import example_architecture, open_example
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.step import tuning_step
@@ -21,6 +23,7 @@ from megatron_ee.tuning.teacher import of_distillation
 
 from .cluster import as_rank
 from .runs import Result, Tuning
+from .watch import Watch
 
 
 def run(case: Tuning, explained: int | None = None) -> Result:
@@ -34,7 +37,7 @@ def run(case: Tuning, explained: int | None = None) -> Result:
     config, specs, processes = open_example(case.example, case.overrides, case.processes)
     rank, parallel, taught = case.rank % processes, config.parallel, config.loss.distillation.kl > 0
     layout = resolve_layout(parallel, specs, architecture, config.data.sequence_length, taught)
-    plan = plan_run(config, layout, architecture, specs, processes)
+    plan, workload = plan_run(config, layout, architecture, specs, processes), make_workload(config, processes)
     with (
         as_rank(rank, processes, explained) as watch,
         process_groups(parallel.tensor, parallel.pipeline) as groups,
@@ -65,7 +68,19 @@ def run(case: Tuning, explained: int | None = None) -> Result:
             faults=tuple(watch.faults),
             launches_by_place=dict(watch.places.most_common(12)),
             composition=watch.composition,
+            sent=_sent(watch, stage_traffic(layout, index, architecture, specs, workload), case, groups),
         )
+
+
+def _sent(watch: Watch, planned: StageTraffic, case: Tuning, groups: Groups) -> dict[str, tuple[int, int]]:
+    """Bytes sent and planned. Groups are told apart by their size."""
+    between, tensor, data = planned.per_step(case.microbatches)
+    sizes = groups.tensor.size(), groups.data.size()
+    found = {"stages": (watch.sent["send"], between)}
+    if sizes[0] != sizes[1] or sizes == (1, 1):
+        found["tensor"] = watch.sent[f"group of {sizes[0]}"], tensor
+        found["data"] = watch.sent[f"group of {sizes[1]}"], data
+    return found
 
 
 def make_batch(config: RunConfig, number: int) -> Batch:

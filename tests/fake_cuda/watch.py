@@ -39,6 +39,7 @@ class Watch(TorchDispatchMode):
             ``read``, ``upload``, ``download``, ``size`` (of a result that depends on values) or ``synchronize``.
         launches: operations on the device that launch kernels, by name, collectives included.
         places: the same by place in the package.
+        sent: bytes that this rank sends, by ``send`` and by the size of the group of a reduction; see ``_count_sent``.
         attention: attention backends that were chosen, see ``kernels``.
         faults: tensors on wrong devices.
         live: bytes held on the device.
@@ -64,6 +65,7 @@ class Watch(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         self.places: Counter[str] = Counter()
         self.attention: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
         self.peak = self.live
 
     def answer(self, floats: list[float], integers: list[int]) -> None:
@@ -92,6 +94,7 @@ class Watch(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func.namespace == "c10d":
             self._check_group(args, tensors)
+            self._count_sent(func, args, tensors)
         pinned = kwargs.pop("pin_memory", False)
         handler = _HANDLERS.get(func)
         result = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
@@ -201,15 +204,25 @@ class Watch(TorchDispatchMode):
 
     def _check_group(self, args: Any, tensors: list[Tensor]) -> None:
         """A collective's tensors must be where its group is."""
-        objects = [arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg)]
-        for group in map(dist.ProcessGroup.unbox, objects):
+        for group in _groups(args):
             on_host = self.backends.get(group.group_name) == "gloo"
             for tensor in tensors:
                 if tensor.is_cuda == on_host:
                     kind = "the host" if on_host else "the device"
                     self.faults.append(f"{place()}: a tensor on {tensor.device} in a collective of {kind}")
 
+    def _count_sent(self, func: OpOverload, args: Any, tensors: list[Tensor]) -> None:
+        """As a ring: a tensor goes around it once to be gathered or scattered, twice to be summed everywhere."""
+        rounds = _ROUNDS.get(func.__name__.partition(".")[0])
+        for group in _groups(args):
+            if func.__name__.startswith("send"):
+                self.sent["send"] += sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
+            elif rounds is not None and self.backends.get(group.group_name) != "gloo":
+                most = max(tensor.nbytes for tensor in tensors)
+                self.sent[f"group of {group.size()}"] += int(rounds * (group.size() - 1) / group.size() * most)
 
+
+_ROUNDS = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
 _aten = torch.ops.aten
 _HANDLERS: dict[OpOverload, Any] = {
     _aten._local_scalar_dense.default: Watch._read_one,
@@ -225,6 +238,12 @@ _HANDLERS: dict[OpOverload, Any] = {
     _aten.is_pinned.default: Watch._ask_pinned,
     _aten.lift_fresh.default: Watch._lift,
 }
+
+
+def _groups(args: Any) -> list[dist.ProcessGroup]:
+    """The process groups among the arguments of a collective."""
+    objects = (arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
+    return [dist.ProcessGroup.unbox(each) for each in objects]
 
 
 def _is_group(argument: torch.ScriptObject) -> bool:
