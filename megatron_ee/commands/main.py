@@ -21,6 +21,7 @@ COMMANDS = {
     "regenerate": ("regenerate", "answer prompts with the model itself, as data to tune on"),
     "convert": ("convert", "convert checkpoints; add, drop or merge exits"),
     "probe": ("probe", "forecast what exits would gain, before tuning"),
+    "plan": ("plan", "estimate memory, time and price of a run, and search for a better layout"),
     "tune": ("tune", "train exits on a frozen model"),
     "evaluate": ("evaluate", "measure each exit on a corpus; threshold sweep"),
     "generate": ("generate", "generate text; show the layer that emitted each token"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from megatron_ee.commands import Parser
+from megatron_ee.commands.config_parser import ConfigParser
 from megatron_ee.errors import ConfigError
 
 DESCRIPTION = (
@@ -16,25 +15,9 @@ DESCRIPTION = (
 )
 
 
-class _TuneParser(Parser):
-    """Collects unknown options as overrides, and documents the configuration in its help."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Arguments, with everything unknown in ``overrides``; ``load_config`` checks that."""
-        arguments, overrides = self.parse_known_args(args, namespace)
-        arguments.overrides = overrides
-        return arguments
-
-    def format_help(self) -> str:
-        """Own options, then every key of the configuration."""
-        from megatron_ee.config.load import config_help
-
-        return f"{super().format_help()}\nconfiguration keys, in the YAML file or as options:\n\n{config_help()}"
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line; ``overrides`` holds the dotted options."""
-    result = _TuneParser("tune", DESCRIPTION)
+    result = ConfigParser("tune", DESCRIPTION)
     result.usage = (
         "%(prog)s --config FILE [--dotted.key VALUE ...] --output DIR "
         "[--resume [--allow-new-data] | --init-adapter DIR | --debug]"

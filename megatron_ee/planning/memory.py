@@ -7,7 +7,6 @@ not counted. Pure: no process group is needed.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,12 +131,11 @@ def fit_memory(
 def validation_memory(stages: int, index: int, architecture: Architecture, workload: Workload) -> int:
     """Bytes of the passes through all layers that validation needs before tuning; 0 without validation.
 
-    The layers are spread evenly, with the final exit, and without sequence parallelism. The passes are the final exit
-    on the validation data, and the full model's continuations of prompts, whose KV cache takes what memory is free.
+    The layers are spread evenly, with the final exit. The passes are the final exit on the validation data, and the
+    full model's continuations of prompts, whose KV cache takes what memory is free.
     """
     if not workload.validates:
         return 0
-    workload = dataclasses.replace(workload, sequence_parallel=False)
     layout = even_layout(architecture.num_layers, stages)
     frozen, _ = stage_parameters(layout, index, architecture, (), workload.tensor, distillation=True)
     stage, hidden = layout.stages[index], hidden_bytes(architecture, workload)

@@ -103,6 +103,7 @@ INPUTS = {
     "tune --config run.yaml --output out --data.train [here] --data.validation [here]": (
         *("--data.train", "--data.validation"),
     ),
+    "plan --config run.yaml --model.path here": ("--config", "--model.path"),
     "evaluate --model here --adapter here --data here --probe here": ("--model", "--adapter", "--data", "--probe"),
     "generate --model here --prompts here --adapter here": ("--model", "--prompts", "--adapter"),
     "generate --model here --prompt a --draft-vocabulary 4 --draft-corpus here": ("--draft-corpus",),
@@ -128,7 +129,11 @@ def test_an_input_that_does_not_exist_is_named_with_status_2(
     before = sorted(tmp_path.iterdir())
     assert main(words) == 2
     out, err = capsys.readouterr()
-    named = "no such configuration file" if option == "--config" and words[0] == "tune" else option.removeprefix("--")
+    named = (
+        "no such configuration file"
+        if option == "--config" and words[0] in ("plan", "tune")
+        else option.removeprefix("--")
+    )
     assert out == "" and err.count("\n") == 1 and named in err, err
     assert "no such" in err and "none" in err and sorted(tmp_path.iterdir()) == before
 
@@ -238,7 +243,7 @@ def test_text_beyond_the_encoding_of_stdout_is_replaced(errors: str, monkeypatch
     assert raw.getvalue() == b"caf? ?\n"
 
 
-@pytest.mark.parametrize("script", ["tune", "evaluate", "generate", "preprocess_data"])
+@pytest.mark.parametrize("script", ["tune", "plan", "evaluate", "generate", "preprocess_data"])
 def test_tools_work_from_anywhere_without_installation(script: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [sys.executable, str(ROOT / "tools" / f"{script}.py"), "--help"]

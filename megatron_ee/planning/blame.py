@@ -1,0 +1,55 @@
+"""What takes the memory of a plan, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_ee.planning.devices import GB
+from megatron_ee.planning.estimate import Estimate
+from megatron_ee.planning.parameters import hosted_by, trained_parameters
+from megatron_ee.planning.plan import StagePlan
+
+
+def blame(estimate: Estimate) -> str:
+    """The largest part of the memory of the rank that needs the most, such as ``the 7 own heads take 15.2 GB``."""
+    index = max(range(len(estimate.plan.stages)), key=lambda place: estimate.plan.stages[place].memory.total)
+    stage = estimate.plan.stages[index]
+    memory, layers = stage.memory, estimate.architecture.num_layers
+    where = f" on stage {index}" if len(estimate.plan.stages) > 1 else ""
+    if memory.total == memory.tuning:
+        parts = _parts(estimate, index, stage)
+        name, size = max(parts.items(), key=lambda part: part[1])
+        return f"{name}{where} take {size / GB:,.1f} GB"
+    if memory.total == memory.fit:
+        return f"the fit before tuning, which holds all {layers} layers, takes {memory.fit / GB:,.1f} GB{where}"
+    if memory.total == memory.validation:
+        return (
+            f"all {layers} layers, for the final exit on validation data, take {memory.validation / GB:,.1f} GB{where}"
+        )
+    return f"the fit of gates, which holds all {layers} layers, takes {memory.gates / GB:,.1f} GB{where}"
+
+
+def _parts(estimate: Estimate, index: int, stage: StagePlan) -> dict[str, float]:
+    """Bytes by what they belong to, while tuning."""
+    memory, tensor, arch = stage.memory, estimate.workload.tensor, estimate.architecture
+    parts: dict[str, float] = {
+        f"{len(stage.layers)} frozen layers": memory.frozen,
+        "taps and activations": memory.taps + memory.activations,
+        "buffers of messages": memory.transfer,
+    }
+    hosted = hosted_by(estimate.layout.stages[index], estimate.specs)
+    if not stage.trained_parameters:
+        return parts
+    each = (memory.trained + memory.gradients + memory.optimizer) / stage.trained_parameters
+    heads = bodies = owned = 0
+    for spec in hosted:
+        body = trained_parameters(arch, dataclasses.replace(spec, head="shared"), tensor)
+        heads, bodies = heads + trained_parameters(arch, spec, tensor) - body, bodies + body
+        owned += spec.head == "own"
+    parts[_counted(owned, "own head")] = each * heads
+    parts[_counted(len(hosted), "exit body", "exit bodies")] = each * bodies
+    return parts
+
+
+def _counted(count: int, one: str, more: str = "") -> str:
+    return f"the {one}" if count == 1 else f"the {count} {more or one + 's'}"

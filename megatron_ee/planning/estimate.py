@@ -1,0 +1,111 @@
+"""Everything that is estimated of a run before it starts. Pure: no process group is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.check import check_run
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import RunConfig
+from megatron_ee.exits.registry import check_trains, resolve_init
+from megatron_ee.parallel.layout import Layout
+from megatron_ee.planning.balance import resolve_layout
+from megatron_ee.planning.machine import Machine
+from megatron_ee.planning.phases import RunTime, run_time
+from megatron_ee.planning.plan import RunPlan, make_plan
+from megatron_ee.planning.step_time import StepTime, step_time
+from megatron_ee.planning.storage import DiskUse, disk_use, host_memory
+from megatron_ee.planning.traffic import StageTraffic, stage_traffic
+from megatron_ee.planning.workload import Workload, make_workload
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run on paper. What follows from its settings is computed when it is asked for.
+
+    Attributes:
+        config: checked, its ``model.dtype`` resolved.
+        architecture: of the model.
+        specs: the exits, by layer.
+        layout: of all stages.
+        workload: the other settings.
+        machine: what times rest on; None if no device was named.
+    """
+
+    config: RunConfig
+    architecture: Architecture
+    specs: tuple[ExitSpec, ...]
+    layout: Layout
+    workload: Workload
+    machine: Machine | None
+
+    @property
+    def gpus(self) -> int:
+        """Number of processes, one for each GPU."""
+        return self.workload.tensor * self.workload.data * len(self.layout.stages)
+
+    @cached_property
+    def plan(self) -> RunPlan:
+        """Per stage parameters, memory, FLOPs and idle time."""
+        return make_plan(self.layout, self.architecture, self.specs, self.workload)
+
+    @property
+    def memory(self) -> int:
+        """Planned bytes of the rank that needs the most."""
+        return max(stage.memory.total for stage in self.plan.stages)
+
+    @cached_property
+    def traffic(self) -> tuple[StageTraffic, ...]:
+        """Bytes over each kind of link, per stage."""
+        stages = range(len(self.layout.stages))
+        return tuple(stage_traffic(self.layout, i, self.architecture, self.specs, self.workload) for i in stages)
+
+    @cached_property
+    def disk(self) -> DiskUse:
+        """What is written."""
+        return disk_use(self.config, self.architecture, self.specs, self.workload)
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory of all ranks together."""
+        return host_memory(self.config, self.architecture, self.specs, self.workload)
+
+    @cached_property
+    def step(self) -> StepTime | None:
+        """Time of a step; None without a machine."""
+        if self.machine is None:
+            return None
+        return step_time(self.layout, self.architecture, self.specs, self.workload, self.machine)
+
+    @cached_property
+    def run(self) -> RunTime | None:
+        """Times of the whole run; None without a machine."""
+        if self.machine is None or self.step is None:
+            return None
+        return run_time(self.config, self.architecture, self.specs, self.layout, self.workload, self.machine, self.step)
+
+    @property
+    def kilowatt_hours(self) -> float | None:
+        """Energy of all devices at full power; None if the time or the power is unknown."""
+        if self.run is None or self.machine is None or self.machine.watts is None:
+            return None
+        return self.gpus * self.machine.watts * self.run.seconds / 3.6e6
+
+    def price(self, per_hour: float) -> float | None:
+        """What the run costs at a price of one GPU for an hour; None if the time is unknown."""
+        return None if self.run is None else self.gpus * per_hour * self.run.seconds / 3600
+
+
+def estimate_run(config: RunConfig, architecture: Architecture, gpus: int, machine: Machine | None) -> Estimate:
+    """Check a configuration, whose ``model.dtype`` is resolved, for ``gpus`` processes, and lay out its run.
+
+    Raises:
+        ConfigError: as in ``tune``.
+    """
+    specs = resolve_init(check_run(config, architecture, gpus), architecture)
+    check_trains(specs)
+    workload = make_workload(config, gpus)
+    layout = resolve_layout(config.parallel, specs, architecture, workload.sequence_length, workload.top_k > 0)
+    return Estimate(config, architecture, specs, layout, workload, machine)

@@ -1,0 +1,217 @@
+"""How long a whole run takes on a machine, phase by phase. Pure: no process group is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import RunConfig
+from megatron_ee.exits.fit import MEMORY_SHARE, PER_FEATURE, RIDGES, fit_bytes, number_turns
+from megatron_ee.exits.gate import STEPS as NEWTON_STEPS
+from megatron_ee.exits.registry import body_of
+from megatron_ee.parallel.costs import attention_flops, final_exit_flops, mlp_flops
+from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.planning.costs import exit_forward_flops
+from megatron_ee.planning.devices import GB
+from megatron_ee.planning.machine import Machine, group_link
+from megatron_ee.planning.parameters import hosted_by, stage_parameters
+from megatron_ee.planning.plan import StageWork, schedule_end
+from megatron_ee.planning.step_time import StepTime
+from megatron_ee.planning.storage import disk_use, gate_tokens, saves
+from megatron_ee.planning.traffic import stage_traffic
+from megatron_ee.planning.workload import Workload
+
+DISK = 1e9
+"""Bytes per second that storage is assumed to read and write."""
+GATE_RIDGES = 3
+"""Ridges that the fit of a gate tries."""
+CANDIDATES = 1 + len(RIDGES)
+"""Times that a fitted exit is measured on held-out tokens: copied, and with each solution."""
+HELD_OUT = 4096
+"""Tokens that are held out of a fit, at most."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run.
+
+    Attributes:
+        name: what is done.
+        amount: how much of it.
+        seconds: of all of it.
+    """
+
+    name: str
+    amount: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """All phases of a run that is not interrupted, and the seconds that ``--resume`` takes before the next step."""
+
+    phases: tuple[Phase, ...]
+    resume: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(phase.seconds for phase in self.phases)
+
+
+def run_time(
+    config: RunConfig,
+    architecture: Architecture,
+    specs: Sequence[ExitSpec],
+    layout: Layout,
+    workload: Workload,
+    machine: Machine,
+    step: StepTime,
+) -> RunTime:
+    """Estimate the run of a checked configuration, its exits' ``init`` resolved."""
+    run = _Run(config, architecture, tuple(specs), layout, workload, machine)
+    steps, phases = config.tuning.steps, [run.load()]
+    if workload.validates:
+        phases.append(run.final_exit())
+    if any(spec.init == "fit" for spec in specs):
+        phases.append(run.fit())
+    phases.append(Phase("tuning", f"{steps:,} steps of {step.seconds:.3g} s", steps * step.seconds))
+    if workload.validates:
+        phases.append(run.validations())
+    phases.append(run.saving())
+    if any(spec.gate for spec in specs):
+        phases.append(run.gates())
+    checkpoint = disk_use(config, architecture, specs, workload).checkpoint
+    return RunTime(tuple(phases), (run.tuned() + checkpoint) / DISK)
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: RunConfig
+    architecture: Architecture
+    specs: tuple[ExitSpec, ...]
+    layout: Layout
+    workload: Workload
+    machine: Machine
+
+    def load(self) -> Phase:
+        """Before the first run the backbone is hashed. All layers are read before tuning, for validation and the fit,
+        and after it, for gates; those that are tuned in between."""
+        arch, workload = self.architecture, self.workload
+        before = workload.validates or any(spec.init == "fit" for spec in self.specs)
+        passes = 1 + before + any(spec.gate for spec in self.specs)
+        whole = stage_parameters(even_layout(arch.num_layers, 1), 0, arch, (), distillation=True)[0]
+        size = passes * whole * workload.itemsize + self.tuned()
+        return Phase("hash and load the backbone", f"{size / GB:,.1f} GB", size / DISK)
+
+    def tuned(self) -> int:
+        """Bytes of the frozen weights of all ranks while tuning."""
+        taught, tensor = self.workload.top_k > 0, self.workload.tensor
+        counts = (
+            stage_parameters(self.layout, index, self.architecture, self.specs, tensor, taught)[0]
+            for index in range(len(self.layout.stages))
+        )
+        return sum(counts) * tensor * self.workload.itemsize
+
+    def final_exit(self) -> Phase:
+        """On the validation data; and the continuations of prompts, each token of which reads all weights."""
+        settings, workload = self.config.validation, self.workload
+        sequences, prompts = settings.sequences, settings.acceptance.prompts
+        seconds = self._all_layers(sequences * workload.sequence_length)
+        amount = f"{sequences:,} sequences"
+        if prompts:
+            whole = even_layout(self.architecture.num_layers, 1)
+            frozen, _ = stage_parameters(whole, 0, self.architecture, (), workload.tensor, distillation=True)
+            seconds += settings.acceptance.tokens * frozen * workload.itemsize / self.machine.bandwidth
+            amount += f", {prompts} prompts"
+        return Phase("all layers for validation", amount, seconds)
+
+    def fit(self) -> Phase:
+        """Each turn runs all tokens through all layers. Sums are float32 products, solving them float64 ones."""
+        arch, workload, machine = self.architecture, self.workload, self.machine
+        fitted = [spec for spec in self.specs if spec.init == "fit"]
+        wanted = PER_FEATURE * arch.ffn_size if self.config.fit.tokens == "auto" else self.config.fit.tokens
+        batch = self.config.tuning.global_batch_size * workload.sequence_length
+        tokens = math.ceil(wanted / batch) * batch
+        stages = even_layout(arch.num_layers, len(self.layout.stages), [spec.layer for spec in self.specs])
+        ridges = len(RIDGES) if self.config.fit.ridge else 1
+        turns, busiest = 0, 0.0
+        for index, stage in enumerate(stages.stages):
+            own = [body_of(spec).fitted_rows(arch) or 0 for spec in hosted_by(stage, fitted)]
+            held = sum(stage_parameters(stages, index, arch, self.specs, workload.tensor, distillation=True))
+            free = int(MEMORY_SHARE * (machine.memory - held * workload.itemsize))
+            needed = [fit_bytes(rows, arch.hidden_size, workload.tensor) for rows in own]
+            turns = max(turns, 1 + max(number_turns(needed, free), default=-1))
+            sums = sum(2 * rows * (rows + arch.hidden_size) for rows in own) * tokens / workload.data
+            solving = sum(ridges * (rows**3 / 3 + 2 * rows**2 * arch.hidden_size) for rows in own)
+            busiest = max(busiest, sums / workload.tensor / machine.float32 + solving / machine.float64)
+        each = sum(exit_forward_flops(arch, spec, 1, workload.tensor) for spec in fitted)
+        measured = self._all_layers(HELD_OUT) + self._spread(CANDIDATES * HELD_OUT * each)
+        forward = turns * self._all_layers(tokens)
+        turn = f" in {turns} turns" if turns > 1 else ""
+        return Phase("fit", f"{len(fitted)} exits, {tokens:,} tokens{turn}", forward + busiest + measured)
+
+    def validations(self) -> Phase:
+        """Before the first step, at each interval, and after the last step."""
+        steps, interval = self.config.tuning.steps, self.config.validation.interval
+        count = 1 + (-(-steps // interval) if interval else bool(steps))
+        workload, machine, arch = self.workload, self.machine, self.architecture
+        rounds = math.ceil(self.config.validation.sequences / (workload.data * workload.micro_batch_size))
+        link = group_link(machine, workload.tensor, 1)
+        work = []
+        for index, stage in enumerate(self.layout.stages):
+            layers = sum(_layer_flops(arch, layer, workload.sequence_length) for layer in stage.layers)
+            exits = sum(
+                exit_forward_flops(arch, spec, workload.sequence_length, workload.tensor)
+                for spec in hosted_by(stage, self.specs)
+            )
+            traffic = stage_traffic(self.layout, index, arch, self.specs, workload)
+            ranks = workload.tensor / workload.micro_batch_size
+            forward = layers / ranks / machine.layers + traffic.layers / link
+            work.append(StageWork(forward, 0.0, exits / ranks / machine.exits))
+        seconds = schedule_end(self.layout, work, rounds)
+        return Phase("validation", f"{count:,} times, {self.config.validation.sequences:,} sequences", count * seconds)
+
+    def saving(self) -> Phase:
+        """Steps wait for a copy to host memory, and the run for the last checkpoint."""
+        use, count = disk_use(self.config, self.architecture, self.specs, self.workload), saves(self.config)
+        size = use.checkpoint
+        ranks = self.workload.tensor * self.workload.data * len(self.layout.stages)
+        copied = size / ranks / self.machine.host_link if self.config.checkpoint.asynchronous else size / DISK
+        name = f"{count:,} checkpoints of {size / GB:,.1f} GB"
+        return Phase("saving", name, (count - 1) * copied + size / DISK)
+
+    def gates(self) -> Phase:
+        """The last and the best adapter: all layers and heads, then Newton steps in float64."""
+        arch, workload = self.architecture, self.workload
+        gated = [spec for spec in self.specs if spec.gate]
+        tokens = gate_tokens(self.config, arch)
+        heads = sum(exit_forward_flops(arch, spec, 1, workload.tensor) for spec in gated)
+        newton = len(gated) * GATE_RIDGES * NEWTON_STEPS * 2 * arch.hidden_size**2 * tokens
+        passes = self._all_layers(tokens) + self._spread(tokens * heads)
+        solving = newton / workload.data / len(self.layout.stages) / self.machine.float64
+        adapters = 1 + workload.validates
+        return Phase("gates", f"{len(gated)} in {adapters} adapters", adapters * (passes + solving))
+
+    def _all_layers(self, tokens: int) -> float:
+        """Seconds of a pass of ``tokens`` through all layers, spread evenly, with the final exit."""
+        arch, workload = self.architecture, self.workload
+        length = workload.sequence_length
+        flops = sum(_layer_flops(arch, layer, length) for layer in range(1, arch.num_layers + 1))
+        flops += final_exit_flops(arch, length, workload.tensor)
+        stages = len(self.layout.stages)
+        rounds = math.ceil(tokens / (workload.data * workload.tokens))
+        each = flops * workload.micro_batch_size / (workload.tensor * stages * self.machine.layers)
+        return (rounds + stages - 1) * each
+
+    def _spread(self, flops: float) -> float:
+        """Seconds of FLOPs of exits that are spread over all devices."""
+        ranks = self.workload.tensor * self.workload.data * len(self.layout.stages)
+        return flops / ranks / self.machine.exits
+
+
+def _layer_flops(architecture: Architecture, layer: int, tokens: int) -> int:
+    return attention_flops(architecture, layer, tokens) + mlp_flops(architecture, tokens)

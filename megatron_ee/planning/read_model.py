@@ -1,0 +1,59 @@
+"""Reads what a plan needs of a model: its ``config.json``, without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.schema import RunConfig
+from megatron_ee.config.untrusted import read_json
+from megatron_ee.errors import CheckpointError, ConfigError
+from megatron_ee.families.registry import MAX_FILE, parse_architecture, read_config
+
+ASSUMED = "bfloat16"
+DTYPES = {"float32": "float32", "float64": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+"""What a model is run in with ``dtype: auto``, by the dtype in its configuration."""
+
+
+def read_model(config: RunConfig) -> tuple[RunConfig, Architecture, list[str]]:
+    """The configuration with its model's directory and dtype resolved, the architecture, and notices for the user.
+
+    ``model.path`` is a directory with a ``config.json``, or such a file.
+
+    Raises:
+        ConfigError: it does not exist.
+        CheckpointError: the file cannot be used.
+    """
+    path = Path(config.model.path)
+    if not config.model.path or not path.exists():
+        raise ConfigError(
+            f"model.path: no such file or directory: {path}; a plan needs the model's config.json, no weights"
+        )
+    values = _read_file(path) if path.is_file() else read_config(path)
+    architecture = parse_architecture(values, str(path if path.is_file() else path / "config.json"))
+    notices, dtype = [], config.model.dtype
+    if dtype == "auto":
+        dtype, known = _dtype(values)
+        if not known:
+            notices.append(f"model.dtype: {path} names no dtype; planned for {ASSUMED}")
+    model = dataclasses.replace(config.model, path=str(path.parent if path.is_file() else path), dtype=dtype)
+    return dataclasses.replace(config, model=model), architecture, notices
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    values = read_json(path, MAX_FILE)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return values
+
+
+def _dtype(values: dict[str, Any]) -> tuple[Any, bool]:
+    """The dtype that a configuration names, also in that of a text model, and whether it does."""
+    text = values.get("text_config")
+    for block in (values, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if block.get(key) in DTYPES:
+                return DTYPES[block[key]], True
+    return ASSUMED, False

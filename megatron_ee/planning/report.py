@@ -1,0 +1,244 @@
+"""Prints an estimate and a search, and turns them into JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_ee.planning.devices import FRAGMENTATION, GB, RESERVED, memory_needed
+from megatron_ee.planning.estimate import Estimate
+from megatron_ee.planning.phases import DISK
+from megatron_ee.planning.search import Candidate, Misfit, Search
+from megatron_ee.planning.table import memory_parts, memory_phases, print_plan
+from megatron_ee.tables import add_columns, new_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN_MISFITS = 6
+
+
+def print_estimate(estimate: Estimate, memory: float | None, per_hour: float | None, console: Console) -> None:
+    """Print the run as it is written; ``memory``: bytes of a GPU, if known; ``per_hour``: price of a GPU, if known."""
+    arch, config, device = estimate.architecture, estimate.config, estimate.machine
+    where = f" on {estimate.gpus} x {device.name}" if device is not None else f" on {estimate.gpus} GPU(s)"
+    _say(
+        console,
+        f"{arch.family}, {arch.num_layers} layers, {len(estimate.specs)} exits, {config.model.dtype}{where}; "
+        f"steps of {config.tuning.global_batch_size} x {config.data.sequence_length} tokens, "
+        f"micro-batch {config.tuning.micro_batch_size}",
+    )
+    print_plan(estimate.plan, console)
+    _say(console, _fit_line(estimate, memory))
+    _print_traffic(estimate, console)
+    if estimate.step is not None:
+        _print_step(estimate, console)
+        _print_phases(estimate, per_hour, console)
+    disk = estimate.disk
+    _say(
+        console,
+        f"Disk: {disk.checkpoints} checkpoints of {disk.checkpoint / GB:,.2f} GB, {disk.adapters} adapters of "
+        f"{disk.adapter / GB:,.2f} GB, {disk.cache / GB:,.2f} GB of cache; at most {disk.most / GB:,.1f} GB at a time. "
+        f"Host memory: {estimate.host / GB:,.1f} GB over all ranks.",
+    )
+    for line in basis(estimate):
+        _say(console, f"- {line}")
+
+
+def basis(estimate: Estimate) -> list[str]:
+    """What each estimate rests on."""
+    lines = [
+        "memory: counted tensors at their peak; simulated steps without a GPU stay within 5% of it",
+        f"what a GPU needs: the largest phase, {FRAGMENTATION:.0%} more for gaps of the allocator (assumed), and "
+        f"{RESERVED / GB:g} GB for CUDA and libraries (assumed)",
+        "FLOPs: counted products of matrices; other operations are in the share of the peak that is reached",
+        "traffic: counted, reductions as a ring",
+    ]
+    if estimate.machine is not None:
+        lines += [f"time: {line}" for line in estimate.machine.basis]
+        lines.append(f"storage that reads and writes {DISK / GB:g} GB/s (assumed)")
+    lines.append("data: corpora are not read; they are taken to have the tokens that fit and validation ask for")
+    return lines
+
+
+def print_search(found: Search, gpus: int, memory: float, per_hour: float | None, console: Console) -> None:
+    """Print the best ways to run the configuration, and why others do not fit."""
+    if found.best:
+        table = new_table(f"Best of what fits {gpus} x {memory / GB:,.4g} GB", console)
+        add_columns(table, "#", "tensor", "pipeline", "data", "micro-batch", "GB needed")
+        timed = found.best[0].estimate.step is not None
+        if timed:
+            add_columns(table, "s per step", "hours", *(["price"] if per_hour is not None else []))
+        for number, each in enumerate(found.best, start=1):
+            table.add_row(str(number), *_row(each, timed, per_hour))
+        console.print(table)
+        for number, each in enumerate(found.best, start=1):
+            note = "  (trains no heads)" if each.less else ""
+            _say(console, f"{number}: {' '.join(each.arguments) or 'as written'}{note}")
+    else:
+        _say(console, f"Nothing fits {gpus} x {memory / GB:,.4g} GB.")
+    for misfit in found.misfits[:SHOWN_MISFITS]:
+        _say(console, f"tensor {misfit.tensor} x pipeline {misfit.pipeline}: {_why(misfit)}")
+    if len(found.misfits) > SHOWN_MISFITS:
+        _say(console, f"and {len(found.misfits) - SHOWN_MISFITS} other sizes; --json has all of them")
+
+
+def report_dict(
+    estimate: Estimate | None, found: Search | None, memory: float | None, per_hour: float | None
+) -> dict[str, Any]:
+    """Everything in types of JSON; bytes, FLOPs and seconds. ``estimate``: of the run as it is written, if possible."""
+    return {
+        "run": None if estimate is None else _estimate_dict(estimate, memory, per_hour),
+        "gpu_memory": memory,
+        "best": None if found is None else [_candidate_dict(each, memory, per_hour) for each in found.best],
+        "misfits": None if found is None else [_misfit_dict(each) for each in found.misfits],
+        "basis": [] if estimate is None else basis(estimate),
+    }
+
+
+def _fit_line(estimate: Estimate, memory: float | None) -> str:
+    needed = memory_needed(estimate.memory)
+    line = f"A GPU needs {needed / GB:,.1f} GB."
+    if memory is None:
+        return line
+    if needed <= memory:
+        return f"{line} It has {memory / GB:,.4g} GB."
+    return f"{line} It has {memory / GB:,.4g} GB: short by {(needed - memory) / GB:,.1f} GB."
+
+
+def _say(console: Console, line: str) -> None:
+    """Print a line that is not cut where no terminal is."""
+    console.print(line, soft_wrap=True)
+
+
+def _print_traffic(estimate: Estimate, console: Console) -> None:
+    if estimate.gpus == 1:
+        return
+    table = new_table("GB that each rank sends per step", console)
+    add_columns(table, "stage", words=True)
+    add_columns(table, "to other stages", "tensor-parallel", "data-parallel")
+    for index, each in enumerate(estimate.traffic):
+        table.add_row(str(index), *(f"{size / GB:,.3f}" for size in each.per_step(estimate.workload.microbatches)))
+    console.print(table)
+
+
+def _print_step(estimate: Estimate, console: Console) -> None:
+    step = estimate.step
+    assert step is not None
+    tokens = estimate.config.tuning.global_batch_size * estimate.workload.sequence_length
+    table = new_table(f"Step: {step.seconds:.3g} s, {tokens / step.seconds:,.0f} tokens/s; seconds by stage", console)
+    add_columns(table, "stage", words=True)
+    add_columns(table, "layers", "exits", "tensor-parallel", "gradients", "update")
+    for index, each in enumerate(step.stages):
+        parts = (each.layers, each.exits, each.tensor, each.gradients, each.update)
+        table.add_row(str(index), *(f"{seconds:.3g}" for seconds in parts))
+    console.print(table)
+
+
+def _print_phases(estimate: Estimate, per_hour: float | None, console: Console) -> None:
+    run = estimate.run
+    assert run is not None
+    table = new_table("Run", console)
+    add_columns(table, "phase", "amount", words=True)
+    add_columns(table, "time")
+    for phase in run.phases:
+        table.add_row(phase.name, phase.amount, duration(phase.seconds))
+    console.print(table)
+    parts = [f"{duration(run.seconds)} in all", f"{estimate.gpus * run.seconds / 3600:,.1f} GPU hours"]
+    if estimate.kilowatt_hours is not None:
+        parts.append(f"{estimate.kilowatt_hours:,.1f} kWh")
+    if per_hour is not None:
+        parts.append(f"price {estimate.price(per_hour):,.2f}")
+    _say(console, f"{', '.join(parts)}. --resume takes {duration(run.resume)} before its first step.")
+
+
+def duration(seconds: float) -> str:
+    """Such as ``3.2 h``, with the unit that suits."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _row(candidate: Candidate, timed: bool, per_hour: float | None) -> list[str]:
+    estimate = candidate.estimate
+    workload = estimate.workload
+    sizes = (workload.tensor, len(estimate.layout.stages), workload.data, workload.micro_batch_size)
+    row = [*map(str, sizes), f"{candidate.needed / GB:,.1f}"]
+    if timed and estimate.step is not None and estimate.run is not None:
+        row += [f"{estimate.step.seconds:.3g}", f"{estimate.run.seconds / 3600:,.1f}"]
+        row += [f"{estimate.price(per_hour):,.2f}"] if per_hour is not None else []
+    return row
+
+
+def _why(misfit: Misfit) -> str:
+    if not misfit.short:
+        return misfit.reason
+    line = f"short by {misfit.short / GB:,.1f} GB: {misfit.reason}"
+    return f"{line}; {_remedy(misfit)} fits" if misfit.remedy else line
+
+
+def _remedy(misfit: Misfit) -> str:
+    """The remedy without the numbers of exits: ``head: shared``."""
+    assert misfit.remedy is not None
+    short = {f"{_key(key)}: {value}" for key, value in misfit.remedy.items()}
+    return " with ".join(sorted(f"`{each}`" for each in short))
+
+
+def _key(key: str) -> str:
+    return key.rpartition(".")[2] if key.startswith("exits.") else key
+
+
+def _estimate_dict(estimate: Estimate, memory: float | None, per_hour: float | None) -> dict[str, Any]:
+    plan, run, step, workload = estimate.plan, estimate.run, estimate.step, estimate.workload
+    stages = []
+    for index, (stage, traffic) in enumerate(zip(plan.stages, estimate.traffic, strict=True)):
+        between, tensor, data = traffic.per_step(plan.microbatches)
+        found: dict[str, Any] = {
+            "layers": [stage.layers[0], stage.layers[-1]] if stage.layers else [],
+            "exits": list(stage.exits),
+            "frozen_parameters": stage.frozen_parameters,
+            "trained_parameters": stage.trained_parameters,
+            "memory": memory_parts(stage.memory),
+            "phases": memory_phases(stage.memory),
+            "flops_per_step": stage.flops,
+            "idle": stage.idle,
+            "bytes_per_step": {"stages": between, "tensor": tensor, "data": data},
+        }
+        if step is not None:
+            found["seconds"] = vars(step.stages[index])
+        stages.append(found)
+    return {
+        "gpus": estimate.gpus,
+        "gpu": None if estimate.machine is None else estimate.machine.name,
+        "tensor": plan.tensor,
+        "pipeline": len(plan.stages),
+        "data": plan.data,
+        "sequence": workload.sequence_parallel,
+        "microbatches": plan.microbatches,
+        "micro_batch_size": workload.micro_batch_size,
+        "stages": stages,
+        "memory_planned": estimate.memory,
+        "memory_needed": memory_needed(estimate.memory),
+        "fits": None if memory is None else memory_needed(estimate.memory) <= memory,
+        "host_memory": estimate.host,
+        "disk": {**vars(estimate.disk), "most": estimate.disk.most},
+        "step_seconds": None if step is None else step.seconds,
+        "phases": None if run is None else [vars(phase) for phase in run.phases],
+        "seconds": None if run is None else run.seconds,
+        "resume_seconds": None if run is None else run.resume,
+        "kilowatt_hours": estimate.kilowatt_hours,
+        "price": None if per_hour is None else estimate.price(per_hour),
+    }
+
+
+def _candidate_dict(candidate: Candidate, memory: float | None, per_hour: float | None) -> dict[str, Any]:
+    return {
+        "overrides": candidate.changes,
+        "arguments": candidate.arguments,
+        "trains_less": candidate.less,
+        **_estimate_dict(candidate.estimate, memory, per_hour),
+    }
+
+
+def _misfit_dict(misfit: Misfit) -> dict[str, Any]:
+    return {**vars(misfit), "text": _why(misfit)}

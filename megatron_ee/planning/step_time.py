@@ -1,0 +1,128 @@
+"""How long one tuning step takes on a machine, and in which parts. Pure: no process group is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.parallel.layout import Layout
+from megatron_ee.planning.machine import Machine, group_link
+from megatron_ee.planning.parameters import stage_parameters
+from megatron_ee.planning.plan import StageWork, schedule_end, stage_work
+from megatron_ee.planning.traffic import StageTraffic, stage_traffic
+from megatron_ee.planning.workload import FLOAT32, Workload
+
+HOST_BANDWIDTH = 50e9
+"""Bytes per second of the host's memory that an optimizer there is assumed to reach."""
+HOST_STATE = 28
+"""Bytes of host memory that AdamW reads and writes for each float32 weight."""
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one stage in one step.
+
+    Attributes:
+        layers: frozen layers, and the final exit as a teacher.
+        exits: forward and backward of the exits.
+        tensor: reductions over tensor-parallel ranks, for which the other work waits.
+        gradients: the part of the reductions over data-parallel ranks that no other work hides.
+        update: zeroing, norms, clipping and AdamW.
+    """
+
+    layers: float
+    exits: float
+    tensor: float
+    gradients: float
+    update: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step: until the busiest stage is done, with its update.
+
+    Attributes:
+        stages: work of each stage.
+        seconds: of the whole step.
+    """
+
+    stages: tuple[StageTime, ...]
+    seconds: float
+
+
+def step_time(
+    layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload, machine: Machine
+) -> StepTime:
+    """Estimate a step.
+
+    Products take their FLOPs at the machine's rates, but at least as long as reading their weights. Messages between
+    stages and the gradients of all but the last exit overlap with work.
+    """
+    counted = stage_work(layout, architecture, specs, workload)
+    traffic = [stage_traffic(layout, index, architecture, specs, workload) for index in range(len(layout.stages))]
+    work, stages, after = list[StageWork](), list[StageTime](), 0.0
+    transfer: dict[tuple[int, int], float] = {}
+    between = group_link(machine, workload.tensor * workload.data * len(layout.stages), 1)
+    for index, (flops, bytes_) in enumerate(zip(counted, traffic, strict=True)):
+        seconds, stage = _stage(layout, index, architecture, specs, workload, machine, flops, bytes_)
+        work.append(seconds)
+        stages.append(stage)
+        after = max(after, stage.gradients + stage.update)
+        transfer |= {(index, target): size / between for target, size in bytes_.messages.items()}
+    distillation = workload.top_k > 0
+    end = schedule_end(layout, work, workload.microbatches, distillation=distillation, transfer=transfer)
+    return StepTime(tuple(stages), end + after)
+
+
+def _stage(
+    layout: Layout,
+    index: int,
+    architecture: Architecture,
+    specs: Sequence[ExitSpec],
+    workload: Workload,
+    machine: Machine,
+    flops: StageWork,
+    traffic: StageTraffic,
+) -> tuple[StageWork, StageTime]:
+    """Seconds of a stage's work on one microbatch, and in a step."""
+    ranks, count = workload.tensor, workload.microbatches
+    frozen, trained = stage_parameters(
+        layout, index, architecture, specs, workload.tensor, distillation=workload.top_k > 0
+    )
+    link = group_link(machine, ranks, 1)
+    reading = frozen * workload.itemsize / machine.bandwidth if flops.forward else 0.0
+    forward = max(flops.forward / ranks / machine.layers, reading)
+    teacher = flops.teacher / ranks / machine.layers
+    exits = flops.exits / ranks / machine.exits
+    work = StageWork(forward + traffic.layers / link, teacher, exits + traffic.exits / link)
+    data = group_link(machine, workload.data, ranks)
+    last = max(traffic.gradients.values(), default=0)
+    return work, StageTime(
+        layers=count * (forward + teacher),
+        exits=count * exits,
+        tensor=count * (traffic.layers + traffic.exits) / link,
+        gradients=(last + traffic.weights) / data,
+        update=_update(trained, workload, machine),
+    )
+
+
+def _update(trained: int, workload: Workload, machine: Machine) -> float:
+    seconds = update_bytes(trained, workload) / machine.bandwidth
+    if workload.host_optimizer:
+        own = -(-trained // workload.data)
+        seconds += (FLOAT32 + workload.itemsize) * own / machine.host_link + HOST_STATE * own / HOST_BANDWIDTH
+    return seconds
+
+
+def update_bytes(trained: int, workload: Workload) -> int:
+    """Bytes of the device's memory that the end of a step reads and writes, for trained parameters of a rank.
+
+    Gradients are written to zero them, read for their norm, and read and written to clip them. AdamW reads gradient,
+    weight, the rest of the float32 weight and two moments, and writes all but the gradient.
+    """
+    own = -(-trained // workload.data)
+    rest = workload.remainder if workload.itemsize < FLOAT32 else 0
+    adam = 0 if workload.host_optimizer else own * (FLOAT32 + 2 * (workload.itemsize + rest + 2 * FLOAT32))
+    return FLOAT32 * (3 * trained + own) + adam

@@ -1,0 +1,154 @@
+"""``plan`` from the command line: the example configurations, JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ee.commands.main import main
+from megatron_ee.testing.examples import EXAMPLES, MODELS
+
+
+@pytest.fixture
+def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """A function that plans an example, given a file with its model's configuration, and returns what is printed."""
+
+    def plan(example: str, *options: str, dtype: str | None = "bfloat16") -> str:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**MODELS[example], **({} if dtype is None else {"torch_dtype": dtype})}))
+        config = EXAMPLES / example / "config.yaml"
+        assert main(["plan", "--config", str(config), "--model.path", str(path), *options]) == 0
+        return capsys.readouterr().out
+
+    return plan
+
+
+KEY_LINES = {
+    "llama2_7b": "A GPU needs 45.7 GB. It has 80 GB.",
+    "llama2_13b": "A GPU needs 37.8 GB. It has 80 GB.",
+    "llama2_70b": "A GPU needs 34.3 GB. It has 80 GB.",
+    "llama3.1_8b": "A GPU needs 50.1 GB. It has 80 GB.",
+}
+
+
+@pytest.mark.parametrize("example", MODELS)
+def test_examples(example: str, planned: Any) -> None:
+    lines = planned(example, "--gpu", "h100", "--price", "2.5").splitlines()
+    assert KEY_LINES[example] in lines
+    layers, size = MODELS[example]["num_hidden_layers"], MODELS[example]["vocab_size"]
+    assert lines[0].startswith(f"llama, {layers} layers, 7 exits, bfloat16 on ") and size > 0
+    starts = ("Plan: tensor", "Memory per rank in GB", "Step: ", "Run", "Disk: 2 checkpoints of", "Best of what fits")
+    places = [next(place for place, line in enumerate(lines) if line.startswith(start)) for start in starts]
+    assert places == sorted(places)
+    assert sum(line.startswith("- ") for line in lines) >= 8  # what the figures rest on
+    assert any(line.endswith("none of it was measured") for line in lines)
+
+
+def test_json_has_everything(planned: Any) -> None:
+    found = json.loads(planned("llama2_70b", "--gpu", "h100", "--price", "2", "--gpus", "16", "--json"))
+    run = found["run"]
+    assert (run["gpus"], run["tensor"], run["pipeline"], run["data"]) == (16, 4, 2, 2)
+    first, second = run["stages"]
+    assert first["phases"]["tuning"] == sum(first["memory"].values())
+    assert set(first["memory"]) == {
+        "backbone",
+        "exits",
+        "gradients",
+        "optimizer",
+        "activations",
+        "taps",
+        "buffers",
+    }
+    assert first["bytes_per_step"]["stages"] > second["bytes_per_step"]["stages"] == 0
+    assert first["bytes_per_step"]["data"] > 0 < first["bytes_per_step"]["tensor"]
+    assert run["seconds"] == pytest.approx(sum(phase["seconds"] for phase in run["phases"]))
+    assert run["price"] == pytest.approx(2 * 16 * run["seconds"] / 3600)
+    assert run["kilowatt_hours"] == pytest.approx(16 * 700 * run["seconds"] / 3.6e6)
+    assert run["fits"] and found["gpu_memory"] == 80e9
+    assert len(found["best"]) == 3 and all(each["fits"] for each in found["best"])
+    assert any("short by" in each["text"] and each["short"] > 0 for each in found["misfits"])
+
+
+def test_without_a_device_there_are_no_times(planned: Any) -> None:
+    found = json.loads(planned("llama2_7b", "--json"))
+    assert found["best"] is found["misfits"] is found["gpu_memory"] is None
+    assert found["run"]["step_seconds"] is found["run"]["phases"] is found["run"]["fits"] is None
+    assert found["run"]["memory_planned"] < found["run"]["memory_needed"]
+    limited = planned("llama2_7b", "--gpu-memory", "40")
+    assert "A GPU needs 45.7 GB. It has 40 GB: short by 5.7 GB." in limited.splitlines()
+
+
+def test_a_run_that_does_not_divide_the_gpus_is_planned_for_other_sizes(
+    planned: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = planned("llama2_70b", "--gpus", "1", "--gpu", "rtx4090").splitlines()
+    assert lines[0] == "Nothing fits 1 x 24 GB."
+    assert lines[1].startswith("tensor 1 x pipeline 1: short by 218.6 GB: 70 frozen layers take 120.3 GB")
+
+
+def test_dtype_that_is_not_named(planned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(planned("llama2_7b", "--json", "--model.dtype", "auto", dtype="float16"))
+    again = json.loads(planned("llama2_7b", "--json", "--model.dtype", "auto", dtype=None))
+    wide = json.loads(planned("llama2_7b", "--json", "--model.dtype", "auto", dtype="float32"))
+    assert found["run"] == again["run"]
+    assert wide["run"]["stages"][0]["memory"]["backbone"] == 2 * found["run"]["stages"][0]["memory"]["backbone"]
+    config = str(EXAMPLES / "llama2_7b" / "config.yaml")
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["llama2_7b"]))
+    assert main(["plan", "--config", config, "--model.path", str(tmp_path), "--model.dtype", "auto"]) == 0
+    assert capsys.readouterr().err == f"model.dtype: {tmp_path} names no dtype; planned for bfloat16\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (
+            ["--gpu", "h1000"],
+            2,
+            "--gpu: 'h1000' is unknown; possible: h100, h200, a100, a100-40gb, b200, l40s, l4, rtx4",
+        ),
+        (["--gpus", "0"], 2, "argument --gpus: must be at least 1, not 0"),
+        (
+            ["--gpus", "3"],
+            2,
+            "--gpus: 3 is not a multiple of parallel.tensor 4 x parallel.pipeline 2; change these, or",
+        ),
+        (["--gpu-memory", "-1"], 2, "argument --gpu-memory: must be a positive number, not -1"),
+        (["--price", "x"], 2, "argument --price: must be a number, not 'x'"),
+        (["--gpu", "h100", "--measured"], 2, "argument --measured: not allowed with argument --gpu"),
+        (["--measured"], 2, "--measured: one process measures no link, but 8 are planned for; start it with torchrun"),
+        (["--gpus", "24"], 2, "tuning.global_batch_size: 16 is not a multiple of tuning.micro_batch_size 1 x 3 data-"),
+        (
+            ["--model.path", "none"],
+            2,
+            "model.path: no such file or directory: none; a plan needs the model's config.json",
+        ),
+        (["--model.path", "."], 1, "config.json: not found; give a Hugging Face model directory with a config.json"),
+        (
+            ["--parallel.tensor", "3"],
+            2,
+            "parallel.tensor: 3 does not divide the model's 64 attention heads; possible: 1, 2",
+        ),
+        (["--parallel.tensr", "3"], 2, "parallel.tensr: unknown key; did you mean 'tensor'?"),
+    ],
+)
+def test_refusals_are_one_line(
+    options: list[str],
+    status: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODELS["llama2_70b"]))
+    config = str(EXAMPLES / "llama2_70b" / "config.yaml")
+    assert main(["plan", "--config", config, "--model.path", "model", *options]) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"megatron-ee plan: error: {message}") and captured.err.count("\n") == 1, (
+        captured.err
+    )
