@@ -6,10 +6,11 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.common import AddOption, Result, run, take_turns
@@ -55,7 +56,10 @@ def measure(options: argparse.Namespace, directory: Path) -> Result:
     blocks |= {f"{n} stages, even": parallel_block(n, exits) for n in options.stages if n <= exits[-1]}
     configs = {name: write_config(options, directory, model, corpus, exits, block) for name, block in blocks.items()}
     found = take_turns(
-        {name: partial(tune, path, directory, options.steps) for name, path in configs.items()},
+        {
+            name: partial(tune, path, directory, options.steps, blocks[name]["pipeline"])
+            for name, path in configs.items()
+        },
         options.repeats,
         warm_up=0,  # each run has its own
     )
@@ -105,12 +109,18 @@ def parallel_block(stages: int, exits: Sequence[int] | None = None) -> dict[str,
 
 
 def write_config(
-    options: argparse.Namespace, directory: Path, model: Path, corpus: Path, exits: list[int], parallel: dict[str, Any]
+    options: argparse.Namespace,
+    directory: Path,
+    model: Path,
+    corpus: Path,
+    exits: list[int],
+    parallel: dict[str, Any],
+    kind: Mapping[str, Any] = MappingProxyType({"init": "copy"}),
 ) -> Path:
-    """A run that only steps: no validation, no checkpoint before its end."""
+    """A run that only steps: no validation, no checkpoint before its end. ``kind``: settings of each exit."""
     config = {
         "model": {"path": str(model), "dtype": options.dtype},
-        "exits": [{"layer": layer, "init": "copy"} for layer in exits],
+        "exits": [{"layer": layer, **kind} for layer in exits],
         "data": {"train": [str(corpus)], "sequence_length": options.tokens},
         "parallel": parallel,
         "tuning": {"steps": WARM_UP + options.steps, "global_batch_size": options.microbatches, "micro_batch_size": 1},
@@ -122,9 +132,9 @@ def write_config(
     return path
 
 
-def tune(config: Path, directory: Path, steps: int) -> dict[str, Any]:
+def tune(config: Path, directory: Path, steps: int, ranks: int) -> dict[str, Any]:
     """One run: its median ``rate`` in tokens per second after the first steps, and the ``peak`` of each rank."""
-    ranks, output = json.loads(config.read_text())["parallel"]["pipeline"], directory / "output"
+    output = directory / "output"
     arguments = megatron_ee_command("tune", "--config", str(config), "--output", str(output))
     ended = run_processes(arguments, ranks=ranks, CUDA_VISIBLE_DEVICES="")
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]

@@ -28,10 +28,17 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Ended:
-    """Processes that ran together to their end; ``peak_memory``: bytes resident at each one's peak."""
+    """Processes that ran together to their end.
+
+    Attributes:
+        seconds: from start to end.
+        peak_memory: bytes resident at each one's peak.
+        output: what the first one wrote to stdout.
+    """
 
     seconds: float
     peak_memory: list[int]
+    output: str
 
 
 def megatron_ee_command(*arguments: str) -> list[str]:
@@ -49,15 +56,14 @@ def run_processes(arguments: Sequence[str], *, ranks: int = 1, **changes: str) -
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     processes = []
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
         for rank in range(ranks):
             launched = [rank, rank, ranks, "127.0.0.1", port]
             environment = _environment(**(dict(zip(LAUNCHER, map(str, launched), strict=True)) if ranks > 1 else {}))
+            stdout = output if rank == 0 else subprocess.DEVNULL
             processes.append(
-                subprocess.Popen(
-                    arguments, cwd=ROOT, env={**environment, **changes}, stdout=subprocess.DEVNULL, stderr=errors
-                )
+                subprocess.Popen(arguments, cwd=ROOT, env={**environment, **changes}, stdout=stdout, stderr=errors)
             )
         ends = [os.wait4(process.pid, 0)[1:] for process in processes]
         seconds = time.perf_counter() - started
@@ -66,7 +72,8 @@ def run_processes(arguments: Sequence[str], *, ranks: int = 1, **changes: str) -
         if any(process.returncode for process in processes):
             errors.seek(0)
             raise UserError(f"{' '.join(arguments)[:100]} failed: {errors.read().strip()[-2000:]}")
-    return Ended(seconds, [usage.ru_maxrss * 1024 for _, usage in ends])
+        output.seek(0)
+        return Ended(seconds, [usage.ru_maxrss * 1024 for _, usage in ends], output.read())
 
 
 class Side:

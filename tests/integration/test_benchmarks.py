@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import convert, decode, exits, pipeline, tune
+from benchmarks import convert, decode, exits, pipeline, plan, tune
 from benchmarks.models import exit_layers, save_model
 
 
@@ -91,6 +91,14 @@ def test_pipeline(run: Any) -> None:
     assert rows["one process"]["speedup"] == rows["one process"]["expected"] == rows["one process"]["limit"] == 1
     assert 1 < rows["2 stages, balanced"]["expected"] <= 2
     assert rows["2 stages, even"]["stages"] == "1-1 (no exit); 2-3 (2, 3)"
+
+
+@pytest.mark.slow
+def test_plan(run: Any) -> None:
+    rows = run(plan, "--tokens", "16", "--exits", "2", "--microbatches", "2", "--steps", "1")
+    assert list(rows) == [*plan.KINDS, *plan.SIZES]
+    for row in rows.values():
+        assert row["ratio"] == row["planned"] / row["measured"] > 0
 
 
 def test_layers_of_exits() -> None:
