@@ -41,6 +41,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "gguf": ["gguf>=0.19,<0.20"],  # dequantises GGUF files
+        "quantised": ["compressed-tensors>=0.20,<0.21"],  # quantises plain models as they are loaded
         "wandb": ["wandb>=0.31,<0.32"],
         "test": [
             "pytest>=8.3,<10",

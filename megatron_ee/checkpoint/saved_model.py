@@ -24,6 +24,7 @@ from megatron_ee.checkpoint.digest import backbone_digest, file_sha256
 from megatron_ee.checkpoint.hf_directory import INDEX, HFDirectory
 from megatron_ee.checkpoint.manifest import MANIFEST
 from megatron_ee.checkpoint.quantised.registry import Quantisation, find_quantisation
+from megatron_ee.checkpoint.quantised.rounding import rounded_weights
 from megatron_ee.checkpoint.quantised.weights import (
     QuantisedWeight,
     expanded_weights,
@@ -33,6 +34,7 @@ from megatron_ee.checkpoint.quantised.weights import (
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
 from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.schema import Quantise
 from megatron_ee.errors import CheckpointError, ConfigError, DamagedError, shown
 from megatron_ee.families.multimodal import Spelling, find_release, find_spelling, plain_config
 from megatron_ee.families.registry import parse_architecture, read_config
@@ -58,6 +60,7 @@ class SavedModel:
         spelling: mapping between the names of a multimodal release and a text model; None for a text model.
         checkpoint: the parallel checkpoint; None for a Hugging Face directory.
         quantised: the quantised weights, as they are stored, by name.
+        rounding: how the weights of a plain release are quantised as they are read, see ``quantise_layers``.
         quantises_activations: whether the release is made to quantise activations too. This is not done here.
     """
 
@@ -70,6 +73,7 @@ class SavedModel:
     checkpoint: Checkpoint | None = None
     quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
     quantises_activations: bool = False
+    rounding: Quantise = "none"
 
     @property
     def dtype(self) -> str:
@@ -87,6 +91,28 @@ class SavedModel:
     def digest(self, *, fresh: bool = False, advance: Callable[[int], None] | None = None) -> str:
         """The backbone's hash; see ``backbone_digest``."""
         return backbone_digest(self.stored_weights, fresh=fresh, advance=advance)
+
+
+def quantise_layers(model: SavedModel, kind: Quantise, key: str) -> SavedModel:
+    """The model with the matrices of its layers quantised as they are read; the model itself for ``none``.
+
+    Its hash stays that of the stored weights.
+
+    Args:
+        model: not quantised, unless ``kind`` is ``none``.
+        kind: of quantisation.
+        key: of the setting, for messages.
+
+    Raises:
+        ConfigError: the model is quantised already, a package is missing, or no group size fits a matrix.
+    """
+    if kind == "none":
+        return model
+    if model.quantised:
+        raise ConfigError(f"{key}: {model.path} is quantised already; leave it out")
+    rounded = rounded_weights(model.weights, kind, key)
+    expanded = {name: weight.expanded(model.weights[name].dtype) for name, weight in rounded.items()}
+    return dataclasses.replace(model, weights={**model.weights, **expanded}, quantised=rounded, rounding=kind)
 
 
 def choose_dtype(asked: str, model: SavedModel, key: str, *, tuning: bool = False) -> str:

@@ -12,6 +12,7 @@ DTYPES = ("float32", "bfloat16")
 MODEL_DTYPES = ("auto", *DTYPES)
 WEIGHTS = ("packed", "expanded")
 RESIDENCIES = ("device", "host", "disk")
+QUANTISE = ("none", "int8", "int4")
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.commands import MODEL_DTYPES, RESIDENCIES, WEIGHTS, at_least
+from megatron_ee.commands import MODEL_DTYPES, QUANTISE, RESIDENCIES, WEIGHTS, at_least
 from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ def add_model(group: Any, *, adapter: str | None = None) -> None:
         choices=WEIGHTS,
         default="packed",
         help="how a quantised model's weights are held in memory (default: packed; expanded is faster, and larger)",
+    )
+    add(
+        "--quantise",
+        choices=QUANTISE,
+        default="none",
+        help="quantise the layers of a plain model as they are loaded (extra: quantised)",
     )
     add("--no-verify", action="store_true", help="do not check checksums")
 

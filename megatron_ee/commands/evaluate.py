@@ -90,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         weights=arguments.weights,
+        quantise=arguments.quantise,
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         residency=arguments.residency,

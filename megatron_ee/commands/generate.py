@@ -156,7 +156,9 @@ def run(arguments: argparse.Namespace) -> int:
         check_input("prompts", arguments.prompts)
         if arguments.draft_corpus is not None:
             check_corpus("draft_corpus", [arguments.draft_corpus])
-        released = open_released(arguments.model, arguments.adapter, verify=not arguments.no_verify)
+        released = open_released(
+            arguments.model, arguments.adapter, verify=not arguments.no_verify, quantise=arguments.quantise
+        )
         lines = _file_requests(arguments, released)
         requests = [line.request for line in lines] or _requests(arguments, released)
         if arguments.compare:

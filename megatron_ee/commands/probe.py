@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         tensor=arguments.tensor,
         pipeline=arguments.pipeline,
         weights=arguments.weights,
+        quantise=arguments.quantise,
         verify=not arguments.no_verify,
         shapes=shapes,
     )

@@ -79,7 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
         make_request("", settings, has_exits=False)  # before the model is opened
         check_input("model", arguments.model)
         check_input("prompts", arguments.prompts)
-        released = dataclasses.replace(open_released(arguments.model, verify=not arguments.no_verify), adapter=None)
+        verify, quantise = not arguments.no_verify, arguments.quantise
+        released = open_released(arguments.model, verify=verify, quantise=quantise)
+        released = dataclasses.replace(released, adapter=None)
         lines = _prompts(arguments.prompts, settings, released)
         options = engine_options(arguments, released)
         about = _about(arguments, settings, released)
@@ -148,6 +150,7 @@ def _about(arguments: argparse.Namespace, settings: dict[str, Any], released: Re
     templates = dict(released.tokenizer.templates)
     tokenizer = json.dumps([tokenizer_digests(arguments.model), templates, sorted(released.eos)], sort_keys=True)
     dtype = released.model.dtype if arguments.dtype == "auto" else arguments.dtype
+    rounding = {} if arguments.quantise == "none" else {"quantise": arguments.quantise}
     return {
         "made_by": MADE_BY,
         "model": str(arguments.model),
@@ -155,7 +158,7 @@ def _about(arguments: argparse.Namespace, settings: dict[str, Any], released: Re
         "model_sha256": hash_backbone(released.model.stored_weights, enabled=launched_rank() == 0),
         "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "prompts_sha256": file_sha256(arguments.prompts),
-        "settings": {**settings, "drop_cut": arguments.drop_cut, "dtype": dtype},
+        "settings": {**settings, **rounding, "drop_cut": arguments.drop_cut, "dtype": dtype},
     }
 
 

@@ -13,6 +13,7 @@ Head = Literal["own", "shared", "low_rank"]
 Init = Literal["auto", "fit", "copy", "random"]
 Weights = Literal["packed", "expanded"]
 Residency = Literal["device", "host", "disk"]
+Quantise = Literal["none", "int8", "int4"]
 
 
 @dataclass
@@ -28,12 +29,15 @@ class ModelConfig:
         residency: where the layers' weights are. ``device``: all in the device's memory. ``host`` and ``disk`` stream
             them, from host memory or from the model's files, two layers at a time; all microbatches of a step then pass
             a layer before the next one.
+        quantise: quantise the layers of a plain model as they are loaded (extra ``quantised``): ``int8`` with one scale
+            per output, ``int4`` with one per group of 128 input features, or of 64 or 32 if 128 does not divide them.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     weights: Weights = "packed"
     residency: Residency = "device"
+    quantise: Quantise = "none"
 
 
 @dataclass

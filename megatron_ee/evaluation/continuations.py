@@ -64,7 +64,9 @@ def continuations(
     """
     groups, architecture = full.setup.groups, full.model.architecture
     ends = frozenset(groups.together(lambda: tuple(eos.union(eos_token_ids(full.model.path))))[0])
-    key = (VERSION, digest, outputs_digest(architecture), str(full.setup.dtype), tuple(prompts), limit, sorted(ends))
+    weights = () if full.model.rounding == "none" else (full.model.rounding,)
+    settings = outputs_digest(architecture)
+    key = (VERSION, digest, settings, str(full.setup.dtype), tuple(prompts), limit, sorted(ends), *weights)
     path = cache_directory() / "continuations" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.json"
     found = groups.gather(_read(path, len(prompts), limit, architecture.vocab_size) if groups.is_main else None)[0]
     if found is None:

@@ -15,10 +15,10 @@ from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.digest import hash_backbone
 from megatron_ee.checkpoint.loading import fill_stage
 from megatron_ee.checkpoint.packing import packed_slots
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, quantise_layers, say_limits
 from megatron_ee.config.check import check_ranks, check_residency
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import Residency, ValidationConfig, Weights
+from megatron_ee.config.schema import Quantise, Residency, ValidationConfig, Weights
 from megatron_ee.data.checks import check_tokenizer
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
@@ -98,6 +98,7 @@ def evaluate(
     speed: bool = False,
     gate_threshold: float | None = None,
     weights: Weights = "packed",
+    quantise: Quantise = "none",
 ) -> Evaluation:
     """Measure the final exit, and the exits of ``adapter``, on a corpus. Every rank calls this and gets the result.
 
@@ -117,6 +118,7 @@ def evaluate(
         speed: measure the speed of each mode too, with the lowest threshold that agrees often enough.
         gate_threshold: for it, the threshold of policy ``gate``; None leaves this policy out.
         weights: how a quantised model's weights are held.
+        quantise: quantise the layers of a plain model as they are loaded.
 
     Raises:
         ConfigError: the sequence is longer than the model's positions, the ranks do not fit the model, or there are no
@@ -128,7 +130,8 @@ def evaluate(
         gather = partial(gather_objects, group=control)
         each_own(gather, lambda: check_residency(residency, pipeline, "--residency"))
         subject = each_own(
-            gather, lambda: _open_subject(model, adapter, data, sequence_length, sequences, tensor, pipeline, verify)
+            gather,
+            lambda: _open_subject(model, adapter, data, sequence_length, sequences, tensor, pipeline, verify, quantise),
         )
         if speed:
             _check_exits(subject)
@@ -181,8 +184,9 @@ def _open_subject(
     tensor: int,
     pipeline: int,
     verify: bool,
+    quantise: Quantise,
 ) -> _Subject:
-    saved = open_model(model, verify=verify)
+    saved = quantise_layers(open_model(model, verify=verify), quantise, "--quantise")
     arch = saved.architecture
     check_ranks(arch, tensor, pipeline, world_size())
     length = sequence_length or min(DEFAULT_SEQUENCE_LENGTH, arch.max_positions)

@@ -71,7 +71,8 @@ def final_exit(
     groups = full.setup.groups
     rank, size = groups.data.rank(), groups.data.size()
     settings = outputs_digest(full.model.architecture)
-    key = (VERSION, digest, settings, windows.fingerprint, str(full.setup.dtype), rank, size)
+    weights = () if full.model.rounding == "none" else (full.model.rounding,)
+    key = (VERSION, digest, settings, windows.fingerprint, str(full.setup.dtype), rank, size, *weights)
     path = cache_directory() / "final-exit" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
     shape = (len(range(rank, len(windows), size)), windows.sequence_length)
     cached = _read(path, shape)

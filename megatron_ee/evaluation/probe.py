@@ -21,10 +21,10 @@ import numpy as np
 from megatron_ee import platform
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.packing import packed_slots
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, quantise_layers, say_limits
 from megatron_ee.config.check import check_ranks
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.config.schema import FitConfig, Weights
+from megatron_ee.config.schema import FitConfig, Quantise, Weights
 from megatron_ee.data.loader import Batch
 from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.decode_times import measure_decode
@@ -127,6 +127,7 @@ def probe(
     budget_minutes: float = 5.0,
     dtype: str = "auto",
     weights: Weights = "packed",
+    quantise: Quantise = "none",
     tensor: int = 1,
     pipeline: int = 1,
     verify: bool = True,
@@ -141,6 +142,7 @@ def probe(
         budget_minutes: time to take, after loading the model.
         dtype: dtype of the model; ``auto`` is the checkpoint's own.
         weights: how a quantised model's weights are held.
+        quantise: quantise the layers of a plain model as they are loaded.
         tensor: tensor-parallel size.
         pipeline: number of pipeline stages. The other ranks are used for data parallelism.
         verify: check checksums, if the files have any.
@@ -154,7 +156,9 @@ def probe(
     if not 0 < budget_minutes < float("inf"):
         raise ConfigError(f"--budget: must be a positive number of minutes, not {budget_minutes}")
     with joined_processes() as control:
-        saved = each_own(partial(gather_objects, group=control), lambda: _open(model, tensor, pipeline, verify))
+        saved = each_own(
+            partial(gather_objects, group=control), lambda: _open(model, tensor, pipeline, verify, quantise)
+        )
         dtype = choose_dtype(dtype, saved, "--dtype")
         say_limits(saved)
         with (
@@ -168,8 +172,8 @@ def probe(
             return groups.from_first(lambda: _result(str(model), str(data), dtype, setup, found))
 
 
-def _open(model: str | Path, tensor: int, pipeline: int, verify: bool) -> SavedModel:
-    saved = open_model(model, verify=verify)
+def _open(model: str | Path, tensor: int, pipeline: int, verify: bool, quantise: Quantise) -> SavedModel:
+    saved = quantise_layers(open_model(model, verify=verify), quantise, "--quantise")
     if saved.architecture.num_layers < 2:
         raise ConfigError("--model: the model has one layer, so there is no layer to leave it early")
     check_ranks(saved.architecture, tensor, pipeline, world_size())

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
 from megatron_ee.checkpoint.digest import hash_backbone
-from megatron_ee.checkpoint.saved_model import SavedModel, open_model
+from megatron_ee.checkpoint.saved_model import SavedModel, open_model, quantise_layers
 from megatron_ee.config.exits import ExitSpec
+from megatron_ee.config.schema import Quantise
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.data.tokenizer_files import eos_token_ids
 
@@ -29,19 +30,23 @@ class Released:
         return () if self.adapter is None else self.adapter.exits
 
 
-def open_released(model: str | Path, adapter: str | Path | None = None, *, verify: bool = True) -> Released:
+def open_released(
+    model: str | Path, adapter: str | Path | None = None, *, verify: bool = True, quantise: Quantise = "none"
+) -> Released:
     """Open and check a model, its tokenizer and its exits.
 
     Args:
         model: Hugging Face directory or parallel checkpoint, with its tokenizer.
         adapter: directory of the exits; None for the exits in the model's directory, if any.
         verify: verify checksums of the files, if there are any.
+        quantise: quantise the layers of a plain model as they are loaded, see ``ModelConfig``.
 
     Raises:
+        ConfigError: the model cannot be quantised.
         CheckpointError: the model or the adapter is invalid, or the adapter is for another model.
         DataError: the tokenizer is invalid.
     """
-    released = open_model(model, verify=verify)
+    released = quantise_layers(open_model(model, verify=verify), quantise, "quantise")
     opened = find_exits(released, adapter, verify=verify)
     tokenizer = load_tokenizer(model)
     if opened is not None:

@@ -58,6 +58,7 @@ def fitted_exits(
     made_from = {
         "fit": dataclasses.asdict(config.fit),
         "dtype": config.model.dtype,
+        **({} if config.model.quantise == "none" else {"quantise": config.model.quantise}),
         "data": {**dataclasses.asdict(config.data), "corpora": description["data"]},
         "global_batch_size": config.tuning.global_batch_size,
         "seed": config.tuning.seed,
@@ -90,7 +91,7 @@ def fitted_exits(
 
 
 def _is_fitted(path: Path, made_from: dict[str, Any], description: dict[str, Any], verify: bool) -> bool:
-    """Whether there are undamaged exits that were fitted with the same settings, data, backbone and dtype."""
+    """Whether there are undamaged exits that were fitted with the same settings, data and backbone."""
     try:
         adapter = open_adapter(path, verify=verify)
         content = read_json(path / DESCRIPTION, MAX_DESCRIPTION)

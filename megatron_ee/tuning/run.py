@@ -27,7 +27,7 @@ from megatron_ee.checkpoint.loading import load_exits
 from megatron_ee.checkpoint.ownership import claim_output
 from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
-from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, say_limits
+from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, quantise_layers, say_limits
 from megatron_ee.checkpoint.store import Checkpoint
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.check import check_run
@@ -163,7 +163,7 @@ def _open_inputs(
     config: RunConfig, init_adapter: Path | None, open_model: Callable[..., SavedModel], interrupt: Interrupt
 ) -> _Inputs:
     verify = config.checkpoint.verify
-    model = open_model(config.model.path, verify=verify)
+    model = quantise_layers(open_model(config.model.path, verify=verify), config.model.quantise, "model.quantise")
     dtype: Any = choose_dtype(config.model.dtype, model, "model.dtype", tuning=True)
     say_limits(model)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
@@ -401,6 +401,7 @@ def _description(config: RunConfig, specs: tuple[ExitSpec, ...], model: SavedMod
         "base_model": str(Path(config.model.path).resolve()),
         SETTINGS: output_settings(model.architecture),
         "dtype": config.model.dtype,
+        "quantise": None if config.model.quantise == "none" else config.model.quantise,
         "exits": [dataclasses.asdict(spec) for spec in specs],
         "config": config_to_dict(config),
     }

@@ -127,7 +127,7 @@ def saved_step(path: Path) -> int:
 
 
 def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another backbone, dtype, exits or data, from its metadata alone.
+    """Refuse a checkpoint of another backbone, quantisation, dtype, exits or data, from its metadata alone.
 
     Args:
         description: as in ``save_state``. Missing keys are not compared.
@@ -143,7 +143,13 @@ def check_same_run(checkpoint: Checkpoint, description: dict[str, Any]) -> None:
             f"{checkpoint.path}: made with other settings of the model: {changed}; restore its config.json, or start "
             "a new run"
         )
-    for key, kind in (("exits", "other exits"), ("dtype", "another dtype"), ("backbone_sha256", "another backbone")):
+    kinds = {
+        "exits": "other exits",
+        "dtype": "another dtype",
+        "quantise": "another model.quantise",
+        "backbone_sha256": "another backbone",
+    }
+    for key, kind in kinds.items():
         if key in description and _compared(checkpoint.metadata.get(key)) != _compared(description[key]):
             raise CheckpointError(
                 f"{checkpoint.path}: made with {kind}; resume with the configuration it was started with, "

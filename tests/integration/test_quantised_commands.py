@@ -35,3 +35,17 @@ def test_packed_and_expanded_weights_give_the_same_files_and_texts(project: Proj
     assert found[0] == found[1]
     refused = project.run("generate", "--model", model, "--prompt", "one", "--compile", check=False)
     assert refused.returncode == 2 and "--weights" in refused.stderr and "expanded" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_plain_model_is_quantised_as_it_is_loaded(project: Project, tmp_path: Path) -> None:
+    config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"
+    project.run("tune", "--config", config, "--output", output, "--model.quantise", "int8")
+    resumed = project.run("tune", "--config", config, "--output", output, "--resume", check=False)
+    assert resumed.returncode == 1 and "model.quantise" in resumed.stderr
+    given = ("--model", project.model, "--adapter", output / "adapter", "--data", project.held_out, "--json")
+    losses = [
+        json.loads(project.run("evaluate", *given, "--quantise", kind).stdout)["final_loss"]
+        for kind in ("none", "int8")
+    ]
+    assert 0 < abs(losses[0] - losses[1]) < 0.05 * losses[0]
