@@ -23,6 +23,8 @@ GPUS_PER_MACHINE = 8
 NETWORK = 12.5 * GB
 """Bytes per second and GPU between machines: 100 Gb/s Ethernet or InfiniBand. Clusters with a 400 Gb/s card for each
 GPU have four times as much."""
+DISK = 1.0 * GB
+"""Bytes per second that the storage of one machine is assumed to read and write."""
 RESERVED = 1.0 * GB
 """Bytes that a GPU's CUDA context, kernels, cuBLAS and NCCL take."""
 FRAGMENTATION = 0.05

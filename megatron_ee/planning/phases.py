@@ -15,17 +15,15 @@ from megatron_ee.exits.registry import body_of
 from megatron_ee.parallel.costs import attention_flops, final_exit_flops, mlp_flops
 from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.planning.costs import exit_forward_flops
-from megatron_ee.planning.devices import GB
+from megatron_ee.planning.devices import DISK, GB
 from megatron_ee.planning.machine import Machine, group_link
 from megatron_ee.planning.parameters import hosted_by, stage_parameters
 from megatron_ee.planning.plan import StageWork, schedule_end
-from megatron_ee.planning.step_time import StepTime
+from megatron_ee.planning.step_time import StepTime, streaming_seconds
 from megatron_ee.planning.storage import disk_use, gate_tokens, saves
 from megatron_ee.planning.traffic import stage_traffic
 from megatron_ee.planning.workload import Workload
 
-DISK = 1e9
-"""Bytes per second that storage is assumed to read and write."""
 GATE_RIDGES = 3
 """Ridges that the fit of a gate tries."""
 CANDIDATES = 1 + len(RIDGES)
@@ -125,7 +123,8 @@ class _Run:
         if prompts:
             whole = even_layout(self.architecture.num_layers, 1)
             frozen, _ = stage_parameters(whole, 0, self.architecture, (), workload.tensor, distillation=True)
-            seconds += settings.acceptance.tokens * frozen * workload.itemsize / self.machine.bandwidth
+            reading = frozen * workload.itemsize / self.machine.bandwidth
+            seconds += settings.acceptance.tokens * max(reading, self._streamed())
             amount += f", {prompts} prompts"
         return Phase("all layers for validation", amount, seconds)
 
@@ -173,6 +172,9 @@ class _Run:
             forward = layers / ranks / machine.layers + traffic.layers / link
             work.append(StageWork(forward, 0.0, exits / ranks / machine.exits))
         seconds = schedule_end(self.layout, work, rounds)
+        layers = sum(len(stage.layers) for stage in self.layout.stages)
+        reading = streaming_seconds(layers, arch, workload, machine)
+        seconds = max(seconds, -(-rounds // workload.microbatches) * reading)
         return Phase("validation", f"{count:,} times, {self.config.validation.sequences:,} sequences", count * seconds)
 
     def saving(self) -> Phase:
@@ -205,7 +207,11 @@ class _Run:
         stages = len(self.layout.stages)
         rounds = math.ceil(tokens / (workload.data * workload.tokens))
         each = flops * workload.micro_batch_size / (workload.tensor * stages * self.machine.layers)
-        return (rounds + stages - 1) * each
+        return max((rounds + stages - 1) * each, -(-rounds // workload.microbatches) * self._streamed())
+
+    def _streamed(self) -> float:
+        """Seconds of streaming all layers once; 0 if they stay on the device."""
+        return streaming_seconds(self.architecture.num_layers, self.architecture, self.workload, self.machine)
 
     def _spread(self, flops: float) -> float:
         """Seconds of FLOPs of exits that are spread over all devices."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.planning.devices import FRAGMENTATION, GB, RESERVED, memory_needed
+from megatron_ee.planning.devices import DISK, FRAGMENTATION, GB, RESERVED, memory_needed
 from megatron_ee.planning.estimate import Estimate
-from megatron_ee.planning.phases import DISK
 from megatron_ee.planning.search import Candidate, Misfit, Search
 from megatron_ee.planning.table import memory_parts, memory_phases, print_plan
 from megatron_ee.tables import add_columns, new_table

@@ -98,8 +98,9 @@ def search(config: RunConfig, architecture: Architecture, gpus: int, memory: flo
             continue
         fits = [each for each in found if each.needed <= memory]
         fitting += _fastest(fits)
-        if not any(not each.less for each in fits):
-            least = min((each for each in found if not each.less), key=lambda each: each.needed)
+        resident = [each for each in found if not each.less and each.estimate.workload.residency == "device"]
+        least = min(resident, key=lambda each: each.needed)
+        if least.needed > memory:
             misfits.append(_misfit(least, architecture, gpus, memory, rates))
     fitting.sort(key=_order)
     best = fitting[:BEST]
@@ -137,13 +138,15 @@ def _candidates(
     heads = (
         [False, True] if any(exit_.head == "own" and exit_.body != "embedding" for exit_ in config.exits) else [False]
     )
-    for shared, split, micro in itertools.product(heads, sequence, micros):
+    residencies = ["device", "host", "disk"] if pipeline == 1 else ["device"]
+    for shared, residency, split, micro in itertools.product(heads, residencies, sequence, micros):
         changes: Overrides = {
             "parallel.tensor": tensor,
             "parallel.pipeline": pipeline,
             "parallel.sequence": split,
             "parallel.layout": "auto",
             "tuning.micro_batch_size": micro,
+            "model.residency": residency,
         }
         if shared:
             changes |= shared_heads(config)
@@ -162,11 +165,10 @@ def shared_heads(config: RunConfig) -> Overrides:
 def _misfit(least: Candidate, architecture: Architecture, gpus: int, memory: float, rates: Machine) -> Misfit:
     """Why a candidate does not fit, and the first remedy with which it does."""
     config, estimate = least.estimate.config, least.estimate
-    singles: list[Overrides] = [
-        each
-        for each in (shared_heads(config), {"optimizer.implementation": "deepspeed_cpu"}, _copied(estimate))
-        if each
-    ]
+    streamed = {"model.residency": "host"} if config.parallel.pipeline == 1 else {}
+    host_optimizer = {"optimizer.implementation": "deepspeed_cpu"}
+    options = (shared_heads(config), streamed, host_optimizer, _copied(estimate))
+    singles: list[Overrides] = [each for each in options if each]
     pairs = [first | second for first, second in itertools.combinations(singles, 2)]
     remedy = None
     for changes in (*singles, *pairs):
@@ -193,9 +195,11 @@ def _candidate(
 
 
 def _fastest(fits: Sequence[Candidate]) -> list[Candidate]:
-    """Of the candidates of one tensor and pipeline size, the fastest with and without shared heads."""
-    groups = ([each for each in fits if each.less is less] for less in (False, True))
-    return [min(group, key=_order) for group in groups if group]
+    """Of the candidates of one tensor and pipeline size, the fastest of each residency and choice of heads."""
+    groups: dict[tuple[bool, str], list[Candidate]] = {}
+    for each in fits:
+        groups.setdefault((each.less, each.estimate.workload.residency), []).append(each)
+    return [min(group, key=_order) for group in groups.values()]
 
 
 def _order(candidate: Candidate) -> tuple[Any, ...]:

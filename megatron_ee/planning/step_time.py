@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.parallel.layout import Layout
+from megatron_ee.planning.devices import DISK
 from megatron_ee.planning.machine import Machine, group_link
-from megatron_ee.planning.parameters import stage_parameters
+from megatron_ee.planning.parameters import layer_parameters, stage_parameters
 from megatron_ee.planning.plan import StageWork, schedule_end, stage_work
 from megatron_ee.planning.traffic import StageTraffic, stage_traffic
 from megatron_ee.planning.workload import FLOAT32, Workload
@@ -73,6 +74,8 @@ def step_time(
         transfer |= {(index, target): size / between for target, size in bytes_.messages.items()}
     distillation = workload.top_k > 0
     end = schedule_end(layout, work, workload.microbatches, distillation=distillation, transfer=transfer)
+    # Streamed layers are read once per step, under the work on the layer before.
+    end = max(end, streaming_seconds(len(layout.stages[0].layers), architecture, workload, machine))
     return StepTime(tuple(stages), end + after)
 
 
@@ -106,6 +109,20 @@ def _stage(
         gradients=(last + traffic.weights) / data,
         update=_update(trained, workload, machine),
     )
+
+
+def streaming_seconds(layers: int, architecture: Architecture, workload: Workload, machine: Machine) -> float:
+    """Seconds of reading so many layers once, on each rank; 0 if they stay on the device.
+
+    All ranks of a machine share its storage. What is read from there crosses the link from the host too, meanwhile.
+    """
+    if workload.residency == "device":
+        return 0.0
+    size = layers * layer_parameters(architecture, workload.tensor) * workload.itemsize
+    seconds = size / machine.host_link
+    if workload.residency == "disk":
+        seconds = max(seconds, size * min(machine.devices, workload.tensor * workload.data) / DISK)
+    return seconds
 
 
 def _update(trained: int, workload: Workload, machine: Machine) -> float:

@@ -10,6 +10,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.exits.fit import PER_FEATURE
 from megatron_ee.exits.tensors import exit_parts, saved_parts
+from megatron_ee.planning.parameters import layer_parameters
 from megatron_ee.planning.workload import FLOAT32, Workload
 
 LOSS_AND_TOKEN = 12
@@ -68,14 +69,16 @@ def host_memory(config: RunConfig, architecture: Architecture, specs: Sequence[E
     """Bytes of host memory of all ranks together, besides what Python and its libraries take.
 
     The largest of a checkpoint's copy with the optimizer's state in host memory, and the tokens that gates are fitted
-    on.
+    on; and streamed layers besides: all of each replica, or one of each rank on its way from the disk.
     """
     copied = disk_use(config, architecture, specs, workload).checkpoint if config.checkpoint.asynchronous else 0
     if workload.host_optimizer:
         copied += _trained(architecture, specs) * 4 * FLOAT32  # gradients, main weights and two moments
     gates = sum(spec.gate for spec in specs)
     tokens = gate_tokens(config, architecture) if gates else 0
-    return max(copied, gates * tokens * architecture.hidden_size * workload.itemsize)
+    layers = {"device": 0, "host": architecture.num_layers, "disk": 1}[workload.residency]
+    streamed = layers * layer_parameters(architecture) * workload.itemsize * workload.data
+    return streamed + max(copied, gates * tokens * architecture.hidden_size * workload.itemsize)
 
 
 def gate_tokens(config: RunConfig, architecture: Architecture) -> int:

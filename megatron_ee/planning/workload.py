@@ -34,6 +34,7 @@ class Workload:
         host_optimizer: whether the optimizer state is in host memory.
         keeps_initial: whether weight decay goes towards the initial values, which are then kept.
         validates: whether validation runs all layers once before tuning.
+        residency: where the layers' weights are: on the ``device``, or streamed from ``host`` memory or ``disk``.
         slots: layers of a stage whose weights are on the device at a time; 0 for all. With one stage all microbatches
             of a step then pass a layer before the next one.
     """
@@ -53,6 +54,7 @@ class Workload:
     host_optimizer: bool = False
     keeps_initial: bool = False
     validates: bool = False
+    residency: str = "device"
     slots: int = 0
 
     @property
@@ -80,6 +82,7 @@ def make_workload(config: RunConfig, world_size: int) -> Workload:
         host_optimizer=config.optimizer.implementation == "deepspeed_cpu",
         keeps_initial=config.optimizer.decay_towards == "initial",
         validates=bool(config.data.validation or config.data.validation_fraction),
+        residency=config.model.residency,
         slots=0 if config.model.residency == "device" else STREAMED_SLOTS,
     )
 

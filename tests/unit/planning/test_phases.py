@@ -9,9 +9,9 @@ import pytest
 from megatron_ee.config.load import config_from_dict
 from megatron_ee.parallel.costs import attention_flops, final_exit_flops, mlp_flops
 from megatron_ee.planning.costs import exit_flops, exit_forward_flops, layer_flops
+from megatron_ee.planning.devices import DISK
 from megatron_ee.planning.estimate import Estimate, estimate_run
 from megatron_ee.planning.machine import Machine
-from megatron_ee.planning.phases import DISK
 from megatron_ee.testing.models import llama2_7b
 
 MODEL = llama2_7b()

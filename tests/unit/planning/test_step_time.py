@@ -9,10 +9,10 @@ import pytest
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
-from megatron_ee.planning.devices import DEVICES
+from megatron_ee.planning.devices import DEVICES, DISK
 from megatron_ee.planning.machine import Machine, assumed_machine, group_link
-from megatron_ee.planning.parameters import stage_parameters, trained_parameters
-from megatron_ee.planning.step_time import HOST_BANDWIDTH, step_time, update_bytes
+from megatron_ee.planning.parameters import layer_parameters, stage_parameters, trained_parameters
+from megatron_ee.planning.step_time import HOST_BANDWIDTH, step_time, streaming_seconds, update_bytes
 from megatron_ee.planning.workload import Workload
 from megatron_ee.testing.models import llama2_7b
 
@@ -62,6 +62,21 @@ def test_stages_overlap_and_wait_for_messages() -> None:
     exits = exit_flops(MODEL, specs[0], 2048) / 5e13
     message = 2048 * 4096 * 2 / 1e11
     assert found.seconds == pytest.approx(sum(work) + message + exits + found.stages[1].update)
+
+
+def test_streamed_layers_are_read_once_per_step_under_the_work() -> None:
+    """Tokens enough hide the reading. All ranks of a machine share its storage."""
+    layers = 8 * layer_parameters(MODEL) * 2
+    resident = step_time(ONE, MODEL, SPECS, Workload(2, microbatches=4), ROUND).seconds
+    (stage,) = step_time(ONE, MODEL, SPECS, Workload(2), ROUND).stages
+    host = Workload(2, residency="host", slots=2)
+    assert streaming_seconds(8, MODEL, host, ROUND) == pytest.approx(layers / 1e10)
+    assert step_time(ONE, MODEL, SPECS, host, ROUND).seconds == pytest.approx(layers / 1e10 + stage.update)
+    many = dataclasses.replace(host, microbatches=4)
+    assert step_time(ONE, MODEL, SPECS, many, ROUND).seconds == pytest.approx(resident)
+    disk = Workload(2, residency="disk", slots=2, data=4)
+    assert streaming_seconds(8, MODEL, disk, ROUND) == pytest.approx(4 * layers / DISK)
+    assert streaming_seconds(8, MODEL, Workload(2), ROUND) == 0
 
 
 def test_an_optimizer_in_host_memory_crosses_its_link() -> None:

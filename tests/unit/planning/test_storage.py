@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
-from megatron_ee.planning.parameters import trained_parameters
+from megatron_ee.planning.parameters import layer_parameters, trained_parameters
 from megatron_ee.planning.storage import disk_use, host_memory, saves
 from megatron_ee.planning.workload import make_workload
 from megatron_ee.testing.models import llama2_7b
@@ -59,5 +59,11 @@ def test_host_memory() -> None:
     # The tokens of gates: 16 for each of 4,096 features.
     gated = [ExitSpec(8, "norm", "shared", gate=True)]
     assert host_memory(waiting, MODEL, gated, workload) == 16 * 4096 * 4096 * 2
+    # Streamed layers: all of each replica in host memory, or one on its way from the disk.
+    layer, quick = 2 * layer_parameters(MODEL), [ExitSpec(8, "norm", "shared")]
+    for residency, count in (("host", 32), ("disk", 1)):
+        model = {"path": "m", "dtype": "bfloat16", "residency": residency}
+        streamed = config_from_dict({**VALUES, "model": model, "checkpoint": {"asynchronous": False}})
+        assert host_memory(streamed, MODEL, quick, make_workload(streamed, 2)) == 2 * count * layer
     host = config_from_dict({**VALUES, "optimizer": {"implementation": "deepspeed_cpu"}})
     assert host_memory(host, MODEL, SPECS, make_workload(host, 1)) == (12 + 16) * COUNT
