@@ -57,7 +57,7 @@ AGREEMENTS, MIDDLE = (0.99, 0.95, 0.9), 0.95
 ABOVE = 0.8
 """Confidence above which tokens are counted in the table of layers."""
 GATE_SHARE = 0.2
-"""Share of the time that is kept for gates."""
+"""Share of the time that is kept for gates, also if all else took longer than it should."""
 GATE_PAYS = 1.02
 """Gain over deciding by the head from which gates are fitted, and recommended."""
 GATE_TOKENS = 8
@@ -236,10 +236,12 @@ def _run(full: FullModel, text: ProbeText, budget: float, shapes: Sequence[Shape
     Fitter(pipeline.stage, pipeline.layout, pipeline.specs, tokens, FitConfig(), full.interrupt).run()
     measured = measure_exits(pipeline, held_out)
     subjects = groups.from_first(lambda: _subjects(measured.records, times, shapes))
-    layers = groups.from_first(lambda: _layers_to_gate(subjects, pace, GATE_TOKENS * arch.hidden_size, left()))
+    some = _first(tokens, GATE_TOKENS * arch.hidden_size)
+    layers = groups.from_first(
+        lambda: _layers_to_gate(subjects, pace, some.num_fitted, max(left(), GATE_SHARE * budget))
+    )
     gates = None
     if layers:
-        some = _first(tokens, GATE_TOKENS * arch.hidden_size)
         gates = measure_gates(pipeline, some, held_out, layers, measured.records)
     work = dataclasses.replace(work, fitted=tokens.num_fitted, held_out=len(measured.records.starts))
     return _Found(work, measured, subjects, gates)
@@ -297,8 +299,9 @@ def _tokens(windows: HeldWindows, groups: Groups) -> Tokens:
 
 def _first(tokens: Tokens, count: int) -> Tokens:
     """The first windows, with about ``count`` tokens to fit on."""
-    steps = math.ceil(min(1.0, count / tokens.num_fitted) * len(tokens.fitted))
-    return dataclasses.replace(tokens, fitted=tokens.fitted[:steps])
+    share = min(1.0, count / tokens.num_fitted)
+    steps = math.ceil(share * len(tokens.fitted))
+    return dataclasses.replace(tokens, fitted=tokens.fitted[:steps], num_fitted=math.ceil(share * tokens.num_fitted))
 
 
 def _say(work: Work, text: ProbeText, left: float) -> None:

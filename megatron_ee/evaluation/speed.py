@@ -62,7 +62,7 @@ def measure_speed(
         prompts: token ids, at least one prompt.
         eos: end-of-text tokens.
         threshold: of threshold mode.
-        gate_threshold: with it policy ``gate`` is measured too, if all exits have gates.
+        gate_threshold: with it policy ``gate`` is measured too, with the exits that have gates, if any.
 
     Raises:
         ConfigError: there is not enough memory for the KV cache.
@@ -73,8 +73,9 @@ def measure_speed(
         "threshold": {"mode": "threshold", "policy": ThresholdPolicy(threshold=threshold)},
         "speculative": {"mode": "speculative"},
     }
-    if gate_threshold is not None and all(spec.gate for spec in specs):
-        settings["gate"] = {"mode": "threshold", "policy": GatePolicy(threshold=gate_threshold)}
+    gated = tuple(spec.layer for spec in specs if spec.gate)
+    if gate_threshold is not None and gated:
+        settings["gate"] = {"mode": "threshold", "policy": GatePolicy(threshold=gate_threshold), "exits": gated}
     thresholds = {"threshold": threshold, "gate": gate_threshold}
     found: list[ModeSpeed] = []
 
