@@ -22,8 +22,8 @@ from megatron_ee.model.names import Block, blocks, layer_sources
 from megatron_ee.model.packed import PackedMatrix
 from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.slots import Slot
+from megatron_ee.parallel.tiles import PACKED_SLOTS
 
-SLOTS = 1
 READERS = 2
 """Number of reading threads, as in ``checkpoint.loading``."""
 SCRATCH = 2**26
@@ -32,7 +32,7 @@ SCRATCH = 2**26
 
 def packed_slots(model: SavedModel, weights: Weights) -> int:
     """Number of slots (``ModelSetup.slots``) for a model whose quantised weights are held as ``weights`` says."""
-    return SLOTS if weights == "packed" and model.quantised else 0
+    return PACKED_SLOTS if weights == "packed" and model.quantised else 0
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from megatron_ee.errors import shown
 
 MAX_LAYERS = 10_000
 """Limit far above any model, so that a malicious number of layers is refused before it takes memory."""
-_OUTSIDE_OUTPUTS = ("family", "max_positions", "tied")
-"""Fields that do not change outputs by themselves: a name, a limit, and ``tied``, which the weights show."""
+_OUTSIDE_OUTPUTS = ("family", "max_positions", "tied", "packed_bits")
+"""Fields that do not change outputs by themselves: a name, a limit, ``tied``, which the weights show, and a size."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Architecture:
         attention_soft_cap: c in ``c * tanh(score / c)`` of attention scores; None for no soft cap.
         logit_soft_cap: the same for logits, after ``logit_multiplier``.
         weight_format: how the values of quantised weights follow from the stored tensors; empty if none is quantised.
+        packed_bits: about how many bits a quantised weight of a layer takes with its scales; 0 if it is not quantised.
     """
 
     family: str
@@ -111,6 +112,7 @@ class Architecture:
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     weight_format: str = ""
+    packed_bits: float = 0.0
 
     @property
     def max_generated_positions(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.config.untrusted import parse_json, read_json
-from megatron_ee.families.registry import QUANTISED
+from megatron_ee.families.quantisation import QUANTISED
 from megatron_ee.families.weights import is_non_weight
 
 CONFIG = "config.json"
@@ -31,7 +31,7 @@ def expanded(contents: Contents) -> Contents:
     kept = {name: tensor for name, tensor in contents.non_weights.items() if is_non_weight(name, arch)}
     return replace(
         contents,
-        architecture=replace(arch, weight_format=""),
+        architecture=replace(arch, weight_format="", packed_bits=0.0),
         non_weights=kept,
         assets={**contents.assets, CONFIG: text.encode("utf-8")},
         quantised={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_ee.families.multimodal import RELEASES, plain_config
 from megatron_ee.families.olmo2 import OLMO2
 from megatron_ee.families.olmo3 import OLMO3
 from megatron_ee.families.phi3 import PHI3
+from megatron_ee.families.quantisation import QUANTISED, packed_bits
 from megatron_ee.families.qwen2 import QWEN2
 from megatron_ee.families.qwen3 import QWEN3
 from megatron_ee.families.reading import Config
@@ -44,8 +46,6 @@ FAMILIES: dict[str, Family] = {
 }
 """By ``model_type``."""
 MAX_FILE = 16 * 2**20  # bytes; released files have a few KiB
-QUANTISED = ("quantization_config", "compression_config")
-"""Keys of a quantised model; the second is of the first releases of compressed-tensors."""
 
 
 def read_architecture(directory: str | Path) -> Architecture:
@@ -95,7 +95,7 @@ def parse_architecture(config: dict[str, Any], where: str = "config.json", *, qu
     for key in QUANTISED:
         if config.get(key) and not quantised:
             raise CheckpointError(f"{where}: {key} is set, but quantised weights are not supported here")
-    return family.parse(Config(config, where))
+    return dataclasses.replace(family.parse(Config(config, where)), packed_bits=packed_bits(config))
 
 
 def _is_known(family: Family, key: str, name: object) -> bool:

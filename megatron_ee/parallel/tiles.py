@@ -15,6 +15,8 @@ smaller mask, but launch more kernels."""
 TOP_RUN = 64
 """Block of columns of the teacher's logits: a block is sorted only if its maximum is large enough. It divides the
 padded vocabulary."""
+PACKED_SLOTS = 1
+"""Layers of a packed backbone that are expanded at a time."""
 STREAMED_SLOTS = 2
 """Layers of a streamed backbone that are on the device: the one that computes and the one that comes next."""
 UPDATE_RUN = 2**24

@@ -25,7 +25,7 @@ from megatron_ee.planning.activations import (
     layer_peak,
     statistics_bytes,
 )
-from megatron_ee.planning.parameters import hosted_by, layer_parameters, stage_parameters
+from megatron_ee.planning.parameters import hosted_by, layer_matrices, layer_parameters, stage_parameters
 from megatron_ee.planning.workload import FLOAT32, Workload
 
 
@@ -170,9 +170,16 @@ def gates_memory(
 
 
 def _frozen_bytes(frozen: int, stage: StageLayout, architecture: Architecture, workload: Workload) -> int:
-    """Bytes of a stage's frozen parameters that are on the device at a time."""
+    """Bytes of a stage's frozen parameters that are on the device at a time: expanded ones, and packed layers."""
     absent = max(0, len(stage.layers) - workload.slots) if workload.slots else 0
-    return (frozen - absent * layer_parameters(architecture, workload.tensor)) * workload.itemsize
+    packed = len(stage.layers) * packed_layer_bytes(architecture, workload) if workload.packed_bits else 0
+    return (frozen - absent * layer_parameters(architecture, workload.tensor)) * workload.itemsize + packed
+
+
+def packed_layer_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Bytes on one rank of a layer whose matrices stay packed; what is not quantised has the usual dtype."""
+    matrices, whole = (count(architecture, workload.tensor) for count in (layer_matrices, layer_parameters))
+    return round(matrices * workload.packed_bits / 8) + (whole - matrices) * workload.itemsize
 
 
 def _taught(layout: Layout, index: int, workload: Workload) -> int:

@@ -49,6 +49,12 @@ def layer_parameters(architecture: Architecture, tensor: int = 1) -> int:
     return attention + qk_norms + norms + mlp_parameters(arch, tensor)
 
 
+def layer_matrices(architecture: Architecture, tensor: int = 1) -> int:
+    """Elements of the matrices of one decoder layer on one tensor-parallel rank."""
+    query, key = head_rows(architecture, tensor)
+    return architecture.hidden_size * (2 * query + 2 * key + 3 * architecture.ffn_size // tensor)
+
+
 def mlp_parameters(architecture: Architecture, tensor: int = 1) -> int:
     """Parameters of one gated MLP on one tensor-parallel rank."""
     arch, hidden, ffn = architecture, architecture.hidden_size, architecture.ffn_size // tensor

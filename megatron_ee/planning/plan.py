@@ -90,7 +90,7 @@ def plan_run(
 
     ``auto`` in ``model.dtype`` must already be resolved.
     """
-    return make_plan(layout, architecture, specs, make_workload(config, world_size))
+    return make_plan(layout, architecture, specs, make_workload(config, architecture, world_size))
 
 
 def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> RunPlan:

@@ -32,7 +32,8 @@ def read_model(config: RunConfig) -> tuple[RunConfig, Architecture, list[str]]:
             f"model.path: no such file or directory: {path}; a plan needs the model's config.json, no weights"
         )
     values = _read_file(path) if path.is_file() else read_config(path)
-    architecture = parse_architecture(values, str(path if path.is_file() else path / "config.json"))
+    where = str(path if path.is_file() else path / "config.json")
+    architecture = parse_architecture(values, where, quantised=True)
     notices, dtype = [], config.model.dtype
     if dtype == "auto":
         dtype, known = _dtype(values)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import data_parallel_size
-from megatron_ee.config.schema import RunConfig
-from megatron_ee.parallel.tiles import STREAMED_SLOTS
+from megatron_ee.config.schema import ModelConfig, RunConfig
+from megatron_ee.families.quantisation import rounded_bits
+from megatron_ee.parallel.tiles import PACKED_SLOTS, STREAMED_SLOTS
 
 FLOAT32 = 4
 ITEMSIZES = {"float32": FLOAT32, "bfloat16": 2}
@@ -37,6 +39,7 @@ class Workload:
         residency: where the layers' weights are: on the ``device``, or streamed from ``host`` memory or ``disk``.
         slots: layers of a stage whose weights are on the device at a time; 0 for all. With one stage all microbatches
             of a step then pass a layer before the next one.
+        packed_bits: bits of a weight of a layer's matrices, if they stay packed beside the slot; else 0.
     """
 
     itemsize: int
@@ -56,6 +59,7 @@ class Workload:
     validates: bool = False
     residency: str = "device"
     slots: int = 0
+    packed_bits: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -63,8 +67,12 @@ class Workload:
         return self.micro_batch_size * self.sequence_length
 
 
-def make_workload(config: RunConfig, world_size: int) -> Workload:
+def make_workload(config: RunConfig, architecture: Architecture, world_size: int) -> Workload:
     """The workload of a checked configuration on ``world_size`` processes, its ``model.dtype`` resolved."""
+    packed, slots = 0.0, STREAMED_SLOTS
+    if config.model.residency == "device":
+        packed = _packed_bits(config.model, architecture)
+        slots = PACKED_SLOTS if packed else 0
     tuning, parallel, distillation = config.tuning, config.parallel, config.loss.distillation
     data = data_parallel_size(parallel, world_size)
     return Workload(
@@ -83,8 +91,17 @@ def make_workload(config: RunConfig, world_size: int) -> Workload:
         keeps_initial=config.optimizer.decay_towards == "initial",
         validates=bool(config.data.validation or config.data.validation_fraction),
         residency=config.model.residency,
-        slots=0 if config.model.residency == "device" else STREAMED_SLOTS,
+        slots=slots,
+        packed_bits=packed,
     )
+
+
+def _packed_bits(model: ModelConfig, architecture: Architecture) -> float:
+    if model.weights != "packed":
+        return 0.0
+    if model.quantise != "none":
+        return rounded_bits(model.quantise, architecture.hidden_size)
+    return architecture.packed_bits
 
 
 def _has_whole_main_weights(implementation: str) -> bool:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 
 from megatron_ee import platform
+from megatron_ee.checkpoint.packing import SCRATCH
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import Batch
-from megatron_ee.exits.stage import build_stage
+from megatron_ee.exits.stage import Stage, build_stage
+from megatron_ee.model.packed import Grid, PackedMatrix
 from megatron_ee.model.setup import build_setup
+from megatron_ee.model.slots import Slot
 from megatron_ee.model.streaming import stream_from_host
 from megatron_ee.parallel.groups import Groups, process_groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
+from megatron_ee.parallel.tiles import PACKED_SLOTS
 from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.plan import plan_run
 from megatron_ee.planning.traffic import StageTraffic, stage_traffic
@@ -37,16 +41,24 @@ def run(case: Tuning, explained: int | None = None) -> Result:
     config, specs, processes = open_example(case.example, case.overrides, case.processes)
     rank, parallel, taught = case.rank % processes, config.parallel, config.loss.distillation.kl > 0
     layout = resolve_layout(parallel, specs, architecture, config.data.sequence_length, taught)
-    plan, workload = plan_run(config, layout, architecture, specs, processes), make_workload(config, processes)
+    plan, workload = (
+        plan_run(config, layout, architecture, specs, processes),
+        make_workload(config, architecture, processes),
+    )
     with (
         as_rank(rank, processes, explained) as watch,
         process_groups(parallel.tensor, parallel.pipeline) as groups,
     ):
         dtype = platform.DTYPES[config.model.dtype]
         residency = config.model.residency
-        setup = build_setup(architecture, dtype, groups, sequence_parallel=parallel.sequence, residency=residency)
+        slots = PACKED_SLOTS if config.model.quantise == "int4" else 0
+        setup = build_setup(
+            architecture, dtype, groups, sequence_parallel=parallel.sequence, residency=residency, slots=slots
+        )
         stage = build_stage(setup, layout, specs, final_exit=taught)
-        if stage.backbone.slots is not None:
+        if slots:
+            _pack(stage)
+        elif stage.backbone.slots is not None:
             stream_from_host(stage.backbone.slots, lambda number, tensors: None)
         optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, 10)
         pipeline = Pipeline(stage, layout, specs, teacher=of_distillation(config.loss.distillation))
@@ -81,6 +93,32 @@ def _sent(watch: Watch, planned: StageTraffic, case: Tuning, groups: Groups) -> 
         found["tensor"] = watch.sent[f"group of {sizes[0]}"], tensor
         found["data"] = watch.sent[f"group of {sizes[1]}"], data
     return found
+
+
+def _pack(stage: Stage) -> None:
+    """Let a stage's slot be filled from codes of 4 bits without values."""
+    slots, group = stage.backbone.slots, 128
+    assert slots is not None
+    packed, kept = {}, {}
+    with torch.device(platform.device()):
+        for number in slots.numbers:
+            for name, tensor in slots.slots[0].tensors.items():
+                if tensor.ndim == 1:
+                    kept[number, name] = torch.empty_like(tensor)
+                    continue
+                rows, columns = tensor.shape
+                codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+                scale = torch.empty(rows, columns // group, dtype=tensor.dtype)
+                packed[number, name] = PackedMatrix(codes, columns, 4, scale, 8.0, Grid(1, group))
+
+    def fill(number: int, slot: Slot) -> None:
+        for name, tensor in slot.tensors.items():
+            if tensor.ndim == 1:
+                tensor.data.copy_(kept[number, name])
+            else:
+                packed[number, name].expand(tensor.data, elements=SCRATCH)
+
+    slots.fill = fill
 
 
 def make_batch(config: RunConfig, number: int) -> Batch:

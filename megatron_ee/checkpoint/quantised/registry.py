@@ -12,7 +12,7 @@ from megatron_ee.checkpoint.quantised.formats import Format, Method
 from megatron_ee.checkpoint.quantised.fp8_blocks import FP8
 from megatron_ee.checkpoint.quantised.gptq import GPTQ
 from megatron_ee.errors import CheckpointError, shown
-from megatron_ee.families.registry import QUANTISED
+from megatron_ee.families.quantisation import QUANTISED
 
 METHODS: dict[str, Method] = {method.name: method for method in (AWQ, COMPRESSED_TENSORS, FP8, GPTQ)}
 """By ``quant_method``."""

@@ -19,11 +19,10 @@ from megatron_ee.checkpoint.quantised.formats import packed as packed_matrix
 from megatron_ee.checkpoint.quantised.weights import QuantisedWeight
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.errors import ConfigError
+from megatron_ee.families.quantisation import GROUPS
 from megatron_ee.model.packed import PackedMatrix
 
 BITS = {"int8": 8, "int4": 4}
-GROUPS = (128, 64, 32)
-"""Sizes of groups for 4 bits. The largest that divides the input features is used."""
 ROUNDED = 2**22
 """Elements that are rounded at a time, in float32."""
 

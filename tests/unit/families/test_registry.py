@@ -446,7 +446,7 @@ def test_the_digest_of_outputs_changes_with_what_changes_outputs_only() -> None:
     # Stored in adapters and caches: these values must never change.
     assert outputs_digest(arch) == "ff4c9a716e1b1cd29fee756d6fd36b04f95ad72504f3ac67a14f1d44cf43f723"
     assert outputs_digest(llama2) == "0f18be6d4aa4dd049acb5e602a159f5e5cd5876c70dbee3705094b9aedbd6201"
-    same = {"family": "mistral", "max_positions": 7, "tied": True}
+    same = {"family": "mistral", "max_positions": 7, "tied": True, "packed_bits": 4.0}
     assert outputs_digest(dataclasses.replace(arch, **same)) == outputs_digest(arch)
     rope = [
         {field.name: "x" if field.name == "kind" else (2.0,) if "factors" in field.name else value + 1}

@@ -24,7 +24,7 @@ VALUES: dict[str, Any] = {
 
 def test_disk() -> None:
     config = config_from_dict(VALUES)
-    use = disk_use(config, MODEL, SPECS, make_workload(config, 1))
+    use = disk_use(config, MODEL, SPECS, make_workload(config, MODEL, 1))
     # Weights, two float32 moments, and the other half of the float32 weights.
     assert use.checkpoint == COUNT * (2 + 8 + 2)
     assert (use.adapter, use.adapters) == (2 * COUNT, 3)  # the last, the best, the fitted ones
@@ -36,7 +36,7 @@ def test_what_changes_it() -> None:
     changed = {"data": {"train": ["c"]}, "model": {"path": "m", "dtype": "float32"}}
     config = config_from_dict({**VALUES, **changed, "optimizer": {"decay_towards": "initial"}})
     gated = [ExitSpec(8, gate=True)]
-    use = disk_use(config, MODEL, gated, make_workload(config, 1))
+    use = disk_use(config, MODEL, gated, make_workload(config, MODEL, 1))
     count = trained_parameters(MODEL, gated[0])
     assert use.checkpoint == count * (4 + 8) + (count - 4096) * 4  # norms do not decay
     assert (use.adapter, use.adapters, use.cache) == (4 * count + 4 * 4097, 1, 0)
@@ -52,7 +52,7 @@ def test_number_of_checkpoints() -> None:
 
 def test_host_memory() -> None:
     config = config_from_dict(VALUES)
-    workload = make_workload(config, 1)
+    workload = make_workload(config, MODEL, 1)
     assert host_memory(config, MODEL, SPECS, workload) == 12 * COUNT  # the copy of a checkpoint
     waiting = config_from_dict({**VALUES, "checkpoint": {"asynchronous": False}})
     assert host_memory(waiting, MODEL, SPECS, workload) == 0
@@ -64,6 +64,6 @@ def test_host_memory() -> None:
     for residency, count in (("host", 32), ("disk", 1)):
         model = {"path": "m", "dtype": "bfloat16", "residency": residency}
         streamed = config_from_dict({**VALUES, "model": model, "checkpoint": {"asynchronous": False}})
-        assert host_memory(streamed, MODEL, quick, make_workload(streamed, 2)) == 2 * count * layer
+        assert host_memory(streamed, MODEL, quick, make_workload(streamed, MODEL, 2)) == 2 * count * layer
     host = config_from_dict({**VALUES, "optimizer": {"implementation": "deepspeed_cpu"}})
-    assert host_memory(host, MODEL, SPECS, make_workload(host, 1)) == (12 + 16) * COUNT
+    assert host_memory(host, MODEL, SPECS, make_workload(host, MODEL, 1)) == (12 + 16) * COUNT

@@ -1,0 +1,58 @@
+"""The size of a quantised model's weights in memory, from ``config.json`` alone, for plans.
+
+Which formats can be read, and their values, is a matter of ``checkpoint.quantised``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+QUANTISED = ("quantization_config", "compression_config")
+"""Keys of a quantised model; the second is of the first releases of compressed-tensors."""
+SCALE_BITS = 16
+"""Of a scale, and of a zero point, which has the scale's dtype."""
+GROUPS = (128, 64, 32)
+"""Sizes of groups for rounding to 4 bits. The largest that divides the input features is used."""
+
+
+def packed_bits(config: Mapping[str, Any]) -> float:
+    """Bits of a weight of a layer's matrices, with its share of scales and zero points; 0 if they are not quantised.
+
+    Modules with settings of their own are not told apart. Unknown settings count as 0.
+    """
+    settings: Mapping[str, Any] = next((config[key] for key in QUANTISED if isinstance(config.get(key), dict)), {})
+    groups = settings.get("config_groups")
+    method = settings.get("quant_method", "compressed-tensors" if groups else None)
+    if method in ("gptq", "awq"):
+        bits = _number(settings.get("bits", settings.get("w_bit", 4)))
+        group = settings.get("group_size", settings.get("q_group_size", 128))
+        return _with_scales(bits, group, zero_points=True)
+    if method == "fp8":
+        return 8.0
+    if method == "compressed-tensors" and isinstance(groups, dict):
+        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        for each in weights:
+            if isinstance(each, dict):
+                symmetric = each.get("symmetric", True) is True
+                return _with_scales(_number(each.get("num_bits", 8)), each.get("group_size"), zero_points=not symmetric)
+    return 0.0
+
+
+def rounded_bits(kind: str, features: int) -> float:
+    """The same for a plain model that is rounded to ``int8`` or ``int4`` as it is loaded.
+
+    ``features``: input features of a matrix; matrices with others may have other groups.
+    """
+    if kind == "int8":
+        return 8.0
+    return _with_scales(4.0, next((size for size in GROUPS if features % size == 0), GROUPS[-1]), zero_points=False)
+
+
+def _with_scales(bits: float, group: object, *, zero_points: bool) -> float:
+    size = _number(group)
+    return bits + (SCALE_BITS * (1 + zero_points) / size if size > 0 and bits else 0.0)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else 0.0
