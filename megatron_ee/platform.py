@@ -168,11 +168,16 @@ class SideWork:
 
 
 class Staging:
-    """Where host code writes what belongs into a device's memory: a page-locked buffer, or on a CPU that memory."""
+    """Where host code writes what belongs into a device's memory: a page-locked buffer, or on a CPU that memory.
+
+    Attributes:
+        copies: whether ``send`` has something to do.
+    """
 
     def __init__(self, like: torch.Tensor, instead: str) -> None:
         """``like``: memory of the largest size. ``instead``: see ``host_buffer``."""
         self._bytes = host_buffer(like.nbytes, instead) if queues_work(like.device) else None
+        self.copies = self._bytes is not None
         self._sent: Any = None
 
     def room(self, memory: torch.Tensor) -> torch.Tensor:

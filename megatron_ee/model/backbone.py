@@ -109,6 +109,10 @@ class Backbone(nn.Module):
     def layers_between(self, first: int, last: int) -> Iterator[tuple[int, DecoderLayer]]:
         """Layers ``first .. last`` with their numbers, in order: a ``traversal.LayerSource``."""
         for number in range(first, last + 1):
-            if self.slots is not None:
+            layer: DecoderLayer = self.layers[str(number)]  # type: ignore[assignment]
+            if self.slots is None:
+                yield number, layer
+            else:
                 self.slots.hold(number)
-            yield number, self.layers[str(number)]  # type: ignore[misc]
+                with self.slots.event("layer", number):
+                    yield number, layer

@@ -23,7 +23,10 @@ from megatron_ee import platform
 Fill = Callable[[int, "Slot"], None]
 """Writes the weights of a layer, given its number, into a slot."""
 Record = Callable[[str, int, Any, Any], None]
-"""Called with a kind of event (``wait``, ``read``, ``copy``), the layer, and ``platform.mark`` at its start and end."""
+"""Called with a kind of event, the layer, and ``platform.mark`` at its start and end.
+
+Kinds: ``layer`` (its work), ``wait`` (until its slot is filled), and on the side stream ``read`` and ``copy``.
+"""
 ALIGNMENT = 256
 """Bytes. Each tensor starts at a multiple, as in memory of its own, so that the same kernels are chosen."""
 

@@ -59,8 +59,9 @@ def stream_from_files(slots: LayerSlots, read: Read) -> None:
         room = staging.room(slot.memory)
         with slots.event("read", number):
             read(number, slot.views(room))
-        with slots.event("copy", number):
-            staging.send(slot.memory)
+        if staging.copies:
+            with slots.event("copy", number):
+                staging.send(slot.memory)
 
     slots.fill, slots.side = fill, platform.SideStream()
 

@@ -29,6 +29,14 @@ ONE = (((1, 4), (1, 2, 3, 4)),)
 PLAIN = LossConfig(chunk_tokens=7, dynamic_token_weights=True)
 DISTILLED = LossConfig(chunk_tokens=9, distillation=DistillationConfig(kl=0.7, cross_entropy=0.4, top_k=5))
 RESIDENCIES = ("device", "host", "disk")
+WORK = ("layer", "exits")
+BY_LAYER = [
+    *(("layer", 1), ("exits", 1)),
+    *(("layer", 2), ("exits", 2), ("layer", 2)),  # the exit reads the residual between the layer's halves
+    *(("layer", 3), ("exits", 3)),
+    *(("layer", 4), ("exits", 4)),
+]
+AFTER_ALL_LAYERS = [event for event in BY_LAYER if event[0] == "layer"]
 
 
 def _cases(name: str, model: str, **settings: Any) -> list[Case]:
@@ -64,6 +72,8 @@ def test_steps_equal_those_over_a_resident_backbone(ranks: int, models: dict[str
         for offset in range(1, len(RESIDENCIES)):
             for rank in outcomes:
                 assert rank[place + offset].results == rank[place].results
+                work = [(event.kind, event.number) for event in rank[place + offset].events if event.kind in WORK]
+                assert work == (AFTER_ALL_LAYERS if resident.loss is DISTILLED else BY_LAYER)
             found = saved_tensors(tmp_path / cases[place + offset].name / f"step-{STEPS}")
             assert found.keys() == expected.keys()
             for key, tensor in expected.items():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import convert, decode, exits, pipeline, plan, tune
+from benchmarks import convert, decode, exits, models, pipeline, plan, streamed, tune
 from benchmarks.models import exit_layers, save_model
+from megatron_ee.checkpoint.saved_model import open_model
+from megatron_ee.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,24 @@ def test_decode(run: Any) -> None:
     assert rows["full"]["layers_per_token"] == 4
     assert rows["full"]["bandwidth_share"] > 0
     assert rows["transformers"]["same_outputs"] == rows["speculative"]["same_outputs"] == 1
+
+
+def test_streamed(run: Any, tmp_path: Path) -> None:
+    plot = ("--plot", str(tmp_path / "step.png"))
+    rows = run(streamed, "--residency", "device", "disk", "--tokens", "16", "--microbatches", "2", "--cold", *plot)
+    assert rows["device"]["reading"] == rows["device"]["not_hidden"] == 0
+    assert rows["disk"]["reading"] > 0 and rows["disk"]["planned_mb"] < rows["device"]["planned_mb"]
+    assert (tmp_path / "step.png").is_file()
+
+
+def test_a_model_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "SHARD", 100_000)
+    save_model(tmp_path / "model", "tiny", "bfloat16")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
+    assert open_model(tmp_path / "model").architecture.num_layers == 4
+    monkeypatch.setattr(models.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="0.0 GB are free; set TMPDIR"):
+        save_model(tmp_path / "other", "tiny", "bfloat16")
 
 
 @pytest.mark.slow

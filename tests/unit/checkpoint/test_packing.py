@@ -50,6 +50,12 @@ def test_packed_equals_expanded(name: str, family: str, dtype: torch.dtype, tmp_
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_streamed_equals_expanded(residency: str, tmp_path: Path, load_stage: Any) -> None:
+    save_quantised_model("llama3.1", tmp_path, RECIPES["int4"](), num_hidden_layers=3)
+    assert torch.equal(logits(load_stage(tmp_path, residency=residency)), logits(load_stage(tmp_path)))
+
+
 @pytest.mark.parametrize("name, most", [("int4", 0.33), ("int8", 0.57)])
 def test_bytes_in_memory(name: str, most: float, tmp_path: Path, load_stage: Any) -> None:
     save_quantised_model("llama3.1", tmp_path, RECIPES[name](), num_hidden_layers=2)
