@@ -274,7 +274,11 @@ def free_memory(processes: int = 1) -> int:
     Args:
         processes: number of processes with the same ``memory_name``.
     """
-    return (int(torch.cuda.mem_get_info()[0]) if has_accelerator() else free_host_memory()) // processes
+    if not has_accelerator():
+        return free_host_memory() // processes
+    # What torch keeps of freed tensors, such as a KV cache, is free for this process.
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(torch.cuda.mem_get_info()[0]) // processes + kept
 
 
 def host_name() -> str:

@@ -25,6 +25,7 @@ from megatron_ee.config.schema import (
 from megatron_ee.errors import ConfigError
 
 MAX_SEED = 2**32 - 1  # numpy's largest seed
+_HOLD_OUT = "name corpora in data.validation, or set data.validation_fraction"
 
 
 def check_run(config: RunConfig, architecture: Architecture, world_size: int = 1) -> tuple[ExitSpec, ...]:
@@ -251,9 +252,20 @@ def _check_intervals(config: RunConfig) -> None:
     _at_least(1, "validation.acceptance.prompt_tokens", acceptance.prompt_tokens)
     _at_least(2, "validation.acceptance.tokens", acceptance.tokens)
     _at_least(1, "validation.acceptance.draft_length", acceptance.draft_length)
+    threshold = config.validation.free_running_threshold
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"validation.free_running_threshold: must be above 0 and at most 1, not {threshold}")
+    if config.validation.free_running and not acceptance.prompts:
+        raise ConfigError("validation.free_running: true needs prompts; raise validation.acceptance.prompts above 0")
+    if config.validation.free_running and not _validates(config):
+        raise ConfigError(f"validation.free_running: true needs held-out documents; {_HOLD_OUT}")
     _at_least(0, "checkpoint.interval", config.checkpoint.interval)
     _at_least(2, "checkpoint.keep", config.checkpoint.keep)
     _at_least(1, "logging.interval", config.logging.interval)
+
+
+def _validates(config: RunConfig) -> bool:
+    return bool(config.data.validation or config.data.validation_fraction)
 
 
 def _check_patience(config: RunConfig) -> None:
@@ -261,11 +273,8 @@ def _check_patience(config: RunConfig) -> None:
     _at_least(0, "tuning.patience", patience)
     if not patience:
         return
-    if not config.data.validation and not config.data.validation_fraction:
-        raise ConfigError(
-            f"tuning.patience: {patience} needs a validation loss; name corpora in data.validation, or set "
-            "data.validation_fraction"
-        )
+    if not _validates(config):
+        raise ConfigError(f"tuning.patience: {patience} needs a validation loss; {_HOLD_OUT}")
     if config.validation.interval == 0:
         raise ConfigError(
             f"tuning.patience: {patience} needs validations during the run, but validation.interval is 0; raise it"

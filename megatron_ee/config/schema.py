@@ -282,12 +282,17 @@ class ValidationConfig:
         sequences: largest number of validation sequences; 0 uses all.
         thresholds: confidence thresholds of the early-exit sweep; an empty list turns the sweep off.
         acceptance: draft acceptance of each exit.
+        free_running: measure in every validation what threshold mode writes after the prompts of ``acceptance``, beside
+            the full model. All layers then stay loaded while tuning. ``false`` measures it once, at the end of the run.
+        free_running_threshold: confidence at which a token leaves there.
     """
 
     interval: int = 1000
     sequences: int = 256
     thresholds: list[float] = field(default_factory=lambda: [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
     acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
+    free_running: bool = False
+    free_running_threshold: float = 0.9
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,13 @@ from pathlib import Path
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.checkpoint.digest import cache_directory
 from megatron_ee.config.architecture import outputs_digest
-from megatron_ee.data.tokenizer_files import eos_token_ids
 from megatron_ee.errors import CheckpointError
-from megatron_ee.exits.stage import whole_sequences
-from megatron_ee.inference.loading import engine_on_ranks
+from megatron_ee.evaluation.decoding import Tokens, decode
 from megatron_ee.inference.requests import Request
-from megatron_ee.progress import track
 from megatron_ee.tuning.full_model import FullModel
 
 VERSION = 1
 """Part of the cache's key. Raise it if the same model and prompts give another result in a new version."""
-Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def continuations(
         digest: the backbone's hash.
         prompts: spread over the data-parallel ranks.
         limit: tokens per continuation.
-        eos: end-of-text tokens of the corpora, besides those that the model's files name.
+        eos: end-of-text tokens.
 
     Raises:
         CheckpointError: the model's files cannot be read.
@@ -63,49 +58,20 @@ def continuations(
         Interrupted: one of the ranks received a signal; raised on all ranks.
     """
     groups, architecture = full.setup.groups, full.model.architecture
-    ends = frozenset(groups.together(lambda: tuple(eos.union(eos_token_ids(full.model.path))))[0])
     weights = () if full.model.rounding == "none" else (full.model.rounding,)
     settings = outputs_digest(architecture)
-    key = (VERSION, digest, settings, str(full.setup.dtype), tuple(prompts), limit, sorted(ends), *weights)
+    key = (VERSION, digest, settings, str(full.setup.dtype), tuple(prompts), limit, sorted(eos), *weights)
     path = cache_directory() / "continuations" / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.json"
     found = groups.gather(_read(path, len(prompts), limit, architecture.vocab_size) if groups.is_main else None)[0]
     if found is None:
-        found = _generate(full, prompts, limit, ends)
+        requests = [Request(prompt=prompt, max_tokens=limit) for prompt in prompts]
+        title = "continuing validation prompts"
+        outputs = decode(full.stage, full.layout, (), requests, eos, full.interrupt, title)
+        found = [() if output is None else output.tokens for output in outputs]
         if groups.is_main:
             _write(path, found)
     pairs = zip(prompts, found, strict=True)
     return tuple(Continuation(prompt, tokens, limit) for prompt, tokens in pairs if tokens)
-
-
-def _generate(full: FullModel, prompts: Sequence[Tokens], limit: int, eos: frozenset[int]) -> list[Tokens]:
-    stage, groups = full.stage, full.setup.groups
-    mine = range(groups.data.rank(), len(prompts), groups.data.size())
-    if full.setup.residency == "disk" and groups.is_main:
-        print(
-            f"validation.acceptance: each of up to {limit} tokens reads all layers from disk, once for this model and "
-            "these prompts; prompts: 0 leaves it out",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def work() -> dict[int, Tokens]:
-        found: dict[int, Tokens] = {}
-        with whole_sequences(stage), engine_on_ranks(stage, full.layout, (), eos=eos) as engine:
-            if engine is None:
-                return found
-            requests = {engine.submit(Request(prompt=prompts[i], max_tokens=limit)): i for i in mine}
-            with track(len(mine), "prompts", "continuing validation prompts", enabled=groups.is_main) as bar:
-                while not engine.idle and not full.interrupt.requested:
-                    for event in engine.step():
-                        if event.completion is not None:
-                            found[requests[event.request]] = tuple(token.id for token in event.completion.tokens)
-                        bar.advance(event.completion is not None or event.error is not None)
-        return found
-
-    parts = groups.together(work)
-    full.interrupt.check_together(groups)
-    whole = {index: tokens for part in parts for index, tokens in part.items()}
-    return [whole.get(index, ()) for index in range(len(prompts))]
 
 
 def _read(path: Path, count: int, limit: int, vocab_size: int) -> list[Tokens] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Validation:
         losses: loss per exit, by layer.
         agreements: share of tokens where the exit's top-1 is the final exit's, by layer.
         acceptance: tokens per round of speculative decoding, by layer; empty if it was not measured.
+        free_running: of threshold mode, the share of tokens equal to the full model's, and the layers per token; None
+            if it was not measured.
     """
 
     step: int
@@ -33,6 +35,7 @@ class Validation:
     losses: dict[int, float]
     agreements: dict[int, float]
     acceptance: dict[int, float]
+    free_running: tuple[float, float] | None = None
 
 
 def read_log(log: str | Path) -> tuple[Losses, Losses]:
@@ -67,9 +70,13 @@ def read_validations(log: str | Path) -> list[Validation]:
         DataError: the log cannot be read or has an invalid line.
     """
     found: dict[int, Validation] = {}
+    at_end: dict[int, tuple[float, float]] = {}  # by the step of the exits that were measured
 
     def read(record: dict[str, Any]) -> None:
+        if record.get("free_running"):
+            at_end[record["step"]] = _free_running(record["free_running"])
         if record.get("validation") and "tokens_seen" in record:
+            measured = record["validation"].get("free_running")
             exits, final = record["validation"]["exits"], record["validation"]["final_loss"]
             found[record["step"]] = Validation(
                 record["step"],
@@ -81,10 +88,18 @@ def read_validations(log: str | Path) -> list[Validation]:
                     [{"layer": each["layer"], **each["acceptance"]} for each in exits if each.get("acceptance")],
                     "length",
                 ),
+                _free_running(measured) if measured else None,
             )
 
     _each_record(log, read)
-    return [found[step] for step in sorted(found)]
+    return [
+        replace(found[step], free_running=at_end[step]) if step in at_end else found[step] for step in sorted(found)
+    ]
+
+
+def _free_running(measured: dict[str, Any]) -> tuple[float, float]:
+    layers = measured["layers_per_token"]
+    return measured["agreement"], math.nan if layers is None else layers
 
 
 def _each_record(log: str | Path, read: Callable[[dict[str, Any]], None]) -> None:

@@ -176,6 +176,21 @@ def plot_acceptance(validations: Sequence[Validation], best_step: int | None, pa
         axes.set_title("Speculative decoding with each exit's drafts while tuning", loc="left")
 
 
+def plot_free_running(validations: Sequence[Validation], best_step: int | None, path: str | Path) -> None:
+    """Share of tokens that free-running threshold mode has in common with the full model, against the tokens seen.
+
+    Arguments and errors as for ``plot_agreement``.
+    """
+    with _against_tokens_seen(validations, best_step, path) as axes:
+        measured = [(each.tokens_seen, each.free_running) for each in validations if each.free_running is not None]
+        seen, shares = [tokens for tokens, _ in measured], [100 * found[0] for _, found in measured]
+        axes.plot(seen, shares, "o-", color=COLOURS[0], ms=4, lw=1.6, label="all exits together")
+        for tokens, (share, layers) in measured:
+            axes.annotate(f"{layers:.1f}", (tokens, 100 * share), (0, 6), textcoords="offset points", ha="center")
+        axes.set_ylabel("tokens equal to the full model's (%)")
+        axes.set_title("Free-running threshold mode while tuning; labels: layers per token", loc="left")
+
+
 @contextmanager
 def _against_tokens_seen(validations: Sequence[Validation], best_step: int | None, path: str | Path) -> Iterator[Axes]:
     """Axes to draw validations on, with the best step marked; saved at the end."""

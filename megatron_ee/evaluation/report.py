@@ -13,7 +13,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError
 from megatron_ee.evaluation.history import Validation
 from megatron_ee.evaluation.plots import plot_sweep
-from megatron_ee.model.quality import Quality
+from megatron_ee.model.quality import FreeRunning, Quality
 from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def print_quality(
     to_stderr: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Print the table per exit and, if they were measured, the acceptance of drafts and the threshold sweep.
+    """Print the table per exit and, if they were measured, acceptance, free-running threshold mode and the sweep.
 
     Args:
         quality: to print.
@@ -97,12 +97,26 @@ def print_quality(
     tables = [_exit_table(quality, exits, title, console)]
     if any(exit_.acceptance is not None for exit_ in quality.exits):
         tables.append(_acceptance_table(quality, exits, console))
+    if quality.free_running is not None:
+        tables.append(_free_running_table(quality.free_running, quality.num_layers, "", console))
     if quality.sweep and quality.exits:
         tables += [_sweep_table(quality, console), _above_table(quality, console)]
     for index, table in enumerate(tables):
         if index:
             console.print()
         console.print(table)
+
+
+def print_free_running(found: FreeRunning, num_layers: int, of: str) -> None:
+    """Print free-running threshold mode to stderr.
+
+    Args:
+        found: what was measured.
+        num_layers: the backbone's depth.
+        of: which exits, for the title.
+    """
+    console = make_console(sys.stderr)
+    console.print(_free_running_table(found, num_layers, of, console))
 
 
 def print_comparison(
@@ -162,6 +176,9 @@ def print_history(validations: Sequence[Validation], best_step: int | None, cons
     layers = sorted(validations[-1].losses)
     for layer in layers:
         add_columns(table, f"exit {layer}: loss", "agreement")
+    free_running = any(each.free_running is not None for each in validations)
+    if free_running:
+        add_columns(table, "threshold mode: equal", "layers per token")
     add_columns(table, "kept as", words=True)
     for row in _spread(validations, best_step):
         cells = [
@@ -169,6 +186,9 @@ def print_history(validations: Sequence[Validation], best_step: int | None, cons
             for layer in layers
             for text in (_number(row.losses.get(layer, math.nan)), _percent(row.agreements.get(layer, math.nan)))
         ]
+        if free_running:
+            equal, layers_per_token = row.free_running or (math.nan, math.nan)
+            cells += [_percent(equal), _number(layers_per_token, 2)]
         table.add_row(f"{row.step:,}", f"{row.tokens_seen:,}", *cells, "adapter-best" if row.step == best_step else "")
     console.print(table)
 
@@ -217,6 +237,19 @@ def _acceptance_table(quality: Quality, exits: Sequence[ExitSpec], console: Cons
     add_columns(table, "tokens per round", "proposals accepted")
     for spec, drafts in measured:
         table.add_row(str(spec.layer), _label(spec), _number(drafts.length, 2), _percent(drafts.rate))
+    return table
+
+
+def _free_running_table(found: FreeRunning, num_layers: int, of: str, console: Console) -> Table:
+    title = f"Free-running threshold mode{' ' * bool(of)}{of}, beside the full model on {found.prompts} prompts"
+    table = new_table(f"{title} (of {num_layers} layers)", console)
+    add_columns(table, "threshold", "layers per token", "equal tokens", "tokens before the first other one")
+    table.add_row(
+        f"{found.threshold:g}",
+        _number(found.layers_per_token, 2),
+        _percent(found.agreement),
+        f"{_number(found.departure, 1)} of {_number(found.tokens / found.prompts, 1)}",
+    )
     return table
 
 

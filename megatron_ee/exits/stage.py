@@ -29,6 +29,7 @@ class Stage(nn.Module):
     """Layers and exits of one pipeline rank.
 
     Attributes:
+        layers: run of numbers of the layers that it runs.
         backbone: frozen.
         shared_head: the backbone's head, frozen, where an exit with a ``shared`` or ``low_rank`` head is hosted.
         exits: by layer number, in order.
@@ -55,10 +56,10 @@ class Stage(nn.Module):
             embedding: whether the stage starts from tokens.
             final_exit: whether it holds the final norm and the LM head.
             tapped: all exits that read layers of this stage, wherever they are hosted; by default ``exits``.
-            backbone: of another stage with the same layers, which is then shared; None to allocate one.
+            backbone: of another stage with these layers, and perhaps more, which is then shared; None to allocate one.
         """
         super().__init__()
-        self.setup = setup
+        self.setup, self.layers = setup, tuple(layers)
         self.taps = {spec.layer: tap_of(spec) for spec in (exits if tapped is None else tapped)}
         with torch.device(platform.device()):
             if backbone is None:
@@ -104,9 +105,8 @@ class Stage(nn.Module):
         def run(start: int, stop: int, x: Tensor) -> Tensor:
             return run_segment(self.backbone.layers_between, self.taps, start, stop, x, positions)
 
-        numbers = [number for number, _ in self.backbone.numbered_layers()]
-        if numbers:
-            h = run_layers(run, self.taps, numbers[0] - 1, numbers[-1], h, keep, to_hidden=to_end)
+        if self.layers:
+            h = run_layers(run, self.taps, self.layers[0] - 1, self.layers[-1], h, keep, to_hidden=to_end)
         return h, kept
 
     def run_by_layer(
@@ -137,8 +137,7 @@ class Stage(nn.Module):
             at_tap(layer, taps)
             return taps
 
-        numbers = [number for number, _ in self.backbone.numbered_layers()]
-        return run_layers(run, self.taps, numbers[0] - 1, numbers[-1], hidden, tapped, to_hidden=to_end)
+        return run_layers(run, self.taps, self.layers[0] - 1, self.layers[-1], hidden, tapped, to_hidden=to_end)
 
     @torch.no_grad()
     def final_statistics(self, h: Tensor, labels: Tensor, *, chunk_tokens: int = 512) -> TokenStats:

@@ -44,7 +44,7 @@ from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
 from megatron_ee.inference.stage_runner import StageRunner
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.streaming import check_host_memory
-from megatron_ee.parallel.groups import Groups, host_group, joined_processes, model_groups
+from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, even_layout
 from megatron_ee.parallel.transfer import connect
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
@@ -152,8 +152,7 @@ def engine_on_ranks(
         return
     arch, index = stage.setup.architecture, groups.pipeline.rank()
     compiled, memory = compile_stage(stage) if options.compile else None, _kv_memory(groups, options)
-    mail = Mail(host_group(groups.pipeline, groups.control))
-    peers = host_group(groups.tensor, groups.control)
+    mail, peers = Mail(groups.host_pipeline), groups.host_tensor
     for source in range(groups.pipeline.size() - 1):
         connect(groups.pipeline, source, source + 1)
     channel = RemoteChannel(mail, groups.pipeline, arch.hidden_size, arch.vocab_size, stage.setup.dtype)

@@ -49,6 +49,49 @@ class DraftAcceptance:
 
 
 @dataclass(frozen=True)
+class FreeRunning:
+    """Greedy threshold mode, compared with the full model's continuations of the same prompts, place by place.
+
+    Attributes:
+        threshold: confidence at which a token leaves, at any exit.
+        prompts: number of prompts.
+        tokens: of the full model's continuations.
+        equal: of these, the tokens that threshold mode emits at the same place.
+        before: of these, the tokens before the first different one of each prompt.
+        later: tokens that threshold mode emits after the first of each prompt.
+        layer_runs: decoder layers that ran for these.
+    """
+
+    threshold: float
+    prompts: int
+    tokens: int
+    equal: int
+    before: int
+    later: int
+    layer_runs: int
+
+    @property
+    def agreement(self) -> float:
+        """Share of equal tokens."""
+        return self.equal / self.tokens
+
+    @property
+    def departure(self) -> float:
+        """Mean number of tokens before the first different one, or before the end of the continuation."""
+        return self.before / self.prompts
+
+    @property
+    def layers_per_token(self) -> float:
+        """Mean number of decoder layers per token after the first of a prompt; nan without any."""
+        return self.layer_runs / self.later if self.later else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to strict JSON types, with the properties."""
+        means = {"agreement": self.agreement, "departure": self.departure, "layers_per_token": self.layers_per_token}
+        return strict_json(asdict(self) | means)
+
+
+@dataclass(frozen=True)
 class ExitQuality:
     """One exit, measured on all tokens.
 
@@ -117,7 +160,17 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of all exits on one set of tokens; ``num_layers`` is the backbone's depth."""
+    """Quality of all exits on one set of tokens.
+
+    Attributes:
+        tokens: number of tokens.
+        num_layers: the backbone's depth.
+        final_loss: mean next-token loss of the final exit in nats.
+        final_accuracy: share of tokens where its top-1 is the label.
+        exits: by layer.
+        sweep: by threshold.
+        free_running: of all exits together; None if it was not measured.
+    """
 
     tokens: int
     num_layers: int
@@ -125,6 +178,7 @@ class Quality:
     final_accuracy: float
     exits: tuple[ExitQuality, ...]
     sweep: tuple[SweepPoint, ...]
+    free_running: FreeRunning | None = None
 
     @property
     def final_perplexity(self) -> float:
@@ -139,6 +193,8 @@ class Quality:
             entry["perplexity"] = exit_.perplexity
             if exit_.acceptance is not None:
                 entry["acceptance"] |= {"length": exit_.acceptance.length, "rate": exit_.acceptance.rate}
+        if self.free_running is not None:
+            data["free_running"] = self.free_running.to_dict()
         return strict_json(data)
 
     @classmethod
@@ -167,7 +223,9 @@ class Quality:
             )
             for point in data["sweep"]
         )
-        return _read(cls, data, exits=exits, sweep=sweep)
+        measured = data.get("free_running")  # older files do not have it
+        free_running = _read(FreeRunning, measured) if measured else None
+        return _read(cls, data, exits=exits, sweep=sweep, free_running=free_running)
 
 
 def perplexity(loss: float) -> float:

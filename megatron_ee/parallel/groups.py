@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -59,6 +60,16 @@ class Groups:
     def is_main(self) -> bool:
         """Whether this process writes logs and reports."""
         return self.rank == 0
+
+    @cached_property
+    def host_tensor(self) -> dist.ProcessGroup:
+        """The ranks of ``tensor``, on the host, for small messages. Every rank asks for it, the first time together."""
+        return _host_group(self.tensor, self.control)
+
+    @cached_property
+    def host_pipeline(self) -> dist.ProcessGroup:
+        """As ``host_tensor``, for ``pipeline``."""
+        return _host_group(self.pipeline, self.control)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in order of rank."""
@@ -167,8 +178,8 @@ def model_groups(
             parallel_state.destroy_model_parallel()
 
 
-def host_group(group: dist.ProcessGroup, control: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A second group of ``group``'s ranks, on the host, for small messages. Every rank of the run calls this."""
+def _host_group(group: dist.ProcessGroup, control: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A second group of ``group``'s ranks, on the host."""
     return _group_of(dist.get_process_group_ranks(group), control, CONTROL_TIMEOUT, "gloo")
 
 

@@ -21,10 +21,17 @@ class StageLayout:
     Attributes:
         layers: numbers of its layers, from 1, without gaps; empty if it only hosts exits.
         exits: layers of the exits that it hosts, ascending; empty if it trains nothing.
+        kept: numbers of layers after those that are loaded too, but do not run while tuning.
     """
 
     layers: range
     exits: tuple[int, ...] = ()
+    kept: range = range(0)
+
+    @property
+    def held(self) -> range:
+        """All layers that are loaded."""
+        return range(self.layers.start, self.kept.stop) if self.layers and self.kept else self.layers or self.kept
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,43 @@ class Layout:
         """The stage that hosts the exit after ``exit_layer``."""
         return next(index for index, stage in enumerate(self.stages) if exit_layer in stage.exits)
 
+    @property
+    def whole(self) -> Layout:
+        """The same with all loaded layers as ``layers``."""
+        return Layout(tuple(StageLayout(stage.held, stage.exits) for stage in self.stages))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether an engine can run on its loaded layers: on every stage, with each exit on the stage of its layer."""
+        return all(stage.held and all(layer in stage.held for layer in stage.exits) for stage in self.stages)
+
+    def of_all(self, num_layers: int) -> Layout:
+        """All layers without exits: as they are held here if none is missing and an engine can run, else evenly."""
+        whole = self.whole
+        if whole.decodes and whole.stages[-1].layers[-1] == num_layers:
+            return whole.with_exits(())
+        return even_layout(num_layers, len(self.stages))
+
+    def with_exits(self, exits: Collection[int]) -> Layout:
+        """The same layers, with each of these exits, and no others, on the stage of its layer."""
+        hosted = [tuple(layer for layer in sorted(exits) if layer in stage.layers) for stage in self.stages]
+        return Layout(
+            tuple(StageLayout(stage.layers, own, stage.kept) for stage, own in zip(self.stages, hosted, strict=True))
+        )
+
+    def up_to(self, layer: int) -> Layout:
+        """The same, but layers after ``layer`` are only kept."""
+        return Layout(
+            tuple(
+                StageLayout(
+                    range(stage.layers.start, min(stage.layers.stop, layer + 1)),
+                    stage.exits,
+                    range(max(stage.layers.start, layer + 1), stage.layers.stop),
+                )
+                for stage in self.stages
+            )
+        )
+
     def messages(self) -> tuple[Message, ...]:
         """All messages of one microbatch, at most one between two stages, ordered by source and target."""
         following = dict(zip(self.layered, self.layered[1:], strict=False))
@@ -106,9 +150,8 @@ def even_layout(num_layers: int, stages: int, exits: Collection[int] = ()) -> La
     """
     used = min(stages, num_layers)
     bounds = [num_layers * index // used for index in range(used + 1)]
-    runs = [range(first + 1, last + 1) for first, last in zip(bounds, bounds[1:], strict=False)]
-    places = [StageLayout(run, tuple(layer for layer in sorted(exits) if layer in run)) for run in runs]
-    return Layout((*places, *[StageLayout(range(0))] * (stages - used)))
+    places = [StageLayout(range(first + 1, last + 1)) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return Layout((*places, *[StageLayout(range(0))] * (stages - used))).with_exits(exits)
 
 
 def parse_layout(configured: Sequence[StageConfig], specs: Sequence[ExitSpec], num_layers: int, run: int) -> Layout:

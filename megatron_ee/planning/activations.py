@@ -18,6 +18,9 @@ from megatron_ee.parallel.tiles import TOP_RUN, WINDOW_QUERIES, Tiles, accelerat
 from megatron_ee.planning.parameters import head_rows, hosted_by
 from megatron_ee.planning.workload import FLOAT32, Workload
 
+PASS_TOKENS = 512
+"""Prompt tokens that an engine runs in one pass, see ``inference.scheduler``."""
+
 
 def activation_peak(
     layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
@@ -152,6 +155,26 @@ def _layer_bytes(architecture: Architecture, workload: Workload) -> LayerBytes:
         ffn=ffn * per_feature,
         matrix=ffn * architecture.hidden_size * workload.itemsize,
     )
+
+
+def decode_bytes(
+    architecture: Architecture, layers: Sequence[int], exits: Sequence[ExitSpec], workload: Workload
+) -> int:
+    """Bytes of decoding on a stage: the KV cache of one sequence, a pass of prompt tokens, and a row of logits.
+
+    More sequences run at a time only if there is more memory.
+
+    Args:
+        layers: numbers of the stage's layers.
+        exits: on the stage.
+    """
+    arch, length = architecture, min(workload.sequence_length, architecture.max_positions)
+    windows = [arch.windows[layer - 1] for layer in layers]
+    windows += [window for spec in exits for window in body_of(spec).windows(arch)]
+    position = 2 * -(-arch.num_kv_heads // workload.tensor) * arch.head_dim * workload.itemsize
+    tokens = min(length, PASS_TOKENS)
+    one = dataclasses.replace(workload, micro_batch_size=1, sequence_length=tokens, sequence_parallel=False)
+    return position * length * len(windows) + layer_peak(arch, one) + 3 * FLOAT32 * arch.vocab_size
 
 
 def fit_peak(architecture: Architecture, rows: int, workload: Workload) -> int:

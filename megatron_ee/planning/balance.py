@@ -15,7 +15,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import ParallelConfig
 from megatron_ee.errors import ConfigError
 from megatron_ee.parallel.costs import final_exit_flops
-from megatron_ee.parallel.layout import Layout, StageLayout, parse_layout
+from megatron_ee.parallel.layout import Layout, StageLayout, even_layout, parse_layout
 from megatron_ee.planning.costs import exit_flops, last_layer, layer_flops
 
 PRECISION = 1e-4
@@ -28,6 +28,7 @@ def resolve_layout(
     architecture: Architecture,
     sequence_length: int,
     distillation: bool = False,
+    free_running: bool = False,
 ) -> Layout:
     """The layout in a configuration, or the balanced one for ``auto``.
 
@@ -37,14 +38,18 @@ def resolve_layout(
         architecture: of the model.
         sequence_length: tokens per sequence; attention's share of the work grows with it.
         distillation: all layers run, and the last stage with layers has the final exit.
+        free_running: all layers stay loaded, and an engine can run on them (``validation.free_running``). ``auto`` then
+            spreads them evenly, with each exit on the stage of its layer.
 
     Raises:
         ConfigError: an impossible layout, see ``parse_layout`` and ``balance``.
     """
+    run = last_layer(specs, architecture.num_layers, distillation)
+    if free_running:
+        return _decoding_layout(parallel, specs, architecture).up_to(run)
     if parallel.layout == "auto":
         kinds = tuple(ExitSpec(spec.layer, spec.body, spec.head, rank=spec.rank) for spec in specs)
         return _balanced(architecture, kinds, parallel.pipeline, sequence_length, distillation, parallel.tensor)
-    run = last_layer(specs, architecture.num_layers, distillation)
     return parse_layout(parallel.layout, specs, architecture.num_layers, run)
 
 
@@ -59,6 +64,20 @@ def _balanced(
 ) -> Layout:
     """``balance``, remembered: a search of layouts asks for the same ones many times."""
     return balance(architecture, specs, stages, tokens, distillation=distillation, tensor=tensor)
+
+
+def _decoding_layout(parallel: ParallelConfig, specs: Sequence[ExitSpec], architecture: Architecture) -> Layout:
+    depth = architecture.num_layers
+    if parallel.layout == "auto":
+        layout = even_layout(depth, parallel.pipeline, [spec.layer for spec in specs])
+    else:
+        layout = parse_layout(parallel.layout, specs, depth, depth)
+    if not layout.decodes:
+        raise ConfigError(
+            "validation.free_running: true needs layers on every stage, and each exit on the stage of its layer; lower "
+            "parallel.pipeline, change parallel.layout, or measure free running only at the end (false)"
+        )
+    return layout
 
 
 def balance(

@@ -15,11 +15,12 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.fit import FLOAT64, RIDGES, fit_bytes
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.tensors import parameter_sizes
-from megatron_ee.parallel.layout import Layout, StageLayout, even_layout
+from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.tiles import UPDATE_RUN
 from megatron_ee.planning.activations import (
     activation_peak,
     by_layer,
+    decode_bytes,
     fit_peak,
     hidden_bytes,
     layer_peak,
@@ -41,12 +42,13 @@ class Memory:
             initial values if weight decay goes towards them; 0 if they are in host memory.
         taps: taps of this stage's layers, until the exits that read them are done; where layers share memory, the
             hidden states of all microbatches too.
-        activations: the largest of three, besides the taps: peak of one microbatch in the frozen layers, one exit's
-            graph with the loss's scratch memory, and the optimizer's scratch memory.
+        activations: the largest of four, besides the taps: peak of one microbatch in the frozen layers, one exit's
+            graph with the loss's scratch memory, the optimizer's scratch memory, and decoding in validations.
         transfer: buffers of messages from and to other stages.
         fit: all of the closed-form fit before tuning, whose stage is freed again; 0 if no exit is fitted.
         validation: all of the passes through all layers before tuning that validation needs, freed again; 0 without.
         gates: all of the pass that fits gates after tuning; 0 without gates.
+        decoding: all of free-running threshold mode after tuning; 0 if it is not measured then.
     """
 
     frozen: int
@@ -59,6 +61,7 @@ class Memory:
     fit: int = 0
     validation: int = 0
     gates: int = 0
+    decoding: int = 0
 
     @property
     def tuning(self) -> int:
@@ -69,44 +72,50 @@ class Memory:
     @property
     def total(self) -> int:
         """The largest phase."""
-        return max(self.tuning, self.fit, self.validation, self.gates)
+        return max(self.tuning, self.fit, self.validation, self.gates, self.decoding)
 
 
 def stage_memory(
     layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
 ) -> Memory:
     """Memory of each rank of stage ``index``; ``specs``: the exits of all stages."""
-    frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, workload.top_k > 0)
+    whole = layout.whole
+    frozen, trained = stage_parameters(whole, index, architecture, specs, workload.tensor, workload.final_exit)
     hosted = hosted_by(layout.stages[index], specs)
     taps = _taps(layout, index, architecture, specs, workload)
     activations = activation_peak(layout, index, architecture, specs, workload)
-    stages = len(layout.stages)
+    # No tap is alive during the update, or during validation.
+    others = [_update_bytes(architecture, hosted, trained, workload)]
+    if workload.free_running:
+        others.append(decode_bytes(architecture, whole.stages[index].layers, hosted, workload))
+    every = layout.of_all(architecture.num_layers)
     return Memory(
-        frozen=_frozen_bytes(frozen, layout.stages[index], architecture, workload),
+        frozen=_frozen_bytes(frozen, whole.stages[index], architecture, workload),
         trained=trained * workload.itemsize,
         gradients=trained * FLOAT32,
         optimizer=_optimizer_bytes(architecture, hosted, trained, workload),
         taps=taps,
-        # No tap is alive during the update.
-        activations=max(activations, _update_bytes(architecture, hosted, trained, workload) - taps),
+        activations=max(activations, max(others) - taps),
         transfer=_transfer(layout, index, architecture, workload),
-        fit=fit_memory(stages, index, architecture, specs, workload),
-        validation=validation_memory(stages, index, architecture, workload),
-        gates=gates_memory(stages, index, architecture, specs, workload),
+        fit=fit_memory(every, index, architecture, specs, workload),
+        validation=validation_memory(every, index, architecture, workload),
+        gates=gates_memory(every, index, architecture, specs, workload),
+        decoding=decoding_memory(every, index, architecture, specs, workload),
     )
 
 
 def fit_memory(
-    stages: int, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+    layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
 ) -> int:
     """Bytes of the closed-form fit on each rank of stage ``index``; 0 if no exit is fitted.
 
-    All layers are spread evenly, with the final exit. Exits are counted as fitted one at a time: if there is more
-    memory, several are fitted together. The first tensor-parallel rank is counted, which solves for the others.
+    ``layout`` has all layers, and the last stage with layers the final exit. Exits are counted as fitted one at a time:
+    if there is more memory, several are fitted together. The first tensor-parallel rank is counted, which solves for
+    the others.
     """
     if not any(spec.init == "fit" for spec in specs):
         return 0
-    layout = even_layout(architecture.num_layers, stages, [spec.layer for spec in specs])
+    layout = layout.with_exits([spec.layer for spec in specs])
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
     stage, hidden, size = layout.stages[index], hidden_bytes(architecture, workload), architecture.hidden_size
     layers = layer_peak(architecture, workload) if stage.layers else 0
@@ -128,15 +137,14 @@ def fit_memory(
     return weights + peak + _taught(layout, index, workload) * hidden + buffers
 
 
-def validation_memory(stages: int, index: int, architecture: Architecture, workload: Workload) -> int:
+def validation_memory(layout: Layout, index: int, architecture: Architecture, workload: Workload) -> int:
     """Bytes of the passes through all layers that validation needs before tuning; 0 without validation.
 
-    The layers are spread evenly, with the final exit. The passes are the final exit on the validation data, and the
-    full model's continuations of prompts, whose KV cache takes what memory is free.
+    ``layout`` has all layers, and the last stage with layers the final exit. The passes are the final exit on the
+    validation data, and the full model's continuations of prompts.
     """
     if not workload.validates:
         return 0
-    layout = even_layout(architecture.num_layers, stages)
     frozen, _ = stage_parameters(layout, index, architecture, (), workload.tensor, distillation=True)
     stage, hidden = layout.stages[index], hidden_bytes(architecture, workload)
     embedded = hidden if 1 in stage.layers else 0
@@ -145,28 +153,47 @@ def validation_memory(stages: int, index: int, architecture: Architecture, workl
     running = embedded + layer_peak(architecture, workload) if stage.layers else 0
     if index == layout.last_layered:
         running = max(running, 2 * hidden + statistics_bytes(architecture, workload))
-    buffers = 4 * hidden if stages > 1 else 0
+    if workload.decodes:
+        running = max(running, decode_bytes(architecture, stage.layers, (), workload))
+    buffers = 4 * hidden if len(layout.stages) > 1 else 0
     return _frozen_bytes(frozen, stage, architecture, workload) + running + buffers
 
 
 def gates_memory(
-    stages: int, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+    layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
 ) -> int:
     """Bytes of the pass that fits gates, on each rank of stage ``index``; 0 if no exit gets one.
 
-    All layers are spread evenly, with the exits and the final exit.
+    ``layout`` has all layers, and the last stage with layers the final exit.
     """
     if not any(spec.gate for spec in specs):
         return 0
-    layout = even_layout(architecture.num_layers, stages, [spec.layer for spec in specs])
+    layout = layout.with_exits([spec.layer for spec in specs])
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
     stage, hidden = layout.stages[index], hidden_bytes(architecture, workload)
     running = layer_peak(architecture, workload) if stage.layers else 0
     if stage.exits or index == layout.last_layered:
         running = max(running, 2 * hidden + statistics_bytes(architecture, workload))
-    buffers = 4 * hidden if stages > 1 else 0
+    buffers = 4 * hidden if len(layout.stages) > 1 else 0
     weights = _frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize
     return weights + running + _taught(layout, index, workload) * hidden + buffers
+
+
+def decoding_memory(
+    layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+) -> int:
+    """Bytes of free-running threshold mode after tuning, on each rank of stage ``index``; 0 if it is not measured then.
+
+    ``layout`` has all layers, and the last stage with layers the final exit.
+    """
+    layout = layout.with_exits([spec.layer for spec in specs])
+    skipped = workload.free_running or workload.residency == "disk" or not layout.decodes
+    if skipped or not workload.decodes:
+        return 0
+    frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
+    stage = layout.stages[index]
+    decoding = decode_bytes(architecture, stage.layers, hosted_by(stage, specs), workload)
+    return _frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize + decoding
 
 
 def _frozen_bytes(frozen: int, stage: StageLayout, architecture: Architecture, workload: Workload) -> int:

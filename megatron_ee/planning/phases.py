@@ -82,6 +82,8 @@ def run_time(
     phases.append(run.saving())
     if any(spec.gate for spec in specs):
         phases.append(run.gates())
+    if run.decodes_after or workload.free_running:
+        phases.append(run.decoding())
     checkpoint = disk_use(config, architecture, specs, workload).checkpoint
     return RunTime(tuple(phases), (run.tuned() + checkpoint) / DISK)
 
@@ -97,12 +99,13 @@ class _Run:
 
     def load(self) -> Phase:
         """Before the first run the backbone is hashed. All layers are read before tuning, for validation and the fit,
-        and after it, for gates; those that are tuned in between."""
+        and after it, for gates and threshold mode; those that are tuned in between, unless all stay loaded."""
         arch, workload = self.architecture, self.workload
         before = workload.validates or any(spec.init == "fit" for spec in self.specs)
-        passes = 1 + before + any(spec.gate for spec in self.specs)
+        after = any(spec.gate for spec in self.specs) or self.decodes_after
+        passes = 2 if workload.free_running else 1 + before + after
         whole = stage_parameters(even_layout(arch.num_layers, 1), 0, arch, (), distillation=True)[0]
-        size = passes * whole * workload.itemsize + self.tuned()
+        size = passes * whole * workload.itemsize + (0 if workload.free_running else self.tuned())
         return Phase("hash and load the backbone", f"{size / GB:,.1f} GB", size / DISK)
 
     def tuned(self) -> int:
@@ -121,12 +124,34 @@ class _Run:
         seconds = self._all_layers(sequences * workload.sequence_length)
         amount = f"{sequences:,} sequences"
         if prompts:
-            whole = even_layout(self.architecture.num_layers, 1)
-            frozen, _ = stage_parameters(whole, 0, self.architecture, (), workload.tensor, distillation=True)
-            reading = frozen * workload.itemsize / self.machine.bandwidth
-            seconds += settings.acceptance.tokens * max(reading, self._streamed())
+            seconds += self._continuations()
             amount += f", {prompts} prompts"
         return Phase("all layers for validation", amount, seconds)
+
+    def decoding(self) -> Phase:
+        """Free-running threshold mode, as slow as the full model at worst: in every validation, or once at the end."""
+        times = self.times if self.workload.free_running else 1
+        amount = f"{times:,} times, {self.config.validation.acceptance.prompts} prompts"
+        return Phase("threshold mode", amount, times * self._continuations())
+
+    @property
+    def decodes_after(self) -> bool:
+        """Whether threshold mode is measured after the last step."""
+        workload = self.workload
+        return workload.decodes and not workload.free_running and workload.residency != "disk"
+
+    @property
+    def times(self) -> int:
+        """Number of validations: before the first step, at each interval, and after the last step."""
+        steps, interval = self.config.tuning.steps, self.config.validation.interval
+        return 1 + (-(-steps // interval) if interval else bool(steps))
+
+    def _continuations(self) -> float:
+        """Seconds in which the full model continues the prompts: each token reads all weights."""
+        workload, whole = self.workload, even_layout(self.architecture.num_layers, 1)
+        frozen, _ = stage_parameters(whole, 0, self.architecture, (), workload.tensor, distillation=True)
+        reading = frozen * workload.itemsize / self.machine.bandwidth
+        return self.config.validation.acceptance.tokens * max(reading, self._streamed())
 
     def fit(self) -> Phase:
         """Each turn runs all tokens through all layers. Sums are float32 products, solving them float64 ones."""
@@ -135,7 +160,7 @@ class _Run:
         wanted = PER_FEATURE * arch.ffn_size if self.config.fit.tokens == "auto" else self.config.fit.tokens
         batch = self.config.tuning.global_batch_size * workload.sequence_length
         tokens = math.ceil(wanted / batch) * batch
-        stages = even_layout(arch.num_layers, len(self.layout.stages), [spec.layer for spec in self.specs])
+        stages = self.layout.of_all(arch.num_layers).with_exits([spec.layer for spec in self.specs])
         ridges = len(RIDGES) if self.config.fit.ridge else 1
         turns, busiest = 0, 0.0
         for index, stage in enumerate(stages.stages):
@@ -155,8 +180,7 @@ class _Run:
 
     def validations(self) -> Phase:
         """Before the first step, at each interval, and after the last step."""
-        steps, interval = self.config.tuning.steps, self.config.validation.interval
-        count = 1 + (-(-steps // interval) if interval else bool(steps))
+        count = self.times
         workload, machine, arch = self.workload, self.machine, self.architecture
         rounds = math.ceil(self.config.validation.sequences / (workload.data * workload.micro_batch_size))
         link = group_link(machine, workload.tensor, 1)

@@ -26,6 +26,7 @@ class StagePlan:
 
     Attributes:
         layers: numbers of its layers, from 1.
+        kept: numbers of layers that are loaded for validation only.
         exits: layers of the exits that it hosts.
         frozen_parameters: number per rank.
         trained_parameters: number per rank.
@@ -35,6 +36,7 @@ class StagePlan:
     """
 
     layers: range
+    kept: range
     exits: tuple[int, ...]
     frozen_parameters: int
     trained_parameters: int
@@ -100,11 +102,11 @@ def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSp
     stages = []
     for index, stage in enumerate(layout.stages):
         frozen, trained = stage_parameters(
-            layout, index, architecture, specs, workload.tensor, distillation=workload.top_k > 0
+            layout.whole, index, architecture, specs, workload.tensor, distillation=workload.final_exit
         )
         flops = int(work[index].total) * workload.microbatches
         memory = stage_memory(layout, index, architecture, specs, workload)
-        stages.append(StagePlan(stage.layers, stage.exits, frozen, trained, flops, idle[index], memory))
+        stages.append(StagePlan(stage.layers, stage.kept, stage.exits, frozen, trained, flops, idle[index], memory))
     return RunPlan(tuple(stages), workload.tensor, workload.data, workload.microbatches)
 
 

@@ -23,7 +23,7 @@ def print_plan(plan: RunPlan, console: Console | None = None) -> None:
     add_columns(table, "stage", "layers", "exits after", words=True)
     add_columns(table, "frozen per rank", "trained per rank", "TFLOP per step", "idle")
     for index, stage in enumerate(plan.stages):
-        layers = f"{stage.layers[0]}-{stage.layers[-1]}" if stage.layers else "-"
+        layers = " + ".join(f"{run[0]}-{run[-1]}" for run in (stage.layers, stage.kept) if run) or "-"
         parameters = (f"{count / 1e6:,.1f} M" for count in (stage.frozen_parameters, stage.trained_parameters))
         work = f"{stage.flops / 1e12:,.3g}", f"{stage.idle:.1%}"
         table.add_row(str(index), layers, _listed(stage.exits), *parameters, *work)
@@ -61,7 +61,13 @@ def memory_parts(memory: Memory) -> dict[str, int]:
 
 def memory_phases(memory: Memory) -> dict[str, int]:
     """Bytes of each phase; 0 where a run has none."""
-    return {"tuning": memory.tuning, "fit": memory.fit, "validation": memory.validation, "gates": memory.gates}
+    return {
+        "tuning": memory.tuning,
+        "fit": memory.fit,
+        "validation": memory.validation,
+        "gates": memory.gates,
+        "decoding": memory.decoding,
+    }
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -36,6 +36,8 @@ class Workload:
         host_optimizer: whether the optimizer state is in host memory.
         keeps_initial: whether weight decay goes towards the initial values, which are then kept.
         validates: whether validation runs all layers once before tuning.
+        decodes: whether the full model continues prompts then, and threshold mode is measured on them.
+        free_running: whether threshold mode is measured in every validation, for which all layers stay loaded.
         residency: where the layers' weights are: on the ``device``, or streamed from ``host`` memory or ``disk``.
         slots: layers of a stage whose weights are on the device at a time; 0 for all. With one stage all microbatches
             of a step then pass a layer before the next one.
@@ -57,6 +59,8 @@ class Workload:
     host_optimizer: bool = False
     keeps_initial: bool = False
     validates: bool = False
+    decodes: bool = False
+    free_running: bool = False
     residency: str = "device"
     slots: int = 0
     packed_bits: float = 0.0
@@ -65,6 +69,11 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of a microbatch."""
         return self.micro_batch_size * self.sequence_length
+
+    @property
+    def final_exit(self) -> bool:
+        """Whether the final exit is loaded while tuning."""
+        return self.top_k > 0 or self.free_running
 
 
 def make_workload(config: RunConfig, architecture: Architecture, world_size: int) -> Workload:
@@ -75,6 +84,7 @@ def make_workload(config: RunConfig, architecture: Architecture, world_size: int
         slots = PACKED_SLOTS if packed else 0
     tuning, parallel, distillation = config.tuning, config.parallel, config.loss.distillation
     data = data_parallel_size(parallel, world_size)
+    validates = bool(config.data.validation or config.data.validation_fraction)
     return Workload(
         itemsize=ITEMSIZES[config.model.dtype],
         tensor=parallel.tensor,
@@ -89,7 +99,9 @@ def make_workload(config: RunConfig, architecture: Architecture, world_size: int
         remainder=4 if _has_whole_main_weights(config.optimizer.implementation) else 2,
         host_optimizer=config.optimizer.implementation == "deepspeed_cpu",
         keeps_initial=config.optimizer.decay_towards == "initial",
-        validates=bool(config.data.validation or config.data.validation_fraction),
+        validates=validates,
+        decodes=validates and config.validation.acceptance.prompts > 0,
+        free_running=config.validation.free_running,
         residency=config.model.residency,
         slots=slots,
         packed_bits=packed,

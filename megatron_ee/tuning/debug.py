@@ -77,7 +77,8 @@ def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator
     resolve_init(specs, model.architecture)
     check_trains(specs)
     distillation = config.loss.distillation.kl > 0
-    resolve_layout(parallel, specs, model.architecture, config.data.sequence_length, distillation)
+    free_running = config.validation.free_running
+    resolve_layout(parallel, specs, model.architecture, config.data.sequence_length, distillation, free_running)
     check_wandb(config.logging.wandb)
     kept = choose_slice(specs, model.architecture.num_layers)
     small = cut_config(config, kept)

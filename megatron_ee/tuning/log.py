@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_ee.config.schema import LoggingConfig
 from megatron_ee.errors import UserError, storage_errors
-from megatron_ee.model.quality import Quality, strict_json
+from megatron_ee.model.quality import FreeRunning, Quality, strict_json
 from megatron_ee.tuning.step import StepResult
 from megatron_ee.tuning.wandb_run import WandbRun, start_run
 
@@ -103,7 +103,14 @@ class RunLog:
             if exit_.acceptance is not None:
                 points[f"validation/exit_{exit_.layer}/acceptance_length"] = exit_.acceptance.length
                 points[f"validation/exit_{exit_.layer}/acceptance_rate"] = exit_.acceptance.rate
+        if quality.free_running is not None:
+            points |= _points(quality.free_running)
         self._plot(points, step)
+
+    def free_running(self, step: int, adapter: str, found: FreeRunning) -> None:
+        """Free-running threshold mode with the exits of an adapter, which are those after ``step`` steps."""
+        self._write({"step": step, "adapter": adapter, "free_running": found.to_dict()})
+        self._plot(_points(found), step)
 
     def save(self, step: int, stopped_seconds: float, write_seconds: float) -> None:
         """Log a finished save of the state after ``step`` steps: how long tuning waited and how long writing took."""
@@ -124,6 +131,21 @@ class RunLog:
                     self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(points, step)
+
+
+def free_running_steps(output: Path) -> set[int]:
+    """Steps after which the log of a run holds a measurement of free-running threshold mode."""
+    found = set()
+    for line in (output / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
+        record = json.loads(line)
+        if (record.get("validation") or record).get("free_running"):
+            found.add(record["step"])
+    return found
+
+
+def _points(found: FreeRunning) -> dict[str, float]:
+    names = ("agreement", "departure", "layers_per_token")
+    return {f"validation/free_running/{name}": getattr(found, name) for name in names}
 
 
 def _take_back(path: Path, step: int) -> None:

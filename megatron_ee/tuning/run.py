@@ -60,16 +60,16 @@ from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.corpus import little_data
 from megatron_ee.planning.plan import plan_run
 from megatron_ee.planning.table import print_plan
+from megatron_ee.tuning.finish import finish
 from megatron_ee.tuning.fitted import fitted_exits
 from megatron_ee.tuning.full_model import FullModel, load_layers
-from megatron_ee.tuning.gates import add_gates
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.schedule import Pipeline
 from megatron_ee.tuning.state import RunProgress, check_same_run, load_state
 from megatron_ee.tuning.status import reported_status, write_failed
 from megatron_ee.tuning.teacher import of_distillation
-from megatron_ee.tuning.trainer import MakeValidator, Trainer, Validate, ValidationInputs
+from megatron_ee.tuning.trainer import MakeValidator, Trainer, ValidationInputs, Validator
 from megatron_ee.tuning.wandb_run import check_wandb
 
 
@@ -118,21 +118,20 @@ def tune(
                 _owned(output, command, resume, groups),
                 reported_status(output, config.tuning, progress, interrupt, enabled=groups.is_main),
             ):
-                trainer = _prepare(
+                trainer, full, validator = _prepare(
                     config, inputs, groups, output, resume, allow_new_data, progress, make_validator, interrupt
                 )
                 settings = config_to_dict(config)
                 log = RunLog(output, config.logging, progress.step, settings=settings, enabled=groups.is_main)
-                with log, around(trainer):
-                    done = trainer.run(log, interrupt)
-                if done and inputs.gates:
-                    setup = trainer.pipeline.stage.setup
-                    del trainer  # frees its stage, which has other layers than the stage that fits gates
-                    adapters = [output / name for name in ("adapter", "adapter-best")]
-                    add_gates(config, FullModel(setup, inputs.model, interrupt), adapters, inputs.gates, inputs.blend)
+                with log:
+                    with around(trainer):
+                        done = trainer.run(log, interrupt)
+                    del trainer  # frees its exits, and its layers if they are its own
+                    if done:
+                        finish(config, full, inputs.gates, inputs.blend, validator, output, log)
         except Interrupted as error:  # all that is tuned is saved already
             if launched_rank() == 0:
-                before = "the gates were fitted" if progress.step else "the first step"
+                before = "the work after the last step was done" if progress.step else "the first step"
                 print(f"{error}: ended before {before}; continue with --resume", file=sys.stderr, flush=True)
     return 0
 
@@ -176,7 +175,8 @@ def _open_inputs(
     check_wandb(config.logging.wandb)
     adam_class(config.optimizer.implementation, platform.DTYPES[config.model.dtype])
     distillation = config.loss.distillation.kl > 0
-    layout = resolve_layout(config.parallel, specs, arch, config.data.sequence_length, distillation)
+    free_running = config.validation.free_running
+    layout = resolve_layout(config.parallel, specs, arch, config.data.sequence_length, distillation, free_running)
     if init_adapter is not None:
         described = open_adapter(init_adapter, verify=False)
         check_settings(described, model)
@@ -205,8 +205,10 @@ def _prepare(
     progress: RunProgress,
     make_validator: MakeValidator,
     interrupt: Interrupt,
-) -> Trainer:
+) -> tuple[Trainer, FullModel, Validator | None]:
     """Load the backbone and the exits, and restore the run's state into ``progress``.
+
+    Also returns all layers, which are loaded if tuning keeps them, and what measures the exits on validation data.
 
     Raises:
         Interrupted: a signal came to one of the ranks; raised on all.
@@ -236,27 +238,27 @@ def _prepare(
     )
     check_host_memory(setup, model.architecture.num_layers, "model.residency")
     _show_plan(config, inputs, groups)
-    full = FullModel(setup, model, interrupt)
-    validate, adapter = _with_all_layers(config, inputs, full, output, resume, description, make_validator)
-    del full  # frees the layers before tuning allocates memory
-    stage = build_stage(setup, layout, specs, final_exit=distillation.kl > 0)
-    _load(stage, model, adapter, config.tuning.seed, interrupt)
+    full = FullModel(setup, model, interrupt, layout)
+    validator, adapter = _with_all_layers(config, inputs, full, output, resume, description, make_validator)
+    stage = _tuned_stage(config, full, layout, specs)
+    groups.together(partial(_load_exits, stage, model, adapter, config.tuning.seed))
     optimizer = ExitOptimizer(stage.exits, setup.config, groups, config.optimizer, config.schedule, config.tuning.steps)
     resumed = resume and _resume(config, output, stage, optimizer, description, leave_out, progress)
     if groups.is_main:
         write_json(output / "config.json", config_to_dict(config))
-    return Trainer(
+    trainer = Trainer(
         config=config,
         pipeline=Pipeline(stage, layout, specs, teacher=of_distillation(distillation)),
         optimizer=optimizer,
         stream=_stream(config, inputs.blend, groups, progress),
         output=output,
         description=description,
-        validate=validate,
+        validate=None if validator is None else validator.validate,
         progress=progress,
         resumed=resumed,
         keep_initial=inputs.adapter is not None or _fits(specs),
     )
+    return trainer, full, validator
 
 
 def _with_all_layers(
@@ -267,18 +269,18 @@ def _with_all_layers(
     resume: bool,
     description: dict[str, Any],
     make_validator: MakeValidator,
-) -> tuple[Validate | None, Adapter | None]:
-    """What needs all layers before tuning: the validation function, and the adapter that the exits start from, if any.
+) -> tuple[Validator | None, Adapter | None]:
+    """What needs all layers before tuning: preparing validation, and the adapter that the exits start from, if any.
 
     Raises:
         Interrupted: a signal came to one of the ranks; raised on all.
     """
-    validate, adapter = None, inputs.adapter
+    validator, adapter = None, inputs.adapter
     if inputs.windows is not None:
-        validate = make_validator(ValidationInputs(config, description["backbone_sha256"], inputs.windows), full)
+        validator = make_validator(ValidationInputs(config, description["backbone_sha256"], inputs.windows), full)
     if adapter is None and _fits(inputs.specs):
         adapter = fitted_exits(config, full, inputs.specs, inputs.blend, output, resume, description)
-    return validate, adapter
+    return validator, adapter
 
 
 def _fits(specs: Sequence[ExitSpec]) -> bool:
@@ -305,22 +307,29 @@ def _owned(output: Path, command: str, resume: bool, groups: Groups) -> Iterator
 def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
     """Print the plan if there are several processes."""
     if groups.is_main and groups.world.size() > 1:
-        plan = plan_run(config, inputs.layout, inputs.model.architecture, inputs.specs, groups.world.size())
+        specs = [dataclasses.replace(spec, gate=spec.layer in inputs.gates) for spec in inputs.specs]
+        plan = plan_run(config, inputs.layout, inputs.model.architecture, specs, groups.world.size())
         print_plan(plan)
 
 
-def _load(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int, interrupt: Interrupt) -> None:
-    """Load this stage's layers, and initialise its exits."""
-    load_layers(stage, model, interrupt)
+def _tuned_stage(config: RunConfig, full: FullModel, layout: Layout, specs: Sequence[ExitSpec]) -> Stage:
+    """This rank's stage of tuning: of the layers of ``full`` if all are needed, else of its own ones, loaded here."""
+    distillation = config.loss.distillation.kl > 0
+    if (distillation or config.validation.free_running) and full.holds(layout):
+        return full.with_exits(specs, layout)[0]
+    full.free()  # before tuning allocates memory
+    stage = build_stage(full.setup, layout, specs, final_exit=distillation)
+    load_layers(stage, full.model, full.interrupt)
+    return stage
 
-    def initialise() -> None:
-        if adapter is not None:
-            load_exits(stage.exits, adapter, model)
-        else:
-            for exit_ in stage.exits:
-                initialise_exit(exit_, model, seed)
 
-    stage.setup.groups.together(initialise)
+def _load_exits(stage: Stage, model: SavedModel, adapter: Adapter | None, seed: int) -> None:
+    """The first values of this stage's exits: those of ``adapter``, if there is one."""
+    if adapter is not None:
+        load_exits(stage.exits, adapter, model)
+    else:
+        for exit_ in stage.exits:
+            initialise_exit(exit_, model, seed)
 
 
 def _open_newest(config: RunConfig, output: Path, groups: Groups) -> Checkpoint | None:

@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from megatron_ee.checkpoint.adapter import SETTINGS
+from megatron_ee.checkpoint.adapter import SETTINGS, Adapter
 from megatron_ee.checkpoint.adapter_writing import extract_adapter, save_adapter
 from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import MicrobatchStream, ValidationWindows
 from megatron_ee.errors import Interrupted, UserError
-from megatron_ee.model.quality import Quality
+from megatron_ee.model.quality import FreeRunning, Quality
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.progress import track
@@ -50,8 +50,18 @@ class ValidationInputs:
     windows: ValidationWindows
 
 
-MakeValidator = Callable[[ValidationInputs, FullModel], Validate]
-"""Prepares validation. The layers of the ``FullModel`` are freed before tuning, so the result must not keep it."""
+class Validator(Protocol):
+    """Measures exits on validation data, and prints and writes what it finds. Every rank calls its methods."""
+
+    def validate(self, pipeline: Pipeline, step: int) -> Quality:
+        """See ``Validate``."""
+
+    def free_running(self, full: FullModel, adapter: Adapter) -> FreeRunning | None:
+        """Free-running threshold mode with the exits of an adapter; None if there are no prompts for it."""
+
+
+MakeValidator = Callable[[ValidationInputs, FullModel], Validator]
+"""Prepares validation. The layers of the ``FullModel`` are loaded for it, and may be freed afterwards."""
 
 
 @dataclass

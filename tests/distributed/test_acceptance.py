@@ -34,7 +34,7 @@ from megatron_ee.tuning.step import tuning_step
 
 SPECS = (ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm", "low_rank", rank=4), ExitSpec(4))
 PROMPTS = [(5, 17, 99, 42, 3, 77, 120), (9, 8, 7), (30, 31, 32, 33, 34, 35), (64,), (2, 4, 6, 8, 10), (90, 80)]
-LIMIT, DRAFT = 24, 3
+LIMIT, DRAFT, EOS = 24, 3, 1
 ONE = (((1, 4), (1, 2, 3, 4)),)
 HALVES = (((1, 2), (1, 2)), ((3, 4), (3, 4)))
 Counts = tuple[int, int, int, int]
@@ -50,14 +50,14 @@ def measured(path: Path, cache: Path, case: Case) -> dict[str, Any]:
         model = open_model(path)
         setup = build_setup(model.architecture, torch.float32, groups, sequence_parallel=case.sequence)
         full = FullModel(setup, model, Interrupt())
-        paths = {"length": continuations(full, "digest", PROMPTS, LIMIT, frozenset())}
+        paths = {"length": continuations(full, "digest", PROMPTS, LIMIT, frozenset((EOS,)))}
         end = paths["length"][0].tokens[LIMIT // 2]
-        paths["eos"] = continuations(full, "digest", PROMPTS, LIMIT, frozenset((end,)))
+        paths["eos"] = continuations(full, "digest", PROMPTS, LIMIT, frozenset((EOS, end)))
         gc.disable()
         stage, full = weakref.ref(full.stage), FullModel(setup, model, Interrupt())
         assert stage() is None, "the layers are freed at once"
         gc.enable()
-        assert continuations(full, "digest", PROMPTS, LIMIT, frozenset((end,))) == paths["eos"]
+        assert continuations(full, "digest", PROMPTS, LIMIT, frozenset((EOS, end))) == paths["eos"]
         assert "stage" not in vars(full), "the cache needs no layers"
         assert setup.config.sequence_parallel == case.sequence
         pipeline, optimizer = prepare(path, case, groups)
@@ -72,7 +72,7 @@ def measured(path: Path, cache: Path, case: Case) -> dict[str, Any]:
         for name, each in paths.items():
             counted = measure_acceptance(pipeline, each, DRAFT, batch_tokens=70)
             own = {layer: (a.rounds, a.tokens, a.proposed, a.accepted) for layer, a in counted.items()}
-            eos = frozenset((1, end)) if name == "eos" else frozenset((1,))
+            eos = frozenset((EOS, end)) if name == "eos" else frozenset((EOS,))
             engines = groups.gather(decoded(Pipeline(whole, case.layout, case.specs), eos))
             found[name] = ([(path.prompt, path.tokens) for path in each], own, next(e for e in engines if e))
         return found
@@ -114,7 +114,7 @@ def test_acceptance_is_that_of_the_engine(
     for result in results:
         assert result == results[0]
     paths, counted, engine = results[0]["length"]
-    assert all(len(tokens) == LIMIT or tokens[-1] == 1 for _, tokens in paths)
+    assert all(len(tokens) == LIMIT or tokens[-1] == EOS for _, tokens in paths)
     assert counted == engine
     assert all(0 < accepted < proposed for _, _, proposed, accepted in counted.values()), "neither all nor nothing"
     ended, counted, engine = results[0]["eos"]

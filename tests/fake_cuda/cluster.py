@@ -128,6 +128,7 @@ def _cuda(watch: Watch, library: ctypes.CDLL) -> dict[str, Any]:
         "mem_get_info": lambda *_: (DEVICE_BYTES - watch.live, DEVICE_BYTES),
         "max_memory_allocated": lambda *_: watch.peak,
         "memory_allocated": lambda *_: watch.live,
+        "memory_reserved": lambda *_: watch.live,
         "get_device_name": lambda *_: "fake",
         "get_device_properties": lambda device: SimpleNamespace(uuid=f"GPU-{device}"),
         "get_device_capability": lambda *_: (8, 0),

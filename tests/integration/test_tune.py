@@ -155,7 +155,7 @@ def test_a_signal_before_the_first_step_is_an_interruption(
     place = {
         "importing": "megatron_ee.config.check.check_model_path",
         "hashing": "megatron_ee.tuning.run.hash_backbone",
-        "loading": "megatron_ee.tuning.run._load",
+        "loading": "megatron_ee.tuning.run.load_layers",
         "final exit": "megatron_ee.data.loader.ValidationWindows.runs",
     }[where]
     module, _, name = place.rpartition(".")

@@ -69,7 +69,20 @@ def test_no_steps_give_exits_by_fitting_alone(tune: Run, tmp_path: Path) -> None
     assert status == 0 and "Exits fitted" not in said, said
 
 
-def test_validation_and_the_fit_share_all_layers(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        # Validation and the fit, the layers up to the deepest exit to tune, and threshold mode after the last step.
+        ({}, [4, 3, 4]),
+        ({"validation": {"interval": 0, "acceptance": {"prompts": 0}}}, [4, 3]),
+        ({"validation": {"interval": 0, "free_running": True}}, [4]),
+        ({"loss": {"distillation": {"kl": 1.0, "top_k": 8}}}, [4]),
+    ],
+    ids=["default", "no prompts", "free running", "distillation"],
+)
+def test_how_often_layers_are_loaded(
+    changes: dict[str, Any], expected: list[int], tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded: list[int] = []
     usual = full_model.load_backbone
 
@@ -79,8 +92,8 @@ def test_validation_and_the_fit_share_all_layers(tune: Run, tmp_path: Path, monk
 
     monkeypatch.setattr(full_model, "load_backbone", count)
     monkeypatch.setenv("MEGATRON_EE_CACHE", str(tmp_path / "cache"))
-    assert tune(tmp_path / "run", tuning={**SHORT, "steps": 0})[0] == 0
-    assert loaded == [4, 3]  # all layers once, and those up to the deepest exit to tune
+    assert tune(tmp_path / "run", tuning={**SHORT, "steps": 1}, **changes)[0] == 0
+    assert loaded == expected
 
 
 def test_resuming(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,16 +194,18 @@ def test_processes_with_one_visible_device_each_do_not_share_its_memory(monkeypa
     assert platform.memory_name() == platform.memory_name()
     monkeypatch.setattr(platform, "has_accelerator", lambda: True)
     monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 80))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 12)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
     names = []
     for uuid in ("GPU-1", "GPU-2", "GPU-1"):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, uuid=uuid: SimpleNamespace(uuid=uuid))
         names.append(platform.memory_name())
     groups = SimpleNamespace(gather=lambda own: names)
     assert names[0] == names[2] != names[1]
-    assert free_memory(groups) == 40  # type: ignore[arg-type]
+    assert free_memory(groups) == 40 + 7  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-2"))
-    assert free_memory(groups) == 80  # type: ignore[arg-type]
+    assert free_memory(groups) == 80 + 7  # type: ignore[arg-type]
 
 
 def test_processes_share_the_memory() -> None:

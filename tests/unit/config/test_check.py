@@ -63,6 +63,7 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         {"tuning": {"patience": 3}, "data": {"validation": ["v"]}},
         {"tuning": {"patience": 1}, "data": {"validation_fraction": 0.1}},
         {"optimizer": {"decay_towards": "initial"}},
+        {"validation": {"free_running": True, "free_running_threshold": 1.0}, "data": {"validation": ["v"]}},
     ):
         check_run(configuration(tmp_path, **blocks), architecture)
 
@@ -150,6 +151,17 @@ def test_good_configurations(tmp_path: Path, architecture: Architecture) -> None
         ("tuning", {"skip_limit": -1}, "tuning.skip_limit: must be at least 0, not -1"),
         ("tuning", {"patience": -1}, "tuning.patience: must be at least 0, not -1"),
         ("tuning", {"patience": 2}, "tuning.patience: 2 needs a validation loss; name corpora in data.validation, or"),
+        (
+            "validation",
+            {"free_running_threshold": 0.0},
+            "validation.free_running_threshold: must be above 0 and at most 1, not 0.0",
+        ),
+        (
+            "validation",
+            {"free_running": True, "acceptance": {"prompts": 0}},
+            "validation.free_running: true needs prompts; raise validation.acceptance.prompts above 0",
+        ),
+        ("validation", {"free_running": True}, "validation.free_running: true needs held-out documents; name corpora"),
         (
             "optimizer",
             {"decay_towards": "initial", "weight_decay": 0.0},

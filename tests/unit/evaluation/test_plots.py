@@ -19,12 +19,14 @@ from megatron_ee.evaluation.plots import (
     FORMATS,
     plot_acceptance,
     plot_agreement,
+    plot_free_running,
     plot_reliability,
     plot_sweep,
     plot_training,
 )
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality
+from megatron_ee.tuning.log import free_running_steps
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -130,6 +132,21 @@ def test_acceptance_has_one_line_per_exit_that_drafts(tmp_path: Path) -> None:
     text = drawn_text(tmp_path / "acceptance.svg").splitlines()
     assert "exit after layer 2" in text and "exit after layer 4" not in text
     assert "acceptance length (tokens per round)" in text
+
+
+def test_free_running_threshold_mode_of_validations_and_of_the_end(tmp_path: Path) -> None:
+    measured = {"agreement": 0.5, "layers_per_token": 7.25}
+    lines = [validation_line(step, 400 * step, 0.5) for step in (0, 10, 20)]
+    lines[0]["validation"]["free_running"] = measured
+    lines[1]["validation"]["free_running"] = None
+    at_end = {"step": 20, "adapter": "adapter", "free_running": {"agreement": 0.75, "layers_per_token": None}}
+    first, second, last = read_validations(write_log(tmp_path / "log.jsonl", [*lines, at_end]))
+    assert first.free_running == (0.5, 7.25) and second.free_running is None
+    assert last.free_running is not None and last.free_running[0] == 0.75 and math.isnan(last.free_running[1])
+    assert free_running_steps(tmp_path) == {0, 20}
+    plot_free_running([first, second, last], 20, tmp_path / "plot.svg")
+    text = drawn_text(tmp_path / "plot.svg").splitlines()
+    assert "7.2" in text and "tokens equal to the full model's (%)" in text
 
 
 def test_validations_of_a_log(tmp_path: Path) -> None:

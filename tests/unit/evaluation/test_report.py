@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from megatron_ee.evaluation.report import (
     write_quality,
 )
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
-from megatron_ee.model.quality import DraftAcceptance, Quality
+from megatron_ee.model.quality import DraftAcceptance, FreeRunning, Quality
 from megatron_ee.tables import make_console
 
 EXITS = (ExitSpec(2), ExitSpec(4, body="layer", head="low_rank"))
@@ -62,6 +63,19 @@ def test_dict_has_the_fixed_keys_and_reads_back() -> None:
     assert [point["threshold"] for point in data["sweep"]] == [0.75, 0.99]
     assert data["sweep"][1]["shares"] == [0.0, 0.0, 1.0]
     assert report_dict(Quality.from_dict(data), EXITS) == data
+
+
+def test_free_running_threshold_mode_is_shown_and_reads_back() -> None:
+    found = FreeRunning(0.8, prompts=4, tokens=40, equal=30, before=25, later=36, layer_runs=288)
+    measured = replace(quality(), free_running=found)
+    data = json.loads(json.dumps(report_dict(measured, EXITS), allow_nan=False))
+    assert {"agreement": 0.75, "departure": 6.25, "layers_per_token": 8.0}.items() <= data["free_running"].items()
+    assert Quality.from_dict(data) == measured and report_dict(quality(), EXITS)["free_running"] is None
+    shown = plain(measured, EXITS)
+    start = next(n for n, row in enumerate(shown) if row[:1] == ["Free-running"])
+    assert ["0.8", "8.00", "75.0%", "6.2", "of", "10.0"] in shown[start : start + 4]
+    alone = FreeRunning(0.8, prompts=1, tokens=1, equal=1, before=1, later=0, layer_runs=0)
+    assert alone.to_dict()["layers_per_token"] is None
 
 
 def test_acceptance_is_shown_and_reads_back() -> None:
@@ -209,6 +223,16 @@ def test_history_of_two_validations() -> None:
         ["0", "0", "4.000", "50.0%", "-", "75.0%"],
         ["10", "4,000", "3.000", "50.0%", "-", "75.0%", "adapter-best"],
     ]
+
+
+def test_history_with_free_running_threshold_mode() -> None:
+    measured = [None, (0.5, 7.25)]
+    validations = [Validation(n, n, 2.0, {2: 4.0}, {2: 0.5}, {}, found) for n, found in enumerate(measured)]
+    file = io.StringIO()
+    print_history(validations, None, make_console(file))
+    _, heading, *lines = rows(file.getvalue())
+    assert " ".join(heading).endswith("agreement threshold mode: equal layers per token kept as")
+    assert [line[-2:] for line in lines] == [["-", "-"], ["50.0%", "7.25"]]
 
 
 def test_of_many_validations_some_are_shown_with_the_best() -> None:

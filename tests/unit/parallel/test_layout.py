@@ -7,7 +7,7 @@ import pytest
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import StageConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.parallel.layout import Layout, Message, StageLayout, parse_layout
+from megatron_ee.parallel.layout import Layout, Message, StageLayout, even_layout, parse_layout
 
 SPECS = [ExitSpec(2), ExitSpec(4), ExitSpec(6)]
 
@@ -31,6 +31,21 @@ def test_stages_as_listed() -> None:
     )
     # A stage without layers may stand between others.
     assert parse(([1, 4], [2]), ([], [4]), ([5, 6], [6])).layered == (0, 2)
+
+
+def test_layers_that_are_only_kept() -> None:
+    given = layout(((1, 3), (2,)), ((4, 6), (4,)), ((7, 8), ()))
+    clipped = given.up_to(5)
+    assert [stage.layers for stage in clipped.stages] == [range(1, 4), range(4, 6), range(0)]
+    assert [stage.kept for stage in clipped.stages] == [range(0), range(6, 7), range(7, 9)]
+    assert clipped.whole == given and given.up_to(8) == given
+    assert clipped.layered == (0, 1) and clipped.messages() == (Message(0, 1, True, ()),)
+    assert clipped.decodes and clipped.of_all(8) == given.with_exits(())
+    # With layers missing, or without layers on a stage, they are spread evenly.
+    assert clipped.of_all(10) == even_layout(10, 3)
+    apart = layout(((1, 8), (2,)), (None, (4,)))
+    assert not apart.decodes and apart.of_all(8) == even_layout(8, 2)
+    assert not layout(((1, 4), ()), ((5, 8), (2,))).decodes
 
 
 @pytest.mark.parametrize(

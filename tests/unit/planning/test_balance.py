@@ -168,3 +168,19 @@ def test_resolve_layout() -> None:
     assert listed == Layout((StageLayout(range(1, 4), (2,)), StageLayout(range(4, 5), (4,))))
     with pytest.raises(ConfigError, match=r"^parallel\.layout: holds layers 1 to 4, but layers up to 8 have to run"):
         resolve_layout(ParallelConfig(pipeline=2, layout=stages), specs, model, TOKENS, distillation=True)
+
+
+def test_a_layout_that_keeps_all_layers() -> None:
+    model, specs = architecture(8), [ExitSpec(2), ExitSpec(4)]
+    even = resolve_layout(ParallelConfig(pipeline=2), specs, model, TOKENS, free_running=True)
+    stages = (StageLayout(range(1, 5), (2, 4)), StageLayout(range(0), (), range(5, 9)))
+    assert even == Layout(stages)
+    taught = resolve_layout(ParallelConfig(pipeline=2), specs, model, TOKENS, distillation=True, free_running=True)
+    assert taught == even_layout(8, 2, [2, 4])
+    listed = [StageConfig([1, 3], [2]), StageConfig([4, 8], [4])]
+    found = resolve_layout(ParallelConfig(pipeline=2, layout=listed), specs, model, TOKENS, free_running=True)
+    assert found == Layout((StageLayout(range(1, 4), (2,)), StageLayout(range(4, 5), (4,), range(5, 9))))
+    apart = [StageConfig([1, 8]), StageConfig([], [2, 4])]
+    for bad in (ParallelConfig(pipeline=9), ParallelConfig(pipeline=2, layout=apart)):
+        with pytest.raises(ConfigError, match=r"^validation\.free_running: true needs layers on every stage"):
+            resolve_layout(bad, specs, model, TOKENS, free_running=True)

@@ -143,6 +143,23 @@ def test_validation_and_gates_hold_all_layers() -> None:
     assert plain.memory.validation == plain.memory.gates == 0
 
 
+def test_free_running_threshold_mode_holds_all_layers() -> None:
+    """While tuning, or after it."""
+    model, specs, cut = llama2_7b(), [ExitSpec(8)], layout(((1, 8), (8,)))
+    shared = {"validates": True, "decodes": True}
+    (after,) = make_plan(cut, model, specs, Workload(2, **shared)).stages
+    every = layout(((1, 32), (8,)))
+    (during,) = make_plan(every.up_to(8), model, specs, Workload(2, **shared, free_running=True)).stages
+    assert after.layers == during.layers == range(1, 9) and during.kept == range(9, 33)
+    weights, trained = 2 * (6_738_415_616 + 4096), 2 * trained_parameters(model, ExitSpec(8))
+    cache = 2 * 2 * 32 * 4096 * 2048  # of one sequence: keys and values of 32 layers
+    assert 0 < after.memory.decoding - weights - trained - cache < 0.1 * weights
+    assert during.memory.frozen == weights and during.memory.decoding == 0
+    assert after.memory.frozen < weights / 3 and after.memory.tuning < during.memory.tuning
+    assert during.memory.activations + during.memory.taps >= cache
+    assert during.flops == after.flops
+
+
 def test_the_table_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(layout(((1, 8), (8,))), llama2_7b(), [ExitSpec(8)], Workload(2))
     print_plan(plan)
