@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.limits import matmul_rate, seconds
 from benchmarks.processes import serve
+from benchmarks.quantised_side import quantised
 from benchmarks.streamed_side import streamed
 from megatron_ee import platform
 from megatron_ee.checkpoint.initialise import initialise_exit
@@ -194,6 +195,7 @@ SIDES: dict[str, Callable[..., contextlib.AbstractContextManager[Any]]] = {
     "ours": ours,
     "plain": plain,
     "machine": machine,
+    "quantised": quantised,
     "streamed": streamed,
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import convert, decode, exits, models, pipeline, plan, streamed, tune
+from benchmarks import convert, decode, exits, models, pipeline, plan, quantised, streamed, tune
 from benchmarks.models import exit_layers, save_model
 from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.errors import UserError
@@ -163,3 +163,11 @@ def test_exits(
     assert {path: path.stat().st_mtime_ns for path in tuned} == tuned
     printed = capsys.readouterr()
     assert "Agreement with the final exit, and loss" in printed.out and "tuning" not in printed.err
+
+
+@pytest.mark.slow
+def test_quantised(run: Any) -> None:
+    rows = run(quantised, "--tokens", "16", "--microbatches", "2", "--dtype", "float32")
+    assert rows.keys() == {"none", "int8", "int4"}
+    assert rows["none"]["memory"] == 1 > rows["int8"]["memory"] > rows["int4"]["memory"]
+    assert rows["none"]["agreement"] == rows["none"]["on_plain"] == rows["none"]["of_plain"]
