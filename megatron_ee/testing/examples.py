@@ -64,12 +64,34 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
+RECIPE_MODELS: dict[str, dict[str, Any]] = {
+    **MODELS,
+    "qwen3_32b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 1000000,
+    },
+}
+RECIPES = {
+    path.relative_to(EXAMPLES).as_posix(): 24 if path.stem.endswith("24gb") else 80
+    for path in sorted(EXAMPLES.glob("*/one_gpu*.yaml"))
+}
+"""The configurations for one GPU, with its memory in GB."""
 
 
 def example_architecture(name: str, window: int | None = None) -> Architecture:
-    """Architecture of an example configuration's model; with ``window``, of a Mistral with the same shape."""
+    """Architecture of the model of an example or a recipe; with ``window``, of a Mistral with the same shape."""
     changes = {} if window is None else {"architectures": ["MistralForCausalLM"], "sliding_window": window}
-    return parse_architecture({**MODELS[name], **changes})
+    return parse_architecture({**RECIPE_MODELS[name.split("/")[0]], **changes})
 
 
 def open_example(
@@ -78,14 +100,14 @@ def open_example(
     """Load and check an example configuration.
 
     Args:
-        name: directory under ``examples``.
+        name: directory under ``examples``, or a recipe.
         overrides: as on the command line.
         processes: number of processes; None for the number in the file's comments.
 
     Returns:
         The configuration, its exits, and the number of processes.
     """
-    path = EXAMPLES / name / "config.yaml"
+    path = EXAMPLES / name if name in RECIPES else EXAMPLES / name / "config.yaml"
     config = load_config(path, ["--model.path", str(path.parent), *overrides])
     processes = int(written(name, r"--nproc-per-node (\d+)")) if processes is None else processes
     architecture = example_architecture(name)
