@@ -12,6 +12,8 @@ QUANTISED = ("quantization_config", "compression_config")
 """Keys of a quantised model; the second is of the first releases of compressed-tensors."""
 SCALE_BITS = 16
 """Of a scale, and of a zero point, which has the scale's dtype."""
+LARGEST = 2**20
+"""Bound of sizes of groups, far above any."""
 GROUPS = (128, 64, 32)
 """Sizes of groups for rounding to 4 bits. The largest that divides the input features is used."""
 
@@ -55,4 +57,5 @@ def _with_scales(bits: float, group: object, *, zero_points: bool) -> float:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else 0.0
+    known = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
+    return float(value) if known else 0.0  # type: ignore[arg-type]

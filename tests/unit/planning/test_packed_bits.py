@@ -14,6 +14,7 @@ from megatron_ee.checkpoint.packing import pack_layers
 from megatron_ee.checkpoint.saved_model import open_model, quantise_layers
 from megatron_ee.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_ee.exits.stage import Stage
+from megatron_ee.families.quantisation import packed_bits
 from megatron_ee.families.registry import read_architecture
 from megatron_ee.model.setup import build_setup
 from megatron_ee.planning.memory import packed_layer_bytes
@@ -57,6 +58,14 @@ def test_quantised_releases(name: str, tmp_path: Path, groups: Any) -> None:
     assert planned(tmp_path, residency="disk")[1] == 2
     plain = dataclasses.replace(read_architecture(tmp_path), packed_bits=0.0)
     assert make_workload(RunConfig(ModelConfig("", "bfloat16"), [], DataConfig([])), plain, 1).slots == 0
+
+
+@pytest.mark.parametrize(
+    "bits, group, expected", [(4, 64, 4.5), (4, -1, 4), (10**400, 64, 0), (4, 10**400, 4), ("x", 1, 0)]
+)
+def test_settings_from_a_file(bits: Any, group: Any, expected: float) -> None:
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": group}
+    assert packed_bits({"quantization_config": settings}) == expected
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
