@@ -129,6 +129,38 @@ class Clock:
         return of if isinstance(of, float) else self._time + seconds_between(self._origin, of)
 
 
+class DeviceQueue:
+    """Device work of this thread beside its other work, in order. On a CPU it is done at once."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream() if has_accelerator() else None
+
+    @contextlib.contextmanager
+    def after_this(self) -> Iterator[None]:
+        """What is queued while the context is open begins after all that the caller has queued so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def reads(self, tensor: torch.Tensor) -> None:
+        """Memory of ``tensor`` that is freed is not reused before the work that is queued so far has ended."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
+
+    def join(self) -> None:
+        """What the caller queues from now on comes after all work here."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """Wait until all work here has ended."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
 class SideStream:
     """Work beside the computation, in order, on a thread of its own. On a GPU also its device work is beside it."""
 

@@ -147,7 +147,8 @@ class OptimizerConfig:
             close to what they were copied from and suits a small corpus.
         clip_grad: gradients are scaled down to this norm, taken over all exits; 0 turns clipping off.
         implementation: ``auto`` uses NVIDIA apex's fused AdamW if it is installed and works, else torch's.
-            ``deepspeed_cpu`` keeps the optimizer state in host memory (extra ``deepspeed``).
+            ``deepspeed_cpu`` keeps the optimizer state in host memory, where each exit's gradients go when it is done
+            (extra ``deepspeed``).
     """
 
     lr: float = 1.0e-4

@@ -186,18 +186,23 @@ def set_adam_steps(adam: Optimizer, steps: int) -> None:
 
 
 class HostAdam(Optimizer):
-    """DeepSpeed's CPU AdamW for a rank's shards. The float32 main weights and moments are in host memory.
+    """DeepSpeed's CPU AdamW for a rank's shards. Float32 main weights, moments and gradients are in host memory.
 
-    megatron-core treats it as a fused Adam that keeps main weights: it reads gradients from the shards'
-    ``decoupled_grad``, and ``step`` writes the shards. The update runs on ``OMP_NUM_THREADS`` threads.
+    megatron-core treats it as a fused Adam that keeps main weights: ``step`` writes the shards. Gradients are given to
+    ``receive`` as they are complete. The update runs on ``OMP_NUM_THREADS`` threads.
+
+    Attributes:
+        queue: copies to host memory.
+        scale: factor of all gradients in the next step.
     """
 
     def __init__(
         self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **_: Any
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._mains: list[tuple[Tensor, Tensor]] = []  # (shard, its main weights)
-        self._staging: list[Tensor] = []
+        self.queue, self.scale = platform.DeviceQueue(), 1.0
+        self._mains: dict[Tensor, Tensor] = {}  # by shard, its main weights
+        self._gradients: dict[Tensor, Tensor] = {}
         self._buffer = platform.host_buffer(0)  # the memory of both
         self._inner: Optimizer | None = None
 
@@ -207,44 +212,55 @@ class HostAdam(Optimizer):
         sizes = [shard.numel() for group in self.param_groups for shard in group["params"]]
         if not sizes:
             return
-        largest = max(sizes)
-        self._buffer = platform.host_buffer(4 * (sum(sizes) + 2 * largest), f"{KEY} to auto")
-        *rooms, first, second = self._buffer.view(torch.float32).split([*sizes, largest, largest])
-        self._staging, room = [first, second], iter(rooms)
+        self._buffer = platform.host_buffer(2 * 4 * sum(sizes), f"{KEY} to auto")
+        room = iter(self._buffer.view(torch.float32).split([*sizes, *sizes]))
         groups = []
         for group in self.param_groups:
             mains = []
             for shard in group["params"]:
-                main = next(room).copy_(shard)
+                main = self._mains[shard] = next(room).copy_(shard)
                 moments = {name: torch.zeros(shard.numel(), device="cpu") for name in ("exp_avg", "exp_avg_sq")}
                 self.state[shard] = {"master_param": main, **moments}
                 mains.append(main)
-            self._mains += zip(group["params"], mains, strict=True)
             groups.append({**group, "params": mains, "bias_correction": False})
         self._inner = load_deepspeed()(groups, adamw_mode=True)  # type: ignore[call-arg]
-        for shard, main in self._mains:
+        for shard, main in self._mains.items():
             state = self.state[shard]
             self._inner.state[main] = {"step": 0, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            self._gradients[shard] = next(room).zero_()
+
+    @torch.no_grad()
+    def receive(self, shard: Tensor, gradient: Tensor) -> None:
+        """Start to copy a shard's gradient to host memory, on the current stream."""
+        self._gradients[shard].copy_(gradient, non_blocking=True)
+        if shard.dtype == torch.float32:  # these are the model's own weights, which other code may have written
+            self._mains[shard].copy_(shard, non_blocking=True)
+
+    def gradient(self, shard: Tensor) -> Tensor:
+        """The copy of a shard's gradient, ``[elements]`` float32; complete when ``queue`` has finished."""
+        return self._gradients[shard]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the shards. The transfers of one shard overlap with the updates of its neighbours."""
+        """Update the shards. While one is sent to the device, the next one is updated."""
         if self._inner is None:
             return
+        self.queue.finish()
         self._set_rates(self._inner)
         starts = [(initial, group) for group in self.param_groups for initial in initial_values(group)]
-        self._fetch(0)
-        for index, ((_, main), start) in enumerate(zip(self._mains, starts, strict=True)):
-            platform.synchronize()  # this shard's gradient has arrived, and the previous shard's staging buffer is free
-            if index > 0:
-                self._send(index - 1)
-            if index + 1 < len(self._mains):
-                self._fetch(index + 1)
+        for (shard, main), start in zip(self._mains.items(), starts, strict=True):
+            main.grad = self._gradients[shard]
+            if self.scale != 1.0:
+                main.grad.mul_(self.scale)
             pull_(main, *start)
-            main.grad = self._staging[index % 2][: main.numel()]
             self._inner.step()  # updates the one parameter with a gradient
+            sent = main
+            if (
+                shard.dtype != torch.float32
+            ):  # rounded on the host, into memory of the gradient, which is not needed now
+                sent = main.grad.view(shard.dtype)[: main.numel()].copy_(main)
+            shard.copy_(sent, non_blocking=True)
             main.grad = None
-        self._send(len(self._mains) - 1)
 
     def _set_rates(self, inner: Optimizer) -> None:
         """Count the step and fold Adam's bias correction into the rates.
@@ -259,16 +275,6 @@ class HostAdam(Optimizer):
             its["lr"] = group["lr"] * second / first
             its["eps"] = group["eps"] * second
             its["weight_decay"] = group["weight_decay"] * first / second
-
-    def _fetch(self, index: int) -> None:
-        shard, main = self._mains[index]
-        if shard.dtype == torch.float32:  # these are the model's own weights, which other code may have written
-            main.copy_(shard, non_blocking=True)
-        self._staging[index % 2][: main.numel()].copy_(shard.decoupled_grad, non_blocking=True)  # type: ignore[attr-defined]
-
-    def _send(self, index: int) -> None:
-        shard, main = self._mains[index]
-        shard.copy_(main, non_blocking=True)
 
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
         """The interface that megatron-core expects of a fused Adam with main weights."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
 from megatron_ee.parallel.adam import (
+    HostAdam,
     adam_class,
     adam_steps,
     inside_megatron,
@@ -28,6 +29,7 @@ from megatron_ee.parallel.adam import (
 from megatron_ee.parallel.core_versions import gather_no_weights
 from megatron_ee.parallel.decay import initial_values
 from megatron_ee.parallel.groups import Groups
+from megatron_ee.parallel.host_gradients import HostGradients, Shard
 
 with platform.quiet_imports():
     from megatron.core.distributed import (
@@ -130,6 +132,8 @@ class ExitOptimizer:
         for buffer in (buffer for wrapper in self.wrappers.values() for buffer in wrapper.buffers):
             # If possible, this frees the gradient's memory between the update and its exit's next backward.
             buffer.reset = functools.partial(platform.zero_, buffer.grad_data)
+        self._on_host = self._host_gradients()
+        self._norms: dict[nn.Module, Tensor] = {}
         self.scheduler = _scheduler(self.optimizer, optimizer, weight_decay, schedule, max(1, steps))
 
     def _adams(self) -> Iterator[torch.optim.Optimizer]:
@@ -141,19 +145,63 @@ class ExitOptimizer:
         """Learning rate of the next step, also on a stage that trains nothing."""
         return float(self.scheduler.get_lr({}))
 
+    def _host_gradients(self) -> dict[nn.Module, HostGradients]:
+        """By exit, its gradients; empty where the optimizer's state is on the device."""
+        found: dict[nn.Module, HostGradients] = {}
+        for exit_, wrapper in self.wrappers.items():
+            own = set(exit_.parameters())
+            for part in self.optimizer.chained_optimizers:
+                if isinstance(part.optimizer, HostAdam):
+                    shards = [shard for shard in _shards(part) if shard.parameter in own]
+                    found[exit_] = HostGradients(wrapper, shards, part.optimizer)
+        return found
+
     def zero_gradients(self) -> None:
         """Zero all gradients, before the first backward of a step."""
         for wrapper in self.wrappers.values():
             wrapper.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._norms.clear()
+
+    def begin(self, exit_: nn.Module) -> None:
+        """Make room for the gradients of an exit, before its first backward of a step; repeated calls do nothing."""
+        if exit_ in self._on_host:
+            self._on_host[exit_].begin()
+
+    def finish(self, exit_: nn.Module) -> None:
+        """Move the gradients of an exit to host memory, if the optimizer is there, after its last backward of a step.
+
+        They are summed over ranks first. All this is beside what the caller does next.
+        """
+        gradients = self._on_host.get(exit_)
+        if gradients is not None:
+            with gradients.queue.after_this():
+                self._reduce([self.wrappers[exit_]])
+                self._norms[exit_] = self._squared_norm(exit_)
+                gradients.finish()
 
     def reduce_gradients(self) -> None:
         """Wait for the gradient sums over data-parallel and sequence-parallel ranks, after the last backward of a
         step."""
+        for exit_, gradients in self._on_host.items():
+            if gradients.there:
+                self.finish(exit_)
+            gradients.queue.join()
+        if not self._on_host:
+            self._reduce(list(self.wrappers.values()))
+
+    def _reduce(self, wrappers: list[DistributedDataParallel]) -> None:
         if self.groups.data.size() == self.groups.tensor.size() == 1:
             return  # a sum over one rank, for which gloo would copy every gradient
         with platform.translated():
-            finalize_model_grads(list(self.wrappers.values()), pg_collection=self.groups.collection)
+            finalize_model_grads(wrappers, pg_collection=self.groups.collection)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Reduced gradient of a trained parameter before clipping, float32; in host memory, this rank's range of it."""
+        for exit_, gradients in self._on_host.items():
+            if parameter in set(exit_.parameters()):
+                return gradients.of(parameter)
+        return parameter.main_grad  # type: ignore[attr-defined, no-any-return]
 
     def squared_norm(self, exit_: nn.Module) -> Tensor:
         """This rank's share, a float64 scalar, of the squared norm of one exit's reduced gradients before clipping.
@@ -161,10 +209,14 @@ class ExitOptimizer:
         The shares of all ranks add up: each data-parallel rank counts the elements that it updates. Parameters that all
         tensor-parallel ranks hold whole are counted by the first of these ranks.
         """
+        return self._norms[exit_] if exit_ in self._norms else self._squared_norm(exit_)
+
+    def _squared_norm(self, exit_: nn.Module) -> Tensor:
         first = self.groups.tensor.rank() == 0
         own = set(exit_.parameters())
         runs = [torch.zeros(1, device=platform.device())]
-        for parameter, start, stop in self._updated_ranges():
+        for shard in self._updated_ranges():
+            parameter, start, stop = shard.parameter, shard.start, shard.stop
             if parameter in own and stop > start and (first or getattr(parameter, "tensor_model_parallel", False)):
                 runs += parameter.main_grad.view(-1)[start:stop].split(NORM_RUN)  # type: ignore[attr-defined]
         return torch.stack(torch._foreach_norm(runs)).double().square().sum()  # type: ignore[attr-defined]
@@ -176,13 +228,17 @@ class ExitOptimizer:
             grad_norm: over all exits of all ranks, before clipping. megatron-core would compute it again and copy the
                 gradients to scale them.
         """
-        if grad_norm > self._clip > 0:
-            for wrapper in self.wrappers.values():
-                wrapper.scale_gradients(self._clip / grad_norm)
+        scale = self._clip / grad_norm if grad_norm > self._clip > 0 else 1.0
         for adam in self._adams():
             pull_to_initial(adam)
+            if isinstance(adam, HostAdam):
+                adam.scale = scale
+        if scale != 1.0 and not self._on_host:
+            for wrapper in self.wrappers.values():
+                wrapper.scale_gradients(scale)
         with platform.translated():
-            self.optimizer.prepare_grads()
+            if not self._on_host:
+                self.optimizer.prepare_grads()
             self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
 
@@ -190,13 +246,11 @@ class ExitOptimizer:
         """Advance the schedule without an update."""
         self.scheduler.step(1)
 
-    def _updated_ranges(self) -> Iterator[tuple[nn.Parameter, int, int]]:
-        """Each trained parameter with the range of its elements that this data-parallel rank updates."""
+    def _updated_ranges(self) -> Iterator[Shard]:
+        """The ranges of all trained parameters."""
         for part in self.optimizer.chained_optimizers:
             if part.optimizer is not None:
-                for parameter in part.model_param_gbuf_map:
-                    bounds = part._get_model_param_range_map(parameter)["param"]
-                    yield parameter, bounds.start, bounds.end
+                yield from _shards(part)
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """This rank's optimizer state, in place: writing into the tensors restores it.
@@ -231,6 +285,14 @@ class ExitOptimizer:
         for adam in self._adams():
             set_adam_steps(adam, counters["adam_step"])
         self.scheduler.step(counters["scheduler"] - self.scheduler.num_steps)
+
+
+def _shards(part: Any) -> Iterator[Shard]:
+    """The ranges of trained parameters that this data-parallel rank updates in one of megatron-core's optimizers."""
+    for parameter in part.model_param_gbuf_map:
+        bounds = part._get_model_param_range_map(parameter)["param"]
+        group, place = part.model_param_group_index_map[parameter]
+        yield Shard(parameter, bounds.start, bounds.end, part.optimizer.param_groups[group]["params"][place])
 
 
 @contextlib.contextmanager

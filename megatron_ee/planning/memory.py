@@ -26,7 +26,13 @@ from megatron_ee.planning.activations import (
     layer_peak,
     statistics_bytes,
 )
-from megatron_ee.planning.parameters import hosted_by, layer_matrices, layer_parameters, stage_parameters
+from megatron_ee.planning.parameters import (
+    hosted_by,
+    layer_matrices,
+    layer_parameters,
+    stage_parameters,
+    trained_parameters,
+)
 from megatron_ee.planning.workload import FLOAT32, Workload
 
 
@@ -37,7 +43,8 @@ class Memory:
     Attributes:
         frozen: backbone, and the frozen norms and LM head that exits use.
         trained: weights of the exits.
-        gradients: float32 gradients of the exits.
+        gradients: float32 gradients of the exits. If the optimizer state is in host memory and exits are trained one
+            after the other, those of the largest exit: each exit's go to the host when it is done.
         optimizer: two moments, the additional bytes of float32 main weights if the weights are bfloat16, and the
             initial values if weight decay goes towards them; 0 if they are in host memory.
         taps: taps of this stage's layers, until the exits that read them are done; where layers share memory, the
@@ -92,7 +99,7 @@ def stage_memory(
     return Memory(
         frozen=_frozen_bytes(frozen, whole.stages[index], architecture, workload),
         trained=trained * workload.itemsize,
-        gradients=trained * FLOAT32,
+        gradients=_gradient_bytes(layout, architecture, hosted, trained, workload),
         optimizer=_optimizer_bytes(architecture, hosted, trained, workload),
         taps=taps,
         activations=max(activations, max(others) - taps),
@@ -227,6 +234,15 @@ def _taps(layout: Layout, index: int, architecture: Architecture, specs: Sequenc
     if workload.top_k:
         held += layout.lag(index) * len([layer for layer in stage.exits if layer in stage.layers])
     return held * hidden_bytes(architecture, workload)
+
+
+def _gradient_bytes(
+    layout: Layout, architecture: Architecture, hosted: Sequence[ExitSpec], trained: int, workload: Workload
+) -> int:
+    in_turn = workload.microbatches == 1 or (by_layer(layout, workload) and not workload.top_k)
+    if workload.host_optimizer and in_turn:
+        trained = max((trained_parameters(architecture, spec, workload.tensor) for spec in hosted), default=0)
+    return trained * FLOAT32
 
 
 def _optimizer_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], trained: int, workload: Workload) -> int:

@@ -185,7 +185,7 @@ class _Checks:
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue
-            gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+            gradient = self._trainer.optimizer.gradient(parameter)
             if bad := _not_finite(gradient):
                 raise UserError(f"step {self._trainer.progress.step + 1}: the gradient of {name}: {bad}")
             if gradient.any():

@@ -90,9 +90,10 @@ def tuning_step(
             layer, wrapper = exit_.spec.layer, optimizer.wrappers[exit_]
             if layer not in micro.taps:
                 continue
-            pieces = _pieces(exit_, micro, at_a_time)
+            optimizer.begin(exit_)
+            pieces, last_one = _pieces(exit_, micro, at_a_time), micro.number == len(batches) - 1
             for number, (tap, labels, mask, part) in enumerate(pieces, start=1):
-                last = micro.number == len(batches) - 1 and number == len(pieces)
+                last = last_one and number == len(pieces)
                 # The last backward starts the gradient reduction over data-parallel ranks.
                 with contextlib.nullcontext() if last else wrapper.no_sync():
                     exit_loss, stats = wrapper(
@@ -108,6 +109,8 @@ def tuning_step(
                 total = torch.dot(stats.loss, mask)
                 sums[layer] += total
                 parts.append((layer, micro.batch.sequences, total))
+            if last_one:
+                optimizer.finish(exit_)
 
     def teach(micro: Microbatch, h: Tensor) -> Teacher:
         head, tensor, given = stage.backbone.head, stage.setup.groups.tensor, loss.distillation

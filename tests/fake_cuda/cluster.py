@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_ee import platform
+from megatron_ee.testing.deepspeed import stand_in_deepspeed
 
 from . import shim
 from .kernels import fused
@@ -64,6 +66,8 @@ def as_rank(rank: int, processes: int, explained: int | None = None) -> Iterator
         stack.enter_context(mock.patch.object(torch, "tensor", _on_current_device(torch.tensor)))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist(watch)))
         stack.enter_context(mock.patch.object(FakeTensor, "record_stream", lambda *_: None))
+        stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _resize(watch)))
+        stack.enter_context(mock.patch.dict(sys.modules, stand_in_deepspeed()))
         stack.enter_context(mock.patch.object(platform, "host_buffer", _host_buffer))
         stack.enter_context(mock.patch.object(platform, "ThreadPoolExecutor", _NoThread))
         # The fake process group has no coalesced collectives.
@@ -173,6 +177,18 @@ def _on_current_device(make: Any) -> Any:
         return make(*args, device=device, **kwargs)
 
     return tensor
+
+
+def _resize(watch: Watch) -> Any:
+    """``UntypedStorage.resize_``, which takes or gives back memory of a tensor that stays."""
+    resize = torch.UntypedStorage.resize_
+
+    def resized(self: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+        resize(self, nbytes)
+        watch.resized(self)
+        return self
+
+    return resized
 
 
 class _NoThread:

@@ -13,11 +13,13 @@ from .runs import Tuning
 from .worker import Worker
 
 FEW = ("--exits", "[{layer: 5, body: mlp, head: shared}, {layer: 20, body: norm}]", "--model.residency", "host")
-ALONE = ("--parallel.pipeline", "1", "--tuning.global_batch_size", "4")
+ALONE = ("--parallel.pipeline", "1", "--tuning.global_batch_size", "4", "--tuning.micro_batch_size", "1")
 TENSOR = ("--parallel.tensor", "2", "--parallel.pipeline", "1", "--parallel.sequence", "true")
 TAUGHT = ("--loss.distillation.kl", "1.0", "--tuning.global_batch_size", "8")
+HOST = ("--optimizer.implementation", "deepspeed_cpu")
 CASES = [
     (Tuning("llama2_7b", processes=1, overrides=(*FEW, *ALONE), microbatches=4), 1),
+    (Tuning("llama2_7b", 1, 2, (*FEW, *ALONE, *HOST), microbatches=2), 1),
     pytest.param(Tuning("llama2_13b", -1, 4, (*FEW, *TENSOR, *TAUGHT), microbatches=4), 2, marks=pytest.mark.slow),
 ]
 

@@ -126,6 +126,14 @@ class Watch(TorchDispatchMode):
             for size, where in self._storages.values():
                 self.composition[where] = self.composition.get(where, 0) + size
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Follow memory that is taken or given back while its tensor stays."""
+        if storage._cdata in self._storages:
+            before, where = self._storages[storage._cdata]
+            self._storages[storage._cdata] = storage.nbytes(), where
+            self.live += storage.nbytes() - before
+            self.peak = max(self.peak, self.live)
+
     def _drop(self, key: int) -> None:
         self.live -= self._storages.pop(key)[0]
 

@@ -7,6 +7,7 @@ under its name.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import math
@@ -17,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,49 +32,13 @@ from megatron_ee.parallel import adam
 from megatron_ee.parallel.adam import HostAdam, adam_class
 from megatron_ee.parallel.optimizer import ExitOptimizer, ParameterState
 from megatron_ee.parallel.split_adam import join, remainder_of
+from megatron_ee.testing.deepspeed import stand_in_deepspeed
 from megatron_ee.testing.project import saved_tensors
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import STEPS, Case, Outcome, tune_cases
 
 Make = Callable[..., tuple[nn.Module, ExitOptimizer]]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-class StandInCPUAdam(torch.optim.Optimizer):
-    """Of DeepSpeedCPUAdam: its arguments, its state, and that it refuses weights of a device."""
-
-    def __init__(
-        self, model_params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, bias_correction: bool = True, adamw_mode: bool = True,
-    ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model_params, {**defaults, "bias_correction": bias_correction})
-        assert adamw_mode
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                assert weight.device.type == weight.grad.device.type == "cpu"
-                state, (beta1, beta2) = self.state[weight], group["betas"]
-                state["step"] += 1
-                state["exp_avg"].lerp_(weight.grad, 1 - beta1)
-                state["exp_avg_sq"].lerp_(weight.grad.square(), 1 - beta2)
-                first = 1 - beta1 ** state["step"] if group["bias_correction"] else 1.0
-                second = 1 - beta2 ** state["step"] if group["bias_correction"] else 1.0
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                root = (state["exp_avg_sq"] / second).sqrt() + group["eps"]
-                weight.addcdiv_(state["exp_avg"], root, value=-group["lr"] / first)
-
-
-def stand_in_deepspeed(load: Callable[[], Any] = lambda: None) -> dict[str, ModuleType]:
-    """Modules by name; ``load`` is what compiling does."""
-    ops, builders = ModuleType("deepspeed.ops.adam"), ModuleType("deepspeed.ops.op_builder")
-    ops.DeepSpeedCPUAdam = StandInCPUAdam  # type: ignore[attr-defined]
-    builders.CPUAdamBuilder = type("CPUAdamBuilder", (), {"load": lambda self: load()})  # type: ignore[attr-defined]
-    return {"deepspeed.ops.adam": ops, "deepspeed.ops.op_builder": builders}
 
 
 @pytest.fixture(params=["stand-in", pytest.param("installed", marks=pytest.mark.slow)])
@@ -123,6 +87,7 @@ def step(module: nn.Module, optimizer: ExitOptimizer, steps: range) -> None:
     """Steps with gradients that depend on the step alone, so that roundings do not feed on themselves."""
     for number in steps:
         optimizer.zero_gradients()
+        optimizer.begin(module)
         generator = torch.Generator().manual_seed(number)
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -297,8 +262,8 @@ def test_deepspeeds_page_locked_memory_is_one_buffer_of_the_size_that_is_needed(
 
     monkeypatch.setattr(platform, "host_buffer", host_buffer)
     make("deepspeed_cpu")
-    weights, largest = 37 * 29 + 37 + 1, 37 * 29  # main weights, and room for two gradients
-    assert buffers == [(0,), (4 * (weights + 2 * largest), "optimizer.implementation to auto")]
+    weights = 37 * 29 + 37 + 1
+    assert buffers == [(0,), (2 * 4 * weights, "optimizer.implementation to auto")]  # main weights and gradients
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -331,9 +296,15 @@ def tune(models: Any, cases: list[Case], output: Path, start: Path | None, which
     return tune_cases(models, cases, output, start)
 
 
+@pytest.fixture(scope="module")
+def llama2(saved_model: Any) -> Path:
+    """A tiny model, saved before there is a stand-in: saving it imports a DeepSpeed that is installed."""
+    return saved_model("llama2")[0]
+
+
 @pytest.mark.parametrize("deepspeed", ["stand-in", pytest.param("installed", marks=pytest.mark.slow)], indirect=True)
-def test_deepspeed_across_data_parallel_ranks(deepspeed: str, saved_model: Any, tmp_path: Path) -> None:
-    models = {"llama2": saved_model("llama2")[0]}
+def test_deepspeed_across_data_parallel_ranks(llama2: Path, deepspeed: str, tmp_path: Path) -> None:
+    models = {"llama2": llama2}
     specs = (ExitSpec(1, "embedding", "own"), ExitSpec(3, "norm", "low_rank", rank=4))
     whole = (((1, 4), (1, 3)),)
 
@@ -341,13 +312,17 @@ def test_deepspeed_across_data_parallel_ranks(deepspeed: str, saved_model: Any, 
         return Case(f"{implementation}-{dtype}", "llama2", specs, whole, implementation=implementation, dtype=dtype)
 
     single, half = case("deepspeed_cpu", "float32"), case("deepspeed_cpu", "bfloat16")
+    streamed = dataclasses.replace(half, name="streamed", residency="disk")
     native = case("torch", "float32")
     two, again, one = tmp_path / "two", tmp_path / "again", tmp_path / "one"
-    run_ranks(2, tune, models, [single, half], two, None, deepspeed)
+    run_ranks(2, tune, models, [single, half, streamed], two, None, deepspeed)
     run_ranks(2, tune, models, [single, half], again, two, deepspeed)
     run_ranks(1, tune, models, [native], one, None, deepspeed)
     run_ranks(1, tune, models, [single], one, two, deepspeed)  # resharded
 
+    wanted, found = (saved_tensors(two / each.name / f"step-{STEPS}") for each in (half, streamed))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in wanted.items())
     for each in (single, half):
         wanted, resumed = (saved_tensors(path / each.name / f"step-{STEPS}") for path in (two, again))
         assert wanted.keys() == resumed.keys()
