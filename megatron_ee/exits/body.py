@@ -60,6 +60,9 @@ class LayerBytes:
         key: its key heads, and its value heads.
         ffn: its features of the MLP.
         matrix: weights of one matrix of the MLP, independent of the tokens.
+        wide: ``hidden`` in float32, if norms copy it so, else 0.
+        scores: scores of one block of queries in float32, if attention has a soft cap, else 0.
+        both_norms: whether there are norms before and after attention and MLP.
     """
 
     hidden: int
@@ -69,6 +72,19 @@ class LayerBytes:
     key: int
     ffn: int
     matrix: int
+    wide: int = 0
+    scores: int = 0
+    both_norms: bool = False
+
+    @property
+    def normed(self) -> int:
+        """What a norm's backward reads: its input, or the float32 copy of it."""
+        return self.wide or self.hidden
+
+    @property
+    def post_normed(self) -> int:
+        """The same of the norm after attention or MLP, if there is one before it too."""
+        return self.normed if self.both_norms else 0
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,16 @@ class LayerBody(Body):
 
     @classmethod
     def graph_bytes(cls, sizes: LayerBytes) -> GraphBytes:
-        """As for an ``mlp`` body; and in attention what its norm and linears read, queries and keys as they were
-        projected (with the values) and turned, and the context twice.
+        """As for an ``mlp`` body; and in attention what its norms and linears read, queries and keys as they were
+        projected (with the values) and turned, and the context twice. With a soft cap, backward computes the scores
+        of a block again: capped, after the softmax, and their gradients in float32.
         """
         features, mlp = norm_graph_bytes(sizes), mlp_graph_bytes(sizes)
-        attention = 2 * sizes.hidden + sizes.gathered + 4 * sizes.query + 3 * sizes.key
-        return GraphBytes(features.kept + mlp.kept + attention, features.backward + mlp.backward + attention)
+        norms = sizes.normed + sizes.wide + sizes.post_normed
+        attention = sizes.hidden + norms + sizes.gathered + 4 * sizes.query + 3 * sizes.key
+        capped = sizes.hidden + sizes.wide + sizes.gathered + 3 * sizes.query + 5 * sizes.key + 7 * sizes.scores // 2
+        backward = max(attention + mlp.backward + features.backward, capped)
+        return GraphBytes(features.kept + mlp.kept + attention, backward)
 
     def attention_half(self, tap: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """See ``Body``."""

@@ -102,13 +102,14 @@ class MLPBody(Body):
 
 
 def mlp_graph_bytes(sizes: LayerBytes) -> GraphBytes:
-    """Of a gated MLP and the norm before it.
+    """Of a gated MLP and its norms.
 
-    Kept for backward are the input of the norm and of each linear, gate and up together, and the activated gate.
-    Backward holds two gradients of their size at a time beside these, or a weight's gradient.
+    Kept for backward are the inputs of the norms and linears, gate and up together, and the activated gate. Backward
+    holds two gradients of their size at a time beside these, or a weight's gradient.
     """
     inputs, ffn, matrix = sizes.hidden + sizes.gathered, sizes.ffn, sizes.matrix
-    return GraphBytes(inputs + 4 * ffn, inputs + max(6 * ffn, 5 * ffn + matrix, 2 * ffn + 2 * matrix))
+    backward = max(6 * ffn, 5 * ffn + matrix, 2 * ffn + 2 * matrix)
+    return GraphBytes(inputs + sizes.post_normed + 4 * ffn, inputs + backward)
 
 
 BODY = MLPBody

@@ -58,9 +58,8 @@ class NormBody(Body):
 
 
 def norm_graph_bytes(sizes: LayerBytes) -> GraphBytes:
-    """Of the norm before the head: what it reads, and what it gives to the head."""
-    features = sizes.hidden + sizes.whole
-    return GraphBytes(features, features)
+    """Of the norm before the head: what it reads, and what it gives to the head; then their gradients."""
+    return GraphBytes(sizes.normed + sizes.whole, sizes.hidden + sizes.whole)
 
 
 BODY = NormBody

@@ -36,10 +36,10 @@ class MLP(nn.Module):
         """
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         if self.activation == "gelu_tanh":
-            return F.gelu(gate, approximate="tanh") * up
-        if gate.requires_grad:
-            return F.silu(gate) * up
-        return F.silu(gate, inplace=True).mul_(up)
+            active = F.gelu(gate, approximate="tanh")
+        else:
+            active = F.silu(gate, inplace=not gate.requires_grad)
+        return active * up if gate.requires_grad else active.mul_(up)
 
 
 class DecoderLayer(nn.Module):

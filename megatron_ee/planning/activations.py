@@ -34,6 +34,8 @@ def activation_peak(
         embedded = hidden if 1 in stage.layers else 0
         if by_layer(layout, workload):  # the layer's input is among the hidden states of all microbatches
             embedded = -hidden
+        elif any(spec.layer == stage.layers[-1] for spec in specs):  # its tap is counted, but made after the peak
+            embedded -= hidden
         peaks.append(embedded + layer_peak(architecture, workload))
         if workload.top_k and index == layout.last_layered:
             peaks.append(3 * hidden + _teacher_bytes(architecture, workload))
@@ -46,7 +48,12 @@ def by_layer(layout: Layout, workload: Workload) -> bool:
 
 
 def _band_bytes(architecture: Architecture, stage: StageLayout, trained: Sequence[ExitSpec], workload: Workload) -> int:
-    """Bytes of the masks of sliding windows shorter than a sequence. All layers and microbatches share them."""
+    """Bytes of the masks of sliding windows shorter than a sequence. All layers and microbatches share them.
+
+    Attention with a soft cap makes its own masks, which are small.
+    """
+    if architecture.attention_soft_cap is not None:
+        return 0
     windows = {architecture.windows[layer - 1] for layer in stage.layers}
     windows |= {window for spec in trained for window in body_of(spec).windows(architecture)}
     shared, size = architecture.num_heads // architecture.num_kv_heads, 0
@@ -68,21 +75,36 @@ def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) 
 
 
 def layer_peak(architecture: Architecture, workload: Workload) -> int:
-    """Peak bytes of one layer without gradients: in attention during RoPE, or in the MLP before the down projection.
+    """Peak bytes of one layer without gradients: in a norm, in attention, or in the MLP before the down projection.
 
-    In both, the layer's input and its norm's output are alive. In attention, the fused projection and four times the
-    queries are alive too. In the MLP, the residual and the fused gate and up are alive too; the activated gate and the
-    product reuse the memory of gate and up.
+    - A norm that copies its input has the residual beside it, and its result in float32.
+    - In attention and in the MLP, the layer's input and its norm's output are alive. During RoPE, so are the fused
+      projection and four times the queries. With a soft cap, the fused projection, the turned queries and keys, the
+      context, and a block's scores: capped, masked and in float32 before and after the softmax.
+    - In the MLP, the residual and the fused gate and up are alive too. The activated gate and the product reuse the
+      memory of gate and up with SiLU, or take as much as the gate.
     """
     sizes = _layer_bytes(architecture, workload)
-    attention = 2 * sizes.hidden + sizes.gathered + 5 * sizes.query + 2 * sizes.key
-    return max(attention, 3 * sizes.hidden + sizes.gathered + 2 * sizes.ffn)
+    attention = 5 * sizes.query + 2 * sizes.key
+    if sizes.scores:
+        factor = architecture.attention_multiplier
+        scaled = factor is not None and factor * architecture.head_dim**0.5 != 1
+        attention = max(attention, (3 + scaled) * sizes.query + 3 * sizes.key + 3 * sizes.scores)
+    activated = 2 if architecture.activation == "silu" else 3
+    return max(
+        2 * sizes.hidden + 2 * sizes.wide,
+        2 * sizes.hidden + sizes.gathered + attention,
+        3 * sizes.hidden + sizes.gathered + activated * sizes.ffn,
+    )
 
 
 def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
-    """Peak bytes of one exit's graph: the larger of the loss, with its scratch memory, and the body's backward."""
-    graph = body_of(spec).graph_bytes(_layer_bytes(architecture, workload))
-    return max(graph.kept + _loss_bytes(architecture, spec, workload), graph.backward)
+    """Peak bytes of one exit's graph: in the loss with its scratch memory, in the backward of the norm before the head,
+    which copies gradients too if it copies its input, or in the body's backward."""
+    sizes = _layer_bytes(architecture, workload)
+    graph = body_of(spec).graph_bytes(sizes)
+    first = max(_loss_bytes(architecture, spec, workload), sizes.whole + 2 * sizes.wide)
+    return max(graph.kept + first, graph.backward)
 
 
 def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
@@ -154,6 +176,9 @@ def _layer_bytes(architecture: Architecture, workload: Workload) -> LayerBytes:
         key=key * per_feature,
         ffn=ffn * per_feature,
         matrix=ffn * architecture.hidden_size * workload.itemsize,
+        wide=_wide_bytes(architecture, workload),
+        scores=_score_bytes(architecture, workload),
+        both_norms=architecture.norms_before and architecture.norms_after,
     )
 
 
@@ -174,7 +199,28 @@ def decode_bytes(
     position = 2 * -(-arch.num_kv_heads // workload.tensor) * arch.head_dim * workload.itemsize
     tokens = min(length, PASS_TOKENS)
     one = dataclasses.replace(workload, micro_batch_size=1, sequence_length=tokens, sequence_parallel=False)
-    return position * length * len(windows) + layer_peak(arch, one) + 3 * FLOAT32 * arch.vocab_size
+    # A pass of prompt tokens attends to all keys of the cache.
+    scores = _score_bytes(arch, dataclasses.replace(one, sequence_length=length)) - _score_bytes(arch, one)
+    running = layer_peak(arch, one) + 3 * scores
+    return position * length * len(windows) + running + 3 * FLOAT32 * arch.vocab_size
+
+
+def _wide_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Bytes of the float32 copy that a (1 + w) norm makes of this rank's hidden states."""
+    if not architecture.norm_plus_one or workload.itemsize == FLOAT32:
+        return 0
+    return hidden_bytes(architecture, workload) // workload.itemsize * FLOAT32
+
+
+def _score_bytes(architecture: Architecture, workload: Workload) -> int:
+    """Bytes, in float32, of the attention scores of a block of queries with a soft cap, in the widest layer."""
+    if architecture.attention_soft_cap is None:
+        return 0
+    length = workload.sequence_length
+    queries = min(WINDOW_QUERIES, length)
+    keys = max(length if window is None else min(length, window + queries - 1) for window in architecture.windows)
+    heads = architecture.num_heads // workload.tensor
+    return workload.micro_batch_size * heads * queries * keys * FLOAT32
 
 
 def fit_peak(architecture: Architecture, rows: int, workload: Workload) -> int:

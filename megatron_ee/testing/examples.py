@@ -81,6 +81,25 @@ RECIPE_MODELS: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000,
     },
 }
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "gemma2_2b": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+}
+"""Models without an example configuration, whose options the examples' models lack."""
 RECIPES = {
     path.relative_to(EXAMPLES).as_posix(): 24 if path.stem.endswith("24gb") else 80
     for path in sorted(EXAMPLES.glob("*/one_gpu*.yaml"))
@@ -88,14 +107,21 @@ RECIPES = {
 """The configurations for one GPU, with its memory in GB."""
 
 
-def example_architecture(name: str, window: int | None = None) -> Architecture:
-    """Architecture of the model of an example or a recipe; with ``window``, of a Mistral with the same shape."""
+def example_architecture(name: str, window: int | None = None, model: str | None = None) -> Architecture:
+    """Architecture of the model of an example or a recipe.
+
+    Args:
+        name: directory under ``examples``, or a recipe.
+        window: of a Mistral with the same shape.
+        model: one of ``OTHER_MODELS`` in its place.
+    """
     changes = {} if window is None else {"architectures": ["MistralForCausalLM"], "sliding_window": window}
-    return parse_architecture({**RECIPE_MODELS[name.split("/")[0]], **changes})
+    settings = RECIPE_MODELS[name.split("/")[0]] if model is None else OTHER_MODELS[model]
+    return parse_architecture({**settings, **changes})
 
 
 def open_example(
-    name: str, overrides: Sequence[str] = (), processes: int | None = None
+    name: str, overrides: Sequence[str] = (), processes: int | None = None, model: str | None = None
 ) -> tuple[RunConfig, tuple[ExitSpec, ...], int]:
     """Load and check an example configuration.
 
@@ -103,6 +129,7 @@ def open_example(
         name: directory under ``examples``, or a recipe.
         overrides: as on the command line.
         processes: number of processes; None for the number in the file's comments.
+        model: see ``example_architecture``.
 
     Returns:
         The configuration, its exits, and the number of processes.
@@ -110,7 +137,7 @@ def open_example(
     path = EXAMPLES / name if name in RECIPES else EXAMPLES / name / "config.yaml"
     config = load_config(path, ["--model.path", str(path.parent), *overrides])
     processes = int(written(name, r"--nproc-per-node (\d+)")) if processes is None else processes
-    architecture = example_architecture(name)
+    architecture = example_architecture(name, model=model)
     return config, resolve_init(check_run(config, architecture, processes), architecture), processes
 
 

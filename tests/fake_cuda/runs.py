@@ -18,6 +18,7 @@ class Tuning:
         overrides: of the configuration, as on the command line.
         microbatches: of one data-parallel replica in a step: enough to fill, run and drain the stages.
         window: sliding window that the model is given.
+        model: one of ``testing.examples.OTHER_MODELS`` in place of the example's.
     """
 
     example: str
@@ -26,11 +27,12 @@ class Tuning:
     overrides: tuple[str, ...] = ()
     microbatches: int = 2
     window: int | None = None
+    model: str | None = None
 
     @property
     def name(self) -> str:
         """Distinguishes it from other cases."""
-        return _named("tune", self.example, *self.overrides, rank=self.rank, window=self.window)
+        return _named("tune", self.model or self.example, *self.overrides, rank=self.rank, window=self.window)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Result:
         name: the case's.
         where: the rank among all, and its place in the layout.
         planned: bytes by the package's own plan.
+        activations: those of them that are activations and taps.
         peak: bytes at most.
         launches: kernels and collectives of a step, of a fit, or of all requests.
         syncs: waits of the host for the device meanwhile, by place in the package and kind.
@@ -129,6 +132,7 @@ class Result:
     composition: dict[str, int] = field(default_factory=dict)
     planned_for_another: bool = False
     sent: dict[str, tuple[int, int]] = field(default_factory=dict)
+    activations: int = 0
 
     @property
     def off(self) -> float:

@@ -37,8 +37,8 @@ def run(case: Tuning, explained: int | None = None) -> Result:
     Args:
         explained: bytes whose composition is wanted, such as an earlier result's ``peak``.
     """
-    architecture = example_architecture(case.example, case.window)
-    config, specs, processes = open_example(case.example, case.overrides, case.processes)
+    architecture = example_architecture(case.example, case.window, case.model)
+    config, specs, processes = open_example(case.example, case.overrides, case.processes, case.model)
     rank, parallel, taught = case.rank % processes, config.parallel, config.loss.distillation.kl > 0
     layout = resolve_layout(parallel, specs, architecture, config.data.sequence_length, taught)
     plan, workload = (
@@ -68,10 +68,11 @@ def run(case: Tuning, explained: int | None = None) -> Result:
             watch.restart()
             tuning_step(pipeline, optimizer, counted, config.loss, 1.0)
         index, tensor, data = (group.rank() for group in (groups.pipeline, groups.tensor, groups.data))
+        planned = plan.stages[index].memory
         return Result(
             name=case.name,
             where=f"rank {rank} of {processes}: stage {index}, tensor {tensor}, data {data}",
-            planned=plan.stages[index].memory.tuning,
+            planned=planned.tuning,
             peak=max(before, watch.peak),
             launches=sum(watch.launches.values()),
             syncs=dict(watch.syncs),
@@ -81,6 +82,7 @@ def run(case: Tuning, explained: int | None = None) -> Result:
             launches_by_place=dict(watch.places.most_common(12)),
             composition=watch.composition,
             sent=_sent(watch, stage_traffic(layout, index, architecture, specs, workload), case, groups),
+            activations=planned.activations + planned.taps,
         )
 
 

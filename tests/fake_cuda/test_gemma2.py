@@ -1,0 +1,29 @@
+"""The activations of a model with soft caps and (1 + w) norms, which none of the example configurations has."""
+
+from __future__ import annotations
+
+import pytest
+
+from .cases import exits
+from .checks import TOLERANCE, problems
+from .runs import Tuning
+from .worker import Worker
+
+SMALL = ("--data.sequence_length", "2048", "--tuning.micro_batch_size", "1", "--loss.chunk_tokens", "16")
+"""With these, weights and logits do not hide the activations."""
+
+
+@pytest.mark.parametrize(
+    ("body", "head"),
+    [
+        ("norm", "shared"),  # most memory is taken by attention in the frozen layers
+        pytest.param("mlp", "own", marks=pytest.mark.slow),
+        pytest.param("layer", "own", marks=pytest.mark.slow),
+    ],
+)
+def test_planned_activations_are_those_of_a_step(body: str, head: str, worker: Worker) -> None:
+    overrides = (*exits(body, head, 2), *SMALL)
+    result = worker.run(Tuning("llama2_7b", overrides=overrides, microbatches=1, model="gemma2_2b"))
+    assert problems(result) == []
+    measured = result.peak - (result.planned - result.activations)
+    assert measured == pytest.approx(result.activations, rel=TOLERANCE)
