@@ -79,7 +79,7 @@ def assert_ended_as(run: Run, straight: Run) -> None:
     assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in expected)
 
 
-def test_both_ranks_write_the_half_of_everything(project: Project, straight: Run, tmp_path: Path) -> None:
+def test_two_ranks_write_half_a_checkpoint_each(project: Project, straight: Run, tmp_path: Path) -> None:
     run = Run(project, tmp_path)
     run.go()
     assert_ended_as(run, straight)

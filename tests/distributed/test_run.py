@@ -88,7 +88,7 @@ def test_a_run_on_several_ranks_is_the_run_of_one(
         assert not (tmp_path / f"stderr-{rank}").read_text().strip()
 
 
-def test_validation_takes_no_lessons_from_the_final_exit(project: Project, tmp_path: Path) -> None:
+def test_validation_does_not_wait_for_teacher_messages(project: Project, tmp_path: Path) -> None:
     """With distillation, exits on other stages than the final one's wait for its verdict in tuning alone."""
     taught = {"loss": {"distillation": {"kl": 1.0, "top_k": 8}}, "validation": {"interval": 2, "sequences": 8}}
     short = {"tuning": {"steps": 3, "global_batch_size": 4, "micro_batch_size": 2}}
@@ -173,7 +173,7 @@ def test_losses_that_are_not_finite_are_skipped_and_then_end_the_run(project: Pr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
-def test_a_bad_setting_is_said_once(project: Project, tmp_path: Path) -> None:
+def test_several_ranks_report_a_bad_setting_once(project: Project, tmp_path: Path) -> None:
     with tune(project, 2, tmp_path, parallel={"pipeline": 2}, exits=[{"layer": 9}]) as ranks:
         assert ranks.results() == [2, 2]
     lines = [line for rank in (0, 1) for line in (tmp_path / f"stderr-{rank}").read_text().splitlines()]

@@ -297,7 +297,7 @@ def strangers_connect(rank: Rank) -> None:
     rank.work(20)
 
 
-def test_strangers_at_the_port_change_nothing(start: Any) -> None:
+def test_foreign_connections_to_the_watchdog_change_nothing(start: Any) -> None:
     run = start(strangers_connect)
     assert run.statuses(0, 1, 2, within=60) == [0, 0, 0]
     assert run.output() == ""

@@ -97,7 +97,7 @@ def test_what_is_not_json(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", NOT_FILES)
-def test_what_is_no_file(case: str, tmp_path: Path) -> None:
+def test_config_that_is_not_a_regular_file(case: str, tmp_path: Path) -> None:
     make, words = NOT_FILES[case]
     refuse(make_model, instead("config.json", make), words, tmp_path, read_architecture)
 
@@ -158,7 +158,7 @@ def test_names_that_look_alike_are_not_mixed_up(tmp_path: Path) -> None:
     assert list(read_header(tmp_path / "x.safetensors")) == [composed, decomposed, cyrillic]
 
 
-def test_little_memory_is_little() -> None:
+def test_little_memory_limits_allocations() -> None:
     with little_memory(), pytest.raises(MemoryError):
         bytearray(2 * MEMORY)
     bytearray(2 * MEMORY)

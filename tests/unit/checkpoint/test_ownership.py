@@ -46,7 +46,7 @@ def test_a_file_in_the_place_of_a_directory_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "run", "tune")
 
 
-def test_what_does_not_count(tmp_path: Path) -> None:
+def test_a_directory_with_only_our_own_files_can_be_claimed(tmp_path: Path) -> None:
     """Locks, what a killed writer left, and directories that another command of ours made."""
     (tmp_path / ".writer.lock").touch()
     (tmp_path / f"{MARKER}.tmp-0123abcd").touch()

@@ -131,7 +131,7 @@ def test_one_save_at_a_time(tmp_path: Path, gate: Gate, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("saver, wait", [(Saver(asynchronous=False), False), (Saver(), True)])
-def test_on_the_spot_nothing_is_copied(tmp_path: Path, gate: Gate, saver: Saver, wait: bool) -> None:
+def test_a_save_in_the_foreground_copies_nothing(tmp_path: Path, gate: Gate, saver: Saver, wait: bool) -> None:
     gate.open.set()
     saver.save(tmp_path / "step-1", pieces(1), {}, wait=wait)
     assert_holds(tmp_path / "step-1", 1)
@@ -185,7 +185,7 @@ def test_another_ranks_failure_is_raised_here_too(tmp_path: Path) -> None:
     assert_holds(tmp_path / "step-1", 1)
 
 
-def test_what_comes_after_a_save_can_fail_too(tmp_path: Path) -> None:
+def test_a_failure_after_a_save_is_raised(tmp_path: Path) -> None:
     def fail() -> None:
         raise CheckpointError("the adapter cannot be written")
 

@@ -435,7 +435,7 @@ def test_damage_falls_back_and_says_so(tmp_path: Path) -> None:
         load_latest(tmp_path, read_all, lines.append)
 
 
-def test_what_is_no_damage_leaves_all_in_place(tmp_path: Path) -> None:
+def test_other_errors_do_not_set_checkpoints_aside(tmp_path: Path) -> None:
     save(tmp_path / "step-1")
     save(tmp_path / "step-2")
     with pytest.raises(CheckpointError, match="expected a box"):

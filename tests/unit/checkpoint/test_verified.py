@@ -115,7 +115,7 @@ def test_a_changed_byte_is_never_given_out(change: int, step: int, opened: Open)
             assert read(file, fd, start, stop) == content[start:stop]
 
 
-def test_a_block_that_failed_is_not_kept(opened: Open) -> None:
+def test_a_damaged_block_is_not_cached(opened: Open) -> None:
     """After a damaged block the thread goes on with another file's."""
     bad, bad_fd, _ = opened(BLOCK + 5)
     good, good_fd, content = opened()

@@ -236,7 +236,7 @@ def test_mistakes_in_a_layout(tmp_path: Path, layout: str, message: str) -> None
     assert refusal(tmp_path, f"{MINIMAL}parallel: {{layout: {layout}}}") == message
 
 
-def test_what_is_read_is_not_changed() -> None:
+def test_reading_a_configuration_does_not_change_the_values() -> None:
     values = yaml.safe_load(MINIMAL + LAYOUT)
     before = json.dumps(values)
     config_from_dict(values)

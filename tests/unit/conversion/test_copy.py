@@ -87,7 +87,7 @@ def test_killed_anywhere_it_goes_on(failpoint: str, model: Path, tmp_path: Path)
         assert finished == len(list(target.glob("*.safetensors"))) > 3
 
 
-def test_what_was_kept_is_checked(model: Path, tmp_path: Path) -> None:
+def test_kept_files_of_an_interrupted_conversion_are_checked(model: Path, tmp_path: Path) -> None:
     """A flipped bit, a truncated file, another source: written anew; the rest is kept."""
     target, whole = tmp_path / "parallel", tmp_path / "whole"
     convert(str(model), str(whole))
@@ -148,7 +148,7 @@ def test_nothing_of_an_interrupted_command_gets_into_another(model: Path, tmp_pa
     assert not work.exists()
 
 
-def test_two_at_one_place(model: Path, tmp_path: Path) -> None:
+def test_two_conversions_cannot_write_to_one_directory(model: Path, tmp_path: Path) -> None:
     (tmp_path / "parallel.converting").mkdir()
     (tmp_path / "parallel.converting" / "someone's file").touch()
     with pytest.raises(CheckpointError, match=r"converting: exists already and is not from an interrupted conversion"):

@@ -323,7 +323,7 @@ def test_a_signal_leaves_nothing(
     assert list(output.parent.iterdir()) == []
 
 
-def test_what_is_being_tokenised_is_not_waited_for(tmp_path: Path, sp_model: Path) -> None:
+def test_stopping_does_not_wait_for_pieces_being_tokenised(tmp_path: Path, sp_model: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"the dog " * (1 << 20))  # takes seconds
     text = TextPiece(path, False, 0, 8 << 20, 8 << 20, 1, True, True)

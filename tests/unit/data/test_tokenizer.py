@@ -106,7 +106,7 @@ def test_a_character_comes_whole_or_not_at_all(tokenizer: Tokenizer, character: 
     assert not any("\ufffd" in piece for piece in out)
 
 
-def test_what_stands_before_half_a_character_does_not_wait_for_it(hf_dir: Path) -> None:
+def test_text_before_an_incomplete_character_is_not_held_back(hf_dir: Path) -> None:
     tokenizer = load_tokenizer(hf_dir)
     ids = tokenizer.encode("x🜚")
     assert len(ids) > 3

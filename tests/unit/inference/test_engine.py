@@ -164,13 +164,13 @@ def test_forced_ids_decide_on_a_given_text(mode: Any, exit_stage: MakeStage, eve
     assert ids_of(short) == ids_of(ours)[:5]
 
 
-def rows_of(engine: Engine) -> dict[int, StageSequence]:
+def sequences_of(engine: Engine) -> dict[int, StageSequence]:
     runner: Any = engine._scheduler.stages[0]  # type: ignore[union-attr]
     return runner.sequences
 
 
 def full_pass(stage: Stage, ids: Sequence[int]) -> StageSequence:
-    """A row that has run all these tokens through all layers at once."""
+    """A sequence that has run all these tokens through all layers at once."""
     runner = StageRunner(stage, 0, len(ids))
     runner.open(1, len(ids))
     runner.run(Pass(0, LAYERS + 1, (ScheduledSequence(1, len(ids), tuple(ids)),)))
@@ -178,7 +178,7 @@ def full_pass(stage: Stage, ids: Sequence[int]) -> StageSequence:
 
 
 def assert_same_caches(row: StageSequence, reference: StageSequence) -> None:
-    """What a row has kept is what a pass of all tokens has, 1e-5."""
+    """What a sequence has kept is what a pass of all tokens has, 1e-5."""
     for kind in ("caches", "exit_caches"):
         for number, cache in getattr(row, kind).items():
             full = getattr(reference, kind)[number]
@@ -210,7 +210,7 @@ def test_caches_are_those_of_a_pass_of_all_tokens_through_all_layers(
         if len(tokens) in (before, TOKENS):
             continue
         steps += 1
-        [row] = rows_of(engine).values()
+        [row] = sequences_of(engine).values()
         settled = len(PROMPT) + len(tokens) - 1  # beyond lie proposals that fell
         deferred += bool(row.waiting)
         if not row.waiting:
@@ -220,7 +220,7 @@ def test_caches_are_those_of_a_pass_of_all_tokens_through_all_layers(
             assert_same_caches(row, full_pass(stage, [*PROMPT, *tokens][:settled]))
     assert whole > 2 and (deferred > 2 or mode == "speculative" or max(e.spec.layer for e in stage.exits) == LAYERS)
     engine.cancel(number)
-    assert not rows_of(engine)
+    assert not sequences_of(engine)
 
 
 @pytest.mark.parametrize("mode", ["threshold", "speculative"])
@@ -274,14 +274,14 @@ def test_no_layer_runs_a_token_twice(bodies: str, mode: Any, exit_stage: MakeSta
 
 
 @pytest.mark.parametrize("cap", [0, 1, 3, MAX_DEFERRED])
-def test_cap_forces_a_full_pass(cap: int, exit_stage: MakeStage) -> None:
+def test_max_deferred_forces_a_full_pass(cap: int, exit_stage: MakeStage) -> None:
     stage = exit_stage("llama2", BODIES["mixed"])
     engine = make_engine(stage)
     number = engine.submit(threshold_request(ThresholdPolicy(threshold=1e-9, max_deferred=cap), 20))
     layers = []
     for event in engine.stream(number):
         layers += [token.layer for token in event.tokens]
-        for row in rows_of(engine).values():
+        for row in sequences_of(engine).values():
             assert sum(len(tap) for taps in row.waiting.values() for tap in taps) <= cap
     assert layers == ([LAYERS, *[1] * cap] * 20)[:20]
 

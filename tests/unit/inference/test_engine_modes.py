@@ -75,7 +75,7 @@ def test_speculative_mode_says_what_full_mode_says(exit_: int | None, length: in
             assert set(by_exit) <= {exit_, LAYERS}
 
 
-def test_proposals_stand_and_fall(stage: Stage) -> None:
+def test_some_proposals_are_accepted_and_some_rejected(stage: Stage) -> None:
     """What the equality above rests on happens: whole drafts, parts of them and none are taken."""
     accepted: Counter[int] = Counter()
     for prompt in PROMPTS:
@@ -118,7 +118,7 @@ def test_drafts_from_some_of_the_vocabulary(sampling: Sampling, restricted: Stag
 
 
 def mixed_requests() -> list[Request]:
-    """Every mode on prompts of several lengths, greedy and drawn, with all that a row may have of its own."""
+    """Every mode on prompts of several lengths, greedy and drawn, with all that a sequence may have of its own."""
     found: list[Request] = []
     for number, prompt in enumerate(PROMPTS):
         count = 16 + 4 * number
@@ -247,7 +247,7 @@ def test_samples_share_the_prompt(stage: Stage) -> None:
 
 @pytest.mark.parametrize("prompt", [PROMPTS[2], PROMPTS[1]], ids=["22 tokens", "1 token"])
 def test_a_sample_that_comes_late_does_not_wait_for_the_first_to_end(prompt: list[int], stage: Stage) -> None:
-    """The first one has run the prompt before there is a row for the second."""
+    """The first one has run the prompt before there is a sequence for the second."""
     engine = make_engine(stage, EngineOptions(max_num_seqs=2))
     engine.submit(Request(prompt=PROMPTS[0], max_tokens=3))
     number = engine.submit(Request(prompt=prompt, sampling=DRAWN, samples=2, max_tokens=60))

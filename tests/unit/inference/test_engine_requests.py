@@ -213,7 +213,7 @@ def last(events: Sequence[Event], request: int) -> Completion:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_cancelled_in_work_and_in_line(mode: str, stage: Stage, tokenizer: Tokenizer) -> None:
+def test_running_and_waiting_requests_can_be_cancelled(mode: str, stage: Stage, tokenizer: Tokenizer) -> None:
     engine = make_engine(stage, EngineOptions(max_num_seqs=2), tokenizer=tokenizer)
     free = [answer(engine, prompt=prompt, max_tokens=30, **MODES[mode]) for prompt in ("one", "two", "three", "four")]
     numbers = [

@@ -96,7 +96,7 @@ def alone(stage: Stage) -> list[Summary]:
 
 @pytest.fixture(scope="module")
 def small(alone: list[Summary]) -> Iterator[None]:
-    """Chunks and passes so small that rows grow through many."""
+    """Chunks and passes so small that sequences grow through many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "CHUNK", 4)
         patch.setattr(kv_cache_manager, "CHUNK", 4)
@@ -228,7 +228,7 @@ def test_any_schedule(
 
 
 def test_the_schedules_are_hard(stage: Stage, alone: list[Summary], small: None) -> None:
-    """What the property is about happens: rows are preempted, one fails, tokens leave everywhere."""
+    """What the property is about happens: sequences are preempted, one fails, tokens leave everywhere."""
     run = Run(stage, 20, 1, 8)
     for name, argument in EVERYTHING:
         getattr(run, name)(argument)

@@ -38,7 +38,7 @@ def stage(exit_stage: Callable[[str, Sequence[ExitSpec]], Stage]) -> Stage:
 
 @pytest.fixture
 def heads(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each call of an exit's head."""
+    """Sequences of each call of an exit's head."""
     rows: list[int] = []
     for exit_ in stage.exits:
 
@@ -83,7 +83,7 @@ def test_above_one_it_is_full_mode_and_no_exit_runs_its_head(stage: Stage, heads
 
 
 def test_neighbours_and_the_kind_of_request_change_nothing(stage: Stage) -> None:
-    """Gates decide row by row, beside requests without them."""
+    """Gates decide sequence by sequence, beside requests without them."""
     drawn = Sampling(temperature=0.8, seed=3)
     requests = [gated(prompt, GatePolicy(threshold=0.6, thresholds={3: 0.5})) for prompt in PROMPTS]
     requests += [gated(prompt, ThresholdPolicy(threshold=0.05)) for prompt in PROMPTS]

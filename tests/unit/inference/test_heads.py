@@ -170,7 +170,7 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_head_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_needs_one_transfer_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows and tokens it has, and whatever they ask."""
     monkeypatch.setattr(platform, "queues_work", lambda device: True)
     monkeypatch.setattr(platform, "to_device", lambda tensor, where=None: tensor)

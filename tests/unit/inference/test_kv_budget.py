@@ -1,4 +1,4 @@
-"""Memory of keys and values: what rows claim, who waits, who is preempted, and that nothing is left behind."""
+"""Memory of keys and values: what sequences claim, who waits, who is preempted, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXITS = [ExitSpec(1, "layer"), ExitSpec(2), ExitSpec(3, "norm", "shared")]
 # -- figures
 
 
-def test_a_row_takes_whole_chunks_up_to_its_limit() -> None:
+def test_a_sequence_claims_whole_chunks_up_to_its_limit() -> None:
     budget = KVBudget(10**9, [StageMemory(10, (None, None, None))], slack=17, pass_tokens=512)
     assert budget.needed(10_000, 1) == 3 * CHUNK * 10
     assert budget.needed(10_000, CHUNK) == 3 * CHUNK * 10
@@ -51,7 +51,7 @@ def test_the_fullest_stage_counts() -> None:
     assert budget.needed(CHUNK, CHUNK) == 2 * CHUNK * 10
 
 
-def test_claims_are_refused_without_being_made_and_given_back_whole() -> None:
+def test_a_refused_claim_changes_nothing_and_release_frees_all() -> None:
     budget = KVBudget(4 * CHUNK, [StageMemory(1, (None,))], slack=0, pass_tokens=1)
     assert budget.claim(1, 10_000, 3 * CHUNK) and budget.used == 3 * CHUNK
     assert budget.claim(1, 10_000, 5) and budget.used == 3 * CHUNK  # it has more
@@ -80,7 +80,7 @@ def test_a_stage_keeps_its_layers_and_those_of_its_exits(tensor: int, heads: int
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a few tokens grow through several chunks."""
+    """Sequences of a few tokens grow through several chunks."""
     monkeypatch.setattr(kv_cache, "CHUNK", 8)
     monkeypatch.setattr(kv_cache_manager, "CHUNK", 8)
     monkeypatch.setattr(loading, "SLACK", 17)  # enough for drafts and for policies that defer 15 tokens
@@ -91,7 +91,7 @@ def scheduler_of(engine: Engine) -> Any:
 
 
 def bytes_kept(engine: Engine) -> int:
-    """What the rows' caches really take."""
+    """What the sequences' caches really take."""
     caches = [cache for row in scheduler_of(engine).stages[0].sequences.values() for cache in row.all_caches]
     return sum(part.untyped_storage().nbytes() for cache in caches for part in cache._kept or ())
 
@@ -138,13 +138,13 @@ def requests() -> list[Request]:
 
 
 def memory_for(stage: Stage, *lengths: int) -> int:
-    """Bytes of full rows of these many positions."""
+    """Bytes of full sequences of these many positions."""
     budget = scheduler_of(make_engine(stage)).budget
     return sum(budget.needed(length, length) for length in lengths)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_rows_wait_or_are_preempted_with_the_same_result(rows: int, exit_stage: MakeStage, small_chunks: None) -> None:
+def test_waiting_and_preemption_do_not_change_the_output(rows: int, exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("qwen2-window", EXITS)
     alone = [make_engine(stage).generate([request])[0] for request in requests()]
     engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, *[63] * rows), max_num_seqs=6))
@@ -169,7 +169,7 @@ def test_the_youngest_is_preempted_and_the_oldest_never(exit_stage: MakeStage, s
     assert left[0] == 3 and left.count(1) == 1 and scheduler_of(engine).num_preempted > 0
 
 
-def test_a_row_that_just_fits_runs_alone(exit_stage: MakeStage, small_chunks: None) -> None:
+def test_a_sequence_that_fills_the_memory_runs_alone(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
     engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, 63), max_num_seqs=4))
     just = [
@@ -180,7 +180,7 @@ def test_a_row_that_just_fits_runs_alone(exit_stage: MakeStage, small_chunks: No
         assert len(completion.tokens) == 60
 
 
-def test_one_that_can_never_fit_is_refused_at_once(exit_stage: MakeStage, small_chunks: None) -> None:
+def test_a_request_that_can_never_fit_is_refused_at_once(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
     engine = make_engine(stage, EngineOptions(kv_memory=memory_for(stage, 40), max_num_seqs=4))
     running = engine.submit(Request(prompt=[5, 6, 7], max_tokens=36))
@@ -215,7 +215,7 @@ def test_nothing_leaks_when_all_are_cancelled(after: int, exit_stage: MakeStage,
     assert engine.idle and {event.completion.finish_reason for event in ends} == {"cancelled"}  # type: ignore[union-attr]
 
 
-def test_samples_of_one_that_is_preempted_go_on(exit_stage: MakeStage, small_chunks: None) -> None:
+def test_samples_continue_after_the_first_is_preempted(exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("llama2", EXITS)
     request = Request(prompt=[30] * 20, sampling=Sampling(temperature=0.9), samples=4, max_tokens=40)
     singles = [

@@ -90,7 +90,7 @@ def test_a_window_keeps_what_tokens_see_and_what_comes_back(steps: list[tuple[in
         assert cache.length == len(keys)
 
 
-def test_cropping_takes_back_and_no_more() -> None:
+def test_cropping_removes_only_the_last_positions() -> None:
     cache = LayerKV(Extent(50))
     first, second = run_of(10, 0), run_of(3, 1)
     cache.extend(*first)
@@ -101,7 +101,7 @@ def test_cropping_takes_back_and_no_more() -> None:
     assert cache.length == 9 and torch.equal(kept, kept_form(torch.cat([first[0][:6], second[0]])))
 
 
-def test_what_is_no_longer_kept_cannot_be_cropped_to() -> None:
+def test_cropping_before_the_window_is_an_error() -> None:
     cache = LayerKV(Extent(10**6, window=4, slack=2, pass_tokens=CHUNK))
     for seed in range(4):
         cache.extend(*run_of(CHUNK, seed))
@@ -110,7 +110,7 @@ def test_what_is_no_longer_kept_cannot_be_cropped_to() -> None:
         cache.crop(cache.first - 1)
 
 
-def test_a_copy_goes_on_by_itself() -> None:
+def test_a_copied_cache_is_independent() -> None:
     cache = LayerKV(Extent(50))
     first, ours, theirs = run_of(10, 0), run_of(5, 1), run_of(5, 2)
     cache.extend(*first)
@@ -142,13 +142,13 @@ def test_more_than_the_limit_is_a_mistake_of_ours() -> None:
         cache.extend(*run_of(1, 1))
 
 
-# -- several rows
+# -- several sequences
 
 
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None, soft_cap: float | None = None
 ) -> Tensor:
-    """Of one row, written out: ``query`` ``[tokens, kv_heads, per head, dim]`` from ``start`` on, all keys."""
+    """Of one sequence, written out: ``query`` ``[tokens, kv_heads, per head, dim]`` from ``start`` on, all keys."""
     found = torch.empty_like(query)
     for token in range(len(query)):
         last = start + token
@@ -169,7 +169,7 @@ def plain_attention(
     st.sampled_from([None, 0.7]),
 )
 def test_attention_is_that_of_each_row_alone(rows: list[list[int]], window: int | None, soft_cap: float | None) -> None:
-    """Rows of different lengths, of which some go on in each pass; masks are shared between two layers."""
+    """Sequences of different lengths, of which some go on in each pass; masks are shared between two layers."""
     caches = [[LayerKV(Extent(60, window, 3, 9)) for _ in range(2)] for _ in rows]
     keys, values = ([[torch.empty(0, KV_HEADS, DIM) for _ in range(2)] for _ in rows] for _ in range(2))
     for step in range(max(map(len, rows))):

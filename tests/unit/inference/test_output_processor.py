@@ -71,7 +71,7 @@ def test_each_token_gives_the_text_it_adds(letters: tuple[Tokenizer, dict[str, i
     assert stream_all(letters[0], [], spell(letters, "a b"), [])[0] == ["a", " ", "b", ""]
 
 
-def test_half_a_character_is_held_back_and_comes_at_the_end(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_character_is_held_back_until_the_end(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the🜚")
     stream = TextStream(tokenizer, [], [])
     out = "".join(stream.push(token) for token in ids[:-1])
@@ -173,7 +173,7 @@ def test_any_cut_equals_the_whole(tokenizer: Tokenizer, text: str, stop: list[st
     stop=st.lists(st.text(st.sampled_from("the fox\n é漢🜚😀"), min_size=1, max_size=3), max_size=3),
 )
 @example(text="漢🜚" * 40, stop=["🜚漢 "])
-def test_what_is_out_is_never_taken_back(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
+def test_streamed_text_is_a_prefix_of_the_output(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
     prompt, ids = tokenizer.encode(PROMPT), tokenizer.encode_continuation(text)
     expected, stop_string = cut(text, stop)
     stream = TextStream(tokenizer, prompt, stop)

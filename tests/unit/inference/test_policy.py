@@ -24,7 +24,7 @@ def asked(policy: ExitPolicy, index: int = 9, num_left: int = 0) -> bool:
     return policy.exits_to_ask((2, 4), index, ExitHistory(num_left)) == (2, 4)
 
 
-def test_the_cap_holds_the_next_token_back() -> None:
+def test_after_max_deferred_no_exit_is_asked() -> None:
     policy = ThresholdPolicy(max_deferred=3)
     assert [asked(policy, num_left=left) for left in range(5)] == [True, True, True, False, False]
     assert not asked(ThresholdPolicy(max_deferred=0))

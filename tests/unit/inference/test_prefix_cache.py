@@ -1,4 +1,4 @@
-"""What ended rows leave to requests that begin alike: who is kept, what is copied, and that it changes no output."""
+"""Prefix reuse: which finished sequences are kept, what is copied from them, and that it changes no output."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokens(count: int, other: int = 0) -> tuple[int, ...]:
     return (*range(count - other), *range(1000, 1000 + other))
 
 
-# -- which rows
+# -- which sequences
 
 
 def test_nothing_is_kept_unless_asked_for() -> None:
@@ -45,7 +45,7 @@ def test_nothing_is_kept_unless_asked_for() -> None:
     assert prefixes.longest(tokens(100), [Prefix(2, tokens(100))]) is None
 
 
-def test_the_row_that_shares_most_is_found() -> None:
+def test_the_longest_common_prefix_is_found() -> None:
     prefixes = PrefixCache(4)
     assert prefixes.keep(Prefix(1, tokens(60, 30))) == [] and prefixes.keep(Prefix(2, tokens(60, 20))) == []
     assert prefixes.longest(tokens(50), []) == Prefix(2, tokens(40))
@@ -58,14 +58,14 @@ def test_the_row_that_shares_most_is_found() -> None:
     assert shortest is not None and shortest.token_ids == tokens(MIN_PREFIX)
 
 
-def test_short_rows_are_not_kept() -> None:
+def test_short_sequences_are_not_kept_for_reuse() -> None:
     prefixes = PrefixCache(4)
     assert (
         prefixes.keep(Prefix(1, tokens(MIN_PREFIX - 1))) == [1] and prefixes.keep(Prefix(2, tokens(MIN_PREFIX))) == []
     )
 
 
-def test_the_row_that_was_of_no_use_for_longest_goes() -> None:
+def test_the_least_recently_used_sequence_is_evicted() -> None:
     prefixes = PrefixCache(2)
     for row in (1, 2):
         assert prefixes.keep(Prefix(row, tokens(40, row))) == []
@@ -74,7 +74,7 @@ def test_the_row_that_was_of_no_use_for_longest_goes() -> None:
     assert prefixes.evict() == 1 and prefixes.seq_ids == [3]
 
 
-def test_a_row_that_begins_another_is_not_kept_beside_it() -> None:
+def test_a_sequence_is_not_kept_beside_one_that_continues_it() -> None:
     prefixes = PrefixCache(4)
     assert prefixes.keep(Prefix(1, tokens(30))) == []
     assert prefixes.keep(Prefix(2, tokens(40))) == [1]  # the next message of a chat
@@ -119,7 +119,7 @@ def scheduler_of(engine: Engine) -> Any:
 @pytest.mark.parametrize("second", MODES, ids=lambda mode: mode.get("mode", "full"))
 @pytest.mark.parametrize("first", MODES, ids=lambda mode: mode.get("mode", "full"))
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2-window"])
-def test_a_chat_goes_on_from_where_it_was(
+def test_the_next_message_of_a_chat_reuses_kv(
     family: str, first: dict[str, Any], second: dict[str, Any], exit_stage: MakeStage, small: None
 ) -> None:
     """Whatever left early in one turn, the next says what it says by itself, and runs only what is new."""
@@ -159,7 +159,7 @@ def test_many_deferred_tokens_leave_whole_windows(exit_stage: MakeStage, monkeyp
     assert next(confidences) == pytest.approx(next(confidences), abs=1e-5)
 
 
-def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) -> None:
+def test_copied_kv_equals_that_of_a_full_pass(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(1, "layer"), ExitSpec(2)])
     engine = make_engine(stage, EngineOptions(prefix_cache_seqs=2))
     ask(engine, LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06))
@@ -180,7 +180,7 @@ def test_what_a_row_has_copied_is_what_a_full_pass_has(exit_stage: MakeStage) ->
             torch.testing.assert_close(mine[:, :, :stop], other[:, :, :stop], atol=1e-5, rtol=0)
 
 
-def test_rows_in_work_share_too(exit_stage: MakeStage) -> None:
+def test_running_sequences_share_their_prefix(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     engine = make_engine(stage, EngineOptions(prefix_cache_seqs=1))
     first = engine.submit(Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=12))
@@ -208,8 +208,8 @@ def test_samples_of_a_prompt_that_is_known_all_begin_with_it(exit_stage: MakeSta
     assert [emitted(each) for each in outputs] == [emitted(each) for each in alone]
 
 
-def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
-    """Rows that wait, and rows that grow, come before those that have ended: nobody is preempted for these."""
+def test_kept_sequences_are_evicted_before_any_is_preempted(exit_stage: MakeStage, small: None) -> None:
+    """Waiting and growing sequences get the memory of finished ones first."""
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     needed = scheduler_of(make_engine(stage)).budget.needed(52, 52)
     engine = make_engine(stage, EngineOptions(prefix_cache_seqs=8, kv_memory=2 * needed))
@@ -223,7 +223,7 @@ def test_what_is_kept_makes_room(exit_stage: MakeStage, small: None) -> None:
     assert 1 <= len(scheduler.prefixes.seq_ids) <= 2 and scheduler.num_preempted == 0
 
 
-def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
+def test_the_kv_of_a_cancelled_sequence_is_reused(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     engine = make_engine(stage, EngineOptions(prefix_cache_seqs=2))
     number = engine.submit(
@@ -242,7 +242,7 @@ def test_a_cancelled_row_leaves_what_it_has_run(exit_stage: MakeStage) -> None:
     assert emitted(after) == emitted(ask(make_engine(stage), [*LONG, *seen, 1]))
 
 
-def test_a_row_that_failed_is_not_kept(exit_stage: MakeStage) -> None:
+def test_a_failed_sequence_is_not_kept_for_reuse(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     engine = make_engine(stage, EngineOptions(prefix_cache_seqs=2))
     with torch.no_grad():

@@ -135,7 +135,7 @@ def test_a_request_has_a_json_form() -> None:
     assert validated(Request, json.loads(json.dumps(request.model_dump(mode="json")))) == request
 
 
-def test_others_go_on_while_some_are_refused(engine: Engine) -> None:
+def test_refused_requests_do_not_disturb_others(engine: Engine) -> None:
     fine = Request(prompt="Once", max_tokens=30)
     [[alone]] = engine.generate([fine])
     number = engine.submit(fine)
@@ -156,7 +156,7 @@ def test_modes_that_need_exits(mode: Any, byte_model: Path, load_stage: Callable
     assert len(engine.generate([Request(prompt=[5], max_tokens=2)])[0][0].tokens) == 2
 
 
-def test_what_has_no_part_in_a_mode_does_not_hinder_it(engine: Engine) -> None:
+def test_settings_of_other_modes_are_ignored(engine: Engine) -> None:
     for request in (
         Request(prompt="Once", exits=(), max_tokens=2),
         Request(prompt="Once", draft=Draft(exit=2, length=3), max_tokens=2),

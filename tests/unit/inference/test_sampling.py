@@ -241,7 +241,7 @@ MIXED = [
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 32])
-def test_rows_together_are_those_alone(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_gives_what_its_sequences_give_alone(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched, "SORTED_ROWS", at_once)
     logits = torch.stack([random_logits(60, seed) for seed in range(len(MIXED))])
     seen = [[3, 3, 5], [], [7], [0, 59], [1], [2]]
@@ -495,7 +495,7 @@ def test_distributions_that_differ_by_rounding_alone() -> None:
     assert {verify(p, q, [2], seed, 0) for seed in range(50)} == {(0, 0), (0, 1)}
 
 
-def test_a_proposal_stands_or_is_replaced_by_the_position_it_has() -> None:
+def test_acceptance_depends_on_the_position_not_on_the_round() -> None:
     p, q = make_table(13, PLAIN, size=9), make_table(14, PLAIN, size=9)
     accepted: Counter = Counter()
     for seed in range(100):

@@ -96,7 +96,7 @@ def late(plans: list[Plan]) -> Counter[int]:
 # -- costs
 
 
-def test_costs_are_what_was_measured() -> None:
+def test_costs_are_measured_or_estimated_from_layers() -> None:
     costs = Costs({4: 0.5, 8: 0.5, FINAL: 2.0})
     assert costs.seconds(4, 1) == 0.0  # nothing is known
     costs.observe(4, 1, 9.0)
@@ -109,7 +109,7 @@ def test_costs_are_what_was_measured() -> None:
     assert costs.seconds(8, 2) == pytest.approx(2 * 8.5)
 
 
-def test_slow_first_times_are_forgotten_and_single_ones_smoothed() -> None:
+def test_slow_first_measurements_are_replaced_and_outliers_smoothed() -> None:
     costs = Costs({4: 0.0})
     costs.observe(4, 1, 100.0)
     costs.observe(4, 1, 1.0)
@@ -121,7 +121,7 @@ def test_slow_first_times_are_forgotten_and_single_ones_smoothed() -> None:
     assert costs.seconds(4, 1) == pytest.approx(3.0, rel=0.01)
 
 
-def test_sizes_that_cost_alike_are_one() -> None:
+def test_batch_sizes_of_equal_cost_share_a_bucket() -> None:
     assert [bucket(size) for size in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17)] == [
         *(1, 2, 3, 4),
         *(6, 6, 8, 8),
@@ -162,7 +162,7 @@ def test_the_better_exit_is_preferred_and_found_again_when_the_text_changes() ->
     assert late(simulate(drafter, {4: 0.97, 8: 0.3}, 600, seed=1))[4] > 220
 
 
-def test_falls_to_none_where_drafting_does_not_pay() -> None:
+def test_drafting_stops_where_it_does_not_pay() -> None:
     assert late(simulate(drafter_of(), {4: 0.02, 8: 0.02}, 300))[0] > 120
     plans = simulate(drafter_of(), {4: 0.8, 8: 0.8}, 300, seconds=linear)
     assert late(plans)[0] > 100
@@ -170,7 +170,7 @@ def test_falls_to_none_where_drafting_does_not_pay() -> None:
 
 
 @pytest.mark.parametrize("agrees", [{4: 0.02, 8: 0.02}, {4: 0.95, 8: 0.1}])
-def test_no_choice_is_given_up_for_good(agrees: dict[int, float]) -> None:
+def test_every_draft_exit_is_retried(agrees: dict[int, float]) -> None:
     plans = simulate(drafter_of(), agrees, 400)
     first = Counter(plan.exit for plan in plans[: 3 * TRIALS + 9])  # of some sizes there the first does not count
     assert all(first[layer] > TRIALS for layer in (0, *EXITS))
@@ -193,12 +193,12 @@ def test_slow_first_rounds_of_a_size_do_not_count() -> None:
     assert slow.plan([4], 1).exit == 0
 
 
-def test_a_fixed_exit_may_not_rest() -> None:
+def test_a_requested_draft_exit_always_drafts() -> None:
     plans = simulate(drafter_of(), {8: 0.02}, 200, exits=(8,), may_skip=False)
     assert {plan.exit for plan in plans} == {8}
 
 
-def test_a_fixed_length_has_its_exit_chosen() -> None:
+def test_a_requested_draft_length_leaves_the_exit_open() -> None:
     plans = simulate(drafter_of(), {4: 0.2, 8: 0.97}, 200, length=3)
     assert {plan.length for plan in plans} == {3} and {plan.min_chance for plan in plans} == {0.0}
     assert late(plans)[8] > 80
@@ -210,7 +210,7 @@ def test_a_proposal_must_be_worth_its_time() -> None:
     assert 0 < worth[0] < worth[1]
 
 
-def test_what_was_learnt_with_few_rows_does_not_count_for_many() -> None:
+def test_small_batches_do_not_decide_the_drafts_of_large_ones() -> None:
     drafter = drafter_of()
     assert late(simulate(drafter, {4: 0.97, 8: 0.97}, 100))[4] > 40
     tried = []

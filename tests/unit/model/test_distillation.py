@@ -187,7 +187,7 @@ def test_without_weight_the_teacher_changes_nothing(temperature: float, setup: A
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_nothing_is_left_to_learn_from_oneself(temperature: float, setup: Any) -> None:
+def test_distilling_from_oneself_has_no_loss_or_gradient(temperature: float, setup: Any) -> None:
     lesson = Lesson(setup)
     for k in (VOCAB, TOP_K, 1):
         itself = teacher_top_k(lesson.z, lesson.head, lesson.group, k, temperature)

@@ -76,7 +76,7 @@ def test_layouts_that_cannot_be(stages: list[tuple[list[int], list[int | float]]
     assert "\n" not in str(caught.value)
 
 
-def test_who_holds_what() -> None:
+def test_owners_of_layers_and_hosts_of_exits() -> None:
     stages = layout(((1, 3), (2,)), ((4, 6), (6,)), (None, (3, 5)))
     assert (stages.layered, stages.last_layered) == ((0, 1), 1)
     assert [stages.owner(layer) for layer in range(1, 7)] == [0, 0, 0, 1, 1, 1]

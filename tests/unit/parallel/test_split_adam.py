@@ -106,7 +106,7 @@ def test_a_step_is_torchs_bit_for_bit(run: int, monkeypatch: pytest.MonkeyPatch)
     assert [group["step"] for group in ours.param_groups] == [5, 5]
 
 
-def test_a_copy_goes_on_alike() -> None:
+def test_copied_optimizer_state_continues_alike() -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(100, generator=generator).bfloat16().to(platform.device())
     first = SplitAdam([weight], lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
