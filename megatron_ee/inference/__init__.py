@@ -1,4 +1,23 @@
-"""Generation with early exits: requests, the engine that batches them, the KV cache, exit policies and drafts."""
+"""Generation with early exits: requests, the engine that batches them, the KV cache, exit policies and drafts.
+
+A token *asks* an exit: its pass stops at the exit's layer, the exit's head (or gate) runs, and the request's policy
+decides whether the token *leaves* there. A token that leaves is *deferred*: its layers above the exit run later,
+together with the next token of its sequence that goes deeper. So a pass runs a range of layers, not the whole model,
+and the scheduler tracks for each sequence how deep its newest token is.
+
+For a reader of vLLM:
+
+- ``engine`` and ``output_processor``: requests, text and events, as in ``LLMEngine``.
+- ``scheduler`` and ``sequence``: admission, preemption and the next pass. ``Sequence`` is vLLM's ``Request``.
+- ``passes``: what the scheduler tells a pipeline stage, as ``SchedulerOutput`` does.
+- ``stage_runner``, ``kv_cache`` and ``compiled``: the tensors of one stage, as in the model runner. The cache of a
+  sequence is contiguous in each layer; there are no blocks.
+- ``kv_cache_manager``: the budget of KV memory, and prefix reuse.
+- ``heads`` and ``sampling``: from logits to tokens, as in the sampler and the rejection sampler.
+- ``policy`` and ``speculation``: where tokens leave, and what is drafted.
+- ``released``, ``options``, ``loading`` and ``remote``: opening a model, and building an engine over several ranks.
+- ``offline``: many requests at once.
+"""
 
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import open_engine

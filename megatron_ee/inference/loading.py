@@ -34,9 +34,9 @@ from megatron_ee.inference.remote import (
     Mail,
     RemoteChannel,
     RemoteStage,
+    broadcast,
     follow_driver,
     serve_stage,
-    share,
 )
 from megatron_ee.inference.requests import MAX_DRAFT
 from megatron_ee.inference.scheduler import PASS_TOKENS, Scheduler
@@ -165,7 +165,7 @@ def engine_on_ranks(
     others = [RemoteStage(mail, number) for number in range(1, groups.pipeline.size())]
     scheduler = _scheduler(stage, layout, specs, [runner, *others], memory, options)
     if peers.size() > 1:
-        scheduler.share_seconds = lambda seconds: float(share([seconds], peers)[0])
+        scheduler.broadcast_seconds = lambda seconds: float(broadcast([seconds], peers)[0])
     if peers.rank() > 0:
         follow_driver(scheduler, peers)
         _stop(others, mail)

@@ -35,15 +35,15 @@ class Mail:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._leaving: deque[tuple[dist.Work | None, Tensor]] = deque()
+        self._sends: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def send(self, target: int, tag: int, content: Any) -> None:
         """Send ``content``, of JSON types, to a rank of the group."""
         payload = json.dumps(content, separators=(",", ":")).encode()
         body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         for part in (torch.tensor([len(payload)]), body):
-            self._leaving.append((dist.isend(part, group=self._group, group_dst=target, tag=tag), part))
-        while len(self._leaving) > IN_FLIGHT:
+            self._sends.append((dist.isend(part, group=self._group, group_dst=target, tag=tag), part))
+        while len(self._sends) > IN_FLIGHT:
             self._wait_one()
 
     def receive(self, source: int, tag: int) -> Any:
@@ -56,16 +56,16 @@ class Mail:
 
     def finish(self) -> None:
         """Wait until all sends have finished."""
-        while self._leaving:
+        while self._sends:
             self._wait_one()
 
     def _wait_one(self) -> None:
-        work, _ = self._leaving.popleft()
+        work, _ = self._sends.popleft()
         if work is not None:
             work.wait()
 
 
-def share(content: list[Any] | None, group: dist.ProcessGroup) -> Any:
+def broadcast(content: list[Any] | None, group: dist.ProcessGroup) -> Any:
     """Broadcast the first rank's list ``content`` to all ranks of a host group. An empty list is one broadcast."""
     payload = json.dumps(content, separators=(",", ":")).encode() if content and group.rank() == 0 else b""
     size = torch.tensor([len(payload)])
@@ -191,14 +191,14 @@ class RemoteChannel:
         """
         self._mail, self._group = mail, group
         self._hidden, self._vocab, self._dtype = hidden, vocab, dtype
-        self._leaving: list[tuple[dist.Work | None, Tensor]] = []
+        self._sends: list[tuple[dist.Work | None, Tensor]] = []
 
     def send(self, parts: Collection[Tensor], drafts: Collection[Collection[Tensor]]) -> None:
         """See ``StageChannel``."""
-        for work, _ in self._leaving:
+        for work, _ in self._sends:
             if work is not None:
                 work.wait()
-        self._leaving = []
+        self._sends = []
         target = self._group.rank() + 1
         self._mail.send(target, HEADERS, [[len(part) for part in parts], [len(draft) for draft in drafts]])
         messages = [torch.cat(list(parts))]
@@ -206,7 +206,7 @@ class RemoteChannel:
         if rows:
             messages.append(torch.stack(rows))
         for message in messages:
-            self._leaving.append((dist.isend(message, group=self._group, group_dst=target), message))
+            self._sends.append((dist.isend(message, group=self._group, group_dst=target), message))
 
     def receive(self, num_sequences: int) -> list[tuple[Tensor, list[Tensor]]]:
         """See ``StageChannel``."""
@@ -254,18 +254,18 @@ class DriverScheduler:
     def step(self) -> list[tuple[Sequence, list[Token]]]:
         """See ``Scheduler``."""
         calls, self._calls = self._calls, []
-        share(calls, self._group)
+        broadcast(calls, self._group)
         return self._scheduler.step()
 
     def stop(self) -> None:
         """End ``follow_driver`` on the other ranks."""
-        share([["stop", None]], self._group)
+        broadcast([["stop", None]], self._group)
 
 
 def follow_driver(scheduler: Scheduler, group: dist.ProcessGroup) -> None:
     """Repeat the calls of the first rank's scheduler until it stops; for the first stage's other tensor ranks."""
     while True:
-        for name, argument in share(None, group):
+        for name, argument in broadcast(None, group):
             if name == "stop":
                 return
             if name == "add":

@@ -1,7 +1,7 @@
 """The scheduler decides which sequences run which layers next, and updates them from head outputs.
 
-It owns every ``Sequence``. It is deterministic except for measured times, which ``share_seconds`` makes equal on all
-ranks. So each tensor-parallel rank can run its own copy on the same requests.
+It owns every ``Sequence``. It is deterministic except for measured times, which ``broadcast_seconds`` makes equal on
+all ranks. So each tensor-parallel rank can run its own copy on the same requests.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Scheduler:
         max_num_seqs: maximum number of running sequences.
         drafter: plans the drafts of speculative mode.
         prefixes: finished sequences whose KV is kept.
-        share_seconds: broadcasts the first rank's seconds; None with one rank.
+        broadcast_seconds: gives all tensor-parallel ranks the first one's seconds.
         start_timer: starts to measure the device work of a pass.
         running: running sequences by number, in order of admission.
         waiting: waiting sequences, the next one first.
@@ -70,7 +70,7 @@ class Scheduler:
     max_num_seqs: int
     drafter: Drafter
     prefixes: PrefixCache = field(default_factory=PrefixCache)
-    share_seconds: Callable[[float], float] | None = None
+    broadcast_seconds: Callable[[float], float] = lambda seconds: seconds
     start_timer: Callable[[], Timer] = platform.DeviceTimer
     running: dict[int, Sequence] = field(default_factory=dict)
     waiting: deque[Sequence] = field(default_factory=deque)
@@ -244,6 +244,7 @@ class Scheduler:
             for seq in chosen:
                 self._begin_round(seq, len(chosen))
             chosen = [seq for seq in chosen if self._make_room(seq, seq.num_computed_tokens + 1)]
+            # Making room for one may have preempted another that was chosen before it.
             chosen = [seq for seq in chosen if seq.seq_id in self.running]
         if chosen:
             new = [seq.token_ids(seq.num_computed_tokens) if depth == 0 else [] for seq in chosen]
@@ -298,7 +299,7 @@ class Scheduler:
                 seq.status = Status.IN_FLIGHT
             self._pending.append(_PendingPass(stage, pass_, seqs, timer))
         else:
-            self._passed(stage, pass_, seqs)
+            self._advance(stage, pass_, seqs)
 
     def _run(self, stage: int, pass_: Pass, seqs: list[Sequence]) -> Timer | None:
         """Run a pass, with a timer if drafts are planned by measured time.
@@ -328,8 +329,8 @@ class Scheduler:
             # For other tokens, the exit's own layer only computes keys and values.
             seq.num_layer_runs += runs + int(asked and stop in self.stage_map.layer_exits)
 
-    def _passed(self, stage: int, pass_: Pass, seqs: list[Sequence]) -> None:
-        """Update sequences at the end of a pass in which no head ran for them."""
+    def _advance(self, stage: int, pass_: Pass, seqs: list[Sequence]) -> None:
+        """Move sequences to the end of a pass in which no head ran for them."""
         if pass_.sends:
             self.stages[stage + 1].receive([seq.seq_id for seq in seqs])
         for seq in seqs:
@@ -341,7 +342,7 @@ class Scheduler:
                 self._fork(seq)
 
     def _fill(self, stage: int, depth: int, seq: Sequence) -> None:
-        """Run the remaining stages for a token that has just left, while the next token starts."""
+        """Fill the KV of the remaining layers for a token that has just left, while the next token starts."""
         ends = self.stage_map.ends
         for index in range(stage, len(self.stages)):
             start, end = (depth if index == stage else ends[index - 1]), ends[index]
@@ -368,7 +369,7 @@ class Scheduler:
                 continue
             seq.status, seq.depth = Status.RUNNING, pass_.stop
             if output is None or scheduled.head_input is None:
-                self._passed(stage, pass_, [seq])
+                self._advance(stage, pass_, [seq])
                 continue
             tokens = self._process(seq, scheduled.head_input, output, pass_.stop)
             if seq.status is not Status.RUNNING:
@@ -438,8 +439,7 @@ class Scheduler:
         assert seq.drafting is not None
         if len(self.stages) > 1 and seq.drafting.plans_by_time:
             # Stages run concurrently, so a round is measured from its start to its end.
-            seconds = seq.drafting.elapsed(time.perf_counter())
-            seq.drafting.set_seconds(seconds if self.share_seconds is None else self.share_seconds(seconds))
+            seq.drafting.set_seconds(self.broadcast_seconds(seq.drafting.elapsed(time.perf_counter())))
         judged, accepted = seq.drafting.end_round(emitted)
         seq.num_draft_tokens += judged
         seq.num_accepted_tokens += accepted
@@ -449,8 +449,7 @@ class Scheduler:
         """Record the duration of a pass. Its head outputs have arrived, so reading the timer does not wait."""
         if pending.timer is None:
             return
-        pass_, seconds = pending.pass_, pending.timer.seconds()
-        seconds = seconds if self.share_seconds is None else self.share_seconds(seconds)
+        pass_, seconds = pending.pass_, self.broadcast_seconds(pending.timer.seconds())
         if len(self.stages) == 1:
             for seq in pending.seqs:
                 if seq.drafting is not None:

@@ -35,8 +35,8 @@ def run(case: Inference, explained: int | None = None) -> Result:
     with (
         as_rank(0, tensor, explained) as watch,
         process_groups(tensor) as groups,
-        mock.patch.object(loading, "share", _shared),
-        mock.patch.object(remote, "share", _shared),
+        mock.patch.object(loading, "broadcast", _broadcast),
+        mock.patch.object(remote, "broadcast", _broadcast),
         mock.patch.object(stage_runner, "head_outputs", _counting(stage_runner.head_outputs, heads := [])),
         mock.patch.object(Gate, "forward", _counting(Gate.forward, gates := [])),
     ):
@@ -92,6 +92,6 @@ def _counting(call: Any, calls: list[None]) -> Any:
     return counted
 
 
-def _shared(content: Sequence[Any] | None, group: Any) -> list[Any]:
-    """``remote.share`` of the first rank, without the message."""
+def _broadcast(content: Sequence[Any] | None, group: Any) -> list[Any]:
+    """``remote.broadcast`` of the first rank, without the message."""
     return list(content or ())
