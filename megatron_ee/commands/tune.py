@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -71,11 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         output = arguments.output / DIRECTORY
         return debug_tune(config, output=output, make_validator=partial(make_validator, output))
+    from megatron_ee.evaluation.timeline import drawn_step
     from megatron_ee.parallel.groups import launched_rank
     from megatron_ee.tuning.interrupt import watch_signals
     from megatron_ee.tuning.run import tune
     from megatron_ee.tuning.status import is_finished
 
+    plot = arguments.output / "streaming.png"
     with watch_signals():
         status = tune(
             config,
@@ -84,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             allow_new_data=arguments.allow_new_data,
             init_adapter=arguments.init_adapter,
             make_validator=partial(make_validator, arguments.output),
+            around=contextlib.nullcontext if config.model.residency == "device" else partial(drawn_step, path=plot),
         )
         if launched_rank() == 0 and is_finished(arguments.output):
             show_history(arguments.output)

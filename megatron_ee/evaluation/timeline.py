@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 from megatron_ee.errors import DataError
 from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
 from megatron_ee.tuning.schedule import Span
+from megatron_ee.tuning.trainer import Trainer
+
+RECORDED = 2
+"""Steps that are recorded. The last one is drawn, since the first one also allocates memory."""
 
 ROWS = {
     "transfer": {"read": ("read from disk", COLOURS[5]), "copy": ("copied to the device", COLOURS[0])},
@@ -18,6 +25,39 @@ ROWS = {
     },
 }
 """By row of the picture: kinds of spans, each with its name in the legend and its colour."""
+
+
+@contextlib.contextmanager
+def drawn_step(trainer: Trainer, path: Path) -> Iterator[None]:
+    """Draw a step that ``trainer`` runs over streamed layers while the context is open, and say how much of it waits.
+
+    Args:
+        trainer: of a run with ``model.residency`` host or disk.
+        path: the file, which the first rank writes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    pipeline, optimizer = trainer.pipeline, trainer.optimizer
+    begin, reduce = optimizer.zero_gradients, optimizer.reduce_gradients
+    recorded: list[list[Span]] = []
+
+    def begin_step() -> None:
+        pipeline.events = [] if len(recorded) < RECORDED else None
+        begin()
+
+    def after_exits() -> None:
+        reduce()
+        recorded.extend([] if pipeline.events is None else [pipeline.events])
+        pipeline.events = None
+
+    with mock.patch.multiple(optimizer, zero_gradients=begin_step, reduce_gradients=after_exits):
+        yield
+    if recorded and optimizer.groups.is_main:
+        plot_timeline(recorded[-1], path)
+        share = waiting_share(recorded[-1])
+        line = f"streamed layers: {share:.1%} of a step waited for a layer (without the update); timeline: {path}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def waiting_share(spans: Sequence[Span]) -> float:

@@ -67,7 +67,9 @@ def assert_same(first: Path, second: Path) -> None:
 
 def test_a_run_from_disk(tune: Tune, resident: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune(tmp_path / "disk", "disk") == 0
-    assert "each of up to 4 tokens reads its layers from disk" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "each of up to 4 tokens reads its layers from disk" in said
+    assert "% of a step waited for a layer" in said and (tmp_path / "disk" / "streaming.png").is_file()
     # Threshold mode is not measured at the end, since it would read the layers for each token.
     assert read_log(tmp_path / "disk") == [line for line in read_log(resident) if "free_running" not in line]
     assert_same(tmp_path / "disk", resident)
