@@ -15,6 +15,9 @@ from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.model.slots import Slot
+from megatron_ee.parallel.groups import Groups
+from megatron_ee.testing.tuning import Case, prepare, random_batches
+from megatron_ee.tuning.step import tuning_step
 
 LoadStage = Callable[..., Stage]
 SavedModel = Callable[..., tuple[Path, Any]]
@@ -95,3 +98,24 @@ def test_an_error_while_reading_ahead_is_raised_where_the_layer_is_used(
     assert reached == [1, 2]
     failing.clear()
     assert torch.equal(outputs(stage)[0], expected[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_steps_on_a_gpu(residency: str, groups: Groups, saved_model: SavedModel) -> None:
+    """Layers whose copy takes longer than their work: what is computed too early or too late would differ."""
+    path, _ = saved_model("llama2", hidden_size=1024, intermediate_size=2816, num_hidden_layers=7)
+    whole = (((1, 7), (3, 7)),)
+    found = []
+    for each in ("device", residency):
+        exits = (ExitSpec(3, "mlp", "shared"), ExitSpec(7, "mlp", "shared"))
+        case = Case("gpu", "llama2", exits, whole, dtype="bfloat16", residency=each)  # type: ignore[arg-type]
+        pipeline, optimizer = prepare(path, case, groups)
+        results = [
+            tuning_step(pipeline, optimizer, random_batches(131, number, 0, 1, 1), case.loss, 1.0)
+            for number in range(4)
+        ]
+        found.append((results, [parameter.detach().cpu() for parameter in pipeline.stage.exits[1].parameters()]))
+    (expected, weights), (streamed, others) = found
+    assert streamed == expected
+    assert all(torch.equal(one, other) for one, other in zip(weights, others, strict=True))
