@@ -68,6 +68,7 @@ def test_different_work_is_noticed() -> None:
             tune.check_same("float32", step, step | other)
 
 
+@pytest.mark.slow
 def test_decode(run: Any) -> None:
     arguments = ["--tokens", "4", "--prompt-tokens", "4", "--prompts", "1", "--rows", "1", "--dtype", "float32"]
     rows = run(decode, *arguments, "--exits", "1", "--busy", "1")
@@ -77,6 +78,7 @@ def test_decode(run: Any) -> None:
     assert rows["transformers"]["same_outputs"] == rows["speculative"]["same_outputs"] == 1
 
 
+@pytest.mark.slow
 def test_streamed(run: Any, tmp_path: Path) -> None:
     plot = ("--plot", str(tmp_path / "step.png"))
     rows = run(streamed, "--residency", "device", "disk", "--tokens", "16", "--microbatches", "2", "--cold", *plot)

@@ -88,7 +88,8 @@ def test_own_answers(
 
 
 @cpu_only
-@pytest.mark.parametrize("instructions", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", [True, False])
 def test_given_text(
     instructions: bool,
     project: Any,
