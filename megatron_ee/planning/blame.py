@@ -20,13 +20,14 @@ def blame(estimate: Estimate) -> str:
         parts = _parts(estimate, index, stage)
         name, size = max(parts.items(), key=lambda part: part[1])
         return f"{name}{where} take {size / GB:,.1f} GB"
-    if memory.total == memory.fit:
-        return f"the fit before tuning, which holds all {layers} layers, takes {memory.fit / GB:,.1f} GB{where}"
-    if memory.total == memory.validation:
-        return (
-            f"all {layers} layers, for the final exit on validation data, take {memory.validation / GB:,.1f} GB{where}"
-        )
-    return f"the fit of gates, which holds all {layers} layers, takes {memory.gates / GB:,.1f} GB{where}"
+    phases = (
+        (memory.fit, f"the fit before tuning, which holds all {layers} layers, takes"),
+        (memory.validation, f"all {layers} layers, for the final exit on validation data, take"),
+        (memory.gates, f"the fit of gates, which holds all {layers} layers, takes"),
+        (memory.decoding, f"threshold mode after tuning, which holds all {layers} layers, takes"),
+    )
+    words = next(words for size, words in phases if size == memory.total)
+    return f"{words} {memory.total / GB:,.1f} GB{where}"
 
 
 def _parts(estimate: Estimate, index: int, stage: StagePlan) -> dict[str, float]:
