@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ee.checkpoint.adapter import Adapter, check_same_kind, named_tensor
 from megatron_ee.checkpoint.packing import pack_layers
 from megatron_ee.checkpoint.saved_model import SavedModel
+from megatron_ee.checkpoint.tensors import READERS
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.stage import Stage
 from megatron_ee.exits.tensors import exit_copy_sources, gate_sources, shared_head_sources, trained_parts
@@ -20,9 +21,6 @@ from megatron_ee.model.names import Block, backbone_sources, blocks, layer_sourc
 from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.streaming import stream_from_files, stream_from_host
 from megatron_ee.progress import track
-
-READERS = 2
-"""Number of reading threads: enough to keep a disk busy, few enough to keep the buffers small."""
 
 
 def fill_stage(stage: Stage, model: SavedModel, adapter: Adapter | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.saved_model import SavedModel
+from megatron_ee.checkpoint.tensors import READERS
 from megatron_ee.config.schema import Weights
 from megatron_ee.model.backbone import Backbone
 from megatron_ee.model.names import Block, blocks, layer_sources
@@ -24,8 +25,6 @@ from megatron_ee.model.setup import ModelSetup
 from megatron_ee.model.slots import Slot
 from megatron_ee.parallel.tiles import PACKED_SLOTS
 
-READERS = 2
-"""Number of reading threads, as in ``checkpoint.loading``."""
 SCRATCH = 2**26
 """Maximum number of elements that are expanded at a time, on a device whose tiles have no limit."""
 
@@ -41,7 +40,7 @@ class PackedLayer:
 
     Attributes:
         nbytes: in memory.
-        writers: each writes some of the weights into the slot that the layer is bound to.
+        writers: each writes some of the weights into the slot.
     """
 
     nbytes: int
@@ -54,7 +53,7 @@ def pack_layers(
     """Read this rank's layers without expanding them, and let the slots be filled from memory.
 
     Args:
-        backbone: its layers have slots.
+        backbone: its layers share one slot.
         model: with quantised weights.
         advance: called with the number of bytes just read, as if expanded.
 
@@ -67,10 +66,10 @@ def pack_layers(
     layers: dict[int, PackedLayer] = {}
     setup, slots = backbone.setup, backbone.slots
     assert slots is not None, "packed layers need a slot"
-    device = slots.slots[0].memory.device
+    (slot,) = slots.slots
+    device = slot.memory.device
     with ThreadPoolExecutor(READERS) as pool, torch.no_grad():
         for number, _ in backbone.numbered_layers():
-            slot = slots.slots[number % len(slots.slots)]
             boxes = _boxes(slot.tensors, number, setup)
             parts = list(pool.map(partial(_read, model=model, setup=setup, device=device), boxes))
             layers[number] = PackedLayer(sum(size for size, _ in parts), [writer for _, writer in parts])

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from megatron_ee.checkpoint.safetensors_file import PIECE, TensorEntry, read_box, tensor_bytes
 
+READERS = 2
+"""Number of reading threads: enough to keep a disk busy, few enough to keep the buffers small."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:

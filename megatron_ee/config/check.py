@@ -83,16 +83,25 @@ def check_tensor(architecture: Architecture, tensor: int, key: str) -> None:
     Raises:
         ConfigError: naming ``key``.
     """
-    shared = {
+    for what, count in _cut_counts(architecture).items():
+        if count % tensor:
+            most = largest_tensor(architecture)
+            possible = ", ".join(str(size) for size in range(1, most + 1) if most % size == 0)
+            raise ConfigError(f"{key}: {tensor} does not divide the model's {count} {what}; possible: {possible}")
+
+
+def largest_tensor(architecture: Architecture) -> int:
+    """The largest tensor-parallel size. The possible sizes are those that divide it."""
+    return gcd(*_cut_counts(architecture).values())
+
+
+def _cut_counts(architecture: Architecture) -> dict[str, int]:
+    """What tensor parallelism cuts evenly."""
+    return {
         "attention heads": architecture.num_heads,
         "key-value heads": architecture.num_kv_heads,
         "MLP features": architecture.ffn_size,
     }
-    for what, count in shared.items():
-        if count % tensor:
-            most = gcd(*shared.values())
-            possible = ", ".join(str(size) for size in range(1, most + 1) if most % size == 0)
-            raise ConfigError(f"{key}: {tensor} does not divide the model's {count} {what}; possible: {possible}")
 
 
 def check_pipeline(num_layers: int, pipeline: int, key: str) -> None:

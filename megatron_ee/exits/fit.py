@@ -40,6 +40,8 @@ LEAST_PIVOT = 1e-8
 FLOAT64 = 8  # bytes
 PER_FEATURE = 16
 """Tokens for each feature that exits and gates are fitted on by default."""
+HELD_OUT_MOST = 4096
+"""Tokens that are held out of a fit, at most."""
 MEMORY_SHARE = 0.7
 """Share of the free memory that sums may take, so that the layers and the heads have room to run."""
 

@@ -19,6 +19,8 @@ from megatron_ee.families.family import Source
 
 GATE = "gate"
 """The module of an exit, and the first part of its tensors' names in an adapter after ``exits.<layer>.``."""
+RIDGES = (0.001, 0.01, 0.1)
+"""Tried in the fit of a gate."""
 STEPS = 10
 """Newton steps at most."""
 TOLERANCE = 1e-12

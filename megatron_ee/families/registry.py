@@ -67,6 +67,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: not found; give a Hugging Face model directory with a config.json")
     check_confined(path, allowed_root(path.parent))
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a ``config.json``, which may have another name, without checking its values.
+
+    Raises:
+        CheckpointError: not a JSON object.
+    """
     config = read_json(path, MAX_FILE)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
-from megatron_ee.exits.fit import MEMORY_SHARE, PER_FEATURE, RIDGES, fit_bytes, number_turns
+from megatron_ee.exits.fit import HELD_OUT_MOST, MEMORY_SHARE, PER_FEATURE, RIDGES, fit_bytes, number_turns
+from megatron_ee.exits.gate import RIDGES as GATE_RIDGES
 from megatron_ee.exits.gate import STEPS as NEWTON_STEPS
 from megatron_ee.exits.registry import body_of
 from megatron_ee.parallel.costs import attention_flops, final_exit_flops, mlp_flops
@@ -24,12 +25,8 @@ from megatron_ee.planning.storage import disk_use, gate_tokens, saves
 from megatron_ee.planning.traffic import stage_traffic
 from megatron_ee.planning.workload import Workload
 
-GATE_RIDGES = 3
-"""Ridges that the fit of a gate tries."""
 CANDIDATES = 1 + len(RIDGES)
 """Times that a fitted exit is measured on held-out tokens: copied, and with each solution."""
-HELD_OUT = 4096
-"""Tokens that are held out of a fit, at most."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ class _Run:
             solving = sum(ridges * (rows**3 / 3 + 2 * rows**2 * arch.hidden_size) for rows in own)
             busiest = max(busiest, sums / workload.tensor / machine.float32 + solving / machine.float64)
         each = sum(exit_forward_flops(arch, spec, 1, workload.tensor) for spec in fitted)
-        measured = self._all_layers(HELD_OUT) + self._spread(CANDIDATES * HELD_OUT * each)
+        measured = self._all_layers(HELD_OUT_MOST) + self._spread(CANDIDATES * HELD_OUT_MOST * each)
         forward = turns * self._all_layers(tokens)
         turn = f" in {turns} turns" if turns > 1 else ""
         return Phase("fit", f"{len(fitted)} exits, {tokens:,} tokens{turn}", forward + busiest + measured)
@@ -216,7 +213,7 @@ class _Run:
         gated = [spec for spec in self.specs if spec.gate]
         tokens = gate_tokens(self.config, arch)
         heads = sum(exit_forward_flops(arch, spec, 1, workload.tensor) for spec in gated)
-        newton = len(gated) * GATE_RIDGES * NEWTON_STEPS * 2 * arch.hidden_size**2 * tokens
+        newton = len(gated) * len(GATE_RIDGES) * NEWTON_STEPS * 2 * arch.hidden_size**2 * tokens
         passes = self._all_layers(tokens) + self._spread(tokens * heads)
         solving = newton / workload.data / len(self.layout.stages) / self.machine.float64
         adapters = 1 + workload.validates

@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.schema import RunConfig
-from megatron_ee.config.untrusted import read_json
-from megatron_ee.errors import CheckpointError, ConfigError
-from megatron_ee.families.registry import MAX_FILE, parse_architecture, read_config
+from megatron_ee.errors import ConfigError
+from megatron_ee.families.registry import parse_architecture, read_config, read_config_file
 
 ASSUMED = "bfloat16"
 DTYPES = {"float32": "float32", "float64": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
@@ -31,7 +30,7 @@ def read_model(config: RunConfig) -> tuple[RunConfig, Architecture, list[str]]:
         raise ConfigError(
             f"model.path: no such file or directory: {path}; a plan needs the model's config.json, no weights"
         )
-    values = _read_file(path) if path.is_file() else read_config(path)
+    values = read_config_file(path) if path.is_file() else read_config(path)
     where = str(path if path.is_file() else path / "config.json")
     architecture = parse_architecture(values, where, quantised=True)
     notices, dtype = [], config.model.dtype
@@ -41,13 +40,6 @@ def read_model(config: RunConfig) -> tuple[RunConfig, Architecture, list[str]]:
             notices.append(f"model.dtype: {path} names no dtype; planned for {ASSUMED}")
     model = dataclasses.replace(config.model, path=str(path.parent if path.is_file() else path), dtype=dtype)
     return dataclasses.replace(config, model=model), architecture, notices
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    values = read_json(path, MAX_FILE)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return values
 
 
 def _dtype(values: dict[str, Any]) -> tuple[Any, bool]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.check import largest_tensor
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.errors import ConfigError
 from megatron_ee.planning.blame import blame
@@ -111,10 +112,10 @@ def search(config: RunConfig, architecture: Architecture, gpus: int, memory: flo
 
 def _sizes(config: RunConfig, architecture: Architecture, gpus: int) -> Iterator[tuple[int, int]]:
     """Tensor and pipeline sizes that divide the GPUs and the model."""
-    shared = (architecture.num_heads, architecture.num_kv_heads, architecture.ffn_size)
+    largest = largest_tensor(architecture)
     most = architecture.num_layers + len(config.exits)
     for tensor in range(1, gpus + 1):
-        if gpus % tensor or any(count % tensor for count in shared):
+        if gpus % tensor or largest % tensor:
             continue
         for pipeline in range(1, min(most, gpus // tensor) + 1):
             if (gpus // tensor) % pipeline == 0:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.checkpoint.initialise import initialise_exit
@@ -20,7 +21,7 @@ from megatron_ee.checkpoint.store import open_checkpoint
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import LossConfig, OptimizerConfig, Residency, ScheduleConfig, Weights
 from megatron_ee.data.loader import Batch, Sample
-from megatron_ee.exits.stage import build_stage
+from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, StageLayout
@@ -87,6 +88,14 @@ class Outcome:
     results: tuple[StepResult, ...]
     events: tuple[Span, ...]
     checkpoints: tuple[str, ...]
+
+
+@torch.no_grad()
+def layer_outputs(stage: Stage) -> list[Tensor]:
+    """h after the last layer and the taps, ``[20, 1, hidden]``, of a stage with the embedding."""
+    tokens = torch.arange(20, device=platform.device())[None]
+    h, taps = stage.run_layers(stage.backbone.embed(tokens), stage.backbone.positions(20), to_end=True)
+    return [h, *taps.values()]
 
 
 def random_batches(vocab: int, step: int, rank: int, size: int, micro_batch_size: int) -> list[Batch]:

@@ -13,11 +13,11 @@ from megatron_ee import platform
 from megatron_ee.config.schema import RunConfig
 from megatron_ee.data.loader import Batch, MicrobatchStream, PackedBlend
 from megatron_ee.errors import DataError
-from megatron_ee.exits.fit import PER_FEATURE
+from megatron_ee.exits.fit import HELD_OUT_MOST, PER_FEATURE
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.tuning.interrupt import Interrupt
 
-HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 16, 1024, 4096
+HELD_OUT_SHARE, HELD_OUT_LEAST = 16, 1024
 
 Steps = list[list[Batch]]
 """This rank's microbatches of some global batches."""

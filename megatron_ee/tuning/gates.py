@@ -29,11 +29,11 @@ from megatron_ee.config.schema import RunConfig
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.loader import PackedBlend
 from megatron_ee.exits.exit import Exit
-from megatron_ee.exits.fit import PER_FEATURE
-from megatron_ee.exits.gate import logistic_regression
+from megatron_ee.exits.gate import RIDGES, logistic_regression
 from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.parallel.layout import Layout
+from megatron_ee.planning.storage import gate_tokens
 from megatron_ee.progress import Progress, track
 from megatron_ee.tables import add_columns, make_console, new_table
 from megatron_ee.tuning.fit import run_with_top1
@@ -43,7 +43,6 @@ from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 from megatron_ee.tuning.teacher import TopTokens
 
-RIDGES = (0.001, 0.01, 0.1)
 BINS = 15
 """Equal bins of probability in the calibration error."""
 
@@ -106,8 +105,7 @@ def add_gates(
     todo = groups.together(lambda: _without_gates(adapters, layers) if groups.is_main else [])[0]
     if not todo:
         return
-    most = PER_FEATURE * hidden
-    amount = most if config.fit.tokens == "auto" else min(most, config.fit.tokens)
+    amount = gate_tokens(config, full.setup.architecture)
     limited = dataclasses.replace(config, fit=dataclasses.replace(config.fit, tokens=amount))
     tokens = read_tokens(limited, blend, hidden, groups, full.interrupt)
     stage, fitted = None, -1

@@ -8,26 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.requests import Request
 from megatron_ee.model.slots import Slot
+from megatron_ee.testing.tuning import layer_outputs
 
 LoadStage = Callable[..., Stage]
 SavedModel = Callable[..., tuple[Path, Any]]
 EXITS = [ExitSpec(2, "mlp"), ExitSpec(3, "norm", "shared")]
-
-
-@torch.no_grad()
-def outputs(stage: Stage) -> list[Tensor]:
-    """h after the last layer, and the taps."""
-    tokens = torch.arange(20, device=platform.device())[None]
-    h, taps = stage.run_layers(stage.backbone.embed(tokens), stage.backbone.positions(20), to_end=True)
-    return [h, *taps.values()]
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -38,7 +29,7 @@ def test_taps_equal_those_of_a_resident_backbone(
     path, _ = saved_model(family)
     resident, shared = load_stage(path, EXITS), load_stage(path, EXITS, slots=slots)
     for _ in range(2):  # the second time begins with the last layer's weights in a slot
-        for expected, found in zip(outputs(resident), outputs(shared), strict=True):
+        for expected, found in zip(layer_outputs(resident), layer_outputs(shared), strict=True):
             assert torch.equal(found, expected)
 
 
@@ -65,7 +56,7 @@ def test_only_the_slots_take_memory(saved_model: SavedModel, load_stage: LoadSta
 
 def test_a_slot_is_filled_again_after_a_failure(saved_model: SavedModel, load_stage: LoadStage) -> None:
     path, _ = saved_model("llama3.1")
-    expected, stage = outputs(load_stage(path)), load_stage(path, slots=1)
+    expected, stage = layer_outputs(load_stage(path)), load_stage(path, slots=1)
     slots = stage.backbone.slots
     assert slots is not None and slots.fill is not None
     fill, failures, calls = slots.fill, [3], []
@@ -79,7 +70,7 @@ def test_a_slot_is_filled_again_after_a_failure(saved_model: SavedModel, load_st
 
     slots.fill = failing
     with pytest.raises(OSError):
-        outputs(stage)
+        layer_outputs(stage)
     failures.clear()
-    assert torch.equal(outputs(stage)[0], expected[0])
+    assert torch.equal(layer_outputs(stage)[0], expected[0])
     assert calls == [1, 2, 3, 1, 2, 3, 4]

@@ -9,27 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.model.slots import Slot
 from megatron_ee.parallel.groups import Groups
-from megatron_ee.testing.tuning import Case, prepare, random_batches
+from megatron_ee.testing.tuning import Case, layer_outputs, prepare, random_batches
 from megatron_ee.tuning.step import tuning_step
 
 LoadStage = Callable[..., Stage]
 SavedModel = Callable[..., tuple[Path, Any]]
 EXITS = [ExitSpec(2, "mlp"), ExitSpec(3, "norm", "shared")]
-
-
-@torch.no_grad()
-def outputs(stage: Stage) -> list[Tensor]:
-    """h after the last layer, and the taps."""
-    tokens = torch.arange(20, device=platform.device())[None]
-    h, taps = stage.run_layers(stage.backbone.embed(tokens), stage.backbone.positions(20), to_end=True)
-    return [h, *taps.values()]
 
 
 @pytest.mark.parametrize("residency", ["host", "disk"])
@@ -42,7 +32,7 @@ def test_taps_equal_those_of_a_resident_backbone(
     streamed = load_stage(path, EXITS, dtype=dtype, residency=residency)
     assert streamed.backbone.slots is not None and len(streamed.backbone.slots.slots) == 2
     for _ in range(2):
-        for expected, found in zip(outputs(resident), outputs(streamed), strict=True):
+        for expected, found in zip(layer_outputs(resident), layer_outputs(streamed), strict=True):
             assert torch.equal(found, expected)
 
 
@@ -55,7 +45,7 @@ def test_any_number_of_layers(count: int, saved_model: SavedModel, load_stage: L
         load_stage(path, layers=layers, final_exit=False, residency=residency) for residency in ("device", "disk")
     )
     for _ in range(3):
-        assert torch.equal(outputs(streamed)[0], outputs(resident)[0])
+        assert torch.equal(layer_outputs(streamed)[0], layer_outputs(resident)[0])
 
 
 def test_the_next_layer_is_read_while_one_computes(saved_model: SavedModel, load_stage: LoadStage) -> None:
@@ -82,7 +72,7 @@ def test_an_error_while_reading_ahead_is_raised_where_the_layer_is_used(
     stage = load_stage(saved_model("llama3.1")[0], residency="disk")
     slots = stage.backbone.slots
     assert slots is not None and slots.fill is not None
-    expected, fill, failing = outputs(stage), slots.fill, [3]
+    expected, fill, failing = layer_outputs(stage), slots.fill, [3]
 
     def broken(number: int, slot: Slot) -> None:
         if number in failing:
@@ -97,7 +87,7 @@ def test_an_error_while_reading_ahead_is_raised_where_the_layer_is_used(
             reached.append(number)
     assert reached == [1, 2]
     failing.clear()
-    assert torch.equal(outputs(stage)[0], expected[0])
+    assert torch.equal(layer_outputs(stage)[0], expected[0])
 
 
 @pytest.mark.gpu
