@@ -1,0 +1,1 @@
+"""Calibrates exit thresholds so that the loss against full mode has a stated bound."""

@@ -1,0 +1,90 @@
+"""p-values of the null hypothesis *the expected loss is above the risk*, and tests of them in a fixed sequence.
+
+Learn then test (Angelopoulos et al., arXiv 2110.01052): every setting of the exits has such a null hypothesis. The
+settings are tested in an order that is fixed beforehand, from safe to fast, each at level delta, until the first is not
+rejected (fixed-sequence testing, section 3.2 there). Then the probability that any accepted setting has an expected
+loss above the risk is at most delta, over the draw of the sample. No correction for the number of settings is needed,
+and no assumption about the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import binom
+
+from megatron_ee.evaluation.betting import Floats, betting_p, kl
+
+PValue = Literal["betting", "hoeffding-bentkus"]
+_RISKS = 1000
+"""Resolution of ``largest_risk``."""
+
+
+def hoeffding_bentkus_p(losses: ArrayLike, risk: float, delta: float = 0.0) -> Floats:
+    """The smaller of Hoeffding's and Bentkus's p-values (Bates et al., arXiv 2101.02703, section 3.1.2).
+
+    Args:
+        losses: ``[..., n]`` in [0, 1].
+        risk: the bound, in (0, 1).
+        delta: has no effect; it is there for the p-values that need it.
+
+    Returns:
+        ``[...]``.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    count = values.shape[-1]
+    if count == 0:
+        return np.ones(values.shape[:-1])
+    total = values.sum(axis=-1)
+    hoeffding = np.exp(-count * kl(np.minimum(total / count, risk), risk))
+    # Rounding must not raise the ceiling of a whole number.
+    bentkus = math.e * binom.cdf(np.ceil(total - 1e-9), count, risk)
+    return np.minimum(np.minimum(hoeffding, bentkus), 1.0)
+
+
+P_VALUES: Mapping[PValue, Callable[[ArrayLike, float, float], Floats]] = {
+    "betting": betting_p,
+    "hoeffding-bentkus": hoeffding_bentkus_p,
+}
+"""p-values of ``losses [..., n]``, risk and delta. Those of betting depend on the order of the losses."""
+assert set(P_VALUES) == set(get_args(PValue))
+
+
+def smallest_count(name: PValue, risk: float, delta: float) -> int:
+    """The smallest sample that could pass at all: with all losses 0, its p-value is at most ``delta``.
+
+    Both p-values are then ``(1 - risk) ** n``, which no valid p-value beats, since it is the probability of n losses of
+    0 where a loss is 1 with probability ``risk``.
+    """
+    count = max(1, math.ceil(math.log(delta) / math.log1p(-risk)) - 1)
+    while P_VALUES[name](np.zeros(count), risk, delta) > delta:
+        count += 1
+    return count
+
+
+def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
+    """Number of settings that pass, in the order of ``p_values``. Nothing is read after the first that fails."""
+    passed = 0
+    for p in p_values:
+        if not p <= delta:
+            break
+        passed += 1
+    return passed
+
+
+def largest_risk(name: PValue, losses: ArrayLike, delta: float) -> float:
+    """Upper confidence bound of the expected loss, at level 1 - ``delta``, rounded up to 1 / ``_RISKS``.
+
+    It is found by bisection, since a larger risk is rejected more easily. The bound is for one setting that is given
+    beforehand; for a setting that was chosen by tests at the same level, the statement is the tested risk.
+    """
+    low, high = 0, _RISKS  # the first is not rejected, the second cannot be exceeded
+    while high - low > 1:
+        middle = (low + high) // 2
+        rejected = P_VALUES[name](losses, middle / _RISKS, delta) <= delta
+        low, high = (low, middle) if rejected else (middle, high)
+    return high / _RISKS
