@@ -38,6 +38,13 @@ class ConfigError(UserError):
     exit_status = 2
 
 
+def common_error(message: str) -> ConfigError:
+    """A ``ConfigError`` that every rank raises, for example about a file that all of them read."""
+    error = ConfigError(message)
+    error.common = True
+    return error
+
+
 class CheckpointError(UserError):
     """A checkpoint file or directory cannot be read, written or trusted."""
 

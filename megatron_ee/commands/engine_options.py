@@ -105,6 +105,12 @@ def add_engine(group: Any) -> None:
     add("--tensor", type=at_least(1), default=1, metavar="N", help="tensor-parallel size (default: 1)")
     add("--pipeline", type=at_least(1), default=1, metavar="N", help="pipeline stages (default: 1)")
     add_residency(group)
+    add_serving(group, "--batch-size")
+
+
+def add_serving(group: Any, *names: str) -> None:
+    """The engine's memory, and how many sequences run at a time; ``names`` are further names of the latter."""
+    add = group.add_argument
     add(
         "--kv-memory",
         type=_gigabytes,
@@ -113,7 +119,7 @@ def add_engine(group: Any) -> None:
     )
     add(
         "--max-num-seqs",
-        "--batch-size",
+        *names,
         type=at_least(1),
         default=16,
         metavar="N",
@@ -146,6 +152,12 @@ def engine_options(arguments: argparse.Namespace, released: Released, **others: 
     )
     options.check(released)
     return options
+
+
+def rounding_settings(arguments: argparse.Namespace, released: Released) -> dict[str, str]:
+    """The options of ``add_model`` that change outputs, for what says how a file was made."""
+    rounding = {} if arguments.quantise == "none" else {"quantise": arguments.quantise}
+    return {**rounding, "dtype": released.model.dtype if arguments.dtype == "auto" else arguments.dtype}
 
 
 @contextlib.contextmanager

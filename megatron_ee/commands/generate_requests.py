@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ee.commands.engine_options import setting_name
-from megatron_ee.config.untrusted import parse_json
+from megatron_ee.config.untrusted import json_lines, parse_object
 from megatron_ee.config.validation import validated
 from megatron_ee.data.chat import check_messages
-from megatron_ee.errors import ConfigError, UserError, shown
+from megatron_ee.errors import ConfigError, UserError, common_error, shown
 from megatron_ee.inference.policy import POLICIES
 from megatron_ee.inference.released import Released
 from megatron_ee.inference.requests import Request, encode_chat, prompt_ids
@@ -122,21 +121,18 @@ def read_requests(
     """
     requests = []
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        lines = list(json_lines(path))
     except OSError as error:
-        raise _in_file(f"--prompts: {path} cannot be read: {error.strerror or error}") from None
-    for number, encoded in enumerate(lines, start=1):
+        raise common_error(f"--prompts: {path} cannot be read: {error.strerror or error}") from None
+    for number, line in lines:
         try:
-            line = _decode(encoded)
-            if not line.strip():
-                continue
-            requests.append(_read_line(number, line, defaults, released, chat=chat))
+            requests.append(_read_line(number, parse_object(line), defaults, released, chat=chat))
             check_request(requests[-1].request, released)
         except UserError as error:
             field, colon, rest = str(error).partition(":")
-            raise _in_file(f"{path}:{number}: {setting_name(field)}{colon}{rest}") from None
+            raise common_error(f"{path}:{number}: {setting_name(field)}{colon}{rest}") from None
     if not requests:
-        raise _in_file(f"--prompts: {path} holds no prompt; each line is a JSON object with a prompt or messages")
+        raise common_error(f"--prompts: {path} holds no prompt; each line is a JSON object with a prompt or messages")
     return requests
 
 
@@ -153,24 +149,9 @@ def check_memory(requests: Sequence[FileRequest], engine: Engine, path: Path) ->
             raise ConfigError(f"{path}:{each.line}: {error}") from None
 
 
-def _in_file(message: str) -> ConfigError:
-    """An error in the file of prompts, which every rank reads."""
-    error = ConfigError(message)
-    error.common = True
-    return error
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8: byte {error.start} of the line: {error.reason}") from None
-
-
-def _read_line(number: int, line: str, defaults: Mapping[str, Any], released: Released, *, chat: bool) -> FileRequest:
-    given = parse_json(line.encode("utf-8"), "line")
-    if not isinstance(given, dict):
-        raise ConfigError(f"must be a JSON object, not {shown(given)}")
+def _read_line(
+    number: int, given: dict[str, Any], defaults: Mapping[str, Any], released: Released, *, chat: bool
+) -> FileRequest:
     keys = ("id", *PROMPTS, *defaults)
     for key in given:
         if key not in keys:

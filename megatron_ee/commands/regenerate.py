@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_ee.commands.engine_options import (
     engine_options,
     errors_of_options,
 )
-from megatron_ee.errors import ConfigError, UserError
+from megatron_ee.errors import UserError, common_error
 
 if TYPE_CHECKING:
     from megatron_ee.commands.answer_file import AnswerFile
@@ -111,9 +110,7 @@ def _prompts(path: Path, settings: dict[str, Any], released: Released) -> list[F
     for line in lines:
         problem = _problem(line)
         if problem:
-            error = ConfigError(f"{path}:{line.line}: {problem}")
-            error.common = True
-            raise error
+            raise common_error(f"{path}:{line.line}: {problem}")
     return [dataclasses.replace(line, request=_with_own_seed(line.request, index)) for index, line in enumerate(lines)]
 
 
@@ -142,23 +139,19 @@ def _with_own_seed(request: Request, index: int) -> Request:
 
 def _about(arguments: argparse.Namespace, settings: dict[str, Any], released: Released) -> dict[str, Any]:
     """What the answers depend on. How many processes and sequences run changes them by rounding only."""
-    from megatron_ee.checkpoint.digest import file_sha256, hash_backbone
+    from megatron_ee.checkpoint.digest import file_sha256
     from megatron_ee.commands.answer_file import MADE_BY
-    from megatron_ee.data.fingerprint import tokenizer_digests
+    from megatron_ee.commands.engine_options import rounding_settings
+    from megatron_ee.inference.released import released_digests
     from megatron_ee.parallel.groups import launched_rank
 
-    templates = dict(released.tokenizer.templates)
-    tokenizer = json.dumps([tokenizer_digests(arguments.model), templates, sorted(released.eos)], sort_keys=True)
-    dtype = released.model.dtype if arguments.dtype == "auto" else arguments.dtype
-    rounding = {} if arguments.quantise == "none" else {"quantise": arguments.quantise}
     return {
         "made_by": MADE_BY,
         "model": str(arguments.model),
         "prompts": str(arguments.prompts),
-        "model_sha256": hash_backbone(released.model.stored_weights, enabled=launched_rank() == 0),
-        "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
+        **released_digests(released, show=launched_rank() == 0),
         "prompts_sha256": file_sha256(arguments.prompts),
-        "settings": {**settings, **rounding, "drop_cut": arguments.drop_cut, "dtype": dtype},
+        "settings": {**settings, "drop_cut": arguments.drop_cut, **rounding_settings(arguments, released)},
     }
 
 

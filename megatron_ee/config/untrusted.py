@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.errors import CheckpointError, DamagedError, shown, storage_errors
+from megatron_ee.errors import CheckpointError, ConfigError, DamagedError, shown, storage_errors
 
 MAX_FILE = 64 * 2**20  # bytes; ten times the manifest of a model of many TB
 MAX_VALUES = 2**22
@@ -117,6 +118,33 @@ def parse_json(data: bytes, where: str) -> Any:
         )
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where}: not valid JSON: {error}") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file of JSON lines that are not blank, with their numbers from 1.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line.
+
+    Raises:
+        UserError: not UTF-8, not valid JSON, or no object.
+    """
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8: byte {error.start} of the line: {error.reason}") from None
+    found = parse_json(line, "line")
+    if not isinstance(found, dict):
+        raise ConfigError(f"must be a JSON object, not {shown(found)}")
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

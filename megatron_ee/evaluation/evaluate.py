@@ -24,7 +24,7 @@ from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import ValidationWindows, validation_windows
 from megatron_ee.data.prompts import held_out_prompts
 from megatron_ee.data.tokenizer_files import eos_token_ids
-from megatron_ee.errors import ConfigError
+from megatron_ee.errors import ConfigError, common_error
 from megatron_ee.evaluation.quality import measure
 from megatron_ee.evaluation.report import report_dict
 from megatron_ee.evaluation.speed import (
@@ -203,9 +203,7 @@ def _open_subject(
 
 def _check_exits(subject: _Subject) -> None:
     if not subject.exits:
-        error = ConfigError("--speed: there are no exits to compare with full mode; give their adapter with --adapter")
-        error.common = True
-        raise error
+        raise common_error("--speed: there are no exits to compare with full mode; give their adapter with --adapter")
 
 
 def _speed(

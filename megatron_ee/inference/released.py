@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ee.checkpoint.adapter import Adapter, check_hash, find_exits
-from megatron_ee.checkpoint.digest import hash_backbone
+from megatron_ee.checkpoint.digest import backbone_digest, hash_backbone
 from megatron_ee.checkpoint.saved_model import SavedModel, open_model, quantise_layers
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Quantise
+from megatron_ee.data.fingerprint import tokenizer_digests
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.data.tokenizer_files import eos_token_ids
 
@@ -64,3 +68,35 @@ def end_of_text(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     return frozenset((*eos_token_ids(directory), *own))
+
+
+def released_digests(released: Released, *, show: bool = True) -> dict[str, str | None]:
+    """SHA-256 (hex) of everything that an output depends on, besides the settings of the engine and the request.
+
+    Args:
+        released: the model.
+        show: show the progress of hashing the backbone.
+
+    Returns:
+        ``model_sha256``: the backbone's hash; ``adapter_sha256``: of the exits and their weights, None without exits;
+        ``tokenizer_sha256``: of the tokenizer, its chat templates and the end-of-text tokens.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        DataError: the tokenizer's files are damaged.
+    """
+    adapter, tokenizer = released.adapter, released.tokenizer
+    exits = None
+    if adapter is not None:
+        exits = _digest([[dataclasses.asdict(spec) for spec in adapter.exits], backbone_digest(adapter.weights)])
+    return {
+        "model_sha256": hash_backbone(released.model.stored_weights, enabled=show),
+        "adapter_sha256": exits,
+        "tokenizer_sha256": _digest(
+            [tokenizer_digests(released.path), dict(tokenizer.templates), sorted(released.eos)]
+        ),
+    }
+
+
+def _digest(content: list[object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
