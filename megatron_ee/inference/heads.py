@@ -34,6 +34,7 @@ class HeadInput:
         logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's; None
             for no log-probabilities.
         min_chance: with ``draft``, the gate's probability below which the draft ends before the head runs.
+        forced: the token that follows in place of the emitted one; None for none.
     """
 
     kind: Kind
@@ -45,6 +46,7 @@ class HeadInput:
     seen: tuple[int, ...] = ()
     logprobs: int | None = None
     min_chance: float = 0.0
+    forced: int | None = None
 
     @property
     def gated(self) -> bool:
@@ -84,10 +86,12 @@ class LogProbs:
     Attributes:
         emitted: of the emitted token.
         top: of the most probable tokens, by token id.
+        forced: of the token that follows in place of the emitted one; None without forced tokens.
     """
 
     emitted: float
     top: dict[int, float]
+    forced: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,9 @@ class _Queued:
         chosen: the most probable next token after the penalty, ``[tokens]``.
         shares: by measure, the confidence ``[tokens]``.
         verified: result of ``verify`` for the sampled sequences; None without any.
-        logprobs: for the sequences that request them, log-probability of the emitted token ``[tokens, 1]``, the largest
-            log-probabilities ``[tokens, most]``, and their token ids; None without any.
+        logprobs: for the sequences that request them, log-probabilities of the emitted and the forced token
+            ``[tokens, 2]`` (equal without a forced one), the largest log-probabilities ``[tokens, most]``, and their
+            token ids; None without any.
     """
 
     chosen: Tensor
@@ -178,7 +183,8 @@ def _queue(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequenc
         emitted = _replace(emitted, inputs, verified[1])
     wanted = [each.logprobs is not None for each in inputs]
     scores = _rows(logits, inputs, wanted).log_softmax(-1)
-    own = scores.gather(1, _rows(emitted, inputs, wanted)[:, None])
+    pairs = torch.stack((emitted, _with_forced(emitted, inputs)), dim=1)
+    own = scores.gather(1, _rows(pairs, inputs, wanted))
     best = scores.topk(min(most, scores.shape[1]))
     return _Queued(chosen, shares, verified, (own, best.values, best.indices))
 
@@ -222,6 +228,15 @@ def _replace(chosen: Tensor, inputs: Sequence[HeadInput], tokens: Tensor) -> Ten
     return chosen.index_copy(0, where, tokens[rows, numbers])
 
 
+def _with_forced(emitted: Tensor, inputs: Sequence[HeadInput]) -> Tensor:
+    """``emitted`` ``[tokens]`` with the forced tokens in place of the emitted ones."""
+    forced = [-1 if each.forced is None else each.forced for each in inputs for _ in range(each.tokens)]
+    if max(forced) < 0:
+        return emitted
+    given = platform.to_device(torch.tensor(forced), emitted.device)
+    return torch.where(given < 0, emitted, given)
+
+
 def _read(queued: _Queued, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
     """Transfer the results to the host, in one copy, and build the outputs."""
     tensors = [queued.chosen, *queued.shares.values(), *(queued.verified or ()), *(queued.logprobs or ())]
@@ -236,8 +251,9 @@ def _read(queued: _Queued, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
     logprobs: Iterator[LogProbs] = iter(())
     if queued.logprobs is not None:
         own, values, ids = (next(lists) for _ in queued.logprobs)
-        sizes = [queued.logprobs[1].shape[1]] * len(own)
-        logprobs = map(LogProbs, own, map(_by_token, _cut(ids, sizes), _cut(values, sizes)))
+        sizes = [queued.logprobs[1].shape[1]] * (len(own) // 2)
+        tops = map(_by_token, _cut(ids, sizes), _cut(values, sizes))
+        logprobs = map(LogProbs, own[::2], tops, own[1::2])
     found = []
     for each, part in zip(inputs, _spans(inputs), strict=True):
         confidence = shares[each.measure][part]
@@ -247,7 +263,10 @@ def _read(queued: _Queued, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
             one = _greedy(each, chosen[part], confidence)
         else:
             one = _drawn(each, confidence, *draw)
-        given = (LogProbs(lp.emitted, _first(lp.top, each.logprobs)) for lp in own_logprobs[: len(one.tokens)])
+        given = (
+            LogProbs(lp.emitted, _first(lp.top, each.logprobs), None if each.forced is None else lp.forced)
+            for lp in own_logprobs[: len(one.tokens)]
+        )
         found.append(replace(one, logprobs=tuple(given)))
     return found
 

@@ -69,8 +69,8 @@ class Request(Strict):
         stop_ids: token ids that end the output, in addition to the model's end-of-text tokens.
         ignore_eos: do not end at an end-of-text token.
         echo: start the output's text with the prompt.
-        logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's; None
-            for no log-probabilities.
+        logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's, and
+            the forced token's if there is one; None for no log-probabilities.
         forced_ids: token ids that continue the sequence in place of the emitted ones (teacher forcing). So the emitted
             tokens show what a mode predicts at each position of a given text. At most this many tokens are emitted.
             Not in speculative mode.
@@ -289,7 +289,12 @@ def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
 def encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], max_positions: int | None = None
 ) -> list[int]:
-    """Token ids of a conversation in the model's chat template, up to the start of the assistant's turn.
+    """Token ids of ``chat_prompt``; arguments and errors as there."""
+    return tokenizer.encode_spans(chat_prompt(tokenizer, messages, max_positions))[0]
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], max_positions: int | None = None) -> str:
+    """Text of a conversation in the model's chat template, up to the start of the assistant's turn.
 
     Args:
         tokenizer: with the template.
@@ -309,4 +314,4 @@ def encode_chat(
     _check_text(text)
     if max_positions is not None:
         check_length(tokenizer, text, max_positions)
-    return tokenizer.encode_spans(text)[0]
+    return text

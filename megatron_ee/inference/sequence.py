@@ -177,6 +177,7 @@ class Sequence:
         params, proposals = self.params, tuple(self.spec_token_ids)
         seen = tuple(self.token_ids()) if params.sampling.repetition_penalty != 1 else ()
         position = self.num_tokens_with_spec
+        forced = params.forced_token_ids[len(self.tokens)] if params.forced_token_ids else None
         if depth == final:
             count = len(proposals)
             return HeadInput(
@@ -187,9 +188,19 @@ class Sequence:
                 proposals=proposals,
                 seen=seen[: len(seen) - count],
                 logprobs=params.logprobs,
+                forced=forced,
             )
         if params.mode == "threshold":
-            return HeadInput("leave", position, params.sampling, params.policy, depth, (), seen, params.logprobs)
+            return HeadInput(
+                "leave",
+                position,
+                params.sampling,
+                params.policy,
+                layer=depth,
+                seen=seen,
+                logprobs=params.logprobs,
+                forced=forced,
+            )
         if self.drafting is None or not self.proposes:
             return None
         return HeadInput("draft", position, params.sampling, seen=seen, min_chance=self.drafting.min_chance)

@@ -164,6 +164,27 @@ def test_forced_ids_decide_on_a_given_text(mode: Any, exit_stage: MakeStage, eve
     assert ids_of(short) == ids_of(ours)[:5]
 
 
+@pytest.mark.parametrize("mode", ["threshold", "full"])
+def test_forced_tokens_have_the_probability_of_the_exit_that_decides(
+    mode: Any, exit_stage: MakeStage, every_logit: EveryLogit
+) -> None:
+    stage = exit_stage("mistral", BODIES["mixed"])
+    policy = ThresholdPolicy(threshold=some_threshold(stage))
+    text = torch.randint(3, 131, (TOKENS,), generator=torch.Generator().manual_seed(5)).tolist()
+    request = Request(prompt=PROMPT, mode=mode, policy=policy, forced_ids=text, max_tokens=TOKENS)
+    free = Request(prompt=PROMPT, max_tokens=TOKENS, logprobs=0)  # in the same passes
+    ours, others = generate(stage, request.model_copy(update={"logprobs": 1}), free)
+    logits = every_logit(stage, [*PROMPT, *text])
+    assert len({token.layer for token in ours.tokens}) > (mode == "threshold")
+    for place, (token, given) in enumerate(zip(ours.tokens, text, strict=True)):
+        depth = LAYERS + 1 if token.layer == LAYERS else token.layer
+        scores = logits[depth][len(PROMPT) + place - 1].log_softmax(-1)
+        assert token.logprobs is not None
+        assert token.logprobs.forced == pytest.approx(float(scores[given]), abs=1e-4)
+        assert token.logprobs.emitted == pytest.approx(float(scores[token.id]), abs=1e-4)
+    assert all(token.logprobs is not None and token.logprobs.forced is None for token in others.tokens)
+
+
 def sequences_of(engine: Engine) -> dict[int, StageSequence]:
     runner: Any = engine._scheduler.stages[0]  # type: ignore[union-attr]
     return runner.sequences

@@ -153,6 +153,12 @@ def test_log_probabilities_come_before_temperature_and_penalty() -> None:
     assert len(one(LOGITS, HeadInput("emit", 5, logprobs=100)).logprobs[0].top) == 3
 
 
+def test_a_forced_token_has_a_log_probability_beside_the_emitted_one() -> None:
+    found = one(LOGITS, HeadInput("emit", 5, logprobs=0, forced=1))
+    assert found.tokens == (0,)
+    assert found.logprobs == (LogProbs(pytest.approx(math.log(0.6)), {}, pytest.approx(math.log(0.3))),)
+
+
 class Reads(TorchFunctionMode):
     """Counts what has to wait for a device before the host goes on."""
 

@@ -46,6 +46,7 @@ def test_passes() -> None:
                 ScheduledSequence(
                     2, 3, (), HeadInput("leave", 3, policy=ThresholdPolicy(measure="entropy", threshold=0.1), layer=2)
                 ),
+                ScheduledSequence(5, 3, (), HeadInput("emit", 3, logprobs=0, forced=8)),
                 ScheduledSequence(3, 3, (), HeadInput("draft", 3, DRAWN)),
             ),
         ),
@@ -60,7 +61,7 @@ def test_outputs() -> None:
         HeadOutput((3,), (0.1,)),
         HeadOutput(),
         HeadOutput(finite=False),
-        HeadOutput((1, 2), (0.25, 1.0), (LogProbs(-0.25, {7: -0.25, 11: -3.5}), LogProbs(-1.0, {}))),
+        HeadOutput((1, 2), (0.25, 1.0), (LogProbs(-0.25, {7: -0.25, 11: -3.5}), LogProbs(-1.0, {}, -2.5))),
     ]
     received = unpack_outputs(sent(pack_outputs(outputs)))
     assert received == outputs and same_types(received, outputs)
