@@ -32,12 +32,13 @@ setup(
         "pyyaml>=6,<7",
         "pydantic>=2.11,<3",  # models of what files and requests hold
         "numpy>=1.26,<3",
-        "scipy>=1.14,<2",  # binomial tails of calibration
         "psutil>=6,<8",
         "packaging>=24,<27",
         "rich>=13.9,<16",
         "tensorboard>=2.18,<3",
         "matplotlib>=3.9,<4",
+        "rapidfuzz>=3.9,<4",  # longest common subsequences, for ROUGE-L
+        "regex>=2025.10.22,<2027",  # scripts of texts; transformers needs it too
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
