@@ -32,6 +32,7 @@ setup(
         "pyyaml>=6,<7",
         "pydantic>=2.11,<3",  # models of what files and requests hold
         "numpy>=1.26,<3",
+        "scipy>=1.14,<2",  # binomial tails of calibration
         "psutil>=6,<8",
         "packaging>=24,<27",
         "rich>=13.9,<16",

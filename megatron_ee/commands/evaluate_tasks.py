@@ -1,0 +1,162 @@
+"""``megatron-ee evaluate --tasks``: quality of answers beside their speed, in every mode."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ee.commands import at_least
+from megatron_ee.commands.engine_options import add_serving, engine_options, errors_of_options, rounding_settings
+from megatron_ee.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from megatron_ee.evaluation.tasks.answers import Setting
+    from megatron_ee.evaluation.tasks.records import TaskRecord
+    from megatron_ee.evaluation.tasks.results import TaskResults
+    from megatron_ee.inference.released import Released
+
+ANSWERS, RESULTS, PLOT = "answers.jsonl", "tasks.json", "tasks.png"
+"""Files in ``--output``."""
+MADE_BY = "megatron-ee evaluate"
+
+
+def add_tasks(group: Any) -> None:
+    """The options of ``--tasks``."""
+    add = group.add_argument
+    add(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="thresholds of threshold mode (default: 0.6 0.8 0.9 0.95)",
+    )
+    add(
+        "--policy",
+        choices=("threshold", "gate"),
+        nargs="+",
+        default=["threshold"],
+        help="what decides in threshold mode, see generate; both are compared if both are given (default: threshold)",
+    )
+    add("--max-tokens", type=at_least(1), default=64, metavar="N", help="largest number of new tokens (default: 64)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end answers before this text; repeatable")
+    add_serving(group)
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue an unfinished evaluation in --output")
+    existing.add_argument("--overwrite", action="store_true", help="replace an unfinished evaluation in --output")
+
+
+def run_tasks(arguments: argparse.Namespace) -> int:
+    """Answer the records in every mode. Print a table or JSON, and write the requested files."""
+    from megatron_ee.commands.inputs import check_input
+    from megatron_ee.evaluation.tasks.records import read_records
+    from megatron_ee.evaluation.tasks.run import evaluate_tasks
+    from megatron_ee.inference.loading import open_engine
+    from megatron_ee.inference.released import open_released
+    from megatron_ee.parallel.groups import launched_rank
+
+    if arguments.output is None and (arguments.resume or arguments.overwrite):
+        raise ConfigError("--resume and --overwrite: need --output, the directory of an earlier evaluation")
+    with errors_of_options():
+        check_input("tasks", *arguments.tasks)
+        released = open_released(
+            arguments.model, arguments.adapter, verify=not arguments.no_verify, quantise=arguments.quantise
+        )
+        records = read_records(arguments.tasks, released)
+        settings = _settings(arguments, records, released)
+        options = engine_options(arguments, released)
+        about = _about(arguments, settings, records, released)
+    first = launched_rank() == 0
+    with (
+        _opened_journal(arguments, about, settings, records) if first else contextlib.nullcontext() as journal,
+        open_engine(released, options) as engine,
+    ):
+        if engine is None:
+            return 0
+        try:
+            results = evaluate_tasks(engine, records, settings, journal, batch=arguments.max_num_seqs)
+        except (KeyboardInterrupt, UserError):
+            if journal is not None:
+                print("megatron-ee evaluate: the same command with --resume continues", file=sys.stderr)
+            raise
+    _report(arguments, results, about)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace, records: list[TaskRecord], released: Released) -> list[Setting]:
+    """The settings to compare, checked against the model."""
+    from megatron_ee.commands.generate_requests import check_request
+    from megatron_ee.evaluation.tasks.run import THRESHOLDS, compared_settings
+
+    if arguments.thresholds is not None and not released.exits:
+        raise ConfigError("thresholds: there are no exits; give their adapter with --adapter")
+    thresholds = THRESHOLDS if arguments.thresholds is None else arguments.thresholds
+    limits = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
+    settings = compared_settings(released, thresholds, arguments.policy, **limits)
+    for setting in settings:
+        check_request(setting.request(records[0].prompt_ids), released)
+    return settings
+
+
+def _about(
+    arguments: argparse.Namespace, settings: list[Setting], records: list[TaskRecord], released: Released
+) -> dict[str, Any]:
+    """What the answers depend on."""
+    from megatron_ee.evaluation.tasks.records import records_digest
+    from megatron_ee.inference.released import released_digests
+    from megatron_ee.parallel.groups import launched_rank
+
+    return {
+        "made_by": MADE_BY,
+        "model": str(arguments.model),
+        "adapter": None if released.adapter is None else str(released.adapter.path),
+        "tasks": [str(path) for path in arguments.tasks],
+        **released_digests(released, show=launched_rank() == 0),
+        "records_sha256": records_digest(records),
+        "settings": {
+            "modes": [setting.name for setting in settings],
+            "max_tokens": arguments.max_tokens,
+            "stop": arguments.stop,
+            "max_num_seqs": arguments.max_num_seqs,
+            **rounding_settings(arguments, released),
+        },
+    }
+
+
+def _opened_journal(
+    arguments: argparse.Namespace, about: dict[str, Any], settings: list[Setting], records: list[TaskRecord]
+) -> Any:
+    """The journal in ``--output``, opened; None without an output."""
+    from megatron_ee.checkpoint.journal import check_journal, open_journal
+    from megatron_ee.checkpoint.ownership import claim_output
+    from megatron_ee.evaluation.tasks.answers import entry_key
+
+    output: Path | None = arguments.output
+    if output is None:
+        return contextlib.nullcontext()
+    path, finished = output / ANSWERS, (output / RESULTS).exists()
+    overwrite = arguments.overwrite or (finished and not arguments.resume)
+    check_journal(path, resume=arguments.resume, overwrite=overwrite)
+    claim_output(output, "evaluate")
+    if overwrite:
+        (output / RESULTS).unlink(missing_ok=True)
+    return open_journal(path, about, entry_key, resume=arguments.resume, overwrite=overwrite)
+
+
+def _report(arguments: argparse.Namespace, results: TaskResults, about: dict[str, Any]) -> None:
+    from megatron_ee.checkpoint.atomic import write_json
+    from megatron_ee.evaluation.tasks.report import plot_tasks, print_tasks
+
+    found = {**about, **results.to_dict(), "timing": results.timing(arguments.max_num_seqs)}
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print_tasks(results, arguments.max_num_seqs)
+    if arguments.output is not None:
+        write_json(arguments.output / RESULTS, {**found, "rows": results.rows_dict()})
+        plot_tasks(results, arguments.output / PLOT)
+    if arguments.plot is not None:
+        plot_tasks(results, arguments.plot)

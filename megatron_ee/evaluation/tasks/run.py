@@ -1,0 +1,79 @@
+"""Evaluates tasks: which settings are compared, and the way from records to results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ee.checkpoint.journal import Journal
+from megatron_ee.config.validation import validated
+from megatron_ee.errors import common_error
+from megatron_ee.evaluation.tasks.answers import BATCH, MAX_TOKENS, Setting, answer_records
+from megatron_ee.evaluation.tasks.choices import score_choices
+from megatron_ee.evaluation.tasks.records import TaskRecord
+from megatron_ee.evaluation.tasks.results import BASELINE, TaskResults, make_results, score_rows
+from megatron_ee.inference.engine import Engine
+from megatron_ee.inference.policy import POLICIES
+from megatron_ee.inference.released import Released
+
+THRESHOLDS = (0.6, 0.8, 0.9, 0.95)
+
+
+def compared_settings(
+    released: Released,
+    thresholds: Sequence[float] = THRESHOLDS,
+    policies: Sequence[str] = ("threshold",),
+    *,
+    max_tokens: int = MAX_TOKENS,
+    stop: Sequence[str] = (),
+) -> list[Setting]:
+    """Full mode, and with exits speculative mode and threshold mode with each policy at each threshold.
+
+    Args:
+        released: the model and its exits.
+        thresholds: of threshold mode; each counts once, from low to high.
+        policies: names of policies with a threshold; ``gate`` uses the exits that have a gate.
+        max_tokens: see ``Setting``.
+        stop: see ``Setting``.
+
+    Raises:
+        ConfigError: a threshold is not above 0, or no exit has a gate.
+    """
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "stop": tuple(stop)}
+    settings = [Setting(BASELINE, **limits)]
+    num_layers = released.model.architecture.num_layers
+    if any(spec.layer < num_layers for spec in released.exits):  # others cannot draft
+        settings.append(Setting("speculative", "speculative", **limits))
+    if not released.exits:
+        return settings
+    for name in dict.fromkeys(policies):
+        gated = POLICIES[name].gated
+        exits = tuple(spec.layer for spec in released.exits if spec.gate) if gated else None
+        if exits == ():
+            raise common_error(f"--policy: no exit has a gate, which {name} needs; tune exits with gate: true")
+        for threshold in sorted(set(thresholds)):
+            if not threshold > 0:
+                raise common_error(f"--thresholds: must be above 0, not {threshold:g}")
+            policy = validated(POLICIES[name], {"threshold": threshold}, where="--thresholds")
+            settings.append(Setting(f"{name} {threshold:g}", "threshold", policy, exits, **limits))
+    return settings
+
+
+def evaluate_tasks(
+    engine: Engine,
+    records: Sequence[TaskRecord],
+    settings: Sequence[Setting],
+    journal: Journal | None = None,
+    *,
+    batch: int = BATCH,
+) -> TaskResults:
+    """Answer the records and score their choices in every setting, and compare with full mode.
+
+    Records that have choices and no references are not answered in words.
+
+    Arguments and errors as for ``answer_records``; the first setting is full mode, named ``BASELINE``.
+    """
+    worded = [record for record in records if record.references or not record.choices]
+    answers = answer_records(engine, worded, settings, journal, batch=batch)
+    choices = score_choices(engine, records, settings, journal, batch=batch)
+    return make_results(settings, score_rows(records, answers.by_setting, choices), answers.blocks)
