@@ -55,8 +55,8 @@ class ExitConfig:
         init: first values: ``copy`` copies the model's own weights, ``random`` draws from normal(0, 0.02). ``fit``
             copies, then fits the body's last matrix (of a ``norm`` body its scale) in closed form to the final exit's
             features, see ``fit``. ``auto`` is ``fit`` for bodies with a matrix (``mlp``, ``layer``), else ``copy``.
-        gate: fit a gate after tuning: a linear probe before the head that predicts whether the exit's top-1 token is
-            the final exit's. At inference it decides before the head runs, see policy ``gate``.
+        gate: fit a gate: a linear probe before the head that predicts whether the exit's top-1 token is the final
+            exit's. At inference it decides before the head runs, see policy ``gate``.
     """
 
     layer: int | float

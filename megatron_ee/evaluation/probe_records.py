@@ -21,6 +21,7 @@ from megatron_ee.tuning.fit_tokens import Tokens
 from megatron_ee.tuning.gates import fit_gates
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
+from megatron_ee.tuning.teacher import TopTokens
 
 FINAL = 0
 """The final exit's place among the layers of exits."""
@@ -79,7 +80,8 @@ def measure_gates(
     for exit_ in stage.exits:
         if exit_.spec.layer in layers:
             exit_.gate = Gate(setup.architecture.hidden_size).to(platform.device())
-    fit_gates(stage, pipeline.layout, pipeline.specs, tokens, 512, Interrupt(), ridges=(GATE_RIDGE,))
+    taught = Pipeline(stage, pipeline.layout, pipeline.specs, teacher=TopTokens(1))
+    fit_gates(taught, [stage.exits], tokens, 512, Interrupt(), ridges=(GATE_RIDGE,))
 
     def at_exit(exit_: Exit, micro: Microbatch) -> Tensor | None:
         if exit_.gate is None:

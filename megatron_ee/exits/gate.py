@@ -96,6 +96,11 @@ def logistic_regression(
     return solution
 
 
+def newton_bytes(hidden_size: int) -> int:
+    """Bytes on the device of a Newton step: the sums, and three copies of a piece of the tokens, in float64."""
+    return 8 * (hidden_size**2 + 3 * CHUNK * hidden_size)
+
+
 class _Problem:
     """The penalised loss of all tokens and its derivatives."""
 
@@ -108,7 +113,8 @@ class _Problem:
             squares += part.square().sum()
         reduce(squares)
         size = z.shape[1]
-        self._penalty = torch.full((size + 1,), ridge * float(squares) / size, dtype=torch.float64)
+        scale = float(squares) / size or 1.0  # without tokens the gate is a constant
+        self._penalty = torch.full((size + 1,), ridge * scale, dtype=torch.float64)
         self._penalty[-1] = 0.0
 
     def sums(self, solution: Tensor) -> tuple[float, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.fit import FLOAT64, RIDGES, fit_bytes
+from megatron_ee.exits.gate import newton_bytes
 from megatron_ee.exits.registry import body_of
 from megatron_ee.exits.tensors import parameter_sizes
 from megatron_ee.parallel.layout import Layout, StageLayout
@@ -49,12 +50,13 @@ class Memory:
             initial values if weight decay goes towards them; 0 if they are in host memory.
         taps: taps of this stage's layers, until the exits that read them are done; where layers share memory, the
             hidden states of all microbatches too.
-        activations: the largest of four, besides the taps: peak of one microbatch in the frozen layers, one exit's
-            graph with the loss's scratch memory, the optimizer's scratch memory, and decoding in validations.
+        activations: the largest of five, besides the taps: peak of one microbatch in the frozen layers, one exit's
+            graph with the loss's scratch memory, the optimizer's scratch memory, decoding in validations, and solving
+            for gates while tuning.
         transfer: buffers of messages from and to other stages.
         fit: all of the closed-form fit before tuning, whose stage is freed again; 0 if no exit is fitted.
         validation: all of the passes through all layers before tuning that validation needs, freed again; 0 without.
-        gates: all of the pass that fits gates after tuning; 0 without gates.
+        gates: all of the pass that fits gates after tuning; 0 if no gates are fitted then.
         decoding: all of free-running threshold mode after tuning; 0 if it is not measured then.
     """
 
@@ -91,10 +93,12 @@ def stage_memory(
     hosted = hosted_by(layout.stages[index], specs)
     taps = _taps(layout, index, architecture, specs, workload)
     activations = activation_peak(layout, index, architecture, specs, workload)
-    # No tap is alive during the update, or during validation.
+    # No tap is alive during the update, during validation, or when gates are solved for.
     others = [_update_bytes(architecture, hosted, trained, workload)]
     if workload.free_running:
         others.append(decode_bytes(architecture, whole.stages[index].layers, hosted, workload))
+    if workload.top_k and any(spec.gate for spec in hosted):
+        others.append(newton_bytes(architecture.hidden_size))
     every = layout.of_all(architecture.num_layers)
     return Memory(
         frozen=_frozen_bytes(frozen, whole.stages[index], architecture, workload),
@@ -169,11 +173,12 @@ def validation_memory(layout: Layout, index: int, architecture: Architecture, wo
 def gates_memory(
     layout: Layout, index: int, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
 ) -> int:
-    """Bytes of the pass that fits gates, on each rank of stage ``index``; 0 if no exit gets one.
+    """Bytes of the pass that fits gates after tuning, on each rank of stage ``index``; 0 if no exit gets one then.
 
-    ``layout`` has all layers, and the last stage with layers the final exit.
+    ``layout`` has all layers, and the last stage with layers the final exit. The exits of the last and the best adapter
+    are there together.
     """
-    if not any(spec.gate for spec in specs):
+    if workload.top_k or not any(spec.gate for spec in specs):
         return 0
     layout = layout.with_exits([spec.layer for spec in specs])
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
@@ -181,9 +186,11 @@ def gates_memory(
     running = layer_peak(architecture, workload) if stage.layers else 0
     if stage.exits or index == layout.last_layered:
         running = max(running, 2 * hidden + statistics_bytes(architecture, workload))
-    buffers = 4 * hidden if len(layout.stages) > 1 else 0
-    weights = _frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize
-    return weights + running + _taught(layout, index, workload) * hidden + buffers
+    running += _taught(layout, index, workload) * hidden + (4 * hidden if len(layout.stages) > 1 else 0)
+    if any(spec.gate for spec in hosted_by(stage, specs)):
+        running = max(running, newton_bytes(architecture.hidden_size))
+    adapters = workload.adapters * trained * workload.itemsize
+    return _frozen_bytes(frozen, stage, architecture, workload) + adapters + running
 
 
 def decoding_memory(

@@ -76,8 +76,11 @@ def run_time(
     phases.append(Phase("tuning", f"{steps:,} steps of {step.seconds:.3g} s", steps * step.seconds))
     if workload.validates:
         phases.append(run.validations())
+    gated, taught = any(spec.gate for spec in specs), workload.top_k > 0
+    if gated and taught:
+        phases.append(run.gates_while_tuning())
     phases.append(run.saving())
-    if any(spec.gate for spec in specs):
+    if gated and not taught:
         phases.append(run.gates())
     if run.decodes_after or workload.free_running:
         phases.append(run.decoding())
@@ -99,7 +102,7 @@ class _Run:
         and after it, for gates and threshold mode; those that are tuned in between, unless all stay loaded."""
         arch, workload = self.architecture, self.workload
         before = workload.validates or any(spec.init == "fit" for spec in self.specs)
-        after = any(spec.gate for spec in self.specs) or self.decodes_after
+        after = (any(spec.gate for spec in self.specs) and not workload.top_k) or self.decodes_after
         passes = 2 if workload.free_running else 1 + before + after
         whole = stage_parameters(even_layout(arch.num_layers, 1), 0, arch, (), distillation=True)[0]
         size = passes * whole * workload.itemsize + (0 if workload.free_running else self.tuned())
@@ -208,16 +211,28 @@ class _Run:
         return Phase("saving", name, (count - 1) * copied + size / DISK)
 
     def gates(self) -> Phase:
-        """The last and the best adapter: all layers and heads, then Newton steps in float64."""
+        """After tuning, of the last and the best adapter, in one pass through all layers."""
+        gated, adapters = sum(spec.gate for spec in self.specs), self.workload.adapters
+        return Phase("gates", f"{gated} in {adapters} adapters", self._fit_gates(adapters))
+
+    def gates_while_tuning(self) -> Phase:
+        """Before each validation and each save; before the first step if its exits may be the best."""
+        steps, config = self.config.tuning.steps, self.config
+        intervals = (config.validation.interval if self.workload.validates else 0, config.checkpoint.interval)
+        due = {steps}.union(*(range(interval, steps, interval) for interval in intervals if interval))
+        if self.workload.validates and any(spec.init == "fit" for spec in self.specs):
+            due.add(0)
+        gated = sum(spec.gate for spec in self.specs)
+        return Phase("gates", f"{gated}, {len(due):,} times", len(due) * self._fit_gates(1))
+
+    def _fit_gates(self, adapters: int) -> float:
+        """Seconds of all layers, and for each adapter heads and Newton steps in float64."""
         arch, workload = self.architecture, self.workload
-        gated = [spec for spec in self.specs if spec.gate]
-        tokens = gate_tokens(self.config, arch)
+        gated, tokens = [spec for spec in self.specs if spec.gate], gate_tokens(self.config, arch)
         heads = sum(exit_forward_flops(arch, spec, 1, workload.tensor) for spec in gated)
         newton = len(gated) * len(GATE_RIDGES) * NEWTON_STEPS * 2 * arch.hidden_size**2 * tokens
-        passes = self._all_layers(tokens) + self._spread(tokens * heads)
         solving = newton / workload.data / len(self.layout.stages) / self.machine.float64
-        adapters = 1 + workload.validates
-        return Phase("gates", f"{len(gated)} in {adapters} adapters", adapters * (passes + solving))
+        return self._all_layers(tokens) + adapters * (self._spread(tokens * heads) + solving)
 
     def _all_layers(self, tokens: int) -> float:
         """Seconds of a pass of ``tokens`` through all layers, spread evenly, with the final exit."""

@@ -54,7 +54,7 @@ def disk_use(config: RunConfig, architecture: Architecture, specs: Sequence[Exit
         checkpoint=state,
         checkpoints=min(config.checkpoint.keep, saves(config)),
         adapter=trained * workload.itemsize + (saved - trained) * FLOAT32,
-        adapters=1 + workload.validates + any(spec.init == "fit" for spec in specs),
+        adapters=workload.adapters + any(spec.init == "fit" for spec in specs),
         cache=sequences * workload.sequence_length * LOSS_AND_TOKEN,
     )
 
@@ -68,17 +68,18 @@ def saves(config: RunConfig) -> int:
 def host_memory(config: RunConfig, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> int:
     """Bytes of host memory of all ranks together, besides what Python and its libraries take.
 
-    The largest of a checkpoint's copy with the optimizer's state in host memory, and the tokens that gates are fitted
-    on; and streamed layers besides: all of each replica, or one of each rank on its way from the disk.
+    A checkpoint's copy with the optimizer's state in host memory, and the tokens that gates are fitted on: both with
+    distillation, else the larger. And streamed layers: all of each replica, or one of each rank on its way from the
+    disk.
     """
     copied = disk_use(config, architecture, specs, workload).checkpoint if config.checkpoint.asynchronous else 0
     if workload.host_optimizer:
         copied += _trained(architecture, specs) * 4 * FLOAT32  # gradients, main weights and two moments
-    gates = sum(spec.gate for spec in specs)
-    tokens = gate_tokens(config, architecture) if gates else 0
+    gates = sum(spec.gate for spec in specs) * gate_tokens(config, architecture)
+    gates *= architecture.hidden_size * workload.itemsize
     layers = {"device": 0, "host": architecture.num_layers, "disk": 1}[workload.residency]
     streamed = layers * layer_parameters(architecture) * workload.itemsize * workload.data
-    return streamed + max(copied, gates * tokens * architecture.hidden_size * workload.itemsize)
+    return streamed + (copied + gates if workload.top_k else max(copied, workload.adapters * gates))
 
 
 def gate_tokens(config: RunConfig, architecture: Architecture) -> int:

@@ -71,6 +71,11 @@ class Workload:
         return self.micro_batch_size * self.sequence_length
 
     @property
+    def adapters(self) -> int:
+        """Number of adapters after tuning: the last, and with validation the best."""
+        return 1 + self.validates
+
+    @property
     def final_exit(self) -> bool:
         """Whether the final exit is loaded while tuning."""
         return self.top_k > 0 or self.free_running

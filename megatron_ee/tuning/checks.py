@@ -19,6 +19,7 @@ from megatron_ee.checkpoint.safetensors_file import tensor_bytes
 from megatron_ee.data.loader import Batch
 from megatron_ee.errors import UserError
 from megatron_ee.exits.exit import Exit
+from megatron_ee.exits.gate import Gate
 from megatron_ee.exits.stage import Stage
 from megatron_ee.model.backbone import Backbone
 from megatron_ee.model.layer import DecoderLayer
@@ -66,6 +67,8 @@ class _Checks:
         if self._stage.backbone.slots is not None:  # they hold one layer after another
             parameters = {name: each for name, each in parameters.items() if not name.startswith("backbone.layers.")}
         self._parameters = parameters
+        gates = (module for module in self._stage.modules() if isinstance(module, Gate))
+        self._fitted = {id(parameter) for gate in gates for parameter in gate.parameters()}
         self._logged: set[str] = set()
         self._with_gradient: set[str] = set()
         self._microbatch = self._microbatches = 0
@@ -75,7 +78,7 @@ class _Checks:
     def log_parameters(self) -> None:
         """Log one line for each parameter, which must be finite."""
         for name, parameter in self._parameters.items():
-            kind = "trained" if parameter.requires_grad else "frozen"
+            kind = "trained" if parameter.requires_grad else "fitted" if id(parameter) in self._fitted else "frozen"
             print(f"{name}: {_shape(parameter)}, {kind}", file=self._log)
         for name, parameter in self._parameters.items():
             if bad := _not_finite(parameter.detach()):
@@ -83,7 +86,8 @@ class _Checks:
 
     def frozen_digests(self) -> dict[str, str]:
         """SHA-256 of each frozen parameter."""
-        frozen = {name: p.detach() for name, p in self._parameters.items() if not p.requires_grad}
+        held = {name: p for name, p in self._parameters.items() if not p.requires_grad and id(p) not in self._fitted}
+        frozen = {name: parameter.detach() for name, parameter in held.items()}
         return {name: hashlib.sha256(tensor_bytes(p.cpu().contiguous())).hexdigest() for name, p in frozen.items()}
 
     def attach(self, stack: contextlib.ExitStack) -> None:

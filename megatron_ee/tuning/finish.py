@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from megatron_ee.checkpoint.adapter import open_adapter
+from megatron_ee.checkpoint.adapter import DESCRIPTION, MAX_DESCRIPTION, describe_exits, open_adapter
+from megatron_ee.checkpoint.adapter_writing import save_adapter
+from megatron_ee.checkpoint.loading import load_exits
+from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
+from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.loader import PackedBlend
+from megatron_ee.exits.stage import Stage
 from megatron_ee.parallel.agreement import each_own
 from megatron_ee.tuning.full_model import FullModel
-from megatron_ee.tuning.gates import add_gates
+from megatron_ee.tuning.gates import fit_gates, print_gates, read_gate_tokens
 from megatron_ee.tuning.log import RunLog, free_running_steps
+from megatron_ee.tuning.schedule import Pipeline
+from megatron_ee.tuning.teacher import TopTokens
 from megatron_ee.tuning.trainer import BEST, Validator
 
 LAST = "adapter"
@@ -41,10 +51,77 @@ def finish(
     Raises:
         Interrupted: a signal came to one of the ranks; raised on all. Other errors as for ``add_gates``.
     """
-    if gates:
+    if gates:  # those that were fitted while tuning are there already
         add_gates(config, full, [output / LAST, output / BEST], gates, blend)
     if validator is not None:
         _free_running(full, validator, output, log)
+
+
+def add_gates(
+    config: RunConfig, full: FullModel, adapters: Sequence[Path], layers: Collection[int], blend: PackedBlend
+) -> None:
+    """Fit the gates of the exits after ``layers`` in each adapter that lacks them, and replace the adapter atomically.
+
+    All layers run once for all adapters. Prints a table of each to stderr. Every rank calls this.
+
+    Args:
+        config: of the run.
+        full: all layers.
+        adapters: directories; those that do not exist are left out.
+        layers: of the exits.
+        blend: the training data, read from its beginning.
+
+    Raises:
+        CheckpointError: an adapter cannot be read or written.
+        DataError: all tokens are masked.
+        Interrupted: a signal came to one of the ranks; raised on all.
+    """
+    groups = full.setup.groups
+    todo = groups.from_first(lambda: _without_gates(adapters, layers))
+    if not todo:
+        return
+    tokens = read_gate_tokens(config, blend, full.setup, full.interrupt)
+    opened = each_own(groups.gather, lambda: [open_adapter(path, verify=False) for path in todo])
+    distinct = {adapter.steps: adapter for adapter in opened}  # exits after the same step are the same
+    specs, stages = _gated(opened[0].exits, layers), dict[int, Stage]()
+    for steps, adapter in distinct.items():
+        stages[steps], layout = full.with_exits(specs)
+        groups.together(partial(load_exits, stages[steps].exits, adapter, full.model))
+    taught = Pipeline(stages[opened[0].steps], layout, specs, teacher=TopTokens(1))
+    sets = [stage.exits for stage in stages.values()]
+    found = fit_gates(taught, sets, tokens, config.loss.chunk_tokens, full.interrupt)
+    if groups.is_main:
+        for steps, qualities in zip(stages, found, strict=True):
+            names = [path.name for path, adapter in zip(todo, opened, strict=True) if adapter.steps == steps]
+            print_gates(qualities, tokens, "of " + " and ".join(names))
+    for path, adapter in zip(todo, opened, strict=True):
+        save_adapter(
+            path,
+            stages[adapter.steps].exits,
+            _gated(adapter.exits, layers),
+            groups,
+            base_model=adapter.base_model,
+            backbone_sha256=adapter.backbone_sha256,
+            steps=adapter.steps,
+            settings=adapter.settings,
+            extra=groups.from_first(partial(_further, path)),
+        )
+
+
+def _without_gates(adapters: Sequence[Path], layers: Collection[int]) -> list[Path]:
+    """The adapters that exist and lack a gate of one of these exits."""
+    found = {path: open_adapter(path, verify=False) for path in adapters if path.exists()}
+    return [path for path, adapter in found.items() if {s.layer for s in adapter.exits if s.gate} != set(layers)]
+
+
+def _gated(specs: Sequence[ExitSpec], layers: Collection[int]) -> tuple[ExitSpec, ...]:
+    return tuple(dataclasses.replace(spec, gate=spec.layer in layers) for spec in specs)
+
+
+def _further(path: Path) -> dict[str, Any]:
+    """Entries of an adapter's description that not every adapter has, such as its validation loss."""
+    content, known = read_json(path / DESCRIPTION, MAX_DESCRIPTION), describe_exits((), "", "", 0, "", {})
+    return {key: value for key, value in content.items() if key not in known}
 
 
 def _free_running(full: FullModel, validator: Validator, output: Path, log: RunLog) -> None:

@@ -242,18 +242,19 @@ def run_with_top1(
     """Run a global batch through a stage of all layers. ``score`` receives the final exit's top-1 tokens.
 
     Args:
-        taught: with ``TopTokens(1)``.
+        taught: with ``TopTokens``.
         batches: of this data-parallel rank.
         score: called for each microbatch with token ids ``[seq * batch]``.
         chunk_tokens: maximum number of tokens whose logits exist at a time; ``tiles.logit_tokens`` also limits it.
     """
-    stage = taught.stage
-    chunk = min(chunk_tokens, stage.setup.tiles.logit_tokens)
+    stage, message = taught.stage, taught.teacher
+    assert isinstance(message, TopTokens), "the final exit's top-1 tokens come back"
+    k, chunk = message.k, min(chunk_tokens, stage.setup.tiles.logit_tokens)
 
     def teach(micro: Microbatch, h: Tensor) -> Teacher:
         assert stage.backbone.head is not None, "the last stage holds the final exit"
         z = stage.final_features(h).flatten(0, 1)
-        return teacher_top_k(z, stage.backbone.head, stage.setup.groups.tensor, 1, chunk_tokens=chunk)
+        return teacher_top_k(z, stage.backbone.head, stage.setup.groups.tensor, k, chunk_tokens=chunk)
 
     taught.run(batches, lambda micro, teacher: score(micro, teacher.ids[:, 0]), teach, taught=True)
 

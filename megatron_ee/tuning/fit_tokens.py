@@ -1,4 +1,4 @@
-"""Tokens that exits and their gates are fitted on, read from the beginning of the run's training data."""
+"""Tokens of the run's training data that exits and their gates are fitted on."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ class Tokens:
     num_held_out: int
 
 
-def read_tokens(config: RunConfig, blend: PackedBlend, features: int, groups: Groups, interrupt: Interrupt) -> Tokens:
-    """The first tokens of the training data, by whole global batches: ``fit.tokens``, or at most one epoch.
+def read_tokens(
+    config: RunConfig, blend: PackedBlend, features: int, groups: Groups, interrupt: Interrupt, start: int = 0
+) -> Tokens:
+    """Tokens of the training data from sequence ``start`` on, by whole global batches: ``fit.tokens``, or at most one
+    epoch.
 
     ``auto`` is 16 tokens for each of ``features``.
 
@@ -54,12 +57,12 @@ def read_tokens(config: RunConfig, blend: PackedBlend, features: int, groups: Gr
     tuning = config.tuning
     wanted = PER_FEATURE * features if config.fit.tokens == "auto" else config.fit.tokens
     stream = MicrobatchStream(
-        blend, tuning.micro_batch_size, tuning.global_batch_size, groups.data.rank(), groups.data.size()
+        blend, tuning.micro_batch_size, tuning.global_batch_size, groups.data.rank(), groups.data.size(), start
     )
     steps: Steps = []
     counts: list[int] = []  # unmasked tokens of each sequence, over all ranks
-    epoch = sum(blend.samples_per_epoch)
-    while not steps or (sum(counts) < wanted and stream.consumed + tuning.global_batch_size <= epoch):
+    end = start + sum(blend.samples_per_epoch)
+    while not steps or (sum(counts) < wanted and stream.consumed + tuning.global_batch_size <= end):
         interrupt.check_together(groups)
         first = stream.consumed
         steps.append(stream.step())
@@ -71,7 +74,9 @@ def read_tokens(config: RunConfig, blend: PackedBlend, features: int, groups: Gr
         counts += own.tolist()
     total = sum(counts)
     first, position = _cut(counts, config.data.sequence_length)
-    fitted, held_out = ([[_masked(b, first, position, held) for b in step] for step in steps] for held in (False, True))
+    fitted, held_out = (
+        [[_masked(batch, start + first, position, held) for batch in step] for step in steps] for held in (False, True)
+    )
     held = [sum(batch.num_tokens for step in held_out for batch in step)]
     num_held_out = torch.tensor(held, device=platform.device())
     dist.all_reduce(num_held_out, group=groups.data)

@@ -67,7 +67,7 @@ def fitted_exits(
     def state() -> str:
         if resume and numbered_directories(output / "checkpoints"):
             return "checkpoint"
-        kept = resume and _is_fitted(path, made_from, description, config.checkpoint.verify)
+        kept = resume and _is_fitted(path, made_from, specs, description, config.checkpoint.verify)
         return "fitted" if kept else "to fit"
 
     found = groups.together(lambda: state() if groups.is_main else "")[0]
@@ -90,7 +90,9 @@ def fitted_exits(
     return each_own(groups.gather, lambda: open_adapter(path, verify=False))
 
 
-def _is_fitted(path: Path, made_from: dict[str, Any], description: dict[str, Any], verify: bool) -> bool:
+def _is_fitted(
+    path: Path, made_from: dict[str, Any], specs: Sequence[ExitSpec], description: dict[str, Any], verify: bool
+) -> bool:
     """Whether there are undamaged exits that were fitted with the same settings, data and backbone."""
     try:
         adapter = open_adapter(path, verify=verify)
@@ -100,6 +102,6 @@ def _is_fitted(path: Path, made_from: dict[str, Any], description: dict[str, Any
     return (
         isinstance(content, dict)
         and content.get(MADE_FROM) == made_from
-        and content.get("exits") == description["exits"]
+        and content.get("exits") == [dataclasses.asdict(spec) for spec in specs]
         and adapter.backbone_sha256 == description["backbone_sha256"]
     )

@@ -1,8 +1,9 @@
-"""Fits the gates of exits (``exits.gate``) after tuning, on the run's own training data, and adds them to its adapters.
+"""Fits the gates of exits (``exits.gate``) on the run's own training data.
 
-Whether an exit agrees with the final exit is known only after all layers, and a gate goes stale as its exit changes. So
-it is fitted once at the end. A stage of all layers runs the data once for each adapter. Several ridges are solved, and
-the one with the lowest loss on tokens that are held out is kept.
+Whether an exit agrees with the final exit is known only after all layers, and a gate goes stale as its exit changes. A
+run that distils runs all layers anyway, so it fits its gates before each validation and each save. Other runs fit them
+once at the end (``tuning.finish``). Several ridges are solved, and the one with the lowest loss on tokens that are held
+out is kept.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,27 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.checkpoint.adapter import DESCRIPTION, MAX_DESCRIPTION, describe_exits, open_adapter
-from megatron_ee.checkpoint.adapter_writing import save_adapter
-from megatron_ee.checkpoint.loading import load_exits
-from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
-from megatron_ee.config.untrusted import read_json
 from megatron_ee.data.loader import PackedBlend
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.gate import RIDGES, logistic_regression
-from megatron_ee.exits.stage import Stage
-from megatron_ee.parallel.agreement import each_own
-from megatron_ee.parallel.layout import Layout
+from megatron_ee.model.setup import ModelSetup
 from megatron_ee.planning.storage import gate_tokens
 from megatron_ee.progress import Progress, track
 from megatron_ee.tables import add_columns, make_console, new_table
 from megatron_ee.tuning.fit import run_with_top1
 from megatron_ee.tuning.fit_tokens import Steps, Tokens, read_tokens
-from megatron_ee.tuning.full_model import FullModel
 from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
-from megatron_ee.tuning.teacher import TopTokens
+from megatron_ee.tuning.state import RunProgress
 
 BINS = 15
 """Equal bins of probability in the calibration error."""
@@ -82,124 +73,94 @@ class GateQuality:
     ece: tuple[float, float]
 
 
-def add_gates(
-    config: RunConfig, full: FullModel, adapters: Sequence[Path], layers: Collection[int], blend: PackedBlend
+def fit_next(
+    config: RunConfig, blend: PackedBlend, interrupt: Interrupt, pipeline: Pipeline, progress: RunProgress
 ) -> None:
-    """Fit the gates of the exits after ``layers`` in each adapter that lacks them, and replace the adapter atomically.
+    """Fit the gates of a run that distils, on the tokens that it would be trained on next, and print a table to stderr.
 
-    Prints a table of each to stderr. Every rank calls this.
+    Every rank calls this. If it raises, the gates are unchanged.
 
     Args:
         config: of the run.
-        full: all layers.
-        adapters: directories; those that do not exist are left out.
-        layers: of the exits.
-        blend: the training data, read from its beginning: ``fit.tokens`` of them, at most 16 for each feature.
+        blend: the training data.
+        interrupt: checked between global batches.
+        pipeline: of the run, with all layers and the final exit.
+        progress: of the run.
 
     Raises:
-        CheckpointError: an adapter cannot be read or written.
         DataError: all tokens are masked.
         Interrupted: a signal came to one of the ranks; raised on all.
     """
-    groups, hidden = full.setup.groups, full.setup.architecture.hidden_size
-    todo = groups.together(lambda: _without_gates(adapters, layers) if groups.is_main else [])[0]
-    if not todo:
-        return
-    amount = gate_tokens(config, full.setup.architecture)
+    setup, stage = pipeline.stage.setup, pipeline.stage
+    tokens = read_gate_tokens(config, blend, setup, interrupt, progress.consumed)
+    (qualities,) = fit_gates(pipeline, [stage.exits], tokens, config.loss.chunk_tokens, interrupt)
+    if setup.groups.is_main:
+        print_gates(qualities, tokens, f"after step {progress.step}")
+
+
+def read_gate_tokens(
+    config: RunConfig, blend: PackedBlend, setup: ModelSetup, interrupt: Interrupt, start: int = 0
+) -> Tokens:
+    """The tokens from sequence ``start`` on: ``fit.tokens``, at most 16 for each feature. Raises as ``fit_next``."""
+    amount = gate_tokens(config, setup.architecture)
     limited = dataclasses.replace(config, fit=dataclasses.replace(config.fit, tokens=amount))
-    tokens = read_tokens(limited, blend, hidden, groups, full.interrupt)
-    stage, fitted = None, -1
-    for path in todo:
-        adapter = each_own(groups.gather, lambda path=path: open_adapter(path, verify=False))  # type: ignore[misc]
-        specs = tuple(dataclasses.replace(spec, gate=spec.layer in layers) for spec in adapter.exits)
-        if stage is None:
-            stage, layout = full.with_exits(specs)
-        if adapter.steps != fitted:  # exits after the same step are the same
-            groups.together(lambda stage=stage, adapter=adapter: load_exits(stage.exits, adapter, full.model))  # type: ignore[misc]
-            qualities = fit_gates(stage, layout, specs, tokens, config.loss.chunk_tokens, full.interrupt)
-            fitted = adapter.steps
-            if groups.is_main:
-                _print(qualities, tokens, path.name)
-        save_adapter(
-            path,
-            stage.exits,
-            specs,
-            groups,
-            base_model=adapter.base_model,
-            backbone_sha256=adapter.backbone_sha256,
-            steps=adapter.steps,
-            settings=adapter.settings,
-            extra=groups.together(lambda path=path: _further(path) if groups.is_main else {})[0],  # type: ignore[misc]
-        )
-
-
-def _without_gates(adapters: Sequence[Path], layers: Collection[int]) -> list[Path]:
-    """The adapters that exist and lack a gate of one of these exits."""
-    found = {path: open_adapter(path, verify=False) for path in adapters if path.exists()}
-    return [path for path, adapter in found.items() if {s.layer for s in adapter.exits if s.gate} != set(layers)]
-
-
-def _further(path: Path) -> dict[str, Any]:
-    """Entries of an adapter's description that not every adapter has, such as its validation loss."""
-    content, known = read_json(path / DESCRIPTION, MAX_DESCRIPTION), describe_exits((), "", "", 0, "", {})
-    return {key: value for key, value in content.items() if key not in known}
+    return read_tokens(limited, blend, setup.architecture.hidden_size, setup.groups, interrupt, start)
 
 
 def fit_gates(
-    stage: Stage,
-    layout: Layout,
-    specs: Sequence[ExitSpec],
+    taught: Pipeline,
+    sets: Sequence[Sequence[Exit]],
     tokens: Tokens,
     chunk_tokens: int,
     interrupt: Interrupt,
     ridges: Sequence[float] = RIDGES,
-) -> list[GateQuality]:
-    """Fit the gates of a stage of all layers, and measure them; the qualities of all stages, by layer.
+) -> list[list[GateQuality]]:
+    """Fit gates in one pass through all layers, and measure them; for each set the qualities of all stages, by layer.
 
     Every rank calls this. The tensor-parallel ranks of a stage compute the same.
 
     Args:
-        stage: of ``layout``, its exits loaded, with the final exit on the stage of the last layer.
-        layout: of all stages.
-        specs: the exits of all stages.
+        taught: all layers, with the final exit and ``TopTokens``.
+        sets: the exits of this stage, loaded. There may be several sets of the same exits, after different steps.
         tokens: to fit and measure on.
         chunk_tokens: tokens whose logits exist at a time.
-        interrupt: checked between global batches.
+        interrupt: checked between global batches. After the last one all gates are fitted.
         ridges: that are tried.
     """
-    groups = stage.setup.groups
-    taught = Pipeline(stage, layout, specs, teacher=TopTokens(1))
+    groups = taught.stage.setup.groups
+    gated = [exit_ for exits in sets for exit_ in exits if exit_.gate is not None]
     amount = len(tokens.fitted) + len(tokens.held_out)
     with track(amount, "global batches", "fitting gates", enabled=groups.is_main) as bar:
         fitted, held_out = (
-            _collect(taught, steps, chunk_tokens, interrupt, bar) for steps in (tokens.fitted, tokens.held_out)
+            _collect(taught, gated, steps, chunk_tokens, interrupt, bar) for steps in (tokens.fitted, tokens.held_out)
         )
     own = []
-    for exit_, rows in fitted.items():
-        ridge = _fit(exit_, rows, held_out[exit_], ridges)
-        gate, measured = exit_.gate, held_out[exit_]
-        assert gate is not None
-        chance = gate(measured.z.to(gate.weight.device)).cpu()
-        own.append((exit_.spec.layer, ridge, torch.stack((chance, measured.confidence, measured.agrees.float()))))
+    for number, exits in enumerate(sets):
+        for exit_ in (exit_ for exit_ in exits if exit_.gate is not None):
+            ridge = _fit(exit_, fitted[exit_], held_out[exit_], ridges)
+            own.append((number, exit_.spec.layer, ridge, _figures(exit_, held_out[exit_])))
     gathered = groups.gather(own if groups.tensor.rank() == 0 else [])
-    parts: dict[int, tuple[float, list[Tensor]]] = {}
-    for layer, ridge, part in (each for rank in gathered for each in rank):
-        parts.setdefault(layer, (ridge, []))[1].append(part)
-    return [_quality(layer, ridge, torch.cat(found, dim=1)) for layer, (ridge, found) in sorted(parts.items())]
+    parts: dict[tuple[int, int], tuple[float, list[Tensor]]] = {}
+    for number, layer, ridge, part in (each for rank in gathered for each in rank):
+        parts.setdefault((number, layer), (ridge, []))[1].append(part)
+    qualities: list[list[GateQuality]] = [[] for _ in sets]
+    for (number, layer), (ridge, found) in sorted(parts.items()):
+        qualities[number].append(_quality(layer, ridge, torch.cat(found, dim=1)))
+    return qualities
 
 
 @torch.no_grad()
 def _collect(
-    taught: Pipeline, steps: Steps, chunk_tokens: int, interrupt: Interrupt, bar: Progress
+    taught: Pipeline, exits: Sequence[Exit], steps: Steps, chunk_tokens: int, interrupt: Interrupt, bar: Progress
 ) -> dict[Exit, GateTokens]:
-    """The unmasked tokens of some global batches, for each exit with a gate."""
-    found: dict[Exit, list[GateTokens]] = {exit_: [] for exit_ in taught.stage.exits if exit_.gate is not None}
+    """The unmasked tokens of some global batches, for each of ``exits``, if its features are finite."""
+    found: dict[Exit, list[GateTokens]] = {exit_: [] for exit_ in exits}
 
     def score(micro: Microbatch, labels: Tensor) -> None:
-        kept = micro.mask > 0
         for exit_, parts in found.items():
             z = exit_.features(micro.taps[exit_.spec.layer], micro.positions).flatten(0, 1)
             stats = exit_.head_statistics(z, labels, chunk_tokens=chunk_tokens)
+            kept = (micro.mask > 0) & z.isfinite().all(dim=1)
             rows = (z[kept], stats.top1[kept] == labels[kept], stats.confidence[kept])
             parts.append(GateTokens(*(each.cpu() for each in rows)))
 
@@ -235,8 +196,15 @@ def _fit(exit_: Exit, rows: GateTokens, held_out: GateTokens, ridges: Sequence[f
     return chosen
 
 
+def _figures(exit_: Exit, measured: GateTokens) -> Tensor:
+    """The gate's probability, the confidence, and 1 where the exit agrees: ``[3, tokens]`` float32 on the CPU."""
+    assert exit_.gate is not None
+    chance = exit_.gate(measured.z.to(exit_.gate.weight.device)).cpu()
+    return torch.stack((chance, measured.confidence, measured.agrees.float()))
+
+
 def _quality(layer: int, ridge: float, values: Tensor) -> GateQuality:
-    """From the gate's probability, the confidence, and 1 where the exit agrees: ``[3, tokens]``."""
+    """From the ``_figures`` of all data-parallel ranks."""
     gate, confidence, agrees = values.double()
     hits = agrees > 0
     auc = ranking_quality(gate, hits), ranking_quality(confidence, hits)
@@ -261,10 +229,10 @@ def calibration_error(chances: Tensor, hits: Tensor) -> float:
     return float(gaps.abs().sum()) / max(1, len(chances))
 
 
-def _print(qualities: Sequence[GateQuality], tokens: Tokens, name: str) -> None:
-    """A table on stderr."""
+def print_gates(qualities: Sequence[GateQuality], tokens: Tokens, which: str) -> None:
+    """A table on stderr. ``which`` completes "Gates ..."."""
     console = make_console(sys.stderr)
-    title = f"Gates of {name}, fitted on {tokens.num_fitted:,} tokens; how they predict agreement with the final exit"
+    title = f"Gates {which}, fitted on {tokens.num_fitted:,} tokens; how they predict agreement with the final exit"
     table = new_table(f"{title} on {tokens.num_held_out:,} other tokens, beside the maximum probability", console)
     add_columns(table, "exit after", "ridge", "agreement", "AUC gate", "AUC max", "ECE gate", "ECE max")
     for each in qualities:

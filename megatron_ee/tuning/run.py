@@ -63,6 +63,7 @@ from megatron_ee.planning.table import print_plan
 from megatron_ee.tuning.finish import finish
 from megatron_ee.tuning.fitted import fitted_exits
 from megatron_ee.tuning.full_model import FullModel, load_layers
+from megatron_ee.tuning.gates import fit_next
 from megatron_ee.tuning.interrupt import Interrupt, watch_signals
 from megatron_ee.tuning.log import RunLog
 from megatron_ee.tuning.schedule import Pipeline
@@ -144,7 +145,7 @@ class _Inputs:
         config: the configuration, with ``auto`` resolved to a dtype.
         windows: validation windows; None without validation.
         held_out: corpora that ``data.validation`` names.
-        gates: layers of the exits that get a gate after tuning. ``specs`` are the exits as they are tuned, without.
+        gates: layers of the exits that get a gate; ``specs`` are without.
     """
 
     config: RunConfig
@@ -156,6 +157,16 @@ class _Inputs:
     windows: ValidationWindows | None
     held_out: tuple[Corpus, ...]
     gates: frozenset[int]
+
+    @property
+    def distils(self) -> bool:
+        """Whether all layers run in every step, so that gates are fitted while tuning."""
+        return self.config.loss.distillation.kl > 0
+
+    @property
+    def gated(self) -> tuple[ExitSpec, ...]:
+        """``specs`` with the gates."""
+        return tuple(dataclasses.replace(spec, gate=spec.layer in self.gates) for spec in self.specs)
 
 
 def _open_inputs(
@@ -213,7 +224,8 @@ def _prepare(
     Raises:
         Interrupted: a signal came to one of the ranks; raised on all.
     """
-    model, specs, layout = inputs.model, inputs.specs, inputs.layout
+    model, layout = inputs.model, inputs.layout
+    specs = inputs.gated if inputs.distils else inputs.specs
     description = _description(config, specs, model)
     interrupt.check_together(groups)  # signals during the import of libraries
     data = groups.together(lambda: describe_data(inputs.blend.corpora, inputs.held_out) if groups.is_main else {})[0]
@@ -254,6 +266,7 @@ def _prepare(
         output=output,
         description=description,
         validate=None if validator is None else validator.validate,
+        fit_gates=partial(fit_next, config, inputs.blend, interrupt) if inputs.gates and inputs.distils else None,
         progress=progress,
         resumed=resumed,
         keep_initial=inputs.adapter is not None or _fits(specs),
@@ -307,8 +320,7 @@ def _owned(output: Path, command: str, resume: bool, groups: Groups) -> Iterator
 def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
     """Print the plan if there are several processes."""
     if groups.is_main and groups.world.size() > 1:
-        specs = [dataclasses.replace(spec, gate=spec.layer in inputs.gates) for spec in inputs.specs]
-        plan = plan_run(config, inputs.layout, inputs.model.architecture, specs, groups.world.size())
+        plan = plan_run(config, inputs.layout, inputs.model.architecture, inputs.gated, groups.world.size())
         print_plan(plan)
 
 

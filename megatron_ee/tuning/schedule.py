@@ -80,14 +80,14 @@ class Pipeline:
         stage: layers and exits held here.
         layout: of all stages.
         specs: the exits of all stages.
+        teacher: the kind of teacher messages, which come back from the stage of the last layer; None if there are none.
         events: appended to where it is a list.
     """
 
     def __init__(
         self, stage: Stage, layout: Layout, specs: Sequence[ExitSpec], *, teacher: TeacherMessage | None = None
     ) -> None:
-        """``teacher``: the kind of teacher messages, which come back from the stage of the last layer, if any."""
-        self.stage, self.layout, self.specs = stage, layout, tuple(specs)
+        self.stage, self.layout, self.specs, self.teacher = stage, layout, tuple(specs), teacher
         self.events: list[Span] | None = None
         self._marks: list[tuple[str, int, Any, Any]] = []
         self._clock: platform.Clock | None = None
@@ -96,7 +96,6 @@ class Pipeline:
         hosts = [index for index, place in enumerate(layout.stages) if place.exits and index != last]
         taught = teacher is not None
         self.lag = layout.depth(last) - layout.depth(self.index) if taught and self.index in hosts else 0
-        self._teacher_message = teacher
         # Warm-up is needed for messages in both directions. Messages that only go forward cannot deadlock.
         self._needs_warm_up = bool(taught and hosts) and platform.loads_kernels_lazily()
         self._inboxes, self._outboxes = [], []
@@ -270,8 +269,8 @@ class Pipeline:
         taps = {exit_.spec.layer: own.get(exit_.spec.layer, zeros) for exit_ in self.stage.exits}
         micro = Microbatch(-1, batch, positions, data.labels, torch.zeros_like(data.mask), taps)
         teacher = at_end(micro, h) if ends and at_end is not None else None
-        if self._teacher_inbox is not None and self._teacher_message is not None:
-            teacher = self._teacher_message.stand_in(batch)
+        if self._teacher_inbox is not None and self.teacher is not None:
+            teacher = self.teacher.stand_in(batch)
         exits_work(micro, teacher)
 
     def _expect(self, batches: Sequence[Batch], taught: bool) -> None:
@@ -280,8 +279,8 @@ class Pipeline:
             tensors = message.hidden + len(message.taps)
             inbox.begin([tensors * self._shape(batch).numel() for batch in batches])
             inbox.post(ahead)
-        if taught and self._teacher_inbox is not None and self._teacher_message is not None:
-            self._teacher_inbox.begin([self._teacher_message.size(batch) for batch in batches])
+        if taught and self._teacher_inbox is not None and self.teacher is not None:
+            self._teacher_inbox.begin([self.teacher.size(batch) for batch in batches])
 
     def _positions(self, batches: Sequence[Batch]) -> dict[int, Positions]:
         """Positions by the length of sequences. Microbatches of one length share them, and their masks."""
@@ -318,15 +317,15 @@ class Pipeline:
 
     def _send_teacher(self, number: int, teacher: Any) -> None:
         for outbox in self._teacher_outboxes:
-            assert teacher is not None and self._teacher_message is not None, "other stages wait for it"
+            assert teacher is not None and self.teacher is not None, "other stages wait for it"
             with self._event("send", number):
-                outbox.send(self._teacher_message.pack(teacher))
+                outbox.send(self.teacher.pack(teacher))
 
     def _receive_teacher(self, micro: Microbatch) -> Any:
-        assert self._teacher_inbox is not None and self._teacher_message is not None
+        assert self._teacher_inbox is not None and self.teacher is not None
         with self._event("teacher", micro.number):
             message = self._teacher_inbox.take()
-        return self._teacher_message.unpack(message, micro.batch)
+        return self.teacher.unpack(message, micro.batch)
 
     def _hosted(self, taps: dict[int, Tensor]) -> dict[int, Tensor]:
         return {exit_.spec.layer: taps[exit_.spec.layer] for exit_ in self.stage.exits}

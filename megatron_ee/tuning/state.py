@@ -3,13 +3,15 @@
 It is in the native format (``checkpoint.manifest``), under global keys: an exit's tensor by its adapter name, optimizer
 state as ``optimizer.<kind>.<adapter name>`` with the shape of its weights. Each rank writes the elements that it
 updates, as boxes of these tensors, so that a checkpoint loads in any other layout. The initial values that weight decay
-may go towards are optimizer state too, so a resumed run does not depend on what the exits were initialised from. The
-backbone is named by path and hash, not copied. No random state is needed: the backbone has no dropout, the data order
-depends on seed and position only, and random exit initialisation happens before the first step.
+may go towards are optimizer state too, so a resumed run does not depend on what the exits were initialised from. Gates
+that were fitted after the same step are there too. The backbone is named by path and hash, not copied. No random state
+is needed: the backbone has no dropout, the data order depends on seed and position only, and random exit initialisation
+happens before the first step.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ from megatron_ee.config.validation import Strict, validated
 from megatron_ee.data.checks import changed_data
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.exits.stage import Stage
-from megatron_ee.exits.tensors import exit_saved_sources
+from megatron_ee.exits.tensors import gate_sources, trained_parts
 from megatron_ee.families.family import Source
 from megatron_ee.model.names import blocks
 from megatron_ee.parallel.optimizer import ExitOptimizer
@@ -51,6 +53,8 @@ class RunProgress(Strict, frozen=False):
         skipped: number of steps in a row, up to the last one, that updated nothing.
         validation_due: a signal ended the validation after this step, so a resumed run validates first.
         stale_validations: number of validations in a row, up to the last one, without a new lowest loss.
+        gates_step: the step after which the gates were last fitted; None before the first time, and without gates. A
+            checkpoint holds them if this is its own step. After a signal it need not be.
     """
 
     step: Count = 0
@@ -61,6 +65,7 @@ class RunProgress(Strict, frozen=False):
     skipped: Count = 0
     validation_due: bool = False
     stale_validations: Count = 0
+    gates_step: Count | None = None
 
     def stopped_early(self, patience: int) -> bool:
         """Whether the validation loss has not improved for ``tuning.patience`` validations; 0 waits for ever."""
@@ -112,12 +117,17 @@ def save_state(
         "progress": progress.model_dump(),
         "counters": {name: max(each[name] for each in counters) for name in counters[0]},
     }
+    pieces = _own_pieces(stage, optimizer)
+    if progress.gates_step == progress.step:
+        pieces = itertools.chain(pieces, _own_gates(stage))
+    elif "exits" in metadata:
+        metadata["exits"] = [{**each, "gate": False} for each in metadata["exits"]]
 
     def finish() -> None:
         prune(checkpoints, keep)
         then(path)
 
-    saver.save(path, _own_pieces(stage, optimizer), metadata, finish, wait=wait)
+    saver.save(path, pieces, metadata, finish, wait=wait)
     return path
 
 
@@ -188,12 +198,17 @@ def load_state(
 ) -> RunProgress:
     """Load a checkpoint, made in any layout, into ``stage`` and ``optimizer``.
 
+    If it does not hold the gates of this run's exits, they keep their values and ``gates_step`` is None.
+
     Raises:
         CheckpointError: it is damaged, or of another backbone, dtype or exits (see ``check_same_run``).
     """
     check_same_run(checkpoint, description)
     progress, counters = _read_progress(checkpoint)
-    pieces = [*_state_pieces(stage, optimizer), *_weight_pieces(stage, None)]
+    if progress.gates_step != progress.step or _gated(checkpoint.metadata) != _gated(description):
+        progress.gates_step = None
+    gates = _gate_pieces(stage) if progress.gates_step is not None else ()
+    pieces = [*_state_pieces(stage, optimizer), *_weight_pieces(stage, None), *gates]
     with torch.no_grad():
         for piece in pieces:
             kind, _, name = piece.key.removeprefix(OPTIMIZER).partition(".")
@@ -203,6 +218,11 @@ def load_state(
                 _read(checkpoint, piece.key, piece, piece.tensor)
     optimizer.restore_counters(counters)
     return progress
+
+
+def _gated(description: Mapping[str, Any]) -> list[bool]:
+    """Which exits have a gate, of a description that ``check_same_run`` has accepted."""
+    return [bool(each.get("gate")) for each in description.get("exits", ())]
 
 
 def _read(checkpoint: Checkpoint, key: str, piece: Piece, out: Tensor) -> Tensor:
@@ -242,6 +262,20 @@ def _own_pieces(stage: Stage, optimizer: ExitOptimizer) -> Iterator[Piece]:
     yield from _weight_pieces(stage, ranges, skip_whole=not first)
 
 
+def _own_gates(stage: Stage) -> Iterator[Piece]:
+    """The gates that this rank writes: the first tensor- and data-parallel rank of a stage, since all hold the same."""
+    groups = stage.setup.groups
+    if groups.tensor.rank() == groups.data.rank() == 0:
+        yield from _gate_pieces(stage)
+
+
+def _gate_pieces(stage: Stage) -> Iterator[Piece]:
+    for exit_ in stage.exits:
+        for parameter, source in gate_sources(exit_):
+            flat = parameter.detach()
+            yield from _pieces(stage, parameter, source, "", flat, 0, flat.numel())
+
+
 def _state_pieces(stage: Stage, optimizer: ExitOptimizer, *, skip_whole: bool = False) -> Iterator[Piece]:
     states = {id(state.parameter): state for state in optimizer.parameter_states()}
     for parameter, source in _saved(stage, skip_whole):
@@ -264,9 +298,9 @@ def _weight_pieces(
 
 def _saved(stage: Stage, skip_whole: bool) -> Iterator[tuple[Tensor, Source]]:
     for exit_ in stage.exits:
-        for parameter, source in exit_saved_sources(exit_):
-            if not (skip_whole and source.kind == "whole"):
-                yield parameter, source
+        for parameter, part in trained_parts(exit_):
+            if not (skip_whole and part.saved.kind == "whole"):
+                yield parameter, part.saved
 
 
 def _pieces(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -33,6 +34,8 @@ BEST = "adapter-best"
 Validate = Callable[[Pipeline, int], Quality]
 """Measures the exits of all stages after a number of steps, and returns the result on every rank. The callback also
 prints and writes it."""
+FitGates = Callable[[Pipeline, RunProgress], None]
+"""Fits the gates to the exits as they are; see ``tuning.gates.fit_next``."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Trainer:
 
     Attributes:
         validate: called every ``validation.interval`` steps and at both ends; None without validation data.
+        fit_gates: called before each validation and each save, so that every adapter has the gates of its own step;
+            None if gates are not fitted while tuning.
         description: identification of the run in its checkpoints and adapters.
         resumed: whether the state is that of a checkpoint in ``output``.
         keep_initial: whether the exits before the first step may be the best. Fitted exits may, copied ones need not be
@@ -83,6 +88,7 @@ class Trainer:
     output: Path
     description: dict[str, Any]
     validate: Validate | None = None
+    fit_gates: FitGates | None = None
     progress: RunProgress = field(default_factory=RunProgress)
     resumed: bool = False
     keep_initial: bool = False
@@ -94,8 +100,9 @@ class Trainer:
         """Tune until the last step, or until patience or an interrupt ends the run earlier. Every rank calls this.
 
         In all cases the state and the adapter after the last completed step are on disk afterwards. An interrupt lets
-        the current step finish. A validation ends at its next microbatch, and a resumed run repeats it. A run that
-        patience ended does nothing more when it is resumed.
+        the current step finish. A validation ends at its next microbatch, and a resumed run repeats it. A fit of gates
+        ends too: the adapter then has none until a resumed run fits them. A run that patience ended does nothing more
+        when it is resumed.
 
         Returns:
             Whether the run is over: False if an interrupt left steps to do.
@@ -193,8 +200,11 @@ class Trainer:
         if self.validate is None:
             return
         done = self.progress
+        may_be_best = done.step > 0 or self.keep_initial
         done.validation_due = True
         try:
+            if may_be_best:
+                self._fit_gates()
             quality = self.validate(self.pipeline, done.step)
         except Interrupted:
             return
@@ -205,7 +215,7 @@ class Trainer:
             best = "" if math.isfinite(loss) else f"; these exits are not kept as {BEST}"
             line = f"validation after step {done.step}: the loss is not finite at {not_finite}{best}"
             print(line, file=sys.stderr, flush=True)
-        if done.step == 0 and not self.keep_initial:
+        if not may_be_best:
             return
         if math.isfinite(loss) and (done.best_loss is None or loss < done.best_loss):
             done.best_loss, done.best_step, done.stale_validations = loss, done.step, 0
@@ -213,8 +223,17 @@ class Trainer:
         else:
             done.stale_validations += 1
 
+    def _fit_gates(self) -> None:
+        """Fit the gates, unless they are those of this step already. Raises ``Interrupted`` after a signal."""
+        done = self.progress
+        if self.fit_gates is not None and done.gates_step != done.step:
+            self.fit_gates(self.pipeline, done)
+            done.gates_step = done.step
+
     def _save(self, saver: Saver, *, wait: bool = False) -> None:
         """Save the state, and the adapter, which is made from the checkpoint."""
+        with contextlib.suppress(Interrupted):
+            self._fit_gates()
         save_state(
             self.output / "checkpoints",
             self.pipeline.stage,
@@ -234,7 +253,9 @@ class Trainer:
             self._save(saver, wait=True)
         saver.wait()
         if self.progress.step == self._started:
-            self._save_adapter("adapter", {})  # an earlier run may have been killed between the two saves
+            with contextlib.suppress(Interrupted):
+                self._fit_gates()  # a signal may have ended the earlier run's fit
+                self._save_adapter("adapter", {})  # and it may have been killed between the two saves
 
     def _log_saves(self, log: RunLog, saver: Saver) -> None:
         for save in saver.finished():

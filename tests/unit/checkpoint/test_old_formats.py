@@ -120,8 +120,8 @@ def test_a_run_goes_on_from_it(stage: Stage, groups: Groups, tmp_path: Path, mon
                     parameter.zero_()
     optimizer = optimizer_of(stage, groups)
     progress = load_state(checkpoint, stage, optimizer, checkpoint.metadata)
-    # Interrupted validations and patience are newer than the format.
-    newer = {"validation_due": False, "stale_validations": 0}
+    # Interrupted validations, patience and gates are newer than the format.
+    newer = {"validation_due": False, "stale_validations": 0, "gates_step": None}
     assert progress.model_dump() == EXPECTED["step-3"]["metadata"]["progress"] | newer
     assert optimizer.counters() == EXPECTED["step-3"]["metadata"]["counters"]
     for names, parameter in parameters(stage).items():

@@ -85,6 +85,7 @@ def test_separable_classes_give_finite_weights() -> None:
     assert ((z @ always[:-1] + always[-1]).sigmoid() > 0.95).all() and always.isfinite().all()
     few = logistic_regression(z[:3], torch.tensor([True, False, True]), 1e-3)  # fewer tokens than features
     assert few.isfinite().all()
+    assert not logistic_regression(z[:0], torch.ones(0, dtype=torch.bool), 1e-3).any()
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,22 @@ def test_fits_that_do_not_fit_together_take_turns(tmp_path: Any) -> None:
     assert "6 exits, 180,224 tokens in 2 turns" in {phase.amount for phase in tight.run.phases}
 
 
+def test_gates_are_fitted_while_tuning_that_distils(tmp_path: Any) -> None:
+    gated: dict[str, Any] = {"exits": [{"layer": 8, "gate": True}], "data": {"train": ["c"], "validation": ["v"]}}
+    distils = {"loss": {"distillation": {"kl": 1.0}}, "validation": {"interval": 500}, "checkpoint": {"interval": 750}}
+    after, found = estimate(tmp_path, **gated), estimate(tmp_path, **gated, **distils)
+    assert found.run is not None
+    # After 0, 500, 750, 1,000, 1,500, 2,000, 2,250 and 2,500 steps.
+    assert [phase.amount for phase in found.run.phases if phase.name == "gates"] == ["1, 8 times"]
+    names = list(seconds(found))
+    assert names.index("validation") < names.index("gates") < names.index("saving")
+    # After tuning, two adapters share the pass through all layers.
+    tokens = 16 * 4096
+    each = 3 * 10 * 2 * 4096**2 * tokens / 1e12 + exit_forward_flops(MODEL, found.specs[0], 1) * tokens / 5e13
+    assert seconds(after)["gates"] == pytest.approx(seconds(found)["gates"] / 8 + each, rel=1e-6)
+    assert found.plan.stages[0].memory.gates == 0 < after.plan.stages[0].memory.gates
+
+
 def test_gates_are_fitted_after_tuning(tmp_path: Any) -> None:
     found = estimate(tmp_path, exits=[{"layer": 8, "init": "copy", "gate": True}])
     assert list(seconds(found))[-1] == "gates"

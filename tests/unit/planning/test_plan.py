@@ -10,6 +10,7 @@ import pytest
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
 from megatron_ee.exits.fit import fit_bytes
+from megatron_ee.exits.gate import newton_bytes
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
 from megatron_ee.planning.memory import stage_memory
@@ -138,9 +139,12 @@ def test_validation_and_gates_hold_all_layers() -> None:
     weights = 2 * 6_738_415_616
     assert 0 < stage.memory.validation - weights < 0.1 * weights
     trained = 2 * (trained_parameters(model, ExitSpec(8)) + 4096)
-    assert 0 < stage.memory.gates - weights - trained < 0.1 * weights
+    assert 0 < stage.memory.gates - weights - 2 * trained < 0.1 * weights  # of two adapters
     assert stage.memory.total == stage.memory.gates > stage.memory.tuning == plain.memory.tuning
     assert plain.memory.validation == plain.memory.gates == 0
+    distils = Workload(2, validates=True, top_k=8)
+    (stage,) = make_plan(layout(((1, 32), (8,))), model, [ExitSpec(8, gate=True)], distils).stages
+    assert stage.memory.gates == 0 < newton_bytes(4096) <= stage.memory.activations + stage.memory.taps
 
 
 def test_free_running_threshold_mode_holds_all_layers() -> None:

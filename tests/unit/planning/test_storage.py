@@ -56,9 +56,12 @@ def test_host_memory() -> None:
     assert host_memory(config, MODEL, SPECS, workload) == 12 * COUNT  # the copy of a checkpoint
     waiting = config_from_dict({**VALUES, "checkpoint": {"asynchronous": False}})
     assert host_memory(waiting, MODEL, SPECS, workload) == 0
-    # The tokens of gates: 16 for each of 4,096 features.
-    gated = [ExitSpec(8, "norm", "shared", gate=True)]
-    assert host_memory(waiting, MODEL, gated, workload) == 16 * 4096 * 4096 * 2
+    # The tokens of gates: 16 for each of 4,096 features, for the last and the best adapter.
+    gated, tokens = [ExitSpec(8, "norm", "shared", gate=True)], 16 * 4096 * 4096 * 2
+    assert host_memory(waiting, MODEL, gated, workload) == 2 * tokens
+    # With distillation a checkpoint may be written meanwhile, of 4,096 weights with their optimizer state.
+    distils = config_from_dict({**VALUES, "loss": {"distillation": {"kl": 1.0}}})
+    assert host_memory(distils, MODEL, gated, make_workload(distils, MODEL, 1)) == tokens + 12 * 4096
     # Streamed layers: all of each replica in host memory, or one on its way from the disk.
     layer, quick = 2 * layer_parameters(MODEL), [ExitSpec(8, "norm", "shared")]
     for residency, count in (("host", 32), ("disk", 1)):

@@ -27,7 +27,7 @@ class Blend:
         return tokens, tokens, np.arange(LENGTH) >= LENGTH - self.counts[index % len(self.counts)]
 
 
-def read(groups: Any, blend: Any, batch: int, micro: int, fit: FitConfig | None = None) -> Tokens:
+def read(groups: Any, blend: Any, batch: int, micro: int, fit: FitConfig | None = None, start: int = 0) -> Tokens:
     config = RunConfig(
         ModelConfig(""),
         [],
@@ -35,7 +35,7 @@ def read(groups: Any, blend: Any, batch: int, micro: int, fit: FitConfig | None 
         tuning=TuningConfig(global_batch_size=batch, micro_batch_size=micro),
         fit=fit or FitConfig(),
     )
-    return read_tokens(config, blend, 2, groups, Interrupt())
+    return read_tokens(config, blend, 2, groups, Interrupt(), start)
 
 
 def unmasked(steps: Any) -> list[tuple[int, int]]:
@@ -66,6 +66,14 @@ def test_as_many_as_asked_by_whole_batches(groups: Any) -> None:
     assert tokens.num_fitted + tokens.num_held_out == 128  # four batches of 32
     automatic = read(groups, blend, 1, 1)
     assert automatic.num_fitted + automatic.num_held_out == 32  # 16 for each of two features
+
+
+def test_later_tokens(groups: Any) -> None:
+    tokens = read(groups, Blend(*[16] * 40), 2, 2, FitConfig(tokens=100), start=36)
+    assert {number for number, _ in unmasked(tokens.fitted)} == set(range(36, 42))  # on into the next epoch
+    assert {number for number, _ in unmasked(tokens.held_out)} == {42, 43}
+    most = read(groups, Blend(*[16] * 6), 2, 2, FitConfig(tokens=1000), start=4)
+    assert most.num_fitted + most.num_held_out == 96  # one epoch
 
 
 def test_a_single_sequence_is_cut(groups: Any) -> None:
