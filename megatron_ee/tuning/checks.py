@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TextIO
@@ -38,8 +37,12 @@ NAN_GRADIENT = "returned nan values"
 
 
 @contextlib.contextmanager
-def checked(trainer: Trainer) -> Iterator[None]:
+def checked(trainer: Trainer, passed: Callable[[str], None] = print) -> Iterator[None]:
     """Check the work of ``trainer`` while the context is open, and write ``debug.log`` to its output directory.
+
+    Args:
+        trainer: of a run of one process.
+        passed: called with a line if all steps were done and all checks passed.
 
     Raises:
         UserError: a weight, a module's output or a gradient is not finite; or after all steps a trained parameter never
@@ -55,7 +58,7 @@ def checked(trainer: Trainer) -> Iterator[None]:
         checks.attach(stack)
         frozen = checks.frozen_digests()
         yield
-        checks.finish(frozen)
+        checks.finish(frozen, passed)
 
 
 class _Checks:
@@ -111,7 +114,7 @@ class _Checks:
         if self._trainer.validate is not None:
             replace(self._trainer, "validate", self._around_validation)
 
-    def finish(self, frozen: dict[str, str]) -> None:
+    def finish(self, frozen: dict[str, str], passed: Callable[[str], None]) -> None:
         """The checks that need the whole run. ``frozen``: digests from the beginning."""
         for name, module in self._stage.named_modules():
             if _shown(name) not in self._logged:
@@ -128,12 +131,11 @@ class _Checks:
                 raise UserError(
                     f"{name}: is trained, but its gradient was zero up to step {steps}, over {done.tokens} tokens"
                 )
-        line = (
+        passed(
             f"debug: passed after step {steps}: the outputs of {len(self._logged)} modules and methods are finite, "
             f"{len(trained)} trained parameters have finite gradients that are not zero, {len(frozen)} frozen ones did "
             "not change"
         )
-        print(line, file=sys.stderr, flush=True)
 
     def _where(self) -> str:
         step = self._trainer.progress.step

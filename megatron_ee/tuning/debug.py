@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -86,17 +87,21 @@ def debug_tune(config: RunConfig, *, output: Path, make_validator: MakeValidator
     check_output(output.parent, "tune")
     _remove_earlier(output)
     _announce(small, kept, model.architecture.num_layers, output)
+    passed: list[str] = []
     with deterministic(small.tuning.seed):
-        return tune(
+        status = tune(
             small,
             output=output,
             resume=False,
             init_adapter=None,
             make_validator=make_validator,
             open_model=lambda path, verify: cut_model(model, kept.layers),
-            around=checked,
+            around=partial(checked, passed=passed.append),
             command=COMMAND,
         )
+    for line in passed:  # after what tune does with the tuned exits
+        print(line, file=sys.stderr, flush=True)
+    return status
 
 
 def choose_slice(specs: Sequence[ExitSpec], num_layers: int) -> Slice:
