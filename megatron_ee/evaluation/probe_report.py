@@ -28,18 +28,29 @@ def best_early(found: Probe | ShapeForecast, least: float) -> Forecast:
     return by_heads
 
 
-def recommended(found: Probe) -> dict[int, bool]:
-    """The exits to tune, by layer, and whether with a gate.
+def paying(found: Probe) -> dict[str, Forecast]:
+    """The settings that are forecast to pay, by what they are called in a sentence.
 
-    They are those of the best setting in which tokens leave early, of those that pay with the highest agreement up to
-    ``MIDDLE``, and of speculative mode if that pays.
+    They are the best setting in which tokens leave early, of those that pay with the highest agreement up to
+    ``MIDDLE``, and speculative mode if that pays.
     """
-    at_least = [MIDDLE, *sorted((each for each in found.threshold if each < MIDDLE), reverse=True)]
-    settings = [best_early(found, least) for least in at_least]
-    paying = [each for each in settings if each.speedup >= PAYS][:1]
-    paying += [found.speculative] if found.speculative.speedup >= PAYS else []
-    gated = {layer for each in paying if each.gated for layer in each.exits}
-    return {layer: layer in gated for layer in sorted({layer for each in paying for layer in each.exits})}
+    pays = {}
+    for least in [MIDDLE, *sorted((each for each in found.threshold if each < MIDDLE), reverse=True)]:
+        early = best_early(found, least)
+        if early.speedup >= PAYS:
+            mode = "policy gate" if early.gated else "threshold mode"
+            pays[f"{mode} with {least:.0%} of the tokens equal"] = early
+            break
+    if found.speculative.speedup >= PAYS:
+        pays["speculative mode"] = found.speculative
+    return pays
+
+
+def recommended(found: Probe) -> dict[int, bool]:
+    """The exits to tune, by layer, and whether with a gate: those of the settings that pay."""
+    settings = paying(found).values()
+    gated = {layer for each in settings if each.gated for layer in each.exits}
+    return {layer: layer in gated for layer in sorted({layer for each in settings for layer in each.exits})}
 
 
 def yaml_block(exits: Mapping[int, bool]) -> str:
@@ -51,20 +62,17 @@ def yaml_block(exits: Mapping[int, bool]) -> str:
 
 def judgement(found: Probe) -> str:
     """Whether exits pay, in a sentence or two."""
-    early, speculative, times = best_early(found, MIDDLE), found.speculative, found.times
-    if recommended(found):
-        mode = "policy gate" if early.gated else "threshold mode"
-        lines = [
-            f"Exits should pay: speculative mode is forecast at {speculative.speedup:.2f} times the speed of full "
-            f"mode, {mode} at {early.speedup:.2f} times with {MIDDLE:.0%} of the tokens equal."
-        ]
+    times, pays = found.times, paying(found)
+    if pays:
+        forecasts = [f"{name} at {each.speedup:.2f} times the speed of full mode" for name, each in pays.items()]
+        lines = [f"Exits should pay: forecast are {' and '.join(forecasts)}."]
     elif found.work.body == "norm":
         return (
             "It cannot be told whether exits pay: for lack of time or text norm exits were measured, which agree with "
             "the final exit far less often than mlp exits. Give a longer --budget or more text."
         )
     else:
-        settings = (*found.threshold.values(), *found.gate.values(), speculative)
+        settings = (*found.threshold.values(), *found.gate.values(), found.speculative)
         best = max(settings, key=lambda each: each.speedup)
         lines = [f"Exits will not pay here: nothing is forecast above {best.speedup:.2f} times the speed of full mode."]
         asked, middle = times.asked() / times.layer[1], [e for e in found.layers if e.layer <= DEEP * times.num_layers]

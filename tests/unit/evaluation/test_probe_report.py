@@ -61,12 +61,20 @@ def test_exits_that_pay_are_a_configuration() -> None:
     assert list(recommended(probe(SLOW, (FULL, FULL, faster)))) == [7, 9]
 
 
+def test_the_sentence_names_only_what_pays() -> None:
+    hardly, lower = (Forecast((7,), 0.96, 0.009, speedup, early=0.1, threshold=0.8) for speedup in (1.02, 1.09))
+    found = probe(SLOW, (FULL, hardly, lower))
+    said = judgement(found)
+    assert said.startswith("Exits should pay: forecast are threshold mode with 90% of the tokens equal at 1.09 times")
+    assert "1.02" not in said and "speculative" not in said
+
+
 def test_gates_are_recommended_where_they_pay() -> None:
     by_heads = Forecast((7,), 0.96, 0.009, 1.3, early=0.5, threshold=0.8)
     by_gates = Forecast((5, 7), 0.95, 0.008, 1.4, early=0.5, threshold=0.7, gated=True)
     found = probe(SPECULATIVE, (FULL, by_heads, by_heads), gate=(FULL, by_gates, by_gates))
     assert recommended(found) == {3: False, 5: True, 7: True}
-    assert "policy gate at 1.40 times" in judgement(found)
+    assert "policy gate with 95% of the tokens equal at 1.40 times" in judgement(found)
     read = yaml.safe_load(yaml_block(recommended(found)))["exits"]
     assert [spec.gate for spec in resolve_exits([ExitConfig(**each) for each in read], 10)] == [False, True, True]
     hardly = dataclasses.replace(by_gates, speedup=1.31)
