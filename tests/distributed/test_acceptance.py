@@ -103,7 +103,12 @@ def decoded(pipeline: Pipeline, eos: frozenset[int]) -> dict[int, Counts]:
 
 @pytest.mark.parametrize(
     "world_size, stages, tensor, sequence",
-    [(1, ONE, 1, False), (2, HALVES, 1, False), (2, ONE, 1, False), (4, HALVES, 2, True)],
+    [
+        (1, ONE, 1, False),
+        (2, HALVES, 1, False),
+        (2, ONE, 1, False),
+        pytest.param(4, HALVES, 2, True, marks=pytest.mark.slow),
+    ],
     ids=["one", "pipeline", "data", "tensor"],
 )
 def test_acceptance_is_that_of_the_engine(

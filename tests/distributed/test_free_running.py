@@ -108,7 +108,12 @@ def counts(measured: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "world_size, parallel",
-    [(1, {}), (2, {"pipeline": 2}), (2, {"tensor": 2, "sequence": True}), (2, {})],
+    [
+        (1, {}),
+        pytest.param(2, {"pipeline": 2}, marks=pytest.mark.slow),
+        (2, {"tensor": 2, "sequence": True}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+    ],
     ids=["one", "pipeline", "tensor", "data"],
 )
 def test_every_validation_is_the_engine_s(

@@ -53,10 +53,11 @@ EARLY_ONE, EARLY_HALVES = (((1, 4), (1, 2)),), (((1, 3), (1, 2)), ((4, 4), ()))
 EARLY_APART = (((1, 1), ()), ((2, 4), ()), (None, (1, 2)))
 
 
-def _cases(world_size: int) -> list[Case]:
+def _cases(world_size: int, more: bool = False) -> list[Case]:
     """(work, stages, tensor, sequence, microbatch): the rest of the ranks are data-parallel.
 
-    Few microbatches where their number proves nothing: ranks that share two cores wait at every message.
+    Few microbatches where their number proves nothing: ranks that share two cores wait at every message. ``more`` gives
+    further combinations of what the others have already.
     """
     table: dict[int, list[tuple[str, Any, int, bool, int]]] = {
         1: [(work, EARLY_ONE if work == "early" else ONE, 1, False, 1) for work in WORK],
@@ -84,26 +85,28 @@ def _cases(world_size: int) -> list[Case]:
             ("early", EARLY_APART, 1, False, 2),
         ],
         4: [
-            ("bodies", ONE, 4, False, 4),
             ("bodies", ONE, 4, True, 3),
             ("bodies", QUARTERS, 1, False, 6),
             ("bodies", SPREAD, 1, False, 2),
-            ("bodies", ONE, 1, False, 1),
-            ("bodies", APART, 2, True, 2),
             ("bodies", HALVES, 1, False, 2),
-            ("bodies", ONE, 2, True, 3),
             ("qwen3", UNEVEN, 2, True, 2),
             ("qwen3", ONE, 2, False, 3),
-            ("tied", UNEVEN, 2, False, 3),
             ("distilled", HALVES, 2, True, 2),
             ("distilled", SPREAD, 1, False, 1),
-            ("distilled", APART, 1, False, 2),
-            ("distilled", ONE, 2, False, 3),
         ],
     }
+    further: list[tuple[str, Any, int, bool, int]] = [
+        ("bodies", ONE, 4, False, 4),
+        ("bodies", ONE, 1, False, 1),
+        ("bodies", APART, 2, True, 2),
+        ("bodies", ONE, 2, True, 3),
+        ("tied", UNEVEN, 2, False, 3),
+        ("distilled", APART, 1, False, 2),
+        ("distilled", ONE, 2, False, 3),
+    ]
     return [
         Case(f"{number}-{work}", family, specs, stages, tensor, sequence, loss, micro_batch_size=micro)
-        for number, (work, stages, tensor, sequence, micro) in enumerate(table[world_size])
+        for number, (work, stages, tensor, sequence, micro) in enumerate(further if more else table[world_size])
         for family, specs, loss in [WORK[work]]
     ]
 
@@ -124,11 +127,13 @@ def alone(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {case.name.partition("-")[2]: outcome for case, outcome in zip(cases, outcomes, strict=True)}
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("world_size", "more"), [(2, False), (3, False), (4, False), pytest.param(4, True, marks=pytest.mark.slow)]
+)
 def test_layouts_compute_what_one_process_does(
-    world_size: int, models: Models, alone: dict[str, Outcome], tmp_path: Path
+    world_size: int, more: bool, models: Models, alone: dict[str, Outcome], tmp_path: Path
 ) -> None:
-    cases = _cases(world_size)
+    cases = _cases(world_size, more)
     ranks = run_ranks(world_size, tune_cases, models, cases, tmp_path)
     for number, case in enumerate(cases):
         expected = alone[case.name.partition("-")[2]]
@@ -179,9 +184,7 @@ def _moved(family: str, specs: tuple[ExitSpec, ...], dtype: str) -> list[tuple[i
     ]
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(0, marks=pytest.mark.slow), 1, 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [*(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 3)), 2])
 def test_a_run_goes_on_in_another_layout(number: int, models: Models, tmp_path: Path) -> None:
     """From one process to a layout, and from it back to one process."""
     (_, case), *elsewhere = _moved("llama2", EVERY_BODY, "float32")
@@ -195,6 +198,7 @@ def test_a_run_goes_on_in_another_layout(number: int, models: Models, tmp_path: 
     _check_state(there, saved_tensors(returned.checkpoints[-1]), expected)
 
 
+@pytest.mark.slow
 def test_decay_towards_initial_values_in_any_layout_and_after_resuming(models: Models, tmp_path: Path) -> None:
     """Strong enough to count: a twentieth of the distance at each step."""
     plain = Case("float32", "llama2", EVERY_BODY, ONE, loss=PLAIN, weight_decay=5.0)
@@ -226,7 +230,9 @@ def test_decay_towards_initial_values_in_any_layout_and_after_resuming(models: M
             assert start.dim() == 2 and (expected[name] - start).norm() < (towards_zero[name] - start).norm(), name
 
 
-@pytest.mark.parametrize("family, specs", [("llama2", EVERY_BODY), ("qwen3", OTHER_HEADS)])
+@pytest.mark.parametrize(
+    "family, specs", [("llama2", EVERY_BODY), pytest.param("qwen3", OTHER_HEADS, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_moves_through_layouts_bit_for_bit(
     family: str, specs: tuple[ExitSpec, ...], models: Models, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ def probed(model: Path, data: Path, cache: Path, tensor: int, pipeline: int) -> 
     return probe_dict(found)
 
 
+@pytest.mark.slow
 def test_equals_one_process(project: Project, tmp_path: Path) -> None:
     arguments = (project.model, project.train, tmp_path)
     (alone,) = run_ranks(1, probed, *arguments, 1, 1)

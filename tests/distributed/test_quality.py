@@ -99,6 +99,7 @@ def evaluated(path: Path, adapter: Path, corpus: Path, cache: Path, tensor: int,
     return {**found.to_dict(), "equal": [each.agreement for each in found.speed]}
 
 
+@pytest.mark.slow
 def test_evaluate_over_ranks_equals_one_process(project: Project, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     exits = json.dumps([{"layer": s.layer, "body": s.body, "head": s.head, "rank": s.rank} for s in SPECS])

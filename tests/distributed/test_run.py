@@ -65,7 +65,7 @@ def close(found: Any, expected: Any, where: str = "") -> None:
     "world_size, parallel",
     [
         pytest.param(2, {"tensor": 2, "sequence": True}, marks=pytest.mark.smoke),
-        (3, {"pipeline": 3, "layout": PIPELINE}),
+        pytest.param(3, {"pipeline": 3, "layout": PIPELINE}, marks=pytest.mark.slow),
         (4, {"pipeline": 2}),
     ],
 )
@@ -105,7 +105,7 @@ def test_validation_does_not_wait_for_teacher_messages(project: Project, tmp_pat
     close(logs[3], logs[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     number: signal.Signals, project: Project, tuned: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +125,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
         torch.testing.assert_close(all_tensors(output, 12)[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.slow
 def test_patience_stops_all_ranks_at_the_same_step(project: Project, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "optimizer": {"lr": 0.1, "min_lr": 0.1},  # the validation loss soon gets worse
@@ -143,7 +144,9 @@ def test_patience_stops_all_ranks_at_the_same_step(project: Project, tmp_path: P
     assert json.loads((tmp_path / "run" / "adapter-best" / "exits.json").read_text())["steps"] == last - 4
 
 
-@pytest.mark.parametrize("number, seconds", [(signal.SIGKILL, 25), (signal.SIGSTOP, 25)])
+@pytest.mark.parametrize(
+    "number, seconds", [(signal.SIGKILL, 25), pytest.param(signal.SIGSTOP, 25, marks=pytest.mark.slow)]
+)
 def test_a_lost_rank_ends_the_run_and_is_named(
     number: signal.Signals, seconds: float, project: Project, tmp_path: Path
 ) -> None:

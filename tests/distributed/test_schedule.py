@@ -302,7 +302,7 @@ def held_memory(path: Path, case: Case) -> dict[str, Any]:
     [(2, (((1, 4), (1, 2, 3, 4)),), 2), (2, (((1, 4), (1, 2, 3, 4)),), 1), (3, MIXED, 1), (4, HALVES, 1)],
     ids=["tensor", "data", "pipeline", "pipeline-data"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_rank_holds_nothing_for_what_is_frozen(
     dtype: str, world_size: int, stages: Any, tensor: int, saved_model: Callable[..., tuple[Path, Any]]
 ) -> None:

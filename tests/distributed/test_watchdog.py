@@ -123,8 +123,15 @@ def others(rank: int) -> list[int]:
     return [number for number in range(WORLD_SIZE) if number != rank]
 
 
-@pytest.mark.parametrize("behaviour", [Rank.work, Rank.work_then_block])
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(
+    ("lost", "behaviour"),
+    [
+        (1, Rank.work),
+        pytest.param(0, Rank.work, marks=pytest.mark.slow),
+        pytest.param(0, Rank.work_then_block, marks=pytest.mark.slow),
+        pytest.param(1, Rank.work_then_block, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_rank_is_named_at_once(start: Any, lost: int, behaviour: Callable[[Rank], None]) -> None:
     run = start(behaviour)
     run.wait_until_running()
@@ -137,7 +144,7 @@ def test_a_killed_rank_is_named_at_once(start: Any, lost: int, behaviour: Callab
     assert "Traceback" not in run.output()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_frozen_rank_is_named_after_the_timeout(start: Any, lost: int) -> None:
     run = start(Rank.work)
     run.wait_until_running()
@@ -154,6 +161,7 @@ def test_a_frozen_rank_is_named_after_the_timeout(start: Any, lost: int) -> None
     assert run.statuses(lost, within=SLACK) == [1]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_frozen_as_a_whole_goes_on(start: Any) -> None:
     run = start(Rank.work)
     run.wait_until_running()
@@ -204,6 +212,7 @@ def cleanup_hangs(rank: Rank) -> None:
     rank.work()
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_even_if_its_cleanup_hangs(start: Any) -> None:
     run = start(cleanup_hangs)
     assert run.statuses(0, 1, 2, within=60) == [1, 1, 1]
@@ -254,6 +263,7 @@ def collective_fails_alone(rank: Rank) -> None:
     rank.work_then_block()
 
 
+@pytest.mark.slow
 def test_a_failed_collective_is_its_ranks_fault_if_no_other_is_lost(start: Any) -> None:
     run = start(collective_fails_alone)
     assert run.statuses(0, 1, 2, within=60) == [1, 1, 1]
@@ -265,6 +275,7 @@ def ends_in_turn(rank: Rank) -> None:
     time.sleep(1.5 * rank.number)
 
 
+@pytest.mark.slow
 def test_ranks_may_finish_at_different_times(start: Any) -> None:
     run = start(ends_in_turn)
     run.wait_until_running()
@@ -278,6 +289,7 @@ def only_the_last_goes_on(rank: Rank) -> None:
         time.sleep(1000)
 
 
+@pytest.mark.slow
 def test_rank_0_still_watches_when_it_has_finished(start: Any) -> None:
     run = start(only_the_last_goes_on)
     run.wait_until_running()
@@ -297,6 +309,7 @@ def strangers_connect(rank: Rank) -> None:
     rank.work(20)
 
 
+@pytest.mark.slow
 def test_foreign_connections_to_the_watchdog_change_nothing(start: Any) -> None:
     run = start(strangers_connect)
     assert run.statuses(0, 1, 2, within=60) == [0, 0, 0]

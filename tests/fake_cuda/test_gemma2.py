@@ -13,12 +13,13 @@ SMALL = ("--data.sequence_length", "2048", "--tuning.micro_batch_size", "1", "--
 """With these, weights and logits do not hide the activations."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "head"),
     [
         ("norm", "shared"),  # most memory is taken by attention in the frozen layers
-        pytest.param("mlp", "own", marks=pytest.mark.slow),
-        pytest.param("layer", "own", marks=pytest.mark.slow),
+        ("mlp", "own"),
+        ("layer", "own"),
     ],
 )
 def test_planned_activations_are_those_of_a_step(body: str, head: str, worker: Worker) -> None:

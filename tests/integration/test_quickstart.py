@@ -177,6 +177,7 @@ def test_a_directory_of_others_is_kept(
     assert [path.name for path in out.rglob("*")] == ["tuning", "mine"]
 
 
+@pytest.mark.slow
 @cpu_only
 def test_a_slow_dtype_is_told(
     project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -221,6 +221,7 @@ DIVERGING: dict[str, Any] = {
 """Settings of a run whose validation loss soon gets worse."""
 
 
+@pytest.mark.slow
 def test_a_run_without_patience_left_is_over(
     project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

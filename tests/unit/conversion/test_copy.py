@@ -217,6 +217,7 @@ print(peak_memory() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_is_a_constant(model: Path, tmp_path: Path) -> None:
     """250 MB of weights, the largest tensor 66 MB: both ways take a few buffers."""

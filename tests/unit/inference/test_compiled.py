@@ -72,6 +72,7 @@ def answer(stage: Stage, watched: Any, *requests: Request) -> Any:
     return [[(token.id, token.layer) for token in one.tokens] for each in outputs for one in each]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not platform.has_accelerator() and shutil.which("g++") is None, reason="compiling needs a C++ compiler"
 )
