@@ -1,0 +1,77 @@
+"""``megatron-ee drift``: whether the audited requests of a server's exit logs still keep to the certified risk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_ee.commands import Parser
+from megatron_ee.errors import ConfigError
+
+ALARM_LEVEL = 0.01
+DESCRIPTION = """Read exit logs, and test whether the mean loss of the audited requests is still at most the risk. The
+test from the start gives a false alarm ever with probability at most --alarm-level. The restarting test finds a change
+after a long good time sooner, and begins again after each alarm; its false alarms are 1/level or more audits apart on
+average."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = Parser("drift", DESCRIPTION)
+    result.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="exit logs of one server, JSON lines")
+    result.add_argument("--risk", type=_share, required=True, metavar="R", help="mean loss that is allowed")
+    result.add_argument(
+        "--alarm-level",
+        type=_share,
+        default=ALARM_LEVEL,
+        metavar="A",
+        help=f"probability of a false alarm (default: {ALARM_LEVEL})",
+    )
+    result.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    result.add_argument("--plot", type=Path, metavar="FILE", help="plot the tests to a .png, .pdf or .svg file")
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Test. Print tables or JSON to stdout, and write the requested plot."""
+    from megatron_ee.checkpoint.ownership import check_file
+    from megatron_ee.commands.inputs import check_input
+    from megatron_ee.evaluation.audits import certificates, read_audits
+    from megatron_ee.evaluation.drift import new_monitor, replay
+    from megatron_ee.evaluation.drift_report import drift_dict, plot_drift, print_drift
+    from megatron_ee.evaluation.plots import FORMATS
+
+    if arguments.plot is not None:
+        if arguments.plot.suffix.lower() not in FORMATS:
+            raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(FORMATS)}")
+        check_file(arguments.plot, "--plot")
+    check_input("LOG", *arguments.logs)
+    audits = read_audits(arguments.logs)
+    found = certificates(audits)
+    if len(found) > 1:
+        raise ConfigError(f"LOG: audited requests ran under {len(found)} certificates")
+    counted = [each for each in audits if each.audit is not None and each.audit.certificate in found]
+    losses = [each.audit.loss for each in counted if each.audit is not None]
+    history = replay(new_monitor(arguments.risk, arguments.alarm_level), losses)
+    uncounted = len(audits) - len(counted)
+    if arguments.json:
+        print(json.dumps(drift_dict(history, counted, uncounted)))
+    else:
+        print_drift(history, counted, uncounted)
+    if arguments.plot is not None and losses:
+        plot_drift(history, arguments.plot)
+    elif arguments.plot is not None:
+        print(f"megatron-ee drift: no audited request counts, so no {arguments.plot}", file=sys.stderr)
+    return 0
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    return value

@@ -1,0 +1,95 @@
+"""Audited requests: a share of the requests also runs in full mode, which shows what early exit has cost each of them.
+
+Requests are drawn at admission, by their number alone: neither their content nor the load decides. A drawn request may
+wait for an idle moment, but is never left out. The exit log keeps the result of each audit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from pydantic import ConfigDict, Field
+
+from megatron_ee.config.untrusted import parse_json
+from megatron_ee.config.validation import Strict, validated
+from megatron_ee.errors import DataError
+from megatron_ee.inference.sampling import uniform
+
+
+class Audit(Strict):
+    """The result of one audit.
+
+    Attributes:
+        loss: of the early answer against full mode's, in [0, 1], as the certificate defines it.
+        certificate: digest of the certificate that the request ran under; None if it ran under none.
+    """
+
+    loss: float = Field(ge=0, le=1)
+    certificate: str | None = None
+
+
+class ExitRecord(Strict):
+    """One request in the exit log, which has one JSON object per line. Further keys are ignored.
+
+    Attributes:
+        number: of the request in the order of admission, from 0. It goes on after a restart of the server.
+        id: of the request.
+        audit: None if the request was not audited.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    number: int = Field(ge=0)
+    id: str
+    audit: Audit | None = None
+
+
+def audited(number: int, seed: int, share: float) -> bool:
+    """Whether a request is audited. The same arguments give the same result on every machine.
+
+    Args:
+        number: of the request in the order of admission.
+        seed: of the draw.
+        share: share of the requests to audit, in [0, 1].
+    """
+    return uniform(seed, number, "audit") < share
+
+
+def read_audits(logs: Sequence[Path]) -> list[ExitRecord]:
+    """The audited requests of exit logs, in the order of admission. Blank lines and a torn last line are ignored.
+
+    Args:
+        logs: all logs of one server, in any order.
+
+    Raises:
+        DataError: a log cannot be read, a line is no record, or two records have one number.
+        DamagedError: a line is not JSON. Both name file and line.
+    """
+    found: dict[int, tuple[ExitRecord, str]] = {}
+    for path in logs:
+        for where, record in _read(path):
+            if record.number in found:
+                other = found[record.number][1]
+                raise DataError(f"{where}: number {record.number} is in {other} too; give each log of one server once")
+            found[record.number] = record, where
+    return [record for _, (record, _) in sorted(found.items()) if record.audit is not None]
+
+
+def certificates(audits: Iterable[ExitRecord]) -> list[str]:
+    """Digests of the certificates of audited requests, without repetition."""
+    return sorted({each.audit.certificate for each in audits if each.audit and each.audit.certificate is not None})
+
+
+def _read(path: Path) -> Iterator[tuple[str, ExitRecord]]:
+    """Each record with its file and line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):  # the server is writing it, or was killed
+                    return
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, validated(ExitRecord, parse_json(line, where), where=where, error=DataError)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
