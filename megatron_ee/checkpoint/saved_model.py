@@ -27,6 +27,7 @@ from megatron_ee.checkpoint.quantised.registry import Quantisation, find_quantis
 from megatron_ee.checkpoint.quantised.rounding import rounded_weights
 from megatron_ee.checkpoint.quantised.weights import (
     QuantisedWeight,
+    check_plain,
     expanded_weights,
     split_quantised,
     stored_weights,
@@ -61,7 +62,8 @@ class SavedModel:
         checkpoint: the parallel checkpoint; None for a Hugging Face directory.
         quantised: the quantised weights, as they are stored, by name.
         rounding: how the weights of a plain release are quantised as they are read, see ``quantise_layers``.
-        quantises_activations: whether the release is made to quantise activations too. This is not done here.
+        quantises_activations: whether the release is made to quantise activations or the KV cache too. This is not
+            done here.
     """
 
     path: Path
@@ -176,12 +178,12 @@ def _text_model(
 
 
 def say_limits(model: SavedModel) -> None:
-    """Print what of a release is not used to stderr, on the first rank: vision tensors, quantised activations."""
+    """Print to stderr, on the first rank, what of a release is not used: vision tensors, quantised activations."""
     lines = []
     if model.vision:
         lines.append(f"{model.path}: only its text model is loaded, not its {len(model.vision)} vision tensors")
     if model.quantises_activations:
-        lines.append(f"{model.path}: its weights are quantised here, but not its activations, as where it is served")
+        lines.append(f"{model.path}: its activations or KV cache are quantised where it is served, but not here")
     for line in lines if launched_rank() == 0 else ():
         print(line, file=sys.stderr, flush=True)
 
@@ -254,8 +256,10 @@ def _checked(
 ) -> SavedModel:
     """Check tensors against ``config.json`` and return the model; ``absent`` as in ``HFDirectory``."""
     architecture, quantised, extra = described.architecture, dict[str, QuantisedWeight](), dict[str, StoredTensor]()
-    if described.quantisation is not None:
-        possible = expected_tensors(dataclasses.replace(architecture, tied=False))
+    possible = expected_tensors(dataclasses.replace(architecture, tied=False))
+    if described.quantisation is None:
+        check_plain(tensors, possible)
+    else:
         quantised, extra, tensors = split_quantised(tensors, possible, described.quantisation, str(path))
         tensors |= expanded_weights(quantised, described.dtype)
     architecture, tensors = _resolve_head(architecture, tensors)

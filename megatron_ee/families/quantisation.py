@@ -13,7 +13,7 @@ QUANTISED = ("quantization_config", "compression_config")
 SCALE_BITS = 16
 """Of a scale, and of a zero point, which has the scale's dtype."""
 LARGEST = 2**20
-"""Bound of sizes of groups, far above any."""
+"""Bound of sizes of groups and blocks, far above any."""
 GROUPS = (128, 64, 32)
 """Sizes of groups for rounding to 4 bits. The largest that divides the input features is used."""
 
@@ -33,11 +33,14 @@ def packed_bits(config: Mapping[str, Any]) -> float:
     if method == "fp8":
         return 8.0
     if method == "compressed-tensors" and isinstance(groups, dict):
-        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
-        for each in weights:
-            if isinstance(each, dict):
-                symmetric = each.get("symmetric", True) is True
-                return _with_scales(_number(each.get("num_bits", 8)), each.get("group_size"), zero_points=not symmetric)
+        for group in groups.values():
+            weights = group.get("weights") if isinstance(group, dict) else None
+            if isinstance(weights, dict):
+                bits = _number(weights.get("num_bits", 8))
+                if bits and (group.get("format") or settings.get("format")) != "pack-quantized":
+                    bits = max(bits, 8.0)  # other formats have a byte per element
+                symmetric = weights.get("symmetric", True) is True
+                return _with_scales(bits, weights.get("group_size"), zero_points=not symmetric)
     return 0.0
 
 

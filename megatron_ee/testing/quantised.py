@@ -84,12 +84,11 @@ def gptq(bits: int = 4, group: int = 16, *, act_order: bool = False, version: in
             g_idx = g_idx[torch.randperm(in_features, generator=torch.Generator().manual_seed(in_features))]
         place = torch.argsort(g_idx, stable=True)
         sorted_codes, scale, zero = round_to_codes(weight[:, place], bits, group)
-        zero = zero.clamp(min=1) if version == 1 else zero  # version 1 cannot store 0
         codes = torch.empty_like(sorted_codes)
         codes[:, place] = sorted_codes
         wide = g_idx.long()
         values = ((codes - zero[:, wide]).half() * scale[:, wide]).float()
-        in_word, stored_zero = 32 // bits, (zero - int(version == 1)).t()
+        in_word, stored_zero = 32 // bits, zero.t()
         qweight = torch.zeros(in_features // in_word, out_features, dtype=torch.int64)
         for row in range(len(qweight)):
             for place_in_word in range(in_word):
@@ -97,6 +96,8 @@ def gptq(bits: int = 4, group: int = 16, *, act_order: bool = False, version: in
         qzeros = torch.zeros(len(stored_zero), -(-out_features // in_word), dtype=torch.int64)
         for column in range(out_features):
             qzeros[:, column // in_word] |= stored_zero[:, column].long() << (bits * (column % in_word))
+        if version == 1:
+            qzeros = (qzeros - sum(1 << (bits * place) for place in range(in_word))) % 2**32
         parts = {"qweight": _as_words(qweight), "qzeros": _as_words(qzeros), "scales": scale.t(), "g_idx": g_idx}
         return parts, values
 

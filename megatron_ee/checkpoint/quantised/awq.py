@@ -1,8 +1,8 @@
 """AWQ (arXiv 2306.00978) as AutoAWQ stores it, in version ``gemm``.
 
 ``qweight`` int32 ``[in, out / 8]`` has the codes of eight consecutive outputs in a word, in the order ``ORDER`` from
-the lowest bits on. ``qzeros`` int32 ``[groups, out / 8]`` has the zero points in the same way. ``scales`` is ``[groups,
-out]``.
+the lowest bits on. ``qzeros`` int32 ``[groups, out / 8]`` has the zero points in the same way. ``scales`` ``[groups,
+out]`` may be negative (AutoRound writes such ones).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def awq_format(group: int | None) -> Format:
         return {
             "qweight": PartSpec((torch.int32,), (Axis(COLUMNS), outputs)),
             "qzeros": PartSpec((torch.int32,), (groups, outputs)),
-            "scales": PartSpec(FLOATING, (groups, Axis(ROWS))),
+            "scales": PartSpec(FLOATING, (groups, Axis(ROWS)), allowed="nonzero"),
         }
 
     def pack(reader: Reader) -> PackedMatrix:
@@ -62,7 +62,9 @@ def unpack_outputs(words: Tensor) -> Tensor:
 
 def read_formats(config: Mapping[str, Any], where: str) -> tuple[Format, ...]:
     """See ``Method``."""
-    version = config.get("version", config.get("format", "gemm"))
+    version = config.get("version") or config.get("format") or "gemm"
+    if config.get("backend") == "llm-awq":  # of its authors, whose layout is another one
+        version = "llm-awq"
     version = version.lower() if isinstance(version, str) else version
     check_one_of(version, "quantization_config.version", ("gemm",), where)
     bits = config.get("bits", config.get("w_bit", BITS))

@@ -1,11 +1,13 @@
 """compressed-tensors, the format of LLM Compressor and vLLM: integers of 4 or 8 bits, packed into words or not; FP8.
 
-Scales are one per weight, per output ("channel"), per group of input features, or per block. Settings of activations
-are not applied: only weights are quantised here.
+Scales are one per weight, per output ("channel"), per group of input features, or per block. Those of integers may be
+negative (AutoRound writes such ones). Settings of activations and of the KV cache are not applied: only weights are
+quantised here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,7 +48,7 @@ class _Weights(Strict, extra="ignore"):
     symmetric: bool = True
     strategy: str | None = None
     group_size: int | None = None
-    block_structure: list[int] | None = None
+    block_structure: list[int] | str | None = None
     actorder: bool | str | None = None
 
 
@@ -55,14 +57,16 @@ class _Group(Strict, extra="ignore"):
 
     weights: _Weights | None = None
     input_activations: dict[str, Any] | None = None
+    output_activations: dict[str, Any] | None = None
     format: str | None = None
 
 
 class _Settings(Strict, extra="ignore"):
-    """``quantization_config``."""
+    """``quantization_config``. Without ``config_groups`` it describes sparsity, or the KV cache, of plain weights."""
 
-    config_groups: dict[str, _Group]
-    format: str
+    config_groups: dict[str, _Group] = {}
+    format: str = "dense"
+    kv_cache_scheme: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,32 +106,37 @@ def integer_format(bits: int, scales: Scales, *, in_words: bool, symmetric: bool
     Args:
         bits: of a code, 4 or 8.
         scales: their blocks.
-        in_words: codes are packed into words, from the lowest bits on, after adding 2^(bits - 1).
-        symmetric: there are no zero points.
+        in_words: codes are packed into words, from the lowest bits on, after adding 2^(bits - 1). So are zero points,
+            along the outputs, unless there is one for all.
+        symmetric: ``weight_zero_point`` may be missing, which stands for zeros.
         act_order: ``weight_g_idx`` gives the group of each input feature.
     """
-    unit, middle = 32 // bits, 2 ** (bits - 1)
+    unit, middle = 32 // bits, 2 ** (bits - 1) if in_words else 0
     codes_name = "weight_packed" if in_words else "weight"
+    zeros_in_words = in_words and not symmetric and scales.strategy != "tensor"
 
     def parts(weight: Shape) -> dict[str, PartSpec]:
         kind = torch.int32 if in_words else torch.int8
         found = {
             codes_name: PartSpec((kind,), (Axis(ROWS), Axis(COLUMNS, unit if in_words else 1))),
-            "weight_scale": PartSpec(FLOATING, scales.axes(weight, whole=act_order)),
+            "weight_scale": PartSpec(FLOATING, scales.axes(weight, whole=act_order), allowed="nonzero"),
+            "weight_zero_point": PartSpec(
+                (torch.int32 if zeros_in_words else torch.int8,),
+                scales.axes(weight, row_unit=unit if zeros_in_words else 1, whole=act_order),
+                optional=symmetric,
+            ),
         }
-        if not symmetric:
-            axes = scales.axes(weight, row_unit=unit if in_words else 1, whole=act_order)
-            found["weight_zero_point"] = PartSpec((kind,), axes)
         if act_order:
             found["weight_g_idx"] = PartSpec((torch.int32, torch.int64), (Axis(COLUMNS),))
         return found
 
     def zero_points(reader: Reader) -> Tensor | float:
-        if symmetric:
-            return float(middle) if in_words else 0.0
+        """As they are subtracted from codes that are stored from 0 on."""
+        if "weight_zero_point" not in reader:
+            return float(middle)
         zero = reader["weight_zero_point"]
-        if not in_words:
-            return _matrix(zero)
+        if not zeros_in_words:
+            return _matrix(zero).to(torch.int16) + middle
         first = reader.offset[ROWS] % unit
         return unpack_words(zero.t(), bits).t()[first : first + reader.rows]
 
@@ -152,7 +161,7 @@ def float_format(scales: Scales) -> Format:
     def parts(weight: Shape) -> dict[str, PartSpec]:
         return {
             "weight": PartSpec((torch.float8_e4m3fn,), (Axis(ROWS), Axis(COLUMNS))),
-            "weight_scale": PartSpec(FLOATING, scales.axes(weight)),
+            "weight_scale": PartSpec(FLOATING, scales.axes(weight), allowed="positive"),
         }
 
     def pack(reader: Reader) -> PackedMatrix:
@@ -181,8 +190,6 @@ def read_formats(config: Mapping[str, Any], where: str) -> tuple[Format, ...]:
         if group.weights is not None:
             each = _format(group.weights, group.format or settings.format, f"{where}: config_groups.{name}")
             found[each.text] = each
-    if not found:
-        raise CheckpointError(f"{where}: config_groups has no group with quantised weights")
     return tuple(found.values())
 
 
@@ -197,8 +204,7 @@ def _format(weights: _Weights, stored: str, where: str) -> Format:
         check_one_of(weights.symmetric, "symmetric of type float", (True,), where)
         return float_format(scales)
     if not weights.symmetric:
-        possible = ("channel", "group") if stored == PACKED else ("tensor", "channel", "group")
-        check_one_of(scales.strategy, "asymmetric strategy", possible, where)
+        check_one_of(scales.strategy, "asymmetric strategy", ("tensor", "channel", "group"), where)
     return integer_format(
         weights.num_bits, scales, in_words=stored == PACKED, symmetric=weights.symmetric, act_order=act_order
     )
@@ -213,15 +219,21 @@ def _scales(weights: _Weights, where: str) -> Scales:
         return Scales(strategy, 1, read_size(weights.group_size, "group_size", where))
     if strategy == "block":
         block = weights.block_structure or []
+        if isinstance(block, str):  # as some releases spell it: 128x128
+            found = re.fullmatch("([0-9]{1,7})x([0-9]{1,7})", block)
+            block = [int(size) for size in found.groups()] if found else []
         if len(block) != 2:
-            raise CheckpointError(f"{where}: block_structure must be rows and columns, not {shown(block)}")
+            given = shown(weights.block_structure)
+            raise CheckpointError(f"{where}: block_structure must be rows and columns, not {given}")
         return Scales(strategy, *(read_size(size, "block_structure", where) for size in block))
     return Scales(strategy)
 
 
 def quantises_activations(config: Mapping[str, Any]) -> bool:
     """See ``Method``. ``read_formats`` has checked the settings."""
-    return any(group.get("input_activations") for group in config["config_groups"].values())
+    groups = config.get("config_groups", {}).values()
+    kinds = ("input_activations", "output_activations")
+    return bool(config.get("kv_cache_scheme")) or any(group.get(kind) for group in groups for kind in kinds)
 
 
 COMPRESSED_TENSORS = Method(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.manifest import Box
 from megatron_ee.errors import CheckpointError, shown
+from megatron_ee.families.quantisation import LARGEST
 from megatron_ee.model.packed import Grid, PackedMatrix, join_halves
 
 Shape = tuple[int, ...]
 ROWS, COLUMNS = 0, 1
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST_UNIT = 2**20
-"""Bound of group and block sizes, far above any."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,13 @@ class PartSpec:
         dtypes: possible dtypes.
         axes: one for each dimension.
         optional: whether it may be missing.
+        allowed: its values. ``nonzero`` and ``positive`` ones, which are scales, must also be finite.
     """
 
     dtypes: tuple[torch.dtype, ...]
     axes: tuple[Axis, ...]
     optional: bool = False
+    allowed: Literal["any", "nonzero", "positive"] = "any"
 
     def shape(self, weight: Shape) -> Shape:
         """Its shape, for a weight of this shape."""
@@ -83,7 +84,7 @@ class Reader:
         offset: start of the box.
         shape: of the box.
         parts: the tensors' descriptions, by the end of their names; those that exist.
-        read: reads a box of a tensor, by the end of its name, into CPU memory.
+        read: reads a box of a tensor, by the end of its name, into CPU memory, and checks it.
         place: file and name of a tensor, by the end of its name, for messages.
     """
 
@@ -147,7 +148,7 @@ class Method:
         carried: ends of names of further tensors of a quantised module. They do not affect the weights, and are copied.
         extra: the same for tensors of other modules, such as scales of the KV cache.
         zero_bias: whether modules may have biases that the family lacks, if these are zero.
-        activations: whether ``quantization_config`` also quantises activations.
+        activations: whether ``quantization_config`` also quantises activations or the KV cache.
     """
 
     name: str
@@ -169,6 +170,24 @@ def packed(
     return PackedMatrix(codes, columns, bits, scale.contiguous(), zero, grid, order)
 
 
+def check_scales(scales: Tensor, allowed: Literal["nonzero", "positive"], place: str) -> None:
+    """Check scales of any shape.
+
+    Args:
+        scales: of a floating dtype.
+        allowed: their values, as in ``PartSpec``.
+        place: file and name of their tensor, for the message.
+
+    Raises:
+        CheckpointError: one of them is zero, not finite, or negative where this is not allowed.
+    """
+    good = (scales > 0 if allowed == "positive" else scales != 0).logical_and_(scales.isfinite())
+    if not bool(good.all()):
+        bad = scales[~good].flatten()[0].item()
+        wanted = "above 0" if allowed == "positive" else "not 0"
+        raise CheckpointError(f"{place} has a scale of {bad:g}; scales must be finite and {wanted}")
+
+
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """The codes in int32 words ``[..., words]``, from the lowest bits on: uint8 ``[..., words * 32 / bits]``."""
     found = words.contiguous().view(torch.uint8)
@@ -183,7 +202,7 @@ def read_size(value: object, key: str, where: str, *, none: int | None = None) -
     """
     if none is not None and (value is None or value == -1):
         return none
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST_UNIT:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
         raise CheckpointError(f"{where}: {key} must be a whole number above 0, not {shown(value)}")
     return value
 

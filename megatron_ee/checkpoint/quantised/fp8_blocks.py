@@ -42,7 +42,7 @@ def fp8_format(scale: str, block: tuple[int, int] | None) -> Format:
         axes = () if block is None else (Axis(ROWS, block[0]), Axis(COLUMNS, block[1]))
         return {
             "weight": PartSpec((torch.float8_e4m3fn,), (Axis(ROWS), Axis(COLUMNS))),
-            scale: PartSpec(FLOATING, axes),
+            scale: PartSpec(FLOATING, axes, allowed="positive"),
         }
 
     def pack(reader: Reader) -> PackedMatrix:
@@ -73,6 +73,6 @@ FP8 = Method(
     read_formats,
     marks=SCALES,
     carried=("activation_scale", "input_scale"),
-    extra=("k_scale", "v_scale"),
+    extra=("k_scale", "v_scale", "kv_scale", "q_scale"),
     activations=lambda config: True,
 )

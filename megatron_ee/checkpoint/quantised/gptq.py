@@ -1,9 +1,10 @@
 """GPTQ (arXiv 2210.17323) as AutoGPTQ and GPTQModel store it, with and without act-order.
 
 ``qweight`` int32 ``[in * bits / 32, out]`` has the codes of consecutive input features in a word, from the lowest bits
-on. ``qzeros`` int32 ``[groups, out * bits / 32]`` has the zero points in the same way, of consecutive outputs; format
-``gptq`` stores them minus 1, ``gptq_v2`` as they are. ``scales`` ``[groups, out]``; ``g_idx`` int32 ``[in]`` is the
-group of each input feature.
+on. ``qzeros`` int32 ``[groups, out * bits / 32]`` has the zero points in the same way, of consecutive outputs. Format
+``gptq_v2`` stores them as they are. Format ``gptq`` subtracts from each word the one whose zero points are all 1.
+``scales`` ``[groups, out]`` may be negative (AutoRound writes such ones). ``g_idx`` int32 ``[in]`` is the group of each
+input feature.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from megatron_ee.model.packed import PackedMatrix
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 """``checkpoint_format`` -> what was subtracted from the zero points."""
+ONES = {4: 0x11111111, 8: 0x01010101}
+"""By bits: the word whose zero points are all 1."""
 
 
 def gptq_format(bits: int, group: int | None, offset: int, act_order: bool) -> Format:
@@ -52,16 +55,17 @@ def gptq_format(bits: int, group: int | None, offset: int, act_order: bool) -> F
         return {
             "qweight": PartSpec((torch.int32,), (Axis(COLUMNS, codes), Axis(ROWS))),
             "qzeros": PartSpec((torch.int32,), (groups, Axis(ROWS, codes))),
-            "scales": PartSpec(FLOATING, (groups, Axis(ROWS))),
+            "scales": PartSpec(FLOATING, (groups, Axis(ROWS)), allowed="nonzero"),
             "g_idx": PartSpec((torch.int32,), (Axis(COLUMNS),), optional=not act_order),
         }
 
     def pack(reader: Reader) -> PackedMatrix:
         size, unit = group or reader.weight[COLUMNS], 32 // bits
         codes = reader.within(unpack_words(reader["qweight"].t(), bits), column_unit=unit)
-        zeros = unpack_words(reader["qzeros"], bits).t()
+        # Words are subtracted and added with carries, as in GPTQModel: a zero point of 0 borrows from the next one.
+        zeros = unpack_words(reader["qzeros"] + offset * ONES[bits], bits).t()
         first = reader.offset[ROWS] % unit
-        zeros = zeros[first : first + reader.rows].to(torch.int16) + offset
+        zeros = zeros[first : first + reader.rows]
         scale, zero, grid, order = ordered(reader, "g_idx", size, reader["scales"].t(), zeros)
         return packed(codes, bits, scale, zero, grid, order)
 
@@ -70,8 +74,16 @@ def gptq_format(bits: int, group: int | None, offset: int, act_order: bool) -> F
 
 def read_formats(config: Mapping[str, Any], where: str) -> tuple[Format, ...]:
     """See ``Method``. ``dynamic`` of GPTQModel gives some modules other settings."""
-    named = config.get("checkpoint_format", config.get("format", "gptq"))
+    named = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if config.get("is_marlin_format"):  # of AutoGPTQ, before it had checkpoint_format
+        named = "marlin"
+    named = named.lower() if isinstance(named, str) else named
     check_one_of(named, "quantization_config.checkpoint_format", tuple(ZERO_OFFSETS), where)
+    if config.get("rotation"):
+        raise CheckpointError(
+            f"{where}: quantization_config.rotation {shown(config['rotation'])} is not supported; "
+            "use a release without rotations"
+        )
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, dict) or not all(isinstance(each, dict) for each in dynamic.values()):
         raise CheckpointError(

@@ -16,6 +16,8 @@ from megatron_ee.families.quantisation import QUANTISED
 
 METHODS: dict[str, Method] = {method.name: method for method in (AWQ, COMPRESSED_TENSORS, FP8, GPTQ)}
 """By ``quant_method``."""
+MARKS = frozenset(mark for method in METHODS.values() for mark in method.marks)
+"""Ends of tensors' names that only quantised weights have."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Quantisation:
 
     Attributes:
         method: its method.
-        formats: that its weights may have.
-        activations: whether it is made to quantise activations too.
+        formats: that its weights may have; none if only other things are quantised.
+        activations: whether it is made to quantise activations or the KV cache too.
     """
 
     method: Method

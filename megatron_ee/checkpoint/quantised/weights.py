@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_ee.checkpoint.manifest import Box
-from megatron_ee.checkpoint.quantised.formats import Format, PartSpec, Reader, Shape
-from megatron_ee.checkpoint.quantised.registry import Quantisation
+from megatron_ee.checkpoint.quantised.formats import Format, PartSpec, Reader, Shape, check_scales
+from megatron_ee.checkpoint.quantised.registry import MARKS, METHODS, Quantisation
 from megatron_ee.checkpoint.tensors import StoredTensor
 from megatron_ee.errors import CheckpointError
 from megatron_ee.model.packed import PackedMatrix
@@ -55,11 +56,11 @@ class QuantisedWeight:
         """Read a box into CPU memory, without expanding it.
 
         Raises:
-            CheckpointError: a file cannot be read, or a scale is zero, negative or not finite.
+            CheckpointError: a file cannot be read, or a scale has a value that its format does not allow.
         """
         described = {end: part for end, part in self.format.parts(self.shape).items() if end in self.parts}
-        reader = Reader(self.shape, tuple(offset), tuple(shape), described, self._read, self._place)
-        return self.format.pack(reader)
+        read = partial(self._read, described)
+        return self.format.pack(Reader(self.shape, tuple(offset), tuple(shape), described, read, self._place))
 
     def expanded(self, dtype: torch.dtype) -> StoredTensor:
         """The weight as one tensor, expanded as it is read. ``dtype`` is its nominal dtype."""
@@ -79,14 +80,13 @@ class QuantisedWeight:
         files = tuple(dict.fromkeys(file for tensor in self.parts.values() for file in tensor.files))
         return StoredTensor(dtype, self.shape, read, files, f"{self.name} of {self.format.text}")
 
-    def _read(self, end: str, box: Box) -> Tensor:
-        tensor = self.parts[end]
+    def _read(self, described: Mapping[str, PartSpec], end: str, box: Box) -> Tensor:
+        tensor, allowed = self.parts[end], described[end].allowed
         offset, shape = box
         out = torch.empty(tuple(shape) or tensor.shape, dtype=tensor.dtype)
         tensor.read(out, tuple(offset) or (0,) * out.ndim)
-        if "scale" in end and not bool((out > 0).logical_and_(out.isfinite()).all()):
-            bad = out[~((out > 0) & out.isfinite())].flatten()[0].item()
-            raise CheckpointError(f"{self._place(end)} has a scale of {bad:g}; scales must be finite and above 0")
+        if allowed != "any":
+            check_scales(out, allowed, self._place(end))
         return out
 
     def _place(self, end: str) -> str:
@@ -111,11 +111,9 @@ def split_quantised(
         CheckpointError: a tensor of a quantised weight is missing, or has another shape or dtype than its format.
     """
     method = quantisation.method
-    modules: dict[str, dict[str, StoredTensor]] = {}
-    for name in tensors:
-        module, _, end = name.rpartition(".")
-        if end in method.marks and len(shapes.get(f"{module}.weight", ())) == 2:
-            modules[module] = {}
+    if not quantisation.formats:
+        check_plain(tensors, shapes)
+    modules: dict[str, dict[str, StoredTensor]] = {module: {} for _, module in _marked(tensors, shapes, method.marks)}
     extra, others = {}, {}
     for name, tensor in tensors.items():
         module, _, end = name.rpartition(".")
@@ -131,6 +129,27 @@ def split_quantised(
     names = {f"{module}.weight": parts for module, parts in modules.items()}
     found = {name: _weight(name, shapes[name], parts, quantisation, where) for name, parts in names.items()}
     return found, extra, others
+
+
+def check_plain(tensors: Mapping[str, StoredTensor], shapes: Mapping[str, Shape]) -> None:
+    """Refuse quantised weights that ``config.json`` does not describe. Arguments as for ``split_quantised``.
+
+    Raises:
+        CheckpointError: a tensor is of a quantised weight.
+    """
+    for name, module in _marked(tensors, shapes, MARKS):
+        raise CheckpointError(
+            f"{tensors[name].files[-1]}: tensor {name!r} makes {module}.weight a quantised weight, but config.json "
+            f"describes none in quantization_config; supported there: {', '.join(METHODS)}"
+        )
+
+
+def _marked(tensors: Iterable[str], shapes: Mapping[str, Shape], marks: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Names of tensors that only quantised weights have, each with its module's name."""
+    for name in tensors:
+        module, _, end = name.rpartition(".")
+        if end in marks and len(shapes.get(f"{module}.weight", ())) == 2:
+            yield name, module
 
 
 def _weight(

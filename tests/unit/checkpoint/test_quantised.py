@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,86 @@ def test_every_box_of_a_weight_has_the_values_that_the_method_defines(name: str,
         rows, columns = (slice(first, first + size) for first, size in zip(offset, shape, strict=True))
         assert torch.equal(read(down, offset, shape, torch.float32), values[rows, columns])
         assert torch.equal(read(down, offset, shape, torch.bfloat16), values[rows, columns].bfloat16())
+
+
+def whole(path: Path, weight: str = f"{DOWN}.weight") -> Tensor:
+    tensor = open_model(path).weights[weight]
+    return read(tensor, (0, 0), (tensor.shape[0], tensor.shape[1]), torch.float32)
+
+
+def test_zero_points_of_0_in_both_formats_of_gptq(release: Any) -> None:
+    """In format gptq they borrow from the next zero point of their word."""
+    path, _ = release("gptq")
+    words = torch.tensor([0, 0x76543210, 0x10, -0x10000000], dtype=torch.int32).repeat(2)
+    edit(path, lambda tensors: tensors.update({f"{DOWN}.qzeros": (words - 0x11111111).expand(7, 8)}))
+    first = whole(path)
+    edit(path, lambda tensors: tensors.update({f"{DOWN}.qzeros": words.expand(7, 8)}))
+    edit_config(path, checkpoint_format="gptq_v2")
+    assert torch.equal(first, whole(path))
+
+
+def test_zero_points_of_a_symmetric_weight(release: Any) -> None:
+    """Early releases and other tools than LLM Compressor store them; they are subtracted, as the library does."""
+    path, reference = release("ct-int4-groups")
+    edit(path, lambda tensors: tensors.update({f"{DOWN}.weight_zero_point": torch.zeros(64, 7, dtype=torch.int8)}))
+    assert torch.equal(whole(path), reference.state_dict()[f"{DOWN}.weight"])
+    edit(path, lambda tensors: tensors[f"{DOWN}.weight_zero_point"][1].fill_(2))
+    scale = load_file(path / "model.safetensors")[f"{DOWN}.weight_scale"][1].repeat_interleave(16)
+    expected = reference.state_dict()[f"{DOWN}.weight"][1] - 2 * scale
+    torch.testing.assert_close(whole(path)[1], expected)
+
+
+def test_modules_with_settings_of_their_own(release: Any, tmp_path: Path) -> None:
+    """Two groups of modules in different formats, and one module that is not quantised."""
+    path, reference = release("ct-int4-groups")
+    other = CASES["ct-int8-channel"]()
+    weight = reference.state_dict()[f"{DOWN}.weight"]
+    parts, values = other.quantise(weight)
+
+    def mix(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith((f"{DOWN}.", "model.layers.0.mlp.up_proj."))]:
+            del tensors[name]
+        tensors.update({f"{DOWN}.{end}": part for end, part in parts.items()})
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(112, 64)
+
+    edit(path, mix)
+    assert f"{DOWN}.weight_packed" in refusal(path)
+    first = json.loads((path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    second = {**other.config["config_groups"]["group_0"], "targets": ["re:.*down_proj$"]}
+    groups = {"group_0": {**first, "format": "pack-quantized"}, "group_1": {**second, "format": "pack-quantized"}}
+    edit_config(path, config_groups=groups, format="mixed-precision", ignore=["lm_head", "re:.*layers.0.mlp.up.*"])
+    assert torch.equal(whole(path), values)
+    assert "model.layers.0.mlp.up_proj.weight" not in open_model(path).quantised
+
+
+def test_fp8_with_static_scales_of_activations_and_of_the_cache(release: Any) -> None:
+    path, reference = release("fp8-tensor")
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
+            tensors[name.removesuffix("_inv")] = tensors.pop(name)
+            tensors[name.replace("weight_scale_inv", "input_scale")] = torch.ones(())
+        tensors["model.layers.0.self_attn.kv_scale"] = torch.ones(1)
+
+    edit(path, rename)
+    edit_config(path, activation_scheme="static", ignored_layers=["lm_head"], kv_cache_scheme="static")
+    model = open_model(path)
+    assert torch.equal(whole(path), reference.state_dict()[f"{DOWN}.weight"])
+    assert model.quantises_activations and "model.layers.0.self_attn.kv_scale" in model.non_weights
+
+
+def test_only_the_cache_is_quantised(saved_model: Any, tmp_path: Path) -> None:
+    source, _ = saved_model("llama3.1")
+    path = tmp_path / "model"
+    shutil.copytree(source, path)
+    edit(path, lambda tensors: tensors.update({"model.layers.0.self_attn.k_scale": torch.ones(1)}))
+    config = json.loads((path / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    settings = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": scheme}
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    model = open_model(path)
+    assert not model.quantised and model.quantises_activations
+    assert model.digest() == open_model(source).digest()
 
 
 def test_the_values_do_not_depend_on_how_much_is_read_at_a_time(release: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +255,6 @@ def refusal(directory: Path) -> str:
             {"config_groups": {"g": {"weights": {"num_bits": 3}}}},
             ["config_groups.g", "num_bits", "3"],
         ),
-        ("ct-int4-groups", {"config_groups": {"g": {"weights": None}}}, ["config_groups"]),
         ("ct-int4-groups", {"config_groups": {"g": {"weights": {"strategy": "token"}}}}, ["strategy", "'token'"]),
         ("ct-int4-groups", {"config_groups": {"W4A16": ["Linear"]}}, ["config_groups.W4A16", "object"]),
     ],
@@ -186,6 +266,20 @@ def test_settings_that_are_not_supported_are_named(
     edit_config(path, **changes)
     text = refusal(path)
     assert all(word in text for word in ["config.json", *words]), text
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "fp8-blocks", "ct-int4-groups"])
+def test_quantised_tensors_that_config_does_not_describe(name: str, release: Any) -> None:
+    """As in releases whose settings are in a file of their tool, such as hf_quant_config.json."""
+    path, _ = release(name)
+    if name.startswith("ct"):
+        edit_config(path, config_groups={"group_0": {"weights": None}})
+        assert "quantization_config" in refusal(path)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    text = refusal(path)
+    assert all(word in text for word in ["model.layers.0.", "quantization_config", *METHODS]), text
 
 
 @pytest.mark.parametrize(
@@ -219,14 +313,29 @@ def test_tensors_that_do_not_fit(name: str, end: str, change: Any, words: list[s
     assert all(word in text for word in [DOWN, *words]), text
 
 
-@pytest.mark.parametrize("value", [0.0, -0.5, float("nan"), float("inf")])
-def test_scales_must_be_positive_and_finite(value: float, release: Any) -> None:
-    path, _ = release("ct-int4-groups")
-    edit(path, lambda tensors: tensors[f"{DOWN}.weight_scale"][5, 3:4].fill_(value))
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("ct-int4-groups", value) for value in (0.0, float("nan"), float("inf"))),
+        *(("ct-fp8-blocks", value) for value in (0.0, -0.5, float("nan"), -float("inf"))),
+    ],
+)
+def test_scales_that_cannot_be(name: str, value: float, release: Any) -> None:
+    path, _ = release(name)
+    edit(path, lambda tensors: tensors[f"{DOWN}.weight_scale"][0, 3:4].fill_(value))
     weight = open_model(path).weights[f"{DOWN}.weight"]
-    read(weight, (6, 0), (2, 112), torch.float32)  # others are read
+    read(weight, (16, 0), (2, 112), torch.float32)  # others are read
     with pytest.raises(CheckpointError, match=f"{DOWN}.weight_scale.*scale of {value:g}"):
         read(weight, (0, 0), (64, 112), torch.float32)
+
+
+@pytest.mark.parametrize("name, end", [("gptq", "scales"), ("awq", "scales"), ("ct-int4-asymmetric", "weight_scale")])
+def test_scales_of_integers_may_be_negative(name: str, end: str, release: Any) -> None:
+    """AutoRound chooses the sign of a symmetric group's scale, so that the larger extreme fits."""
+    path, reference = release(name)
+    edit(path, lambda tensors: tensors[f"{DOWN}.{end}"].neg_())
+    found = read(open_model(path).weights[f"{DOWN}.weight"], (0, 0), (64, 112), torch.float32)
+    assert torch.equal(found, -reference.state_dict()[f"{DOWN}.weight"])
 
 
 def test_a_group_that_does_not_exist(release: Any) -> None:
