@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from unittest import mock
 
 from megatron_ee.errors import DataError
 from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
@@ -38,22 +37,24 @@ def drawn_step(trainer: Trainer, path: Path) -> Iterator[None]:
     Raises:
         UserError: it cannot be written.
     """
-    pipeline, optimizer = trainer.pipeline, trainer.optimizer
-    begin, reduce = optimizer.zero_gradients, optimizer.reduce_gradients
-    recorded: list[list[Span]] = []
+    pipeline, recorded = trainer.pipeline, list[list[Span]]()
 
-    def begin_step() -> None:
-        pipeline.events = [] if len(recorded) < RECORDED else None
-        begin()
+    @contextlib.contextmanager
+    def recording() -> Iterator[None]:
+        if len(recorded) == RECORDED:
+            yield
+            return
+        events: list[Span] = []
+        pipeline.events = events
+        try:
+            yield
+        finally:
+            pipeline.events = None
+        recorded.append(events)
 
-    def after_exits() -> None:
-        reduce()
-        recorded.extend([] if pipeline.events is None else [pipeline.events])
-        pipeline.events = None
-
-    with mock.patch.multiple(optimizer, zero_gradients=begin_step, reduce_gradients=after_exits):
-        yield
-    if recorded and optimizer.groups.is_main:
+    trainer.around_step = recording
+    yield
+    if recorded and trainer.optimizer.groups.is_main:
         plot_timeline(recorded[-1], path)
         share = waiting_share(recorded[-1])
         line = f"streamed layers: {share:.1%} of a step waited for a layer (without the update); timeline: {path}"

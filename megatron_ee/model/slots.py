@@ -83,7 +83,7 @@ class LayerSlots:
             self._bind(number, self.slots[0])
 
     def hold(self, number: int) -> None:
-        """Let layer ``number`` have its weights, and start to fill the next layer's slot.
+        """Give layer ``number`` its weights, and start to fill a slot with the next layer's.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -104,16 +104,17 @@ class LayerSlots:
     @contextlib.contextmanager
     def event(self, kind: str, number: int) -> Iterator[None]:
         """Record what happens while the context is open."""
-        if self.record is None:
+        record = self.record
+        if record is None:
             yield
             return
         start = platform.mark()
         yield
-        self.record(kind, number, start, platform.mark())
+        record(kind, number, start, platform.mark())
 
     def _start(self, number: int) -> Slot:
-        """The slot with the weights of a layer; if there is none, one that was not used last, which is filled or begins
-        to be."""
+        """The slot with the weights of a layer. If there is none, the slot that was used longest ago is filled, by the
+        side stream if there is one."""
         for slot in self.slots:
             if slot.number == number:
                 return slot

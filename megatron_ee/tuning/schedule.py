@@ -81,7 +81,7 @@ class Pipeline:
         layout: of all stages.
         specs: the exits of all stages.
         teacher: the kind of teacher messages, which come back from the stage of the last layer; None if there are none.
-        events: appended to where it is a list.
+        events: a list to which events are added; None to record none.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Pipeline:
     ) -> None:
         self.stage, self.layout, self.specs, self.teacher = stage, layout, tuple(specs), teacher
         self.events: list[Span] | None = None
-        self._marks: list[tuple[str, int, Any, Any]] = []
+        self._marks: deque[tuple[str, int, Any, Any]] = deque()  # of the slots; another thread appends too
         self._clock: platform.Clock | None = None
         groups, dtype = stage.setup.groups, stage.setup.dtype
         self.index, last = groups.pipeline.rank(), layout.last_layered
@@ -214,8 +214,10 @@ class Pipeline:
         stage, data = self.stage, on_device(batches)
         slots = stage.backbone.slots
         assert slots is not None, "layers with memory of their own need no such order"
-        if self.events is not None and slots.record is None:
-            self._clock, slots.record = platform.Clock(), lambda *event: self._marks.append(event)
+        marks = self._marks  # not self, which refers to the slots
+        slots.record = None if self.events is None else lambda *event: marks.append(event)
+        if self.events is not None and self._clock is None:
+            self._clock = platform.Clock()
         with torch.no_grad():
             hidden = [stage.backbone.embed(each.tokens) for each in data]
         of_length = self._positions(batches)
@@ -289,8 +291,8 @@ class Pipeline:
 
     def _timed(self) -> list[Span]:
         """The events of the slots that were recorded since the last call."""
-        events, self._marks = self._marks, []
         assert self._clock is not None
+        events = [self._marks.popleft() for _ in range(len(self._marks))]
         return [
             Span(kind, number, self._clock.time(start), self._clock.time(end)) for kind, number, start, end in events
         ]

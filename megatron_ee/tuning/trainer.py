@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +80,7 @@ class Trainer:
         resumed: whether the state is that of a checkpoint in ``output``.
         keep_initial: whether the exits before the first step may be the best. Fitted exits may, copied ones need not be
             kept.
+        around_step: makes a context for each step, such as one that records its events.
     """
 
     config: RunConfig
@@ -92,6 +94,7 @@ class Trainer:
     progress: RunProgress = field(default_factory=RunProgress)
     resumed: bool = False
     keep_initial: bool = False
+    around_step: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         self._started = self._saved = self.progress.step if self.resumed else None
@@ -175,7 +178,9 @@ class Trainer:
 
     def _step(self) -> StepResult:
         ramp = weight_ramp(self.config.loss, self.progress.step, self.config.tuning.steps)
-        result = tuning_step(self.pipeline, self.optimizer, self.stream.step(), self.config.loss, ramp)
+        batches = self.stream.step()
+        with self.around_step():
+            result = tuning_step(self.pipeline, self.optimizer, batches, self.config.loss, ramp)
         self.progress.step += 1
         self.progress.consumed = self.stream.consumed
         self.progress.tokens += result.tokens

@@ -90,6 +90,17 @@ def test_an_error_while_reading_ahead_is_raised_where_the_layer_is_used(
     assert torch.equal(layer_outputs(stage)[0], expected[0])
 
 
+def test_events_are_recorded_only_in_the_steps_that_want_them(groups: Groups, saved_model: SavedModel) -> None:
+    case = Case("events", "llama3.1", (ExitSpec(2, "mlp"),), (((1, 4), (2,)),), residency="disk")
+    pipeline, optimizer = prepare(saved_model("llama3.1")[0], case, groups)
+    found = []
+    for wanted in (True, False, True):
+        pipeline.events = [] if wanted else None
+        tuning_step(pipeline, optimizer, random_batches(131, 0, 0, 1, 2), case.loss, 1.0)
+        found.append([event.number for event in pipeline.events or () if event.kind == "layer"])
+    assert found[0] == found[2] != [] and not found[1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("residency", ["host", "disk"])
 def test_steps_on_a_gpu(residency: str, groups: Groups, saved_model: SavedModel) -> None:
