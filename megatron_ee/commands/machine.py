@@ -221,7 +221,7 @@ def _deepspeed(build: bool) -> Iterator[Finding]:
         return
     if build:
         from megatron_ee.errors import ConfigError
-        from megatron_ee.parallel.adam import load_deepspeed
+        from megatron_ee.parallel.host_adam import load_deepspeed
 
         try:
             load_deepspeed()

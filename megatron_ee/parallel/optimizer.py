@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from megatron_ee import platform
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
 from megatron_ee.parallel.adam import (
-    HostAdam,
     adam_class,
     adam_steps,
     inside_megatron,
@@ -29,6 +28,7 @@ from megatron_ee.parallel.adam import (
 from megatron_ee.parallel.core_versions import gather_no_weights
 from megatron_ee.parallel.decay import initial_values
 from megatron_ee.parallel.groups import Groups
+from megatron_ee.parallel.host_adam import HostAdam
 from megatron_ee.parallel.host_gradients import HostGradients, Shard
 
 with platform.quiet_imports():
@@ -164,14 +164,14 @@ class ExitOptimizer:
         self._norms.clear()
 
     def begin(self, exit_: nn.Module) -> None:
-        """Make room for the gradients of an exit, before its first backward of a step; repeated calls do nothing."""
+        """Allocate the gradients of an exit, before its first backward of a step; further calls do nothing."""
         if exit_ in self._on_host:
             self._on_host[exit_].begin()
 
     def finish(self, exit_: nn.Module) -> None:
         """Move the gradients of an exit to host memory, if the optimizer is there, after its last backward of a step.
 
-        They are summed over ranks first. All this is beside what the caller does next.
+        They are summed over ranks first. Both overlap with what the caller does next.
         """
         gradients = self._on_host.get(exit_)
         if gradients is not None:
@@ -184,7 +184,7 @@ class ExitOptimizer:
         """Wait for the gradient sums over data-parallel and sequence-parallel ranks, after the last backward of a
         step."""
         for exit_, gradients in self._on_host.items():
-            if gradients.there:
+            if gradients.allocated:
                 self.finish(exit_)
             gradients.queue.join()
         if not self._on_host:

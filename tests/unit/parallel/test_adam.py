@@ -28,8 +28,9 @@ from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import OptimizerConfig, ScheduleConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.parallel import adam
-from megatron_ee.parallel.adam import HostAdam, adam_class
+from megatron_ee.parallel import host_adam
+from megatron_ee.parallel.adam import adam_class
+from megatron_ee.parallel.host_adam import HostAdam
 from megatron_ee.parallel.optimizer import ExitOptimizer, ParameterState
 from megatron_ee.parallel.split_adam import join, remainder_of
 from megatron_ee.testing.deepspeed import stand_in_deepspeed
@@ -373,7 +374,7 @@ def test_deepspeed_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_compiling_is_announced(
     seconds: float, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(adam, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(host_adam, "PATIENCE_SECONDS", 0.2)
     for name, module in stand_in_deepspeed(lambda: time.sleep(seconds)).items():
         monkeypatch.setitem(sys.modules, name, module)
     assert adam_class("deepspeed_cpu", torch.float32) is HostAdam

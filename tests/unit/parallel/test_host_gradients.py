@@ -54,21 +54,19 @@ def test_gradients_take_memory_until_their_exit_is_done(
     deepspeed: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    there: list[int] = []
-    everyone: set[HostGradients] = set()
+    held: list[int] = []
+    found: set[HostGradients] = set()
     begin = HostGradients.begin
 
     def counted(self: HostGradients) -> None:
         begin(self)
-        everyone.add(self)
-        there.append(
-            sum(gradients.untyped_storage().nbytes() > 0 for each in everyone for gradients, _ in each._buffers)
-        )
+        found.add(self)
+        held.append(sum(gradients.untyped_storage().nbytes() > 0 for each in found for gradients, _ in each._buffers))
 
     monkeypatch.setattr(HostGradients, "begin", counted)
     result, _, _ = step(model, groups, residency, micro_batch_size)
-    assert len(everyone) == 3 and max(there) == most
-    assert not any(each.there for each in everyone)
+    assert len(found) == 3 and max(held) == most
+    assert not any(each.allocated for each in found)
     assert all(exit_.grad_norm > 0 for exit_ in result.exits)
 
 
