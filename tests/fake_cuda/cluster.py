@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_ee import platform
+from megatron_ee.platform import queues
 from megatron_ee.testing.deepspeed import stand_in_deepspeed
 
 from . import shim
@@ -69,7 +70,8 @@ def as_rank(rank: int, processes: int, explained: int | None = None) -> Iterator
         stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _resize(watch)))
         stack.enter_context(mock.patch.dict(sys.modules, stand_in_deepspeed()))
         stack.enter_context(mock.patch.object(platform, "host_buffer", _host_buffer))
-        stack.enter_context(mock.patch.object(platform, "ThreadPoolExecutor", _NoThread))
+        stack.enter_context(mock.patch.object(queues, "host_buffer", _host_buffer))
+        stack.enter_context(mock.patch.object(queues, "ThreadPoolExecutor", _NoThread))
         # The fake process group has no coalesced collectives.
         stack.enter_context(mock.patch.object(param_and_grad_buffer, "_coalescing_manager", _coalescing))
         stack.enter_context(fused(watch))

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 import megatron_ee
 
 PACKAGE = f"{Path(megatron_ee.__file__).parent}/"
-PASSED_OVER = (f"{PACKAGE}platform.py",)
-"""Files whose functions act for their callers: the wait of ``platform.synchronize`` is the caller's."""
+PASSED_OVER = f"{PACKAGE}platform/"
+"""Directory of files whose functions act for their callers: the wait of ``platform.synchronize`` is the caller's."""
 NOT_LAUNCHED = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "detach", "alias", "is_pinned", "_pin_memory")
 """Operations besides views that launch nothing: their names, or the beginnings of these."""
 
@@ -269,7 +269,7 @@ def place(depth: int = 1) -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(found) < depth:
         file = frame.f_code.co_filename
-        if file.startswith(PACKAGE) and file not in PASSED_OVER:
+        if file.startswith(PACKAGE) and not file.startswith(PASSED_OVER):
             found.append(_name(frame))
         frame = frame.f_back
     return " < ".join(found) or "elsewhere"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_ee import platform
 from megatron_ee.commands.main import main
 from megatron_ee.commands.quickstart import _beginnings
+from megatron_ee.platform import accelerator
 from megatron_ee.testing.gguf_files import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,8 +100,8 @@ def test_given_text(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if not instructions:
-        monkeypatch.setattr(platform, "multiplies_bfloat16", lambda: False)
-    fast = platform.multiplies_bfloat16()
+        monkeypatch.setattr(accelerator, "multiplies_bfloat16", lambda: False)
+    fast = accelerator.multiplies_bfloat16()
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(project.model, base)
     AutoModelForCausalLM.from_pretrained(project.model, dtype=torch.bfloat16).save_pretrained(base)
@@ -182,7 +183,7 @@ def test_a_directory_of_others_is_kept(
 def test_a_slow_dtype_is_told(
     project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(platform, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(accelerator, "multiplies_bfloat16", lambda: False)
     for dtype in ("bfloat16", "float32"):
         config = project.config(tmp_path / "run.yaml", tuning={"steps": 1}, model={"dtype": dtype})
         assert main(["tune", "--config", str(config), "--output", str(tmp_path / dtype)]) == 0

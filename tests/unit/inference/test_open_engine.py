@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ee import platform
 from megatron_ee.checkpoint.saved_model import choose_dtype, open_model
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference import EngineOptions, Request, ThresholdPolicy, open_engine, open_released
+from megatron_ee.platform import accelerator
 
 
 def test_an_engine_without_some_exits(byte_model: Path, adapter: Path) -> None:
@@ -73,8 +73,8 @@ def test_a_slow_dtype_is_reported_and_an_unknown_one_refused(
     byte_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = open_model(byte_model)
-    monkeypatch.setattr(platform, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(platform, "has_accelerator", lambda: False)
+    monkeypatch.setattr(accelerator, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(accelerator, "has_accelerator", lambda: False)
     assert choose_dtype("bfloat16", model, "--dtype") == "bfloat16"
     assert (
         capsys.readouterr().err
