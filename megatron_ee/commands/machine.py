@@ -278,27 +278,19 @@ def _processors() -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     import psutil
 
-    memory = psutil.virtual_memory()
-    free, found = memory.available, f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    limit = _cgroup_bytes()
-    if limit is not None and limit < memory.total:
-        found += f"; this process may use {limit / 1e9:.1f} GB (control group)"
-        free = min(free, limit)
+    from megatron_ee import platform
+
+    memory, free = psutil.virtual_memory(), platform.free_host_memory()
+    found = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    limit = min((limit for limit, _ in platform.control_group_limits()), default=memory.total)
+    if limit < memory.total:
+        found += (
+            f"; its control group lets this process use {limit / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free"
+        )
     little = free < LITTLE_MEMORY
     yield Finding(
         "memory", "warning" if little else "ok", found, "free some before a model is loaded" if little else ""
     )
-
-
-def _cgroup_bytes() -> int | None:
-    """The memory limit of this process's control group; None without one."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() else None
-    return None
 
 
 def _output(output: Path) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from megatron_ee.platform.accelerator import (
 )
 from megatron_ee.platform.megatron_core import quiet_imports, quiet_runtime, stand_in, translated, without_compiler
 from megatron_ee.platform.memory import (
+    control_group_limits,
     free_host_memory,
     free_memory,
     host_buffer,
@@ -50,6 +51,7 @@ __all__ = [
     "Staging",
     "cached_bytes",
     "communication_backend",
+    "control_group_limits",
     "cpp_compiler",
     "device",
     "free_host_memory",

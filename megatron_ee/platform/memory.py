@@ -10,12 +10,19 @@ import resource
 import socket
 import sys
 import weakref
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from megatron_ee.errors import UserError
 from megatron_ee.platform.accelerator import device, has_accelerator
+
+CONTROL_GROUP_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By controllers in /proc/self/cgroup, of version 2 and 1: folder; files of the limit and of the use; key of pages that
+can be dropped, in memory.stat."""
 
 
 def host_buffer(nbytes: int, instead: str = "checkpoint.asynchronous to false") -> torch.Tensor:
@@ -82,10 +89,44 @@ def free_memory(processes: int = 1) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes of this machine's memory that are free, or can be made so without swapping."""
+    """Bytes of host memory that this process can still allocate without swapping: what the machine has free, or less if
+    a control group limits the process."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    free, limits = int(psutil.virtual_memory().available), control_group_limits()
+    return max(0, min([free, *(limit - used for limit, used in limits)]))
+
+
+def control_group_limits(
+    process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[tuple[int, int]]:
+    """The memory limits of this process's control groups on Linux, which containers and batch systems set.
+
+    Args:
+        process: the file that lists the groups.
+        root: where their file system is mounted.
+
+    Returns:
+        Bytes of each limit, each with the bytes in use under it, without file pages that can be dropped.
+    """
+    found = []
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:  # another system
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in CONTROL_GROUP_FILES:
+            continue
+        folder, limit, used, reclaimable = CONTROL_GROUP_FILES[controllers]
+        own = PurePosixPath(path.lstrip("/"))
+        for group in (own, *own.parents):  # in a container the path may be the one outside of it
+            place = root / folder / group
+            with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
+                statistics = dict(entry.split() for entry in (place / "memory.stat").read_text().splitlines())
+                spare = int(statistics.get(reclaimable, 0))
+                found.append((int((place / limit).read_text()), int((place / used).read_text()) - spare))
+    return found
 
 
 def zero_(tensor: torch.Tensor) -> None:

@@ -233,12 +233,6 @@ def _prepare(
     leave_out = {"data"} if allow_new_data else set()
     newest = _open_newest(config, output, groups) if resume else None
     _check_resumable(newest, _without(description, leave_out), groups)
-    stored = model.stored_weights
-    digest = groups.together(lambda: hash_backbone(stored, check=interrupt.check) if groups.is_main else "")[0]
-    description["backbone_sha256"] = digest
-    _check_resumable(newest, _without(description, leave_out), groups)
-    if inputs.adapter is not None:
-        check_backbone(inputs.adapter, digest, config.model.path)
     dtype, distillation = platform.DTYPES[config.model.dtype], config.loss.distillation
     setup = build_setup(
         model.architecture,
@@ -249,6 +243,12 @@ def _prepare(
         residency=config.model.residency,
     )
     check_host_memory(setup, model.architecture.num_layers, "model.residency")
+    stored = model.stored_weights
+    digest = groups.together(lambda: hash_backbone(stored, check=interrupt.check) if groups.is_main else "")[0]
+    description["backbone_sha256"] = digest
+    _check_resumable(newest, _without(description, leave_out), groups)
+    if inputs.adapter is not None:
+        check_backbone(inputs.adapter, digest, config.model.path)
     _show_plan(config, inputs, groups)
     full = FullModel(setup, model, interrupt, layout)
     validator, adapter = _with_all_layers(config, inputs, full, output, resume, description, make_validator)

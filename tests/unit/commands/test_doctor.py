@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ee import platform
 from megatron_ee.commands import machine
 from megatron_ee.commands.machine import Finding, check_machine
 from megatron_ee.commands.main import main
@@ -91,6 +92,13 @@ def test_an_output_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     found = find("output", tmp_path / "file" / "run")
     assert found.severity == "error" and str(tmp_path / "file") in found.found
+
+
+def test_a_control_group_with_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "control_group_limits", lambda: [(2**60, 0), (3 * 10**9, 2 * 10**9)])
+    monkeypatch.setattr(platform, "free_host_memory", lambda: 10**9)
+    (found,) = machine._memory()
+    assert found.severity == "warning" and "use 3.0 GB, of which 1.0 GB are free" in found.found
 
 
 def test_a_broken_check_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

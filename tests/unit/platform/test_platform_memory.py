@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -131,3 +132,43 @@ def test_zeros_take_no_memory() -> None:
     before = process.memory_info().rss
     platform.zero_(tensor)
     assert before - process.memory_info().rss > 0.9 * tensor.nbytes
+
+
+def control_groups(directory: Path, groups: dict[str, str], files: dict[str, str]) -> list[tuple[int, int]]:
+    """``control_group_limits`` of a process in ``groups``, by controllers, where the file system has ``files``."""
+    listed = directory / "cgroup"
+    listed.write_text("".join(f"{number}:{name}:{path}\n" for number, (name, path) in enumerate(groups.items())))
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    return memory.control_group_limits(listed, directory)
+
+
+def test_limits_of_a_batch_job_and_of_the_groups_above_it(tmp_path: Path) -> None:
+    files = {
+        "slurm/job/memory.max": "100\n",
+        "slurm/job/memory.current": "60\n",
+        "slurm/job/memory.stat": "anon 20\ninactive_file 30\n",
+        "slurm/memory.max": "max\n",
+        "slurm/memory.current": "70\n",
+        "slurm/memory.stat": "inactive_file 0\n",
+    }
+    assert control_groups(tmp_path, {"": "/slurm/job"}, files) == [(100, 30)]
+
+
+def test_limits_of_a_container_that_sees_itself_as_the_root(tmp_path: Path) -> None:
+    files = {
+        "memory/memory.limit_in_bytes": "100\n",
+        "memory/memory.usage_in_bytes": "60\n",
+        "memory/memory.stat": "total_inactive_file 10\n",
+    }
+    assert control_groups(tmp_path, {"cpu": "/", "memory": "/docker/0123"}, files) == [(100, 50)]
+    assert control_groups(tmp_path, {"cpu": "/"}, {}) == []
+    assert memory.control_group_limits(tmp_path / "none", tmp_path) == []
+
+
+def test_a_limit_is_less_than_what_the_machine_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = platform.free_host_memory()
+    for limits, expected in (([(2**60, 0)], whole), ([(1000, 300), (900, 100)], 700), ([(1000, 2000)], 0)):
+        monkeypatch.setattr(memory, "control_group_limits", lambda limits=limits: limits)
+        assert platform.free_host_memory() == pytest.approx(expected, rel=0.2)
