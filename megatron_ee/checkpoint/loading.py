@@ -48,22 +48,22 @@ def load_backbone(stage: Stage, model: SavedModel, advance: Callable[[int], None
     Raises:
         CheckpointError: a file cannot be read.
     """
-    fill(_loaded(stage), model, stage.setup, advance)
-    slots = stage.backbone.slots
+    setup, slots = stage.setup, stage.backbone.slots
+    fill(_loaded(stage), model, setup, advance)
     if slots is None:
         return
 
     def read(number: int, tensors: Mapping[str, Tensor]) -> None:
-        fill(layer_sources(model.architecture, number, tensors), model, stage.setup)
+        fill(layer_sources(model.architecture, number, tensors), model, setup)
 
-    if stage.setup.residency == "disk":
+    if setup.residency == "disk":
         stream_from_files(slots, read)
-    elif stage.setup.residency == "host":
+    elif setup.residency == "host":
         stream_from_host(slots, read, advance)
     elif model.quantised:
         pack_layers(stage.backbone, model, advance)
     else:
-        slots.fill = lambda number, slot: read(number, slot.tensors)
+        slots.fill = lambda number, slot, event: read(number, slot.tensors)
 
 
 def backbone_bytes(stage: Stage) -> int:

@@ -22,7 +22,7 @@ from megatron_ee.model.backbone import Backbone
 from megatron_ee.model.names import Block, blocks, layer_sources
 from megatron_ee.model.packed import PackedMatrix
 from megatron_ee.model.setup import ModelSetup
-from megatron_ee.model.slots import Slot
+from megatron_ee.model.slots import Event, Slot
 from megatron_ee.parallel.tiles import PACKED_SLOTS
 
 SCRATCH = 2**26
@@ -76,7 +76,7 @@ def pack_layers(
             if advance is not None:
                 advance(slot.memory.nbytes)
 
-    def fill(number: int, slot: Slot) -> None:
+    def fill(number: int, slot: Slot, event: Event) -> None:
         with torch.no_grad():
             for write in layers[number].writers:
                 write()

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from megatron_ee import platform
 
-Fill = Callable[[int, "Slot"], None]
-"""Writes the weights of a layer, given its number, into a slot."""
+Event = Callable[[str, int], contextlib.AbstractContextManager[None]]
+"""``LayerSlots.event``."""
+Fill = Callable[[int, "Slot", Event], None]
+"""Writes the weights of a layer, given its number, into a slot. It must not refer to the slots' owner, which would then
+not be freed as soon as it is unused."""
 Record = Callable[[str, int, Any, Any], None]
 """Called with a kind of event, the layer, and ``platform.mark`` at its start and end.
 
@@ -122,9 +125,9 @@ class LayerSlots:
         slot = self.slots[0]
         slot.number = None  # a fill that raises leaves undefined values
         if self.side is None:
-            self.fill(number, slot)
+            self.fill(number, slot, self.event)
         else:
-            slot.filling = self.side.start(partial(self.fill, number, slot), slot.memory)
+            slot.filling = self.side.start(partial(self.fill, number, slot, self.event), slot.memory)
         slot.number = number
         return slot
 

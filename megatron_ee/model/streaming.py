@@ -16,7 +16,7 @@ from megatron_ee import platform
 from megatron_ee.errors import ConfigError
 from megatron_ee.families.weights import layer_tensors
 from megatron_ee.model.setup import ModelSetup
-from megatron_ee.model.slots import LayerSlots, Slot
+from megatron_ee.model.slots import Event, LayerSlots, Slot
 
 Read = Callable[[int, Mapping[str, Tensor]], None]
 """Reads the weights of a layer, given its number, into tensors on the host by the layer's parameter names."""
@@ -55,12 +55,12 @@ def stream_from_files(slots: LayerSlots, read: Read) -> None:
     """Let the slots be filled from files."""
     staging = platform.Staging(slots.slots[0].memory, "model.residency to device")
 
-    def fill(number: int, slot: Slot) -> None:
+    def fill(number: int, slot: Slot, event: Event) -> None:
         room = staging.room(slot.memory)
-        with slots.event("read", number):
+        with event("read", number):
             read(number, slot.views(room))
         if staging.copies:
-            with slots.event("copy", number):
+            with event("copy", number):
                 staging.send(slot.memory)
 
     slots.fill, slots.side = fill, platform.SideStream()
@@ -79,8 +79,8 @@ def stream_from_host(slots: LayerSlots, read: Read, advance: Callable[[int], Non
         if advance is not None:
             advance(like.memory.nbytes)
 
-    def fill(number: int, slot: Slot) -> None:
-        with slots.event("copy", number):
+    def fill(number: int, slot: Slot, event: Event) -> None:
+        with event("copy", number):
             slot.memory.copy_(kept[number].view(slot.memory.dtype), non_blocking=True)
 
     slots.fill, slots.side = fill, platform.SideStream()

@@ -11,7 +11,7 @@ from megatron_ee.data.loader import Batch
 from megatron_ee.exits.stage import Stage, build_stage
 from megatron_ee.model.packed import Grid, PackedMatrix
 from megatron_ee.model.setup import build_setup
-from megatron_ee.model.slots import Slot
+from megatron_ee.model.slots import Event, Slot
 from megatron_ee.model.streaming import stream_from_host
 from megatron_ee.parallel.groups import Groups, process_groups
 from megatron_ee.parallel.optimizer import ExitOptimizer
@@ -113,7 +113,7 @@ def _pack(stage: Stage) -> None:
                 scale = torch.empty(rows, columns // group, dtype=tensor.dtype)
                 packed[number, name] = PackedMatrix(codes, columns, 4, scale, 8.0, Grid(1, group))
 
-    def fill(number: int, slot: Slot) -> None:
+    def fill(number: int, slot: Slot, event: Event) -> None:
         for name, tensor in slot.tensors.items():
             if tensor.ndim == 1:
                 tensor.data.copy_(kept[number, name])

@@ -13,7 +13,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.requests import Request
-from megatron_ee.model.slots import Slot
+from megatron_ee.model.slots import Event, Slot
 from megatron_ee.testing.tuning import layer_outputs
 
 LoadStage = Callable[..., Stage]
@@ -61,12 +61,12 @@ def test_a_slot_is_filled_again_after_a_failure(saved_model: SavedModel, load_st
     assert slots is not None and slots.fill is not None
     fill, failures, calls = slots.fill, [3], []
 
-    def failing(number: int, slot: Slot) -> None:
+    def failing(number: int, slot: Slot, event: Event) -> None:
         calls.append(number)
         if number in failures:
             slot.memory.zero_()
             raise OSError("gone")
-        fill(number, slot)
+        fill(number, slot, event)
 
     slots.fill = failing
     with pytest.raises(OSError):

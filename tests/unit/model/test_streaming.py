@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.stage import Stage
-from megatron_ee.model.slots import Slot
+from megatron_ee.model.slots import Event, Slot
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.testing.tuning import Case, layer_outputs, prepare, random_batches
 from megatron_ee.tuning.step import tuning_step
@@ -54,10 +57,10 @@ def test_the_next_layer_is_read_while_one_computes(saved_model: SavedModel, load
     assert slots is not None and slots.fill is not None
     fill, started = slots.fill, {number: threading.Event() for number in slots.numbers}
 
-    def watched(number: int, slot: Slot) -> None:
+    def watched(number: int, slot: Slot, event: Event) -> None:
         assert threading.current_thread() is not threading.main_thread()
         started[number].set()
-        fill(number, slot)
+        fill(number, slot, event)
 
     slots.fill = watched
     for number, _ in stage.backbone.layers_between(1, 4):
@@ -74,11 +77,11 @@ def test_an_error_while_reading_ahead_is_raised_where_the_layer_is_used(
     assert slots is not None and slots.fill is not None
     expected, fill, failing = layer_outputs(stage), slots.fill, [3]
 
-    def broken(number: int, slot: Slot) -> None:
+    def broken(number: int, slot: Slot, event: Event) -> None:
         if number in failing:
             slot.memory.zero_()
             raise OSError("gone")
-        fill(number, slot)
+        fill(number, slot, event)
 
     slots.fill = broken
     reached = []
@@ -88,6 +91,32 @@ def test_an_error_while_reading_ahead_is_raised_where_the_layer_is_used(
     assert reached == [1, 2]
     failing.clear()
     assert torch.equal(layer_outputs(stage)[0], expected[0])
+
+
+@pytest.mark.parametrize(("residency", "slots"), [("host", 0), ("disk", 0), ("device", 1)])
+def test_layers_are_freed_as_soon_as_they_are_unused(
+    residency: str, slots: int, saved_model: SavedModel, load_stage: LoadStage
+) -> None:
+    """Otherwise host memory would hold the layers of validation beside those that are tuned."""
+    stage = load_stage(saved_model("llama3.1")[0], EXITS, residency=residency, slots=slots)
+    layer_outputs(stage)
+    filled = stage.backbone.slots
+    assert filled is not None
+    for slot in filled.slots:
+        if slot.filling is not None:
+            slot.filling.wait()
+    gc.disable()
+    try:
+        memory = [weakref.ref(slot.memory) for slot in filled.slots]
+        found = weakref.ref(stage), weakref.ref(filled), *memory
+        del stage, filled, slot
+        for _ in range(100):  # the thread of the side stream drops its last work after it was waited for
+            if all(each() is None for each in found):
+                break
+            time.sleep(0.01)
+        assert [each() for each in found] == [None] * len(found)
+    finally:
+        gc.enable()
 
 
 def test_events_are_recorded_only_in_the_steps_that_want_them(groups: Groups, saved_model: SavedModel) -> None:
