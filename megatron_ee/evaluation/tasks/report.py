@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
 from megatron_ee.evaluation.tasks.answers import BATCHES_PER_BLOCK
-from megatron_ee.evaluation.tasks.results import AGREEMENT, BASELINE, QUALITY, MeanScore, SettingResult, TaskResults
+from megatron_ee.evaluation.tasks.results import AGREEMENT, BASELINE, QUALITY, SettingResult, TaskResults
 from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:
@@ -28,8 +29,14 @@ NAMES = {
     "equal_tokens": "equal tokens",
 }
 """Names of scores in tables and plots."""
+SHOWN_AGREEMENT = ("equal_answers", "equal_tokens")
+"""Scores of agreement in tables."""
 MARKS = {BASELINE: "s", "speculative": "D"}
 """Marks of settings in plots; threshold mode has dots."""
+ASIDE = 4  # points between the marks of two scores of one setting
+TITLE_PAD = 62  # points, with room for the labels of settings
+LABEL_WIDTH = 0.03
+"""Share of the width of the axes that the label of a setting takes."""
 LINES = {"threshold": "-", "gate": "--"}
 """Lines that join the thresholds of a policy."""
 
@@ -57,21 +64,23 @@ def print_tasks(results: TaskResults, batch: int, console: Console | None = None
 
 def _table(title: str, found: Sequence[SettingResult], console: Console) -> Table:
     """One row per setting. Below a mean of a setting that is not full mode stands the interval of its difference."""
+    compared = len(found) > 1
+    columns: dict[str, Callable[[SettingResult], str]] = {
+        "tokens/s": lambda each: "-" if each.speed is None else f"{each.speed.tokens_per_second:.1f}"
+    }
+    if compared:
+        columns["speed"] = lambda each: "-" if each.speed is None else f"{each.speed.speedup:.2f}x"
+    columns["layers per token"] = lambda each: _number(each.layers_per_token)
+    for score in (*QUALITY, *(SHOWN_AGREEMENT if compared else ())):
+        if score in found[0].scores:
+            columns[NAMES[score]] = partial(_score, score=score)
+    if compared:
+        columns["first departure"] = lambda each: _number(each.mean_departure)
     table = new_table(title, console)
     table.add_column("setting", no_wrap=True)
-    add_columns(table, "tokens/s", "speed", "layers per token")
-    scores = [score for score in (*QUALITY, "equal_answers", "equal_tokens") if score in found[0].scores]
-    add_columns(table, *(NAMES[score] for score in scores), "first departure")
+    add_columns(table, *columns)
     for each in found:
-        speed = each.speed
-        table.add_row(
-            each.setting,
-            "-" if speed is None else f"{speed.tokens_per_second:.1f}",
-            "-" if speed is None else f"{speed.speedup:.2f}x",
-            _number(each.layers_per_token),
-            *(_score(each.scores[score], compared=each.setting != BASELINE) for score in scores),
-            _number(each.mean_departure),
-        )
+        table.add_row(each.setting, *(cell(each) for cell in columns.values()))
     return table
 
 
@@ -79,9 +88,10 @@ def _rows(count: int) -> str:
     return f"{count:,} row{'' if count == 1 else 's'}"
 
 
-def _score(score: MeanScore, *, compared: bool) -> str:
-    mean = f"{score.mean:.1%}"
-    return f"{mean}\n{100 * score.low:+.1f}..{100 * score.high:+.1f}" if compared else mean
+def _score(result: SettingResult, *, score: str) -> str:
+    own = result.scores[score]
+    interval = f"\n{100 * own.low:+.1f} to {100 * own.high:+.1f}"
+    return f"{own.mean:.1%}" + (interval if result.setting != BASELINE else "")
 
 
 def _number(value: float | None) -> str:
@@ -120,16 +130,16 @@ def plot_tasks(results: TaskResults, path: str | Path) -> None:
     with saved_figure(path, (11, 4.8)) as figure:
         left, right = figure.subplots(1, 2)
         speeds = {each.setting: None if each.speed is None else each.speed.speedup for each in found}
-        _plot_scores(left, found, QUALITY, speeds)
-        left.set_xlabel("speed (full mode = 1)")
+        timed = any(speed is not None for speed in speeds.values())
+        _plot_scores(left, found, QUALITY, speeds if timed else {name: float(n) for n, name in enumerate(speeds)})
+        left.set_xlabel("speed (full mode = 1)" if timed else "settings (speed was not measured)")
         left.set_ylabel("mean over the rows (%)")
-        left.set_title("Quality", loc="left")
+        left.set_title("Quality", loc="left", pad=TITLE_PAD)
         _plot_scores(right, found, AGREEMENT, {each.setting: each.layers_per_token for each in found})
         right.set_xlabel("layers run per token")
-        right.set_title("Agreement with full mode", loc="left")
+        right.set_title("Agreement with full mode", loc="left", pad=TITLE_PAD)
         for axes in (left, right):
             axes.set_ylim(0, 105)
-            axes.margins(x=0.12)
             handles, _ = axes.get_legend_handles_labels()
             if handles:
                 axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
@@ -139,31 +149,58 @@ def _plot_scores(
     axes: Axes, found: Sequence[SettingResult], scores: Sequence[str], places: dict[str, float | None]
 ) -> None:
     """A mark per setting and score, with the thresholds of a policy joined by a line."""
+    from matplotlib.transforms import ScaledTranslation
+
     placed = [(each, place) for each in found if (place := places[each.setting]) is not None]
     shown = [score for score in scores if score in found[0].scores] if placed else []
-    for colour, score in zip(COLOURS, shown, strict=False):
+    for number, (colour, score) in enumerate(zip(COLOURS, shown, strict=False)):
+        aside = (number - (len(shown) - 1) / 2) * ASIDE / 72  # inches, so that intervals stand side by side
+        assert axes.figure is not None
+        style: dict[str, Any] = {
+            "color": colour,
+            "transform": axes.transData + ScaledTranslation(aside, 0, axes.figure.dpi_scale_trans),
+        }
         for each, place in placed:
             mean = each.scores[score]
             down, up = mean.difference - mean.low, mean.high - mean.difference
             mark = MARKS.get(each.setting, "o")
             face = "white" if each.setting in MARKS else colour
             ends = [[100 * max(0.0, down)], [100 * max(0.0, up)]]
-            axes.errorbar(place, 100 * mean.mean, ends, fmt=mark, color=colour, mfc=face, ms=5, capsize=2, lw=1)
+            axes.errorbar(place, 100 * mean.mean, ends, fmt=mark, mfc=face, ms=5, capsize=2, lw=1, **style)
         axes.plot([], [], color=colour, label=NAMES[score])
         for policy, line in LINES.items():
             curve = [
                 (place, 100 * each.scores[score].mean) for each, place in placed if each.setting.startswith(policy)
             ]
             if curve:
-                axes.plot(*zip(*curve, strict=True), line, color=colour, lw=1.4)
-    for each, place in placed if shown else []:
+                axes.plot(*zip(*curve, strict=True), line, lw=1.4, **style)
+    if placed:  # moved marks are not counted in the limits
+        low, high = min(place for _, place in placed), max(place for _, place in placed)
+        margin = 0.12 * (high - low) or 0.1 * high or 0.1
+        axes.set_xlim(low - margin, high + margin)
+    labels = [(place, each.setting.removeprefix("threshold ")) for each, place in placed if shown]
+    _label_places(axes, labels)
+
+
+def _label_places(axes: Axes, labels: Sequence[tuple[float, str]]) -> None:
+    """Write settings above the axes, upright, and those that are close to each other as one text."""
+    low, high = axes.get_xlim()
+    groups: list[list[tuple[float, str]]] = []
+    for place, text in sorted(labels):
+        if groups and place - groups[-1][0][0] < LABEL_WIDTH * (high - low):
+            groups[-1].append((place, text))
+        else:
+            groups.append([(place, text)])
+    for group in groups:
         axes.annotate(
-            each.setting.removeprefix("threshold "),
-            (place, 0),
-            (0, 4),
+            ", ".join(text for _, text in group),
+            (group[0][0], 1.0),
+            (0, 3),
+            xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            ha="center",
             rotation=90,
+            ha="center",
+            va="bottom",
             fontsize=8,
             color=GREY,
         )
