@@ -39,6 +39,8 @@ INCLUDED = "adapter"
 """Subdirectory of a Hugging Face directory that holds an adapter."""
 SETTINGS = "model_settings"
 """Key, in a description or a checkpoint's metadata, of the backbone's settings that affect its outputs."""
+DATA = "data"
+"""Key of the corpora that exits were tuned on, as ``describe_data`` gives them."""
 MAX_DESCRIPTION = 2**20  # bytes
 
 
@@ -54,6 +56,7 @@ class Adapter:
         steps: number of tuning steps.
         weights: every tensor by name.
         settings: ``output_settings`` of the backbone's architecture; None if they are not recorded.
+        corpora: path and fingerprint of each corpus that it was tuned on; None if they are not recorded.
     """
 
     path: Path
@@ -63,6 +66,7 @@ class Adapter:
     steps: int
     weights: dict[str, StoredTensor]
     settings: Mapping[str, Any] | None = None
+    corpora: tuple[tuple[str, str], ...] | None = None
 
 
 def describe_exits(
@@ -196,7 +200,25 @@ def _describe(
     except ValueError as error:
         raise CheckpointError(f"{where}: not a description of exits: {error}") from None
     base_model = printable(found.base_model)
-    return Adapter(directory, exits, found.backbone_sha256, base_model, found.steps, weights, found.model_settings)
+    return Adapter(
+        directory,
+        exits,
+        found.backbone_sha256,
+        base_model,
+        found.steps,
+        weights,
+        found.model_settings,
+        _corpora(content.get(DATA)),
+    )
+
+
+def _corpora(data: Any) -> tuple[tuple[str, str], ...] | None:
+    """Path and fingerprint of each corpus in ``describe_data``'s form; None if there is no such thing."""
+    train = data.get("train") if isinstance(data, dict) else None
+    if not isinstance(train, list):
+        return None
+    pairs = [(each.get("path"), each.get("sha256")) for each in train if isinstance(each, dict)]
+    return tuple((path, digest) for path, digest in pairs if isinstance(path, str) and isinstance(digest, str))
 
 
 def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_ee.data.chat import ChatRenderer, Document
 from megatron_ee.data.read import TextPiece
+from megatron_ee.data.texts import Hashes, document_texts, hash_texts, message_texts
 from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.errors import DataError
 
@@ -38,6 +39,7 @@ class Encoded:
         lengths: tokens of each document, or of the part of a document.
         ends: whether the last document ends here; otherwise the next piece continues it.
         skipped: lines whose text was empty.
+        texts: hashes of the documents' texts, see ``data.texts``.
     """
 
     ids: NDArray[np.int32]
@@ -45,6 +47,7 @@ class Encoded:
     lengths: list[int]
     ends: bool
     skipped: int = 0
+    texts: Hashes = field(default_factory=lambda: hash_texts(()))
 
 
 class PieceEncoder:
@@ -85,16 +88,19 @@ class PieceEncoder:
         if piece.last:
             ids.append(self.eos_id)
         self._check_known(ids, str(piece.path))
-        return Encoded(np.array(ids, dtype=np.int32), None, [len(ids)], piece.last)
+        whole = document_texts(text) if piece.first and piece.last else ()
+        return Encoded(np.array(ids, dtype=np.int32), None, [len(ids)], piece.last, texts=hash_texts(whole))
 
     def _lines(self, piece: TextPiece) -> Encoded:
         ids: list[int] = []
         mask: list[bool] = []
         lengths: list[int] = []
+        texts: list[str] = []
         skipped = 0
         for where, record in _records(piece):
             if self._chat is not None:
                 documents = self._conversation(self._chat, record, where)
+                texts += message_texts(record["messages"])
                 for _, document_mask in documents:
                     mask += document_mask
             else:
@@ -104,13 +110,14 @@ class PieceEncoder:
                 if not text:
                     skipped += 1
                     continue
+                texts += document_texts(text)
                 documents = [([*self._start, *self.tokenizer.encode(text), self.eos_id], [])]
             for document, _ in documents:
                 self._check_known(document, where)
                 ids += document
                 lengths.append(len(document))
         masks = np.array(mask, dtype=np.uint8) if self._chat is not None else None
-        return Encoded(np.array(ids, dtype=np.int32), masks, lengths, True, skipped)
+        return Encoded(np.array(ids, dtype=np.int32), masks, lengths, True, skipped, hash_texts(texts))
 
     def _conversation(self, chat: ChatRenderer, record: dict[str, Any], where: str) -> list[Document]:
         messages, tools = _value(record, "messages", where), record.get("tools")

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from megatron_ee.data.encode import Encoded
 from megatron_ee.data.indexed import describes_corpus, file_of, indexed_dataset, sha256
+from megatron_ee.data.texts import SUFFIX, Hashes
 from megatron_ee.errors import ConfigError, DataError
 
 # The order of the renames. A corpus without its index cannot be opened, so an incomplete one is never read. The
 # description comes first: it marks an incomplete corpus as ours, so that it may be replaced.
-SUFFIXES = (".json", ".mask.bin", ".mask.idx", ".bin", ".idx")
+SUFFIXES = (".json", SUFFIX, ".mask.bin", ".mask.idx", ".bin", ".idx")
 _MOST_TOKENS = 2**31 - 1  # document lengths are int32 in the index
 
 
@@ -50,6 +51,7 @@ class CorpusWriter:
         self.largest_id = 0  # of all tokens
         self._open_tokens = 0  # of the incomplete document
         self._builders: list[Any] = []
+        self._texts: list[Hashes] = []
         try:
             with self._writing():
                 prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,7 @@ class CorpusWriter:
                 self.documents += 1
                 self._open_tokens = 0
             begin += length
+        self._texts.append(encoded.texts)
         self.tokens += len(encoded.ids)
         self.largest_id = max(self.largest_id, int(encoded.ids.max(initial=0)))
         self.trained += len(encoded.ids) if encoded.mask is None else int(encoded.mask.sum())
@@ -89,6 +92,8 @@ class CorpusWriter:
         for builder, suffix in zip(self._builders, ("", ".mask"), strict=False):
             with self._writing():
                 builder.finalize(str(self._file(f"{suffix}.idx")))
+        with self._writing():
+            np.unique(np.concatenate(self._texts)).astype("<u8").tofile(self._file(SUFFIX))
         return {
             "documents": self.documents,
             "tokens": self.tokens,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.checkpoint.adapter import DESCRIPTION, MAX_DESCRIPTION, SETTINGS, Adapter, open_adapter
+from megatron_ee.checkpoint.adapter import DATA, DESCRIPTION, MAX_DESCRIPTION, SETTINGS, Adapter, open_adapter
 from megatron_ee.checkpoint.adapter_writing import save_adapter
 from megatron_ee.checkpoint.atomic import numbered_directories
 from megatron_ee.config.exits import ExitSpec
@@ -83,7 +83,7 @@ def fitted_exits(
             backbone_sha256=description["backbone_sha256"],
             steps=0,
             settings=description[SETTINGS],
-            extra={MADE_FROM: made_from},
+            extra={MADE_FROM: made_from, DATA: {"train": description["data"]["train"]}},
         )
     elif groups.is_main:
         print(f"{path}: exits are fitted already; starting from them", file=sys.stderr, flush=True)

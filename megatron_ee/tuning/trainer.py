@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_ee.checkpoint.adapter import SETTINGS, Adapter
+from megatron_ee.checkpoint.adapter import DATA, SETTINGS, Adapter
 from megatron_ee.checkpoint.adapter_writing import extract_adapter, save_adapter
 from megatron_ee.checkpoint.saving import Saver, group_saver
 from megatron_ee.config.exits import ExitSpec
@@ -276,7 +276,7 @@ class Trainer:
             backbone_sha256=self.description["backbone_sha256"],
             steps=self.progress.step,
             settings=self.description[SETTINGS],
-            extra=extra,
+            extra={DATA: {"train": self.description["data"]["train"]}, **extra},
         )
 
 

@@ -24,7 +24,7 @@ from megatron_ee.data.tokenizer import load_tokenizer
 from megatron_ee.data.write import CorpusWriter
 from megatron_ee.errors import ConfigError, DataError
 
-SUFFIXES = (".bin", ".idx", ".json", ".mask.bin", ".mask.idx")
+SUFFIXES = (".bin", ".idx", ".json", ".texts", ".mask.bin", ".mask.idx")
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -53,7 +53,7 @@ def test_text_and_json_lines_round_trip(
     assert (meta.documents, meta.tokens, meta.trained_tokens) == (60, sum(map(len, found)), sum(map(len, found)))
     assert meta.vocab_size == tokenizer.vocab_size and meta.mask_sha256 is None
     assert meta.sha256 == sha256(file_of(tmp_path / "deep" / "corpus.v1", ".bin"))
-    assert sorted(p.name for p in result.files) == ["corpus.v1.bin", "corpus.v1.idx", "corpus.v1.json"]
+    assert sorted(p.name for p in result.files) == [f"corpus.v1.{end}" for end in ("bin", "idx", "json", "texts")]
     assert open_corpus(tmp_path / "deep" / "corpus.v1").tokens.index.dtype == np.uint16
 
 

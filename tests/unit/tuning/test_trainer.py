@@ -75,6 +75,7 @@ def run(saved_model: Any, groups: Any, tmp_path: Path) -> Callable[..., Trainer]
             "backbone_sha256": "ab" * 32,
             "model_settings": {"norm_eps": 1e-5},
             "dtype": "float32",
+            "data": {"train": [], "validation": []},
             "exits": [dataclasses.asdict(spec) for spec in SPECS],
         }
         trainer = Trainer(
