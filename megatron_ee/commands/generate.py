@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from megatron_ee.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_ee.commands.generate_requests import FileRequest
+    from megatron_ee.inference.certificate import Calibration
     from megatron_ee.inference.engine import Engine
     from megatron_ee.inference.offline import ModeResult
     from megatron_ee.inference.released import Released
@@ -106,6 +108,14 @@ def _add_exits(group: Any) -> None:
         help="after N tokens in a row that did not leave at an exit, use it less often; 0: always use it (default: 4; "
         "0 with --policy gate)",
     )
+    add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="take the thresholds from a certificate of calibrate. A request outside its settings runs in full mode",
+    )
+    add("--calibration-group", metavar="NAME", help="the prompts' group, for a certificate with thresholds by group")
+    add("--uncertified", action="store_true", help="use the certificate's thresholds outside its settings, too")
     add("--draft-exit", type=at_least(1), metavar="K", help="layer of the drafting exit (default: chosen at run time)")
     add("--draft-length", type=at_least(0), metavar="N", help="tokens per draft (default: chosen at run time)")
     add(
@@ -147,6 +157,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"{'--compare' if arguments.compare else '--html'}: cannot be used with --prompts; give --prompt"
         )
+    if arguments.calibration is None and (arguments.uncertified or arguments.calibration_group is not None):
+        option = "--uncertified" if arguments.uncertified else "--calibration-group"
+        raise ConfigError(f"{option}: has an effect with --calibration only")
+    if arguments.calibration is not None and arguments.compare:
+        raise ConfigError("--compare: cannot be used with --calibration, which chooses the mode")
     if arguments.html is not None:
         _check_page(arguments)
     with errors_of_options():
@@ -154,13 +169,15 @@ def run(arguments: argparse.Namespace) -> int:
         check_input("model", arguments.model)
         check_input("adapter", arguments.adapter)
         check_input("prompts", arguments.prompts)
+        check_input("calibration", arguments.calibration)
         if arguments.draft_corpus is not None:
             check_corpus("draft_corpus", [arguments.draft_corpus])
         released = open_released(
             arguments.model, arguments.adapter, verify=not arguments.no_verify, quantise=arguments.quantise
         )
-        lines = _file_requests(arguments, released)
-        requests = [line.request for line in lines] or _requests(arguments, released)
+        calibration = _calibration(arguments, released)
+        lines = _file_requests(arguments, released, calibration)
+        requests = [line.request for line in lines] or _requests(arguments, released, calibration)
         if arguments.compare:
             _check_compare(arguments, requests, released)
         options = engine_options(
@@ -227,16 +244,45 @@ def _check_settings(arguments: argparse.Namespace) -> None:
     make_request("", _settings(arguments), has_exits=False)
 
 
-def _file_requests(arguments: argparse.Namespace, released: Released) -> list[FileRequest]:
+def _calibration(arguments: argparse.Namespace, released: Released) -> Calibration | None:
+    """The certificate of ``--calibration``, if it is given and fits the model."""
+    from megatron_ee.inference.certificate import open_calibration
+
+    if arguments.calibration is None:
+        return None
+    options = engine_options(
+        arguments, released, candidates=_candidates(arguments, released.model.architecture.vocab_size)
+    )
+    return open_calibration(arguments.calibration, released, options, quantise=arguments.quantise)
+
+
+def _certified(arguments: argparse.Namespace, calibration: Calibration | None, request: Request, chat: bool) -> Request:
+    """The request under the certificate, if there is one."""
+    if calibration is None:
+        return request
+    return calibration.apply(request, chat=chat, group=arguments.calibration_group, uncertified=arguments.uncertified)
+
+
+def _file_requests(
+    arguments: argparse.Namespace, released: Released, calibration: Calibration | None
+) -> list[FileRequest]:
     """The checked requests of ``--prompts``; empty without it."""
     from megatron_ee.commands.generate_requests import read_requests
 
     if arguments.prompts is None:
         return []
-    return read_requests(arguments.prompts, _settings(arguments), released, chat=arguments.chat)
+    lines = read_requests(arguments.prompts, _settings(arguments), released, chat=arguments.chat)
+    certified = []
+    for line in lines:
+        try:
+            request = _certified(arguments, calibration, line.request, line.messages is not None)
+        except ConfigError as error:
+            raise ConfigError(f"{arguments.prompts}:{line.line}: {error}") from None
+        certified.append(dataclasses.replace(line, request=request))
+    return certified
 
 
-def _requests(arguments: argparse.Namespace, released: Released) -> list[Request]:
+def _requests(arguments: argparse.Namespace, released: Released, calibration: Calibration | None) -> list[Request]:
     """The checked request of each ``--prompt``."""
     from megatron_ee.commands.generate_requests import check_request, make_request, user_prompt
     from megatron_ee.parallel.groups import launched_rank
@@ -245,7 +291,8 @@ def _requests(arguments: argparse.Namespace, released: Released) -> list[Request
     requests = []
     for text in arguments.prompt:
         prompt = user_prompt(text, released, chat=arguments.chat)
-        requests.append(make_request(prompt, settings, has_exits=bool(released.exits)))
+        request = make_request(prompt, settings, has_exits=bool(released.exits))
+        requests.append(_certified(arguments, calibration, request, arguments.chat))
         check_request(requests[-1], released)
     if not arguments.compare and launched_rank() == 0:
         mode = requests[0].mode
@@ -276,6 +323,10 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
         answers = engine.generate(requests)
     shown = [(prompt, one) for prompt, outputs in zip(arguments.prompt, answers, strict=True) for one in outputs]
     for _, output in shown:
+        coverage = output.statistics.get("calibration")
+        if coverage is not None and coverage["status"] != "certified":
+            ran = "ran in full mode" if coverage["status"] == "full" else "not certified"
+            print(f"megatron-ee generate: {ran}: {coverage['reason']}", file=sys.stderr)
         if output.finish_reason == "context":
             print("megatron-ee generate: stopped at the end of the model's context", file=sys.stderr)
     if arguments.json:
@@ -346,6 +397,8 @@ def _described(output: Completion) -> dict[str, Any]:
         "layers": [token.layer for token in tokens],
         "statistics": output.statistics,
     }
+    if "calibration" in output.statistics:
+        described["calibration"] = output.statistics["calibration"]
     if any(token.logprobs is not None for token in tokens):
         described["logprobs"] = [
             None if token.logprobs is None else {"emitted": token.logprobs.emitted, "top": token.logprobs.top}

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": ("plan", "estimate memory, time and price of a run, and search for a better layout"),
     "tune": ("tune", "train exits on a frozen model"),
     "evaluate": ("evaluate", "measure each exit on a corpus; threshold sweep"),
+    "calibrate": ("calibrate", "find exit thresholds with a tested bound on their loss"),
     "drift": ("drift", "test exit logs: is the loss of audited requests still what was certified?"),
     "generate": ("generate", "generate text; show the layer that emitted each token"),
     "doctor": ("doctor", "check what works on this machine"),

@@ -16,9 +16,11 @@ For a reader of vLLM:
 - ``heads`` and ``sampling``: from logits to tokens, as in the sampler and the rejection sampler.
 - ``policy`` and ``speculation``: where tokens leave, and what is drafted.
 - ``released``, ``options``, ``loading`` and ``remote``: opening a model, and building an engine over several ranks.
+- ``certificate``: thresholds with a tested bound on their loss, and the requests that they are for.
 - ``offline``: many requests at once.
 """
 
+from megatron_ee.inference.certificate import open_calibration
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import open_engine
 from megatron_ee.inference.options import EngineOptions
@@ -39,6 +41,7 @@ __all__ = [
     "Sampling",
     "ThresholdPolicy",
     "Token",
+    "open_calibration",
     "open_engine",
     "open_released",
 ]

@@ -78,7 +78,7 @@ class Engine:
         seqs = [self._sequence(request, prompt, max_tokens, max_length, sample) for sample in range(request.samples)]
         for seq in seqs:
             text = TextStream(self._tokenizer, prompt, request.stop) if self._tokenizer is not None else None
-            self._outputs[seq.seq_id] = OutputState(seq, text, self._prefix(request, prompt))
+            self._outputs[seq.seq_id] = OutputState(seq, text, self._prefix(request, prompt), request.coverage)
         self._scheduler.add(seqs)
         return self._num_requests
 

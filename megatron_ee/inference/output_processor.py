@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ee.data.tokenizer import Detokenizer, Tokenizer
 from megatron_ee.errors import ConfigError, shown
-from megatron_ee.inference.requests import Completion, Event, Token
+from megatron_ee.inference.requests import Completion, Coverage, Event, Token
 from megatron_ee.inference.sequence import Sequence
 
 
@@ -88,17 +88,19 @@ class OutputState:
         submitted: when the request was submitted, in seconds of ``time.perf_counter``.
         first_token: when the first token was emitted, on the same clock; None before.
         last_token: likewise of the last token so far.
+        coverage: what a certificate says of the output; None without one.
     """
 
-    def __init__(self, seq: Sequence, text: TextStream | None, prefix: str) -> None:
+    def __init__(self, seq: Sequence, text: TextStream | None, prefix: str, coverage: Coverage | None = None) -> None:
         """Start an output.
 
         Args:
             seq: its sequence.
             text: None without a tokenizer.
             prefix: start of the completion's text.
+            coverage: see ``Request``.
         """
-        self.seq = seq
+        self.seq, self.coverage = seq, coverage
         self.tokens: list[Token] = []
         self.pieces: list[str] = []
         self.submitted = time.perf_counter()
@@ -155,7 +157,7 @@ class OutputState:
         ``heads_per_token`` is the number of heads run per token after the first one; a verification counts once.
         ``acceptance_rate`` is the share of accepted proposals among the judged ones. ``reused_tokens`` is the number of
         prompt tokens whose KV was copied from another request. Times are in seconds. ``tokens_per_second`` excludes the
-        prompt and the first token.
+        prompt and the first token. ``calibration`` is the request's ``coverage``, if it has one.
         """
         seq, count = self.seq, len(self.tokens)
         first, last = self.first_token, self.last_token
@@ -177,6 +179,7 @@ class OutputState:
             "time_to_first_token": None if first is None else first - self.submitted,
             "tokens_per_second": (count - 1) / spent if count > 1 and spent > 0 else None,
             "confidences": [token.confidence for token in self.tokens],
+            **({} if self.coverage is None else {"calibration": self.coverage.model_dump(mode="json")}),
         }
 
 
@@ -194,6 +197,7 @@ class Totals:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     by_layer: Counter[int] = field(default_factory=Counter)
+    by_coverage: Counter[str] = field(default_factory=Counter)
     first_token_seconds: list[float] = field(default_factory=list)
 
     def add(self, output: OutputState) -> None:
@@ -209,6 +213,8 @@ class Totals:
         self.draft_tokens += seq.num_draft_tokens
         self.accepted_tokens += seq.num_accepted_tokens
         self.by_layer.update(token.layer for token in output.tokens)
+        if output.coverage is not None:
+            self.by_coverage[output.coverage.status] += 1
         if output.first_token is not None:
             self.first_token_seconds.append(output.first_token - output.submitted)
 
@@ -230,6 +236,7 @@ class Totals:
             "seconds": seconds,
             "tokens_per_second": self.tokens / seconds if seconds > 0 else None,
             "mean_time_to_first_token": sum(waits) / len(waits) if waits else None,
+            **({"calibration": dict(self.by_coverage)} if self.by_coverage else {}),
         }
 
 

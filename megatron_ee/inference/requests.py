@@ -37,6 +37,21 @@ class Draft(Strict):
     length: int | None = Field(default=None, ge=0, le=MAX_DRAFT)
 
 
+class Coverage(Strict):
+    """Whether a certificate covers an answer, see ``inference.certificate``.
+
+    Attributes:
+        status: ``certified``: tokens left early, under the certificate; ``full``: it is full mode's answer;
+            ``uncertified``: tokens left early outside the certificate's settings, as the request allowed.
+        task: of the certificate.
+        reason: why the answer is not certified; None if it is.
+    """
+
+    status: Literal["certified", "full", "uncertified"]
+    task: str
+    reason: str | None = None
+
+
 Ids = Annotated[tuple[int, ...], Field(strict=False)]
 """A list or tuple of integers."""
 
@@ -74,6 +89,8 @@ class Request(Strict):
         forced_ids: token ids that continue the sequence in place of the emitted ones (teacher forcing). So the emitted
             tokens show what a mode predicts at each position of a given text. At most this many tokens are emitted.
             Not in speculative mode.
+        coverage: what a certificate says of the answer; None without one. It has no effect on the answer, whose
+            statistics repeat it.
     """
 
     prompt: str | Ids
@@ -90,6 +107,7 @@ class Request(Strict):
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     forced_ids: Ids = ()
+    coverage: Coverage | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -291,3 +291,23 @@ def test_regenerate_over_processes(project: Project, tmp_path: Path) -> None:
         for _ in range(2):  # the second time it is complete, and no rank waits for another one
             assert run_ranks(2, run_command, [*given, str(spread), *options], {}, errors) == [0, 0]
         assert spread.read_text() == alone.read_text() and len(spread.read_text().splitlines()) == 10
+
+
+def test_calibrate_gives_one_certificate_on_any_layout(project: Project, tuned: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sample.jsonl"
+    data.write_text("".join(json.dumps({"id": str(i), "prompt": f"def f{i}("}) + "\n" for i in range(30)))
+    given = ["calibrate", "--model", str(project.model), "--adapter", str(tuned / "adapter"), "--dtype", "float32"]
+    given += ["--data", str(data), "--risk", "0.5", "--delta", "0.2", "--loss", "rouge", "--max-tokens", "8"]
+    found = []
+    for ranks, options in ((1, []), (2, ["--tensor", "2"]), (2, ["--pipeline", "2"])):
+        output = tmp_path / f"{len(found)}.json"
+        arguments = [*given, "--output", str(output), *options]
+        assert run_ranks(ranks, run_command, arguments, {}, str(tmp_path / "errors")) == [0] * ranks
+        found.append(json.loads(output.read_text()))
+    assert found[0]["tested"]["all"][0]["passed"] and found[0]["overlap"] == "none"
+    for certificate in found[1:]:
+        assert certificate["tested"].keys() == found[0]["tested"].keys()
+        for name in ("model_sha256", "adapter_sha256", "tokenizer_sha256", "data_sha256", "decoding", "n", "overlap"):
+            assert certificate[name] == found[0][name]
+        for mine, theirs in zip(certificate["tested"]["all"], found[0]["tested"]["all"], strict=False):
+            assert mine["level"] == pytest.approx(theirs["level"], abs=0.01)

@@ -105,7 +105,11 @@ INPUTS = {
     ),
     "plan --config run.yaml --model.path here": ("--config", "--model.path"),
     "evaluate --model here --adapter here --data here --probe here": ("--model", "--adapter", "--data", "--probe"),
+    "calibrate --model here --adapter here --data here --corpus here --risk 0.1 --delta 0.1 --output out": (
+        *("--model", "--adapter", "--data", "--corpus"),
+    ),
     "generate --model here --prompts here --adapter here": ("--model", "--prompts", "--adapter"),
+    "generate --model here --prompt a --calibration here": ("--calibration",),
     "generate --model here --prompt a --draft-vocabulary 4 --draft-corpus here": ("--draft-corpus",),
     "regenerate --model here --prompts here --output out": ("--model", "--prompts"),
     "probe --model here --data here": ("--model", "--data"),

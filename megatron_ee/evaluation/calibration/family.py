@@ -1,0 +1,175 @@
+"""A family of exit thresholds with one parameter, from safe to fast, chosen on a part of the sample of its own.
+
+The parameter is a level t: a token leaves at the first exit where the estimated probability that it is full mode's
+token is at least t. Each exit has an estimate of its own, from its confidence c: ``sigmoid(logit(c) / temperature +
+offset)``, temperature scaling (Guo et al., arXiv 1706.04599) of the event *the exit agrees with full mode*, with the
+offset of Platt's scaling. It makes exits of different depth comparable, which one threshold for the raw confidences of
+all exits (as in CALM, arXiv 2207.07061, and Fast yet Safe, arXiv 2405.20915) does not. The estimate grows with c, so
+that a level is one threshold of c for each exit: the policy needs no temperature when it runs.
+
+Temperature and offset are fitted to teacher-forced replays of full mode's answers, one per exit. Up to the first token
+that differs, a replay is what threshold mode itself does. So the replays also predict which answers would differ at a
+level, and how many layers would run. Nothing of this needs to be right for the guarantee, which rests on the other part
+of the sample; a good choice makes it fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from megatron_ee.evaluation.betting import Floats
+from megatron_ee.inference.certificate import ExitScaling
+
+LEVELS = np.arange(16.0, -4.0, -0.05)
+"""Logits of the levels that are considered, from safe to fast."""
+LEAST_SAVED = 0.01
+"""Smallest share of the layers that a setting has to skip. Heads that are asked cost time, too."""
+_CLOSEST = 2.0**-25
+"""Confidences are float32 values. They are read as at most 1 minus this, and at least this."""
+_PRIOR = 1.0
+"""Weight of the prior of temperature 1 and offset 0, in squared units of 1 / temperature and of the offset."""
+_FLATTEST = 0.05
+"""Smallest 1 / temperature, for exits that are always right or do not know when they are."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What the exits said at the tokens of one of full mode's answers, after its first token.
+
+    Attributes:
+        confidences: ``[exits, tokens]``; 0 where an exit was not asked.
+        agrees: whether the exit's token is full mode's, ``[exits, tokens]``.
+    """
+
+    confidences: Floats
+    agrees: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One setting of the family.
+
+    Attributes:
+        level: the estimated probability of agreement at which a token leaves.
+        thresholds: confidences by layer. Exits that reach the level at no confidence are left out.
+        differing: share of the replayed answers that would differ from full mode's.
+        skipped: layers that would be skipped per token.
+    """
+
+    level: float
+    thresholds: Mapping[int, float]
+    differing: float
+    skipped: float
+
+
+def fit_scaling(layer: int, confidences: Floats, agrees: NDArray[np.bool_]) -> ExitScaling | None:
+    """Fit an exit's temperature and offset by maximum likelihood with a weak prior.
+
+    Args:
+        layer: of the exit.
+        confidences: ``[tokens]`` in [0, 1].
+        agrees: ``[tokens]``.
+
+    Returns:
+        None if there are no tokens.
+    """
+    if not len(confidences):
+        return None
+    x = np.stack((_logit(confidences), np.ones(len(confidences))))
+    prior = np.array([1.0, 0.0])
+
+    def objective(weights: Floats) -> tuple[float, Floats]:
+        logits = weights @ x
+        away = weights - prior
+        value = np.logaddexp(0, logits).sum() - logits[agrees].sum() + _PRIOR * (away @ away) / 2
+        return float(value) / len(agrees), (x @ (_sigmoid(logits) - agrees) + _PRIOR * away) / len(agrees)
+
+    bounds = [(_FLATTEST, None), (None, None)]
+    weights = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds).x
+    return ExitScaling(
+        layer=layer,
+        temperature=float(1 / weights[0]),
+        offset=float(weights[1]),
+        tokens=len(agrees),
+        agreement=float(np.mean(agrees)),
+    )
+
+
+def threshold(scaling: ExitScaling, level: float) -> float:
+    """The confidence at which an exit's estimated probability of agreement is ``level``, given as a logit."""
+    return max(float(_sigmoid((level - scaling.offset) * scaling.temperature)), _CLOSEST)
+
+
+def make_family(
+    replays: Sequence[Replay], layers: Sequence[int], num_layers: int, points: int, most_differing: float
+) -> tuple[list[ExitScaling], list[Member]]:
+    """Fit the scaling of each exit, and choose settings from safe to fast.
+
+    Args:
+        replays: of the sequences of one part of the sample.
+        layers: of the exits, in the order of the replays' first axis.
+        num_layers: number of backbone layers.
+        points: largest number of settings. They save evenly spaced numbers of layers.
+        most_differing: the fastest setting is the last at which at most this share of the answers is predicted to
+            differ.
+
+    Returns:
+        The scaling of each exit that can be used, and the settings, none if no exit would save anything.
+    """
+    confidences = np.concatenate([each.confidences for each in replays], axis=1)
+    agrees = np.concatenate([each.agrees for each in replays], axis=1)
+    ends = np.cumsum([each.agrees.shape[1] for each in replays])
+    fitted = (
+        fit_scaling(layer, own[own > 0], right[own > 0])
+        for layer, own, right in zip(layers, confidences, agrees, strict=True)
+    )
+    scalings = [each for each in fitted if each is not None]
+    members: list[Member] = []
+    for level in LEVELS:
+        thresholds = {each.layer: threshold(each, level) for each in scalings}
+        thresholds = {layer: value for layer, value in thresholds.items() if value < 1 - _CLOSEST}
+        lowest = np.array([thresholds.get(layer, np.inf) for layer in layers])
+        differing, skipped = _predict(confidences, agrees, ends, lowest, num_layers - np.array(layers))
+        if skipped >= LEAST_SAVED * num_layers and (not members or differing <= most_differing):
+            members.append(Member(float(_sigmoid(level)), thresholds, differing, skipped))
+    return scalings, _evenly(members, points)
+
+
+def _predict(
+    confidences: Floats, agrees: NDArray[np.bool_], ends: NDArray[np.int64], lowest: Floats, saves: NDArray[np.int64]
+) -> tuple[float, float]:
+    """Share of the answers that differ, and layers skipped per token, if tokens leave at these thresholds."""
+    leaves = confidences >= lowest[:, None]
+    first, leaving = leaves.argmax(axis=0), leaves.any(axis=0)
+    columns = np.arange(leaves.shape[1])
+    wrong = leaving & ~agrees[first, columns]
+    total = np.concatenate(([0], np.cumsum(wrong)))
+    per_answer = np.diff(total[np.concatenate(([0], ends))])
+    return float((per_answer > 0).mean()), float(np.where(leaving, saves[first], 0).sum() / max(len(columns), 1))
+
+
+def _evenly(members: Sequence[Member], points: int) -> list[Member]:
+    """At most ``points`` of the members, which get faster, at evenly spaced numbers of skipped layers."""
+    if not members:
+        return []
+    fastest = max(each.skipped for each in members)
+    chosen: list[Member] = []
+    for target in np.linspace(0, fastest, points + 1)[1:]:
+        member = next(each for each in members if each.skipped >= target * (1 - 1e-9))
+        if not chosen or member is not chosen[-1]:
+            chosen.append(member)
+    return chosen
+
+
+def _logit(confidences: Floats) -> Floats:
+    inside = np.clip(confidences, _CLOSEST, 1 - _CLOSEST)
+    return np.log(inside) - np.log1p(-inside)
+
+
+def _sigmoid(values: Floats | float) -> Floats:
+    return 0.5 * (1 + np.tanh(np.asarray(values, dtype=np.float64) / 2))

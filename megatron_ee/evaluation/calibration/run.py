@@ -1,0 +1,242 @@
+"""Calibrates the exits of a loaded engine: full mode's answers, a family of thresholds, and tests from safe to fast.
+
+The sample has two parts (``sample``). The first chooses the settings (``family``), the second tests them (``pvalues``)
+on the engine's own answers, until a test fails. So the time goes to settings that pass, and to one that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_ee.checkpoint.journal import Journal
+from megatron_ee.config.exits import ExitSpec
+from megatron_ee.errors import ConfigError
+from megatron_ee.evaluation.betting import Floats
+from megatron_ee.evaluation.calibration.family import LEAST_SAVED, Member, make_family
+from megatron_ee.evaluation.calibration.losses import loss_of
+from megatron_ee.evaluation.calibration.pvalues import P_VALUES, largest_risk
+from megatron_ee.evaluation.calibration.replays import replay_answers
+from megatron_ee.evaluation.calibration.sample import CalibrationPlan, Sample, by_group, scopes_of
+from megatron_ee.evaluation.tasks.answers import BATCH, Setting, TaskAnswer, TaskAnswers, answer_records
+from megatron_ee.evaluation.tasks.records import TaskRecord
+from megatron_ee.evaluation.tasks.results import layers_per_token
+from megatron_ee.inference.certificate import ExitScaling, GroupResult, Interval, Tested
+from megatron_ee.inference.engine import Engine
+from megatron_ee.inference.policy import POLICIES, ExitPolicy
+
+FULL = "full"
+NEVER = 2.0
+"""Threshold of the exits that a policy does not use."""
+_RESAMPLES = 2000
+Records = Sequence[TaskRecord]
+Answers = Mapping[str, TaskAnswer]
+
+
+@dataclass
+class Scope:
+    """The sample as a whole, or one group of it.
+
+    Attributes:
+        tests: the settings that were tested, in their order.
+        policy: of the last setting that passed and saves layers; None for full mode.
+        answers: those of that setting; None for full mode.
+        p_value: of that setting.
+    """
+
+    tests: list[Tested] = field(default_factory=list)
+    policy: ExitPolicy | None = None
+    answers: TaskAnswers | None = None
+    p_value: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What came out of a calibration.
+
+    Attributes:
+        scaling: of the exits that can be used.
+        scopes: by group, or the whole sample under ``ALL``.
+        groups: of the test part, by name.
+        loss_interval: mean and upper bound of the losses; None if all is full mode.
+        layers_per_token: with the chosen settings, with a 95% bootstrap interval; None if all is full mode.
+        speedup: see ``Certificate``.
+    """
+
+    scaling: tuple[ExitScaling, ...]
+    scopes: dict[str, Scope]
+    groups: dict[str, GroupResult]
+    loss_interval: Interval | None
+    layers_per_token: Interval | None
+    speedup: float | None
+
+
+def usable_exits(specs: Sequence[ExitSpec], num_layers: int, plan: CalibrationPlan) -> tuple[int, ...]:
+    """Layers of the exits where a token can leave before the last layer.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    gated = POLICIES[plan.policy].gated
+    layers = tuple(spec.layer for spec in specs if spec.layer < num_layers and (spec.gate or not gated))
+    if not layers:
+        what = "with a gate before the last layer; tune them with gate: true" if gated else "before the last layer"
+        raise ConfigError(f"adapter: has no exit {what}, so there is nothing to calibrate")
+    return layers
+
+
+def calibrate(
+    engine: Engine, sample: Sample, plan: CalibrationPlan, journal: Journal | None = None, *, batch: int = BATCH
+) -> Calibrated:
+    """Find the fastest thresholds that are safe.
+
+    Args:
+        engine: with the exits, without other requests.
+        sample: from ``draw_sample``. Groups that are too small are not tested.
+        plan: what is asked for.
+        journal: of an earlier, unfinished call with the same arguments; ``entry_key`` is its key.
+        batch: the engine's maximum number of running sequences.
+
+    Raises:
+        UserError: an answer fails, see ``answer_records``.
+    """
+    policy, layers = POLICIES[plan.policy], usable_exits(engine.exits, engine.num_layers, plan)
+    measure = {} if policy.gated else {"measure": plan.measure}
+
+    def answers(records: Records, setting: Setting) -> TaskAnswers:
+        by_task = sorted(records, key=lambda record: record.task)
+        return answer_records(engine, by_task, [setting], journal, batch=batch)
+
+    full_mode = Setting(FULL, max_tokens=plan.max_tokens, stop=plan.stop)
+    heard = answers(sample.fit, full_mode).by_setting[FULL]
+    full = answers(sample.test, full_mode)
+    replays = replay_answers(engine, sample.fit, heard, layers, policy, measure, journal, batch)
+    # Every loss is at most that of disagreement, and mostly far less.
+    most = max(2 * plan.risk, 2 / len(sample.fit)) if plan.loss == "disagreement" else 1.0
+    scaling, members = make_family(replays, layers, engine.num_layers, plan.points, most)
+
+    scopes = {name: Scope() for name in sample.needed}
+    active = {name: each for name, each in scopes_of(sample.test, plan).items() if len(each) >= sample.needed[name]}
+    for number, member in enumerate(members):
+        records = [record for each in active.values() for record in each]
+        chosen = _policy(member, policy, measure)
+        setting = Setting(
+            f"setting {number}", "threshold", chosen, tuple(member.thresholds), plan.max_tokens, plan.stop
+        )
+        found = answers(records, setting)
+        [by_id] = found.by_setting.values()
+        tests = {
+            name: _test(each, member, plan, plan.level(len(scopes)), by_id, full.by_setting[FULL])
+            for name, each in active.items()
+        }
+        for name, test in tests.items():
+            scopes[name].tests.append(test)
+        together = plan.per_group != "own"
+        passed = [
+            name for name, test in tests.items() if all(t.passed for t in (tests.values() if together else [test]))
+        ]
+        faster = {name for name in passed if _saves(tests[name], engine.num_layers)}
+        for name in passed if together and faster else faster:
+            scopes[name].policy, scopes[name].p_value = chosen, tests[name].p_value
+            scopes[name].answers = found
+        active = {name: active[name] for name in passed}
+        if not active:
+            break
+    return _outcome(tuple(scaling), scopes, sample, plan, full)
+
+
+def _policy(member: Member, policy: type[ExitPolicy], measure: Mapping[str, str]) -> ExitPolicy:
+    return policy(threshold=NEVER, thresholds=dict(member.thresholds), **measure)  # type: ignore[call-arg, arg-type]
+
+
+def _test(
+    records: Records, member: Member, plan: CalibrationPlan, delta: float, early: Answers, full: Answers
+) -> Tested:
+    """The test of one setting on the records of one scope, in their order."""
+    losses = _losses(records, plan, early, full)
+    p = float(P_VALUES[plan.p_value](losses, plan.risk, delta))
+    return Tested(
+        level=member.level,
+        p_value=p,
+        passed=p <= delta,
+        loss=float(losses.mean()),
+        layers_per_token=layers_per_token(early[record.id] for record in records),
+    )
+
+
+def _saves(test: Tested, num_layers: int) -> bool:
+    return test.layers_per_token is not None and test.layers_per_token <= (1 - LEAST_SAVED) * num_layers
+
+
+def _losses(records: Records, plan: CalibrationPlan, early: Answers, full: Answers) -> Floats:
+    return np.array([loss_of(plan.loss, plan.metric, early[r.id], full[r.id], r.references) for r in records])
+
+
+def _outcome(
+    scaling: tuple[ExitScaling, ...], scopes: dict[str, Scope], sample: Sample, plan: CalibrationPlan, full: TaskAnswers
+) -> Calibrated:
+    """What the chosen settings give on the test part, where each record runs in its scope's."""
+    truth, used = full.by_setting[FULL], dict(full.by_setting[FULL])
+    for name, records in scopes_of(sample.test, plan).items():
+        if (kept := scopes[name].answers) is not None:
+            [by_id] = kept.by_setting.values()
+            used.update({record.id: by_id[record.id] for record in records})
+    early = any(scope.answers is not None for scope in scopes.values())
+
+    def interval(records: Records, delta: float) -> Interval | None:
+        if not early:
+            return None
+        losses = _losses(records, plan, used, truth)
+        return Interval(mean=float(losses.mean()), low=None, high=largest_risk(plan.p_value, losses, delta))
+
+    level, least = plan.level(len(scopes)), max(sample.needed.values())
+    groups = {
+        name: GroupResult(
+            n=len(records),
+            needed=sample.needed.get(name, least),
+            p_value=scopes[name].p_value if name in scopes else None,
+            loss=interval(records, level),
+            policy=scopes[name].policy if plan.per_group == "own" else None,
+        )
+        for name, records in by_group(sample.test).items()
+    }
+    shared = next(iter(scopes.values())).answers if plan.per_group != "own" else None
+    return Calibrated(
+        scaling,
+        scopes,
+        groups,
+        interval(sample.test, plan.delta),
+        _mean_layers([used[record.id] for record in sample.test], plan.seed) if early else None,
+        None if shared is None else _speedup(full, shared),
+    )
+
+
+def _layer_runs(answers: Sequence[TaskAnswer]) -> tuple[Floats, Floats]:
+    """Per answer, the decoder layers run after its first token, and the number of these tokens."""
+    tokens = np.array([len(each.token_ids) - 1 for each in answers], dtype=np.float64)
+    return np.array([each.layers_per_token or 0.0 for each in answers]) * tokens, tokens
+
+
+def _mean_layers(answers: Sequence[TaskAnswer], seed: int) -> Interval | None:
+    """Layers per token with a 95% interval, from bootstrap samples of the answers."""
+    runs, tokens = _layer_runs(answers)
+    if not tokens.sum():
+        return None
+    picks = np.random.default_rng(seed).integers(len(answers), size=(_RESAMPLES, len(answers)))
+    means = runs[picks].sum(axis=1) / np.maximum(tokens[picks].sum(axis=1), 1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(mean=float(runs.sum() / tokens.sum()), low=float(low), high=float(high))
+
+
+def _speedup(full: TaskAnswers, early: TaskAnswers) -> float | None:
+    """Tokens per second of one setting over full mode's; None if either was interrupted."""
+    rates = []
+    for answers in (full, early):
+        [(name, by_id)] = answers.by_setting.items()
+        seconds = sum(block.seconds[name] for block in answers.blocks)
+        if sum(block.rows for block in answers.blocks) != len(by_id) or not seconds:
+            return None
+        rates.append(sum(block.tokens[name] for block in answers.blocks) / seconds)
+    return rates[1] / rates[0]
