@@ -274,7 +274,7 @@ def _with_exits(full: FullModel, specs: Sequence[ExitSpec]) -> Pipeline:
 
 
 def _tokens(windows: HeldWindows, groups: Groups) -> Tokens:
-    """Windows to fit on, and the one with the most unmasked tokens to choose each exit's ridge on.
+    """Windows to fit on, and the one with the most unmasked tokens to choose each exit's ridge and share on.
 
     Data-parallel ranks take windows in turn. A rank whose turn is empty runs a window of which all tokens are masked,
     so that the exits are those of one rank.

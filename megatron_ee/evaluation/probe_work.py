@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.data.loader import Batch
-from megatron_ee.tuning.fit import RIDGES
+from megatron_ee.exits.fit import CANDIDATES, RIDGES, TRIALS
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 
 SOLVED, NEWTON_ROWS = 1024, 512
@@ -24,8 +24,6 @@ NORM_TOKENS = 4096
 """Tokens to fit the scale of a norm on."""
 HELD_OUT, LEAST_HELD_OUT, HELD_OUT_SHARE = 4096, 512, 4
 """Tokens to measure on: wanted, and at least in a short time; at most one in ``HELD_OUT_SHARE`` of the text."""
-CANDIDATES = 1 + len(RIDGES)
-"""Values that each exit is measured with to choose a ridge: also the copied ones."""
 NEWTON_STEPS = 8
 """Of a gate's fit, about."""
 FEW_LAYERS = 3
@@ -89,7 +87,7 @@ def choose_work(
         features: of the MLP.
         available: unmasked tokens of the text.
         most_exits: ``mlp`` exits that the memory holds.
-        chosen_on: tokens that the ridge of each exit is chosen on.
+        chosen_on: tokens that the ridge and the share of each exit are chosen on.
     """
     works = list(_works(pace, num_layers, features, available, most_exits, chosen_on))
     return next((work for work in works if work.seconds <= seconds), works[-1])
@@ -110,7 +108,7 @@ def _works(
             for share in (1.0, 0.5, 0.25):
                 fitted = min(rest, int(share * wanted))
                 held = min(available // HELD_OUT_SHARE, max(LEAST_HELD_OUT, int(share * HELD_OUT)))
-                once = fitted + held
+                once = fitted + held + (TRIALS - 1) * chosen_on
                 measured = held + CANDIDATES * chosen_on
                 each = fitted * fit + measured * pace.measure + solve
                 yield Work(spaced(count, num_layers), body, fitted, held, once * pace.forward + count * each)
@@ -174,7 +172,7 @@ def _time_solve(architecture: Architecture) -> float:
     matrix = torch.eye(size, dtype=torch.float64, device=platform.device())
     factorised = _timed(lambda: torch.linalg.cholesky(matrix))
     # The factorisation is n^3 / 3 products, the two triangular solves of a column n^2.
-    columns = 3 * architecture.hidden_size / features
+    columns = 3 * 2 * architecture.hidden_size / features
     return len(RIDGES) * factorised * (features / size) ** 3 * (1 + columns)
 
 

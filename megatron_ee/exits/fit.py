@@ -9,6 +9,9 @@ projection. The projection is fitted by ridge regression over tokens, the masked
 with the residual multiplier m. A bias of the projection is one more column, 1 / rms(r). lambda is the ridge times the
 mean diagonal of the Gram matrix. Regressing the last hidden state on an earlier one is known from arXiv 2303.09435.
 
+c, the share of the residual, is chosen for each exit, as the ridge is: no share is good for all. D is linear in the
+right side u - c r / rms(r), so shares have the same sums and factor, and D / c is linear in 1 / c: two shares give all.
+
 Sums are of float32 products, in float64. Tensor-parallel ranks have rows of them, each of its own features.
 """
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,10 +34,15 @@ if TYPE_CHECKING:
     from megatron_ee.model.linear import RMSNorm
     from megatron_ee.model.setup import ModelSetup
 
-RESIDUAL_SHARE = 0.25
-"""c: the residual's part of the features, relative to a last hidden state of the same size."""
 RIDGES = (1.0, 10.0, 100.0)
-"""Factors of ``fit.ridge`` that are tried."""
+"""Factors of ``fit.ridge`` that are tried, with the first of ``SHARES``."""
+SHARES = (0.25, 0.1, 0.5, 1.0)
+"""c: the residual's part of the features, relative to a last hidden state of the same size. All are tried, the others
+with the best ridge."""
+CANDIDATES = len(RIDGES) + len(SHARES)
+"""Times that a fitted exit is measured on held-out tokens: copied, with each ridge, and with each other share."""
+TRIALS = 2
+"""Passes over the held-out tokens: for the ridge, then for the share."""
 LEAST_PIVOT = 1e-8
 """Smallest pivot of a Cholesky factor, relative to the mean diagonal: products in float32 have errors of this size."""
 FLOAT64 = 8  # bytes
@@ -48,25 +56,43 @@ MEMORY_SHARE = 0.7
 
 @dataclass(frozen=True)
 class Solution:
-    """Fitted values of some parameters, on this rank.
+    """Fitted values of some parameters, on this rank. A projection is interpolated between two shares.
 
     Attributes:
-        values: by parameter, in its shape and dtype.
+        values: by parameter, in its shape and dtype; of a projection with the largest of ``SHARES``.
+        smallest: of a projection, with the smallest of ``SHARES``.
         ridge: lambda over the mean diagonal of the Gram matrix; 0 where no ridge is used.
+        share: c, the residual's part of the features; None where nothing is added to a residual.
     """
 
     values: dict[nn.Parameter, Tensor]
+    smallest: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     ridge: float = 0.0
+    share: float | None = None
 
     @torch.no_grad()
     def place(self) -> None:
         """Set the parameters to these values."""
         for parameter, value in self.values.items():
+            if parameter in self.smallest:
+                assert self.share is not None, "a projection has a share"
+                low, high = 1 / max(SHARES), 1 / min(SHARES)
+                value = torch.lerp(value, self.smallest[parameter], (1 / self.share - low) / (high - low))
             parameter.copy_(value)
+
+    def with_other_shares(self) -> list[Solution]:
+        """The solutions of the same ridge with the other ``SHARES``; none if there is no share."""
+        others = [] if self.share is None else [share for share in SHARES if share != self.share]
+        return [replace(self, values=dict(self.values), share=share) for share in others]
 
 
 class Fit(ABC):
-    """A fit of a body. Call order: ``add`` for every microbatch, ``reduce``, ``solve``, ``then``."""
+    """A fit of a body. Call order: ``add`` for every microbatch, ``reduce``, ``solve`` once, ``then``."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that it changes, and a second fit too."""
 
     @abstractmethod
     def add(self, x: Tensor, last: Tensor, mask: Tensor) -> None:
@@ -87,12 +113,14 @@ class Fit(ABC):
     def solve(self, ridges: Sequence[float]) -> list[Solution]:
         """The solutions for these ridges, or only one if the fit has no ridge; equal on all data-parallel ranks.
 
+        Those with a share have the first of ``SHARES``. The sums are freed.
+
         Raises:
             UserError: a sum is not finite.
         """
 
-    def then(self) -> Fit | None:
-        """A second fit, of tokens that are added while a solution is placed; None if there is none."""
+    def then(self, solution: Solution) -> Fit | None:
+        """A second fit, of tokens that are added while ``solution`` is placed; None if there is none."""
         return None
 
 
@@ -108,13 +136,20 @@ class ProjectionFit(Fit):
     ) -> None:
         """``before`` and ``after``: the norms around the MLP; ``multiplier``: of what is added to the residual."""
         self._setup, self._mlp, self._before, self._after = setup, mlp, before, after
-        self._factor = RESIDUAL_SHARE * multiplier
+        self._multiplier = multiplier
         hidden, self._features = mlp.down.weight.shape
         self._biased = mlp.down.bias is not None
         rows, device = self._features + self._biased, mlp.down.weight.device
         ranks = setup.groups.tensor.size()
         self._gram = torch.zeros(rows, rows * ranks, dtype=torch.float64, device=device)
-        self._right = torch.zeros(rows, hidden, dtype=torch.float64, device=device)
+        # Right sides: of the last hidden state, and of the residual.
+        self._right = torch.zeros(2, rows, hidden, dtype=torch.float64, device=device)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """See ``Fit``."""
+        scales = [] if self._after is None else [self._after.weight]
+        return [*self._mlp.down.parameters(), *scales]
 
     @torch.no_grad()
     def add(self, x: Tensor, last: Tensor, mask: Tensor) -> None:
@@ -123,13 +158,15 @@ class ProjectionFit(Fit):
         activated = self._mlp.activated(x if self._before is None else self._before(x)).flatten(0, 1)
         residual = gather(x).flatten(0, 1).float()
         inverse = inverse_rms(residual, eps)
-        goal = normalised(gather(last).flatten(0, 1), eps).sub_(residual * inverse, alpha=RESIDUAL_SHARE)
+        residual = residual * inverse
+        target = normalised(gather(last).flatten(0, 1), eps)
         counted = inverse * mask[:, None]
         own = activated.float() * counted
         group = self._setup.groups.tensor
         if self._biased:  # the last rank counts for all
             own = torch.cat([own, counted if group.rank() == group.size() - 1 else torch.zeros_like(counted)], dim=1)
-        self._right += own.t() @ goal
+        for sums, goal in zip(self._right, (target, residual), strict=True):
+            sums += own.t() @ goal
         columns = self._gram.chunk(group.size(), dim=1)
         for part, block in zip(columns, _blocks(own, group), strict=True):
             part += own.t() @ block
@@ -144,7 +181,9 @@ class ProjectionFit(Fit):
         mean = self._mean_diagonal()
         if not math.isfinite(mean) or mean <= 0:
             raise UserError(f"the fit of an exit: the mean square of its MLP's activations is {mean}")
-        return [self._solution(ridge, mean) for ridge in ridges]
+        solutions = [self._solution(ridge, mean) for ridge in ridges]
+        del self._gram, self._right
+        return solutions
 
     def _mean_diagonal(self) -> float:
         """Of the Gram matrix of all tensor-parallel ranks."""
@@ -154,19 +193,26 @@ class ProjectionFit(Fit):
         return float(total) / (group.size() * self._features + self._biased)
 
     def _solution(self, ridge: float, mean: float) -> Solution:
-        group, down = self._setup.groups.tensor, self._mlp.down
         factor, ridge = self._factorised(ridge, mean)
-        weights = _collected(self._right, group)
+        largest, smallest = (self._values(factor, share) for share in (max(SHARES), min(SHARES)))
+        return Solution(largest, smallest, ridge, SHARES[0])
+
+    def _values(self, factor: Tensor | None, share: float) -> dict[nn.Parameter, Tensor]:
+        """The projection with a share, from ``_factorised``."""
+        group, down = self._setup.groups.tensor, self._mlp.down
+        target, residual = self._right
+        weights = _collected(torch.sub(target, residual, alpha=share), group)
         if factor is not None and weights is not None:
             torch.linalg.solve_triangular(factor, weights, upper=False, out=weights)
             torch.linalg.solve_triangular(factor.mT, weights, upper=True, out=weights)
             if self._biased:
                 weights[self._features :: self._features + 1] = weights[-1].clone()
-        own = _spread(weights, self._right, group).div_(self._factor)
-        values = {down.weight: own[: self._features].t().to(down.weight.dtype).contiguous()}
+        own = _spread(weights, target, group).div_(share * self._multiplier)
+        weight = own[: self._features].t().to(down.weight.dtype, memory_format=torch.contiguous_format)
+        values: dict[nn.Parameter, Tensor] = {down.weight: weight}
         if down.bias is not None:
             values[down.bias] = own[-1].to(down.bias.dtype)
-        return Solution(values, ridge)
+        return values
 
     def _factorised(self, ridge: float, mean: float) -> tuple[Tensor | None, float]:
         """The Cholesky factor, on the first tensor-parallel rank alone, and the ridge that was used.
@@ -175,7 +221,7 @@ class ProjectionFit(Fit):
         """
         group = self._setup.groups.tensor
         while True:
-            gram = _collected(self._gram, group)
+            gram = self._gram.clone() if group.size() == 1 else _collected(self._gram, group)
             stable = torch.zeros((), dtype=torch.int32, device=self._gram.device)
             if gram is not None:
                 diagonal = gram.diagonal()
@@ -193,17 +239,18 @@ class ProjectionFit(Fit):
             del gram
             ridge = max(10 * ridge, 10 * LEAST_PIVOT)
 
-    def then(self) -> ScaleFit | None:
-        """Of the norm after the projection, if there is one."""
-        if self._after is None:
+    def then(self, solution: Solution) -> ScaleFit | None:
+        """Of the norm after the projection, if there is one; copied weights have no second fit."""
+        if self._after is None or solution.share is None:
             return None
-        mlp, before, factor, eps = self._mlp, self._before, self._factor, self._after.eps
+        mlp, before, share, eps = self._mlp, self._before, solution.share, self._after.eps
+        factor = share * self._multiplier
 
         def pair(r: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             residual = r.float()
             inverse = inverse_rms(residual, eps)
             added = normalised(mlp(r if before is None else before(r)), eps)
-            return added * inverse * factor, target - RESIDUAL_SHARE * inverse * residual
+            return added * inverse * factor, target - share * inverse * residual
 
         return ScaleFit(self._setup, self._after, pair)
 
@@ -217,6 +264,11 @@ class ScaleFit(Fit):
         """``pair``: ``attention_half``'s result and the normalised last hidden state -> x and y, all of one shape."""
         self._setup, self._norm, self._pair = setup, norm, pair
         self._sums = torch.zeros(2, len(norm.weight), dtype=torch.float64, device=norm.weight.device)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """See ``Fit``."""
+        return [self._norm.weight]
 
     @torch.no_grad()
     def add(self, x: Tensor, last: Tensor, mask: Tensor) -> None:
@@ -244,9 +296,10 @@ class ScaleFit(Fit):
 def fit_bytes(rows: int, hidden_size: int, tensor: int) -> tuple[int, int]:
     """Bytes of a fit's sums on one of ``tensor`` ranks, and of what solving takes besides, on the first of them.
 
-    ``rows``: ``Body.fitted_rows``.
+    ``rows``: ``Body.fitted_rows``. The solutions, which outlive the sums, take no more than these if there are at least
+    as many rows as hidden features.
     """
-    return FLOAT64 * -(-rows // tensor) * (rows + hidden_size), FLOAT64 * rows * (rows + hidden_size)
+    return FLOAT64 * -(-rows // tensor) * (rows + 2 * hidden_size), FLOAT64 * rows * (rows + hidden_size)
 
 
 def number_turns(needed: Sequence[tuple[int, int]], free: int) -> list[int]:
@@ -289,9 +342,9 @@ def _blocks(own: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
 
 
 def _collected(rows: Tensor, group: dist.ProcessGroup) -> Tensor | None:
-    """A copy of the rows of all ranks, on the first rank; None on the others."""
+    """The rows of all ranks, on the first rank; None on the others. One rank's are the tensor itself."""
     if group.size() == 1:
-        return rows.clone()
+        return rows
     whole = rows.new_empty(group.size() * len(rows), rows.shape[1]) if group.rank() == 0 else None
     parts = None if whole is None else list(whole.split(len(rows)))
     dist.gather(rows, parts, group=group, group_dst=0)

@@ -226,10 +226,11 @@ def _score_bytes(architecture: Architecture, workload: Workload) -> int:
 def fit_peak(architecture: Architecture, rows: int, workload: Workload) -> int:
     """Peak bytes of adding a microbatch to a fit.
 
-    The residual and the target in float32, the activations, and the same in float32, are alive. So is the larger of
-    two: the float32 activations before they are scaled, or another rank's with their product.
+    The last hidden state, the residual and the target in float32, gate and up, of which the activations are a part, and
+    the activations in float32, are alive. So is the larger of two: the float32 activations before they are scaled, or
+    another rank's with their product.
     """
     own, wide = -(-rows // workload.tensor), FLOAT32 * workload.tokens
     product = FLOAT32 * own * max(own, architecture.hidden_size) + (workload.tensor > 1) * own * wide
-    activated = own * workload.tokens * workload.itemsize
-    return 2 * architecture.hidden_size * wide + activated + own * wide + max(own * wide, product)
+    last, gate_up = hidden_bytes(architecture, workload), 2 * own * workload.tokens * workload.itemsize
+    return last + 2 * architecture.hidden_size * wide + gate_up + own * wide + max(own * wide, product)

@@ -120,9 +120,9 @@ def fit_memory(
 ) -> int:
     """Bytes of the closed-form fit on each rank of stage ``index``; 0 if no exit is fitted.
 
-    ``layout`` has all layers, and the last stage with layers the final exit. Exits are counted as fitted one at a time:
-    if there is more memory, several are fitted together. The first tensor-parallel rank is counted, which solves for
-    the others.
+    ``layout`` has all layers, and the last stage with layers the final exit. Exits are counted as fitted and measured
+    one at a time: if there is more memory, several are fitted together. The first tensor-parallel rank is counted,
+    which solves for the others. A solution is kept for two shares.
     """
     if not any(spec.init == "fit" for spec in specs):
         return 0
@@ -130,22 +130,25 @@ def fit_memory(
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
     stage, hidden, size = layout.stages[index], hidden_bytes(architecture, workload), architecture.hidden_size
     layers = layer_peak(architecture, workload) if stage.layers else 0
-    adding = solving = kept = 0
+    adding = solving = 0
+    measuring = layers
+    if stage.exits or index == layout.last_layered:
+        measuring = max(measuring, 2 * hidden + statistics_bytes(architecture, workload))
+    running = measuring
     for spec in (spec for spec in hosted_by(stage, specs) if spec.init == "fit"):
         rows = body_of(spec).fitted_rows(architecture) or 0
         sums, work = fit_bytes(rows, size, workload.tensor)
         own = -(-rows // workload.tensor) * size
-        adding = max(adding, kept + sums + max(layers, fit_peak(architecture, rows, workload)))
-        kept += len(RIDGES) * own * workload.itemsize
+        kept = len(RIDGES) * 2 * own * workload.itemsize
+        adding = max(adding, sums + max(layers, fit_peak(architecture, rows, workload)))
         solving = max(solving, kept + sums + work + (workload.tensor > 1) * FLOAT64 * own)
-    measuring = layers
-    if stage.exits or index == layout.last_layered:
-        measuring = max(measuring, 2 * hidden + statistics_bytes(architecture, workload))
-    copies = kept // len(RIDGES)
-    buffers = 4 * hidden  # of messages to and from a neighbour, two each way
-    peak = max(adding, solving, kept + copies + measuring)
+        copied = own * workload.itemsize
+        measuring = max(measuring, kept + copied + max(running, copied))  # or a copy that is interpolated
+    buffers = 4 * hidden if len(layout.stages) > 1 else 0  # of messages to and from a neighbour, two each way
+    # No tap is alive while a fit is solved.
+    peak = max(max(adding, measuring) + _taught(layout, index, workload) * hidden, solving)
     weights = _frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize
-    return weights + peak + _taught(layout, index, workload) * hidden + buffers
+    return weights + peak + buffers
 
 
 def validation_memory(layout: Layout, index: int, architecture: Architecture, workload: Workload) -> int:

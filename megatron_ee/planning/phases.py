@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import RunConfig
-from megatron_ee.exits.fit import HELD_OUT_MOST, MEMORY_SHARE, PER_FEATURE, RIDGES, fit_bytes, number_turns
+from megatron_ee.exits.fit import (
+    CANDIDATES,
+    HELD_OUT_MOST,
+    MEMORY_SHARE,
+    PER_FEATURE,
+    RIDGES,
+    TRIALS,
+    fit_bytes,
+    number_turns,
+)
 from megatron_ee.exits.gate import RIDGES as GATE_RIDGES
 from megatron_ee.exits.gate import STEPS as NEWTON_STEPS
 from megatron_ee.exits.registry import body_of
@@ -24,9 +33,6 @@ from megatron_ee.planning.step_time import StepTime, streaming_seconds
 from megatron_ee.planning.storage import disk_use, gate_tokens, saves
 from megatron_ee.planning.traffic import stage_traffic
 from megatron_ee.planning.workload import Workload
-
-CANDIDATES = 1 + len(RIDGES)
-"""Times that a fitted exit is measured on held-out tokens: copied, and with each solution."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,10 @@ class _Run:
         return self.config.validation.acceptance.tokens * max(reading, self._streamed())
 
     def fit(self) -> Phase:
-        """Each turn runs all tokens through all layers. Sums are float32 products, solving them float64 ones."""
+        """Each turn runs all tokens through all layers, and held-out ones for each trial.
+
+        Sums are float32 products, solving them float64 ones.
+        """
         arch, workload, machine = self.architecture, self.workload, self.machine
         fitted = [spec for spec in self.specs if spec.init == "fit"]
         wanted = PER_FEATURE * arch.ffn_size if self.config.fit.tokens == "auto" else self.config.fit.tokens
@@ -169,12 +178,12 @@ class _Run:
             free = int(MEMORY_SHARE * (machine.memory - held * workload.itemsize))
             needed = [fit_bytes(rows, arch.hidden_size, workload.tensor) for rows in own]
             turns = max(turns, 1 + max(number_turns(needed, free), default=-1))
-            sums = sum(2 * rows * (rows + arch.hidden_size) for rows in own) * tokens / workload.data
-            solving = sum(ridges * (rows**3 / 3 + 2 * rows**2 * arch.hidden_size) for rows in own)
+            sums = sum(2 * rows * (rows + 2 * arch.hidden_size) for rows in own) * tokens / workload.data
+            solving = sum(ridges * (rows**3 / 3 + 4 * rows**2 * arch.hidden_size) for rows in own)
             busiest = max(busiest, sums / workload.tensor / machine.float32 + solving / machine.float64)
         each = sum(exit_forward_flops(arch, spec, 1, workload.tensor) for spec in fitted)
-        measured = self._all_layers(HELD_OUT_MOST) + self._spread(CANDIDATES * HELD_OUT_MOST * each)
-        forward = turns * self._all_layers(tokens)
+        forward = turns * (self._all_layers(tokens) + TRIALS * self._all_layers(HELD_OUT_MOST))
+        measured = self._spread(CANDIDATES * HELD_OUT_MOST * each)
         turn = f" in {turns} turns" if turns > 1 else ""
         return Phase("fit", f"{len(fitted)} exits, {tokens:,} tokens{turn}", forward + busiest + measured)
 

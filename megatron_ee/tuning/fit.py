@@ -1,14 +1,15 @@
 """Fits exits in closed form before tuning (``exits.fit``), on the run's own training data.
 
 A stage of all layers runs the data once. Each exit's sums are solved for several ridges. On tokens that are held out,
-the exit is measured with each solution and with its copied weights, and keeps the best.
+the exit is measured with its copied weights and with each ridge, then with several shares of the residual and the best
+ridge, and keeps the best.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,7 @@ class FitOutcome:
     Attributes:
         layer: of the exit.
         ridge: of the solution that it keeps; None if it keeps the copied weights.
+        share: c, of the same solution; None also if nothing is added to a residual.
         agreement: share of tokens whose top-1 token is the final exit's: copied, and with the best solution.
         loss: mean cross-entropy with the final exit's top-1 token, in nats, of the same two.
         raised: lines about ridges that had to be raised.
@@ -55,6 +57,7 @@ class FitOutcome:
 
     layer: int
     ridge: float | None
+    share: float | None
     agreement: tuple[float, float]
     loss: tuple[float, float]
     raised: tuple[str, ...]
@@ -114,7 +117,6 @@ class Fitter:
         self._chunk = chunk_tokens
         self._ridges = [fit.ridge * factor for factor in RIDGES] if fit.ridge else [0.0]
         self._exits = [exit_ for exit_ in stage.exits if exit_.spec.init == "fit"]
-        self._raised: dict[Exit, tuple[str, ...]] = {}
 
     def run(self) -> list[FitOutcome]:
         """Fit the exits whose ``init`` is ``fit``, measure them, and give each its best weights.
@@ -122,15 +124,12 @@ class Fitter:
         Every rank calls this. The outcomes are those of all stages, by layer. Errors as for ``fit_exits``.
         """
         taught = Pipeline(self._stage, self._layout, self._specs, teacher=LastHidden(self._setup))
-        solutions: dict[Exit, list[Solution]] = {}
+        own: list[FitOutcome] = []
         turns = self._turns()
         amount, counted = len(self._tokens.fitted), self._groups.is_main
         with track(len(turns) * amount, "global batches", "fitting exits", enabled=counted) as bar:
             for turn in turns:
-                solutions |= self._solve(taught, [exit_ for exit_ in self._exits if exit_.spec.layer in turn], bar)
-        with torch.no_grad():
-            totals = self._measure({exit_: [_copied(exit_, found[0]), *found] for exit_, found in solutions.items()})
-        own = [self._choose(exit_, solutions[exit_], totals[exit_]) for exit_ in self._exits]
+                own += self._fit(taught, [exit_ for exit_ in self._exits if exit_.spec.layer in turn], bar)
         first = self._groups.tensor.rank() == self._groups.data.rank() == 0
         gathered = self._groups.gather(own if first else [])
         return sorted((each for rank in gathered for each in rank), key=lambda outcome: outcome.layer)
@@ -148,29 +147,44 @@ class Fitter:
                 turns[number] |= together
         return turns
 
-    def _solve(self, taught: Pipeline, exits: Sequence[Exit], bar: Progress) -> dict[Exit, list[Solution]]:
-        """Solutions of some exits: the sums over all tokens, then those of the norms that follow projections."""
+    def _fit(self, taught: Pipeline, exits: Sequence[Exit], bar: Progress) -> list[FitOutcome]:
+        """Fit some exits, and place the best solution of each, or its copied weights.
+
+        The ridge is chosen first, with one share. It changes the loss more than the share does, and the best ridge
+        seldom depends on the share. So ridges and shares are tried one after the other, not in pairs.
+        """
         fits = {exit_: _fit_of(exit_) for exit_ in exits}
         self._add(taught, self._tokens.fitted, [(exit_, fit, None) for exit_, fit in fits.items()], bar)
-        found: dict[Exit, list[Solution]] = {}
-        seconds: list[tuple[Exit, Fit, Solution]] = []
-        for exit_ in exits:
-            fit = fits.pop(exit_)
+        solved: dict[Exit, list[Solution]] = {}
+        for exit_, fit in fits.items():
             fit.reduce()
-            found[exit_] = fit.solve(self._ridges)
-            for solution in found[exit_]:
-                second = fit.then()
-                seconds += [] if second is None else [(exit_, second, solution)]
-            self._raised[exit_] = _raised(exit_.spec.layer, found[exit_], self._ridges)
+            solved[exit_] = fit.solve(self._ridges)
+        tried = {exit_: [_copied(fits[exit_]), *found] for exit_, found in solved.items()}
+        figures = self._try(taught, fits, tried)
+        others = {exit_: tried[exit_][choose(found)[0]].with_other_shares() for exit_, found in figures.items()}
+        for exit_, found in self._try(taught, fits, others).items():
+            tried[exit_] += others[exit_]
+            figures[exit_] += found
+        return [
+            _keep_best(exit_, tried[exit_], figures[exit_], _raised(exit_.spec.layer, solved[exit_], self._ridges))
+            for exit_ in exits
+        ]
+
+    def _try(
+        self, taught: Pipeline, fits: Mapping[Exit, Fit], candidates: Mapping[Exit, list[Solution]]
+    ) -> dict[Exit, list[tuple[float, float]]]:
+        """Fit the norms that follow projections to each candidate; then as ``_measure``, of exits with candidates."""
+        candidates = {exit_: found for exit_, found in candidates.items() if found}
+        if not any(self._groups.gather(bool(candidates))):
+            return {}
+        pairs = [(exit_, each) for exit_, found in candidates.items() for each in found]
+        seconds = [(exit_, second, each) for exit_, each in pairs if (second := fits[exit_].then(each)) is not None]
         if any(self._groups.gather(bool(seconds))):
-            copies = [_copied(exit_, found[exit_][0]) for exit_ in exits]
             self._add(taught, _first(self._tokens, SCALE_TOKENS), seconds, None)
             for _, second, solution in seconds:
                 second.reduce()
                 solution.values.update(second.solve([0.0])[0].values)
-            for copy in copies:
-                copy.place()
-        return found
+        return self._measure(candidates)
 
     @torch.no_grad()
     def _add(
@@ -195,7 +209,8 @@ class Fitter:
             if bar is not None:
                 bar.advance()
 
-    def _measure(self, candidates: dict[Exit, list[Solution]]) -> dict[Exit, list[tuple[float, float]]]:
+    @torch.no_grad()
+    def _measure(self, candidates: Mapping[Exit, list[Solution]]) -> dict[Exit, list[tuple[float, float]]]:
         """Agreement and loss of each exit with each candidate, on the held-out tokens; labels are the final exit's."""
         sums = {
             exit_: torch.zeros(len(found), 2, dtype=torch.float64, device=platform.device())
@@ -221,19 +236,7 @@ class Fitter:
             means[exit_] = [
                 (agreement, loss) for agreement, loss in (total / max(1, self._tokens.num_held_out)).tolist()
             ]
-        # The candidates were placed in turn; the first are the copied weights.
-        for found in candidates.values():
-            found[0].place()
         return means
-
-    def _choose(self, exit_: Exit, solutions: Sequence[Solution], figures: Sequence[tuple[float, float]]) -> FitOutcome:
-        """Place the best solution, unless the copy is kept."""
-        best, better = choose(figures)
-        if better:
-            solutions[best - 1].place()
-        (agreement, loss), ridge = figures[best], solutions[best - 1].ridge if better else None
-        copied = figures[0]
-        return FitOutcome(exit_.spec.layer, ridge, (copied[0], agreement), (copied[1], loss), self._raised[exit_])
 
 
 def run_with_top1(
@@ -288,9 +291,27 @@ def _fit_of(exit_: Exit) -> Fit:
     return fit
 
 
-def _copied(exit_: Exit, solution: Solution) -> Solution:
-    """The present values of the parameters that a solution changes."""
-    return Solution({parameter: parameter.detach().clone() for parameter in solution.values})
+def _copied(fit: Fit) -> Solution:
+    """The present values of the parameters that a fit changes."""
+    return Solution({parameter: parameter.detach().clone() for parameter in fit.parameters})
+
+
+def _keep_best(
+    exit_: Exit, tried: Sequence[Solution], figures: Sequence[tuple[float, float]], raised: tuple[str, ...]
+) -> FitOutcome:
+    """Place the best solution, unless the copy, which is the first, is kept."""
+    best, better = choose(figures)
+    kept = tried[best if better else 0]
+    kept.place()
+    (copied_agreement, copied_loss), (agreement, loss) = figures[0], figures[best]
+    return FitOutcome(
+        exit_.spec.layer,
+        kept.ridge if better else None,
+        kept.share,
+        (copied_agreement, agreement),
+        (copied_loss, loss),
+        raised,
+    )
 
 
 def _first(tokens: Tokens, count: int) -> Steps:
@@ -324,13 +345,13 @@ def _print_outcomes(outcomes: Iterable[FitOutcome], tokens: Tokens) -> None:
     table = new_table(
         f"Exits fitted on {tokens.num_fitted:,} tokens; agreement and loss (final top-1) on {held}", console
     )
-    add_columns(table, "exit after", "ridge", "agreement copied", "fitted", "loss copied", "fitted")
+    add_columns(table, "exit after", "ridge", "c", "agreement copied", "fitted", "loss copied", "fitted")
     for outcome in outcomes:
         for line in outcome.raised:
             console.print(line)
         table.add_row(
             str(outcome.layer),
-            "-" if outcome.ridge is None else f"{outcome.ridge:g}",
+            *("-" if value is None else f"{value:g}" for value in (outcome.ridge, outcome.share)),
             *(f"{value:.3f}" for value in (*outcome.agreement, *outcome.loss)),
         )
     console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_no_steps_give_exits_by_fitting_alone(tune: Run, tmp_path: Path) -> None
     none = {**SHORT, "steps": 0}
     status, said = tune(fitted, tuning=none)
     assert status == 0 and "Exits fitted on" in said and "fewer than 8" not in said
+    assert re.search(r"^ *exit after +ridge +c +agreement copied", said, re.MULTILINE)
     initial, adapter = (load_file(fitted / name / "exits.safetensors") for name in ("adapter-initial", "adapter"))
     assert initial.keys() == adapter.keys() and all(torch.equal(initial[key], adapter[key]) for key in adapter)
     described = json.loads((fitted / "adapter" / "exits.json").read_text())

@@ -29,7 +29,7 @@ def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 KEY_LINES = {
     "llama2_7b": "A GPU needs 45.7 GB. It has 80 GB.",
     "llama2_13b": "A GPU needs 37.8 GB. It has 80 GB.",
-    "llama2_70b": "A GPU needs 34.3 GB. It has 80 GB.",
+    "llama2_70b": "A GPU needs 34.0 GB. It has 80 GB.",
     "llama3.1_8b": "A GPU needs 50.1 GB. It has 80 GB.",
 }
 

@@ -123,7 +123,7 @@ def test_work_that_fits() -> None:
     pace = Pace(forward=1e-3, fit=1e-4, measure=1e-3, solve=1.0, gate=1e-4)
     rich = choose_work(pace, 1e6, 32, 1000, 1_000_000, 99, 100)
     assert (rich.layers, rich.body, rich.fitted, rich.held_out) == (tuple(range(1, 32)), "mlp", 16_000, 4096)
-    assert rich.seconds == pytest.approx(20.096 + 31 * (1.6 + 4.096 + 0.4 + 1))
+    assert rich.seconds == pytest.approx(20.196 + 31 * (1.6 + 4.096 + 0.7 + 1))
     fewer = choose_work(pace, 60, 32, 1000, 1_000_000, 99, 100)
     assert fewer.body == "mlp" and fewer.seconds <= 60 and (fewer.fitted < 16_000 or len(fewer.layers) < 31)
     assert len(choose_work(pace, 1e6, 32, 1000, 1_000_000, 8, 100).layers) == 8
