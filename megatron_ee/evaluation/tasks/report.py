@@ -70,6 +70,7 @@ def _table(title: str, found: Sequence[SettingResult], console: Console) -> Tabl
     }
     if compared:
         columns["speed"] = lambda each: "-" if each.speed is None else f"{each.speed.speedup:.2f}x"
+        columns["exit layer"] = lambda each: _number(each.exit_layer)
     columns["layers per token"] = lambda each: _number(each.layers_per_token)
     for score in (*QUALITY, *(SHOWN_AGREEMENT if compared else ())):
         if score in found[0].scores:
@@ -119,7 +120,7 @@ def _notes(results: TaskResults, batch: int) -> list[str]:
 
 
 def plot_tasks(results: TaskResults, path: str | Path) -> None:
-    """Plot quality against speed, and agreement with full mode against layers per token.
+    """Plot quality against speed, and agreement with full mode against the layer of the exit.
 
     Lines join the thresholds. Bars are the 95% intervals of the difference to full mode.
 
@@ -135,8 +136,8 @@ def plot_tasks(results: TaskResults, path: str | Path) -> None:
         left.set_xlabel("speed (full mode = 1)" if timed else "settings (speed was not measured)")
         left.set_ylabel("mean over the rows (%)")
         left.set_title("Quality", loc="left", pad=TITLE_PAD)
-        _plot_scores(right, found, AGREEMENT, {each.setting: each.layers_per_token for each in found})
-        right.set_xlabel("layers run per token")
+        _plot_scores(right, found, AGREEMENT, {each.setting: each.exit_layer for each in found})
+        right.set_xlabel("layer of the exit that emits a token (mean)")
         right.set_title("Agreement with full mode", loc="left", pad=TITLE_PAD)
         for axes in (left, right):
             axes.set_ylim(0, 105)

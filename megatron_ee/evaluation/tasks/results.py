@@ -93,7 +93,9 @@ class SettingResult:
             without such an answer.
         tokens: mean number of tokens per answer; None without answers.
         cut: share of the answers that ``max_tokens`` or the end of the context cut; None without answers.
-        layers_per_token: decoder layers run per token after the first of each answer; None without such tokens.
+        exit_layer: mean layer of the exits that emitted the tokens; None without answers.
+        layers_per_token: decoder layers run per token after the first of each answer, with those that tokens which left
+            early run later; None without such tokens.
         speed: None if no block was timed.
     """
 
@@ -103,6 +105,7 @@ class SettingResult:
     mean_departure: float | None
     tokens: float | None
     cut: float | None
+    exit_layer: float | None
     layers_per_token: float | None
     speed: Speed | None
 
@@ -191,6 +194,7 @@ def _result(name: str, rows: Sequence[TaskRow], scores: Mapping[str, MeanScore],
         mean_departure=fmean(departures) if departures else None,
         tokens=fmean(len(each.token_ids) for each in answers) if answers else None,
         cut=fmean(each.finish_reason in CUT for each in answers) if answers else None,
+        exit_layer=fmean(layer for each in answers for layer in each.layers) if answers else None,
         layers_per_token=layers_per_token(answers),
         speed=speed,
     )

@@ -75,7 +75,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
         (
             ["evaluate", "--model", "m", "--dat", "d"],
             2,
-            "megatron-ee evaluate: error: the following arguments are requi",
+            "megatron-ee evaluate: error: one of the arguments --data --tasks is required",
         ),
     ],
 )

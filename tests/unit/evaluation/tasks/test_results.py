@@ -79,6 +79,7 @@ def test_means_and_differences_are_over_the_rows_that_have_a_score(results: Task
 def test_layers_lengths_and_speed(results: TaskResults) -> None:
     full, _, early = results.overall
     assert full.layers_per_token == 4.0 and early.layers_per_token == pytest.approx((4 * 2 + 1 * 3 + 2 * 4) / 7)
+    assert full.exit_layer == 4.0
     assert (full.tokens, full.cut) == (3.0, pytest.approx(1 / 3))
     assert full.speed is not None and early.speed is not None
     assert (full.speed.rows, full.speed.tokens_per_second, full.speed.speedup) == (3, 3.0, 1.0)
@@ -87,7 +88,8 @@ def test_layers_lengths_and_speed(results: TaskResults) -> None:
     assert by_task["x"].speed is not None and by_task["x"].speed.speedup == 2.0
     assert by_task["x"].scores["contains"].mean == 0.5 and by_task["y"].scores["contains"].mean == 1.0
     assert set(by_task["z"].scores) == {"accuracy", "accuracy_per_character"}
-    assert (by_task["z"].speed, by_task["z"].layers_per_token, by_task["z"].tokens) == (None, None, None)
+    z = by_task["z"]
+    assert (z.speed, z.exit_layer, z.layers_per_token, z.tokens, z.cut) == (None,) * 5
 
 
 def test_json_forms(results: TaskResults) -> None:
