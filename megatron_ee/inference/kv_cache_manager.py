@@ -41,7 +41,7 @@ class StageMemory:
         return total * self.position_bytes
 
 
-def stage_memory(
+def stage_kv_memory(
     architecture: Architecture, layers: Sequence[int], exits: Sequence[ExitSpec], tensor: int, element_size: int
 ) -> StageMemory:
     """KV memory of a stage.

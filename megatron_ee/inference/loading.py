@@ -24,7 +24,7 @@ from megatron_ee.exits.tensors import body_weights
 from megatron_ee.families.weights import parameter_parts
 from megatron_ee.inference.compiled import compile_stage
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.kv_cache_manager import KVBudget, PrefixCache, stage_memory
+from megatron_ee.inference.kv_cache_manager import KVBudget, PrefixCache, stage_kv_memory
 from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.passes import StageMap, StageWorker
 from megatron_ee.inference.policy import MOST_DEFERRED
@@ -222,7 +222,7 @@ def _scheduler(
 ) -> Scheduler:
     arch, setup = stage.setup.architecture, stage.setup
     memories = [
-        stage_memory(
+        stage_kv_memory(
             arch,
             place.layers,
             [spec for spec in specs if spec.layer in place.layers],

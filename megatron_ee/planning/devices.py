@@ -100,7 +100,6 @@ DEVICES = {
     "mi300x": _sheet("AMD Instinct MI300X", 192, 5300, (1307, 163.4, 163.4), 750, 448, PCIE5),
 }
 """By the name that ``--gpu`` takes."""
-"""By the name that ``--gpu`` takes."""
 
 
 def find_device(name: str, option: str = "--gpu") -> Device:

@@ -15,7 +15,7 @@ from megatron_ee.exits.stage import Stage
 from megatron_ee.inference import kv_cache_manager, loading
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.kv_cache import CHUNK
-from megatron_ee.inference.kv_cache_manager import KVBudget, StageMemory, stage_memory
+from megatron_ee.inference.kv_cache_manager import KVBudget, StageMemory, stage_kv_memory
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import ThresholdPolicy
@@ -69,7 +69,7 @@ def test_a_refused_claim_changes_nothing_and_release_frees_all() -> None:
 @pytest.mark.parametrize("tensor, heads", [(1, 2), (2, 1), (4, 1)])
 def test_a_stage_keeps_its_layers_and_those_of_its_exits(tensor: int, heads: int, exit_stage: MakeStage) -> None:
     arch: Architecture = exit_stage("qwen2-window", EXITS).setup.architecture
-    kept = stage_memory(arch, [2, 3], EXITS[:1] + [ExitSpec(3)], tensor, 2)
+    kept = stage_kv_memory(arch, [2, 3], EXITS[:1] + [ExitSpec(3)], tensor, 2)
     assert kept.position_bytes == 2 * heads * arch.head_dim * 2
     assert kept.windows == (arch.windows[1], arch.windows[2], arch.windows[3])
     assert set(arch.windows) == {None, 16}
