@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_ee.checkpoint.safetensors_file import read_header
 from megatron_ee.checkpoint.saved_model import EXITS, SavedModel
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, stored
-from megatron_ee.config.architecture import MAX_LAYERS, Architecture, changed_settings, output_settings
+from megatron_ee.config.architecture import MAX_LAYERS, QUANTISE, Architecture, changed_settings, output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Head, Init
 from megatron_ee.config.untrusted import allowed_root, check_confined, read_json
@@ -32,6 +33,7 @@ from megatron_ee.errors import CheckpointError, DamagedError, printable, shown
 from megatron_ee.exits.gate import GATE
 from megatron_ee.exits.registry import BODIES, bodies_with
 from megatron_ee.exits.tensors import saved_parts
+from megatron_ee.parallel.groups import launched_rank
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "exits.safetensors", "exits.json"
@@ -55,7 +57,7 @@ class Adapter:
         base_model: path of its backbone.
         steps: number of tuning steps.
         weights: every tensor by name.
-        settings: ``output_settings`` of the backbone's architecture; None if they are not recorded.
+        settings: ``SavedModel.settings`` of the backbone; None if they are not recorded.
         corpora: path and fingerprint of each corpus that it was tuned on; None if they are not recorded.
     """
 
@@ -86,7 +88,7 @@ def describe_exits(
         backbone_sha256: its hash.
         steps: number of tuning steps.
         weights_sha256: digest of ``exits.safetensors``.
-        settings: ``output_settings`` of the backbone's architecture; None if they are not known.
+        settings: ``SavedModel.settings`` of the backbone; None if they are not known.
         extra: further entries.
     """
     content = {
@@ -250,7 +252,8 @@ def _check_kinds(exits: Sequence[ExitSpec], weights: Mapping[str, StoredTensor])
 def find_exits(model: SavedModel, path: str | Path | None, *, verify: bool = True) -> Adapter | None:
     """Open the exits at ``path``, or without a path those in the model's directory, if there are any.
 
-    They are checked against the model, except for the backbone's hash, which ``check_hash`` checks.
+    They are checked against the model, except for the backbone's hash, which ``check_hash`` checks. A line on stderr
+    says if they were tuned with other quantisation.
 
     Raises:
         CheckpointError: the exits are invalid, or do not fit the model or its settings.
@@ -260,6 +263,7 @@ def find_exits(model: SavedModel, path: str | Path | None, *, verify: bool = Tru
         return None
     check_settings(adapter, model)
     check_fits(adapter, adapter.exits, model.architecture)
+    say_quantisation(adapter, model, "--quantise")
     return adapter
 
 
@@ -311,6 +315,27 @@ def check_settings(adapter: Adapter, model: SavedModel) -> None:
         raise CheckpointError(
             f"{adapter.path}: made for other settings of the model than those in {model.path / 'config.json'}: "
             f"{changed}; restore that file, or tune exits for the new settings"
+        )
+
+
+def say_quantisation(adapter: Adapter, model: SavedModel, key: str) -> None:
+    """Print one line to stderr, on the first rank, if the exits were tuned with other quantisation of a plain model.
+
+    They work with any, but agree best with the hidden states that they were tuned on. An adapter that does not record
+    it is taken to fit.
+
+    Args:
+        adapter: of the model.
+        model: as it will be loaded.
+        key: of the setting that quantises the model.
+    """
+    tuned = (adapter.settings or {}).get(QUANTISE, model.rounding)
+    if tuned != model.rounding and launched_rank() == 0:
+        print(
+            f"{key}: {model.rounding}, but the exits in {adapter.path} were tuned with {shown(tuned)}; they work, but "
+            "their agreement with the final exit may be lower",
+            file=sys.stderr,
+            flush=True,
         )
 
 

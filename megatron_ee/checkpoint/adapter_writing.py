@@ -47,7 +47,7 @@ def save_adapter(
         base_model: path of the backbone.
         backbone_sha256: its hash.
         steps: number of tuning steps.
-        settings: ``output_settings`` of its architecture; None if they are not known.
+        settings: its ``SavedModel.settings``; None if they are not known.
         extra: further entries of the description.
 
     Raises:

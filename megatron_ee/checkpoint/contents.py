@@ -35,7 +35,7 @@ class Contents:
         base_model: path of the exits' backbone.
         backbone_sha256: the hash of the exits' backbone; None if there are no exits, or if they come with their
             backbone in a format that does not record it.
-        settings: ``output_settings`` of that backbone's architecture; None if they are not known.
+        settings: ``SavedModel.settings`` of that backbone; None if they are not known.
         steps: number of tuning steps of the exits.
         notes: notices for the user about what was changed or left out.
         quantised: the quantised weights of the backbone, as they are stored, by name.

@@ -34,7 +34,7 @@ from megatron_ee.checkpoint.quantised.weights import (
 )
 from megatron_ee.checkpoint.store import Checkpoint, open_checkpoint
 from megatron_ee.checkpoint.tensors import StoredTensor, same_values, stored
-from megatron_ee.config.architecture import Architecture
+from megatron_ee.config.architecture import QUANTISE, Architecture, output_settings
 from megatron_ee.config.schema import Quantise
 from megatron_ee.errors import CheckpointError, ConfigError, DamagedError, shown
 from megatron_ee.families.multimodal import Spelling, find_release, find_spelling, plain_config
@@ -89,6 +89,11 @@ class SavedModel:
     def stored_weights(self) -> dict[str, StoredTensor]:
         """The tensors that hold the weights, by released name: several for a quantised weight."""
         return stored_weights(self.weights, self.quantised)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its outputs depend on besides the stored weights: ``output_settings``, and ``QUANTISE``."""
+        return {**output_settings(self.architecture), QUANTISE: self.rounding}
 
     def digest(self, *, fresh: bool = False, advance: Callable[[int], None] | None = None) -> str:
         """The backbone's hash; see ``backbone_digest``."""

@@ -15,6 +15,8 @@ MAX_LAYERS = 10_000
 """Limit far above any model, so that a malicious number of layers is refused before it takes memory."""
 _OUTSIDE_OUTPUTS = ("family", "max_positions", "tied", "packed_bits")
 """Fields that do not change outputs by themselves: a name, a limit, ``tied``, which the weights show, and a size."""
+QUANTISE = "quantise"
+"""Key, among recorded settings, of how a plain model's layers were quantised as they were loaded."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,10 @@ def output_settings(architecture: Architecture) -> dict[str, Any]:
 def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Describe the differences of two ``output_settings``, as ``norm_eps (1e-05 against 1e-06)``; empty if equal.
 
-    ``recorded`` may come from an untrusted file.
+    ``recorded`` may come from an untrusted file. ``QUANTISE`` is not compared: exits can be used with other rounding.
     """
-    names = sorted(name for name in recorded.keys() | current.keys() if recorded.get(name) != current.get(name))
+    names = sorted((recorded.keys() | current.keys()) - {QUANTISE})
+    names = [name for name in names if recorded.get(name) != current.get(name)]
     if "num_layers" in names and "windows" in names:
         names.remove("windows")  # one per layer, so ``num_layers`` already shows the difference
     return ", ".join(f"{name[:40]} ({_setting(recorded, name)} against {_setting(current, name)})" for name in names)

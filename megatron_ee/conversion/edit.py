@@ -11,10 +11,10 @@ from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.derived import copied, low_rank_sum
 from megatron_ee.checkpoint.initialise import random_tensor
 from megatron_ee.checkpoint.tensors import StoredTensor
-from megatron_ee.config.architecture import Architecture, changed_settings, output_settings
+from megatron_ee.config.architecture import QUANTISE, Architecture, changed_settings, output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import Head
-from megatron_ee.errors import CheckpointError, ConfigError
+from megatron_ee.errors import CheckpointError, ConfigError, shown
 from megatron_ee.exits.gate import GATE
 from megatron_ee.exits.registry import check_trains
 from megatron_ee.exits.tensors import exit_tensors
@@ -181,19 +181,26 @@ def _one_backbone(contents: Contents, adapters: Sequence[Contents]) -> Contents:
 
 
 def _one_kind_of_settings(parts: Sequence[Contents]) -> Mapping[str, Any] | None:
-    """The model settings of all exits. Exits without recorded settings fit any."""
+    """The model settings of all exits. Exits without recorded settings fit any.
+
+    Where exits were tuned with different quantisation, it is not recorded any more.
+    """
     first: Contents | None = None
+    quantised = set()
     for each in parts:
         if not each.exits or each.settings is None:
             continue
         first = first or each
         assert first.settings is not None
+        quantised.add(shown(each.settings.get(QUANTISE)))
         if changed := changed_settings(first.settings, each.settings):
             raise CheckpointError(
                 f"{each.source}: made for other settings of the model than {first.source}: {changed}; exits of two "
                 "models do not mix"
             )
-    return None if first is None else first.settings
+    if first is None or first.settings is None:
+        return None
+    return {key: value for key, value in first.settings.items() if key != QUANTISE or len(quantised) == 1}
 
 
 def _made_for(contents: Contents) -> str:

@@ -19,6 +19,7 @@ from megatron_ee.checkpoint.adapter import (
     check_fits,
     check_settings,
     open_adapter,
+    say_quantisation,
 )
 from megatron_ee.checkpoint.atomic import numbered_directories, write_json, writer_lock
 from megatron_ee.checkpoint.digest import hash_backbone
@@ -29,7 +30,6 @@ from megatron_ee.checkpoint.packing import packed_slots
 from megatron_ee.checkpoint.resume import load_latest, newest_readable
 from megatron_ee.checkpoint.saved_model import SavedModel, choose_dtype, open_model, quantise_layers, say_limits
 from megatron_ee.checkpoint.store import Checkpoint
-from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.check import check_run
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_to_dict
@@ -191,6 +191,7 @@ def _open_inputs(
     if init_adapter is not None:
         described = open_adapter(init_adapter, verify=False)
         check_settings(described, model)
+        say_quantisation(described, model, "model.quantise")
         check_fits(described, specs, arch)
     first = launched_rank() == 0
     vocab_size = arch.vocab_size if first else None
@@ -420,7 +421,7 @@ def _description(config: RunConfig, specs: tuple[ExitSpec, ...], model: SavedMod
     """Identification of a run, without the backbone's hash."""
     return {
         "base_model": str(Path(config.model.path).resolve()),
-        SETTINGS: output_settings(model.architecture),
+        SETTINGS: model.settings,
         "dtype": config.model.dtype,
         "quantise": None if config.model.quantise == "none" else config.model.quantise,
         "exits": [dataclasses.asdict(spec) for spec in specs],

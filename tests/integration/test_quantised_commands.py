@@ -43,9 +43,16 @@ def test_a_plain_model_is_quantised_as_it_is_loaded(project: Project, tmp_path: 
     project.run("tune", "--config", config, "--output", output, "--model.quantise", "int8")
     resumed = project.run("tune", "--config", config, "--output", output, "--resume", check=False)
     assert resumed.returncode == 1 and "model.quantise" in resumed.stderr
-    given = ("--model", project.model, "--adapter", output / "adapter", "--data", project.held_out, "--json")
-    losses = [
-        json.loads(project.run("evaluate", *given, "--quantise", kind).stdout)["final_loss"]
+    given = ("--model", project.model, "--adapter", output / "adapter")
+    measured = [
+        project.run("evaluate", *given, "--data", project.held_out, "--json", "--quantise", kind)
         for kind in ("none", "int8")
     ]
+    losses = [json.loads(each.stdout)["final_loss"] for each in measured]
     assert 0 < abs(losses[0] - losses[1]) < 0.05 * losses[0]
+    # With another setting, each command that uses the exits says so.
+    answered = project.run("generate", *given, "--prompt", "one", "--max-tokens", "2")
+    again = project.run("tune", "--config", config, "--output", tmp_path / "again", "--init-adapter", given[-1])
+    said = "none, but the exits in"
+    assert [said in each.stderr for each in (*measured, answered, again)] == [True, False, True, True]
+    assert f"model.quantise: {said}" in again.stderr

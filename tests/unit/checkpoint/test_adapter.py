@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_ee.checkpoint.adapter import Adapter, check_backbone, find_exits, open_adapter
 from megatron_ee.checkpoint.adapter_writing import save_adapter
 from megatron_ee.checkpoint.loading import load_exits
-from megatron_ee.checkpoint.saved_model import open_model
+from megatron_ee.checkpoint.saved_model import open_model, quantise_layers
 from megatron_ee.config.architecture import output_settings
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import CheckpointError
@@ -169,6 +169,30 @@ def test_a_model_with_other_settings_is_refused_by_their_names(saved: Path, save
     assert find_exits(longer, saved) is not None, "this changes no output"
     save(stage, saved)
     assert find_exits(other, saved) is not None, "an adapter that does not record them is accepted"
+
+
+def test_other_quantisation_than_exits_were_tuned_with_is_said(
+    saved: Path, saved_model: Any, load_stage: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = saved_model("llama2")
+    stage, plain = load_stage(path, [ExitSpec(2, "norm", "shared")]), open_model(path)
+    models = {"none": plain, "int8": quantise_layers(plain, "int8", "model.quantise")}
+    for tuned, recorded in models.items():
+        save(stage, saved, settings=recorded.settings)
+        for used, model in models.items():
+            assert find_exits(model, saved) is not None
+            line = (
+                f"--quantise: {used}, but the exits in {saved} were tuned with '{tuned}'; they work, but their "
+                "agreement with the final exit may be lower\n"
+            )
+            assert capsys.readouterr().err == ("" if used == tuned else line)
+    save(stage, saved, settings=output_settings(plain.architecture))
+    assert find_exits(models["int8"], saved) is not None
+    assert capsys.readouterr().err == "", "an adapter that does not record it"
+    save(stage, saved, settings=plain.settings)
+    monkeypatch.setenv("RANK", "1")
+    assert find_exits(models["int8"], saved) is not None
+    assert capsys.readouterr().err == "", "the first rank says it"
 
 
 def test_what_does_not_fit_the_model_is_refused(saved: Path, saved_model: Any, load_stage: Any) -> None:

@@ -273,6 +273,15 @@ def test_exits_for_other_settings_of_the_model_are_refused(model: Contents, adap
     assert drop_exits(merge_exits(model, [first], lambda: HASH), [1]).settings is None
 
 
+def test_merged_exits_record_their_quantisation_if_it_is_one(model: Contents, adapter: Any) -> None:
+    assert model.architecture is not None
+    same = output_settings(model.architecture)
+    first, second = (replace(adapter(ExitSpec(layer)), settings={**same, "quantise": "int8"}) for layer in (1, 3))
+    assert merge_exits(first, [second], not_asked).settings == {**same, "quantise": "int8"}
+    plain = replace(second, settings={**same, "quantise": "none"})
+    assert merge_exits(first, [plain], not_asked).settings == same
+
+
 def test_what_cannot_be_merged(model: Contents, adapter: Any) -> None:
     good = adapter(ExitSpec(1, "mlp"))
     silent = replace(good, backbone_sha256=None)
