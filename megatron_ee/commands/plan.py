@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from megatron_ee.planning.machine import Machine
 
 DESCRIPTION = """Estimate memory, work, traffic, time, energy, price and disk of a run of `tune`, and search for the
-best way to run it on a number of GPUs. Reads no weights and no data: a model's config.json is enough. Options override
-keys of the configuration file, as in `tune`."""
+best way to run it on a number of GPUs. Reads no weights and no data: a model's config.json is enough, at `model.path`
+or beside the configuration file. Options override keys of that file, as in `tune`."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.planning.machine import assumed_machine
     from megatron_ee.planning.read_model import read_model
 
-    config, architecture, notices = read_model(loaded)
+    config, architecture, notices = read_model(loaded, _model_beside(arguments.config, arguments.overrides))
     first = launched_rank() == 0
     for line in notices if first else ():
         print(line, file=sys.stderr, flush=True)
@@ -78,6 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
     if first:
         _report(arguments, config, architecture, gpus, machine, memory)
     return 0
+
+
+def _model_beside(config: Path, overrides: Sequence[str]) -> Path | None:
+    """The model's ``config.json`` beside a run's configuration, as in ``examples/``; None if a path is given."""
+    beside = config.with_name("config.json")
+    named = any(word.partition("=")[0] == "--model.path" for word in overrides)
+    return None if named or beside == config else beside
 
 
 def _measured(config: RunConfig, architecture: Architecture, gpus: int) -> Machine:

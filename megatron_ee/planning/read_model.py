@@ -16,24 +16,30 @@ DTYPES = {"float32": "float32", "float64": "float32", "bfloat16": "bfloat16", "f
 """What a model is run in with ``dtype: auto``, by the dtype in its configuration."""
 
 
-def read_model(config: RunConfig) -> tuple[RunConfig, Architecture, list[str]]:
+def read_model(config: RunConfig, instead: Path | None = None) -> tuple[RunConfig, Architecture, list[str]]:
     """The configuration with its model's directory and dtype resolved, the architecture, and notices for the user.
 
     ``model.path`` is a directory with a ``config.json``, or such a file.
 
+    Args:
+        config: of the run.
+        instead: a ``config.json`` that is read if ``model.path`` does not exist.
+
     Raises:
-        ConfigError: it does not exist.
+        ConfigError: neither exists.
         CheckpointError: the file cannot be used.
     """
-    path = Path(config.model.path)
+    path, notices = Path(config.model.path), []
     if not config.model.path or not path.exists():
-        raise ConfigError(
-            f"model.path: no such file or directory: {path}; a plan needs the model's config.json, no weights"
-        )
+        line = f"model.path: no such file or directory: {config.model.path}"
+        if instead is None or not instead.is_file():
+            raise ConfigError(f"{line}; a plan needs the model's config.json, no weights")
+        notices.append(f"{line}; planned with {instead}")
+        path = instead
     values = read_config_file(path) if path.is_file() else read_config(path)
     where = str(path if path.is_file() else path / "config.json")
     architecture = parse_architecture(values, where, quantised=True)
-    notices, dtype = [], config.model.dtype
+    dtype = config.model.dtype
     if dtype == "auto":
         dtype, known = _dtype(values)
         if not known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,70 +18,12 @@ from megatron_ee.families.registry import parse_architecture
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-# From the released config.json files.
-LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5}
-LLAMA2 = {**LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama2_7b": {
-        **LLAMA2,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama2_13b": {
-        **LLAMA2,
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-    },
-    "llama2_70b": {
-        **LLAMA2,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "llama3.1_8b": {
-        **LLAMA,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-    },
-}
 RECIPE_MODELS: dict[str, dict[str, Any]] = {
-    **MODELS,
-    "qwen3_32b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "hidden_size": 5120,
-        "intermediate_size": 25600,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rope_theta": 1000000,
-    },
+    path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXAMPLES.glob("*/config.json"))
 }
+"""Each directory's ``config.json``: the settings of its model, as released."""
+MODELS = {name: values for name, values in RECIPE_MODELS.items() if (EXAMPLES / name / "config.yaml").exists()}
+"""Of the directories with the paper's exits."""
 OTHER_MODELS: dict[str, dict[str, Any]] = {
     "gemma2_2b": {
         "architectures": ["Gemma2ForCausalLM"],
@@ -97,6 +40,18 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
+    },
+    "olmo2_7b": {
+        "architectures": ["Olmo2ForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 100352,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500000.0,
     },
 }
 """Models without an example configuration, whose options the examples' models lack."""
@@ -115,9 +70,9 @@ def example_architecture(name: str, window: int | None = None, model: str | None
         window: of a Mistral with the same shape.
         model: one of ``OTHER_MODELS`` in its place.
     """
-    changes = {} if window is None else {"architectures": ["MistralForCausalLM"], "sliding_window": window}
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     settings = RECIPE_MODELS[name.split("/")[0]] if model is None else OTHER_MODELS[model]
-    return parse_architecture({**settings, **changes})
+    return parse_architecture(settings if window is None else {**settings, **mistral})
 
 
 def open_example(

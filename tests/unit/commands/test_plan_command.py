@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_ee.commands.main import main
-from megatron_ee.testing.examples import EXAMPLES, MODELS
+from megatron_ee.testing.examples import EXAMPLES, MODELS, RECIPE_MODELS
 
 
 @pytest.fixture
-def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """A function that plans an example, given a file with its model's configuration, and returns what is printed."""
+def planned(capsys: pytest.CaptureFixture[str]) -> Any:
+    """A function that plans an example as it is in the checkout, without its model, and returns what is printed."""
 
-    def plan(example: str, *options: str, dtype: str | None = "bfloat16") -> str:
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps({**MODELS[example], **({} if dtype is None else {"torch_dtype": dtype})}))
-        config = EXAMPLES / example / "config.yaml"
-        assert main(["plan", "--config", str(config), "--model.path", str(path), *options]) == 0
-        return capsys.readouterr().out
+    def plan(example: str, *options: str) -> str:
+        assert main(["plan", "--config", str(EXAMPLES / example / "config.yaml"), *options]) == 0
+        captured = capsys.readouterr()
+        assert f"; planned with {EXAMPLES / example / 'config.json'}\n" in captured.err
+        return captured.out
 
     return plan
+
+
+def written_commands() -> dict[str, list[str]]:
+    """The plan commands in the documentation and in the example configurations, by the file and the command."""
+    root = EXAMPLES.parent
+    found = {}
+    pages = [root / "README.md", EXAMPLES / "README.md", *sorted((root / "docs").glob("*.md"))]
+    for path in [*pages, *sorted(EXAMPLES.glob("*/*.yaml"))]:
+        for line in re.findall(r"megatron-ee (plan --config examples/[^`\n]*)", path.read_text(encoding="utf-8")):
+            found[f"{path.relative_to(root)}: {line}"] = shlex.split(line)
+    return found
+
+
+COMMANDS = written_commands()
+
+
+def test_every_example_has_a_command_and_its_model() -> None:
+    configurations = {str(path.relative_to(EXAMPLES.parent)) for path in EXAMPLES.glob("*/*.yaml")}
+    assert {words[2] for words in COMMANDS.values()} == configurations
+    assert {Path(name).parent.name for name in configurations} == set(RECIPE_MODELS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_can_be_pasted_into_a_fresh_checkout(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    words = COMMANDS[command]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert f"; planned with {Path(words[2]).with_name('config.json')}\n" in captured.err
+    assert "Plan: tensor" in captured.out or "Best of what fits" in captured.out
 
 
 KEY_LINES = {
@@ -89,16 +122,22 @@ def test_a_run_that_does_not_divide_the_gpus_is_planned_for_other_sizes(
     assert lines[1].startswith("tensor 1 x pipeline 1: short by 218.6 GB: 70 frozen layers take 120.3 GB")
 
 
-def test_dtype_that_is_not_named(planned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(planned("llama2_7b", "--json", "--model.dtype", "auto", dtype="float16"))
-    again = json.loads(planned("llama2_7b", "--json", "--model.dtype", "auto", dtype=None))
-    wide = json.loads(planned("llama2_7b", "--json", "--model.dtype", "auto", dtype="float32"))
-    assert found["run"] == again["run"]
-    assert wide["run"]["stages"][0]["memory"]["backbone"] == 2 * found["run"]["stages"][0]["memory"]["backbone"]
+def test_dtype_that_is_not_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {key: value for key, value in MODELS["llama2_7b"].items() if key != "torch_dtype"}
     config = str(EXAMPLES / "llama2_7b" / "config.yaml")
-    (tmp_path / "config.json").write_text(json.dumps(MODELS["llama2_7b"]))
+
+    def planned(**named: str) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps({**values, **named}))
+        options = ("--model.path", str(tmp_path), "--model.dtype", "auto", "--json")
+        assert main(["plan", "--config", config, *options]) == 0
+        return json.loads(capsys.readouterr().out)["run"]
+
+    narrow, wide = planned(torch_dtype="float16"), planned(torch_dtype="float32")
+    assert wide["stages"][0]["memory"]["backbone"] == 2 * narrow["stages"][0]["memory"]["backbone"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
     assert main(["plan", "--config", config, "--model.path", str(tmp_path), "--model.dtype", "auto"]) == 0
     assert capsys.readouterr().err == f"model.dtype: {tmp_path} names no dtype; planned for bfloat16\n"
+    assert planned() == narrow
 
 
 @pytest.mark.parametrize(
