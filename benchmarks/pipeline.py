@@ -171,7 +171,7 @@ def describe_plan(config: Path, ranks: int) -> Any:
     architecture = read_architecture(Path(loaded.model.path))
     specs = check_run(loaded, architecture, ranks)
     layout = resolve_layout(loaded.parallel, specs, architecture, loaded.data.sequence_length)
-    return plan_run(loaded, layout, architecture, specs, ranks)
+    return plan_run(loaded, layout, architecture, specs, ranks, accelerator=False)
 
 
 def _stage(layers: range, exits: Sequence[int]) -> str:

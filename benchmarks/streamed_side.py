@@ -91,8 +91,8 @@ class StreamedSide:
             micro_batch_size=rows,
             sequence_length=tokens,
             microbatches=len(self._batches),
-            chunk_tokens=min(LossConfig().chunk_tokens, setup.tiles.logit_tokens),
-            graph_tokens=setup.tiles.graph_tokens,
+            chunk_tokens=LossConfig().chunk_tokens,
+            tiles=setup.tiles,
             slots=STREAMED_SLOTS if setup.residency != "device" else 0,
         )
         planned = stage_memory(self._pipeline.layout, 0, setup.architecture, specs, workload).tuning

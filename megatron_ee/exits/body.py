@@ -62,6 +62,8 @@ class LayerBytes:
         matrix: weights of one matrix of the MLP, independent of the tokens.
         wide: ``hidden`` in float32, if norms copy it so, else 0.
         scores: scores of one block of queries in float32, if attention has a soft cap, else 0.
+        wide_heads: queries and keys in float32, if norms over whole projections copy them so, else 0.
+        norms_before: whether there are norms before attention and MLP.
         both_norms: whether there are norms before and after attention and MLP.
     """
 
@@ -74,6 +76,8 @@ class LayerBytes:
     matrix: int
     wide: int = 0
     scores: int = 0
+    wide_heads: int = 0
+    norms_before: bool = True
     both_norms: bool = False
 
     @property

@@ -73,12 +73,13 @@ class LayerBody(Body):
     @classmethod
     def graph_bytes(cls, sizes: LayerBytes) -> GraphBytes:
         """As for an ``mlp`` body; and in attention what its norms and linears read, queries and keys as they were
-        projected (with the values) and turned, and the context twice. With a soft cap, backward computes the scores
-        of a block again: capped, after the softmax, and their gradients in float32.
+        projected (with the values) and turned, and the context twice. Norms over whole projections keep queries and
+        keys twice in float32. With a soft cap, backward computes the scores of a block again: capped, after the
+        softmax, and their gradients in float32.
         """
         features, mlp = norm_graph_bytes(sizes), mlp_graph_bytes(sizes)
         norms = sizes.normed + sizes.wide + sizes.post_normed
-        attention = sizes.hidden + norms + sizes.gathered + 4 * sizes.query + 3 * sizes.key
+        attention = sizes.hidden + norms + sizes.gathered + 4 * sizes.query + 3 * sizes.key + 2 * sizes.wide_heads
         capped = sizes.hidden + sizes.wide + sizes.gathered + 3 * sizes.query + 5 * sizes.key + 7 * sizes.scores // 2
         backward = max(attention + mlp.backward + features.backward, capped)
         return GraphBytes(features.kept + mlp.kept + attention, backward)

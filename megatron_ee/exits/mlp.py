@@ -88,9 +88,14 @@ class MLPBody(Body):
 
     @classmethod
     def graph_bytes(cls, sizes: LayerBytes) -> GraphBytes:
-        """The MLP's and the norm's."""
+        """The MLP's and the norm's.
+
+        Without a norm before it, the MLP reads the tap, which is counted elsewhere. A norm after it keeps its input
+        until the MLP's backward.
+        """
         features, mlp = norm_graph_bytes(sizes), mlp_graph_bytes(sizes)
-        return GraphBytes(features.kept + mlp.kept, features.backward + mlp.backward)
+        backward = features.backward + mlp.backward - (0 if sizes.norms_before else sizes.hidden)
+        return GraphBytes(features.kept + mlp.kept, backward)
 
     def rest(self, x: Tensor) -> Tensor:
         """See ``Body``."""

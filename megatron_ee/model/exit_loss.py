@@ -17,12 +17,8 @@ from torch import Tensor
 from megatron_ee.model.backbone import VocabHead
 from megatron_ee.model.distillation import Distillation, SoftTargets
 from megatron_ee.model.metrics import TokenStats
-from megatron_ee.parallel.tiles import Tiles
+from megatron_ee.parallel.tiles import ROW_RUN, VOCAB_RUN, Tiles
 
-VOCAB_RUN = 128
-"""Block of columns in the first step of a maximum. It divides the padded vocabulary."""
-ROW_RUN = 2048
-"""Rows of a head whose gradient is computed at a time, if it is computed in the model's dtype."""
 CPU = Tiles()
 
 

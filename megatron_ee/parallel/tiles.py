@@ -12,6 +12,10 @@ LOGITS = 2**26
 WINDOW_QUERIES = 512
 """Queries of sliding-window attention that are computed together. Smaller blocks waste fewer masked scores and need a
 smaller mask, but launch more kernels."""
+VOCAB_RUN = 128
+"""Block of columns in the first step of a maximum over logits. It divides the padded vocabulary."""
+ROW_RUN = 2048
+"""Rows of a head whose gradient is computed at a time, if it is computed in the model's dtype."""
 TOP_RUN = 64
 """Block of columns of the teacher's logits: a block is sorted only if its maximum is large enough. It divides the
 padded vocabulary."""

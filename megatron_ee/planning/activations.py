@@ -1,6 +1,6 @@
 """Memory of the work on one microbatch: peaks of the frozen layers, of an exit with its loss, and of a fit.
 
-Labels and positions (a few bytes per token) are not counted. The numbers are an accelerator's; see ``tiles``.
+Labels and positions (a few bytes per token) are not counted.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.body import LayerBytes
 from megatron_ee.exits.registry import body_of, trains
-from megatron_ee.parallel.costs import VOCAB_MULTIPLE, padded_vocab
+from megatron_ee.parallel.costs import padded_vocab
 from megatron_ee.parallel.layout import Layout, StageLayout
-from megatron_ee.parallel.tiles import TOP_RUN, WINDOW_QUERIES, Tiles, accelerator_tiles
+from megatron_ee.parallel.tiles import ROW_RUN, TOP_RUN, VOCAB_RUN, WINDOW_QUERIES, Tiles, accelerator_tiles
 from megatron_ee.planning.parameters import head_rows, hosted_by
 from megatron_ee.planning.workload import FLOAT32, Workload
 
@@ -67,8 +67,7 @@ def _band_bytes(architecture: Architecture, stage: StageLayout, trained: Sequenc
 def _of_a_graph(architecture: Architecture, spec: ExitSpec, workload: Workload) -> Workload:
     """The workload with the tokens that the exit processes at a time; see ``Exit.pieces``."""
     tiles = _tiles(architecture, workload)
-    graph = tiles.graph_tokens if workload.graph_tokens is None else workload.graph_tokens
-    tokens = max(graph, min(workload.chunk_tokens, tiles.logit_tokens))
+    tokens = max(tiles.graph_tokens, min(workload.chunk_tokens, tiles.logit_tokens))
     if body_of(spec).windows(architecture) or workload.sequence_parallel or tokens >= workload.tokens:
         return workload
     return dataclasses.replace(workload, micro_batch_size=1, sequence_length=tokens)
@@ -78,9 +77,10 @@ def layer_peak(architecture: Architecture, workload: Workload) -> int:
     """Peak bytes of one layer without gradients: in a norm, in attention, or in the MLP before the down projection.
 
     - A norm that copies its input has the residual beside it, and its result in float32.
-    - In attention and in the MLP, the layer's input and its norm's output are alive. During RoPE, so are the fused
-      projection and four times the queries. With a soft cap, the fused projection, the turned queries and keys, the
-      context, and a block's scores: capped, masked and in float32 before and after the softmax.
+    - In attention and in the MLP, the layer's input and the output of a norm before them are alive. During RoPE, so are
+      the fused projection and four times the queries. With a soft cap, the fused projection, the turned queries and
+      keys, the context, and a block's scores: capped, masked and in float32 before and after the softmax. A norm over
+      whole projections has a copy of its input, and three times this in float32; the norm of keys comes second.
     - In the MLP, the residual and the fused gate and up are alive too. The activated gate and the product reuse the
       memory of gate and up with SiLU, or take as much as the gate.
     """
@@ -90,11 +90,16 @@ def layer_peak(architecture: Architecture, workload: Workload) -> int:
         factor = architecture.attention_multiplier
         scaled = factor is not None and factor * architecture.head_dim**0.5 != 1
         attention = max(attention, (3 + scaled) * sizes.query + 3 * sizes.key + 3 * sizes.scores)
+    if architecture.qk_norm_whole:
+        copied, wide = workload.itemsize < FLOAT32, FLOAT32 / workload.itemsize
+        queries, keys = (int(size * (copied + 3 * wide)) for size in (sizes.query, sizes.key))
+        attention = max(attention, sizes.query + 2 * sizes.key + max(queries, sizes.query + keys))
     activated = 2 if architecture.activation == "silu" else 3
+    inputs = sizes.gathered + sizes.hidden * (1 + architecture.norms_before)
     return max(
         2 * sizes.hidden + 2 * sizes.wide,
-        2 * sizes.hidden + sizes.gathered + attention,
-        3 * sizes.hidden + sizes.gathered + activated * sizes.ffn,
+        inputs + attention,
+        inputs + sizes.hidden + activated * sizes.ffn,
     )
 
 
@@ -108,50 +113,57 @@ def _exit_peak(architecture: Architecture, spec: ExitSpec, workload: Workload) -
 
 
 def _loss_bytes(architecture: Architecture, spec: ExitSpec, workload: Workload) -> int:
-    """Bytes of the exit loss: the features' gradient, a chunk's logits, and some rows of a head's gradient.
-
-    The numbers are an accelerator's. On a CPU chunks are smaller, and the gradient of a bfloat16 head takes additional
-    memory; see ``tiles``.
-    """
-    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
-    narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
-    logits = _chunk_logits(architecture, workload)
+    """Bytes of the exit loss: the features' gradient, a chunk's logits, and some rows of a head's gradient."""
+    rows, tiles = _vocabulary_rows(architecture, workload), _tiles(architecture, workload)
     size = _gathered_bytes(architecture, workload) if body_of(spec).saved else 0
-    capped = architecture.logit_soft_cap is not None
-    size += logits * (FLOAT32 * (1 + workload.tempered + capped) + narrow)
-    size += logits // rows * VOCAB_MULTIPLE * FLOAT32  # of the search for the maximum
+    size += _logit_bytes(architecture, workload, (architecture.logit_soft_cap is not None) + workload.tempered)
     if spec.head == "low_rank":
         size += 2 * workload.tokens * spec.rank * workload.itemsize
-        size += max(logits, rows * spec.rank) * workload.itemsize
+        size += max(_piece_tokens(architecture, workload), spec.rank) * rows * workload.itemsize
+    if spec.head == "own" and workload.itemsize < FLOAT32 and not tiles.sums_products:
+        size += min(ROW_RUN, rows) * architecture.hidden_size * (workload.itemsize + FLOAT32)
     return size
 
 
 def statistics_bytes(architecture: Architecture, workload: Workload) -> int:
-    """Bytes of loss, confidence and top-1 token without gradients: a chunk's logits, and the search for the maximum."""
-    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
-    logits = _chunk_logits(architecture, workload)
-    narrow = workload.itemsize if workload.itemsize < FLOAT32 else 0
-    capped = FLOAT32 if architecture.logit_soft_cap is not None else 0
-    return logits * (FLOAT32 + narrow + capped) + logits // rows * VOCAB_MULTIPLE * FLOAT32
+    """Bytes of loss, confidence and top-1 token without gradients."""
+    return _logit_bytes(architecture, workload, architecture.logit_soft_cap is not None)
+
+
+def _logit_bytes(architecture: Architecture, workload: Workload, copies: int) -> int:
+    """Bytes of a chunk's logits, and of a piece of it: in float32 if the logits are not, ``copies`` more of that size,
+    and what the search for the maximum takes."""
+    rows, wide = _vocabulary_rows(architecture, workload), copies + (workload.itemsize < FLOAT32)
+    piece = _piece_tokens(architecture, workload) * FLOAT32 * (wide * rows + VOCAB_RUN)
+    return _chunk_tokens(architecture, workload) * rows * workload.itemsize + piece
 
 
 def _teacher_bytes(architecture: Architecture, workload: Workload) -> int:
     """Bytes of the teacher's top-k: a chunk's logits twice, and the columns that are sorted."""
-    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
-    logits = _chunk_logits(architecture, workload)
-    sorted_columns = logits // rows * min(rows, TOP_RUN * workload.top_k)
+    rows, tokens = _vocabulary_rows(architecture, workload), _chunk_tokens(architecture, workload)
+    logits, sorted_columns = tokens * rows, tokens * min(rows, TOP_RUN * workload.top_k)
     candidates, values, order = FLOAT32, FLOAT32, 8
     return logits * FLOAT32 + max(logits * workload.itemsize, sorted_columns * (candidates + values + order))
 
 
 def _tiles(architecture: Architecture, workload: Workload) -> Tiles:
-    return accelerator_tiles(padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor)
+    return workload.tiles or accelerator_tiles(_vocabulary_rows(architecture, workload))
 
 
-def _chunk_logits(architecture: Architecture, workload: Workload) -> int:
-    """Number of logits of a chunk on one rank."""
-    rows = padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
-    return min(workload.chunk_tokens, _tiles(architecture, workload).logit_tokens, workload.tokens) * rows
+def _vocabulary_rows(architecture: Architecture, workload: Workload) -> int:
+    """Rows of a head on one rank."""
+    return padded_vocab(architecture.vocab_size, workload.tensor) // workload.tensor
+
+
+def _chunk_tokens(architecture: Architecture, workload: Workload) -> int:
+    """Tokens whose logits exist at a time."""
+    return min(workload.chunk_tokens, _tiles(architecture, workload).logit_tokens, workload.tokens)
+
+
+def _piece_tokens(architecture: Architecture, workload: Workload) -> int:
+    """Tokens of a chunk whose logits are processed at a time between the products."""
+    fitting = _tiles(architecture, workload).cached_bytes // (FLOAT32 * _vocabulary_rows(architecture, workload))
+    return max(1, min(_chunk_tokens(architecture, workload), fitting))
 
 
 def _gathered_bytes(architecture: Architecture, workload: Workload) -> int:
@@ -178,6 +190,8 @@ def _layer_bytes(architecture: Architecture, workload: Workload) -> LayerBytes:
         matrix=ffn * architecture.hidden_size * workload.itemsize,
         wide=_wide_bytes(architecture, workload),
         scores=_score_bytes(architecture, workload),
+        wide_heads=(query + key) * workload.tokens * FLOAT32 if architecture.qk_norm_whole else 0,
+        norms_before=architecture.norms_before,
         both_norms=architecture.norms_before and architecture.norms_after,
     )
 

@@ -106,7 +106,7 @@ def estimate_run(config: RunConfig, architecture: Architecture, gpus: int, machi
     """
     specs = resolve_init(check_run(config, architecture, gpus), architecture)
     check_trains(specs)
-    workload = make_workload(config, architecture, gpus)
+    workload = make_workload(config, architecture, gpus, accelerator=machine is None or machine.accelerator)
     taught, kept = workload.top_k > 0, workload.free_running
     layout = resolve_layout(config.parallel, specs, architecture, workload.sequence_length, taught, kept)
     return Estimate(config, architecture, specs, layout, workload, machine)

@@ -33,6 +33,8 @@ class Machine:
         devices: number of devices in one machine.
         watts: power of a device; None if unknown.
         basis: what the rates rest on, a sentence each.
+        accelerator: whether the devices are accelerators, with memory of their own, or a CPU.
+        host_memory: bytes that all processes of one machine may take in the host's memory; None if unknown.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Machine:
     devices: int
     watts: float | None
     basis: tuple[str, ...]
+    accelerator: bool = True
+    host_memory: float | None = None
 
 
 def assumed_machine(device: Device, dtype: str) -> Machine:

@@ -86,13 +86,21 @@ class StageWork:
 
 
 def plan_run(
-    config: RunConfig, layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], world_size: int
+    config: RunConfig,
+    layout: Layout,
+    architecture: Architecture,
+    specs: Sequence[ExitSpec],
+    world_size: int,
+    *,
+    accelerator: bool = True,
 ) -> RunPlan:
-    """Call ``make_plan`` for a checked configuration and ``world_size`` processes.
+    """Call ``make_plan`` for a checked configuration and ``world_size`` processes, which have accelerators or not.
 
     ``auto`` in ``model.dtype`` must already be resolved.
     """
-    return make_plan(layout, architecture, specs, make_workload(config, architecture, world_size))
+    return make_plan(
+        layout, architecture, specs, make_workload(config, architecture, world_size, accelerator=accelerator)
+    )
 
 
 def make_plan(layout: Layout, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> RunPlan:

@@ -9,7 +9,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import data_parallel_size
 from megatron_ee.config.schema import ModelConfig, RunConfig
 from megatron_ee.families.quantisation import rounded_bits
-from megatron_ee.parallel.tiles import PACKED_SLOTS, STREAMED_SLOTS
+from megatron_ee.parallel.tiles import PACKED_SLOTS, STREAMED_SLOTS, Tiles
 
 FLOAT32 = 4
 ITEMSIZES = {"float32": FLOAT32, "bfloat16": 2}
@@ -27,9 +27,8 @@ class Workload:
         micro_batch_size: sequences per forward pass.
         sequence_length: tokens per sequence.
         microbatches: microbatches of one data-parallel rank per step.
-        chunk_tokens: maximum number of tokens whose logits exist at a time; see also ``tiles``.
-        graph_tokens: minimum number of tokens that an exit processes at a time, if its body allows pieces. The default
-            is an accelerator's.
+        chunk_tokens: maximum number of tokens whose logits exist at a time; ``tiles`` limits it too.
+        tiles: how much is computed at a time; None for an accelerator's.
         top_k: tokens of the final exit's distribution that are kept for distillation; 0 without distillation.
         tempered: whether the temperature of distillation is not 1.
         remainder: additional bytes of a float32 main weight: 2, or 4 for optimizers that keep it whole.
@@ -52,7 +51,7 @@ class Workload:
     sequence_length: int = 2048
     microbatches: int = 1
     chunk_tokens: int = 4096
-    graph_tokens: int | None = None
+    tiles: Tiles | None = None
     top_k: int = 0
     tempered: bool = False
     remainder: int = 2
@@ -81,8 +80,13 @@ class Workload:
         return self.top_k > 0 or self.free_running
 
 
-def make_workload(config: RunConfig, architecture: Architecture, world_size: int) -> Workload:
-    """The workload of a checked configuration on ``world_size`` processes, its ``model.dtype`` resolved."""
+def make_workload(
+    config: RunConfig, architecture: Architecture, world_size: int, *, accelerator: bool = True
+) -> Workload:
+    """The workload of a checked configuration on ``world_size`` processes, its ``model.dtype`` resolved.
+
+    ``accelerator``: whether the processes have one, or run on a CPU.
+    """
     packed, slots = 0.0, STREAMED_SLOTS
     if config.model.residency == "device":
         packed = _packed_bits(config.model, architecture)
@@ -99,6 +103,7 @@ def make_workload(config: RunConfig, architecture: Architecture, world_size: int
         sequence_length=config.data.sequence_length,
         microbatches=tuning.global_batch_size // (tuning.micro_batch_size * data),
         chunk_tokens=config.loss.chunk_tokens,
+        tiles=None if accelerator else Tiles(),
         top_k=distillation.top_k if distillation.kl > 0 else 0,
         tempered=distillation.temperature != 1,
         remainder=4 if _has_whole_main_weights(config.optimizer.implementation) else 2,

@@ -113,7 +113,9 @@ def _workload(
         ConfigError: there is not enough memory.
     """
     alone = dataclasses.replace(config, parallel=ParallelConfig(), loss=_plain_loss(config))
-    workload = dataclasses.replace(make_workload(alone, small, 1), microbatches=1)
+    workload = dataclasses.replace(
+        make_workload(alone, small, 1, accelerator=platform.has_accelerator()), microbatches=1
+    )
     layout = Layout((_place(small, kinds),))
     while stage_work(layout, small, kinds, workload)[0].total / products > LONGEST:
         if workload.micro_batch_size > 1:

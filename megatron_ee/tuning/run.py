@@ -321,8 +321,8 @@ def _owned(output: Path, command: str, resume: bool, groups: Groups) -> Iterator
 def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
     """Print the plan if there are several processes."""
     if groups.is_main and groups.world.size() > 1:
-        plan = plan_run(config, inputs.layout, inputs.model.architecture, inputs.gated, groups.world.size())
-        print_plan(plan)
+        arch, size = inputs.model.architecture, groups.world.size()
+        print_plan(plan_run(config, inputs.layout, arch, inputs.gated, size, accelerator=platform.has_accelerator()))
 
 
 def _tuned_stage(config: RunConfig, full: FullModel, layout: Layout, specs: Sequence[ExitSpec]) -> Stage:

@@ -23,7 +23,7 @@ from megatron_ee.model.setup import build_setup
 from megatron_ee.parallel.groups import Groups
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.parallel.optimizer import ExitOptimizer
-from megatron_ee.parallel.tiles import accelerator_tiles
+from megatron_ee.parallel.tiles import Tiles, accelerator_tiles
 from megatron_ee.planning.memory import Memory, stage_memory
 from megatron_ee.planning.parameters import stage_parameters
 from megatron_ee.planning.workload import Workload
@@ -120,13 +120,12 @@ def step_memory(
     specs: tuple[ExitSpec, ...],
     dtype: torch.dtype,
     loss: LossConfig,
-    graph_tokens: int,
+    tiles: Tiles,
     settings: OptimizerConfig,
 ) -> tuple[Layout, int, int]:
     """Layout, bytes held between steps, and bytes at the peak of one, of two microbatches of 2 x 256 tokens."""
     deepest = architecture.num_layers if loss.distillation.kl else max(spec.layer for spec in specs)
     stages = layout(((1, deepest), tuple(spec.layer for spec in specs)))
-    tiles = dataclasses.replace(accelerator_tiles(architecture.vocab_size), graph_tokens=graph_tokens)
     setup = dataclasses.replace(build_setup(architecture, dtype, groups), tiles=tiles)
     tokens = torch.randint(0, architecture.vocab_size, (2, 257))
     mask = torch.ones(2, 256, dtype=torch.bool)
@@ -154,6 +153,17 @@ STEPS: list[tuple[tuple[ExitSpec, ...], int, int, float]] = [
     ((ExitSpec(2, "mlp", "low_rank"),), 64, 200, 0.0),
     ((ExitSpec(2),), 256, 512, 1.0),
 ]
+MODEL = parse_architecture(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4000,
+    }
+)
 BFLOAT16 = (1, 8)
 """Of these; others in bfloat16, which is slow on many CPUs, are slow tests."""
 KEEP_INITIAL = (512,)
@@ -179,34 +189,22 @@ def test_memory_of_a_real_step(
 ) -> None:
     monkeypatch.setattr(platform, "cached_bytes", lambda: 2**62)
     monkeypatch.setattr(torch, "addmm", lambda total, *_, out, **__: out)  # no memory of its own, but no CPU has it
-    architecture = parse_architecture(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": 128,
-            "intermediate_size": 344,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 4000,
-        }
-    )
+    tiles = dataclasses.replace(accelerator_tiles(MODEL.vocab_size), graph_tokens=graph_tokens)
     loss = LossConfig(chunk_tokens=chunk_tokens, distillation=DistillationConfig(kl=kl, temperature=2.0))
     settings = OptimizerConfig(decay_towards="initial" if chunk_tokens in KEEP_INITIAL else "zero")
-    stages, between, most = step_memory(
-        groups, architecture, specs, platform.DTYPES[dtype], loss, graph_tokens, settings
-    )
+    stages, between, most = step_memory(groups, MODEL, specs, platform.DTYPES[dtype], loss, tiles, settings)
     workload = Workload(
         itemsize=platform.DTYPES[dtype].itemsize,
         micro_batch_size=2,
         sequence_length=256,
         microbatches=2,
         chunk_tokens=chunk_tokens,
-        graph_tokens=graph_tokens,
+        tiles=tiles,
         top_k=loss.distillation.top_k if kl else 0,
         tempered=kl > 0,
         keeps_initial=settings.decay_towards == "initial",
     )
-    memory = stage_memory(stages, 0, architecture, specs, workload)
+    memory = stage_memory(stages, 0, MODEL, specs, workload)
     assert memory.transfer == 0
     assert memory.total - working(memory) == pytest.approx(between, rel=0.01)
     # Activations matter here, which they hardly do for a large model.
@@ -214,6 +212,23 @@ def test_memory_of_a_real_step(
     assert working(memory) == pytest.approx(most - between, rel=0.2)
     # On a CPU a norm of bfloat16 keeps its input in float32 too.
     assert memory.total == pytest.approx(most, rel=0.06 if dtype == "bfloat16" else 0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "tiles", [Tiles(), Tiles(logit_tokens=128, graph_tokens=128, cached_bytes=2**19)], ids=["cpu", "small"]
+)
+def test_memory_of_a_step_with_the_tiles_of_a_cpu(dtype: str, tiles: Tiles, groups: Groups) -> None:
+    """Smaller pieces, and in bfloat16 blocks of a head's gradient."""
+    specs = (ExitSpec(4),)
+    stages, _, most = step_memory(groups, MODEL, specs, platform.DTYPES[dtype], LossConfig(), tiles, OptimizerConfig())
+    workload = Workload(
+        platform.DTYPES[dtype].itemsize, micro_batch_size=2, sequence_length=256, microbatches=2, tiles=tiles
+    )
+    memory = stage_memory(stages, 0, MODEL, specs, workload)
+    assert memory.total == pytest.approx(most, rel=0.06 if dtype == "bfloat16" else 0.05)
+    large = stage_memory(stages, 0, MODEL, specs, dataclasses.replace(workload, tiles=None))
+    assert working(memory) < 0.9 * working(large), "an accelerator's tiles take more"
 
 
 def working(memory: Memory) -> int:

@@ -1,4 +1,4 @@
-"""The activations of a model with soft caps and (1 + w) norms, which none of the example configurations has."""
+"""The activations of models with options that none of the example configurations' models has."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ SMALL = ("--data.sequence_length", "2048", "--tuning.micro_batch_size", "1", "--
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["gemma2_2b", "olmo2_7b"])  # soft caps and (1 + w) norms; norms over projections
 @pytest.mark.parametrize(
     ("body", "head"),
     [
@@ -22,9 +23,9 @@ SMALL = ("--data.sequence_length", "2048", "--tuning.micro_batch_size", "1", "--
         ("layer", "own"),
     ],
 )
-def test_planned_activations_are_those_of_a_step(body: str, head: str, worker: Worker) -> None:
+def test_planned_activations_are_those_of_a_step(model: str, body: str, head: str, worker: Worker) -> None:
     overrides = (*exits(body, head, 2), *SMALL)
-    result = worker.run(Tuning("llama2_7b", overrides=overrides, microbatches=1, model="gemma2_2b"))
+    result = worker.run(Tuning("llama2_7b", overrides=overrides, microbatches=1, model=model))
     assert problems(result) == []
     measured = result.peak - (result.planned - result.activations)
     assert measured == pytest.approx(result.activations, rel=TOLERANCE)
