@@ -24,12 +24,13 @@ from megatron_ee.exits.gate import STEPS as NEWTON_STEPS
 from megatron_ee.exits.registry import body_of
 from megatron_ee.parallel.costs import attention_flops, final_exit_flops, mlp_flops
 from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.planning.activations import by_layer
 from megatron_ee.planning.costs import exit_forward_flops
 from megatron_ee.planning.devices import DISK, GB
 from megatron_ee.planning.machine import Machine, group_link
 from megatron_ee.planning.parameters import hosted_by, stage_parameters
 from megatron_ee.planning.plan import StageWork, schedule_end
-from megatron_ee.planning.step_time import StepTime, streaming_seconds
+from megatron_ee.planning.step_time import StepTime, expanding_seconds, streaming_seconds
 from megatron_ee.planning.storage import disk_use, gate_tokens, saves
 from megatron_ee.planning.traffic import stage_traffic
 from megatron_ee.planning.workload import Workload
@@ -153,10 +154,11 @@ class _Run:
         return 1 + (-(-steps // interval) if interval else bool(steps))
 
     def _continuations(self) -> float:
-        """Seconds in which the full model continues the prompts: each token reads all weights."""
+        """Seconds in which the full model continues the prompts: each token reads all weights, and expands packed
+        ones."""
         workload, whole = self.workload, even_layout(self.architecture.num_layers, 1)
         frozen, _ = stage_parameters(whole, 0, self.architecture, (), workload.tensor, distillation=True)
-        reading = frozen * workload.itemsize / self.machine.bandwidth
+        reading = frozen * workload.itemsize / self.machine.bandwidth + self._expanded(self.architecture.num_layers)
         return self.config.validation.acceptance.tokens * max(reading, self._streamed())
 
     def fit(self) -> Phase:
@@ -203,6 +205,7 @@ class _Run:
             traffic = stage_traffic(self.layout, index, arch, self.specs, workload)
             ranks = workload.tensor / workload.micro_batch_size
             forward = layers / ranks / machine.layers + traffic.layers / link
+            forward += self._expanded(len(stage.layers)) / self._together
             work.append(StageWork(forward, 0.0, exits / ranks / machine.exits))
         seconds = schedule_end(self.layout, work, rounds)
         layers = sum(len(stage.layers) for stage in self.layout.stages)
@@ -252,11 +255,21 @@ class _Run:
         stages = len(self.layout.stages)
         rounds = math.ceil(tokens / (workload.data * workload.tokens))
         each = flops * workload.micro_batch_size / (workload.tensor * stages * self.machine.layers)
+        each += self._expanded(arch.num_layers) / stages / self._together
         return max((rounds + stages - 1) * each, -(-rounds // workload.microbatches) * self._streamed())
 
     def _streamed(self) -> float:
         """Seconds of streaming all layers once; 0 if they stay on the device."""
         return streaming_seconds(self.architecture.num_layers, self.architecture, self.workload, self.machine)
+
+    def _expanded(self, layers: int) -> float:
+        """Seconds of expanding so many layers once; 0 if they are not packed."""
+        return expanding_seconds(layers, self.architecture, self.workload, self.machine)
+
+    @property
+    def _together(self) -> int:
+        """Microbatches that pass a layer before the next one is expanded."""
+        return self.workload.microbatches if by_layer(self.layout, self.workload) else 1
 
     def _spread(self, flops: float) -> float:
         """Seconds of FLOPs of exits that are spread over all devices."""

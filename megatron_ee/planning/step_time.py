@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.parallel.layout import Layout
+from megatron_ee.planning.activations import by_layer
+from megatron_ee.planning.costs import exit_flops
 from megatron_ee.planning.devices import DISK
 from megatron_ee.planning.machine import Machine, group_link
-from megatron_ee.planning.parameters import layer_parameters, stage_parameters
+from megatron_ee.planning.parameters import (
+    hosted_by,
+    layer_matrices,
+    layer_parameters,
+    stage_parameters,
+    trained_parameters,
+)
 from megatron_ee.planning.plan import StageWork, schedule_end, stage_work
 from megatron_ee.planning.traffic import StageTraffic, stage_traffic
 from megatron_ee.planning.workload import FLOAT32, Workload
@@ -19,6 +27,9 @@ HOST_BANDWIDTH = 50e9
 """Bytes per second of the host's memory that an optimizer there is assumed to reach."""
 HOST_STATE = 28
 """Bytes of host memory that AdamW reads and writes for each float32 weight."""
+EXPANSION = 12
+"""Bytes of the device's memory that are read and written to expand a packed weight, in operations that are not fused:
+codes are converted, their zero is subtracted, and they are multiplied by the scale."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +37,12 @@ class StageTime:
     """Seconds of one stage in one step.
 
     Attributes:
-        layers: frozen layers, and the final exit as a teacher.
+        layers: frozen layers, with the expansion of packed ones, and the final exit as a teacher.
         exits: forward and backward of the exits.
         tensor: reductions over tensor-parallel ranks, for which the other work waits.
         gradients: the part of the reductions over data-parallel ranks that no other work hides.
-        update: zeroing, norms, clipping and AdamW.
+        update: zeroing, norms, clipping and AdamW; with the optimizer in host memory also the copies of gradients that
+            no other work hides.
     """
 
     layers: float
@@ -97,6 +109,10 @@ def _stage(
     link = group_link(machine, ranks, 1)
     reading = frozen * workload.itemsize / machine.bandwidth if flops.forward else 0.0
     forward = max(flops.forward / ranks / machine.layers, reading)
+    # Where all microbatches pass a layer before the next one, it is expanded once.
+    passes = 1 if by_layer(layout, workload) else count
+    expanding = expanding_seconds(len(layout.stages[index].layers), architecture, workload, machine)
+    forward += passes * expanding / count
     teacher = flops.teacher / ranks / machine.layers
     exits = flops.exits / ranks / machine.exits
     work = StageWork(forward + traffic.layers / link, teacher, exits + traffic.exits / link)
@@ -107,7 +123,8 @@ def _stage(
         exits=count * exits,
         tensor=count * (traffic.layers + traffic.exits) / link,
         gradients=(last + traffic.weights) / data,
-        update=_update(trained, workload, machine),
+        update=_update(trained, workload, machine)
+        + _waiting(layout, index, architecture, specs, workload, machine, forward),
     )
 
 
@@ -125,12 +142,52 @@ def streaming_seconds(layers: int, architecture: Architecture, workload: Workloa
     return seconds
 
 
+def expanding_seconds(layers: int, architecture: Architecture, workload: Workload, machine: Machine) -> float:
+    """Seconds of expanding so many packed layers once, on each rank; 0 if they are not packed."""
+    if not workload.packed_bits:
+        return 0.0
+    return layers * layer_matrices(architecture, workload.tensor) * EXPANSION / machine.bandwidth
+
+
 def _update(trained: int, workload: Workload, machine: Machine) -> float:
     seconds = update_bytes(trained, workload) / machine.bandwidth
-    if workload.host_optimizer:
+    if workload.host_optimizer:  # a weight is sent while the next one is updated
         own = -(-trained // workload.data)
-        seconds += (FLOAT32 + workload.itemsize) * own / machine.host_link + HOST_STATE * own / HOST_BANDWIDTH
+        seconds += max(workload.itemsize * own / machine.host_link, HOST_STATE * own / HOST_BANDWIDTH)
     return seconds
+
+
+def _waiting(
+    layout: Layout,
+    index: int,
+    architecture: Architecture,
+    specs: Sequence[ExitSpec],
+    workload: Workload,
+    machine: Machine,
+    forward: float,
+) -> float:
+    """Seconds from the end of a stage's work until the gradients of its exits are in host memory.
+
+    An exit's gradients are copied after its last backward, beside the work that follows: that of the next exits in the
+    last microbatch, or where all microbatches pass a layer before the next one, that of the next layers and exits. A
+    CPU copies them beside nothing.
+
+    Args:
+        forward: seconds of the stage's layers, for one microbatch.
+    """
+    if not workload.host_optimizer:
+        return 0.0
+    stage, waiting, done = layout.stages[index], 0.0, 0
+    in_turn = by_layer(layout, workload) and not workload.top_k
+    for spec in sorted(hosted_by(stage, specs), key=lambda spec: spec.layer):
+        flops = workload.micro_batch_size * exit_flops(architecture, spec, workload.sequence_length, workload.tensor)
+        work = flops / workload.tensor / machine.exits
+        if in_turn:
+            work = workload.microbatches * (work + (spec.layer - done) * forward / len(stage.layers))
+        own = -(-trained_parameters(architecture, spec, workload.tensor) // workload.data)
+        waiting = max(0.0, waiting - machine.accelerator * work) + FLOAT32 * own / machine.host_link
+        done = spec.layer
+    return waiting
 
 
 def update_bytes(trained: int, workload: Workload) -> int:

@@ -11,8 +11,8 @@ from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
 from megatron_ee.planning.devices import DEVICES, DISK
 from megatron_ee.planning.machine import Machine, assumed_machine, group_link
-from megatron_ee.planning.parameters import layer_parameters, stage_parameters, trained_parameters
-from megatron_ee.planning.step_time import HOST_BANDWIDTH, step_time, streaming_seconds, update_bytes
+from megatron_ee.planning.parameters import layer_matrices, layer_parameters, stage_parameters, trained_parameters
+from megatron_ee.planning.step_time import EXPANSION, HOST_BANDWIDTH, step_time, streaming_seconds, update_bytes
 from megatron_ee.planning.workload import Workload
 from megatron_ee.testing.models import llama2_7b
 
@@ -80,10 +80,34 @@ def test_streamed_layers_are_read_once_per_step_under_the_work() -> None:
 
 
 def test_an_optimizer_in_host_memory_crosses_its_link() -> None:
+    """Gradients are copied beside the work that follows; weights are sent beside the update of others."""
     device = step_time(ONE, MODEL, SPECS, Workload(2), ROUND).stages[0]
     host = step_time(ONE, MODEL, SPECS, Workload(2, host_optimizer=True), ROUND).stages[0]
-    assert host.update == pytest.approx(COUNT * (16 / 1e12 + 6 / 1e10 + 28 / HOST_BANDWIDTH))
+    update = COUNT * (16 / 1e12 + 28 / HOST_BANDWIDTH)
+    copy = 4 * COUNT / 2 / 1e10  # of one of two equal exits
+    work = exit_flops(MODEL, SPECS[1], 2048) / 5e13
+    assert work < copy
+    assert host.update == pytest.approx(update + 2 * copy - work)
     assert host.update > device.update and host.exits == device.exits
+    # On streamed layers more work follows the first exit: all microbatches pass the next four layers.
+    streamed = Workload(2, host_optimizer=True, microbatches=4, residency="host", slots=2)
+    assert step_time(ONE, MODEL, SPECS, streamed, ROUND).stages[0].update == pytest.approx(update + copy)
+    # A CPU does one after the other.
+    cpu = dataclasses.replace(ROUND, accelerator=False)
+    assert step_time(ONE, MODEL, SPECS, streamed, cpu).stages[0].update == pytest.approx(update + 2 * copy)
+
+
+def test_packed_layers_are_expanded_once_per_step_or_microbatch() -> None:
+    plain, packed = (Workload(2, microbatches=4, **kind) for kind in ({}, {"packed_bits": 8.0, "slots": 1}))
+    layer = layer_matrices(MODEL) * EXPANSION / 1e12
+
+    def added(layout: Layout) -> list[float]:
+        stages = (step_time(layout, MODEL, SPECS, workload, ROUND).stages for workload in (plain, packed))
+        return [more.layers - less.layers for less, more in zip(*stages, strict=True)]
+
+    assert added(ONE) == [pytest.approx(8 * layer)]
+    two = Layout((StageLayout(range(1, 5), (4,)), StageLayout(range(5, 9), (8,))))
+    assert added(two) == [pytest.approx(4 * 4 * layer)] * 2
 
 
 def test_assumed_shares_of_a_data_sheet() -> None:
