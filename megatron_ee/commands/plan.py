@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     result = ConfigParser("plan", DESCRIPTION)
     result.usage = (
         "%(prog)s --config FILE [--dotted.key VALUE ...] [--gpus N] [--gpu-memory GB] [--gpu NAME | --measured] "
-        "[--price PER_HOUR] [--json]"
+        "[--host-memory GB] [--price PER_HOUR] [--json]"
     )
     result.add_argument("--config", type=Path, required=True, metavar="FILE", help="configuration of the run (YAML)")
     result.add_argument(
@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--gpu-memory", type=_positive, metavar="GB", help="memory of a GPU, in 10^9 bytes (default: that of --gpu)"
+    )
+    result.add_argument(
+        "--host-memory",
+        type=_positive,
+        metavar="GB",
+        help="memory of the host of one machine, in 10^9 bytes (default: what is free with --measured, else unknown)",
     )
     device = result.add_mutually_exclusive_group()
     device.add_argument("--gpu", metavar="NAME", help=f"the GPU: {', '.join(DEVICES)}")
@@ -73,11 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     machine = None if device is None else assumed_machine(device, config.model.dtype)
     if arguments.measured:
         machine = _measured(config, architecture, gpus)
-    memory = None if machine is None else machine.memory
-    if arguments.gpu_memory is not None:
-        memory = GB * arguments.gpu_memory
     if first:
-        _report(arguments, config, architecture, gpus, machine, memory)
+        _report(arguments, config, architecture, gpus, machine)
     return 0
 
 
@@ -109,16 +112,21 @@ def _report(
     architecture: Architecture,
     gpus: int,
     machine: Machine | None,
-    memory: float | None,
 ) -> None:
     """Estimate, search and print."""
     from megatron_ee.planning.estimate import estimate_run
     from megatron_ee.planning.report import print_estimate, print_search, report_dict
-    from megatron_ee.planning.search import search
+    from megatron_ee.planning.search import Limits, search
     from megatron_ee.tables import make_console
 
     console, tensor, pipeline = make_console(), config.parallel.tensor, config.parallel.pipeline
-    found = None if memory is None else search(config, architecture, gpus, memory, machine)
+    memory, host = (None, None) if machine is None else (machine.memory, machine.host_memory)
+    memory = memory if arguments.gpu_memory is None else GB * arguments.gpu_memory
+    host = host if arguments.host_memory is None else GB * arguments.host_memory
+    if memory is None and host is not None:
+        raise ConfigError("--host-memory: has no effect without the memory of a GPU; add --gpu or --gpu-memory")
+    limits = None if memory is None else Limits(memory, host)
+    found = None if limits is None else search(config, architecture, gpus, limits, machine)
     estimate = None
     if gpus % (tensor * pipeline) == 0:
         estimate = estimate_run(config, architecture, gpus, machine)
@@ -128,12 +136,12 @@ def _report(
             raise ConfigError(f"{line}; change these, or name a GPU to search for sizes that fit")
         print(f"{line}: only other sizes are planned", file=sys.stderr, flush=True)
     if arguments.json:
-        print(json.dumps(report_dict(estimate, found, memory, arguments.price)))
+        print(json.dumps(report_dict(estimate, found, limits, arguments.price)))
         return
     if estimate is not None:
-        print_estimate(estimate, memory, arguments.price, console)
-    if found is not None and memory is not None:
-        print_search(found, gpus, memory, arguments.price, console)
+        print_estimate(estimate, limits, arguments.price, console)
+    if found is not None and limits is not None:
+        print_search(found, gpus, limits, arguments.price, console)
 
 
 def _positive(text: str) -> float:

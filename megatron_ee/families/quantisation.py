@@ -54,6 +54,11 @@ def rounded_bits(kind: str, features: int) -> float:
     return _with_scales(4.0, next((size for size in GROUPS if features % size == 0), GROUPS[-1]), zero_points=False)
 
 
+def fits_groups(features: int) -> bool:
+    """Whether ``int4`` has a size of groups for a matrix with so many input features."""
+    return any(features % size == 0 for size in GROUPS)
+
+
 def _with_scales(bits: float, group: object, *, zero_points: bool) -> float:
     size = _number(group)
     return bits + (SCALE_BITS * (1 + zero_points) / size if size > 0 and bits else 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_ee.planning.devices import GB
+from megatron_ee.planning.devices import GB, HOST_RESERVED
 from megatron_ee.planning.estimate import Estimate
 from megatron_ee.planning.parameters import hosted_by, trained_parameters
 from megatron_ee.planning.plan import StagePlan
@@ -30,11 +30,25 @@ def blame(estimate: Estimate) -> str:
     return f"{words} {memory.total / GB:,.1f} GB{where}"
 
 
+def blame_host(estimate: Estimate) -> str:
+    """The largest part of the host memory of all ranks, such as ``40 streamed layers take 25.4 GB``."""
+    host, layers = estimate.host, estimate.architecture.num_layers
+    parts = {
+        f"{layers} streamed layers take": host.layers,
+        "the optimizer's state takes": host.optimizer,
+        "the copy of a checkpoint takes": host.checkpoint,
+        "the tokens that gates are fitted on take": host.gates,
+        f"Python with its libraries, in {estimate.gpus} process(es), takes": estimate.gpus * HOST_RESERVED,
+    }
+    words, size = max(parts.items(), key=lambda part: part[1])
+    return f"{words} {size / GB:,.1f} GB"
+
+
 def _parts(estimate: Estimate, index: int, stage: StagePlan) -> dict[str, float]:
     """Bytes by what they belong to, while tuning."""
     memory, tensor, arch = stage.memory, estimate.workload.tensor, estimate.architecture
     parts: dict[str, float] = {
-        f"{len(stage.layers)} frozen layers": memory.frozen,
+        f"{len(stage.layers)} {'packed' if estimate.workload.packed_bits else 'frozen'} layers": memory.frozen,
         "taps and activations": memory.taps + memory.activations,
         "buffers of messages": memory.transfer,
     }

@@ -27,6 +27,8 @@ DISK = 1.0 * GB
 """Bytes per second that the storage of one machine is assumed to read and write."""
 RESERVED = 1.0 * GB
 """Bytes that a GPU's CUDA context, kernels, cuBLAS and NCCL take."""
+HOST_RESERVED = 2.0 * GB
+"""Bytes of host memory that Python and its libraries take in each process."""
 FRAGMENTATION = 0.05
 """Share of the planned memory that the allocator loses between tensors."""
 

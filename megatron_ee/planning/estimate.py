@@ -12,11 +12,12 @@ from megatron_ee.config.schema import RunConfig
 from megatron_ee.exits.registry import check_trains, resolve_init
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.planning.balance import resolve_layout
+from megatron_ee.planning.devices import GPUS_PER_MACHINE, HOST_RESERVED, memory_needed
 from megatron_ee.planning.machine import Machine
 from megatron_ee.planning.phases import RunTime, run_time
 from megatron_ee.planning.plan import RunPlan, make_plan
 from megatron_ee.planning.step_time import StepTime, step_time
-from megatron_ee.planning.storage import DiskUse, disk_use, host_memory
+from megatron_ee.planning.storage import DiskUse, HostMemory, disk_use, host_memory
 from megatron_ee.planning.traffic import StageTraffic, stage_traffic
 from megatron_ee.planning.workload import Workload, make_workload
 
@@ -67,10 +68,28 @@ class Estimate:
         """What is written."""
         return disk_use(self.config, self.architecture, self.specs, self.workload)
 
-    @property
-    def host(self) -> int:
-        """Bytes of host memory of all ranks together."""
+    @cached_property
+    def host(self) -> HostMemory:
+        """What is in host memory, of all ranks together."""
         return host_memory(self.config, self.architecture, self.specs, self.workload)
+
+    @property
+    def processes(self) -> int:
+        """Number of processes on one machine."""
+        return min(self.gpus, GPUS_PER_MACHINE if self.machine is None else self.machine.devices)
+
+    @property
+    def needed(self) -> float:
+        """Bytes that a GPU needs. A CPU's own memory is the host's, so its share of that is included."""
+        needed = memory_needed(self.memory)
+        if self.machine is None or self.machine.accelerator:
+            return needed
+        return needed + self.host.total / self.gpus
+
+    @property
+    def host_needed(self) -> float:
+        """Bytes that the host of one machine needs."""
+        return self.processes * (self.host.total / self.gpus + HOST_RESERVED)
 
     @cached_property
     def step(self) -> StepTime | None:

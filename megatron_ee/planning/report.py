@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.planning.devices import DISK, FRAGMENTATION, GB, RESERVED, memory_needed
+from megatron_ee.planning.devices import DISK, FRAGMENTATION, GB, HOST_RESERVED, RESERVED
 from megatron_ee.planning.estimate import Estimate
-from megatron_ee.planning.search import Candidate, Misfit, Search
+from megatron_ee.planning.search import Candidate, Limits, Misfit, Search
 from megatron_ee.planning.table import memory_parts, memory_phases, print_plan
 from megatron_ee.tables import add_columns, new_table
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 SHOWN_MISFITS = 6
 
 
-def print_estimate(estimate: Estimate, memory: float | None, per_hour: float | None, console: Console) -> None:
-    """Print the run as it is written; ``memory``: bytes of a GPU, if known; ``per_hour``: price of a GPU, if known."""
+def print_estimate(estimate: Estimate, limits: Limits | None, per_hour: float | None, console: Console) -> None:
+    """Print the run as it is written; ``limits``: of memory, if known; ``per_hour``: price of a GPU, if known."""
     arch, config, device = estimate.architecture, estimate.config, estimate.machine
     where = f" on {estimate.gpus} x {device.name}" if device is not None else f" on {estimate.gpus} GPU(s)"
     _say(
@@ -27,7 +27,8 @@ def print_estimate(estimate: Estimate, memory: float | None, per_hour: float | N
         f"micro-batch {config.tuning.micro_batch_size}",
     )
     print_plan(estimate.plan, console)
-    _say(console, _fit_line(estimate, memory))
+    for line in _fit_lines(estimate, limits):
+        _say(console, line)
     _print_traffic(estimate, console)
     if estimate.step is not None:
         _print_step(estimate, console)
@@ -36,19 +37,22 @@ def print_estimate(estimate: Estimate, memory: float | None, per_hour: float | N
     _say(
         console,
         f"Disk: {disk.checkpoints} checkpoints of {disk.checkpoint / GB:,.2f} GB, {disk.adapters} adapters of "
-        f"{disk.adapter / GB:,.2f} GB, {disk.cache / GB:,.2f} GB of cache; at most {disk.most / GB:,.1f} GB at a time. "
-        f"Host memory: {estimate.host / GB:,.1f} GB over all ranks.",
+        f"{disk.adapter / GB:,.2f} GB, {disk.cache / GB:,.2f} GB of cache; at most {disk.most / GB:,.1f} GB at a time.",
     )
-    for line in basis(estimate):
+    for line in basis(estimate, limits):
         _say(console, f"- {line}")
 
 
-def basis(estimate: Estimate) -> list[str]:
+def basis(estimate: Estimate, limits: Limits | None) -> list[str]:
     """What each estimate rests on."""
+    unknown = limits is None or limits.host is None
     lines = [
         "memory: counted tensors at their peak; simulated steps without a GPU stay within 5% of it",
         f"what a GPU needs: the largest phase, {FRAGMENTATION:.0%} more for gaps of the allocator (assumed), and "
         f"{RESERVED / GB:g} GB for CUDA and libraries (assumed)",
+        f"what a host needs: streamed layers, an optimizer there, checkpoints while they are written, and "
+        f"{HOST_RESERVED / GB:g} GB for Python and libraries in each process (assumed)"
+        + ("; not compared, since the host's memory is unknown: name it with --host-memory" if unknown else ""),
         "FLOPs: counted products of matrices; other operations are in the share of the peak that is reached",
         "traffic: counted, reductions as a ring",
     ]
@@ -59,11 +63,16 @@ def basis(estimate: Estimate) -> list[str]:
     return lines
 
 
-def print_search(found: Search, gpus: int, memory: float, per_hour: float | None, console: Console) -> None:
+def print_search(found: Search, gpus: int, limits: Limits, per_hour: float | None, console: Console) -> None:
     """Print the best ways to run the configuration, and why others do not fit."""
+    size = f"{gpus} x {limits.gpu / GB:,.4g} GB"
+    if limits.host is not None:
+        size += f" in hosts of {limits.host / GB:,.4g} GB"
     if found.best:
-        table = new_table(f"Best of what fits {gpus} x {memory / GB:,.4g} GB", console)
-        add_columns(table, "#", "tensor", "pipeline", "data", "micro-batch", "GB needed")
+        table = new_table(f"Best of what fits {size}", console)
+        add_columns(table, "#", "tensor", "pipeline", "data", "micro-batch")
+        add_columns(table, "layers", words=True)
+        add_columns(table, "GB needed", "host GB")
         timed = found.best[0].estimate.step is not None
         if timed:
             add_columns(table, "s per step", "hours", *(["price"] if per_hour is not None else []))
@@ -71,10 +80,10 @@ def print_search(found: Search, gpus: int, memory: float, per_hour: float | None
             table.add_row(str(number), *_row(each, timed, per_hour))
         console.print(table)
         for number, each in enumerate(found.best, start=1):
-            note = "  (trains no heads)" if each.less else ""
-            _say(console, f"{number}: {' '.join(each.arguments) or 'as written'}{note}")
+            notes = "; ".join(_notes(each))
+            _say(console, f"{number}: {' '.join(each.arguments) or 'as written'}" + (f"  ({notes})" if notes else ""))
     else:
-        _say(console, f"Nothing fits {gpus} x {memory / GB:,.4g} GB.")
+        _say(console, f"Nothing fits {size}.")
     for misfit in found.misfits[:SHOWN_MISFITS]:
         _say(console, f"tensor {misfit.tensor} x pipeline {misfit.pipeline}: {_why(misfit)}")
     if len(found.misfits) > SHOWN_MISFITS:
@@ -82,26 +91,41 @@ def print_search(found: Search, gpus: int, memory: float, per_hour: float | None
 
 
 def report_dict(
-    estimate: Estimate | None, found: Search | None, memory: float | None, per_hour: float | None
+    estimate: Estimate | None, found: Search | None, limits: Limits | None, per_hour: float | None
 ) -> dict[str, Any]:
     """Everything in types of JSON; bytes, FLOPs and seconds. ``estimate``: of the run as it is written, if possible."""
     return {
-        "run": None if estimate is None else _estimate_dict(estimate, memory, per_hour),
-        "gpu_memory": memory,
-        "best": None if found is None else [_candidate_dict(each, memory, per_hour) for each in found.best],
+        "run": None if estimate is None else _estimate_dict(estimate, limits, per_hour),
+        "gpu_memory": None if limits is None else limits.gpu,
+        "host_memory": None if limits is None else limits.host,
+        "best": None if found is None else [_candidate_dict(each, limits, per_hour) for each in found.best],
         "misfits": None if found is None else [_misfit_dict(each) for each in found.misfits],
-        "basis": [] if estimate is None else basis(estimate),
+        "basis": [] if estimate is None else basis(estimate, limits),
     }
 
 
-def _fit_line(estimate: Estimate, memory: float | None) -> str:
-    needed = memory_needed(estimate.memory)
-    line = f"A GPU needs {needed / GB:,.1f} GB."
+def _fit_lines(estimate: Estimate, limits: Limits | None) -> list[str]:
+    """What a GPU and a host need, and have."""
+    gpu, host = (None, None) if limits is None else (limits.gpu, limits.host)
+    of_host = f"The host of {estimate.processes} processes needs" if estimate.processes > 1 else "The host needs"
+    return [_fit_line("A GPU needs", estimate.needed, gpu), _fit_line(of_host, estimate.host_needed, host)]
+
+
+def _fit_line(who: str, needed: float, memory: float | None) -> str:
+    line = f"{who} {needed / GB:,.1f} GB."
     if memory is None:
         return line
     if needed <= memory:
         return f"{line} It has {memory / GB:,.4g} GB."
     return f"{line} It has {memory / GB:,.4g} GB: short by {(needed - memory) / GB:,.1f} GB."
+
+
+def _notes(candidate: Candidate) -> list[str]:
+    """How the result differs from that of the configuration as it is written."""
+    notes = ["trains no heads"] if candidate.less else []
+    if candidate.rounded:
+        notes.append(f"other hidden states: layers rounded to {candidate.rounded}, so agreement differs")
+    return notes
 
 
 def _say(console: Console, line: str) -> None:
@@ -162,32 +186,49 @@ def _row(candidate: Candidate, timed: bool, per_hour: float | None) -> list[str]
     estimate = candidate.estimate
     workload = estimate.workload
     sizes = (workload.tensor, len(estimate.layout.stages), workload.data, workload.micro_batch_size)
-    row = [*map(str, sizes), f"{candidate.needed / GB:,.1f}"]
+    row = [*map(str, sizes), _layers(estimate), f"{estimate.needed / GB:,.1f}", f"{estimate.host_needed / GB:,.1f}"]
     if timed and estimate.step is not None and estimate.run is not None:
         row += [f"{estimate.step.seconds:.3g}", f"{estimate.run.seconds / 3600:,.1f}"]
         row += [f"{estimate.price(per_hour):,.2f}"] if per_hour is not None else []
     return row
 
 
+def _layers(estimate: Estimate) -> str:
+    """Where the layers are, and how: ``device``, ``host``, ``int8`` and so on."""
+    model, workload = estimate.config.model, estimate.workload
+    if workload.residency != "device" or not workload.packed_bits:
+        return workload.residency
+    return model.quantise if model.quantise != "none" else "packed"
+
+
 def _why(misfit: Misfit) -> str:
     if not misfit.short:
         return misfit.reason
-    line = f"short by {misfit.short / GB:,.1f} GB: {misfit.reason}"
-    return f"{line}; {_remedy(misfit)} fits" if misfit.remedy else line
+    line = f"short by {misfit.short / GB:,.1f} GB{' of host memory' if misfit.host else ''}: {misfit.reason}"
+    return f"{line}; {_remedy(misfit)}" if misfit.remedy else line
 
 
 def _remedy(misfit: Misfit) -> str:
-    """The remedy without the numbers of exits: ``head: shared``."""
+    """The remedy without the numbers of exits: ``head: shared`` fits."""
     assert misfit.remedy is not None
-    short = {f"{_key(key)}: {value}" for key, value in misfit.remedy.items()}
-    return " with ".join(sorted(f"`{each}`" for each in short))
+    changes = misfit.remedy
+    if rounds := "model.quantise" in changes:  # and stay packed on the device, which are the defaults
+        changes = {key: changes[key] for key in changes if key not in ("model.weights", "model.residency")}
+    short = {f"{_key(key)}: {_plain(value)}" for key, value in changes.items()}
+    fits = " with ".join(sorted(f"`{each}`" for each in short)) + " fits"
+    return f"{fits}, with other hidden states" if rounds else fits
+
+
+def _plain(value: Any) -> str:
+    """As in YAML."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _key(key: str) -> str:
     return key.rpartition(".")[2] if key.startswith("exits.") else key
 
 
-def _estimate_dict(estimate: Estimate, memory: float | None, per_hour: float | None) -> dict[str, Any]:
+def _estimate_dict(estimate: Estimate, limits: Limits | None, per_hour: float | None) -> dict[str, Any]:
     plan, run, step, workload = estimate.plan, estimate.run, estimate.step, estimate.workload
     stages = []
     for index, (stage, traffic) in enumerate(zip(plan.stages, estimate.traffic, strict=True)):
@@ -217,9 +258,10 @@ def _estimate_dict(estimate: Estimate, memory: float | None, per_hour: float | N
         "micro_batch_size": workload.micro_batch_size,
         "stages": stages,
         "memory_planned": estimate.memory,
-        "memory_needed": memory_needed(estimate.memory),
-        "fits": None if memory is None else memory_needed(estimate.memory) <= memory,
-        "host_memory": estimate.host,
+        "memory_needed": estimate.needed,
+        "host_memory": vars(estimate.host),
+        "host_memory_needed": estimate.host_needed,
+        "fits": None if limits is None else limits.hold(estimate),
         "disk": {**vars(estimate.disk), "most": estimate.disk.most},
         "step_seconds": None if step is None else step.seconds,
         "phases": None if run is None else [vars(phase) for phase in run.phases],
@@ -230,12 +272,13 @@ def _estimate_dict(estimate: Estimate, memory: float | None, per_hour: float | N
     }
 
 
-def _candidate_dict(candidate: Candidate, memory: float | None, per_hour: float | None) -> dict[str, Any]:
+def _candidate_dict(candidate: Candidate, limits: Limits | None, per_hour: float | None) -> dict[str, Any]:
     return {
         "overrides": candidate.changes,
         "arguments": candidate.arguments,
         "trains_less": candidate.less,
-        **_estimate_dict(candidate.estimate, memory, per_hour),
+        "changes_hidden_states": bool(candidate.rounded),
+        **_estimate_dict(candidate.estimate, limits, per_hour),
     }
 
 

@@ -1,7 +1,8 @@
 """Searches other ways to run a configuration on a number of GPUs, and says why some do not fit.
 
-The result of tuning does not depend on parallelism and micro-batch, so these are searched first. A shared head trains
-less. It is offered where the exits as they are fit in fewer than three ways.
+The result of tuning does not depend on parallelism, micro-batch, and where layers are, so these are searched first. A
+shared head trains less. Quantised layers have other hidden states, which exits then learn. Both are offered only where
+fewer than three ways fit without them.
 """
 
 from __future__ import annotations
@@ -11,20 +12,45 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.check import largest_tensor
-from megatron_ee.config.schema import RunConfig
+from megatron_ee.config.schema import Quantise, RunConfig
 from megatron_ee.errors import ConfigError
-from megatron_ee.planning.blame import blame
-from megatron_ee.planning.devices import memory_needed
+from megatron_ee.families.quantisation import fits_groups
+from megatron_ee.planning.blame import blame, blame_host
+from megatron_ee.planning.devices import GPUS_PER_MACHINE
 from megatron_ee.planning.estimate import Estimate, estimate_run
 from megatron_ee.planning.machine import Machine
 
 BEST = 3
+KINDS: tuple[Quantise, ...] = get_args(Quantise)
+"""Of quantisation, by the memory that is saved and by how much hidden states change."""
 Overrides = dict[str, Any]
 """Values by dotted key."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Memory that a run may take.
+
+    Attributes:
+        gpu: bytes of one GPU.
+        host: bytes of the host of one machine; None if that is not known, and not checked.
+    """
+
+    gpu: float
+    host: float | None = None
+
+    def short(self, estimate: Estimate) -> tuple[float, float]:
+        """Bytes that a GPU lacks, and the host of a machine; 0 for enough."""
+        host = 0.0 if self.host is None else max(0.0, estimate.host_needed - self.host)
+        return max(0.0, estimate.needed - self.gpu), host
+
+    def hold(self, estimate: Estimate) -> bool:
+        """Whether it fits."""
+        return self.short(estimate) == (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -35,16 +61,18 @@ class Candidate:
         changes: what differs from the configuration as it is written.
         estimate: of the changed configuration.
         less: whether the changes train less than what is written.
+        rounded: how the changes quantise layers, if they do; empty if not.
     """
 
     changes: Overrides
     estimate: Estimate
-    less: bool
+    less: bool = False
+    rounded: Quantise | Literal[""] = ""
 
     @property
-    def needed(self) -> float:
-        """Bytes that a GPU needs."""
-        return memory_needed(self.estimate.memory)
+    def same_result(self) -> bool:
+        """Whether it tunes the same exits on the same hidden states as what is written."""
+        return not self.less and not self.rounded
 
     @property
     def arguments(self) -> list[str]:
@@ -59,7 +87,8 @@ class Misfit:
     Attributes:
         tensor: tensor-parallel size.
         pipeline: number of stages.
-        short: bytes that a GPU lacks; 0 if another reason is given.
+        short: bytes that a GPU lacks, or the host of a machine; 0 if another reason is given.
+        host: whether the host lacks them.
         reason: what takes the memory, or what does not divide.
         remedy: changes with which it fits; None if none was found.
     """
@@ -67,6 +96,7 @@ class Misfit:
     tensor: int
     pipeline: int
     short: float
+    host: bool
     reason: str
     remedy: Overrides | None
 
@@ -79,30 +109,34 @@ class Search:
     misfits: tuple[Misfit, ...]
 
 
-def search(config: RunConfig, architecture: Architecture, gpus: int, memory: float, machine: Machine | None) -> Search:
-    """Search all sizes for ``gpus`` GPUs with ``memory`` bytes each.
+def search(config: RunConfig, architecture: Architecture, gpus: int, limits: Limits, machine: Machine | None) -> Search:
+    """Search all sizes for ``gpus`` GPUs.
 
     Args:
         config: as written, its ``model.dtype`` resolved.
         architecture: of the model.
         gpus: number of processes.
-        memory: bytes of one GPU.
+        limits: of memory.
         machine: what times rest on. Without one, candidates are compared by their FLOPs and idle time.
     """
-    rates = machine or _free_links()
-    fitting, misfits = list[Candidate](), list[Misfit]()
+    space = _Space(config, architecture, gpus, machine or _free_links())
+    fitting, misfits, possible = list[Candidate](), list[Misfit](), list[tuple[int, int]]()
     for tensor, pipeline in _sizes(config, architecture, gpus):
         try:
-            found = list(_candidates(config, architecture, gpus, tensor, pipeline, rates))
+            found = list(space.candidates(tensor, pipeline, space.same_results(pipeline)))
         except ConfigError as error:
-            misfits.append(Misfit(tensor, pipeline, 0.0, str(error), None))
+            misfits.append(Misfit(tensor, pipeline, 0.0, False, str(error), None))
             continue
-        fits = [each for each in found if each.needed <= memory]
-        fitting += _fastest(fits)
-        resident = [each for each in found if not each.less and each.estimate.workload.residency == "device"]
-        least = min(resident, key=lambda each: each.needed)
-        if least.needed > memory:
-            misfits.append(_misfit(least, architecture, gpus, memory, rates))
+        possible.append((tensor, pipeline))
+        fitting += _fastest([each for each in found if limits.hold(each.estimate)])
+        resident = [each for each in found if each.estimate.workload.residency == "device"]
+        least = min(resident, key=lambda each: (limits.short(each.estimate), each.estimate.needed))
+        if not limits.hold(least.estimate):
+            misfits.append(_misfit(least, space, limits))
+    if len(fitting) < BEST:
+        for tensor, pipeline in possible:
+            found = list(space.candidates(tensor, pipeline, space.other_results(pipeline)))
+            fitting += _fastest([each for each in found if limits.hold(each.estimate)])
     fitting.sort(key=_order)
     best = fitting[:BEST]
     if machine is None:
@@ -122,36 +156,64 @@ def _sizes(config: RunConfig, architecture: Architecture, gpus: int) -> Iterator
                 yield tensor, pipeline
 
 
-def _candidates(
-    config: RunConfig, architecture: Architecture, gpus: int, tensor: int, pipeline: int, rates: Machine
-) -> Iterator[Candidate]:
-    """Every combination of the other settings.
+@dataclass(frozen=True)
+class _Space:
+    """What is searched. ``rates``: what times rest on."""
 
-    Raises:
-        ConfigError: no micro-batch divides the batch, or there are more stages than layers and exits.
-    """
-    replicas, batch = gpus // (tensor * pipeline), config.tuning.global_batch_size
-    if batch % replicas:
-        raise ConfigError(f"{replicas} data-parallel replicas do not divide tuning.global_batch_size {batch}")
-    micros = [size for size in _powers(batch // replicas) if (batch // replicas) % size == 0]
-    micros = sorted({*micros, config.tuning.micro_batch_size} if _divides(config, replicas) else micros)
-    sequence = [False, True] if tensor > 1 and config.data.sequence_length % tensor == 0 else [False]
-    heads = (
-        [False, True] if any(exit_.head == "own" and exit_.body != "embedding" for exit_ in config.exits) else [False]
-    )
-    residencies = ["device", "host", "disk"] if pipeline == 1 else ["device"]
-    for shared, residency, split, micro in itertools.product(heads, residencies, sequence, micros):
-        changes: Overrides = {
-            "parallel.tensor": tensor,
-            "parallel.pipeline": pipeline,
-            "parallel.sequence": split,
-            "parallel.layout": "auto",
-            "tuning.micro_batch_size": micro,
-            "model.residency": residency,
-        }
-        if shared:
-            changes |= shared_heads(config)
-        yield _candidate(config, changes, architecture, gpus, rates, less=shared)
+    config: RunConfig
+    architecture: Architecture
+    gpus: int
+    rates: Machine
+
+    def candidates(self, tensor: int, pipeline: int, settings: Sequence[Overrides]) -> Iterator[Candidate]:
+        """Each of ``settings``, with every combination of sequence parallelism and micro-batch.
+
+        Raises:
+            ConfigError: no micro-batch divides the batch, or there are more stages than layers and exits.
+        """
+        config, replicas = self.config, self.gpus // (tensor * pipeline)
+        batch = config.tuning.global_batch_size
+        if batch % replicas:
+            raise ConfigError(f"{replicas} data-parallel replicas do not divide tuning.global_batch_size {batch}")
+        micros = [size for size in _powers(batch // replicas) if (batch // replicas) % size == 0]
+        micros = sorted({*micros, config.tuning.micro_batch_size} if _divides(config, replicas) else micros)
+        sequence = [False, True] if tensor > 1 and config.data.sequence_length % tensor == 0 else [False]
+        for setting, split, micro in itertools.product(settings, sequence, micros):
+            changes: Overrides = {
+                "parallel.tensor": tensor,
+                "parallel.pipeline": pipeline,
+                "parallel.sequence": split,
+                "parallel.layout": "auto",
+                "tuning.micro_batch_size": micro,
+            }
+            yield self.candidate(config, changes | setting)
+
+    def same_results(self, pipeline: int) -> list[Overrides]:
+        """Where the layers' weights can be without a change of their values."""
+        model = self.config.model
+        quantised = self.architecture.packed_bits > 0 or model.quantise != "none"
+        resident = ("packed", "expanded") if quantised else (model.weights,)
+        found: list[Overrides] = [{"model.residency": "device", "model.weights": each} for each in resident]
+        return found + [{"model.residency": each} for each in ("host", "disk") if pipeline == 1]
+
+    def other_results(self, pipeline: int) -> list[Overrides]:
+        """Shared heads, quantised layers, and both."""
+        same, shared = self.same_results(pipeline), shared_heads(self.config)
+        rounded = quantised_layers(self.config, self.architecture)
+        found = rounded if not shared else [*(each | shared for each in same), *rounded]
+        return found + [each | shared for each in rounded if shared]
+
+    def candidate(self, config: RunConfig, changes: Overrides) -> Candidate:
+        """``config`` with changes; those of the configuration as it is written that remain are named."""
+        changed = apply_changes(config, changes)
+        differing = {key: value for key, value in changes.items() if _value(self.config, key) != value}
+        rounding = changed.model.quantise
+        return Candidate(
+            differing,
+            estimate_run(changed, self.architecture, self.gpus, self.rates),
+            less=any(key.startswith("exits.") for key in differing),
+            rounded=rounding if rounding != self.config.model.quantise else "",
+        )
 
 
 def shared_heads(config: RunConfig) -> Overrides:
@@ -163,22 +225,40 @@ def shared_heads(config: RunConfig) -> Overrides:
     }
 
 
-def _misfit(least: Candidate, architecture: Architecture, gpus: int, memory: float, rates: Machine) -> Misfit:
+def quantised_layers(config: RunConfig, architecture: Architecture) -> list[Overrides]:
+    """Changes that quantise a plain model's layers, or quantise them more, as they are loaded; they stay packed.
+
+    Streamed layers are expanded on the host, so they do not gain.
+    """
+    features = (architecture.hidden_size, architecture.num_heads * architecture.head_dim, architecture.ffn_size)
+    kinds = [kind for kind in KINDS if kind != "int4" or all(map(fits_groups, features))]
+    if architecture.packed_bits or config.model.quantise not in kinds:
+        return []
+    more = kinds[kinds.index(config.model.quantise) + 1 :]
+    return [{"model.residency": "device", "model.weights": "packed", "model.quantise": kind} for kind in more]
+
+
+def _misfit(least: Candidate, space: _Space, limits: Limits) -> Misfit:
     """Why a candidate does not fit, and the first remedy with which it does."""
     config, estimate = least.estimate.config, least.estimate
-    streamed = {"model.residency": "host"} if config.parallel.pipeline == 1 else {}
-    host_optimizer = {"optimizer.implementation": "deepspeed_cpu"}
-    options = (shared_heads(config), streamed, host_optimizer, _copied(estimate))
-    singles: list[Overrides] = [each for each in options if each]
-    pairs = [first | second for first, second in itertools.combinations(singles, 2)]
-    remedy = None
-    for changes in (*singles, *pairs):
-        if _candidate(config, changes, architecture, gpus, rates, less=False).needed <= memory:
-            remedy = changes
-            break
-    short = least.needed - memory
-    sizes = estimate.config.parallel
-    return Misfit(sizes.tensor, sizes.pipeline, short, blame(estimate), remedy)
+    on_gpu, on_host = limits.short(estimate)
+    streamed = ("host", "disk") if config.parallel.pipeline == 1 else ()
+    for_host: list[Overrides] = [{"checkpoint.asynchronous": False}, {"optimizer.implementation": "auto"}]
+    for_gpu: list[Overrides] = [shared_heads(config), *({"model.residency": each} for each in streamed)]
+    for_gpu += [{"optimizer.implementation": "deepspeed_cpu"}, _copied(estimate)]
+    for_gpu += quantised_layers(config, space.architecture)
+    options = for_gpu + for_host if on_gpu else for_host + for_gpu
+    singles = [each for each in options if each]
+    pairs = [first | second for first, second in itertools.combinations(singles, 2) if not first.keys() & second.keys()]
+    remedies = (each for each in (*singles, *pairs) if limits.hold(space.candidate(config, each).estimate))
+    return Misfit(
+        config.parallel.tensor,
+        config.parallel.pipeline,
+        short=on_gpu or on_host,
+        host=not on_gpu,
+        reason=blame(estimate) if on_gpu else blame_host(estimate),
+        remedy=next(remedies, None),
+    )
 
 
 def _copied(estimate: Estimate) -> Overrides:
@@ -187,35 +267,27 @@ def _copied(estimate: Estimate) -> Overrides:
     return {f"exits.{index}.init": "copy" for index in range(len(estimate.config.exits))} if fitted else {}
 
 
-def _candidate(
-    config: RunConfig, changes: Overrides, architecture: Architecture, gpus: int, rates: Machine, *, less: bool
-) -> Candidate:
-    changed = apply_changes(config, changes)
-    differing = {key: value for key, value in changes.items() if _value(config, key) != value}
-    return Candidate(differing, estimate_run(changed, architecture, gpus, rates), less)
-
-
 def _fastest(fits: Sequence[Candidate]) -> list[Candidate]:
-    """Of the candidates of one tensor and pipeline size, the fastest of each residency and choice of heads."""
-    groups: dict[tuple[bool, str], list[Candidate]] = {}
+    """Of the candidates of one tensor and pipeline size, the fastest of each choice of heads and layers."""
+    groups: dict[tuple[Any, ...], list[Candidate]] = {}
     for each in fits:
-        groups.setdefault((each.less, each.estimate.workload.residency), []).append(each)
+        model = each.estimate.config.model
+        groups.setdefault((each.less, model.residency, model.weights, model.quantise), []).append(each)
     return [min(group, key=_order) for group in groups.values()]
 
 
 def _order(candidate: Candidate) -> tuple[Any, ...]:
-    """Fastest first; of equal times the smallest change, then the least memory."""
+    """What changes the result least, then the fastest; of equal times the smallest change, then the least memory."""
     estimate = candidate.estimate
     assert estimate.step is not None, "candidates have times"
     workload = estimate.workload
-    seconds = float(f"{estimate.step.seconds:.3g}")
     return (
-        candidate.less,
-        seconds,
+        candidate.less + KINDS.index(candidate.rounded or "none"),
+        float(f"{estimate.step.seconds:.3g}"),
         workload.tensor,
         len(estimate.layout.stages),
         len(candidate.changes),
-        candidate.needed,
+        estimate.needed,
     )
 
 
@@ -226,7 +298,7 @@ def _without_times(estimate: Estimate) -> Estimate:
 def _free_links() -> Machine:
     """A machine on which only FLOPs take time."""
     inf = float("inf")
-    return Machine("", inf, 1.0, 1.0, 1.0, 1.0, inf, inf, inf, inf, 2**31, None, ())
+    return Machine("", inf, 1.0, 1.0, 1.0, 1.0, inf, inf, inf, inf, GPUS_PER_MACHINE, None, ())
 
 
 def _powers(most: int) -> Iterator[int]:

@@ -13,6 +13,8 @@ from megatron_ee.exits.tensors import exit_parts, saved_parts
 from megatron_ee.planning.parameters import layer_parameters
 from megatron_ee.planning.workload import FLOAT32, Workload
 
+HOST_OPTIMIZER = 4 * FLOAT32
+"""Bytes of an optimizer in host memory for each weight: gradient, main weight and two moments."""
 LOSS_AND_TOKEN = 12
 """Bytes for each validation token in the cache: a float32 loss and an int64 top-1 token."""
 
@@ -65,21 +67,45 @@ def saves(config: RunConfig) -> int:
     return 1 + (max(0, steps - 1) // interval if interval else 0)
 
 
-def host_memory(config: RunConfig, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload) -> int:
+@dataclass(frozen=True)
+class HostMemory:
     """Bytes of host memory of all ranks together, besides what Python and its libraries take.
 
-    A checkpoint's copy with the optimizer's state in host memory, and the tokens that gates are fitted on: both with
-    distillation, else the larger. And streamed layers: all of each replica, or one of each rank on its way from the
-    disk.
+    Attributes:
+        layers: streamed layers: all of each replica, or one of each rank on its way from the disk.
+        optimizer: gradients, main weights and moments, if they are in host memory.
+        checkpoint: the copy of a checkpoint that is written meanwhile.
+        gates: the tokens that gates are fitted on, of all adapters that are fitted together.
+        gates_while_tuning: whether this is done while tuning, with distillation, or after it.
     """
-    copied = disk_use(config, architecture, specs, workload).checkpoint if config.checkpoint.asynchronous else 0
-    if workload.host_optimizer:
-        copied += _trained(architecture, specs) * 4 * FLOAT32  # gradients, main weights and two moments
-    gates = sum(spec.gate for spec in specs) * gate_tokens(config, architecture)
-    gates *= architecture.hidden_size * workload.itemsize
+
+    layers: int = 0
+    optimizer: int = 0
+    checkpoint: int = 0
+    gates: int = 0
+    gates_while_tuning: bool = False
+
+    @property
+    def total(self) -> int:
+        """Tuning, or the fit of gates after it if that takes more."""
+        tuning = self.optimizer + self.checkpoint
+        return self.layers + (tuning + self.gates if self.gates_while_tuning else max(tuning, self.gates))
+
+
+def host_memory(
+    config: RunConfig, architecture: Architecture, specs: Sequence[ExitSpec], workload: Workload
+) -> HostMemory:
+    """What the run of a checked configuration holds in host memory."""
+    gates = sum(spec.gate for spec in specs) * (1 if workload.top_k else workload.adapters)
     layers = {"device": 0, "host": architecture.num_layers, "disk": 1}[workload.residency]
-    streamed = layers * layer_parameters(architecture) * workload.itemsize * workload.data
-    return streamed + (copied + gates if workload.top_k else max(copied, workload.adapters * gates))
+    asynchronous = config.checkpoint.asynchronous
+    return HostMemory(
+        layers=layers * layer_parameters(architecture) * workload.itemsize * workload.data,
+        optimizer=_trained(architecture, specs) * HOST_OPTIMIZER if workload.host_optimizer else 0,
+        checkpoint=disk_use(config, architecture, specs, workload).checkpoint if asynchronous else 0,
+        gates=gates * gate_tokens(config, architecture) * architecture.hidden_size * workload.itemsize,
+        gates_while_tuning=workload.top_k > 0 and gates > 0,
+    )
 
 
 def gate_tokens(config: RunConfig, architecture: Architecture) -> int:

@@ -77,6 +77,8 @@ def measure_machine(config: RunConfig, architecture: Architecture, specs: Sequen
             host_link=_copy_rate(),
             devices=max(1, ranks),
             watts=None,
+            accelerator=platform.has_accelerator(),
+            host_memory=float(min(groups.gather(platform.free_host_memory()))) if platform.has_accelerator() else None,
             basis=(
                 f"measured just now on this machine ({_device_name()}), at {workload.micro_batch_size} x "
                 f"{workload.sequence_length} tokens in {config.model.dtype}: frozen layers {layers_rate / 1e9:,.1f} "

@@ -114,6 +114,31 @@ def test_without_a_device_there_are_no_times(planned: Any) -> None:
     assert "A GPU needs 45.7 GB. It has 40 GB: short by 5.7 GB." in limited.splitlines()
 
 
+def test_the_memory_of_the_host_is_compared_if_it_is_known(planned: Any) -> None:
+    options = ("--exits", "[{layer: 8, head: shared}]", "--gpu", "rtx4090")
+    unknown, known = planned("llama2_7b", *options), planned("llama2_7b", *options, "--host-memory", "3")
+    (line,) = (line for line in unknown.splitlines() if line.startswith("The host needs"))
+    assert line.count("GB") == 1 and "name it with --host-memory" in unknown
+    (line,) = (line for line in known.splitlines() if line.startswith("The host needs"))
+    assert "It has 3 GB: short by" in line and "--host-memory" not in known
+    assert "of host memory: Python with its libraries, in 1 process(es), takes 2.0 GB; `checkpoint.asyn" in known
+    found = json.loads(planned("llama2_7b", *options, "--host-memory", "3", "--json"))
+    assert found["host_memory"] == 3e9 and not found["run"]["fits"]
+    assert found["run"]["host_memory_needed"] > sum(found["run"]["host_memory"].values()) > 1e9
+    assert any(each["host"] for each in found["misfits"])
+
+
+def test_what_changes_hidden_states_is_marked(planned: Any) -> None:
+    """On 11 GB the layers stream, or they are quantised."""
+    options = ("--exits", "[{layer: 24, head: shared, init: copy}]", "--data.validation", "[]", "--gpu-memory", "11")
+    lines = planned("llama2_7b", *options).splitlines()
+    (marked,) = (line for line in lines if "--model.quantise" in line)
+    assert marked.startswith("3: ")
+    assert marked.endswith("(other hidden states: layers rounded to int8, so agreement differs)")
+    found = json.loads(planned("llama2_7b", *options, "--json"))
+    assert [each["changes_hidden_states"] for each in found["best"]] == [False, False, True]
+
+
 def test_a_run_that_does_not_divide_the_gpus_is_planned_for_other_sizes(
     planned: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +180,7 @@ def test_dtype_that_is_not_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "--gpus: 3 is not a multiple of parallel.tensor 4 x parallel.pipeline 2; change these, or",
         ),
         (["--gpu-memory", "-1"], 2, "argument --gpu-memory: must be a positive number, not -1"),
+        (["--host-memory", "64"], 2, "--host-memory: has no effect without the memory of a GPU; add --gpu or --gpu-m"),
         (["--price", "x"], 2, "argument --price: must be a number, not 'x'"),
         (["--gpu", "h100", "--measured"], 2, "argument --measured: not allowed with argument --gpu"),
         (["--measured"], 2, "--measured: one process measures no link, but 8 are planned for; start it with torchrun"),

@@ -98,7 +98,7 @@ def test_an_optimizer_in_host_memory_crosses_its_link() -> None:
 
 
 def test_packed_layers_are_expanded_once_per_step_or_microbatch() -> None:
-    plain, packed = (Workload(2, microbatches=4, **kind) for kind in ({}, {"packed_bits": 8.0, "slots": 1}))
+    plain, packed = Workload(2, microbatches=4), Workload(2, microbatches=4, packed_bits=8.0, slots=1)
     layer = layer_matrices(MODEL) * EXPANSION / 1e12
 
     def added(layout: Layout) -> list[float]:

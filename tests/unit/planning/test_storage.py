@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.load import config_from_dict
 from megatron_ee.planning.parameters import layer_parameters, trained_parameters
-from megatron_ee.planning.storage import disk_use, host_memory, saves
+from megatron_ee.planning.storage import HostMemory, disk_use, host_memory, saves
 from megatron_ee.planning.workload import make_workload
 from megatron_ee.testing.models import llama2_7b
 
@@ -53,20 +53,26 @@ def test_number_of_checkpoints() -> None:
 def test_host_memory() -> None:
     config = config_from_dict(VALUES)
     workload = make_workload(config, MODEL, 1)
-    assert host_memory(config, MODEL, SPECS, workload) == 12 * COUNT  # the copy of a checkpoint
+    assert host_memory(config, MODEL, SPECS, workload) == HostMemory(checkpoint=12 * COUNT)
     waiting = config_from_dict({**VALUES, "checkpoint": {"asynchronous": False}})
-    assert host_memory(waiting, MODEL, SPECS, workload) == 0
+    assert host_memory(waiting, MODEL, SPECS, workload) == HostMemory()
     # The tokens of gates: 16 for each of 4,096 features, for the last and the best adapter.
     gated, tokens = [ExitSpec(8, "norm", "shared", gate=True)], 16 * 4096 * 4096 * 2
-    assert host_memory(waiting, MODEL, gated, workload) == 2 * tokens
+    assert host_memory(waiting, MODEL, gated, workload) == HostMemory(gates=2 * tokens)
     # With distillation a checkpoint may be written meanwhile, of 4,096 weights with their optimizer state.
     distils = config_from_dict({**VALUES, "loss": {"distillation": {"kl": 1.0}}})
-    assert host_memory(distils, MODEL, gated, make_workload(distils, MODEL, 1)) == tokens + 12 * 4096
+    found = host_memory(distils, MODEL, gated, make_workload(distils, MODEL, 1))
+    assert found == HostMemory(gates=tokens, checkpoint=12 * 4096, gates_while_tuning=True)
+    assert found.total == tokens + 12 * 4096
     # Streamed layers: all of each replica in host memory, or one on its way from the disk.
     layer, quick = 2 * layer_parameters(MODEL), [ExitSpec(8, "norm", "shared")]
     for residency, count in (("host", 32), ("disk", 1)):
         model = {"path": "m", "dtype": "bfloat16", "residency": residency}
         streamed = config_from_dict({**VALUES, "model": model, "checkpoint": {"asynchronous": False}})
-        assert host_memory(streamed, MODEL, quick, make_workload(streamed, MODEL, 2)) == 2 * count * layer
+        found = host_memory(streamed, MODEL, quick, make_workload(streamed, MODEL, 2))
+        assert found == HostMemory(layers=2 * count * layer)
     host = config_from_dict({**VALUES, "optimizer": {"implementation": "deepspeed_cpu"}})
-    assert host_memory(host, MODEL, SPECS, make_workload(host, MODEL, 1)) == (12 + 16) * COUNT
+    found = host_memory(host, MODEL, SPECS, make_workload(host, MODEL, 1))
+    assert found == HostMemory(optimizer=16 * COUNT, checkpoint=12 * COUNT)
+    # Without distillation gates are fitted after tuning; layers are streamed all the time.
+    assert HostMemory(layers=1, optimizer=4, checkpoint=3, gates=6).total == 8
