@@ -39,13 +39,14 @@ from megatron_ee.inference.remote import (
     serve_stage,
 )
 from megatron_ee.inference.requests import MAX_DRAFT
-from megatron_ee.inference.scheduler import PASS_TOKENS, Scheduler
+from megatron_ee.inference.scheduler import Scheduler
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
 from megatron_ee.inference.stage_runner import StageRunner
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.streaming import check_host_memory
 from megatron_ee.parallel.groups import Groups, joined_processes, model_groups
 from megatron_ee.parallel.layout import Layout, even_layout
+from megatron_ee.parallel.tiles import PASS_TOKENS
 from megatron_ee.parallel.transfer import connect
 from megatron_ee.parallel.watchdog import SILENCE_SECONDS, watch_ranks
 

@@ -19,9 +19,8 @@ from megatron_ee.inference.passes import Pass, ScheduledSequence, StageMap, Stag
 from megatron_ee.inference.requests import FinishReason, Token
 from megatron_ee.inference.sequence import Sequence, Status
 from megatron_ee.inference.speculation import Drafter, DraftState
+from megatron_ee.parallel.tiles import PASS_TOKENS
 
-PASS_TOKENS = 512
-"""Maximum prompt tokens per pass: enough for fast matrix products, few enough for a short delay of other sequences."""
 MAX_PASSES_WAITED = 4
 """Maximum passes of other sequences that a sequence waits before it runs next."""
 

@@ -19,6 +19,8 @@ ROW_RUN = 2048
 TOP_RUN = 64
 """Block of columns of the teacher's logits: a block is sorted only if its maximum is large enough. It divides the
 padded vocabulary."""
+PASS_TOKENS = 512
+"""Maximum prompt tokens per pass: enough for fast matrix products, few enough for a short delay of other sequences."""
 PACKED_SLOTS = 1
 """Layers of a packed backbone that are expanded at a time."""
 STREAMED_SLOTS = 2

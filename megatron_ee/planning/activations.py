@@ -14,12 +14,17 @@ from megatron_ee.exits.body import LayerBytes
 from megatron_ee.exits.registry import body_of, trains
 from megatron_ee.parallel.costs import padded_vocab
 from megatron_ee.parallel.layout import Layout, StageLayout
-from megatron_ee.parallel.tiles import ROW_RUN, TOP_RUN, VOCAB_RUN, WINDOW_QUERIES, Tiles, accelerator_tiles
+from megatron_ee.parallel.tiles import (
+    PASS_TOKENS,
+    ROW_RUN,
+    TOP_RUN,
+    VOCAB_RUN,
+    WINDOW_QUERIES,
+    Tiles,
+    accelerator_tiles,
+)
 from megatron_ee.planning.parameters import head_rows, hosted_by
 from megatron_ee.planning.workload import FLOAT32, Workload
-
-PASS_TOKENS = 512
-"""Prompt tokens that an engine runs in one pass, see ``inference.scheduler``."""
 
 
 def activation_peak(

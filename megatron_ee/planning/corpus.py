@@ -3,7 +3,7 @@
 The rule is one label (unmasked token) per trained parameter of the largest exit. It follows from two figures. The
 EE-Tuning paper (arXiv 2402.00518, section 4.1) shows each exit about 4 tokens per trained parameter: 40,000 steps of 16
 sequences of 2,048 tokens, for an ``mlp`` exit of Llama 2 13B with 376M parameters. And text that is read up to 4 times
-is about as good as new text (arXiv 2305.16264); with more passes over little text, exits learn it by heart.
+is about as good as new text (arXiv 2305.16264); with more passes over little text, exits memorise it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,6 @@ def little_data(
         return []
     return [
         f"data.train: {labels:,} tokens to learn from, read {seen / labels:.1f} times, are few for the "
-        f"{wanted:,} trained parameters of the exit after layer {largest.layer}, which may learn them by heart; "
+        f"{wanted:,} trained parameters of the exit after layer {largest.layer}, which may memorise them; "
         f"consider {', '.join(helps)}, fewer steps or more text"
     ]

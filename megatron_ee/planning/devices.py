@@ -15,7 +15,7 @@ GB = 10**9
 PRODUCT_SHARE = 0.45
 """Share of the peak that products of matrices reach, and what runs between them. Megatron-LM's README reports 41% to
 48% for whole training steps on H100."""
-MEMORY_SHARE = 0.8
+BANDWIDTH_SHARE = 0.8
 """Share of the memory bandwidth that operations without products reach."""
 LINK_SHARE = 0.7
 """Share of a link's bandwidth that messages and reductions reach."""
@@ -25,6 +25,8 @@ NETWORK = 12.5 * GB
 GPU have four times as much."""
 DISK = 1.0 * GB
 """Bytes per second that the storage of one machine is assumed to read and write."""
+HOST_BANDWIDTH = 50 * GB
+"""Bytes per second of the host's memory that an optimizer there is assumed to reach."""
 RESERVED = 1.0 * GB
 """Bytes that a GPU's CUDA context, kernels, cuBLAS and NCCL take."""
 HOST_RESERVED = 2.0 * GB

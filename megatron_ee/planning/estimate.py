@@ -24,7 +24,7 @@ from megatron_ee.planning.workload import Workload, make_workload
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run on paper. What follows from its settings is computed when it is asked for.
+    """The settings of a run. What follows from them is computed when it is first used.
 
     Attributes:
         config: checked, its ``model.dtype`` resolved.
@@ -79,12 +79,14 @@ class Estimate:
         return min(self.gpus, GPUS_PER_MACHINE if self.machine is None else self.machine.devices)
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether the device's memory is the host's: on a CPU."""
+        return self.machine is not None and not self.machine.accelerator
+
+    @property
     def needed(self) -> float:
-        """Bytes that a GPU needs. A CPU's own memory is the host's, so its share of that is included."""
-        needed = memory_needed(self.memory)
-        if self.machine is None or self.machine.accelerator:
-            return needed
-        return needed + self.host.total / self.gpus
+        """Bytes that a GPU needs; on a CPU with its share of what is in host memory."""
+        return memory_needed(self.memory) + self.shares_memory * self.host.total / self.gpus
 
     @property
     def host_needed(self) -> float:

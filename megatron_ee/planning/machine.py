@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ee.planning.devices import (
+    BANDWIDTH_SHARE,
     GB,
     GPUS_PER_MACHINE,
     LINK_SHARE,
-    MEMORY_SHARE,
     NETWORK,
     PRODUCT_SHARE,
     Device,
@@ -64,7 +64,7 @@ def assumed_machine(device: Device, dtype: str) -> Machine:
         exits=PRODUCT_SHARE * peak,
         float32=PRODUCT_SHARE * device.float32,
         float64=PRODUCT_SHARE * device.float64,
-        bandwidth=MEMORY_SHARE * device.bandwidth,
+        bandwidth=BANDWIDTH_SHARE * device.bandwidth,
         link=LINK_SHARE * device.link,
         network=LINK_SHARE * NETWORK,
         host_link=LINK_SHARE * device.host_link,
@@ -72,8 +72,8 @@ def assumed_machine(device: Device, dtype: str) -> Machine:
         watts=device.watts,
         basis=(
             f"{device.name} by its data sheet, of which a run is assumed to reach {PRODUCT_SHARE:.0%} of "
-            f"{peak / 1e12:,.4g} TFLOPS in {dtype}, {MEMORY_SHARE:.0%} of {device.bandwidth / GB:,.0f} GB/s of memory, "
-            f"{LINK_SHARE:.0%} of {device.link / GB:,.0f} GB/s between GPUs; none of it was measured",
+            f"{peak / 1e12:,.4g} TFLOPS in {dtype}, {BANDWIDTH_SHARE:.0%} of {device.bandwidth / GB:,.0f} GB/s of "
+            f"memory, {LINK_SHARE:.0%} of {device.link / GB:,.0f} GB/s between GPUs; none of it was measured",
             f"machines of {GPUS_PER_MACHINE} GPUs, between machines {LINK_SHARE:.0%} of {NETWORK / GB:g} GB/s per GPU",
             f"{device.watts:,.0f} W per GPU all the time, without hosts and cooling",
         ),

@@ -45,14 +45,17 @@ def print_estimate(estimate: Estimate, limits: Limits | None, per_hour: float | 
 
 def basis(estimate: Estimate, limits: Limits | None) -> list[str]:
     """What each estimate rests on."""
-    unknown = limits is None or limits.host is None
+    of_host = ""
+    if estimate.shares_memory:
+        of_host = "; it is the memory that tensors are in, so it counts there"
+    elif limits is None or limits.host is None:
+        of_host = "; not compared, since the host's memory is unknown: name it with --host-memory"
     lines = [
         "memory: counted tensors at their peak; simulated steps without a GPU stay within 5% of it",
         f"what a GPU needs: the largest phase, {FRAGMENTATION:.0%} more for gaps of the allocator (assumed), and "
         f"{RESERVED / GB:g} GB for CUDA and libraries (assumed)",
         f"what a host needs: streamed layers, an optimizer there, checkpoints while they are written, and "
-        f"{HOST_RESERVED / GB:g} GB for Python and libraries in each process (assumed)"
-        + ("; not compared, since the host's memory is unknown: name it with --host-memory" if unknown else ""),
+        f"{HOST_RESERVED / GB:g} GB for Python and libraries in each process (assumed){of_host}",
         "FLOPs: counted products of matrices; other operations are in the share of the peak that is reached",
         "traffic: counted, reductions as a ring",
     ]
@@ -107,6 +110,8 @@ def report_dict(
 def _fit_lines(estimate: Estimate, limits: Limits | None) -> list[str]:
     """What a GPU and a host need, and have."""
     gpu, host = (None, None) if limits is None else (limits.gpu, limits.host)
+    if estimate.shares_memory:
+        return [_fit_line("A process needs", estimate.needed, gpu)]
     of_host = f"The host of {estimate.processes} processes needs" if estimate.processes > 1 else "The host needs"
     return [_fit_line("A GPU needs", estimate.needed, gpu), _fit_line(of_host, estimate.host_needed, host)]
 

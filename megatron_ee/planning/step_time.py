@@ -10,7 +10,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.parallel.layout import Layout
 from megatron_ee.planning.activations import by_layer
 from megatron_ee.planning.costs import exit_flops
-from megatron_ee.planning.devices import DISK
+from megatron_ee.planning.devices import DISK, HOST_BANDWIDTH
 from megatron_ee.planning.machine import Machine, group_link
 from megatron_ee.planning.parameters import (
     hosted_by,
@@ -23,8 +23,6 @@ from megatron_ee.planning.plan import StageWork, schedule_end, stage_work
 from megatron_ee.planning.traffic import StageTraffic, stage_traffic
 from megatron_ee.planning.workload import FLOAT32, Workload
 
-HOST_BANDWIDTH = 50e9
-"""Bytes per second of the host's memory that an optimizer there is assumed to reach."""
 HOST_STATE = 28
 """Bytes of host memory that AdamW reads and writes for each float32 weight."""
 EXPANSION = 12

@@ -44,7 +44,7 @@ def test_the_notice_names_numbers_and_what_helps(architecture: Architecture) -> 
     (line,) = little_data(config(), architecture, SPECS, [1000, 500], [10.0, 40.0])
     assert line == (
         "data.train: 1,500 tokens to learn from, read 20.0 times, are few for the "
-        f"{HEAD + MLP:,} trained parameters of the exit after layer 2, which may learn them by heart; consider "
+        f"{HEAD + MLP:,} trained parameters of the exit after layer 2, which may memorise them; consider "
         "head: shared (24,640 parameters), tuning.patience, optimizer.decay_towards: initial, fewer steps or more text"
     )
 

@@ -46,7 +46,7 @@ def layout(*stages: tuple[tuple[int, int] | None, tuple[int, ...]]) -> Layout:
 
 
 class FakeGroup:
-    """One rank of several that exist on paper."""
+    """One rank of several that do not run."""
 
     def __init__(self, size: int, rank: int) -> None:
         self._size, self._rank = size, rank
@@ -270,11 +270,11 @@ def test_buffers_for_transfer() -> None:
     # h to the next stage and both taps, in two buffers more than the stages between them.
     sizes = [stage_memory(stages, index, model, specs, Workload(2)).transfer for index in range(3)]
     assert sizes == [3 * hidden + 2 * 2 * hidden, 3 * hidden, 2 * 2 * hidden]
-    # With a teacher on the second stage, the third holds what it got until the verdict is there.
-    verdicts = 2 * 2 * 2048 * 8 * 4
+    # With a teacher on the second stage, the third keeps its taps until the teacher message is there.
+    teachers = 2 * 2 * 2048 * 8 * 4
     stages = layout(((1, 8), ()), ((9, 32), (12,)), (None, (4, 8)))
     sizes = [stage_memory(stages, index, model, specs, Workload(2, top_k=8)).transfer for index in range(3)]
-    assert sizes == [3 * hidden + 2 * 2 * hidden, 3 * hidden + verdicts, 3 * 2 * hidden + verdicts]
+    assert sizes == [3 * hidden + 2 * 2 * hidden, 3 * hidden + teachers, 3 * 2 * hidden + teachers]
 
 
 def test_the_first_stage_keeps_the_embedded_tokens_beside_its_layers() -> None:

@@ -50,11 +50,11 @@ def test_nothing_waits_for_the_exits_of_another_stage() -> None:
 
 def test_exits_wait_for_their_teacher() -> None:
     # Two layers of 2 each, a final exit of 1 and exits of 3. First stage: forwards 0-2 and 2-4, exits from 5, when the
-    # verdict of the first microbatch is there, to 8, forward to 10, exits to 13, and the last ones to 16.
+    # teacher message of the first microbatch is there, to 8, forward to 10, exits to 13, and the last ones to 16.
     stages = layout(((1, 1), (1,)), ((2, 2), ()))
     work = [StageWork(2, 0, 3), StageWork(2, 1, 0)]
     assert idle_shares(stages, work, 3, distillation=True) == pytest.approx([1 / 16, 7 / 16])
-    # One microbatch: forward to 2, verdict at 5, exits to 8.
+    # One microbatch: forward to 2, teacher message at 5, exits to 8.
     assert idle_shares(stages, work, 1, distillation=True) == pytest.approx([3 / 8, 5 / 8])
     # The last stage's own exits need not wait.
     stages = layout(((1, 1), ()), ((2, 2), (2,)))

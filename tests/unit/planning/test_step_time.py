@@ -9,10 +9,10 @@ import pytest
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
-from megatron_ee.planning.devices import DEVICES, DISK
+from megatron_ee.planning.devices import DEVICES, DISK, HOST_BANDWIDTH
 from megatron_ee.planning.machine import Machine, assumed_machine, group_link
 from megatron_ee.planning.parameters import layer_matrices, layer_parameters, stage_parameters, trained_parameters
-from megatron_ee.planning.step_time import EXPANSION, HOST_BANDWIDTH, step_time, streaming_seconds, update_bytes
+from megatron_ee.planning.step_time import EXPANSION, step_time, streaming_seconds, update_bytes
 from megatron_ee.planning.workload import Workload
 from megatron_ee.testing.models import llama2_7b
 
