@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_ee.evaluation.tasks.results import TaskResults
     from megatron_ee.inference.released import Released
 
-ANSWERS, RESULTS, PLOT = "answers.jsonl", "tasks.json", "tasks.png"
+ANSWERS, RESULTS, PLOT, GROUPS = "answers.jsonl", "tasks.json", "tasks.png", "groups.png"
 """Files in ``--output``."""
 MADE_BY = "megatron-ee evaluate"
 
@@ -43,6 +43,12 @@ def add_tasks(group: Any) -> None:
     )
     add("--max-tokens", type=at_least(1), default=64, metavar="N", help="largest number of new tokens (default: 64)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end answers before this text; repeatable")
+    add(
+        "--by",
+        choices=("group", "script", "length"),
+        help="also compare groups of records in threshold mode: by their field group, the script or the tokens of the "
+        "prompt",
+    )
     add_serving(group)
     existing = group.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue an unfinished evaluation in --output")
@@ -93,6 +99,8 @@ def _settings(arguments: argparse.Namespace, records: list[TaskRecord], released
 
     if arguments.thresholds is not None and not released.exits:
         raise ConfigError("thresholds: there are no exits; give their adapter with --adapter")
+    if arguments.by is not None and not released.exits:
+        raise ConfigError("by: there are no exits, so all groups have full mode; give their adapter with --adapter")
     thresholds = THRESHOLDS if arguments.thresholds is None else arguments.thresholds
     limits = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
     settings = compared_settings(released, thresholds, arguments.policy, **limits)
@@ -148,15 +156,25 @@ def _opened_journal(
 
 def _report(arguments: argparse.Namespace, results: TaskResults, about: dict[str, Any]) -> None:
     from megatron_ee.checkpoint.atomic import write_json
+    from megatron_ee.evaluation.group_report import groups_dict, plot_groups, print_groups
+    from megatron_ee.evaluation.tasks.by_group import compare_task_groups
     from megatron_ee.evaluation.tasks.report import plot_tasks, print_tasks
 
     found = {**about, **results.to_dict(), "timing": results.timing(arguments.max_num_seqs)}
+    compared = {} if arguments.by is None else compare_task_groups(results, arguments.by)
+    if compared:
+        found["groups"] = {name: groups_dict(each) for name, each in compared.items()}
     if arguments.json:
         print(json.dumps(found))
     else:
         print_tasks(results, arguments.max_num_seqs)
+        if compared:
+            print()
+            print_groups(compared)
     if arguments.output is not None:
         write_json(arguments.output / RESULTS, {**found, "rows": results.rows_dict()})
         plot_tasks(results, arguments.output / PLOT)
+        if compared:
+            plot_groups(compared, arguments.output / GROUPS)
     if arguments.plot is not None:
         plot_tasks(results, arguments.plot)

@@ -1,0 +1,252 @@
+"""Fairness: whether early exit treats some groups of records worse than the others.
+
+Each group is compared with all records outside it, in exit depth, agreement with full mode, difference of quality and
+loss. Each comparison is a permutation test, and Holm's method corrects for the number of groups. Records are the unit,
+and must not depend on each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest, permutation_test
+
+from megatron_ee.evaluation.bootstrap import paired_intervals
+
+Array = NDArray[np.float64]
+
+LEAST_MEMBERS = 10
+"""Smaller groups are named, but not judged."""
+PERMUTATIONS = 9999
+SIGNIFICANCE = 0.05
+"""Level of the tests of one measure, all groups together."""
+LAYERS, AGREEMENT, QUALITY, LOSS = "layers per token", "agreement", "quality difference", "loss"
+"""The measures. Quality difference is early minus full: below 0, early answers are worse."""
+WORSE = {LAYERS: 1, AGREEMENT: -1, QUALITY: -1, LOSS: 1}
+"""Whether a higher (1) or a lower (-1) value is worse for a group."""
+RISK = (LOSS, QUALITY, AGREEMENT)
+"""The measure of risk is the first of these that was measured."""
+RANGES = {AGREEMENT: (0, 1), QUALITY: (-1, 1), LOSS: (0, 1)}
+"""What a record can have of a measure."""
+CONFIDENCE = 0.95
+"""Of the intervals."""
+_EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class EarlyResults:
+    """Early exit beside full mode, record by record. Each array is ``[records]``; NaN where nothing was measured.
+
+    Attributes:
+        layers: layers per token of the early answer.
+        agreement: share of its tokens that are full mode's, in [0, 1].
+        early_quality: quality of the early answer, in [0, 1]; None if there is none for any record.
+        full_quality: of full mode's answer, likewise.
+        losses: loss of the early answer as a certificate defines it, in [0, 1]; None without a certificate.
+    """
+
+    layers: Array
+    agreement: Array
+    early_quality: Array | None = None
+    full_quality: Array | None = None
+    losses: Array | None = None
+
+    def measures(self) -> dict[str, Array]:
+        """By name, the measures that any record has."""
+        found = {LAYERS: self.layers, AGREEMENT: self.agreement}
+        if self.early_quality is not None and self.full_quality is not None:
+            found[QUALITY] = self.early_quality - self.full_quality
+        if self.losses is not None:
+            found[LOSS] = self.losses
+        return {name: values for name, values in found.items() if not np.isnan(values).all()}
+
+
+@dataclass(frozen=True)
+class GroupFigure:
+    """One measure of a group.
+
+    Attributes:
+        members: records that have the measure.
+        mean: over them.
+        rest: mean over the records outside the group; None if there are none.
+        low, high: 95% confidence interval of the mean.
+        p: that the group equals the rest, two-sided, after Holm's correction; None if the rest is too small.
+        worse: whether the group is significantly worse than the rest.
+    """
+
+    members: int
+    mean: float
+    rest: float | None
+    low: float
+    high: float
+    p: float | None
+    worse: bool
+
+
+@dataclass(frozen=True)
+class GroupOutcome:
+    """A group, and its figures by measure. A measure that too few of its records have is left out."""
+
+    name: str
+    members: int
+    figures: Mapping[str, GroupFigure]
+
+    @property
+    def too_small(self) -> bool:
+        """Whether the group is too small to be judged."""
+        return self.members < LEAST_MEMBERS
+
+
+@dataclass(frozen=True)
+class GroupComparison:
+    """All groups.
+
+    Attributes:
+        by: what the groups are made by, in words.
+        groups: in their order.
+        overall: mean over all records, by measure.
+        risk: the measure that risk is judged by.
+    """
+
+    by: str
+    groups: tuple[GroupOutcome, ...]
+    overall: Mapping[str, float]
+    risk: str
+
+    @property
+    def riskier(self) -> tuple[GroupOutcome, ...]:
+        """The groups that carry significantly more risk than the others."""
+        return tuple(each for each in self.groups if self.risk in each.figures and each.figures[self.risk].worse)
+
+
+def compare_groups(
+    results: EarlyResults, names: Sequence[str], by: str, *, seed: int = 0, permutations: int = PERMUTATIONS
+) -> GroupComparison:
+    """Compare each group with the records outside it.
+
+    Args:
+        results: one entry per record.
+        names: the group of each record.
+        by: what the groups are made by, in words.
+        seed: of permutations and bootstrap samples.
+        permutations: of each test.
+
+    Raises:
+        ValueError: there are no records, nothing was measured, or ``names`` has another length.
+    """
+    measures = results.measures()
+    if not measures or len(names) != len(results.layers):
+        raise ValueError(f"{len(results.layers)} records have {len(measures)} measures and {len(names)} groups")
+    labels, members = np.array(names), Counter(names)
+    figures: dict[str, dict[str, GroupFigure]] = {name: {} for name in members}
+    for measure, values in measures.items():
+        known = ~np.isnan(values)
+        for name, figure in _figures(measure, values[known], labels[known], seed, permutations).items():
+            figures[name][measure] = figure
+    return GroupComparison(
+        by,
+        tuple(GroupOutcome(name, members[name], figures[name]) for name in sorted(members, key=_order)),
+        {measure: float(np.nanmean(values)) for measure, values in measures.items()},
+        next((measure for measure in RISK if measure in measures), AGREEMENT),
+    )
+
+
+def _order(name: str) -> tuple[int, str]:
+    """By a number that the name begins with, as lengths do, then by name."""
+    number = re.match(r"\d{1,15}", name, re.ASCII)
+    return int(number[0]) if number else 0, name
+
+
+def _figures(
+    measure: str, values: Array, labels: NDArray[np.str_], seed: int, permutations: int
+) -> dict[str, GroupFigure]:
+    """The figures of one measure, by group."""
+    judged = sorted(name for name, count in Counter(labels.tolist()).items() if count >= LEAST_MEMBERS)
+    inside = {name: labels == name for name in judged}
+    tested = [name for name in judged if np.count_nonzero(~inside[name]) >= LEAST_MEMBERS]
+    rng = np.random.default_rng(seed)
+    p_values = [permutation_p(values[inside[name]], values[~inside[name]], rng, permutations) for name in tested]
+    corrected = dict(zip(tested, holm(p_values), strict=True))
+    found = {}
+    for name in judged:
+        own, others, p = values[inside[name]], values[~inside[name]], corrected.get(name)
+        mean, rest = float(own.mean()), float(others.mean()) if len(others) else None
+        worse = p is not None and p <= SIGNIFICANCE and rest is not None and WORSE[measure] * (mean - rest) > 0
+        found[name] = GroupFigure(len(own), mean, rest, *_interval(measure, own, seed), p, worse)
+    return found
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected by Holm's step-down method, in the same order.
+
+    Rejecting those of at most a level gives a false rejection with at most this probability, however they depend on
+    each other.
+    """
+    corrected, highest = [1.0] * len(p_values), 0.0
+    for done, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        highest = max(highest, min(1.0, (len(p_values) - done) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def permutation_p(inside: Array, outside: Array, rng: np.random.Generator, permutations: int = PERMUTATIONS) -> float:
+    """Two-sided p-value of a permutation test that two samples have the same mean.
+
+    The statistic is Welch's t. So the test is exact if both samples have one distribution, and holds for many records
+    if only their means are equal (Janssen, Statistics & Probability Letters 36, 1997).
+
+    Args:
+        inside: one sample ``[records]``, of two or more.
+        outside: the other, likewise.
+        rng: makes the permutations.
+        permutations: how many; all, if there are not more.
+    """
+    values = np.concatenate([inside, outside])
+    spread = values.std()
+    if spread < _EPSILON:
+        return 1.0
+    samples = tuple((each - values.mean()) / spread for each in (inside, outside))
+    found = permutation_test(
+        samples,
+        _welch,
+        vectorized=True,
+        alternative="greater",
+        n_resamples=permutations,
+        batch=max(1, 2**20 // len(values)),
+        rng=rng,
+    )
+    return float(found.pvalue)
+
+
+def _welch(inside: Array, outside: Array, axis: int) -> Array:
+    """Absolute Welch's t of standardised values along ``axis``."""
+    variances = [each.var(axis=axis, ddof=1) / each.shape[axis] for each in (inside, outside)]
+    difference = np.abs(inside.mean(axis=axis) - outside.mean(axis=axis))
+    # Equal statistics must be equal numbers, whatever the order of the values was.
+    return np.round(difference / np.sqrt(np.maximum(sum(variances), _EPSILON)), 9)
+
+
+def _interval(measure: str, values: Array, seed: int) -> tuple[float, float]:
+    """Confidence interval of the mean: Wilson's for shares of records, else from bootstrap percentiles."""
+    first, count = float(values[0]), len(values)
+    if np.all(values == first):
+        if measure not in RANGES:
+            return first, first
+        # The bootstrap has no width here. A share of the records that none of these showed may have any other value.
+        unseen, (low, high) = wilson(0, count)[1], RANGES[measure]
+        return first - unseen * (first - low), first + unseen * (high - first)
+    if RANGES.get(measure) == (0, 1) and np.isin(values, (0, 1)).all():
+        return wilson(int(values.sum()), count)
+    low, high = paired_intervals(values[:, None], level=CONFIDENCE, seed=seed)[0].tolist()
+    return low, high
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's interval, with ``CONFIDENCE``, of a probability from ``successes`` in ``count`` independent trials."""
+    found = binomtest(successes, count).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)

@@ -1,0 +1,155 @@
+"""Groups of records: tests with known answers, how often they are wrong, and what is said of small groups."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from megatron_ee.evaluation.group_report import groups_dict, plot_groups, print_groups, warning
+from megatron_ee.evaluation.groups import (
+    AGREEMENT,
+    LAYERS,
+    LOSS,
+    QUALITY,
+    EarlyResults,
+    compare_groups,
+    holm,
+    permutation_p,
+    wilson,
+)
+
+SIZES = {"a": 80, "b": 50, "c": 20, "d": 10}
+NAMES = [name for name, size in SIZES.items() for _ in range(size)]
+COUNT = len(NAMES)
+Values = NDArray[np.float64]
+
+
+def results(losses: Values) -> EarlyResults:
+    """Records that differ in nothing but their losses."""
+    return EarlyResults(np.full(len(losses), 20.0), np.ones(len(losses)), losses=losses)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.001, 0.5, 0.012]) == pytest.approx([1.0, 0.004, 1.0, 0.036])
+    assert holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_a_permutation_test_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    # Two of the twenty ways to choose three of six, and one of the fifteen ways to choose two.
+    assert permutation_p(np.array([1.0, 2, 3]), np.array([4.0, 5, 6]), rng) == pytest.approx(2 / 20)
+    assert permutation_p(np.array([0.0, 0]), np.array([1.0, 1, 1, 1]), rng) == pytest.approx(1 / 15)
+    assert permutation_p(np.ones(3), np.ones(3), rng) == 1
+    # By drawn permutations, against the normal approximation of a difference of 2.5 standard errors.
+    many = np.tile([0.0, 1, 2, 3, 4], 40)
+    shifted = many + 2.5 * math.sqrt(2 * many.var() / len(many))
+    assert permutation_p(many, shifted, rng, 4999) == pytest.approx(0.0124, abs=0.006)
+
+
+def test_wilson_by_hand() -> None:
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+
+
+def rare(rng: np.random.Generator) -> Values:
+    return (rng.random(COUNT) < 0.1).astype(float)
+
+
+def skewed(rng: np.random.Generator) -> Values:
+    return rng.beta(0.3, 2.7, COUNT)
+
+
+def wider_in_a_small_group(rng: np.random.Generator) -> Values:
+    """Equal means; a test of the plain difference of means would call group c different in a third of the cases."""
+    width = np.where(np.array(NAMES) == "c", 0.4, 0.05)
+    return 0.5 + width * (2 * rng.random(COUNT) - 1)
+
+
+@pytest.mark.parametrize("make", [rare, skewed, wider_in_a_small_group])
+def test_without_a_difference_warnings_are_rare(make: Callable[[np.random.Generator], Values]) -> None:
+    rng, trials, found = np.random.default_rng(0), 200, 0
+    inside = [np.array(NAMES) == name for name in SIZES]
+    for _ in range(trials):
+        values = make(rng)
+        found += min(holm([permutation_p(values[each], values[~each], rng, 199) for each in inside])) <= 0.05
+    assert found <= 0.05 * trials + 3 * math.sqrt(0.05 * 0.95 * trials)
+
+
+def test_a_planted_difference_is_found_and_no_other() -> None:
+    rng, found = np.random.default_rng(1), []
+    for seed in range(20):
+        losses = (rng.random(COUNT) < np.where(np.array(NAMES) == "b", 0.4, 0.05)).astype(float)
+        compared = compare_groups(results(losses), NAMES, "group", seed=seed, permutations=499)
+        found.append([group.name for group in compared.riskier])
+    assert found.count(["b"]) >= 18
+
+
+def measured() -> EarlyResults:
+    rng = np.random.default_rng(2)
+    full = (rng.random(COUNT) < 0.6).astype(float)
+    early = np.where((np.array(NAMES) == "b") & (rng.random(COUNT) < 0.6), 0.0, full)
+    early[5] = full[5] = np.nan  # a record without references
+    return EarlyResults(20 + 5 * rng.random(COUNT), rng.beta(9, 1, COUNT), early, full)
+
+
+def test_figures_of_groups() -> None:
+    found = measured()
+    compared = compare_groups(found, NAMES, "script", permutations=999)
+    assert [group.name for group in compared.groups] == ["a", "b", "c", "d"] and compared.risk == QUALITY
+    assert [group.members for group in compared.groups] == [80, 50, 20, 10]
+    a, b, *_ = compared.groups
+    assert a.figures[QUALITY].members == 79 and a.figures[QUALITY].mean == 0
+    assert -0.1 < a.figures[QUALITY].low < 0 < a.figures[QUALITY].high < 0.1  # no record differs, but few were seen
+    figure = b.figures[QUALITY]
+    assert figure.mean == np.mean((found.early_quality - found.full_quality)[80:130])  # type: ignore[operator]
+    assert figure.low < figure.mean < figure.high < 0 and figure.worse and figure.p is not None and figure.p <= 0.01
+    assert figure.rest == 0.0
+    layers = a.figures[LAYERS]
+    assert layers.mean == pytest.approx(found.layers[:80].mean()) and 20 < layers.low < layers.mean < layers.high < 25
+    assert compared.overall[AGREEMENT] == pytest.approx(found.agreement.mean())
+    assert compared == compare_groups(found, NAMES, "script", permutations=999)
+    by_loss = compare_groups(results(np.zeros(COUNT)), NAMES, "script", permutations=99)
+    assert by_loss.risk == LOSS and by_loss.groups[3].figures[LOSS].high == pytest.approx(wilson(0, 10)[1])
+    assert not by_loss.riskier and warning(by_loss) is None
+
+
+def test_small_groups_are_named_and_not_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["65-128"] * 20 + ["1-32"] * 20 + ["33-64"] * 9
+    losses = np.array([0.0] * 40 + [1.0] * 9)
+    compared = compare_groups(results(losses), names, "length", permutations=99)
+    assert [(group.name, group.too_small) for group in compared.groups] == [
+        ("1-32", False),
+        ("33-64", True),
+        ("65-128", False),
+    ]
+    assert compared.groups[1].figures == {} and not compared.riskier
+    print_groups({"threshold 0.8": compared})
+    assert "Too small to be judged, fewer than 10 records: 33-64 (9)" in capsys.readouterr().out
+    # Where nothing is left to compare with, there is an interval and no test.
+    (alone,) = compare_groups(results(losses), ["all"] * 49, "group").groups
+    assert alone.figures[LOSS].p is None and alone.figures[LOSS].rest is None and not alone.figures[LOSS].worse
+    few, many = compare_groups(results(losses[:45]), [*["few"] * 5, *["many"] * 40], "group").groups
+    assert few.too_small and many.figures[LOSS].rest == 0 and many.figures[LOSS].p is None
+    with pytest.raises(ValueError, match="49 records have 3 measures and 0 groups"):
+        compare_groups(results(losses), [], "group")
+
+
+def test_what_is_said_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compared = compare_groups(measured(), NAMES, "script")
+    line = warning(compared)
+    assert line is not None and line.startswith("more risk than in the other groups by script: b (quality")
+    assert "\n" not in line and "others 0.0%, p = 0.0004" in line
+    print_groups({"threshold 0.8": compared})
+    out = capsys.readouterr().out
+    assert f"\nwarning: threshold 0.8: {line}\n" in out and "]!" in out and "Too small" not in out
+    assert json.loads(json.dumps(groups_dict(compared)))["groups"][1]["quality difference"]["worse"] is True
+    plot_groups({"one": compared, "other": compared}, tmp_path / "groups.svg")
+    assert "d (10)" in (tmp_path / "groups.svg").read_text()
