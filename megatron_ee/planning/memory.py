@@ -185,6 +185,7 @@ def gates_memory(
         return 0
     layout = layout.with_exits([spec.layer for spec in specs])
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
+    backbone, _ = stage_parameters(layout, index, architecture, (), workload.tensor, distillation=True)
     stage, hidden = layout.stages[index], hidden_bytes(architecture, workload)
     running = layer_peak(architecture, workload) if stage.layers else 0
     if stage.exits or index == layout.last_layered:
@@ -192,8 +193,9 @@ def gates_memory(
     running += _taught(layout, index, workload) * hidden + (4 * hidden if len(layout.stages) > 1 else 0)
     if any(spec.gate for spec in hosted_by(stage, specs)):
         running = max(running, newton_bytes(architecture.hidden_size))
-    adapters = workload.adapters * trained * workload.itemsize
-    return _frozen_bytes(frozen, stage, architecture, workload) + adapters + running
+    exits = trained + frozen - backbone  # with the head that they share
+    adapters = workload.adapters * exits * workload.itemsize
+    return _frozen_bytes(backbone, stage, architecture, workload) + adapters + running
 
 
 def decoding_memory(

@@ -13,7 +13,7 @@ from megatron_ee.exits.fit import fit_bytes
 from megatron_ee.exits.gate import newton_bytes
 from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
-from megatron_ee.planning.memory import stage_memory
+from megatron_ee.planning.memory import gates_memory, stage_memory
 from megatron_ee.planning.parameters import trained_parameters
 from megatron_ee.planning.plan import StageWork, idle_shares, make_plan, plan_run
 from megatron_ee.planning.table import print_plan
@@ -142,6 +142,10 @@ def test_validation_and_gates_hold_all_layers() -> None:
     assert 0 < stage.memory.gates - weights - 2 * trained < 0.1 * weights  # of two adapters
     assert stage.memory.total == stage.memory.gates > stage.memory.tuning == plain.memory.tuning
     assert plain.memory.validation == plain.memory.gates == 0
+    # A stage without the final exit has a copy of a shared head, of each adapter.
+    shared, halves = [ExitSpec(8, "norm", "shared", gate=True)], layout(((1, 16), (8,)), ((17, 32), ()))
+    once, twice = (gates_memory(halves, 0, model, shared, Workload(2, validates=each)) for each in (False, True))
+    assert twice - once == 2 * (32_000 + 1) * 4096
     distils = Workload(2, validates=True, top_k=8)
     (stage,) = make_plan(layout(((1, 32), (8,))), model, [ExitSpec(8, gate=True)], distils).stages
     assert stage.memory.gates == 0 < newton_bytes(4096) <= stage.memory.activations + stage.memory.taps
