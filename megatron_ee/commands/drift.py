@@ -21,7 +21,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = Parser("drift", DESCRIPTION)
     result.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="exit logs of one server, JSON lines")
-    result.add_argument("--risk", type=_share, required=True, metavar="R", help="mean loss that is allowed")
+    allowed = result.add_mutually_exclusive_group(required=True)
+    allowed.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="certificate of calibrate: only requests under it count"
+    )
+    allowed.add_argument(
+        "--risk", type=_share, metavar="R", help="mean loss that is allowed, for logs with a single certificate"
+    )
     result.add_argument(
         "--alarm-level",
         type=_share,
@@ -36,25 +42,33 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Test. Print tables or JSON to stdout, and write the requested plot."""
+    from megatron_ee.checkpoint.digest import file_sha256
     from megatron_ee.checkpoint.ownership import check_file
     from megatron_ee.commands.inputs import check_input
     from megatron_ee.evaluation.audits import certificates, read_audits
     from megatron_ee.evaluation.drift import new_monitor, replay
     from megatron_ee.evaluation.drift_report import drift_dict, plot_drift, print_drift
     from megatron_ee.evaluation.plots import FORMATS
+    from megatron_ee.inference.certificate import read_certificate
 
     if arguments.plot is not None:
         if arguments.plot.suffix.lower() not in FORMATS:
             raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(FORMATS)}")
         check_file(arguments.plot, "--plot")
     check_input("LOG", *arguments.logs)
+    check_input("--calibration", arguments.calibration)
     audits = read_audits(arguments.logs)
-    found = certificates(audits)
-    if len(found) > 1:
-        raise ConfigError(f"LOG: audited requests ran under {len(found)} certificates")
-    counted = [each for each in audits if each.audit is not None and each.audit.certificate in found]
+    if arguments.calibration is not None:
+        risk, digests = read_certificate(arguments.calibration).risk, [file_sha256(arguments.calibration)]
+    else:
+        risk, digests = arguments.risk, certificates(audits)
+        if len(digests) > 1:
+            raise ConfigError(
+                f"--risk: audited requests ran under {len(digests)} certificates; choose one with --calibration"
+            )
+    counted = [each for each in audits if each.audit is not None and each.audit.certificate in digests]
     losses = [each.audit.loss for each in counted if each.audit is not None]
-    history = replay(new_monitor(arguments.risk, arguments.alarm_level), losses)
+    history = replay(new_monitor(risk, arguments.alarm_level), losses)
     uncounted = len(audits) - len(counted)
     if arguments.json:
         print(json.dumps(drift_dict(history, counted, uncounted)))

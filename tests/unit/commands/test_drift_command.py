@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.commands.main import main
+
+CERTIFICATE = {
+    **{"made_by": "megatron-ee calibrate", "version": 1, "task": "words", "loss": "disagreement"},
+    **{"risk": 0.05, "delta": 0.1, "p_value": "betting", "n": 80, "n_fit": 20, "policy": None, "full_layers": 4},
+    **{f"{name}_sha256": "0" * 64 for name in ("model", "adapter", "tokenizer", "data")},
+    "decoding": {
+        **{"chat": True, "max_tokens": 8, "sampling": {}, "dtype": "float32", "weights": "packed", "quantise": "none"}
+    },
+    **{"overlap": "none", "seed": 0, "date": "2026-01-01T00:00:00+00:00"},
+}
 
 
 def write_log(path: Path, losses: list[float], certificates: tuple[str | None, ...] = ("c",)) -> Path:
@@ -52,7 +63,22 @@ def test_only_requests_under_the_certificate_count(tmp_path: Path, capsys: pytes
     assert found["audits"] == found["uncounted"] == 20 and found["mean_loss"] == 0
     two = write_log(tmp_path / "two.jsonl", [0.0] * 4, ("c", "d"))
     assert main(["drift", str(two), "--risk", "0.1"]) == 2
-    assert "ran under 2 certificates" in capsys.readouterr().err
+    assert "--risk: audited requests ran under 2 certificates" in capsys.readouterr().err
+
+
+def test_a_certificate_gives_the_risk_and_chooses_the_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(CERTIFICATE))
+    log = write_log(tmp_path / "exits.jsonl", [0.0, 1.0, 0.0] * 20, (file_sha256(path), None, "another"))
+    assert main(["drift", str(log), "--calibration", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["risk"] == 0.05 and found["audits"] == 20 and found["uncounted"] == 40 and found["mean_loss"] == 0
+    assert main(["drift", str(log), "--calibration", str(log)]) == 1
+    assert f"{log}: " in capsys.readouterr().err
+    assert main(["drift", str(log), "--calibration", str(path), "--risk", "0.1"]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_nothing_audited_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

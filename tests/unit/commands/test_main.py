@@ -113,7 +113,7 @@ INPUTS = {
     "generate --model here --prompt a --draft-vocabulary 4 --draft-corpus here": ("--draft-corpus",),
     "regenerate --model here --prompts here --output out": ("--model", "--prompts"),
     "probe --model here --data here": ("--model", "--data"),
-    "drift here --risk 0.1": (),  # its input is no option
+    "drift here --calibration here": ("--calibration",),
     "quickstart --base here --data here --out out": ("--base", "--data"),
     "quickstart --base here --prompts here --out out": ("--prompts",),
 }
