@@ -25,7 +25,7 @@ LEAST_MEMBERS = 10
 PERMUTATIONS = 9999
 SIGNIFICANCE = 0.05
 """Level of the tests of one measure, all groups together."""
-LAYERS, AGREEMENT, QUALITY, LOSS = "layers per token", "agreement", "quality difference", "loss"
+LAYERS, AGREEMENT, QUALITY, LOSS = "exit layer", "agreement", "quality difference", "loss"
 """The measures. Quality difference is early minus full: below 0, early answers are worse."""
 WORSE = {LAYERS: 1, AGREEMENT: -1, QUALITY: -1, LOSS: 1}
 """Whether a higher (1) or a lower (-1) value is worse for a group."""
@@ -43,7 +43,7 @@ class EarlyResults:
     """Early exit beside full mode, record by record. Each array is ``[records]``; NaN where nothing was measured.
 
     Attributes:
-        layers: layers per token of the early answer.
+        layers: mean layer of the exits that emitted the tokens of the early answer.
         agreement: share of its tokens that are full mode's, in [0, 1].
         early_quality: quality of the early answer, in [0, 1]; None if there is none for any record.
         full_quality: of full mode's answer, likewise.

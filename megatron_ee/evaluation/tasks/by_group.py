@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Literal, get_args
 
 import numpy as np
@@ -56,8 +57,7 @@ def early_results(early: Sequence[TaskRow], full: Sequence[TaskRow]) -> EarlyRes
 
 
 def _layers(row: TaskRow) -> float:
-    layers = None if row.answer is None else row.answer.layers_per_token
-    return math.nan if layers is None else layers
+    return math.nan if row.answer is None else fmean(row.answer.layers)
 
 
 def _quality(row: TaskRow) -> float:

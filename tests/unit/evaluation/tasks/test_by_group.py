@@ -40,7 +40,7 @@ def test_groups_are_compared_in_threshold_mode(
     assert list(found) == ["threshold 2"] and found["threshold 2"]["risk"] == "quality difference"
     x, y, z = found["threshold 2"]["groups"]
     assert [each["members"] for each in (x, y, z)] == [12, 11, 2] and z["too_small"] and "agreement" not in z
-    assert x["agreement"]["mean"] == 1 == y["agreement"]["p"] and x["agreement"]["low"] > 0.7
+    assert x["agreement"]["mean"] == 1 == y["agreement"]["p"] and x["exit layer"]["mean"] == 4
     assert found["threshold 2"]["warning"] is None and (output / "groups.png").is_file()
     # Shown again from the same answers, by something else.
     again = [*given, *exits[:-1], "length", "--output", output, "--resume"]
