@@ -29,6 +29,8 @@ NAMES = {
     "equal_tokens": "equal tokens",
 }
 """Names of scores in tables and plots."""
+NONE = "-"
+"""Cell of a table without a figure."""
 SHOWN_AGREEMENT = ("equal_answers", "equal_tokens")
 """Scores of agreement in tables."""
 MARKS = {BASELINE: "s", "speculative": "D"}
@@ -63,13 +65,16 @@ def print_tasks(results: TaskResults, batch: int, console: Console | None = None
 
 
 def _table(title: str, found: Sequence[SettingResult], console: Console) -> Table:
-    """One row per setting. Below a mean of a setting that is not full mode stands the interval of its difference."""
+    """One row per setting. Below a mean of a setting that is not full mode stands the interval of its difference.
+
+    Columns without any figure are left out.
+    """
     compared = len(found) > 1
     columns: dict[str, Callable[[SettingResult], str]] = {
-        "tokens/s": lambda each: "-" if each.speed is None else f"{each.speed.tokens_per_second:.1f}"
+        "tokens/s": lambda each: NONE if each.speed is None else f"{each.speed.tokens_per_second:.1f}"
     }
     if compared:
-        columns["speed"] = lambda each: "-" if each.speed is None else f"{each.speed.speedup:.2f}x"
+        columns["speed"] = lambda each: NONE if each.speed is None else f"{each.speed.speedup:.2f}x"
         columns["exit layer"] = lambda each: _number(each.exit_layer)
     columns["layers per token"] = lambda each: _number(each.layers_per_token)
     for score in (*QUALITY, *(SHOWN_AGREEMENT if compared else ())):
@@ -77,11 +82,13 @@ def _table(title: str, found: Sequence[SettingResult], console: Console) -> Tabl
             columns[NAMES[score]] = partial(_score, score=score)
     if compared:
         columns["first departure"] = lambda each: _number(each.mean_departure)
+    cells = {name: [cell(each) for each in found] for name, cell in columns.items()}
+    filled = {name: column for name, column in cells.items() if set(column) != {NONE}}
     table = new_table(title, console)
     table.add_column("setting", no_wrap=True)
-    add_columns(table, *columns)
-    for each in found:
-        table.add_row(each.setting, *(cell(each) for cell in columns.values()))
+    add_columns(table, *filled)
+    for each, *row in zip(found, *filled.values(), strict=True):
+        table.add_row(each.setting, *row)
     return table
 
 
@@ -96,13 +103,14 @@ def _score(result: SettingResult, *, score: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return NONE if value is None else f"{value:.1f}"
 
 
 def _notes(results: TaskResults, batch: int) -> list[str]:
     notes = []
     if len(results.settings) > 1:
         notes.append("Second lines: 95% interval of the difference to full mode, in percentage points.")
+    if any(each.mean_departure is not None for each in results.overall):
         notes.append("First departure: mean place of the first token that is not full mode's, where there is one.")
     timed = [each.speed for each in results.overall if each.speed is not None]
     answered = sum(row.answer is not None for row in results.rows[BASELINE])
