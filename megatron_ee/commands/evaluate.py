@@ -16,7 +16,18 @@ from megatron_ee.errors import ConfigError
 PLOTS = (".png", ".pdf", ".svg")
 
 CORPUS = ("sequence_length", "sequences", "batch_size", "speed", "probe")
-TASKS = ("thresholds", "policy", "max_tokens", "stop", "by", "kv_memory", "max_num_seqs", "resume", "overwrite")
+TASKS = (
+    "thresholds",
+    "policy",
+    "max_tokens",
+    "stop",
+    "by",
+    "calibration",
+    "kv_memory",
+    "max_num_seqs",
+    "resume",
+    "overwrite",
+)
 """Options that only ``--data`` and only ``--tasks`` have."""
 
 DESCRIPTION = """With --data, measure each exit on a corpus: loss, perplexity, agreement with the final exit,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_ee.evaluation.tasks.answers import Setting
     from megatron_ee.evaluation.tasks.records import TaskRecord
     from megatron_ee.evaluation.tasks.results import TaskResults
+    from megatron_ee.inference.certificate import Certificate
     from megatron_ee.inference.released import Released
 
 ANSWERS, RESULTS, PLOT, GROUPS = "answers.jsonl", "tasks.json", "tasks.png", "groups.png"
@@ -49,6 +50,12 @@ def add_tasks(group: Any) -> None:
         help="also compare groups of records in threshold mode: by their field group, the script or the tokens of the "
         "prompt",
     )
+    add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="also answer with the thresholds of this certificate; with --by, give its loss and a bound of it by group",
+    )
     add_serving(group)
     existing = group.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue an unfinished evaluation in --output")
@@ -59,7 +66,8 @@ def run_tasks(arguments: argparse.Namespace) -> int:
     """Answer the records in every mode. Print a table or JSON, and write the requested files."""
     from megatron_ee.commands.inputs import check_input
     from megatron_ee.evaluation.tasks.records import read_records
-    from megatron_ee.evaluation.tasks.run import evaluate_tasks
+    from megatron_ee.evaluation.tasks.run import calibrated_setting, evaluate_tasks
+    from megatron_ee.inference.certificate import open_calibration
     from megatron_ee.inference.loading import open_engine
     from megatron_ee.inference.released import open_released
     from megatron_ee.parallel.groups import launched_rank
@@ -68,12 +76,19 @@ def run_tasks(arguments: argparse.Namespace) -> int:
         raise ConfigError("--resume and --overwrite: need --output, the directory of an earlier evaluation")
     with errors_of_options():
         check_input("tasks", *arguments.tasks)
+        check_input("calibration", arguments.calibration)
         released = open_released(
             arguments.model, arguments.adapter, verify=not arguments.no_verify, quantise=arguments.quantise
         )
         records = read_records(arguments.tasks, released)
-        settings = _settings(arguments, records, released)
         options = engine_options(arguments, released)
+        settings = _settings(arguments, records, released)
+        calibration = None
+        if arguments.calibration is not None:
+            calibration = open_calibration(arguments.calibration, released, options, quantise=arguments.quantise)
+            settings.append(
+                calibrated_setting(calibration, settings[0], records, chat=bool(released.tokenizer.templates))
+            )
         about = _about(arguments, settings, records, released)
     first = launched_rank() == 0
     with (
@@ -88,7 +103,7 @@ def run_tasks(arguments: argparse.Namespace) -> int:
             if journal is not None:
                 print("megatron-ee evaluate: the same command with --resume continues", file=sys.stderr)
             raise
-    _report(arguments, results, about)
+    _report(arguments, results, about, None if calibration is None else calibration.certificate)
     return 0
 
 
@@ -113,6 +128,7 @@ def _about(
     arguments: argparse.Namespace, settings: list[Setting], records: list[TaskRecord], released: Released
 ) -> dict[str, Any]:
     """What the answers depend on."""
+    from megatron_ee.checkpoint.digest import file_sha256
     from megatron_ee.evaluation.tasks.records import records_digest
     from megatron_ee.inference.released import released_digests
     from megatron_ee.parallel.groups import launched_rank
@@ -128,6 +144,7 @@ def _about(
             "modes": [setting.name for setting in settings],
             "max_tokens": arguments.max_tokens,
             "stop": arguments.stop,
+            "calibration_sha256": None if arguments.calibration is None else file_sha256(arguments.calibration),
             "max_num_seqs": arguments.max_num_seqs,
             **rounding_settings(arguments, released),
         },
@@ -154,14 +171,16 @@ def _opened_journal(
     return open_journal(path, about, entry_key, resume=arguments.resume, overwrite=overwrite)
 
 
-def _report(arguments: argparse.Namespace, results: TaskResults, about: dict[str, Any]) -> None:
+def _report(
+    arguments: argparse.Namespace, results: TaskResults, about: dict[str, Any], certificate: Certificate | None
+) -> None:
     from megatron_ee.checkpoint.atomic import write_json
     from megatron_ee.evaluation.group_report import groups_dict, plot_groups, print_groups
-    from megatron_ee.evaluation.tasks.by_group import compare_task_groups
+    from megatron_ee.evaluation.task_groups import compare_task_groups
     from megatron_ee.evaluation.tasks.report import plot_tasks, print_tasks
 
     found = {**about, **results.to_dict(), "timing": results.timing(arguments.max_num_seqs)}
-    compared = {} if arguments.by is None else compare_task_groups(results, arguments.by)
+    compared = {} if arguments.by is None else compare_task_groups(results, arguments.by, certificate)
     if compared:
         found["groups"] = {name: groups_dict(each) for name, each in compared.items()}
     if arguments.json:
@@ -174,7 +193,7 @@ def _report(arguments: argparse.Namespace, results: TaskResults, about: dict[str
     if arguments.output is not None:
         write_json(arguments.output / RESULTS, {**found, "rows": results.rows_dict()})
         plot_tasks(results, arguments.output / PLOT)
-        if compared:
+        if any(each.judged for each in compared.values()):
             plot_groups(compared, arguments.output / GROUPS)
     if arguments.plot is not None:
         plot_tasks(results, arguments.plot)

@@ -11,6 +11,7 @@ from megatron_ee.evaluation.groups import (
     CONFIDENCE,
     LAYERS,
     LEAST_MEMBERS,
+    LOSS,
     SIGNIFICANCE,
     GroupComparison,
     GroupFigure,
@@ -31,11 +32,13 @@ def groups_dict(found: GroupComparison) -> dict[str, Any]:
         "by": found.by,
         "risk": found.risk,
         "overall": dict(found.overall),
+        "certified": None if found.certified is None else dict(zip(("risk", "delta"), found.certified, strict=True)),
         "groups": [
             {
                 "name": group.name,
                 "members": group.members,
                 "too_small": group.too_small,
+                "largest_loss": group.largest_loss,
                 **{measure: dataclasses.asdict(figure) for measure, figure in group.figures.items()},
             }
             for group in found.groups
@@ -65,16 +68,24 @@ def print_groups(compared: Mapping[str, GroupComparison]) -> None:
         compared: comparisons of the same groups, by the setting's name.
     """
     console = make_console()
+    first = next(iter(compared.values()))
     for name, found in compared.items():
-        console.print(_table(f"Groups by {found.by}, {name}", found, console))
-        console.print()
+        if found.judged:
+            console.print(_table(f"Groups by {found.by}, {name}", found, console))
+            console.print()
     console.print(
         f"Means with {CONFIDENCE:.0%} intervals. * differs from all other records (p at most {SIGNIFICANCE:g} after "
         "Holm's correction), ! differs and is worse.",
         soft_wrap=True,
     )
-    groups = next(iter(compared.values())).groups
-    small = [f"{group.name} ({group.members})" for group in groups if group.too_small]
+    if first.certified is not None:
+        risk, delta = first.certified
+        console.print(
+            f"Loss at most: the expected loss of each group, for all groups together with probability {1 - delta:.4g}. "
+            f"The certificate's risk is {risk:.1%} over all requests.",
+            soft_wrap=True,
+        )
+    small = [f"{group.name} ({group.members})" for group in first.groups if group.too_small]
     if small:
         line = f"Too small to be judged, fewer than {LEAST_MEMBERS} records: {', '.join(small)}"
         console.print(line, soft_wrap=True)
@@ -87,12 +98,14 @@ def _table(title: str, found: GroupComparison, console: Console) -> Table:
     measures = list(found.overall)
     table = new_table(title, console)
     add_columns(table, "group", words=True)
-    add_columns(table, "records", *measures, f"p, {found.risk}")
-    for group in found.groups:
+    certified = () if found.certified is None else ("loss at most",)
+    add_columns(table, "records", *measures, f"p, {found.risk}", *certified)
+    for group in found.judged:
         cells = [_cell(group.figures.get(measure), measure) for measure in measures]
         risk = group.figures.get(found.risk)
         p = "-" if risk is None or risk.p is None else f"{risk.p:.4f}"
-        table.add_row(group.name, f"{group.members:,}", *cells, p)
+        bound = "-" if group.largest_loss is None else f"{group.largest_loss:.1%}"
+        table.add_row(group.name, f"{group.members:,}", *cells, p, *(bound for _ in certified))
     return table
 
 
@@ -105,31 +118,36 @@ def plot_groups(compared: Mapping[str, GroupComparison], path: Path) -> None:
 
     Raises:
         UserError: ``path`` is not a .png, .pdf or .svg, or cannot be written.
+        ValueError: all groups are too small.
     """
     first = next(iter(compared.values()))
-    measures, count = list(first.overall), len(first.groups)
+    measures, count = list(first.overall), len(first.judged)
+    if not count:
+        raise ValueError("all groups are too small to be plotted")
     size = (2.6 * len(measures) + 1.6, (0.3 * count + 1.1) * len(compared) + 0.6)
     with saved_figure(path, size) as figure:
         grid = figure.subplots(len(compared), len(measures), sharex="col", sharey=True, squeeze=False)
         for row, (name, found) in zip(grid, compared.items(), strict=True):
             for axes, measure in zip(row, measures, strict=True):
                 _plot_measure(axes, found, measure)
-            for place, group in enumerate(found.groups):
-                if group.too_small:
-                    transform = row[0].get_yaxis_transform()
-                    row[0].text(0.02, place, "too small", transform=transform, va="center", color=GREY)
             row[0].set_title(name, loc="left")
         for axes, measure in zip(grid[-1], measures, strict=True):
             axes.set_xlabel(measure if measure == LAYERS else f"{measure} (%)")
-        grid[0, 0].set_yticks(range(count), [f"{group.name} ({group.members})" for group in first.groups])
+        grid[0, 0].set_yticks(range(count), [f"{group.name} ({group.members})" for group in first.judged])
         grid[0, 0].set_ylim(count - 0.5, -0.5)
         title = f"Groups by {first.by}: mean and {CONFIDENCE:.0%} interval; diamond: worse than the others"
+        if first.certified is not None:
+            title += "; dashed: the certified risk"
+        if count < len(first.groups):
+            title += f"; {len(first.groups) - count} groups are too small"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
 
 
 def _plot_measure(axes: Axes, found: GroupComparison, measure: str) -> None:
     axes.axvline(_scaled(found.overall[measure], measure), color=GREY, lw=1, ls=":")
-    for place, group in enumerate(found.groups):
+    if measure == LOSS and found.certified is not None:
+        axes.axvline(_scaled(found.certified[0], measure), color=COLOURS[3], lw=1.2, ls="--")
+    for place, group in enumerate(found.judged):
         figure = group.figures.get(measure)
         if figure is not None:
             low, mean, high = (_scaled(value, measure) for value in (figure.low, figure.mean, figure.high))

@@ -90,11 +90,19 @@ class GroupFigure:
 
 @dataclass(frozen=True)
 class GroupOutcome:
-    """A group, and its figures by measure. A measure that too few of its records have is left out."""
+    """A group.
+
+    Attributes:
+        name: of the group.
+        members: number of its records.
+        figures: by measure. A measure that too few of its records have is left out.
+        largest_loss: upper confidence bound of the expected loss; None without a certificate, or if the group is small.
+    """
 
     name: str
     members: int
     figures: Mapping[str, GroupFigure]
+    largest_loss: float | None = None
 
     @property
     def too_small(self) -> bool:
@@ -111,12 +119,19 @@ class GroupComparison:
         groups: in their order.
         overall: mean over all records, by measure.
         risk: the measure that risk is judged by.
+        certified: the risk and the delta of the certificate; None without one.
     """
 
     by: str
     groups: tuple[GroupOutcome, ...]
     overall: Mapping[str, float]
     risk: str
+    certified: tuple[float, float] | None = None
+
+    @property
+    def judged(self) -> tuple[GroupOutcome, ...]:
+        """The groups that are not too small."""
+        return tuple(each for each in self.groups if not each.too_small)
 
     @property
     def riskier(self) -> tuple[GroupOutcome, ...]:

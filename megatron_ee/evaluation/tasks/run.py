@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_ee.checkpoint.journal import Journal
@@ -12,11 +13,14 @@ from megatron_ee.evaluation.tasks.answers import BATCH, MAX_TOKENS, Setting, ans
 from megatron_ee.evaluation.tasks.choices import score_choices
 from megatron_ee.evaluation.tasks.records import TaskRecord
 from megatron_ee.evaluation.tasks.results import BASELINE, TaskResults, make_results, score_rows
+from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import POLICIES
 from megatron_ee.inference.released import Released
 
 THRESHOLDS = (0.6, 0.8, 0.9, 0.95)
+CALIBRATED = "calibrated"
+"""Name of the setting of a certificate."""
 
 
 def compared_settings(
@@ -57,6 +61,28 @@ def compared_settings(
             policy = validated(POLICIES[name], {"threshold": threshold}, where="--thresholds")
             settings.append(Setting(f"{name} {threshold:g}", "threshold", policy, exits, **limits))
     return settings
+
+
+def calibrated_setting(
+    calibration: Calibration, full: Setting, records: Sequence[TaskRecord], *, chat: bool
+) -> Setting:
+    """The setting that a certificate gives answers of the length and stop strings of ``full``.
+
+    Args:
+        calibration: the certificate, for the model.
+        full: full mode's setting.
+        records: at least one.
+        chat: whether prompts go through the chat template.
+
+    Raises:
+        ConfigError: the certificate does not cover such answers, or has no thresholds.
+    """
+    setting = Setting(CALIBRATED, "threshold", max_tokens=full.max_tokens, stop=full.stop)
+    request = calibration.apply(setting.request(records[0].prompt_ids), chat=chat)
+    if request.mode != "threshold":
+        reason = None if request.coverage is None else request.coverage.reason
+        raise common_error(f"--calibration: {calibration.path} answers in full mode here: {reason}")
+    return replace(setting, policy=request.policy, exits=request.exits)
 
 
 def evaluate_tasks(
