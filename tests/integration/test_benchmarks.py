@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import convert, decode, exits, models, pipeline, plan, quantised, streamed, tune
+from benchmarks import calibration, convert, decode, exits, models, pipeline, plan, quantised, streamed, tune
 from benchmarks.models import exit_layers, save_model
 from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.errors import UserError
@@ -173,3 +173,16 @@ def test_quantised(run: Any) -> None:
     assert rows.keys() == {"none", "int8", "int4"}
     assert rows["none"]["memory"] == 1 > rows["int8"]["memory"] > rows["int4"]["memory"]
     assert rows["none"]["agreement"] == rows["none"]["on_plain"] == rows["none"]["of_plain"]
+
+
+def test_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    """It counts how often a promise fails, and fails itself if that is too often."""
+    assert calibration.main(["--trials", "20", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(row["losses"], row["n"], row["p_value"]) for row in rows} == {
+        (losses, n, name)
+        for losses in calibration.LOSSES
+        for n in (50, 200, 1000)
+        for name in ("betting", "hoeffding-bentkus")
+    }
+    assert all(row["speed"] >= 1 and row["violations"] <= row["allowed"] for row in rows)
