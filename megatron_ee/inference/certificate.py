@@ -104,14 +104,14 @@ class Tested(Strict):
         p_value: of the null hypothesis that the expected loss is above the risk.
         passed: whether it is at most delta.
         loss: mean loss.
-        layers_per_token: decoder layers run per token after an answer's first; None if no answer has two tokens.
+        mean_exit_layer: mean layer at which the tokens after an answer's first left; None if no answer has two.
     """
 
     level: Share
     p_value: Share
     passed: bool
     loss: Share
-    layers_per_token: float | None
+    mean_exit_layer: float | None
 
 
 class GroupResult(Strict):
@@ -155,7 +155,8 @@ class Certificate(Strict):
         scaling: of the exits.
         tested: by group, or under ``all``, the settings that were tested, in their order.
         loss_interval: mean loss with the policy, and its upper bound at 1 - delta; None for full mode.
-        layers_per_token: decoder layers per token with the policy, with a 95% bootstrap interval; None for full mode.
+        mean_exit_layer: mean layer at which the tokens after an answer's first left, with a 95% bootstrap interval;
+            None for full mode.
         full_layers: decoder layers of full mode.
         speedup: tokens per second with the policy over full mode's, measured one after the other; None if that was
             interrupted, and for full mode.
@@ -186,7 +187,7 @@ class Certificate(Strict):
     scaling: tuple[ExitScaling, ...] = Field(default=(), strict=False)
     tested: Mapping[str, Annotated[tuple[Tested, ...], Field(strict=False)]] = Field(default_factory=dict)
     loss_interval: Interval | None = None
-    layers_per_token: Interval | None = None
+    mean_exit_layer: Interval | None = None
     full_layers: int = Field(ge=1)
     speedup: float | None = None
     model_sha256: Sha256

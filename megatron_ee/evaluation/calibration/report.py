@@ -50,7 +50,7 @@ def make_certificate(
         scaling=outcome.scaling,
         tested={name: tuple(scope.tests) for name, scope in outcome.scopes.items()},
         loss_interval=outcome.loss_interval,
-        layers_per_token=outcome.layers_per_token,
+        mean_exit_layer=outcome.mean_exit_layer,
         full_layers=full_layers,
         speedup=outcome.speedup,
         model_sha256=str(digests["model_sha256"]),
@@ -107,10 +107,11 @@ def statement(certificate: Certificate) -> str:
         f"Measured on {c.n} test sequences: mean loss {c.loss_interval.mean:.4f}"
         f" (upper bound {c.loss_interval.high:.3f})",
     ]
-    if c.layers_per_token is not None:
-        layers = c.layers_per_token
+    if c.mean_exit_layer is not None:
+        layer = c.mean_exit_layer
         parts[-1] += (
-            f"; {layers.mean:.2f} of {c.full_layers} layers per token (95%: {layers.low or 0:.2f} to {layers.high:.2f})"
+            f"; tokens left after {layer.mean:.2f} of {c.full_layers} layers on average (95%: {layer.low or 0:.2f} to "
+            f"{layer.high:.2f})"
         )
     if c.speedup is not None:
         parts[-1] += f"; {c.speedup:.2f}x the tokens/s of full mode"
@@ -125,12 +126,12 @@ def _tests(certificate: Certificate, console: Any) -> Any:
     )
     scoped = set(certificate.tested) != {ALL}
     add_columns(table, *(["group"] if scoped else []), words=True)
-    add_columns(table, "level", "mean loss", "p-value", "layers per token")
+    add_columns(table, "level", "mean loss", "p-value", "mean exit layer")
     add_columns(table, "result", words=True)
     for scope, tests in certificate.tested.items():
         for each in tests:
-            layers = "" if each.layers_per_token is None else f"{each.layers_per_token:.2f}"
-            figures = (f"{each.level:.5f}", f"{each.loss:.4f}", f"{each.p_value:.4g}", layers)
+            layer = "" if each.mean_exit_layer is None else f"{each.mean_exit_layer:.2f}"
+            figures = (f"{each.level:.5f}", f"{each.loss:.4f}", f"{each.p_value:.4g}", layer)
             table.add_row(*([scope] if scoped else []), *figures, "passed" if each.passed else "failed")
     return table
 

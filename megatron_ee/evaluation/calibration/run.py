@@ -22,7 +22,6 @@ from megatron_ee.evaluation.calibration.replays import replay_answers
 from megatron_ee.evaluation.calibration.sample import CalibrationPlan, Sample, by_group, scopes_of
 from megatron_ee.evaluation.tasks.answers import BATCH, Setting, TaskAnswer, TaskAnswers, answer_records
 from megatron_ee.evaluation.tasks.records import TaskRecord
-from megatron_ee.evaluation.tasks.results import layers_per_token
 from megatron_ee.inference.certificate import ExitScaling, GroupResult, Interval, Tested
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import POLICIES, ExitPolicy
@@ -61,7 +60,7 @@ class Calibrated:
         scopes: by group, or the whole sample under ``ALL``.
         groups: of the test part, by name.
         loss_interval: mean and upper bound of the losses; None if all is full mode.
-        layers_per_token: with the chosen settings, with a 95% bootstrap interval; None if all is full mode.
+        mean_exit_layer: with the chosen settings, see ``Certificate``; None if all is full mode.
         speedup: see ``Certificate``.
     """
 
@@ -69,7 +68,7 @@ class Calibrated:
     scopes: dict[str, Scope]
     groups: dict[str, GroupResult]
     loss_interval: Interval | None
-    layers_per_token: Interval | None
+    mean_exit_layer: Interval | None
     speedup: float | None
 
 
@@ -162,12 +161,12 @@ def _test(
         p_value=p,
         passed=p <= delta,
         loss=float(losses.mean()),
-        layers_per_token=layers_per_token(early[record.id] for record in records),
+        mean_exit_layer=_mean(*_exit_layers([early[record.id] for record in records])),
     )
 
 
 def _saves(test: Tested, num_layers: int) -> bool:
-    return test.layers_per_token is not None and test.layers_per_token <= (1 - LEAST_SAVED) * num_layers
+    return test.mean_exit_layer is not None and test.mean_exit_layer <= (1 - LEAST_SAVED) * num_layers
 
 
 def _losses(records: Records, plan: CalibrationPlan, early: Answers, full: Answers) -> Floats:
@@ -208,26 +207,30 @@ def _outcome(
         scopes,
         groups,
         interval(sample.test, plan.delta),
-        _mean_layers([used[record.id] for record in sample.test], plan.seed) if early else None,
+        _mean_exit_layer([used[record.id] for record in sample.test], plan.seed) if early else None,
         None if shared is None else _speedup(full, shared),
     )
 
 
-def _layer_runs(answers: Sequence[TaskAnswer]) -> tuple[Floats, Floats]:
-    """Per answer, the decoder layers run after its first token, and the number of these tokens."""
-    tokens = np.array([len(each.token_ids) - 1 for each in answers], dtype=np.float64)
-    return np.array([each.layers_per_token or 0.0 for each in answers]) * tokens, tokens
+def _exit_layers(answers: Sequence[TaskAnswer]) -> tuple[Floats, Floats]:
+    """Per answer, the sum of the exit layers of the tokens after its first one, and the number of these tokens."""
+    sums = np.array([sum(each.layers[1:]) for each in answers], dtype=np.float64)
+    return sums, np.array([len(each.layers) - 1 for each in answers], dtype=np.float64)
 
 
-def _mean_layers(answers: Sequence[TaskAnswer], seed: int) -> Interval | None:
-    """Layers per token with a 95% interval, from bootstrap samples of the answers."""
-    runs, tokens = _layer_runs(answers)
-    if not tokens.sum():
+def _mean(sums: Floats, counts: Floats) -> float | None:
+    return float(sums.sum() / counts.sum()) if counts.sum() else None
+
+
+def _mean_exit_layer(answers: Sequence[TaskAnswer], seed: int) -> Interval | None:
+    """With a 95% interval, from bootstrap samples of the answers."""
+    sums, counts = _exit_layers(answers)
+    mean = _mean(sums, counts)
+    if mean is None:
         return None
     picks = np.random.default_rng(seed).integers(len(answers), size=(_RESAMPLES, len(answers)))
-    means = runs[picks].sum(axis=1) / np.maximum(tokens[picks].sum(axis=1), 1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(mean=float(runs.sum() / tokens.sum()), low=float(low), high=float(high))
+    low, high = np.quantile(sums[picks].sum(axis=1) / np.maximum(counts[picks].sum(axis=1), 1), (0.025, 0.975))
+    return Interval(mean=mean, low=float(low), high=float(high))
 
 
 def _speedup(full: TaskAnswers, early: TaskAnswers) -> float | None:

@@ -136,9 +136,9 @@ def test_safe_exits_are_certified_and_gain(certified: Path, data: Path) -> None:
     tests = certificate.tested["all"]
     assert tests[0].passed and all(each.passed for each in tests[:-1])
     assert certificate.loss_interval is not None and certificate.loss_interval.mean <= 0.1
-    assert certificate.layers_per_token is not None and certificate.layers_per_token.mean < 3.5
-    low, high = certificate.layers_per_token.low, certificate.layers_per_token.high
-    assert low is not None and low <= certificate.layers_per_token.mean <= high
+    assert certificate.mean_exit_layer is not None and certificate.mean_exit_layer.mean < 3.5
+    low, high = certificate.mean_exit_layer.low, certificate.mean_exit_layer.high
+    assert low is not None and low <= certificate.mean_exit_layer.mean <= high
     assert certificate.overlap == "unknown" and set(certificate.groups) == {"a", "b"}
     assert not list(certified.parent.glob("*.partial*"))
 
