@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ee.commands import at_least
 from megatron_ee.commands.engine_options import add_serving, engine_options, errors_of_options, rounding_settings
-from megatron_ee.errors import ConfigError, UserError
+from megatron_ee.errors import ConfigError, UserError, printable
 
 if TYPE_CHECKING:
     from megatron_ee.evaluation.tasks.answers import Setting
@@ -91,8 +91,12 @@ def run_tasks(arguments: argparse.Namespace) -> int:
             )
         about = _about(arguments, settings, records, released)
     first = launched_rank() == 0
+    bare = dict.fromkeys(record.task for record in records if not record.scored)
+    if first and bare:
+        which = printable(", ".join(bare))
+        print(f"{which}: no references or choices, so only agreement and speed are measured", file=sys.stderr)
     with (
-        _opened_journal(arguments, about, settings, records) if first else contextlib.nullcontext() as journal,
+        _opened_journal(arguments, about) if first else contextlib.nullcontext() as journal,
         open_engine(released, options) as engine,
     ):
         if engine is None:
@@ -151,9 +155,7 @@ def _about(
     }
 
 
-def _opened_journal(
-    arguments: argparse.Namespace, about: dict[str, Any], settings: list[Setting], records: list[TaskRecord]
-) -> Any:
+def _opened_journal(arguments: argparse.Namespace, about: dict[str, Any]) -> Any:
     """The journal in ``--output``, opened; None without an output."""
     from megatron_ee.checkpoint.journal import check_journal, open_journal
     from megatron_ee.checkpoint.ownership import claim_output

@@ -98,8 +98,14 @@ def _rows(count: int) -> str:
 
 def _score(result: SettingResult, *, score: str) -> str:
     own = result.scores[score]
-    interval = f"\n{100 * own.low:+.1f} to {100 * own.high:+.1f}"
+    interval = f"\n{_points(own.low)} to {_points(own.high)}"
     return f"{own.mean:.1%}" + (interval if result.setting != BASELINE else "")
+
+
+def _points(difference: float) -> str:
+    """Percentage points, with a decimal below 10."""
+    points = 100 * difference
+    return f"{points:+.1f}" if abs(points) < 9.95 else f"{points:+.0f}"
 
 
 def _number(value: float | None) -> str:

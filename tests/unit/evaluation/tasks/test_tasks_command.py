@@ -78,6 +78,21 @@ def test_a_model_without_exits_has_full_mode(byte_model: Path, tasks: Path, caps
     assert "--thresholds: there are no exits; give their adapter with --adapter" in last_line(capsys)
 
 
+def test_prompts_alone_are_compared_with_full_mode(
+    byte_model: Path, adapter: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert evaluate(byte_model, tasks, "--adapter", adapter, "--thresholds", 2, "--json") == 0
+    out, err = capsys.readouterr()
+    assert "tasks: no references or choices, so only agreement and speed are measured" in err
+    scores = json.loads(out)["overall"]["threshold 2"]["scores"]
+    assert {name: each["mean"] for name, each in scores.items()} == {
+        "equal_answers": 1.0,
+        "tokens_before_departure": 1.0,
+        "equal_tokens": 1.0,
+    }
+
+
 def test_an_interrupted_evaluation_is_continued(
     byte_model: Path,
     adapter: Path,
