@@ -16,6 +16,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.journal import DIGESTS
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.config.validation import Strict, validated
@@ -220,6 +221,7 @@ class Calibration:
     Attributes:
         certificate: its content.
         path: of the file, for messages.
+        sha256: of the file.
         dtype: of the engine.
         weights: as in ``EngineOptions``.
         quantise: as for ``open_released``.
@@ -228,6 +230,7 @@ class Calibration:
 
     certificate: Certificate
     path: Path
+    sha256: str
     dtype: str
     weights: str
     quantise: str
@@ -253,7 +256,7 @@ class Calibration:
                 raise ConfigError(f"{name}: {self.path} sets the thresholds; leave out settings of exits")
 
         def covered(status: Literal["certified", "full", "uncertified"], reason: str | None = None) -> Coverage:
-            return Coverage(status=status, task=self.certificate.task, reason=reason)
+            return Coverage(status=status, task=self.certificate.task, certificate=self.sha256, reason=reason)
 
         if request.mode != "threshold":
             return request.model_copy(update={"coverage": covered("full", f"mode {request.mode} was asked for")})
@@ -344,7 +347,15 @@ def open_calibration(
                 f"{released.path} ({(found or 'none')[:16]}...); calibrate again"
             )
     restricted = None if options.candidates is None else len(options.candidates)
-    return Calibration(certificate, path, used_dtype(options, released), options.weights, quantise, restricted)
+    return Calibration(
+        certificate,
+        path,
+        file_sha256(path),
+        used_dtype(options, released),
+        options.weights,
+        quantise,
+        restricted,
+    )
 
 
 def used_dtype(options: EngineOptions, released: Released) -> str:

@@ -44,11 +44,13 @@ class Coverage(Strict):
         status: ``certified``: tokens left early, under the certificate; ``full``: it is full mode's answer;
             ``uncertified``: tokens left early outside the certificate's settings, as the request allowed.
         task: of the certificate.
+        certificate: SHA-256 of its file.
         reason: why the answer is not certified; None if it is.
     """
 
     status: Literal["certified", "full", "uncertified"]
     task: str
+    certificate: str
     reason: str | None = None
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ee.checkpoint.adapter_writing import save_adapter
+from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.checkpoint.journal import open_journal
 from megatron_ee.checkpoint.loading import load_backbone
@@ -30,7 +31,7 @@ from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.certificate import open_calibration, read_certificate
 from megatron_ee.inference.loading import open_engine
 from megatron_ee.inference.options import EngineOptions
-from megatron_ee.inference.policy import ThresholdPolicy
+from megatron_ee.inference.policy import GatePolicy, ThresholdPolicy
 from megatron_ee.inference.released import open_released
 from megatron_ee.inference.requests import Request
 from megatron_ee.inference.sampling import Sampling
@@ -56,18 +57,20 @@ def model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: Callable[...
 
 @pytest.fixture(scope="module")
 def make_adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Saves copied exits of kind ``norm``; those in ``noisy`` are disturbed."""
+    """Saves copied exits of kind ``norm``; those in ``noisy`` are disturbed. Gates have random weights."""
 
-    def make(layers: tuple[int, ...], noisy: tuple[int, ...] = (), seed: int = 0) -> Path:
+    def make(layers: tuple[int, ...], noisy: tuple[int, ...] = (), seed: int = 0, gate: bool = False) -> Path:
         path = tmp_path_factory.mktemp("adapter") / "adapter"
         opened = open_model(model)
-        specs = [ExitSpec(layer, "norm") for layer in layers]
+        specs = [ExitSpec(layer, "norm", gate=gate) for layer in layers]
         with process_groups() as groups:
             stage = Stage(build_setup(opened.architecture, torch.float32, groups), range(1, 5), specs, final_exit=True)
             load_backbone(stage, opened)
             generator = torch.Generator().manual_seed(seed)
             for exit_ in stage.exits:
                 initialise_exit(exit_, opened, 1)
+                if gate:
+                    exit_.gate.place(0.3 * torch.randn(len(exit_.gate.weight) + 1, generator=generator))
                 if exit_.spec.layer in noisy:
                     with torch.no_grad():
                         weight = exit_.head.matrix.weight
@@ -149,7 +152,8 @@ def test_generate_takes_it_as_a_policy_and_says_so(
     options = ("--calibration", certified, "--max-tokens", TOKENS)
     status, answer, _ = generate(model, adapter, capsys, *options)
     assert status == 0
-    assert answer["calibration"] == {"status": "certified", "task": "words", "reason": None}
+    sha256 = file_sha256(certified)
+    assert answer["calibration"] == {"status": "certified", "task": "words", "certificate": sha256, "reason": None}
     assert answer["statistics"]["calibration"] == answer["calibration"]
     assert 2 in answer["layers"]
     _, full, _ = generate(model, adapter, capsys, "--mode", "full", "--max-tokens", TOKENS)
@@ -175,10 +179,10 @@ def test_a_request_outside_its_settings_runs_in_full_mode_unless_asked(
 ) -> None:
     options = ("--calibration", certified, "--max-tokens", TOKENS, *changed)
     status, answer, _ = generate(model, adapter, capsys, *options)
-    assert status == 0 and answer["calibration"] == {"status": "full", "task": "words", "reason": reason}
+    assert status == 0 and (answer["calibration"]["status"], answer["calibration"]["reason"]) == ("full", reason)
     assert set(answer["layers"]) == {4}
     _, answer, _ = generate(model, adapter, capsys, *options, "--uncertified")
-    assert answer["calibration"] == {"status": "uncertified", "task": "words", "reason": reason}
+    assert (answer["calibration"]["status"], answer["calibration"]["reason"]) == ("uncertified", reason)
     assert 2 in answer["layers"]
 
 
@@ -250,7 +254,8 @@ def test_full_mode_is_the_answer_where_nothing_is_safe(
     assert certificate.policy is None and certificate.loss_interval is None
     _, answer, _ = generate(model, wrong, capsys, "--calibration", output, "--max-tokens", TOKENS)
     assert set(answer["layers"]) == {4}
-    assert answer["calibration"] == {"status": "full", "task": "words", "reason": "no threshold was safe enough"}
+    assert answer["calibration"]["status"] == "full"
+    assert answer["calibration"]["reason"] == "no threshold was safe enough"
 
 
 @pytest.mark.parametrize("loss", ["quality", "rouge"])
@@ -284,6 +289,40 @@ def test_groups_get_one_bound_or_their_own_thresholds(
     assert answer["calibration"]["status"] == "certified"
     _, answer, _ = generate(model, adapter, capsys, *options)
     assert answer["calibration"]["reason"] == "group: none was given" and set(answer["layers"]) == {4}
+
+
+def test_a_group_with_a_handful_of_members_is_stated_and_stays_in_full_mode(
+    run: Callable[..., tuple[int, str, str]],
+    adapter: Path,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    few = [{**line, "group": "few" if index < 3 else "many"} for index, line in enumerate(lines)]
+    sample, output = tmp_path / "sample.jsonl", tmp_path / "certificate.json"
+    sample.write_text("".join(json.dumps(line) + "\n" for line in few))
+    status, out, errors = run(adapter, output, "--data", sample, "--per-group", "own", risk=0.2)
+    assert status == 0 and "group 'few': 2 sequences to test on, 14 needed: it stays in full mode" in errors
+    assert "full mode: too few to say anything" in out
+    certificate = read_certificate(output)
+    assert certificate.groups["few"].policy is None and certificate.groups["many"].policy is not None
+    assert (certificate.groups["few"].n, certificate.groups["few"].needed) == (2, 14)
+    options = ("--calibration", output, "--max-tokens", TOKENS, "--calibration-group", "few")
+    assert set(generate(model, adapter, capsys, *options)[1]["layers"]) == {4}
+    status, _, errors = run(adapter, output, "--data", sample, "--per-group", risk=0.2)
+    assert status == 2 and "lines of group 'few' leave 2" in errors
+
+
+def test_gates_are_calibrated_too(
+    run: Callable[..., tuple[int, str, str]], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    gated, output = make_adapter((1, 2), gate=True), tmp_path / "certificate.json"
+    assert run(gated, output, "--policy", "gate", "--loss", "rouge", risk=0.5)[0] == 0
+    certificate = read_certificate(output)
+    assert isinstance(certificate.policy, GatePolicy)
+    assert certificate.mean_exit_layer is not None and certificate.mean_exit_layer.mean < 4
 
 
 def test_impossible_wishes_end_before_the_model_runs_in_one_line(
