@@ -13,8 +13,8 @@ alarm in simulations; after a long good time they stay small. Two tests use the 
   (Ville's inequality). It is the stronger one where the losses are too high from the beginning on.
 - *restarting*: new bets of 1 begin at every audit, and the wealth of all of them is summed (the Shiryaev-Roberts
   e-detector of Shin, Ramdas and Rinaldo, arXiv 2203.03532, as a mixture over bets). The sum reaches 1/level after
-  1/level audits or more on average under the hypothesis. It then begins again at 0. A change after a long good time is
-  found as fast as one at the beginning.
+  1/level audits or more on average under the hypothesis. It then begins again at 0, so among n audits there are at most
+  n level false alarms on average. A change after a long good time is found as fast as one at the beginning.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def plot_groups(compared: Mapping[str, GroupComparison], path: Path) -> None:
     measures, count = list(first.overall), len(first.judged)
     if not count:
         raise ValueError("all groups are too small to be plotted")
-    size = (2.6 * len(measures) + 1.6, (0.3 * count + 1.1) * len(compared) + 0.6)
+    size = (2.6 * len(measures) + 1.6, (0.3 * count + 1.1) * len(compared) + 0.8)
     with saved_figure(path, size) as figure:
         grid = figure.subplots(len(compared), len(measures), sharex="col", sharey=True, squeeze=False)
         for row, (name, found) in zip(grid, compared.items(), strict=True):
@@ -135,11 +135,12 @@ def plot_groups(compared: Mapping[str, GroupComparison], path: Path) -> None:
             axes.set_xlabel(measure if measure == LAYERS else f"{measure} (%)")
         grid[0, 0].set_yticks(range(count), [f"{group.name} ({group.members})" for group in first.judged])
         grid[0, 0].set_ylim(count - 0.5, -0.5)
-        title = f"Groups by {first.by}: mean and {CONFIDENCE:.0%} interval; diamond: worse than the others"
+        legend = "dotted: mean of all records; diamond: worse than the others"
         if first.certified is not None:
-            title += "; dashed: the certified risk"
+            legend += "; dashed: the certified risk"
         if count < len(first.groups):
-            title += f"; {len(first.groups) - count} groups are too small"
+            legend += f"; groups too small to be shown: {len(first.groups) - count}"
+        title = f"Groups by {first.by}: mean and {CONFIDENCE:.0%} interval\n{legend}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
 
 

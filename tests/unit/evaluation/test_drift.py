@@ -25,16 +25,19 @@ RISK, STREAMS, AUDITS = 0.05, 1000, 1000
 Losses = NDArray[np.float64]
 
 
-def first_alarms(losses: Losses, risk: float, level: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Audit, from 1, of the first alarm of the test from the start and of the restarting one; 0: none ``[streams]``."""
+def alarms(losses: Losses, risk: float, level: float) -> tuple[NDArray[np.int64], ...]:
+    """Audit of the first alarm of the test from the start and of the restarting one, from 1, or 0 for none; and the
+    number of the latter's alarms. All are ``[streams]``."""
     bets = fixed_bets(risk)
     wealths = sums = np.zeros((len(losses), len(bets)))
-    start = restart = np.zeros(len(losses), np.int64)
+    start = restart = count = np.zeros(len(losses), np.int64)
     for at, column in enumerate(losses.T, start=1):
         wealths, sums = bet_once(wealths, sums, column, bets, risk)
         start = np.where((start == 0) & (mixed_log_wealth(wealths) >= -math.log(level)), at, start)
-        restart = np.where((restart == 0) & (mixed_sum(sums) >= 1 / level), at, restart)
-    return start, restart
+        again = mixed_sum(sums) >= 1 / level
+        restart, count = np.where((restart == 0) & again, at, restart), count + again
+        sums = np.where(again[:, None], 0.0, sums)
+    return start, restart, count
 
 
 def zeros_and_ones(rng: np.random.Generator) -> Losses:
@@ -73,22 +76,23 @@ def below_the_risk(rng: np.random.Generator) -> Losses:
 @pytest.mark.parametrize("make", [zeros_and_ones, continuous, partial, clustered, below_the_risk])
 def test_false_alarms_are_as_rare_as_promised(make: Callable[[np.random.Generator], Losses], level: float) -> None:
     losses = make(np.random.default_rng(0))
-    start, restart = first_alarms(losses, RISK, level)
+    start, restart, count = alarms(losses, RISK, level)
     margin = 3 * math.sqrt(STREAMS * level * (1 - level))
     assert np.count_nonzero(start) <= STREAMS * level + margin
     # The time of a stream without an alarm is cut, which makes the mean smaller.
     assert np.where(restart, restart, AUDITS).mean() >= 1 / level
+    assert count.mean() <= AUDITS * level
 
 
 def test_a_shift_is_found_soon() -> None:
     rng, good = np.random.default_rng(1), 500
     before = rng.random((STREAMS, good)) < 0.2 * RISK
     after = rng.random((STREAMS, 150)) < 5 * RISK
-    _, restart = first_alarms(np.concatenate([before, after], axis=1).astype(float), RISK, 0.01)
+    _, restart, _ = alarms(np.concatenate([before, after], axis=1).astype(float), RISK, 0.01)
     calm = restart > good
     assert calm.mean() > 0.85  # the risk is kept, by far: false alarms are rarer than promised
     assert np.mean(restart[calm] <= good + 60) > 0.95
-    start, _ = first_alarms(after.astype(float), RISK, 0.01)
+    start, *_ = alarms(after.astype(float), RISK, 0.01)
     assert np.mean((start > 0) & (start <= 75)) > 0.95
 
 
@@ -113,7 +117,7 @@ def test_wealth_by_hand() -> None:
 def test_a_monitor_does_what_the_simulations_do_and_goes_on_after_its_json_form() -> None:
     rng = np.random.default_rng(2)
     losses = np.concatenate([rng.random(200) < 0.01, rng.random(200) < 0.3]).astype(float)
-    start, restart = first_alarms(losses[None], RISK, 0.01)
+    start, restart, count = alarms(losses[None], RISK, 0.01)
     monitor = new_monitor(RISK)
     for loss in losses[:250]:
         monitor = monitor.updated(float(loss))
@@ -123,7 +127,7 @@ def test_a_monitor_does_what_the_simulations_do_and_goes_on_after_its_json_form(
     history = replay(new_monitor(RISK), losses.tolist())
     assert monitor == history.monitor
     assert monitor.alarm == start[0] > 200 and history.restarts[0] == restart[0] > 200
-    assert monitor.restarts == len(history.restarts) > 1 and monitor.last_restart == history.restarts[-1]
+    assert monitor.restarts == len(history.restarts) == count[0] > 1 and monitor.last_restart == history.restarts[-1]
     assert history.detectors[restart[0] - 1] == 100 > history.detectors[restart[0]]
     assert len(monitor.model_dump_json()) < 1000
 

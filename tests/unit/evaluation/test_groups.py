@@ -90,6 +90,8 @@ def test_a_planted_difference_is_found_and_no_other() -> None:
         compared = compare_groups(results(losses), NAMES, "group", seed=seed, permutations=499)
         found.append([group.name for group in compared.riskier])
     assert found.count(["b"]) >= 18
+    none = [compare_groups(results(rare(rng)), NAMES, "group", seed=seed, permutations=199) for seed in range(60)]
+    assert sum(bool(each.riskier) for each in none) <= 0.05 * 60 + 3 * math.sqrt(0.05 * 0.95 * 60)
 
 
 def measured() -> EarlyResults:
