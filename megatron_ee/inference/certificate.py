@@ -159,8 +159,6 @@ class Certificate(Strict):
         mean_exit_layer: mean layer at which the tokens after an answer's first left, with a 95% bootstrap interval;
             None for full mode.
         full_layers: decoder layers of full mode.
-        speedup: tokens per second with the policy over full mode's, measured one after the other; None if that was
-            interrupted, and for full mode.
         model_sha256: hash of the backbone; with the next two as from ``released_digests``.
         adapter_sha256: hash of the exits.
         tokenizer_sha256: hash of the tokenizer, its chat templates and its end-of-text tokens.
@@ -190,7 +188,6 @@ class Certificate(Strict):
     loss_interval: Interval | None = None
     mean_exit_layer: Interval | None = None
     full_layers: int = Field(ge=1)
-    speedup: float | None = None
     model_sha256: Sha256
     adapter_sha256: Sha256
     tokenizer_sha256: Sha256

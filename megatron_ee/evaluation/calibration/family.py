@@ -15,6 +15,7 @@ of the sample; a good choice makes it fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,12 @@ def threshold(scaling: ExitScaling, level: float) -> float:
 
 
 def make_family(
-    replays: Sequence[Replay], layers: Sequence[int], num_layers: int, points: int, most_differing: float
+    replays: Sequence[Replay],
+    layers: Sequence[int],
+    num_layers: int,
+    points: int,
+    likely_differing: float,
+    most_differing: float,
 ) -> tuple[list[ExitScaling], list[Member]]:
     """Fit the scaling of each exit, and choose settings from safe to fast.
 
@@ -114,7 +120,9 @@ def make_family(
         replays: of the sequences of one part of the sample.
         layers: of the exits, in the order of the replays' first axis.
         num_layers: number of backbone layers.
-        points: largest number of settings. They save evenly spaced numbers of layers.
+        points: largest number of settings.
+        likely_differing: share of answers that differ at the fastest setting that is likely to pass. Up to there, the
+            settings skip evenly spaced numbers of layers. If faster ones are to be tested, they get half of the points.
         most_differing: the fastest setting is the last at which at most this share of the answers is predicted to
             differ.
 
@@ -137,7 +145,12 @@ def make_family(
         differing, skipped = _predict(confidences, agrees, ends, lowest, num_layers - np.array(layers))
         if skipped >= LEAST_SAVED * num_layers and (not members or differing <= most_differing):
             members.append(Member(float(_sigmoid(level)), thresholds, differing, skipped))
-    return scalings, _evenly(members, points)
+    likely = next((i for i, each in enumerate(members) if i and each.differing > likely_differing), len(members))
+    points_of_likely = points if likely == len(members) else math.ceil(points / 2)
+    chosen = _evenly(members[:likely], points_of_likely, 0.0)
+    return scalings, chosen + _evenly(
+        members[likely:], points - points_of_likely, members[likely - 1].skipped if members else 0.0
+    )
 
 
 def _predict(
@@ -153,13 +166,13 @@ def _predict(
     return float((per_answer > 0).mean()), float(np.where(leaving, saves[first], 0).sum() / max(len(columns), 1))
 
 
-def _evenly(members: Sequence[Member], points: int) -> list[Member]:
-    """At most ``points`` of the members, which get faster, at evenly spaced numbers of skipped layers."""
+def _evenly(members: Sequence[Member], points: int, start: float) -> list[Member]:
+    """At most ``points`` of the members, which get faster, at evenly spaced skipped layers from ``start``."""
     if not members:
         return []
     fastest = max(each.skipped for each in members)
     chosen: list[Member] = []
-    for target in np.linspace(0, fastest, points + 1)[1:]:
+    for target in np.linspace(start, fastest, points + 1)[1:]:
         member = next(each for each in members if each.skipped >= target * (1 - 1e-9))
         if not chosen or member is not chosen[-1]:
             chosen.append(member)

@@ -52,7 +52,6 @@ def make_certificate(
         loss_interval=outcome.loss_interval,
         mean_exit_layer=outcome.mean_exit_layer,
         full_layers=full_layers,
-        speedup=outcome.speedup,
         model_sha256=str(digests["model_sha256"]),
         adapter_sha256=str(digests["adapter_sha256"]),
         tokenizer_sha256=str(digests["tokenizer_sha256"]),
@@ -113,8 +112,6 @@ def statement(certificate: Certificate) -> str:
             f"; tokens left after {layer.mean:.2f} of {c.full_layers} layers on average (95%: {layer.low or 0:.2f} to "
             f"{layer.high:.2f})"
         )
-    if c.speedup is not None:
-        parts[-1] += f"; {c.speedup:.2f}x the tokens/s of full mode"
     return " ".join(parts) + "."
 
 

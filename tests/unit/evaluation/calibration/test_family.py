@@ -26,7 +26,7 @@ def draw_replays(count: int, tokens: int = 30, seed: int = 0) -> list[Replay]:
 
 
 def test_temperature_and_offset_are_found() -> None:
-    scalings, _ = make_family(draw_replays(400), LAYERS, NUM_LAYERS, 12, 1.0)
+    scalings, _ = make_family(draw_replays(400), LAYERS, NUM_LAYERS, 12, 1.0, 1.0)
     assert [each.layer for each in scalings] == list(LAYERS)
     assert scalings[0].temperature == pytest.approx(3, rel=0.1) and scalings[0].offset == pytest.approx(-1, abs=0.15)
     assert scalings[1].temperature == pytest.approx(1, rel=0.1) and scalings[1].offset == pytest.approx(0, abs=0.15)
@@ -40,7 +40,7 @@ def test_temperature_and_offset_are_found() -> None:
 
 def test_the_members_go_from_safe_to_fast_and_predict_what_they_skip() -> None:
     replays = draw_replays(60)
-    _, members = make_family(replays, LAYERS, NUM_LAYERS, 8, 1.0)
+    _, members = make_family(replays, LAYERS, NUM_LAYERS, 8, 1.0, 1.0)
     assert 4 <= len(members) <= 8
     for name in ("differing", "skipped"):
         values = [getattr(each, name) for each in members]
@@ -64,9 +64,19 @@ def test_the_members_go_from_safe_to_fast_and_predict_what_they_skip() -> None:
 
 def test_settings_that_are_predicted_to_differ_too_often_are_not_tested() -> None:
     replays = draw_replays(60)
-    _, all_members = make_family(replays, LAYERS, NUM_LAYERS, 8, 1.0)
-    _, members = make_family(replays, LAYERS, NUM_LAYERS, 8, 0.2)
+    _, all_members = make_family(replays, LAYERS, NUM_LAYERS, 8, 1.0, 1.0)
+    _, members = make_family(replays, LAYERS, NUM_LAYERS, 8, 0.2, 0.2)
     assert max(each.differing for each in members) <= 0.2 < max(each.differing for each in all_members)
+
+
+def test_settings_that_are_likely_to_pass_get_half_of_the_points_where_faster_ones_are_tested_too() -> None:
+    replays = draw_replays(60)
+    _, likely = make_family(replays, LAYERS, NUM_LAYERS, 4, 0.2, 0.2)
+    _, members = make_family(replays, LAYERS, NUM_LAYERS, 8, 0.2, 1.0)
+    assert members[: len(likely)] == likely and len(likely) < len(members) <= 8
+    assert all(each.differing > 0.2 for each in members[len(likely) :])
+    skipped = [each.skipped for each in members]
+    assert skipped == sorted(skipped)
 
 
 def test_an_exit_whose_confidence_says_nothing_leaves_at_what_it_agrees_on_average_or_never() -> None:
@@ -81,6 +91,6 @@ def test_an_exit_whose_confidence_says_nothing_leaves_at_what_it_agrees_on_avera
 
 def test_nothing_is_chosen_where_nothing_would_be_skipped() -> None:
     empty = Replay(np.zeros((2, 0)), np.zeros((2, 0), dtype=bool))
-    assert make_family([empty], LAYERS, NUM_LAYERS, 8, 1.0) == ([], [])
+    assert make_family([empty], LAYERS, NUM_LAYERS, 8, 1.0, 1.0) == ([], [])
     never = Replay(np.zeros((2, 9)), np.zeros((2, 9), dtype=bool))
-    assert make_family([never, empty], LAYERS, NUM_LAYERS, 8, 1.0) == ([], [])
+    assert make_family([never, empty], LAYERS, NUM_LAYERS, 8, 1.0, 1.0) == ([], [])
