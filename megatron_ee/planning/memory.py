@@ -101,7 +101,7 @@ def stage_memory(
         others.append(newton_bytes(architecture.hidden_size))
     every = layout.of_all(architecture.num_layers)
     return Memory(
-        frozen=_frozen_bytes(frozen, whole.stages[index], architecture, workload),
+        frozen=frozen_bytes(frozen, whole.stages[index], architecture, workload),
         trained=trained * workload.itemsize,
         gradients=_gradient_bytes(layout, architecture, hosted, trained, workload),
         optimizer=_optimizer_bytes(architecture, hosted, trained, workload),
@@ -147,7 +147,7 @@ def fit_memory(
     buffers = 4 * hidden if len(layout.stages) > 1 else 0  # of messages to and from a neighbour, two each way
     # No tap is alive while a fit is solved.
     peak = max(max(adding, measuring) + _taught(layout, index, workload) * hidden, solving)
-    weights = _frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize
+    weights = frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize
     return weights + peak + buffers
 
 
@@ -170,7 +170,7 @@ def validation_memory(layout: Layout, index: int, architecture: Architecture, wo
     if workload.decodes:
         running = max(running, decode_bytes(architecture, stage.layers, (), workload))
     buffers = 4 * hidden if len(layout.stages) > 1 else 0
-    return _frozen_bytes(frozen, stage, architecture, workload) + running + buffers
+    return frozen_bytes(frozen, stage, architecture, workload) + running + buffers
 
 
 def gates_memory(
@@ -195,7 +195,7 @@ def gates_memory(
         running = max(running, newton_bytes(architecture.hidden_size))
     exits = trained + frozen - backbone  # with the head that they share
     adapters = workload.adapters * exits * workload.itemsize
-    return _frozen_bytes(backbone, stage, architecture, workload) + adapters + running
+    return frozen_bytes(backbone, stage, architecture, workload) + adapters + running
 
 
 def decoding_memory(
@@ -212,10 +212,10 @@ def decoding_memory(
     frozen, trained = stage_parameters(layout, index, architecture, specs, workload.tensor, distillation=True)
     stage = layout.stages[index]
     decoding = decode_bytes(architecture, stage.layers, hosted_by(stage, specs), workload)
-    return _frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize + decoding
+    return frozen_bytes(frozen, stage, architecture, workload) + trained * workload.itemsize + decoding
 
 
-def _frozen_bytes(frozen: int, stage: StageLayout, architecture: Architecture, workload: Workload) -> int:
+def frozen_bytes(frozen: int, stage: StageLayout, architecture: Architecture, workload: Workload) -> int:
     """Bytes of a stage's frozen parameters that are on the device at a time: expanded ones, and packed layers."""
     absent = max(0, len(stage.layers) - workload.slots) if workload.slots else 0
     packed = len(stage.layers) * packed_layer_bytes(architecture, workload) if workload.packed_bits else 0

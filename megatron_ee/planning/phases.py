@@ -28,6 +28,7 @@ from megatron_ee.planning.activations import by_layer
 from megatron_ee.planning.costs import exit_forward_flops
 from megatron_ee.planning.devices import DISK, GB
 from megatron_ee.planning.machine import Machine, group_link
+from megatron_ee.planning.memory import frozen_bytes
 from megatron_ee.planning.parameters import hosted_by, stage_parameters
 from megatron_ee.planning.plan import StageWork, schedule_end
 from megatron_ee.planning.step_time import StepTime, expanding_seconds, streaming_seconds
@@ -176,8 +177,9 @@ class _Run:
         turns, busiest = 0, 0.0
         for index, stage in enumerate(stages.stages):
             own = [body_of(spec).fitted_rows(arch) or 0 for spec in hosted_by(stage, fitted)]
-            held = sum(stage_parameters(stages, index, arch, self.specs, workload.tensor, distillation=True))
-            free = int(MEMORY_SHARE * (machine.memory - held * workload.itemsize))
+            frozen, trained = stage_parameters(stages, index, arch, self.specs, workload.tensor, distillation=True)
+            held = frozen_bytes(frozen, stage, arch, workload) + trained * workload.itemsize
+            free = int(MEMORY_SHARE * (machine.memory - held))
             needed = [fit_bytes(rows, arch.hidden_size, workload.tensor) for rows in own]
             turns = max(turns, 1 + max(number_turns(needed, free), default=-1))
             sums = sum(2 * rows * (rows + 2 * arch.hidden_size) for rows in own) * tokens / workload.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,11 @@ def test_fits_that_do_not_fit_together_take_turns(tmp_path: Any) -> None:
     tight = estimate_run(found.config, MODEL, 1, small)
     assert tight.run is not None
     assert "6 exits, 180,224 tokens in 3 turns" in {phase.amount for phase in tight.run.phases}
+    # Streamed and packed layers leave more memory for the fit.
+    for way, turns in ({"residency": "host"}, ""), ({"quantise": "int8"}, " in 2 turns"):
+        changed = replace(found.config, model=replace(found.config.model, **way))
+        run = estimate_run(changed, MODEL, 1, small).run
+        assert run is not None and f"6 exits, 180,224 tokens{turns}" in {phase.amount for phase in run.phases}
 
 
 def test_gates_are_fitted_while_tuning_that_distils(tmp_path: Any) -> None:
