@@ -32,7 +32,7 @@ setup(
         "pyyaml>=6,<7",
         "pydantic>=2.11,<3",  # models of what files and requests hold
         "numpy>=1.26,<3",
-        "scipy>=1.14,<2",  # binomial tails of calibration
+        "scipy>=1.15,<2",  # binomial tails, permutation tests; older ones call rng random_state
         "psutil>=6,<8",
         "packaging>=24,<27",
         "rich>=13.9,<16",
