@@ -6,6 +6,7 @@ on the engine's own answers, until a test fails. So the time goes to settings th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -117,13 +118,10 @@ def calibrate(
 
     scopes = {name: Scope() for name in sample.needed}
     active = {name: each for name, each in scopes_of(sample.test, plan).items() if len(each) >= sample.needed[name]}
-    for number, member in enumerate(members):
+    for member in members:
         records = [record for each in active.values() for record in each]
         chosen = _policy(member, policy, measure)
-        setting = Setting(
-            f"setting {number}", "threshold", chosen, tuple(member.thresholds), plan.max_tokens, plan.stop
-        )
-        found = answers(records, setting)
+        found = answers(records, _setting(member, chosen, plan))
         [by_id] = found.by_setting.values()
         tests = {
             name: _test(each, member, plan, plan.level(len(scopes)), by_id, full.by_setting[FULL])
@@ -147,6 +145,13 @@ def calibrate(
 
 def _policy(member: Member, policy: type[ExitPolicy], measure: Mapping[str, str]) -> ExitPolicy:
     return policy(threshold=NEVER, thresholds=dict(member.thresholds), **measure)  # type: ignore[call-arg, arg-type]
+
+
+def _setting(member: Member, policy: ExitPolicy, plan: CalibrationPlan) -> Setting:
+    """Its name depends on the thresholds: a journal may hold answers of settings that another version chose."""
+    digest = hashlib.sha256(policy.model_dump_json().encode()).hexdigest()
+    name = f"level {member.level:.6g} {digest[:16]}"
+    return Setting(name, "threshold", policy, tuple(member.thresholds), plan.max_tokens, plan.stop)
 
 
 def _test(
