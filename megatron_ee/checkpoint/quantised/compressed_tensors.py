@@ -106,8 +106,8 @@ def integer_format(bits: int, scales: Scales, *, in_words: bool, symmetric: bool
     Args:
         bits: of a code, 4 or 8.
         scales: their blocks.
-        in_words: codes are packed into words, from the lowest bits on, after adding 2^(bits - 1). So are zero points,
-            along the outputs, unless there is one for all.
+        in_words: codes are packed into words, from the lowest bits on, after adding 2^(bits - 1). So are zero points of
+            consecutive outputs, if the weight is asymmetric and has several.
         symmetric: ``weight_zero_point`` may be missing, which stands for zeros.
         act_order: ``weight_g_idx`` gives the group of each input feature.
     """
