@@ -29,7 +29,7 @@ from megatron_ee.planning.activations import (
 )
 from megatron_ee.planning.parameters import (
     hosted_by,
-    layer_matrices,
+    layer_bytes,
     layer_parameters,
     stage_parameters,
     trained_parameters,
@@ -218,14 +218,11 @@ def decoding_memory(
 def frozen_bytes(frozen: int, stage: StageLayout, architecture: Architecture, workload: Workload) -> int:
     """Bytes of a stage's frozen parameters that are on the device at a time: expanded ones, and packed layers."""
     absent = max(0, len(stage.layers) - workload.slots) if workload.slots else 0
-    packed = len(stage.layers) * packed_layer_bytes(architecture, workload) if workload.packed_bits else 0
+    packed = 0
+    if workload.packed_bits:
+        each = layer_bytes(architecture, workload.itemsize, workload.packed_bits, workload.tensor)
+        packed = len(stage.layers) * each
     return (frozen - absent * layer_parameters(architecture, workload.tensor)) * workload.itemsize + packed
-
-
-def packed_layer_bytes(architecture: Architecture, workload: Workload) -> int:
-    """Bytes on one rank of a layer whose matrices stay packed; what is not quantised has the usual dtype."""
-    matrices, whole = (count(architecture, workload.tensor) for count in (layer_matrices, layer_parameters))
-    return round(matrices * workload.packed_bits / 8) + (whole - matrices) * workload.itemsize
 
 
 def _taught(layout: Layout, index: int, workload: Workload) -> int:

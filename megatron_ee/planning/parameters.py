@@ -55,6 +55,19 @@ def layer_matrices(architecture: Architecture, tensor: int = 1) -> int:
     return architecture.hidden_size * (2 * query + 2 * key + 3 * architecture.ffn_size // tensor)
 
 
+def layer_bytes(architecture: Architecture, itemsize: int, bits: float, tensor: int = 1) -> int:
+    """Bytes of one decoder layer on one tensor-parallel rank.
+
+    Args:
+        architecture: of the model.
+        itemsize: bytes of a weight that is not quantised.
+        bits: of a weight of the matrices; 0 if they are not quantised.
+        tensor: tensor-parallel size.
+    """
+    matrices, whole = layer_matrices(architecture, tensor), layer_parameters(architecture, tensor)
+    return (whole - matrices) * itemsize + round(matrices * (bits or 8 * itemsize) / 8)
+
+
 def mlp_parameters(architecture: Architecture, tensor: int = 1) -> int:
     """Parameters of one gated MLP on one tensor-parallel rank."""
     arch, hidden, ffn = architecture, architecture.hidden_size, architecture.ffn_size // tensor

@@ -29,7 +29,7 @@ from megatron_ee.planning.costs import exit_forward_flops
 from megatron_ee.planning.devices import DISK, GB
 from megatron_ee.planning.machine import Machine, group_link
 from megatron_ee.planning.memory import frozen_bytes
-from megatron_ee.planning.parameters import hosted_by, stage_parameters
+from megatron_ee.planning.parameters import hosted_by, layer_bytes, layer_parameters, stage_parameters
 from megatron_ee.planning.plan import StageWork, schedule_end
 from megatron_ee.planning.step_time import StepTime, expanding_seconds, streaming_seconds
 from megatron_ee.planning.storage import disk_use, gate_tokens, saves
@@ -113,17 +113,23 @@ class _Run:
         after = (any(spec.gate for spec in self.specs) and not workload.top_k) or self.decodes_after
         passes = 2 if workload.free_running else 1 + before + after
         whole = stage_parameters(even_layout(arch.num_layers, 1), 0, arch, (), distillation=True)[0]
-        size = passes * whole * workload.itemsize + (0 if workload.free_running else self.tuned())
+        size = passes * self._stored(whole, arch.num_layers) + (0 if workload.free_running else self.tuned())
         return Phase("hash and load the backbone", f"{size / GB:,.1f} GB", size / DISK)
 
     def tuned(self) -> int:
-        """Bytes of the frozen weights of all ranks while tuning."""
+        """Bytes of the frozen weights of all ranks while tuning, as they are stored."""
         taught, tensor = self.workload.top_k > 0, self.workload.tensor
         counts = (
             stage_parameters(self.layout, index, self.architecture, self.specs, tensor, taught)[0]
             for index in range(len(self.layout.stages))
         )
-        return sum(counts) * tensor * self.workload.itemsize
+        return self._stored(sum(counts) * tensor, sum(len(stage.layers) for stage in self.layout.stages))
+
+    def _stored(self, frozen: int, layers: int) -> int:
+        """Bytes on disk of so many frozen parameters, ``layers`` among them, which may be quantised there."""
+        arch, itemsize = self.architecture, self.workload.itemsize
+        saved = layer_parameters(arch) * itemsize - layer_bytes(arch, itemsize, arch.packed_bits)
+        return frozen * itemsize - layers * saved
 
     def final_exit(self) -> Phase:
         """On the validation data; and the continuations of prompts, each token of which reads all weights."""

@@ -14,6 +14,7 @@ from megatron_ee.planning.devices import DISK, HOST_BANDWIDTH
 from megatron_ee.planning.machine import Machine, group_link
 from megatron_ee.planning.parameters import (
     hosted_by,
+    layer_bytes,
     layer_matrices,
     layer_parameters,
     stage_parameters,
@@ -129,14 +130,16 @@ def _stage(
 def streaming_seconds(layers: int, architecture: Architecture, workload: Workload, machine: Machine) -> float:
     """Seconds of reading so many layers once, on each rank; 0 if they stay on the device.
 
-    All ranks of a machine share its storage. What is read from there crosses the link from the host too, meanwhile.
+    All ranks of a machine share its storage. What is read from there crosses the link from the host too, meanwhile; the
+    layers of a quantised release are expanded in between.
     """
     if workload.residency == "device":
         return 0.0
-    size = layers * layer_parameters(architecture, workload.tensor) * workload.itemsize
-    seconds = size / machine.host_link
+    itemsize, tensor = workload.itemsize, workload.tensor
+    seconds = layers * layer_parameters(architecture, tensor) * itemsize / machine.host_link
     if workload.residency == "disk":
-        seconds = max(seconds, size * min(machine.devices, workload.tensor * workload.data) / DISK)
+        stored = layers * layer_bytes(architecture, itemsize, architecture.packed_bits, tensor)
+        seconds = max(seconds, stored * min(machine.devices, tensor * workload.data) / DISK)
     return seconds
 
 

@@ -17,7 +17,7 @@ from megatron_ee.exits.stage import Stage
 from megatron_ee.families.quantisation import packed_bits
 from megatron_ee.families.registry import read_architecture
 from megatron_ee.model.setup import build_setup
-from megatron_ee.planning.memory import packed_layer_bytes
+from megatron_ee.planning.parameters import layer_bytes
 from megatron_ee.planning.read_model import read_model
 from megatron_ee.planning.workload import make_workload
 from megatron_ee.testing import quantised as recipes
@@ -39,7 +39,7 @@ def planned(path: Path, **model: Any) -> tuple[int, int]:
     settings = ModelConfig(str(path), dtype="bfloat16", **model)
     config, architecture, _ = read_model(RunConfig(settings, [], DataConfig([])))
     workload = make_workload(config, architecture, 1)
-    return packed_layer_bytes(architecture, workload), workload.slots
+    return layer_bytes(architecture, workload.itemsize, workload.packed_bits), workload.slots
 
 
 def held(path: Path, groups: Any, quantise: Any = "none") -> int:

@@ -13,6 +13,7 @@ from megatron_ee.planning.costs import exit_flops, exit_forward_flops, layer_flo
 from megatron_ee.planning.devices import DISK
 from megatron_ee.planning.estimate import Estimate, estimate_run
 from megatron_ee.planning.machine import Machine
+from megatron_ee.planning.parameters import layer_matrices
 from megatron_ee.testing.models import llama2_7b
 
 MODEL = llama2_7b()
@@ -89,6 +90,16 @@ def test_fit_takes_sums_and_solving(tmp_path: Any) -> None:
         parallel={"pipeline": 2},
     )
     assert seconds(halves)["fit"] == pytest.approx(seconds(found)["fit"] / 2, rel=0.1)
+
+
+def test_a_quantised_release_is_read_as_it_is_stored(tmp_path: Any) -> None:
+    plain = estimate(tmp_path, exits=[{"layer": 8, "init": "copy"}])
+    release = estimate_run(plain.config, replace(MODEL, packed_bits=4.0), 1, ROUND)
+    # Hashed with all 32 layers; the first 8 are read to tune.
+    saved = 40 * layer_matrices(MODEL) * (2 - 0.5)
+    assert seconds(plain)["hash and load the backbone"] - seconds(release)["hash and load the backbone"] == (
+        pytest.approx(saved / DISK)
+    )
 
 
 def test_fits_that_do_not_fit_together_take_turns(tmp_path: Any) -> None:

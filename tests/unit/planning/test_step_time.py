@@ -77,6 +77,11 @@ def test_streamed_layers_are_read_once_per_step_under_the_work() -> None:
     disk = Workload(2, residency="disk", slots=2, data=4)
     assert streaming_seconds(8, MODEL, disk, ROUND) == pytest.approx(4 * layers / DISK)
     assert streaming_seconds(8, MODEL, Workload(2), ROUND) == 0
+    # A quantised release has smaller files. It crosses the link expanded.
+    release = dataclasses.replace(MODEL, packed_bits=4.0)
+    kept = 2 * (layer_parameters(MODEL) - layer_matrices(MODEL))
+    assert streaming_seconds(1, release, disk, ROUND) == pytest.approx(4 * (layer_matrices(MODEL) / 2 + kept) / DISK)
+    assert streaming_seconds(8, release, host, ROUND) == streaming_seconds(8, MODEL, host, ROUND)
 
 
 def test_an_optimizer_in_host_memory_crosses_its_link() -> None:
