@@ -200,11 +200,10 @@ class _Space:
         """Shared heads, quantised layers, and both."""
         same, shared = self.same_results(pipeline), shared_heads(self.config)
         rounded = quantised_layers(self.config, self.architecture)
-        found = rounded if not shared else [*(each | shared for each in same), *rounded]
-        return found + [each | shared for each in rounded if shared]
+        return rounded + [each | shared for each in same + rounded if shared]
 
     def candidate(self, config: RunConfig, changes: Overrides) -> Candidate:
-        """``config`` with changes; those of the configuration as it is written that remain are named."""
+        """``config`` with changes. The candidate lists those that differ from the configuration as it is written."""
         changed = apply_changes(config, changes)
         differing = {key: value for key, value in changes.items() if _value(self.config, key) != value}
         rounding = changed.model.quantise
