@@ -125,6 +125,8 @@ def _report(
     host = host if arguments.host_memory is None else GB * arguments.host_memory
     if memory is None and host is not None:
         raise ConfigError("--host-memory: has no effect without the memory of a GPU; add --gpu or --gpu-memory")
+    if machine is None and arguments.price is not None:
+        raise ConfigError("--price: has no effect without the time of a run; add --gpu or --measured")
     limits = None if memory is None else Limits(memory, host)
     found = None if limits is None else search(config, architecture, gpus, limits, machine)
     estimate = None

@@ -19,6 +19,9 @@ from megatron_ee.planning.memory import Memory, stage_memory
 from megatron_ee.planning.parameters import stage_parameters
 from megatron_ee.planning.workload import Workload, make_workload
 
+MOST_SIMULATED = 1024
+"""Microbatches whose schedule is simulated. The stages are filled long before."""
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -156,7 +159,8 @@ def schedule_end(
 
     This simulates the schedule (``tuning.schedule``). A stage starts a microbatch when its h and taps have arrived; a
     stage sends them before its exits' work. With distillation a stage's exits run ``Layout.lag`` microbatches late and
-    wait for the final exit.
+    wait for the final exit. Only the first ``MOST_SIMULATED`` microbatches are simulated. After them the busiest stage
+    no longer waits.
 
     Args:
         layout: of all stages.
@@ -169,9 +173,11 @@ def schedule_end(
     sources: list[set[int]] = [set() for _ in work]
     for message in layout.messages():
         sources[message.target].add(message.source)
+    simulated = min(microbatches, MOST_SIMULATED)
+    rest = (microbatches - simulated) * max(stage.total for stage in work)
     free = [0.0] * len(work)
-    left = [[0.0] * microbatches for _ in work]  # when h and taps leave a stage
-    taught = [0.0] * microbatches  # when a teacher message leaves the last stage with layers
+    left = [[0.0] * simulated for _ in work]  # when h and taps leave a stage
+    taught = [0.0] * simulated  # when a teacher message leaves the last stage with layers
     last = layout.last_layered
 
     def run_exits(index: int, number: int) -> None:
@@ -180,15 +186,15 @@ def schedule_end(
         free[index] += work[index].exits
 
     # A stage's turn depends only on earlier turns of later stages, because teacher messages arrive within its lag.
-    for turn in range(microbatches + max(lags)):
+    for turn in range(simulated + max(lags)):
         for index, stage in enumerate(work):
-            if turn < microbatches:
+            if turn < simulated:
                 arrived = (left[source][turn] + transfer.get((source, index), 0.0) for source in sources[index])
                 there = max(arrived, default=0.0)
                 free[index] = left[index][turn] = max(free[index], there) + stage.forward
                 if index == last:
                     free[index] = taught[turn] = free[index] + stage.teacher
         for index in range(len(work)):
-            if 0 <= turn - lags[index] < microbatches:
+            if 0 <= turn - lags[index] < simulated:
                 run_exits(index, turn - lags[index])
-    return max(free)
+    return max(free) + rest

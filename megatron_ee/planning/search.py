@@ -148,7 +148,7 @@ def _sizes(config: RunConfig, architecture: Architecture, gpus: int) -> Iterator
     """Tensor and pipeline sizes that divide the GPUs and the model."""
     largest = largest_tensor(architecture)
     most = architecture.num_layers + len(config.exits)
-    for tensor in range(1, gpus + 1):
+    for tensor in range(1, min(gpus, largest) + 1):
         if gpus % tensor or largest % tensor:
             continue
         for pipeline in range(1, min(most, gpus // tensor) + 1):

@@ -181,6 +181,7 @@ def test_dtype_that_is_not_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ),
         (["--gpu-memory", "-1"], 2, "argument --gpu-memory: must be a positive number, not -1"),
         (["--host-memory", "64"], 2, "--host-memory: has no effect without the memory of a GPU; add --gpu or --gpu-m"),
+        (["--price", "2"], 2, "--price: has no effect without the time of a run; add --gpu or --measured"),
         (["--price", "x"], 2, "argument --price: must be a number, not 'x'"),
         (["--gpu", "h100", "--measured"], 2, "argument --measured: not allowed with argument --gpu"),
         (["--measured"], 2, "--measured: one process measures no link, but 8 are planned for; start it with torchrun"),

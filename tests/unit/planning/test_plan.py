@@ -15,7 +15,7 @@ from megatron_ee.parallel.layout import Layout, StageLayout
 from megatron_ee.planning.costs import exit_flops, layer_flops
 from megatron_ee.planning.memory import gates_memory, stage_memory
 from megatron_ee.planning.parameters import trained_parameters
-from megatron_ee.planning.plan import StageWork, idle_shares, make_plan, plan_run
+from megatron_ee.planning.plan import StageWork, idle_shares, make_plan, plan_run, schedule_end
 from megatron_ee.planning.table import print_plan
 from megatron_ee.planning.workload import Workload
 from megatron_ee.tables import make_console
@@ -59,6 +59,18 @@ def test_exits_wait_for_their_teacher() -> None:
     # The last stage's own exits need not wait.
     stages = layout(((1, 1), ()), ((2, 2), (2,)))
     assert idle_shares(stages, [StageWork(2, 0, 0), StageWork(2, 1, 3)], 1, distillation=True) == [6 / 8, 2 / 8]
+
+
+@pytest.mark.parametrize("distillation", [False, True])
+def test_steps_of_many_microbatches_are_extrapolated_exactly(
+    distillation: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = layout(((1, 2), (2,)), ((3, 3), (3,)), ((4, 4), ()))
+    work = [StageWork(4, 0, 6), StageWork(2, 0, 3), StageWork(2, 1, 0)]
+    ends = [schedule_end(stages, work, 300, distillation=distillation)]
+    monkeypatch.setattr("megatron_ee.planning.plan.MOST_SIMULATED", 16)
+    ends += [schedule_end(stages, work, count, distillation=distillation) for count in (300, 10**12)]
+    assert ends[0] == ends[1] and ends[2] == ends[1] + 10 * (10**12 - 300)
 
 
 def test_plan_of_a_configuration() -> None:

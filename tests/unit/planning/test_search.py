@@ -198,3 +198,9 @@ def test_a_cpu_has_one_memory_for_everything(tmp_path: Path) -> None:
     run = config(tmp_path, exits=SHARED, data={"train": ["c"]})
     found = search(run, MODEL, 1, Limits(16e9), cpu)
     assert layers(found) == ["disk"]
+
+
+def test_an_absurd_number_of_gpus_ends_at_once(tmp_path: Any) -> None:
+    run = config(tmp_path, tuning={"global_batch_size": 10**12})
+    found = searched(run, 10**12, "h100")
+    assert [each.estimate.gpus for each in found.best] == [10**12] * 3
