@@ -45,6 +45,7 @@ TRIALS = 2
 """Passes over the held-out tokens: for the ridge, then for the share."""
 LEAST_PIVOT = 1e-8
 """Smallest pivot of a Cholesky factor, relative to the mean diagonal: products in float32 have errors of this size."""
+NOT_FINITE = "the residual or the last hidden state is not finite"
 FLOAT64 = 8  # bytes
 PER_FEATURE = 16
 """Tokens for each feature that exits and gates are fitted on by default."""
@@ -116,7 +117,7 @@ class Fit(ABC):
         Those with a share have the first of ``SHARES``. The sums are freed.
 
         Raises:
-            UserError: a sum is not finite.
+            UserError: a sum is not finite, or all activations are 0; the message says what of the exit is wrong.
         """
 
     def then(self, solution: Solution) -> Fit | None:
@@ -180,7 +181,11 @@ class ProjectionFit(Fit):
         """See ``Fit``. A ridge that is too small for a stable solution is raised tenfold until it is not."""
         mean = self._mean_diagonal()
         if not math.isfinite(mean) or mean <= 0:
-            raise UserError(f"the fit of an exit: the mean square of its MLP's activations is {mean}")
+            raise UserError(f"the mean square of its MLP's activations is {mean}")
+        right = self._right.sum()
+        _sum_over(right, self._setup.groups.tensor)
+        if not math.isfinite(float(right)):
+            raise UserError(NOT_FINITE)
         solutions = [self._solution(ridge, mean) for ridge in ridges]
         del self._gram, self._right
         return solutions
@@ -287,7 +292,7 @@ class ScaleFit(Fit):
         """See ``Fit``. A feature that is always 0 keeps its scale."""
         products, squares = self._sums
         if not bool(torch.isfinite(self._sums).all()):
-            raise UserError("the fit of an exit: its features are not finite")
+            raise UserError(NOT_FINITE)
         scale = torch.where(squares > 0, products / squares, self._norm.scale().double())
         weight = self._norm.weight
         return [Solution({weight: (scale - 1 if self._norm.plus_one else scale).to(weight.dtype)})]

@@ -21,6 +21,7 @@ from megatron_ee.checkpoint.initialise import initialise_exit
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import FitConfig, RunConfig
 from megatron_ee.data.loader import Batch, PackedBlend
+from megatron_ee.errors import UserError
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.fit import MEMORY_SHARE, RIDGES, Fit, Solution, fit_bytes, number_turns
 from megatron_ee.exits.registry import body_of
@@ -77,7 +78,7 @@ def fit_exits(config: RunConfig, full: FullModel, specs: Sequence[ExitSpec], ble
     Raises:
         CheckpointError: the model's files cannot be read.
         DataError: all tokens are masked.
-        UserError: activations are not finite.
+        UserError: activations are not finite or all 0; names the exit.
         Interrupted: a signal came to one of the ranks; raised on all.
     """
     groups, features = full.setup.groups, full.setup.architecture.ffn_size
@@ -158,7 +159,7 @@ class Fitter:
         solved: dict[Exit, list[Solution]] = {}
         for exit_, fit in fits.items():
             fit.reduce()
-            solved[exit_] = fit.solve(self._ridges)
+            solved[exit_] = _solve(exit_, fit, self._ridges)
         tried = {exit_: [_copied(fits[exit_]), *found] for exit_, found in solved.items()}
         figures = self._try(taught, fits, tried)
         others = {exit_: tried[exit_][choose(found)[0]].with_other_shares() for exit_, found in figures.items()}
@@ -289,6 +290,16 @@ def _fit_of(exit_: Exit) -> Fit:
     fit = exit_.body.fit(exit_.setup)
     assert fit is not None, "a body with nothing to fit was refused"
     return fit
+
+
+def _solve(exit_: Exit, fit: Fit, ridges: Sequence[float]) -> list[Solution]:
+    try:
+        return fit.solve(ridges)
+    except UserError as error:
+        raise UserError(
+            f"the exit after layer {exit_.spec.layer} cannot be fitted: {error}; check the model's weights, or give "
+            "this exit init: copy"
+        ) from error
 
 
 def _copied(fit: Fit) -> Solution:

@@ -174,6 +174,15 @@ def test_activations_that_are_not_finite_are_refused(saved_model: Any, load_stag
         fitted(stage, stage.exits[0])
 
 
+@pytest.mark.parametrize("body", ["mlp", "norm"])
+def test_last_hidden_states_that_are_not_finite_are_refused(body: Any, saved_model: Any, load_stage: Any) -> None:
+    stage = load_stage(saved_model("llama2")[0], [ExitSpec(2, body)])
+    with torch.no_grad():
+        list(stage.backbone.layers.values())[-1].mlp.down.weight[0] = torch.nan
+    with pytest.raises(UserError, match="the residual or the last hidden state is not finite"):
+        fitted(stage, stage.exits[0])
+
+
 def test_auto_fits_where_there_is_a_matrix(saved_model: Any, load_stage: Any) -> None:
     arch = load_stage(saved_model("llama2")[0]).setup.architecture
     specs = [ExitSpec(1, "embedding", init="auto"), ExitSpec(2, "norm", init="auto"), ExitSpec(3, init="auto")]

@@ -10,6 +10,7 @@ import torch
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import FitConfig
+from megatron_ee.errors import UserError
 from megatron_ee.exits.fit import CANDIDATES, RIDGES, SHARES, Solution, fit_bytes
 from megatron_ee.parallel.layout import even_layout
 from megatron_ee.testing.tuning import random_batches
@@ -62,6 +63,19 @@ def test_shares_are_tried_with_the_best_ridge(
     assert outcome.agreement == (copied[1], best[1]) and outcome.loss == (copied[2], best[2])
     assert all(torch.equal(found, each) for found, each in zip(exit_.parameters(), kept[3], strict=True))
     assert any(not torch.equal(found, each) for found, each in zip(best[3], copied[3], strict=True))
+
+
+def test_an_exit_that_cannot_be_fitted_is_named(saved_model: Any, load_stage: Any) -> None:
+    """Such as one after a pruned layer, whose MLP gives 0."""
+    specs = [ExitSpec(1, head="shared", init="fit"), ExitSpec(2, head="shared", init="fit")]
+    stage = load_stage(saved_model("llama2")[0], specs)
+    arch, layout = stage.setup.architecture, even_layout(stage.setup.architecture.num_layers, 1, [1, 2])
+    with torch.no_grad():
+        stage.exits[1].body.mlp.gate_up.weight.zero_()
+    fitted, held_out = ([random_batches(arch.vocab_size, step, 0, 1, 2)] for step in (1, 2))
+    counts = (sum(batch.num_tokens for batch in step[0]) for step in (fitted, held_out))
+    with pytest.raises(UserError, match=r"^the exit after layer 2 cannot be fitted: .* is 0.0; .* init: copy$"):
+        Fitter(stage, layout, specs, Tokens(fitted, held_out, *counts), FitConfig(), Interrupt()).run()
 
 
 def test_exits_share_a_turn_while_their_sums_fit(saved_model: Any, load_stage: Any) -> None:
