@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 DESCRIPTION = """Continue prompts. The terminal colours each token by the layer that emitted it. Under torchrun the
 model is split over --tensor x --pipeline processes."""
 FULL, THRESHOLD, SPECULATIVE = "full", "threshold", "speculative"
+OF_MODES = (
+    ("policy", THRESHOLD),
+    ("threshold", THRESHOLD),
+    ("draft_exit", SPECULATIVE),
+    ("draft_length", SPECULATIVE),
+)
+"""Options, each with the only mode in which it has an effect."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -295,9 +302,11 @@ def _requests(arguments: argparse.Namespace, released: Released, calibration: Ca
         requests.append(_certified(arguments, calibration, request, arguments.chat))
         check_request(requests[-1], released)
     if not arguments.compare and launched_rank() == 0:
-        mode = requests[0].mode
-        for option, of in (("threshold", THRESHOLD), ("draft_exit", SPECULATIVE), ("draft_length", SPECULATIVE)):
-            if mode != of and settings[option] is not None:
+        mode, given = requests[0].mode, dict(settings)
+        if given["policy"] == THRESHOLD:  # the default
+            del given["policy"]
+        for option, of in OF_MODES:
+            if mode != of and given.get(option) is not None:
                 print(
                     f"megatron-ee generate: --{option.replace('_', '-')} has no effect in mode {mode}", file=sys.stderr
                 )

@@ -149,9 +149,9 @@ class Request(Strict):
         if self.mode == "threshold" and self.policy.gated:
             for layer in exits if self.exits is None else self.exits:
                 if layer not in gates:
+                    others = f", or use only exits that have one: {_listed(sorted(gates))}" if gates else ""
                     raise ConfigError(
-                        f"policy: the exit after layer {layer} has no gate; tune it with gate: true, or use only exits "
-                        f"that have one: {_listed(sorted(gates))}"
+                        f"policy: the exit after layer {layer} has no gate; tune it with gate: true{others}"
                     )
         self._check_draft(exits, num_layers, off)
 

@@ -138,6 +138,10 @@ def test_an_exit_without_a_gate_is_refused(exit_stage: Any) -> None:
         engine.submit(gated(PROMPTS[0], GatePolicy()))
     engine.submit(gated(PROMPTS[0], GatePolicy(), exits=(3,)))
     engine.close()
+    engine = make_engine(exit_stage("llama3.1", [ExitSpec(1)]))
+    with pytest.raises(ConfigError, match="has no gate; tune it with gate: true$"):
+        engine.submit(gated(PROMPTS[0], GatePolicy()))
+    engine.close()
 
 
 def test_json_form() -> None:

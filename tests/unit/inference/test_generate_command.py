@@ -437,9 +437,10 @@ def test_a_file_without_prompts_is_refused(command: Command, tmp_path: Path) -> 
 
 def test_settings_without_effect_are_reported(command: Command, adapter: Path) -> None:
     options = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 1, "--mode", "full"]
-    status, _, err = command.run(*options, "--draft-exit", 2, "--threshold", 0.5)
+    status, _, err = command.run(*options, "--draft-exit", 2, "--threshold", 0.5, "--policy", "gate")
     assert status == 0
     assert [line.partition("--")[2] for line in err.splitlines()] == [
+        "policy has no effect in mode full",
         "threshold has no effect in mode full",
         "draft-exit has no effect in mode full",
     ]
