@@ -198,12 +198,12 @@ def read_size(value: object, key: str, where: str, *, none: int | None = None) -
     """Check a group or block size of ``quantization_config``. ``none`` replaces -1 and null, if given.
 
     Raises:
-        CheckpointError: it is not a whole number above 0.
+        CheckpointError: it is not a whole number from 1 to ``LARGEST``.
     """
     if none is not None and (value is None or value == -1):
         return none
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
-        raise CheckpointError(f"{where}: {key} must be a whole number above 0, not {shown(value)}")
+        raise CheckpointError(f"{where}: {key} must be a whole number from 1 to {LARGEST}, not {shown(value)}")
     return value
 
 

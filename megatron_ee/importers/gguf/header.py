@@ -154,7 +154,7 @@ class _Source:
 
 def _read_start(source: _Source) -> tuple[int, int]:
     """The number of tensors and of values."""
-    if source.size < 24 or source.take(len(MAGIC), "the file's type") != MAGIC:
+    if source.size < len(MAGIC) or source.take(len(MAGIC), "the file's type") != MAGIC:
         raise CheckpointError(f"{source.path}: is not a GGUF file: it does not begin with {MAGIC.decode()}")
     version = source.number("<u4")
     if version & 0xFFFF == 0 and version:

@@ -58,6 +58,7 @@ def entry(name: bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
 ARRAY, STRING, UINT8, UINT32 = 9, 8, 0, 4
 FAULTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is not a GGUF file"),
+    "truncated": (header()[:20], "truncated or damaged: a number needs 8 bytes at byte 16, but the file has 20 bytes"),
     "magic": (b"GGML" + bytes(60), "is not a GGUF file"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "version": (header(version=1), "is GGUF version 1"),
