@@ -214,6 +214,11 @@ def _describe(
     )
 
 
+def describe_corpora(corpora: Sequence[tuple[str, str]] | None) -> dict[str, Any]:
+    """The entry of a description for ``Adapter.corpora``; empty if they are not recorded."""
+    return {} if corpora is None else {DATA: {"train": [{"path": path, "sha256": sha256} for path, sha256 in corpora]}}
+
+
 def _corpora(data: Any) -> tuple[tuple[str, str], ...] | None:
     """Path and fingerprint of each corpus in ``describe_data``'s form; None if there is no such thing."""
     train = data.get("train") if isinstance(data, dict) else None

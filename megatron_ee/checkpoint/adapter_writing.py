@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ee.checkpoint.adapter import DATA, DESCRIPTION, WEIGHTS, Adapter, describe_exits, open_adapter
+from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS, describe_corpora, describe_exits, open_adapter
 from megatron_ee.checkpoint.atomic import replace_directory, write_json
 from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.safetensors_file import write_safetensors
@@ -83,13 +83,8 @@ def extract_adapter(checkpoint: Path, path: Path) -> None:
         )
         digest = file_sha256(directory / WEIGHTS)
         about = (adapter.base_model, adapter.backbone_sha256, adapter.steps, digest, adapter.settings)
-        description = describe_exits(adapter.exits, *about, extra=_data(adapter))
+        description = describe_exits(adapter.exits, *about, extra=describe_corpora(adapter.corpora))
         write_json(directory / DESCRIPTION, description)
-
-
-def _data(adapter: Adapter) -> dict[str, Any]:
-    corpora = adapter.corpora
-    return {} if corpora is None else {DATA: {"train": [{"path": path, "sha256": sha256} for path, sha256 in corpora]}}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Contents:
             backbone in a format that does not record it.
         settings: ``SavedModel.settings`` of that backbone; None if they are not known.
         steps: number of tuning steps of the exits.
+        corpora: path and fingerprint of each corpus that they were tuned on; None if they are not recorded.
         notes: notices for the user about what was changed or left out.
         quantised: the quantised weights of the backbone, as they are stored, by name.
     """
@@ -55,6 +56,7 @@ class Contents:
     backbone_sha256: str | None = None
     settings: Mapping[str, Any] | None = None
     steps: int = 0
+    corpora: tuple[tuple[str, str], ...] | None = None
     notes: tuple[str, ...] = ()
     quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,7 @@ def drop_exits(contents: Contents, layers: Collection[int]) -> Contents:
         raise ConfigError(f"{contents.source}: without the exits after {_listed(layers)} nothing is left; keep one")
     tensors = {name: each for name, each in contents.exit_tensors.items() if _owner(name, layers) is None}
     left = replace(contents, exits=exits, exit_tensors=tensors)
-    return left if exits else replace(left, backbone_sha256=None, settings=None, steps=0)
+    return left if exits else replace(left, backbone_sha256=None, settings=None, steps=0, corpora=None)
 
 
 def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha256: Callable[[], str]) -> Contents:
@@ -162,6 +163,7 @@ def merge_exits(contents: Contents, adapters: Sequence[Contents], backbone_sha25
         backbone_sha256=first.backbone_sha256,
         settings=settings,
         steps=max(each.steps for each in parts if each.exits),
+        corpora=_all_corpora(parts),
     )
 
 
@@ -178,6 +180,12 @@ def _one_backbone(contents: Contents, adapters: Sequence[Contents]) -> Contents:
         if each.backbone_sha256 != parts[0].backbone_sha256:
             raise CheckpointError(f"{_made_for(each)}, but {_made_for(parts[0])}; exits of two models cannot be merged")
     return parts[0]
+
+
+def _all_corpora(parts: Sequence[Contents]) -> tuple[tuple[str, str], ...] | None:
+    """The corpora of all exits, each once; None if no part records them."""
+    recorded = [each.corpora for each in parts if each.exits and each.corpora is not None]
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(recorded))) if recorded else None
 
 
 def _one_kind_of_settings(parts: Sequence[Contents]) -> Mapping[str, Any] | None:

@@ -122,6 +122,7 @@ def _of_model(model: SavedModel, kind: str, verify: bool) -> Contents:
         backbone_sha256=exits.backbone_sha256 if exits else None,
         settings=exits.settings if exits else None,
         steps=exits.steps if exits else 0,
+        corpora=exits.corpora if exits else None,
         notes=notes,
         quantised=model.quantised,
     )
@@ -171,4 +172,5 @@ def _of_exits(adapter: Adapter, kind: str) -> Contents:
         backbone_sha256=adapter.backbone_sha256,
         settings=adapter.settings,
         steps=adapter.steps,
+        corpora=adapter.corpora,
     )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS, describe_exits
+from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS, describe_corpora, describe_exits
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Written, whole_part
@@ -43,5 +43,6 @@ def describe(contents: Contents, directory: Path, prefix: str = "") -> dict[str,
         contents.steps,
         file_sha256(directory / WEIGHTS),
         contents.settings,
+        describe_corpora(contents.corpora),
     )
     return {prefix + DESCRIPTION: json.dumps(content, indent=2).encode() + b"\n"}

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_ee.checkpoint.adapter import SETTINGS
+from megatron_ee.checkpoint.adapter import SETTINGS, describe_corpora
 from megatron_ee.checkpoint.contents import Contents
 from megatron_ee.checkpoint.manifest import MANIFEST, ShardContent, manifest_bytes, piece_name
 from megatron_ee.checkpoint.outputs import OutputDirectory, OutputFile, Part, Written, split_parts
@@ -62,6 +62,7 @@ def to_parallel(
             "backbone_sha256": contents.backbone_sha256,
             SETTINGS: contents.settings,
             "steps": contents.steps,
+            **describe_corpora(contents.corpora),
         }
         shards = [_shard(file, written[file.name]) for file in files]
         return {MANIFEST: manifest_bytes(directory, shards, metadata)}

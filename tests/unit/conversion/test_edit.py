@@ -28,6 +28,7 @@ from megatron_ee.exits.registry import trains
 from megatron_ee.exits.tensors import exit_saved_sources
 from megatron_ee.model.names import blocks
 
+A, B = ((("corpus/a", "aa" * 32),), (("corpus/b", "bb" * 32),))
 HASH = "ab" * 32
 HEADS = ("own", "shared", "low_rank")
 
@@ -280,6 +281,12 @@ def test_merged_exits_record_their_quantisation_if_it_is_one(model: Contents, ad
     assert merge_exits(first, [second], not_asked).settings == {**same, "quantise": "int8"}
     plain = replace(second, settings={**same, "quantise": "none"})
     assert merge_exits(first, [plain], not_asked).settings == same
+
+
+def test_merged_exits_record_the_corpora_of_all(adapter: Any) -> None:
+    parts = [replace(adapter(ExitSpec(layer)), corpora=corpora) for layer, corpora in ((1, A + B), (2, None), (3, B))]
+    assert merge_exits(parts[0], parts[1:], not_asked).corpora == A + B
+    assert merge_exits(parts[1], [replace(parts[2], corpora=None)], not_asked).corpora is None
 
 
 def test_what_cannot_be_merged(model: Contents, adapter: Any) -> None:
