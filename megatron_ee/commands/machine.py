@@ -166,14 +166,14 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _process_group() -> Iterator[Finding]:
-    """The groups that every command forms, in this process alone."""
+    """The groups that every command forms, in this process alone, whatever a launcher set in the environment."""
     import torch
     import torch.distributed as dist
 
     from megatron_ee import platform
     from megatron_ee.parallel.groups import process_groups
 
-    with process_groups() as groups:
+    with process_groups(alone=True) as groups:
         total = torch.ones(1, device=platform.device())
         dist.all_reduce(total, group=groups.world)
         total.item()

@@ -83,7 +83,7 @@ class PieceEncoder:
     def _text(self, piece: TextPiece) -> Encoded:
         text = _decode(piece.read(), piece.path, piece.line, piece.offset)
         if piece.first and piece.last and not text.strip():
-            raise DataError(f"{piece.path}: holds only white space; remove it from --input")
+            raise DataError(f"{piece.path}: holds only white space; leave it out, or give another")
         ids = [*self._start, *self.tokenizer.encode(text)] if piece.first else self.tokenizer.encode_continuation(text)
         if piece.last:
             ids.append(self.eos_id)

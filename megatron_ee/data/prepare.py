@@ -115,7 +115,7 @@ def _add_all(writer: CorpusWriter, results: Iterable[tuple[TextPiece, Encoded]],
             skipped += encoded.skipped
             progress.advance(piece.size)
         if writer.documents == before:
-            raise DataError(f"{path}: holds no document; remove it from --input")
+            raise DataError(f"{path}: holds no document; leave it out, or give another")
     return skipped
 
 

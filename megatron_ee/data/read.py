@@ -81,7 +81,7 @@ def check_inputs(inputs: list[Path]) -> int:
             raise DataError(f"{path}: not a file; give the files themselves")
         size = path.stat().st_size
         if size == 0:
-            raise DataError(f"{path}: the file is empty; remove it from --input")
+            raise DataError(f"{path}: the file is empty; leave it out, or give another")
         total += size
     return total
 
@@ -101,7 +101,7 @@ def read_pieces(path: Path, lines: bool, piece_bytes: int | None = None) -> Iter
     except OSError as error:
         raise _unreadable(path, error) from None
     if empty:
-        raise DataError(f"{path}: holds no text; remove it from --input")
+        raise DataError(f"{path}: holds no text; leave it out, or give another")
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

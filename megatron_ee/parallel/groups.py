@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ee import platform
+from megatron_ee.errors import ConfigError, shown
 from megatron_ee.parallel.agreement import together
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ COLLECTIVE_MINUTES = 10.0
 CONTROL_TIMEOUT = timedelta(hours=12)
 """Time limit on the host: others wait this long while the first rank hashes a model from a slow disk. The watchdog
 notices a lost rank."""
+
+HOW_TO_LAUNCH = "start with torchrun, which sets it, or unset RANK, WORLD_SIZE and MASTER_ADDR to run a single process"
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,25 @@ def collective_minutes(silence_seconds: float) -> float:
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started; needs no process group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that the launcher started; needs no process group. Raises as ``_launched``."""
+    return _launched("WORLD_SIZE", 1)
 
 
 def launched_rank() -> int:
-    """Rank that the launcher gave this process; needs no process group."""
-    return int(os.environ.get("RANK", "0"))
+    """Rank that the launcher gave this process; needs no process group. Raises as ``_launched``."""
+    return _launched("RANK", 0)
+
+
+def _launched(variable: str, default: int) -> int:
+    """A number that a launcher sets in the environment.
+
+    Raises:
+        ConfigError: it is not a number.
+    """
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise ConfigError(f"{variable}: must be a whole number in the environment, not {shown(value)}; {HOW_TO_LAUNCH}")
+    return int(value)
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -115,20 +130,26 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 @contextlib.contextmanager
-def joined_processes(timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[dist.ProcessGroup]:
+def joined_processes(
+    timeout_minutes: float = COLLECTIVE_MINUTES, *, alone: bool = False
+) -> Iterator[dist.ProcessGroup]:
     """Connect to the run's other processes. Yields the group of all processes on the host.
 
     Under torchrun or SLURM the process finds its peers through ``MASTER_ADDR`` and ``RANK``. A process that was started
-    alone is a world of one, without any network.
+    alone is a world of one, without any network; ``alone``: in any case.
+
+    Raises:
+        ConfigError: a variable that launchers set is missing or invalid.
     """
     platform.quiet_runtime()
     platform.warn_if_busy()
     platform.return_freed_memory()
     if platform.has_accelerator():
         # A launcher may show each process all devices of its machine, or only its own.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(_launched("LOCAL_RANK", 0) % torch.cuda.device_count())
     backend, timeout = platform.communication_backend(), timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    if not alone and "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        _check_launcher()
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -136,6 +157,16 @@ def joined_processes(timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[di
         yield dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     finally:
         dist.destroy_process_group()
+
+
+def _check_launcher() -> None:
+    """Refuse an environment with which torch's rendezvous fails with a traceback, or waits without end."""
+    for variable in ("WORLD_SIZE", "MASTER_PORT"):
+        if variable not in os.environ:
+            raise ConfigError(f"{variable}: not in the environment, but RANK and MASTER_ADDR are; {HOW_TO_LAUNCH}")
+    if launched_rank() >= world_size():
+        raise ConfigError(f"RANK: must be below WORLD_SIZE {world_size()}, not {launched_rank()}; {HOW_TO_LAUNCH}")
+    _launched("MASTER_PORT", 0)
 
 
 @contextlib.contextmanager
@@ -197,10 +228,12 @@ def _group_of(
 
 
 @contextlib.contextmanager
-def process_groups(tensor: int = 1, pipeline: int = 1, timeout_minutes: float = COLLECTIVE_MINUTES) -> Iterator[Groups]:
+def process_groups(
+    tensor: int = 1, pipeline: int = 1, timeout_minutes: float = COLLECTIVE_MINUTES, *, alone: bool = False
+) -> Iterator[Groups]:
     """``joined_processes`` and ``model_groups`` in one, for callers that do nothing in between."""
     with (
-        joined_processes(timeout_minutes) as control,
+        joined_processes(timeout_minutes, alone=alone) as control,
         model_groups(control, tensor, pipeline, timeout_minutes) as groups,
     ):
         yield groups

@@ -52,6 +52,14 @@ def test_this_machine_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(name in out for name in names) and out.endswith("tuning and generating work here\n")
 
 
+def test_a_launchers_environment_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes are neither looked up nor waited for."""
+    launched = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert find("process group", tmp_path).severity == "ok"
+
+
 def test_a_missing_and_an_untested_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ee import platform
+from megatron_ee.errors import ConfigError
 from megatron_ee.parallel.groups import Groups, collective_minutes, joined_processes, world_size
 
 
@@ -27,6 +28,31 @@ def test_world_size_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -
     assert world_size() == 1
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert world_size() == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "x"}, "RANK: must be a whole number in the environment, not 'x'; start with torchrun"),
+        ({"RANK": "-1"}, "RANK: must be a whole number"),
+        ({"RANK": "2"}, "RANK: must be below WORLD_SIZE 2, not 2"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: must be a whole number"),
+        ({"MASTER_PORT": "y"}, "MASTER_PORT: must be a whole number"),
+        ({"MASTER_PORT": None}, "MASTER_PORT: not in the environment, but RANK and MASTER_ADDR are"),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE: not in the environment"),
+    ],
+)
+def test_what_launchers_set_is_checked(
+    changes: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**whole, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{message}"), joined_processes():
+        pass
 
 
 def test_collectives_end_after_the_watchdog_has_named_a_lost_rank() -> None:
