@@ -66,11 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = None if arguments.gpu is None else find_device(arguments.gpu)
     loaded = load_config(arguments.config, arguments.overrides)
+    from megatron_ee.checkpoint.quantised.registry import find_quantisation
     from megatron_ee.parallel.groups import launched_rank, world_size
     from megatron_ee.planning.machine import assumed_machine
     from megatron_ee.planning.read_model import read_model
 
-    config, architecture, notices = read_model(loaded, _model_beside(arguments.config, arguments.overrides))
+    beside = _model_beside(arguments.config, arguments.overrides)
+    config, architecture, notices = read_model(loaded, beside, find_quantisation)
     first = launched_rank() == 0
     for line in notices if first else ():
         print(line, file=sys.stderr, flush=True)

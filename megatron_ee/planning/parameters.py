@@ -55,6 +55,11 @@ def layer_matrices(architecture: Architecture, tensor: int = 1) -> int:
     return architecture.hidden_size * (2 * query + 2 * key + 3 * architecture.ffn_size // tensor)
 
 
+def input_features(architecture: Architecture) -> tuple[int, int, int]:
+    """Input features of the matrices of a decoder layer: of most, of attention's output, and of the MLP's."""
+    return architecture.hidden_size, architecture.num_heads * architecture.head_dim, architecture.ffn_size
+
+
 def layer_bytes(architecture: Architecture, itemsize: int, bits: float, tensor: int = 1) -> int:
     """Bytes of one decoder layer on one tensor-parallel rank.
 

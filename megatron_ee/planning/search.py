@@ -23,6 +23,7 @@ from megatron_ee.planning.blame import blame, blame_host
 from megatron_ee.planning.devices import GPUS_PER_MACHINE
 from megatron_ee.planning.estimate import Estimate, estimate_run
 from megatron_ee.planning.machine import Machine
+from megatron_ee.planning.parameters import input_features
 
 BEST = 3
 KINDS: tuple[Quantise, ...] = get_args(Quantise)
@@ -229,8 +230,7 @@ def quantised_layers(config: RunConfig, architecture: Architecture) -> list[Over
 
     Streamed layers are expanded on the host, so they do not gain.
     """
-    features = (architecture.hidden_size, architecture.num_heads * architecture.head_dim, architecture.ffn_size)
-    kinds = [kind for kind in KINDS if kind != "int4" or all(map(fits_groups, features))]
+    kinds = [kind for kind in KINDS if kind != "int4" or all(map(fits_groups, input_features(architecture)))]
     if architecture.packed_bits or config.model.quantise not in kinds:
         return []
     more = kinds[kinds.index(config.model.quantise) + 1 :]

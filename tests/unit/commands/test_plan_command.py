@@ -166,6 +166,39 @@ def test_dtype_that_is_not_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quant_method 'bitsandbytes' is not supported; sup",
+        ),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.bits None is not supported"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "model.quantise: model/config.json is of a model that is q",
+        ),
+        (
+            {"intermediate_size": 28670},
+            "int4 needs groups of 128, 64, 32 input features, but none divides 28670, which",
+        ),
+    ],
+)
+def test_what_tune_cannot_load_is_refused(
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**MODELS["llama2_7b"], **changes}))
+    config = str(EXAMPLES / "llama2_7b" / "config.yaml")
+    assert main(["plan", "--config", config, "--model.path", "model", "--model.quantise", "int4"]) > 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "status", "message"),
     [
         (
