@@ -170,7 +170,11 @@ def read_info(path: Path, made_by: str) -> dict[str, Any]:
 
 def changes(recorded: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     """What differs between two descriptions, in words."""
-    found = [f"another {name}" for key, name in DIGESTS.items() if recorded.get(key) != about.get(key)]
+    found = [
+        f"{'other' if name.endswith('s') else 'another'} {name}"
+        for key, name in DIGESTS.items()
+        if recorded.get(key) != about.get(key)
+    ]
     before, now = recorded.get("settings"), about["settings"]
     if not isinstance(before, dict):
         return [*found, "unknown settings"]

@@ -263,7 +263,7 @@ def test_only_the_same_work_is_continued(
     for model, file, options, message in (
         (chat_model, prompts, ("--resume", "--temperature", 1), "temperature 0.0, not 1.0, max_tokens 8, not 512"),
         (chat_model, prompts, (*same, "--drop-cut"), "drop_cut false, not true"),
-        (chat_model, changed, same, "another prompts"),
+        (chat_model, changed, same, "other prompts"),
         (other, prompts, same, "another model"),
     ):
         assert regenerate(model, file, output, *options) == 2

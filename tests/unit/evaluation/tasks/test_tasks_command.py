@@ -123,7 +123,7 @@ def test_an_interrupted_evaluation_is_continued(
     assert 'answers.jsonl was begun with stop [], not ["x"]' in last_line(capsys)
     tasks.write_text(tasks.read_text() + json.dumps({**LINES[0], "id": "new"}) + "\n")
     assert evaluate(byte_model, tasks, *exits, "--output", output, "--resume") == 2
-    assert "was begun with another records" in last_line(capsys)
+    assert "was begun with other records" in last_line(capsys)
     tasks.write_text("".join(json.dumps(line) + "\n" for line in LINES))
     assert evaluate(byte_model, tasks, "--output", output, "--resume") == 2
     assert "was begun with another adapter" in last_line(capsys)
