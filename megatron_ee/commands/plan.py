@@ -131,14 +131,20 @@ def _report(
         raise ConfigError("--price: has no effect without the time of a run; add --gpu or --measured")
     limits = None if memory is None else Limits(memory, host)
     found = None if limits is None else search(config, architecture, gpus, limits, machine)
-    estimate = None
-    if gpus % (tensor * pipeline) == 0:
-        estimate = estimate_run(config, architecture, gpus, machine)
-    else:
-        line = f"--gpus: {gpus} is not a multiple of parallel.tensor {tensor} x parallel.pipeline {pipeline}"
+    estimate, refused = None, ""
+    if gpus % (tensor * pipeline):
+        refused = f"--gpus: {gpus} is not a multiple of parallel.tensor {tensor} x parallel.pipeline {pipeline}"
         if found is None:
-            raise ConfigError(f"{line}; change these, or name a GPU to search for sizes that fit")
-        print(f"{line}: only other sizes are planned", file=sys.stderr, flush=True)
+            raise ConfigError(f"{refused}; change these, or name a GPU to search for sizes that fit")
+    else:
+        try:
+            estimate = estimate_run(config, architecture, gpus, machine)
+        except ConfigError as error:
+            if found is None or not found.best:
+                raise
+            refused = str(error)
+    if refused:
+        print(f"{refused}: only other sizes are planned", file=sys.stderr, flush=True)
     if arguments.json:
         print(json.dumps(report_dict(estimate, found, limits, arguments.price)))
         return

@@ -147,6 +147,18 @@ def test_a_run_that_does_not_divide_the_gpus_is_planned_for_other_sizes(
     assert lines[1].startswith("tensor 1 x pipeline 1: short by 218.6 GB: 70 frozen layers take 120.3 GB")
 
 
+def test_a_batch_that_does_not_divide_is_planned_for_other_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus", "24", "--gpu", "h100", "--json"]
+    assert main(["plan", "--config", str(EXAMPLES / "llama2_70b" / "config.yaml"), *options]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["run"] is None and len(found["best"]) == 3
+    assert captured.err.splitlines()[-1] == (
+        "tuning.global_batch_size: 16 is not a multiple of tuning.micro_batch_size 1 x 3 data-parallel replicas: only "
+        "other sizes are planned"
+    )
+
+
 def test_dtype_that_is_not_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {key: value for key, value in MODELS["llama2_7b"].items() if key != "torch_dtype"}
     config = str(EXAMPLES / "llama2_7b" / "config.yaml")
