@@ -136,7 +136,7 @@ def test_fitted_exits(family: str, tmp_path: Path, saved_model: SavedModel, load
             (solution,) = fit.solve([0.1])
             assert all(not torch.equal(value, parameter) for parameter, value in solution.values.items())
             solution.place()
-            fit = fit.then()
+            fit = fit.then(solution)
     check(stage, with_exits(path, stage, tmp_path / "adapter"), tmp_path)
 
 

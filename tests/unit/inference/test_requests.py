@@ -73,6 +73,10 @@ INVALID: list[tuple[dict[str, Any], str]] = [
         "forced_ids: speculative mode cannot verify proposals on a forced text; use another",
     ),
     ({"forced_ids": "text"}, "forced_ids: must be a list, not 'text'"),
+    (
+        {"coverage": {"status": "sure"}},
+        "coverage.status: must be one of 'certified', 'full' or 'uncertified', not 'sure'",
+    ),
     ({"max_token": 3}, "max_token: unknown key; did you mean 'max_tokens'?"),
 ]
 # By what the model has.
