@@ -9,10 +9,10 @@ validator that reads a whole model uses ``nested``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_ee.errors import ConfigError, UserError, shown
 
@@ -55,6 +55,17 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def one_of(names: Collection[str]) -> AfterValidator:
+    """Annotation of a text field that must be one of ``names``, which may grow later."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}, not {shown(value)}")
+        return value
+
+    return AfterValidator(check)
 
 
 def validated(kind: type[T], values: Any, *, where: str = "", error: type[UserError] = ConfigError) -> T:

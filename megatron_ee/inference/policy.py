@@ -29,7 +29,7 @@ import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 from torch import Tensor
 
-from megatron_ee.config.validation import NestedError, Strict, nested, validated
+from megatron_ee.config.validation import NestedError, Strict, nested, one_of, validated
 from megatron_ee.errors import shown
 
 MAX_DEFERRED = 15
@@ -63,6 +63,8 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Confidence measures: logits ``[tokens, vocab]`` float32 -> confidence ``[tokens]`` float32. It is 1 if the exit is
 certain, and NaN if the logits are not finite."""
+Measure = Annotated[str, one_of(MEASURES)]
+"""Type of a pydantic field that names a confidence measure."""
 
 
 @dataclass
@@ -117,17 +119,10 @@ class ExitPolicy(Strict):
 
     gated: ClassVar[bool] = False
     name: str
-    measure: str = "probability"
+    measure: Measure = "probability"
     max_deferred: int = Field(default=MAX_DEFERRED, ge=0, le=MOST_DEFERRED)
     min_full: int = Field(default=1, ge=1)
     backoff: int = Field(default=BACKOFF, ge=0)
-
-    @field_validator("measure")
-    @classmethod
-    def _known_measure(cls, value: str) -> str:
-        if value not in MEASURES:
-            raise ValueError(f"must be one of {', '.join(MEASURES)}, not {shown(value)}")
-        return value
 
     def exits_to_ask(self, exits: tuple[int, ...], index: int, history: ExitHistory) -> tuple[int, ...]:
         """Layers of the exits that the next token asks. It leaves at the first one for which ``leaves`` is true.

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megatron_ee.checkpoint.adapter import Adapter
 from megatron_ee.checkpoint.digest import file_sha256
-from megatron_ee.config.validation import Strict
+from megatron_ee.config.validation import Strict, one_of
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.texts import Hashes, hashed, message_texts, read_hashes
 from megatron_ee.errors import ConfigError, DataError, common_error, shown
@@ -21,7 +21,7 @@ from megatron_ee.evaluation.calibration.pvalues import PValue, smallest_count
 from megatron_ee.evaluation.tasks.metrics import METRICS
 from megatron_ee.evaluation.tasks.records import TaskRecord, read_records
 from megatron_ee.inference.certificate import Loss, Overlap
-from megatron_ee.inference.policy import MEASURES
+from megatron_ee.inference.policy import Measure
 from megatron_ee.inference.released import Released
 
 ALL = "all"
@@ -54,30 +54,16 @@ class CalibrationPlan(Strict):
     risk: Share
     delta: Share
     loss: Loss = "disagreement"
-    metric: str = "contains"
+    metric: Annotated[str, one_of(METRICS)] = "contains"
     p_value: PValue = "betting"
     per_group: Literal["no", "worst", "own"] = "no"
     policy: Literal["threshold", "gate"] = "threshold"
-    measure: str = "probability"
+    measure: Measure = "probability"
     points: int = Field(default=12, ge=1, le=1000)
     fit_share: Share = 0.2
     seed: int = Field(default=0, ge=0)
     max_tokens: int = Field(default=64, ge=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
-
-    @field_validator("metric")
-    @classmethod
-    def _known_metric(cls, value: str) -> str:
-        if value not in METRICS:
-            raise ValueError(f"must be one of {', '.join(METRICS)}, not {shown(value)}")
-        return value
-
-    @field_validator("measure")
-    @classmethod
-    def _known_measure(cls, value: str) -> str:
-        if value not in MEASURES:
-            raise ValueError(f"must be one of {', '.join(MEASURES)}, not {shown(value)}")
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
