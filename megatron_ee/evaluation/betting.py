@@ -1,13 +1,11 @@
-"""Tests by betting: whether the mean of losses is below, or above, a stated value.
+"""Tests by betting: whether the mean of losses is below a stated value.
 
-A player bets before each loss that it will be low (or high). Under the null hypothesis the bets are fair or worse, so
+A player bets before each loss that it will be low. Under the null hypothesis the bets are fair or worse, so
 the wealth, which starts at 1, exceeds 1 / p at any time with probability at most p (Ville's inequality). This needs no
-distribution and no sample size: losses in [0, 1] whose mean, given those before them, is on the null's side.
+distribution and no sample size: losses in [0, 1] whose mean, given those before them, is on the null's side. The null
+hypothesis is *mean >= m*, and the wealth against it is the product of ``1 + bet * (m - loss)`` with bets in
+``[0, 1 / (1 - m)]``. The bets must be predictable: the bet on a loss depends on the losses before it only.
 Waudby-Smith and Ramdas, arXiv 2010.09686, sections 4 and 5 and appendix B.
-
-The wealth against the null hypothesis *mean >= m* is the product of ``1 + bet * (m - loss)`` with bets in
-``[0, 1 / (1 - m)]``; against *mean <= m* it is the product of ``1 + bet * (loss - m)`` with bets in ``[0, 1 / m]``. The
-bets must be predictable: the bet on a loss depends on the losses before it only.
 
 The bets here are Kelly's for losses that are 0 or ``scale``, where ``scale`` is estimated as the ratio of the losses'
 second moment to their mean: it is 1 for losses that are 0 or 1, and smaller for losses that vary less. Then the bets
@@ -27,25 +25,8 @@ Floats = NDArray[np.float64]
 BOLDEST = 0.9
 """Largest share of the largest possible bet, where the bet is larger than for losses that are 0 or 1. A single loss
 then takes at most this share of the wealth. Smaller shares were weaker or equal for all losses that were tried."""
-CAUTIOUS = 0.5
-"""Likewise where there is no end: a sequence of bets has to survive an early misjudgement."""
 _SCALES = np.linspace(0.0, 1.0, 513)[1:]
 _BISECTIONS = 60
-
-
-def log_wealth(losses: ArrayLike, mean: float, bets: ArrayLike, *, above: bool) -> Floats:
-    """The natural logarithm of the wealth after each loss, ``[..., n]``.
-
-    Args:
-        losses: ``[..., n]`` in [0, 1].
-        mean: the bound of the null hypothesis, in (0, 1).
-        bets: ``[..., n]``, from ``horizon_bets`` or ``running_bets``.
-        above: the null hypothesis is *mean <= ``mean``*, and a large wealth says that the mean is above it. Otherwise
-            it is *mean >= ``mean``*.
-    """
-    gains = np.asarray(losses, dtype=np.float64) - mean if above else mean - np.asarray(losses, dtype=np.float64)
-    with np.errstate(divide="ignore"):  # the whole wealth may be lost
-        return np.cumsum(np.log1p(np.maximum(np.asarray(bets) * gains, -1.0)), axis=-1)
 
 
 def betting_p(losses: ArrayLike, mean: float, delta: float) -> Floats:
@@ -59,7 +40,9 @@ def betting_p(losses: ArrayLike, mean: float, delta: float) -> Floats:
     Returns:
         ``[...]``.
     """
-    wealth = log_wealth(losses, mean, horizon_bets(losses, mean, delta), above=False)
+    gains = horizon_bets(losses, mean, delta) * (mean - np.asarray(losses, dtype=np.float64))
+    with np.errstate(divide="ignore"):  # the whole wealth may be lost
+        wealth = np.cumsum(np.log1p(np.maximum(gains, -1.0)), axis=-1)
     return np.exp(-np.maximum(wealth.max(axis=-1, initial=0.0), 0.0))
 
 
@@ -76,47 +59,22 @@ def horizon_bets(losses: ArrayLike, mean: float, delta: float) -> Floats:
         losses: ``[..., n]`` in [0, 1].
         mean: the bound, in (0, 1).
         delta: the level, in (0, 1).
+
+    Raises:
+        ValueError: a loss is outside [0, 1].
     """
-    past = _Past(losses)
-    alternatives = _reachable(mean / _SCALES, np.log(1 / delta) / max(past.count, 1)) * _SCALES
-    table = _kelly(alternatives, mean, _SCALES, above=False)
+    values = np.asarray(losses, dtype=np.float64)
+    if values.size and not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError("losses must be in [0, 1]")
+    alternatives = _reachable(mean / _SCALES, np.log(1 / delta) / max(values.shape[-1], 1)) * _SCALES
+    table = _kelly(alternatives, mean, _SCALES)
     most = max(float(table[-1]), BOLDEST / (1 - mean))
-    return np.minimum(np.interp(past.scales, _SCALES, np.minimum(table, most)), 1 / (1 - mean))
+    return np.minimum(np.interp(_estimated_scales(values), _SCALES, np.minimum(table, most)), 1 / (1 - mean))
 
 
-def running_bets(losses: ArrayLike, mean: float, *, above: bool) -> Floats:
-    """Predictable bets for a sample without end, ``[..., n]``.
-
-    They are Kelly's for the mean of the losses so far, estimated with one pseudo-loss in 1 / ``mean`` pseudo-losses. No
-    bet is placed while the estimate is on the null's side.
-
-    Args:
-        losses: ``[..., n]`` in [0, 1].
-        mean: the bound, in (0, 1).
-        above: as for ``log_wealth``.
-    """
-    past = _Past(losses)
-    estimates = (1 + past.sums) / (1 / mean + np.arange(past.count))
-    most = CAUTIOUS / (mean if above else 1 - mean)
-    return np.minimum(_kelly(estimates, mean, past.scales, above=above), most)
-
-
-class _Past:
-    """For each loss, statistics of those before it.
-
-    Attributes:
-        count: losses of each sample.
-        sums: sum of the losses before, ``[..., n]``.
-        scales: estimated scale from the losses before and one pseudo-loss of 1, ``[..., n]`` in (0, 1].
-    """
-
-    def __init__(self, losses: ArrayLike) -> None:
-        values = np.asarray(losses, dtype=np.float64)
-        if values.size and not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError("losses must be in [0, 1]")
-        self.count = values.shape[-1]
-        self.sums = _before(values)
-        self.scales = (1 + _before(values**2)) / (1 + self.sums)
+def _estimated_scales(losses: Floats) -> Floats:
+    """For each loss, the estimated scale of those before it and one pseudo-loss of 1, ``[..., n]`` in (0, 1]."""
+    return (1 + _before(losses**2)) / (1 + _before(losses))
 
 
 def _before(values: Floats) -> Floats:
@@ -124,9 +82,9 @@ def _before(values: Floats) -> Floats:
     return np.concatenate([np.zeros_like(values[..., :1]), np.cumsum(values, axis=-1)[..., :-1]], axis=-1)
 
 
-def _kelly(alternative: Any, mean: float, scale: Any, *, above: bool) -> Floats:
+def _kelly(alternative: Any, mean: float, scale: Any) -> Floats:
     """The bet with the fastest growth if losses are 0 or ``scale`` with mean ``alternative``; it may be infinite."""
-    edge = np.maximum(alternative - mean if above else mean - alternative, 0.0)
+    edge = np.maximum(mean - alternative, 0.0)
     room = mean * np.maximum(scale - mean, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         bets = edge / room

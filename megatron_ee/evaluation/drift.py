@@ -6,8 +6,8 @@ at most ``risk``. The losses need be neither independent nor equally distributed
 A wealth of 1 is bet against the hypothesis: a bet b in [0, 1/risk) on a loss x multiplies it by 1 + b (x - risk), which
 is positive, and has a mean of at most 1 under the hypothesis. The wealth is divided equally among a few fixed bets
 (``fixed_bets``), so what is bet in all moves by itself towards the bets that have gained. Bets that follow the mean of
-the losses so far (``betting.running_bets``) first have to learn it, and took up to five times as many audits to an
-alarm in simulations; after a long good time they stay small. Two tests use the fixed bets:
+the losses so far first have to learn it, and took up to five times as many audits to an alarm in simulations; after a
+long good time they stay small. Two tests use the fixed bets:
 
 - *from the start*: all bets begin at the first audit. The wealth ever reaches 1/level with probability at most level
   (Ville's inequality). It is the stronger one where the losses are too high from the beginning on.
