@@ -18,9 +18,8 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from megatron_ee.config.schema import CorpusConfig, ExitConfig, RunConfig, StageConfig
+from megatron_ee.config.yaml_text import YamlProblem, parse_yaml
 from megatron_ee.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,26 +103,6 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as in PyYAML, but ``1e-4`` is a number, and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key in seen:
-                raise yaml.constructor.ConstructorError(problem=f"key {key!r} twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping at the top of the YAML file ``path``.
 
@@ -137,20 +116,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as text: {error}") from None
     try:
-        values = yaml.load(text, _Loader)  # noqa: S506  _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}:{_yaml_problem(error)}") from None
+        values = parse_yaml(text)
+    except YamlProblem as error:
+        line = "" if error.line is None else f"{error.line}:"
+        raise ConfigError(f"{path}:{line} not valid YAML: {error.problem}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys such as {_some_keys(RunConfig)}, found {_show(values)}")
     return values
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """``LINE: problem``, on one line."""
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    line = f"{mark.line + 1}: " if mark else " "
-    problem = getattr(error, "problem", None) or " ".join(str(error).split())
-    return f"{line}not valid YAML: {problem}"
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -210,9 +182,9 @@ def _parse(text: str, kind: Any, key: str) -> Any:
     if takes_text and not text.lstrip().startswith(("{", "[") if takes_list else "{"):
         return text
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not valid YAML: {_yaml_problem(error).partition('YAML: ')[2]}") from None
+        return parse_yaml(text)
+    except YamlProblem as error:
+        raise ConfigError(f"{key}: {text!r} is not valid YAML: {error.problem}") from None
 
 
 def _choices(kind: Any) -> tuple[Any, ...]:

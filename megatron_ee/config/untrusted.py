@@ -50,6 +50,21 @@ def read_exactly(fd: int, out: memoryview, position: int, path: Path) -> None:
         done += count
 
 
+def read_whole(fd: int, path: Path, limit: int) -> bytes:
+    """The content of an open file of at most ``limit`` bytes.
+
+    Raises:
+        CheckpointError: it is larger.
+        DamagedError: it gets shorter while it is read.
+    """
+    size = os.fstat(fd).st_size
+    if size > limit:
+        raise CheckpointError(f"{path}: {size} bytes are too many for this file; at most {limit} are read")
+    data = bytearray(size)
+    read_exactly(fd, memoryview(data), 0, path)
+    return bytes(data)
+
+
 def allowed_root(directory: Path) -> Path:
     """The folder that a directory's files must resolve into: itself, or its Hugging Face hub repository folder.
 
@@ -93,12 +108,8 @@ def read_json(path: Path, limit: int = MAX_FILE) -> Any:
         DamagedError: not valid JSON.
     """
     with open_regular(path) as fd:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise CheckpointError(f"{path}: {size} bytes are too many for this file; at most {limit} are read")
-        data = bytearray(size)
-        read_exactly(fd, memoryview(data), 0, path)
-    return parse_json(bytes(data), str(path))
+        data = read_whole(fd, path, limit)
+    return parse_json(data, str(path))
 
 
 def parse_json(data: bytes, where: str) -> Any:
