@@ -106,6 +106,15 @@ def threshold(scaling: ExitScaling, level: float) -> float:
     return max(float(_sigmoid((level - scaling.offset) * scaling.temperature)), _CLOSEST)
 
 
+def thresholds_at(scalings: Sequence[ExitScaling], level: float) -> dict[int, float]:
+    """By layer, the confidences at which a token leaves at a level, given as a logit.
+
+    Exits that reach the level at no confidence are left out.
+    """
+    thresholds = {each.layer: threshold(each, level) for each in scalings}
+    return {layer: value for layer, value in thresholds.items() if value < 1 - _CLOSEST}
+
+
 def make_family(
     replays: Sequence[Replay],
     layers: Sequence[int],
@@ -139,8 +148,7 @@ def make_family(
     scalings = [each for each in fitted if each is not None]
     members: list[Member] = []
     for level in LEVELS:
-        thresholds = {each.layer: threshold(each, level) for each in scalings}
-        thresholds = {layer: value for layer, value in thresholds.items() if value < 1 - _CLOSEST}
+        thresholds = thresholds_at(scalings, level)
         lowest = np.array([thresholds.get(layer, np.inf) for layer in layers])
         differing, skipped = _predict(confidences, agrees, ends, lowest, num_layers - np.array(layers))
         if skipped >= LEAST_SAVED * num_layers and (not members or differing <= most_differing):
