@@ -133,14 +133,14 @@ class Engine:
     def stream(self, request: int) -> Iterator[Event]:
         """Yield the events of one request. Events of other requests are kept for their ``stream`` or for ``step``."""
         open_ = sum(output.seq.params.request == request for output in self._outputs.values())
-        open_ += sum(event.request == request and _last(event) for event in self._events)
+        open_ += sum(event.request == request and event.last for event in self._events)
         while open_:
             events = self.step()
             # Kept before the first yield, because the caller may call ``step`` or read another stream in between.
             self._events.extendleft(event for event in reversed(events) if event.request != request)
             for event in events:
                 if event.request == request:
-                    open_ -= _last(event)
+                    open_ -= event.last
                     yield event
 
     def generate(self, requests: Collection[Request]) -> list[list[Completion]]:
@@ -166,6 +166,25 @@ class Engine:
             self._events = deque(event for event in self._events if event.request not in numbers)
             raise
         return [[found[n, i] for i in range(r.samples)] for n, r in zip(numbers, requests, strict=True)]
+
+    def heartbeat(self) -> None:
+        """Keep the other ranks from timing out. To be called now and then while the engine is idle.
+
+        The ranks also notice a lost one without it, see ``parallel.watchdog``.
+        """
+        if self._scheduler.idle:
+            self._scheduler.heartbeat()
+
+    @property
+    def num_running(self) -> int:
+        """Number of running sequences. Others may wait."""
+        return self._scheduler.num_running
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Claimed share of the KV memory, 0 to 1. Finished sequences that are kept as prefixes count."""
+        budget = self._scheduler.budget
+        return budget.used / budget.total
 
     def statistics(self) -> dict[str, object]:
         """Totals over the finished outputs."""
@@ -230,7 +249,3 @@ class Engine:
         event = output.finish()
         self._totals.add(output)
         return event
-
-
-def _last(event: Event) -> bool:
-    return event.completion is not None or event.error is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,7 +59,9 @@ MEMORY_SHARE = 0.5
 
 
 @contextmanager
-def open_engine(released: Released, options: EngineOptions = DEFAULTS) -> Iterator[Engine | None]:
+def open_engine(
+    released: Released, options: EngineOptions = DEFAULTS, *, on_failure: Callable[[str], None] = lambda line: None
+) -> Iterator[Engine | None]:
     """Load a model on all ranks and yield its engine.
 
     Every rank calls this. The first rank gets the engine. The other ranks work for it until it is closed, and then get
@@ -68,6 +70,7 @@ def open_engine(released: Released, options: EngineOptions = DEFAULTS) -> Iterat
     Args:
         released: from ``open_released``.
         options: how the model is loaded, and how its engine runs.
+        on_failure: see ``watch_ranks``.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -81,7 +84,9 @@ def open_engine(released: Released, options: EngineOptions = DEFAULTS) -> Iterat
     with (
         joined_processes() as control,
         model_groups(control, options.tensor, options.pipeline) as groups,
-        watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}"),
+        watch_ranks(
+            groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}", on_failure
+        ),
     ):
         layout = even_layout(released.model.architecture.num_layers, options.pipeline)
         stage = load_stage(

@@ -185,7 +185,10 @@ class OutputState:
 
 @dataclass
 class Totals:
-    """Sums over the finished outputs. ``later_tokens`` excludes the first token of each output."""
+    """Sums over the finished outputs. ``later_tokens`` excludes the first token of each output.
+
+    Their size does not grow, so that an engine can run for months.
+    """
 
     outputs: int = 0
     tokens: int = 0
@@ -198,7 +201,8 @@ class Totals:
     accepted_tokens: int = 0
     by_layer: Counter[int] = field(default_factory=Counter)
     by_coverage: Counter[str] = field(default_factory=Counter)
-    first_token_seconds: list[float] = field(default_factory=list)
+    first_tokens: int = 0
+    first_token_seconds: float = 0.0
 
     def add(self, output: OutputState) -> None:
         """Add a finished output."""
@@ -216,11 +220,11 @@ class Totals:
         if output.coverage is not None:
             self.by_coverage[output.coverage.status] += 1
         if output.first_token is not None:
-            self.first_token_seconds.append(output.first_token - output.submitted)
+            self.first_tokens += 1
+            self.first_token_seconds += output.first_token - output.submitted
 
     def to_dict(self, seconds: float) -> dict[str, Any]:
         """The totals in JSON types; ``seconds`` is the time in which the engine had work."""
-        waits = self.first_token_seconds
         return {
             "outputs": self.outputs,
             "prompt_tokens": self.prompt_tokens,
@@ -235,7 +239,7 @@ class Totals:
             "acceptance_rate": self.accepted_tokens / self.draft_tokens if self.draft_tokens else None,
             "seconds": seconds,
             "tokens_per_second": self.tokens / seconds if seconds > 0 else None,
-            "mean_time_to_first_token": sum(waits) / len(waits) if waits else None,
+            "mean_time_to_first_token": self.first_token_seconds / self.first_tokens if self.first_tokens else None,
             **({"calibration": dict(self.by_coverage)} if self.by_coverage else {}),
         }
 

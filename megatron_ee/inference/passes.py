@@ -76,6 +76,9 @@ class StageWorker(Protocol):
     def outputs(self) -> list[HeadOutput]:
         """Wait for and return the head outputs of the oldest pass whose outputs have not been returned yet."""
 
+    def heartbeat(self) -> None:
+        """Show a stage that waits for the next call that the scheduler is alive."""
+
 
 @dataclass(frozen=True)
 class StageMap:

@@ -156,6 +156,10 @@ class RemoteStage:
         """See ``StageWorker``."""
         return unpack_outputs(self._mail.receive(self._stage, OUTPUTS))
 
+    def heartbeat(self) -> None:
+        """See ``StageWorker``. Calls that wait for the next pass, such as ``close``, are sent too."""
+        self._flush()
+
     def _flush(self) -> None:
         self._mail.send(self._stage, COMMANDS, self._calls)
         self._calls = []
@@ -241,6 +245,11 @@ class DriverScheduler:
         """See ``Scheduler``."""
         return self._scheduler.num_preempted
 
+    @property
+    def num_running(self) -> int:
+        """See ``Scheduler``."""
+        return self._scheduler.num_running
+
     def add(self, seqs: Collection[Sequence]) -> None:
         """See ``Scheduler``."""
         self._calls.append(["add", [[seq.seq_id, pack_params(seq.params)] for seq in seqs]])
@@ -257,6 +266,12 @@ class DriverScheduler:
         broadcast(calls, self._group)
         return self._scheduler.step()
 
+    def heartbeat(self) -> None:
+        """See ``Scheduler``."""
+        self._calls.append(["heartbeat", None])
+        self._scheduler.heartbeat()
+        self.step()
+
     def stop(self) -> None:
         """End ``follow_driver`` on the other ranks."""
         broadcast([["stop", None]], self._group)
@@ -270,6 +285,8 @@ def follow_driver(scheduler: Scheduler, group: dist.ProcessGroup) -> None:
                 return
             if name == "add":
                 scheduler.add([Sequence(seq_id, unpack_params(packed)) for seq_id, packed in argument])
+            elif name == "heartbeat":
+                scheduler.heartbeat()
             else:
                 scheduler.finish(*argument)
         scheduler.step()

@@ -240,6 +240,11 @@ class Event:
     completion: Completion | None = None
     error: str | None = None
 
+    @property
+    def last(self) -> bool:
+        """Whether no further events follow for this output."""
+        return self.completion is not None or self.error is not None
+
 
 def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, max_positions: int) -> tuple[int, ...]:
     """A request's prompt as token ids.

@@ -101,6 +101,16 @@ class Scheduler:
         """Whether no sequence is running or waiting."""
         return not self.running and not self.waiting
 
+    @property
+    def num_running(self) -> int:
+        """Number of running sequences."""
+        return len(self.running)
+
+    def heartbeat(self) -> None:
+        """Show the stages that the scheduler is alive. Without calls, the wait of a remote one would time out."""
+        for stage in self.stages:
+            stage.heartbeat()
+
     def step(self) -> list[tuple[Sequence, list[Token]]]:
         """Admit sequences, start a pass on each free stage, and process the outputs of the oldest pending pass.
 

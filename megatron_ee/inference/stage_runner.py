@@ -184,6 +184,9 @@ class StageRunner:
         """See ``StageWorker``."""
         return self._outputs.popleft()
 
+    def heartbeat(self) -> None:
+        """See ``StageWorker``. Nothing waits in this process."""
+
     @platform.inference_attention()
     @torch.inference_mode()
     def run(self, pass_: Pass) -> None:

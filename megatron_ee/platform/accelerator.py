@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -24,6 +25,22 @@ def has_accelerator() -> bool:
 def device() -> torch.device:
     """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else torch.device("cpu")
+
+
+def for_other_thread(work: Callable[[], None]) -> Callable[[], None]:
+    """``work`` for another thread, on this thread's device and with its settings of the compiler.
+
+    Both are per thread: the settings, such as dynamo's limit of recompilations, are context variables.
+    """
+    index = torch.cuda.current_device() if has_accelerator() else None
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        if index is not None:
+            torch.cuda.set_device(index)
+        context.run(work)
+
+    return run
 
 
 def queues_work(device: torch.device) -> bool:
