@@ -9,6 +9,13 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_ee/__init__.py").read_text(encoding="utf-8"))[1]
 README = ROOT / "README.md"
 
+SERVE = [
+    "fastapi>=0.165,<0.170",
+    "starlette>=1.10,<2",
+    "uvicorn>=0.54,<0.55",  # serving/connection.py and serving/server.py extend its classes
+    "prometheus-client>=0.26,<0.30",
+]
+
 setup(
     name="megatron-ee",
     version=VERSION,
@@ -44,9 +51,13 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "gguf": ["gguf>=0.19,<0.20"],  # dequantises GGUF files
+        "serve": SERVE,
         "quantised": ["compressed-tensors>=0.20,<0.21"],  # quantises plain models as they are loaded
         "wandb": ["wandb>=0.31,<0.32"],
         "test": [
+            *SERVE,
+            "openai>=3.57,<4",  # a client of the server
+            "httpx>=0.28,<0.29",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",

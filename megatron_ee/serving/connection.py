@@ -1,0 +1,59 @@
+"""One client's connection: uvicorn's HTTP/1.1 protocol, with time limits for clients that send or read too slowly."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+READ_SECONDS = 30.0
+"""Seconds in which a connection must bring a whole request, counted from its first byte."""
+WRITE_SECONDS = 30.0
+"""Seconds for which a client may take nothing of a response that waits to be sent."""
+
+
+class ClientConnection(H11Protocol):
+    """Closes a connection whose client stalls. Otherwise it would count against the limit of connections for ever.
+
+    uvicorn itself limits only the time between two requests.
+    """
+
+    _reading: asyncio.TimerHandle | None = None
+    _writing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a request. Far above the limit of connections, where even an answer is too much, close it."""
+        super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) > 2 * self.limit_concurrency:
+            transport.abort()
+        self._reading = self.loop.call_later(READ_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request. The limit ends with the last part."""
+        if self._reading is None:
+            self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.more_body:
+            self._reading = _stopped(self._reading)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than the response is made."""
+        super().pause_writing()
+        self._writing = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read what waited."""
+        super().resume_writing()
+        self._writing = _stopped(self._writing)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the limits."""
+        self._reading, self._writing = _stopped(self._reading), _stopped(self._writing)
+        super().connection_lost(exc)
+
+
+def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """No timer, after the given one has been stopped."""
+    if timer is not None:
+        timer.cancel()
+    return None

@@ -1,0 +1,129 @@
+"""A request in flight, as the asyncio thread sees it: its events in a bounded buffer, its deadline, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from megatron_ee.inference.requests import Event, Request
+
+
+class Submission:
+    """One request in flight. Only the asyncio thread uses it, except for ``cancel``. ``EngineLoop.submit`` makes it.
+
+    Attributes:
+        id: number of the submission. It differs from ``Event.request``, the engine's number.
+        request: what was submitted.
+        background: whether it runs only while there is no ordinary request.
+        timed_out: whether its deadline ended it.
+        overflowed: whether it ended because its events were read too slowly.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        *,
+        background: bool,
+        buffer_events: int,
+        on_cancel: Callable[[Submission], None],
+    ) -> None:
+        """Create a submission that waits for admission.
+
+        Args:
+            number: its ``id``.
+            request: what was submitted.
+            background: see above.
+            buffer_events: maximum number of events that wait to be read.
+            on_cancel: called once when it is cancelled, in any thread.
+        """
+        self.id, self.request, self.background = number, request, background
+        self.timed_out = self.overflowed = False
+        self._loop = asyncio.get_running_loop()
+        self._limit, self._on_cancel, self._cancelled = buffer_events, on_cancel, False
+        self._buffer: deque[Event] = deque()
+        self._open = set(range(request.samples))
+        self._closed = False  # no further event is taken
+        self._changed = asyncio.Event()
+        self._admission: asyncio.Future[None] = self._loop.create_future()
+        self._deadline: asyncio.TimerHandle | None = None
+
+    async def admitted(self) -> None:
+        """Wait until the engine has accepted the request.
+
+        Raises:
+            ConfigError: the engine refuses the request, see ``Engine.submit``.
+            EngineLost: the engine is gone.
+        """
+        await asyncio.shield(self._admission)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Yield the events of all outputs as they come, for one reader.
+
+        Every output ends with a completion or an error. After a buffer overflow, and if the engine fails, that is an
+        error for each output that has not ended. Nothing is yielded for a request that was refused.
+        """
+        while True:
+            while self._buffer:
+                yield self._buffer.popleft()
+            if self._closed:
+                return
+            await self._changed.wait()
+            self._changed.clear()
+
+    def cancel(self) -> None:
+        """End the request. Its outputs end with ``finish_reason`` ``cancelled`` and the tokens so far. Thread safe."""
+        if not self._cancelled:
+            self._cancelled = True
+            self._on_cancel(self)
+
+    # ------------------------------------------------------------------------------------ called by the engine's loop
+
+    def expire_after(self, seconds: float) -> None:
+        """Cancel it ``seconds`` from now, unless it has ended by then."""
+        self._deadline = self._loop.call_later(seconds, self._expire)
+
+    def admit(self, error: Exception | None = None) -> None:
+        """Note that the engine has accepted the request, or refused it with ``error``."""
+        if self._admission.done():
+            return
+        if error is None:
+            self._admission.set_result(None)
+            return
+        self._admission.set_exception(error)
+        self._admission.exception()  # nobody may be waiting for it, which is no mistake
+        self._close()
+
+    def push(self, event: Event) -> None:
+        """Add an event of the engine. It is dropped if the submission has been closed."""
+        if self._closed:
+            return
+        if len(self._buffer) >= self._limit:
+            self.overflowed = True
+            self.fail(f"the answer was read too slowly: {self._limit} events wait; read them as they come")
+            self.cancel()
+            return
+        self._buffer.append(event)
+        if event.last:
+            self._open.discard(event.sample)
+        if not self._open:
+            self._close()
+        self._changed.set()
+
+    def fail(self, message: str) -> None:
+        """End every output that has not ended with an error."""
+        if self._closed:
+            return
+        self._buffer.extend(Event(0, sample, error=message) for sample in sorted(self._open))
+        self._close()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._changed.set()
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _expire(self) -> None:
+        self.timed_out = True
+        self.cancel()
