@@ -6,8 +6,12 @@ wait for an idle moment, but is never left out. The exit log keeps the result of
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from pydantic import ConfigDict, Field
 
@@ -15,6 +19,10 @@ from megatron_ee.config.untrusted import parse_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import DataError
 from megatron_ee.inference.sampling import uniform
+
+MAX_LINE = 16 * 2**20
+"""Bytes of a line of an exit log, with prompt and text."""
+_GZIP = b"\x1f\x8b"
 
 
 class Audit(Strict):
@@ -29,8 +37,8 @@ class Audit(Strict):
     certificate: str | None = None
 
 
-class ExitRecord(Strict):
-    """One request in the exit log, which has one JSON object per line. Further keys are ignored.
+class AuditRecord(Strict):
+    """What the exit log says of a request's audit. The log has one JSON object per line. Further keys are ignored.
 
     Attributes:
         number: of the request in the order of admission, from 0. It goes on after a restart of the server.
@@ -56,8 +64,8 @@ def audited(number: int, seed: int, share: float) -> bool:
     return uniform(seed, number, "audit") < share
 
 
-def read_audits(logs: Sequence[Path]) -> list[ExitRecord]:
-    """The audited requests of exit logs, in the order of admission. Blank lines and a torn last line are ignored.
+def read_audits(logs: Sequence[Path]) -> list[AuditRecord]:
+    """The audited requests of exit logs, in the order of admission. See ``log_lines`` for what is left out.
 
     Args:
         logs: all logs of one server, in any order.
@@ -66,7 +74,7 @@ def read_audits(logs: Sequence[Path]) -> list[ExitRecord]:
         DataError: a log cannot be read, a line is no record, or two records have one number.
         DamagedError: a line is not JSON. Both name file and line.
     """
-    found: dict[int, tuple[ExitRecord, str]] = {}
+    found: dict[int, tuple[AuditRecord, str]] = {}
     for path in logs:
         for where, record in _read(path):
             if record.number in found:
@@ -76,20 +84,38 @@ def read_audits(logs: Sequence[Path]) -> list[ExitRecord]:
     return [record for _, (record, _) in sorted(found.items()) if record.audit is not None]
 
 
-def certificates(audits: Iterable[ExitRecord]) -> list[str]:
+def certificates(audits: Iterable[AuditRecord]) -> list[str]:
     """Digests of the certificates of audited requests, without repetition."""
     return sorted({each.audit.certificate for each in audits if each.audit and each.audit.certificate is not None})
 
 
-def _read(path: Path) -> Iterator[tuple[str, ExitRecord]]:
-    """Each record with its file and line."""
+def log_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each line of an exit log that is not blank, with its file and number. The log may be compressed with gzip.
+
+    A last line without an end is left out, and what a cut-off gzip file lacks: the server is writing it, or was killed.
+
+    Raises:
+        DataError: the log cannot be read, or a line is too long; the message names the file.
+    """
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):  # the server is writing it, or was killed
+        with path.open("rb") as plain:
+            compressed = plain.peek(2)[:2] == _GZIP
+            file: IO[bytes] = gzip.GzipFile(fileobj=plain) if compressed else plain  # type: ignore[assignment]
+            for number in itertools.count(1):
+                line = file.readline(MAX_LINE + 1)
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{path}:{number}: is longer than {MAX_LINE} bytes; it is no exit log")
+                if not line.endswith(b"\n"):
                     return
                 if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, validated(ExitRecord, parse_json(line, where), where=where, error=DataError)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+                    yield f"{path}:{number}", line
+    except EOFError:
+        return
+    except (OSError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _read(path: Path) -> Iterator[tuple[str, AuditRecord]]:
+    """Each record with its file and line."""
+    for where, line in log_lines(path):
+        yield where, validated(AuditRecord, parse_json(line, where), where=where, error=DataError)

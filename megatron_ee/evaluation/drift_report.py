@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ee.evaluation.audits import ExitRecord
+from megatron_ee.evaluation.audits import AuditRecord
 from megatron_ee.evaluation.drift import DriftHistory
 from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
 from megatron_ee.tables import add_columns, make_console, new_table
@@ -19,7 +19,7 @@ RECENT = 100
 _LARGEST = 700.0  # of a logarithm whose exponential is a float
 
 
-def drift_dict(history: DriftHistory, audits: Sequence[ExitRecord], uncounted: int) -> dict[str, Any]:
+def drift_dict(history: DriftHistory, audits: Sequence[AuditRecord], uncounted: int) -> dict[str, Any]:
     """The output of ``drift --json``.
 
     Args:
@@ -72,7 +72,7 @@ def judgement(history: DriftHistory) -> str:
     return f"ALARM: the mean loss seems to be above the risk of {monitor.risk:.3g}: {'; '.join(parts)}."
 
 
-def print_drift(history: DriftHistory, audits: Sequence[ExitRecord], uncounted: int) -> None:
+def print_drift(history: DriftHistory, audits: Sequence[AuditRecord], uncounted: int) -> None:
     """Print ``drift_dict`` to stdout. The arguments are the same."""
     monitor, console = history.monitor, make_console()
     figures = drift_dict(history, audits, uncounted)
@@ -129,7 +129,7 @@ def plot_drift(history: DriftHistory, path: Path) -> None:
         axes.legend()
 
 
-def _place(audits: Sequence[ExitRecord], audit: int | None) -> dict[str, Any] | None:
+def _place(audits: Sequence[AuditRecord], audit: int | None) -> dict[str, Any] | None:
     """An audit, counted from 1, and its request."""
     if audit is None:
         return None
