@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure each exit on a corpus; threshold sweep"),
     "calibrate": ("calibrate", "find exit thresholds with a tested bound on their loss"),
     "drift": ("drift", "test exit logs: is the loss of audited requests still what was certified?"),
+    "exits-report": ("exits_report", "read a server's exit logs: layers, exits and latency by task and day"),
     "generate": ("generate", "generate text; show the layer that emitted each token"),
     "doctor": ("doctor", "check what works on this machine"),
 }

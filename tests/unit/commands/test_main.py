@@ -114,6 +114,7 @@ INPUTS = {
     "regenerate --model here --prompts here --output out": ("--model", "--prompts"),
     "probe --model here --data here": ("--model", "--data"),
     "drift here --calibration here": ("--calibration",),
+    "exits-report here": ("exits-report",),
     "quickstart --base here --data here --out out": ("--base", "--data"),
     "quickstart --base here --prompts here --out out": ("--prompts",),
 }
