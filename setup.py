@@ -50,6 +50,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
+        "eval": ["lm-eval>=0.4.13,<0.5"],
         "gguf": ["gguf>=0.19,<0.20"],  # dequantises GGUF files
         "serve": SERVE,
         "quantised": ["compressed-tensors>=0.20,<0.21"],  # quantises plain models as they are loaded
@@ -67,10 +68,15 @@ setup(
             "import-linter>=2.17,<3",
             "compressed-tensors>=0.20,<0.21",  # writes quantised models for the tests
             "gguf>=0.19,<0.20",  # writes GGUF files for the tests
-            "accelerate>=1.15,<2",  # transformers reads GGUF files only with it
+            "accelerate>=1.15,<2",  # transformers reads GGUF files only with it; the harness's own class needs it
+            "lm-eval>=0.4.13,<0.5",
         ],
     },
-    entry_points={"console_scripts": ["megatron-ee = megatron_ee.commands.main:main"]},
+    entry_points={
+        "console_scripts": ["megatron-ee = megatron_ee.commands.main:main"],
+        # Read by releases of lm-eval after 0.4.13; until then importing the module registers the model.
+        "lm_eval.models": ["megatron_ee = megatron_ee.evaluation.harness:HarnessModel"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": ("plan", "estimate memory, time and price of a run, and search for a better layout"),
     "tune": ("tune", "train exits on a frozen model"),
     "evaluate": ("evaluate", "measure each exit on a corpus; threshold sweep"),
+    "harness": ("harness", "run tasks of lm-evaluation-harness in any mode, or at one exit"),
     "calibrate": ("calibrate", "find exit thresholds with a tested bound on their loss"),
     "drift": ("drift", "test exit logs: is the loss of audited requests still what was certified?"),
     "exits-report": ("exits_report", "read a server's exit logs: layers, exits and latency by task and day"),

@@ -99,7 +99,8 @@ class Engine:
         check_ids("forced_ids", request.forced_ids, self.vocab_size)
         check_ids("stop_ids", request.stop_ids, self.vocab_size)
         most = min(request.max_tokens, len(request.forced_ids) or request.max_tokens)
-        limit = min(len(prompt) + most, self.max_positions)
+        # The last forced token is only scored. It runs no layer, so it needs no position of the model.
+        limit = min(len(prompt) + most, self.max_positions + bool(request.forced_ids))
         needed = self._scheduler.budget.needed(limit, limit)
         if needed > self._scheduler.budget.total:
             raise ConfigError(

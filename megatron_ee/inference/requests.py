@@ -265,7 +265,7 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
     if tokenizer is not None:
         _check_known(tokenizer, prompt, vocab_size)
     check_ids("prompt", prompt, vocab_size)
-    if len(prompt) >= max_positions:
+    if len(prompt) >= max_positions + bool(request.forced_ids):  # the last forced token needs no position
         raise _too_long(str(len(prompt)), max_positions)
     return prompt
 

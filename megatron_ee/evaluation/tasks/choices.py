@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from megatron_ee.checkpoint.journal import Journal
@@ -59,7 +60,7 @@ def score_choices(
     found = {} if journal is None else {entry_key(entry): entry["choices"] for entry in _choices_in(journal)}
     forced = [setting for setting in settings if setting.mode != "speculative"]
     for record in records:
-        check_fits(engine, record, [_request(each, *ids) for each in forced for ids in record.choice_ids])
+        check_fits(engine, record, [forced_request(each, *ids) for each in forced for ids in record.choice_ids])
     total = len(forced) * len(records)
     done = sum(("choices", each.name, record.id) in found for each in forced for record in records)
     with track(total, "records", "scoring choices", completed=done, enabled=total > 0) as bar:
@@ -86,29 +87,30 @@ def _choices_in(journal: Journal) -> Iterator[dict[str, Any]]:
 def _score(engine: Engine, records: Sequence[TaskRecord], setting: Setting, batch: int) -> Iterator[dict[str, Any]]:
     """The journal's entry of each record, as its last choice is scored."""
     pairs = [(record, place) for record in records for place in range(len(record.choices))]
-    requests = [_request(setting, *record.choice_ids[place]) for record, place in pairs]
+    requests = [forced_request(setting, *record.choice_ids[place]) for record, place in pairs]
     scores: dict[str, dict[int, tuple[float, float]]] = {record.id: {} for record in records}
     for index, [outcome] in run_batch(engine, requests, ahead=batch):
         record, place = pairs[index]
         if isinstance(outcome, str):
             raise UserError(f"{record.where}: {setting.name}: {outcome}")
         own = scores[record.id]
-        own[place] = _likelihood(outcome)
+        own[place] = log_likelihood(outcome), fmean(token.layer for token in outcome.tokens)
         if len(own) == len(record.choices):
             columns = zip(*(own[number] for number in range(len(own))), strict=True)
             values = dict(zip(("log_likelihoods", "mean_layers"), map(list, columns), strict=True))
             yield {"setting": setting.name, "id": record.id, "choices": values}
 
 
-def _request(setting: Setting, before: tuple[int, ...], choice: tuple[int, ...]) -> Request:
-    return setting.request(before, forced_ids=choice, max_tokens=len(choice), logprobs=0, stop=())
+def forced_request(setting: Setting, before: tuple[int, ...], text: tuple[int, ...]) -> Request:
+    """A request whose answer gives ``log_likelihood`` of the token ids ``text`` after ``before``."""
+    mode = "full" if setting.mode == "speculative" else setting.mode
+    return setting.request(before, mode=mode, forced_ids=text, max_tokens=len(text), logprobs=0, stop=())
 
 
-def _likelihood(completion: Completion) -> tuple[float, float]:
-    """Log-likelihood of the forced tokens, and the mean layer of their exits."""
+def log_likelihood(completion: Completion) -> float:
+    """Natural log-probability of a forced text, from the completion of ``forced_request``."""
     known = [token.logprobs.forced for token in completion.tokens if token.logprobs is not None]
-    layers = [token.layer for token in completion.tokens]
-    return sum(value for value in known if value is not None), sum(layers) / len(layers)
+    return sum(value for value in known if value is not None)
 
 
 def _best(values: Sequence[float]) -> int:

@@ -164,6 +164,19 @@ def test_forced_ids_decide_on_a_given_text(mode: Any, exit_stage: MakeStage, eve
     assert ids_of(short) == ids_of(ours)[:5]
 
 
+def test_the_last_forced_token_may_follow_the_last_position(exit_stage: MakeStage, every_logit: EveryLogit) -> None:
+    stage = exit_stage("llama2", BODIES["mixed"])
+    positions = stage.setup.architecture.max_positions
+    text = torch.randint(3, 131, (positions,), generator=torch.Generator().manual_seed(5)).tolist()
+    count = positions - len(PROMPT) + 1
+    [ours] = generate(stage, Request(prompt=PROMPT, forced_ids=text[:count], max_tokens=count, logprobs=0))
+    scores = every_logit(stage, [*PROMPT, *text[: count - 1]])[LAYERS + 1][-1].log_softmax(-1)
+    assert len(ours.tokens) == count and ours.finish_reason == "length" and ours.tokens[-1].logprobs is not None
+    assert ours.tokens[-1].logprobs.forced == pytest.approx(float(scores[text[count - 1]]), abs=1e-4)
+    [longer] = generate(stage, Request(prompt=PROMPT, forced_ids=text, max_tokens=positions))
+    assert len(longer.tokens) == count and longer.finish_reason == "context"
+
+
 @pytest.mark.parametrize("mode", ["threshold", "full"])
 def test_forced_tokens_have_the_probability_of_the_exit_that_decides(
     mode: Any, exit_stage: MakeStage, every_logit: EveryLogit

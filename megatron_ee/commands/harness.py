@@ -1,0 +1,60 @@
+"""``megatron-ee harness``: the command line of lm-evaluation-harness, in which the model ``megatron_ee`` is known."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ee.commands import Parser
+from megatron_ee.errors import ConfigError
+
+MODEL = "megatron_ee"
+DESCRIPTION = f"""Run tasks of lm-evaluation-harness (extra: eval). All arguments are those of its command lm_eval, with
+--model {MODEL} by default: --model_args pretrained=DIR,adapter=DIR,mode=threshold,threshold=0.8 --tasks NAME.
+docs/harness.md lists the arguments of the model, and "megatron-ee harness run --help" those of lm_eval."""
+
+
+class _PassingParser(Parser):
+    """Passes all arguments on, except for ``--help`` alone."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]  # has overloads
+        """A namespace whose ``arguments`` are all of ``args``."""
+        given = list(args or ())
+        if given in (["-h"], ["--help"]):
+            return super().parse_args(given, namespace)
+        return argparse.Namespace(arguments=given)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = _PassingParser("harness", DESCRIPTION)
+    result.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of lm_eval")
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Register the model and run the harness's command line."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("needs lm-evaluation-harness: pip install 'megatron-ee[eval]'")
+    import megatron_ee.evaluation.harness as registered
+
+    assert registered.NAME == MODEL
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *with_model(arguments.arguments)]
+    try:
+        cli_evaluate()
+    finally:
+        registered.close_loaded()
+    return 0
+
+
+def with_model(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a run, with the model's name if they give neither a model nor a configuration file."""
+    given = [argument.partition("=")[0] for argument in arguments]
+    others = bool(given) and given[0] in ("ls", "validate")
+    named = {"-M", "--model", "-C", "--config", "-h", "--help"} & set(given)
+    return list(arguments) if others or named or not given else [*arguments, "--model", MODEL]
