@@ -92,7 +92,12 @@ def test_two_ranks_write_half_a_checkpoint_each(project: Project, straight: Run,
 
 
 @pytest.mark.parametrize(
-    "rank, point", [(1, "save.shard"), (0, "save.manifest-done:2"), pytest.param(1, "save.thread:2", marks=SLOW)]
+    "rank, point",
+    [
+        pytest.param(1, "save.shard", marks=SLOW),
+        (0, "save.manifest-done:2"),
+        pytest.param(1, "save.thread:2", marks=SLOW),
+    ],
 )
 def test_a_rank_killed_in_a_save_ends_the_run(
     rank: int, point: str, project: Project, straight: Run, tmp_path: Path

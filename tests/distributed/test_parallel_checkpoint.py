@@ -68,7 +68,9 @@ def load(released: Path, parallel: Path, tensor: int, stages: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize(("tensor", "stages"), [(2, (4,)), (1, (1, 3)), (2, (3, 1))])
-@pytest.mark.parametrize("family", ["llama3.2-tied", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama3.2-tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3"))]
+)
 def test_every_layout_loads_it(
     family: str, tensor: int, stages: tuple[int, ...], saved_model: Callable[..., tuple[Path, Any]], tmp_path: Path
 ) -> None:

@@ -73,7 +73,12 @@ def close(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     "world_size, stages, tensor, sequence",
-    [(2, HALVES, 1, False), (3, MIXED, 1, False), (4, HALVES, 2, True), (4, HALVES, 1, False)],
+    [
+        (2, HALVES, 1, False),
+        (3, MIXED, 1, False),
+        (4, HALVES, 2, True),
+        pytest.param(4, HALVES, 1, False, marks=pytest.mark.slow),
+    ],
     ids=["pipeline", "apart", "tensor", "data"],
 )
 def test_quality_is_that_of_one_process(

@@ -66,7 +66,7 @@ def close(found: Any, expected: Any, where: str = "") -> None:
     [
         pytest.param(2, {"tensor": 2, "sequence": True}, marks=pytest.mark.smoke),
         pytest.param(3, {"pipeline": 3, "layout": PIPELINE}, marks=pytest.mark.slow),
-        (4, {"pipeline": 2}),
+        pytest.param(4, {"pipeline": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_on_several_ranks_is_the_run_of_one(

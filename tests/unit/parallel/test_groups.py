@@ -86,6 +86,7 @@ def run(code: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_leaving_the_groups_leaves_torch_as_it_was() -> None:
     code = """
 import torch
