@@ -27,6 +27,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else torch.device("cpu")
 
 
+def device_name() -> str:
+    """What this process computes on, in words."""
+    return str(torch.cuda.get_device_name()) if has_accelerator() else f"CPU, {torch.get_num_threads()} threads"
+
+
 def for_other_thread(work: Callable[[], None]) -> Callable[[], None]:
     """``work`` for another thread, on this thread's device and with its settings of the compiler.
 

@@ -106,9 +106,9 @@ def changed_model(project: Project, path: Path, *, settings: dict[str, Any] | No
 
 
 def read_log(output: Path) -> list[Any]:
-    """The lines of a run's log, without speed and saves."""
+    """The lines of a run's log, without speed, saves and sessions."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "save" not in line]
+    steps = [line for line in lines if "save" not in line and "session" not in line]
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in steps]
 
 

@@ -21,6 +21,8 @@ from megatron_ee.tuning.step import StepResult
 from megatron_ee.tuning.wandb_run import WandbRun, start_run
 
 LOG = "log.jsonl"
+SESSION = "session"
+"""Key of the line about a process of the run that ended by itself."""
 
 
 class RunLog:
@@ -117,6 +119,11 @@ class RunLog:
         seconds = {"stopped_seconds": round(stopped_seconds, 4), "write_seconds": round(write_seconds, 4)}
         self._write({"step": step, "save": seconds})
         self._plot({f"save/{name}": value for name, value in seconds.items()}, step)
+
+    def session(self, step: int, seconds: float, processes: int, device: str) -> None:
+        """Log what this session of the run took, from its start to the state after ``step`` steps."""
+        took = {"seconds": round(seconds, 1), "processes": processes, "device": device}
+        self._write({"step": step, SESSION: took})
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:

@@ -65,7 +65,7 @@ def measure_machine(config: RunConfig, architecture: Architecture, specs: Sequen
         layers_rate, exits_rate = work.forward / forward, work.exits / exits
         bandwidth = update_bytes(trained, workload) / update
         return Machine(
-            name=_device_name(),
+            name=platform.device_name(),
             memory=float(min(groups.gather(free))),
             layers=layers_rate,
             exits=exits_rate,
@@ -80,7 +80,7 @@ def measure_machine(config: RunConfig, architecture: Architecture, specs: Sequen
             accelerator=platform.has_accelerator(),
             host_memory=float(min(groups.gather(platform.free_host_memory()))) if platform.has_accelerator() else None,
             basis=(
-                f"measured just now on this machine ({_device_name()}), at {workload.micro_batch_size} x "
+                f"measured just now on this machine ({platform.device_name()}), at {workload.micro_batch_size} x "
                 f"{workload.sequence_length} tokens in {config.model.dtype}: frozen layers {layers_rate / 1e9:,.1f} "
                 f"GFLOP/s, exits {exits_rate / 1e9:,.1f}, a product of matrices {products / 1e9:,.1f}; update "
                 f"{bandwidth / GB:,.2f} GB/s" + (f"; link {link / GB:,.2f} GB/s" if ranks > 1 else ""),
@@ -210,9 +210,3 @@ def _seconds(work: Callable[[], Any]) -> float:
     work()
     platform.synchronize()
     return time.perf_counter() - began
-
-
-def _device_name() -> str:
-    return (
-        str(torch.cuda.get_device_name()) if platform.has_accelerator() else f"CPU, {torch.get_num_threads()} threads"
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +101,7 @@ def tune(
         CheckpointError: the model, adapter or checkpoint cannot be used.
         DataError: a corpus cannot be used.
     """
-    progress, steps = RunProgress(), config.tuning.steps
+    progress, steps, started = RunProgress(), config.tuning.steps, time.monotonic()
     minutes = collective_minutes(config.parallel.timeout_seconds)
     with watch_signals() as interrupt, joined_processes(minutes) as control:
         gather = partial(gather_objects, group=control)
@@ -122,7 +123,7 @@ def tune(
                 trainer, full, validator = _prepare(
                     config, inputs, groups, output, resume, allow_new_data, progress, make_validator, interrupt
                 )
-                settings = config_to_dict(config)
+                settings, before = config_to_dict(config), progress.step
                 log = RunLog(output, config.logging, progress.step, settings=settings, enabled=groups.is_main)
                 with log:
                     with around(trainer):
@@ -130,10 +131,13 @@ def tune(
                     del trainer  # frees its exits, and its layers if they are its own
                     if done:
                         finish(config, full, inputs.gates, inputs.blend, validator, output, log)
+                    if progress.step > before:
+                        device = platform.device_name()
+                        log.session(progress.step, time.monotonic() - started, groups.world.size(), device)
         except Interrupted as error:  # all that is tuned is saved already
             if launched_rank() == 0:
-                before = "the work after the last step was done" if progress.step else "the first step"
-                print(f"{error}: ended before {before}; continue with --resume", file=sys.stderr, flush=True)
+                when = "the work after the last step was done" if progress.step else "the first step"
+                print(f"{error}: ended before {when}; continue with --resume", file=sys.stderr, flush=True)
     return 0
 
 
