@@ -160,7 +160,7 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
             print_speed(result.speed, probed)
     if arguments.output is not None:
         claim_output(arguments.output, "evaluate")
-        write_quality(result.quality, result.exits, arguments.output / "evaluation", compared)
+        write_quality(result.quality, result.exits, arguments.output / "evaluation", {**result.inputs, **compared})
         if result.exits:
             plot_reliability(result.quality, arguments.output / "reliability.png")
     if arguments.plot is not None and result.exits:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ee.evaluation.audits import AuditRecord
+from megatron_ee.evaluation.audits import AuditRecord, certificates
 from megatron_ee.evaluation.drift import DriftHistory
 from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
 from megatron_ee.tables import add_columns, make_console, new_table
@@ -34,6 +34,7 @@ def drift_dict(history: DriftHistory, audits: Sequence[AuditRecord], uncounted: 
         "alarm_level": monitor.alarm_level,
         "audits": monitor.audits,
         "uncounted": uncounted,
+        "certificates": certificates(audits),
         "mean_loss": monitor.mean_loss,
         "recent_mean_loss": float(recent.mean()) if len(recent) else None,
         "from_start": {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from megatron_ee.evaluation.speed import (
     measure_speed,
 )
 from megatron_ee.exits.stage import Stage, build_stage
+from megatron_ee.inference.released import exits_digest
 from megatron_ee.model.quality import Quality
 from megatron_ee.model.setup import build_setup
 from megatron_ee.model.streaming import check_host_memory
@@ -66,6 +67,7 @@ class Evaluation:
         adapter: the exits' directory, if any.
         sequence_length: tokens per window.
         speed: of each mode; empty if it was not measured.
+        digests: ``model_sha256`` and ``adapter_sha256``, as of ``released_digests``.
     """
 
     quality: Quality
@@ -74,11 +76,17 @@ class Evaluation:
     adapter: str | None
     sequence_length: int
     speed: tuple[ModeSpeed, ...] = ()
+    digests: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The inputs of the evaluation."""
+        what = {"model": self.model, "adapter": self.adapter, "sequence_length": self.sequence_length}
+        return {**what, **self.digests}
 
     def to_dict(self) -> dict[str, Any]:
         """``final_loss``, ``exits`` and the rest of ``report_dict``, and the inputs of the evaluation."""
-        what = {"model": self.model, "adapter": self.adapter, "sequence_length": self.sequence_length}
-        return {**what, **report_dict(self.quality, self.exits)}
+        return {**self.inputs, **report_dict(self.quality, self.exits)}
 
 
 def evaluate(
@@ -140,6 +148,7 @@ def evaluate(
         say_limits(saved)
         with model_groups(control, tensor, pipeline) as groups, _watched(groups):
             _check_adapter(subject, groups)
+            digests = groups.from_first(lambda: _digests(subject))
             setup = build_setup(
                 saved.architecture,
                 platform.DTYPES[dtype],
@@ -159,7 +168,7 @@ def evaluate(
             )
             speeds = _speed(stage, layout, subject, quality, gate_threshold) if speed else ()
     where = None if subject.adapter is None else str(subject.adapter.path)
-    return Evaluation(quality, subject.exits, str(model), where, subject.windows.sequence_length, speeds)
+    return Evaluation(quality, subject.exits, str(model), where, subject.windows.sequence_length, speeds, digests)
 
 
 @dataclass(frozen=True)
@@ -224,6 +233,14 @@ def _speed(
 
 def _watched(groups: Groups) -> contextlib.AbstractContextManager[None]:
     return watch_ranks(groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}")
+
+
+def _digests(subject: _Subject) -> dict[str, str | None]:
+    adapter = subject.adapter
+    return {
+        "model_sha256": hash_backbone(subject.model.stored_weights),
+        "adapter_sha256": None if adapter is None else exits_digest(adapter),
+    }
 
 
 def _check_adapter(subject: _Subject, groups: Groups) -> None:

@@ -86,16 +86,22 @@ def released_digests(released: Released, *, show: bool = True) -> dict[str, str 
         DataError: the tokenizer's files are damaged.
     """
     adapter, tokenizer = released.adapter, released.tokenizer
-    exits = None
-    if adapter is not None:
-        exits = _digest([[dataclasses.asdict(spec) for spec in adapter.exits], backbone_digest(adapter.weights)])
     return {
         "model_sha256": hash_backbone(released.model.stored_weights, enabled=show),
-        "adapter_sha256": exits,
+        "adapter_sha256": None if adapter is None else exits_digest(adapter),
         "tokenizer_sha256": _digest(
             [tokenizer_digests(released.path), dict(tokenizer.templates), sorted(released.eos)]
         ),
     }
+
+
+def exits_digest(adapter: Adapter) -> str:
+    """SHA-256 (hex) of exits and their weights.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return _digest([[dataclasses.asdict(spec) for spec in adapter.exits], backbone_digest(adapter.weights)])
 
 
 def _digest(content: list[object]) -> str:

@@ -84,6 +84,13 @@ class TaskRecord(Strict):
         return self._choice_ids
 
     @property
+    def question(self) -> str:
+        """The prompt, or the user's last message."""
+        if self.messages is None:
+            return self.prompt or ""
+        return next((str(each["content"]) for each in reversed(self.messages) if each["role"] == "user"), "")
+
+    @property
     def scored(self) -> bool:
         """Whether the quality of an answer can be told."""
         return bool(self.references or self.choices)

@@ -257,10 +257,7 @@ class TaskResults:
         """Each record with its scores in every setting, in JSON types."""
         names = list(self.rows)
         return [
-            {
-                **{"id": same[0].record.id, "task": same[0].record.task, "group": same[0].record.group},
-                "settings": dict(zip(names, map(_row_dict, same), strict=True)),
-            }
+            {**_record_dict(same[0].record), "settings": dict(zip(names, map(_row_dict, same), strict=True))}
             for same in zip(*self.rows.values(), strict=True)
         ]
 
@@ -278,6 +275,12 @@ def make_results(
         for task in tasks
     }
     return TaskResults(tuple(settings), rows, tuple(blocks), summarise(rows, blocks), per_task)
+
+
+def _record_dict(record: TaskRecord) -> dict[str, Any]:
+    """What names a record, and its question and right answers for a reader."""
+    named = {"id": record.id, "task": record.task, "group": record.group}
+    return {**named, "prompt": record.question, "references": list(record.references)}
 
 
 def _row_dict(row: TaskRow) -> dict[str, Any]:
