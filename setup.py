@@ -25,6 +25,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_ee", "megatron_ee.*"]),
+    package_data={"megatron_ee.evaluation.page": ["templates/*", "texts/*.yaml"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.15",
@@ -34,8 +35,9 @@ setup(
         "tokenizers>=0.22,<0.24",
         "safetensors>=0.6,<0.9",
         "sentencepiece>=0.2.3,<0.3",
-        "jinja2>=3.1,<4",  # chat templates
+        "jinja2>=3.1,<4",  # chat templates, the page of report
         "jsonargparse[signatures]>=4.49,<5",
+        "markupsafe>=2.1,<4",  # of jinja2
         "pyyaml>=6,<7",
         "pydantic>=2.11,<3",  # models of what files and requests hold
         "numpy>=1.26,<3",

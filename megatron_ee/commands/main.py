@@ -28,6 +28,7 @@ COMMANDS = {
     "calibrate": ("calibrate", "find exit thresholds with a tested bound on their loss"),
     "drift": ("drift", "test exit logs: is the loss of audited requests still what was certified?"),
     "exits-report": ("exits_report", "read a server's exit logs: layers, exits and latency by task and day"),
+    "report": ("report", "make one HTML page of what was gained and risked"),
     "generate": ("generate", "generate text; show the layer that emitted each token"),
     "doctor": ("doctor", "check what works on this machine"),
 }

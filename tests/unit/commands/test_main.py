@@ -115,6 +115,9 @@ INPUTS = {
     "probe --model here --data here": ("--model", "--data"),
     "drift here --calibration here": ("--calibration",),
     "exits-report here": ("exits-report",),
+    "report --run here --evaluation here --calibration here --drift here --plan here --output out.html": (
+        *("--run", "--evaluation", "--calibration", "--drift", "--plan"),
+    ),
     "quickstart --base here --data here --out out": ("--base", "--data"),
     "quickstart --base here --prompts here --out out": ("--prompts",),
 }

@@ -1,0 +1,200 @@
+"""``megatron-ee report``: which files it takes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ee.checkpoint.ownership import MARKER
+
+
+def refusal(files: Any, capsys: pytest.CaptureFixture[str], *options: object, status: int) -> str:
+    """The one line of a refusal."""
+    assert files.report(*options) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("megatron-ee report: error: ")
+    assert not files.path("report.html").exists()
+    return err.removeprefix("megatron-ee report: error: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "message"),
+    [
+        ("certificate.json", "model_sha256", "is about another model (9999999999999999...) than"),
+        ("certificate.json", "adapter_sha256", "is about other exits"),
+        ("certificate.json", "tokenizer_sha256", "is about another tokenizer or chat template"),
+        ("evaluation.json", "model_sha256", "is about another model"),
+        ("eval/tasks.json", "model_sha256", "is about another model"),
+    ],
+)
+def test_files_of_another_model_are_refused(
+    files: Any, capsys: pytest.CaptureFixture[str], name: str, key: str, message: str
+) -> None:
+    files.change(name, **{key: "9" * 64})
+    error = refusal(files, capsys, *files.all(), status=1)
+    assert message in error and f"{key}: " in error and str(files.path(name)) in error
+
+
+def test_exits_that_are_not_those_of_the_run_are_refused(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    files.change("eval/tasks.json", adapter_sha256="9" * 64)
+    error = refusal(files, capsys, "--run", files.path("run"), "--evaluation", files.path("eval"), status=1)
+    assert "the exits that were measured (9999999999999999...) are none of its own (adapter-best)" in error
+
+
+def test_files_without_hashes_are_accepted(files: Any) -> None:
+    files.change("evaluation.json", model_sha256=None, adapter_sha256=None)
+    assert "42.0%" in files.page("--run", files.path("run"), "--evaluation", files.path("evaluation.json"))
+
+
+def test_audits_under_another_certificate_are_refused(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    files.change("drift.json", certificates=["9" * 64])
+    error = refusal(files, capsys, *files.all(), status=1)
+    assert "drift.json: its requests ran under the certificate 9999999999999999..." in error
+
+
+@pytest.mark.slow
+def test_answers_under_another_certificate_are_pointed_out(files: Any) -> None:
+    info = files.path("eval/answers.jsonl.info.json")
+    info.write_text(json.dumps({"settings": {"calibration_sha256": "9" * 64}}))
+    assert "thresholds of another certificate (9999999999999999…)" in files.page(*files.all())
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ((), 2, "--run, --evaluation, --calibration: give at least one of them"),
+        (("--evaluation", "none"), 2, "--evaluation: no such file or directory: none"),
+        (("--run", "{root}/eval"), 2, "--run: {root}/eval is not a run's directory; give what was --output of tune"),
+        (("--evaluation", "{root}/run"), 2, "--evaluation: {root}/run holds neither tasks.json nor evaluation.json"),
+        (("--evaluation", "{root}/plan.json"), 1, "{root}/plan.json: is not a result of megatron-ee evaluate"),
+        (("--calibration", "{root}/plan.json"), 1, "{root}/plan.json: is not a certificate"),
+        (
+            ("--run", "{root}/run", "--drift", "{root}/plan.json"),
+            1,
+            "{root}/plan.json: is not the output of megatron-ee drift --json: ",
+        ),
+        (
+            ("--run", "{root}/run", "--plan", "{root}/drift.json"),
+            1,
+            "{root}/drift.json: is not the output of megatron-ee plan --json: gpus: missing",
+        ),
+        (
+            ("--evaluation", "{root}/eval", "--setting", "threshold 0.5"),
+            2,
+            "--setting: 'threshold 0.5' is not a setting of threshold mode in {root}/eval/tasks.json; it has "
+            "threshold 0.8",
+        ),
+        (("--run", "{root}/run", "--setting", "x"), 2, "--setting: no evaluation of tasks was given"),
+        (("--run", "{root}/run", "--language", "fr"), 2, "argument --language: invalid choice: 'fr'"),
+        (("--run", "{root}/run", "--examples", "-1"), 2, "argument --examples: must be at least 0, not -1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    files: Any, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], status: int, message: str
+) -> None:
+    given = [each.replace("{root}", str(files.root)) for each in options]
+    error = refusal(files, capsys, *given, status=status)
+    assert message.replace("{root}", str(files.root)) in error
+
+
+def test_the_output_must_be_a_page_and_nobody_elses(
+    files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_ee.commands.main import main
+
+    run = ["report", "--run", str(files.path("run")), "--output"]
+    assert main([*run, str(tmp_path / "report.pdf")]) == 2
+    assert "report.pdf must end in .html" in capsys.readouterr().err
+    theirs = tmp_path / "theirs.html"
+    theirs.write_text("<p>mine")
+    assert main([*run, str(theirs)]) == 2
+    assert "megatron-ee did not write it" in capsys.readouterr().err and theirs.read_text() == "<p>mine"
+    assert files.report("--run", files.path("run")) == 0 and files.report("--run", files.path("run")) == 0
+    assert capsys.readouterr().out == f"{files.path('report.html')}\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("overall", {}, "overall and tasks do not have the settings"),
+        ("timing", None, "timing: missing"),
+        ("settings", [], "settings: must be a list of at least 1"),
+        ("rows", [{"id": 3, "task": "t", "settings": {}}], "rows[0].id: must be text"),
+        ("groups", {"calibrated": {"by": "x", "risk": "y", "overall": {}, "groups": []}}, "'y' is not among its"),
+    ],
+)
+def test_an_edited_evaluation_is_refused_by_its_key(
+    files: Any, capsys: pytest.CaptureFixture[str], name: str, change: Any, message: str
+) -> None:
+    files.change("eval/tasks.json", **{name: change})
+    assert message in refusal(files, capsys, "--evaluation", files.path("eval"), status=1)
+
+
+def test_damaged_answers_are_refused_with_their_line(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = files.path("eval/answers.jsonl")
+    answers.write_text('{"setting": "full", "id": "q1", "answer": {"text": 1}}\n')
+    assert f"{answers}:1: text: must be text, not 1" in refusal(
+        files, capsys, "--evaluation", files.path("eval"), status=1
+    )
+
+
+def test_an_unfinished_evaluation_says_how_to_end_it(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    files.path("eval/tasks.json").unlink()
+    error = refusal(files, capsys, "--evaluation", files.path("eval"), status=2)
+    assert "eval is unfinished; end it with evaluate --resume" in error
+
+
+def test_a_quickstart_brings_its_evaluation(files: Any) -> None:
+    out = files.path("out")
+    out.mkdir()
+    (out / MARKER).write_text('{"made_by": "quickstart"}')
+    files.path("run").rename(out / "tuning")
+    (out / "evaluation").mkdir()
+    files.path("evaluation.json").rename(out / "evaluation" / "evaluation.json")
+    page = files.page("--run", out)
+    assert "A short measurement of speed" in page and "How often each exit says the same" in page
+
+
+def test_a_run_without_sessions_gives_the_time_of_its_steps(files: Any) -> None:
+    log = files.path("run/log.jsonl")
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if "session" not in line))
+    page = files.page("--run", files.path("run"))
+    assert "5.0 s" in page and "of 1 logged steps alone, without loading, checking and saving" in page
+
+
+def test_a_run_that_is_not_finished_or_not_validated_is_pointed_out(files: Any) -> None:
+    files.path("run/status.json").write_text(json.dumps({"state": "interrupted", "step": 5, "steps": 20}))
+    files.path("run/log.jsonl").unlink()
+    page = files.page("--run", files.path("run"))
+    assert "The tuning run is not finished: 5 of 20 steps are done." in page
+    assert "No held-out text was set aside in tuning" in page
+
+
+def test_full_mode_as_a_certificate_is_said_plainly(files: Any) -> None:
+    files.change("certificate.json", loss_interval=None, mean_exit_layer=None)
+    content = json.loads(files.path("certificate.json").read_text())
+    files.path("certificate.json").write_text(json.dumps({**content, "policy": None}))
+    page = files.page("--calibration", files.path("certificate.json"))
+    assert "No guarantee could be given: no setting of the exits" in page and "uses full mode, without any gain" in page
+
+
+@pytest.mark.slow
+def test_the_setting_is_chosen_by_rule(files: Any) -> None:
+    assert "1.40×" in files.page("--evaluation", files.path("eval"), "--setting", "threshold 0.8")
+    content = json.loads(files.path("eval/tasks.json").read_text())
+    for found in (content["overall"], *content["tasks"].values()):
+        del found["calibrated"]
+    content["settings"] = [each for each in content["settings"] if each["name"] != "calibrated"]
+    files.change("eval/tasks.json", **content)
+    page = files.page("--evaluation", files.path("eval"))
+    assert "the fastest setting whose quality is not measurably below full mode's: threshold 0.8." in unescape(page)
+    for found in (content["overall"], *content["tasks"].values()):
+        found["threshold 0.8"]["scores"]["contains"]["high"] = -0.01
+    files.change("eval/tasks.json", **content)
+    page = files.page("--evaluation", files.path("eval"))
+    assert "the setting that agrees most with full mode: threshold 0.8." in page
+    assert "Answers get measurably worse." in page
