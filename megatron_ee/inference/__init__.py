@@ -15,6 +15,7 @@ For a reader of vLLM:
 - ``kv_cache_manager``: the budget of KV memory, and prefix reuse.
 - ``heads`` and ``sampling``: from logits to tokens, as in the sampler and the rejection sampler.
 - ``policy`` and ``speculation``: where tokens leave, and what is drafted.
+- ``replay``: what every exit says of a given text, in one pass. vLLM's ``prompt_logprobs``, for all exits.
 - ``released``, ``options``, ``loading`` and ``remote``: opening a model, and building an engine over several ranks.
 - ``certificate``: thresholds with a tested bound on their loss, and the requests that they are for.
 - ``offline``: many requests at once.

@@ -86,7 +86,8 @@ class Engine:
         """Check a request without queueing it.
 
         Returns:
-            The token ids of the prompt, the maximum number of emitted tokens, and the maximum number of positions.
+            The token ids of the prompt (with the text to replay, but for its last token), the maximum number of emitted
+            tokens, and the maximum number of positions.
 
         Raises:
             ConfigError: as ``submit``.
@@ -98,7 +99,13 @@ class Engine:
         prompt = prompt_ids(request, self._tokenizer, self.vocab_size, self.max_positions)
         check_ids("forced_ids", request.forced_ids, self.vocab_size)
         check_ids("stop_ids", request.stop_ids, self.vocab_size)
+        check_ids("replay_ids", request.replay_ids, self.vocab_size)
         most = min(request.max_tokens, len(request.forced_ids) or request.max_tokens)
+        if request.replay_ids:
+            prompt, most = (*prompt, *request.replay_ids[:-1]), 1
+            if len(prompt) >= self.max_positions:
+                held = f"the model has {self.max_positions} positions"
+                raise ConfigError(f"replay_ids: the prompt has {len(prompt) + 1} tokens with them; {held}")
         # The last forced token is only scored. It runs no layer, so it needs no position of the model.
         limit = min(len(prompt) + most, self.max_positions + bool(request.forced_ids))
         needed = self._scheduler.budget.needed(limit, limit)
@@ -219,6 +226,7 @@ class Engine:
             eos_token_ids=eos,
             logprobs=request.logprobs,
             forced_token_ids=request.forced_ids,
+            replayed_token_ids=request.replay_ids,
         )
         return Sequence(self._num_seqs, params)
 

@@ -146,6 +146,7 @@ class OutputState:
             pieces=tuple(self.pieces),
             finish_reason=reason,
             statistics={"finish_reason": reason, **self.statistics()},
+            replay=self.seq.replay,
         )
         return Event(self.seq.params.request, self.seq.params.sample, text=rest, completion=completion)
 

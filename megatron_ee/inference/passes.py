@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_ee.inference.heads import HeadInput, HeadOutput
+from megatron_ee.inference.replay import ExitReplay, ReplayInput
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class ScheduledSequence:
         length: length of the sequence, including its newest token.
         tokens: ids of its new tokens, in a pass that starts at depth 0.
         head_input: task of the head at the end of the pass; None if the head does not run for this sequence.
+        replay: tokens of the pass at which all exits on its way are asked; None for none.
     """
 
     seq_id: int
     length: int
     tokens: tuple[int, ...] = ()
     head_input: HeadInput | None = None
+    replay: ReplayInput | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class StageWorker(Protocol):
 
     def heartbeat(self) -> None:
         """Show a stage that waits for the next call that the scheduler is alive."""
+
+    def replayed(self, seq_id: int) -> list[ExitReplay]:
+        """Wait for and return what the exits of this stage say of the text that a sequence replays, by depth."""
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.inference.heads import HeadOutput
 from megatron_ee.inference.passes import Pass
+from megatron_ee.inference.replay import ExitReplay
 from megatron_ee.inference.requests import FinishReason, Token
 from megatron_ee.inference.scheduler import Scheduler
 from megatron_ee.inference.sequence import Sequence, SequenceParams
 from megatron_ee.inference.stage_runner import StageRunner
 
-COMMANDS, HEADERS, OUTPUTS = 1, 2, 3
+COMMANDS, HEADERS, OUTPUTS, REPLAYS = 1, 2, 3, 4
 """Message tags. Messages with different tags do not wait for each other."""
 IN_FLIGHT = 64
 """Maximum number of unfinished sends."""
@@ -78,6 +79,7 @@ def broadcast(content: list[Any] | None, group: dist.ProcessGroup) -> Any:
 
 
 _PASS, _OUTPUTS, _PARAMS = TypeAdapter(Pass), TypeAdapter(list[HeadOutput]), TypeAdapter(SequenceParams)
+_REPLAYS = TypeAdapter(list[ExitReplay])
 
 
 def pack_pass(pass_: Pass) -> Any:
@@ -160,6 +162,12 @@ class RemoteStage:
         """See ``StageWorker``. Calls that wait for the next pass, such as ``close``, are sent too."""
         self._flush()
 
+    def replayed(self, seq_id: int) -> list[ExitReplay]:
+        """See ``StageWorker``."""
+        self._calls.append(["replayed", seq_id])
+        self._flush()
+        return _REPLAYS.validate_python(self._mail.receive(self._stage, REPLAYS))
+
     def _flush(self) -> None:
         self._mail.send(self._stage, COMMANDS, self._calls)
         self._calls = []
@@ -171,6 +179,9 @@ def serve_stage(runner: StageRunner, mail: Mail) -> None:
         for name, *arguments in mail.receive(0, COMMANDS):
             if name == "stop":
                 return
+            if name == "replayed":
+                mail.send(0, REPLAYS, _REPLAYS.dump_python(runner.replayed(*arguments), mode="json"))
+                continue
             if name != "run":
                 getattr(runner, name)(*arguments)
                 continue

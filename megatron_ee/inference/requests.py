@@ -15,6 +15,7 @@ from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import ConfigError, DataError, shown
 from megatron_ee.inference.heads import LogProbs
 from megatron_ee.inference.policy import AnyPolicy, ThresholdPolicy
+from megatron_ee.inference.replay import ExitReplay
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
 
 Mode = Literal["full", "threshold", "speculative"]
@@ -91,6 +92,9 @@ class Request(Strict):
         forced_ids: token ids that continue the sequence in place of the emitted ones (teacher forcing). So the emitted
             tokens show what a mode predicts at each position of a given text. At most this many tokens are emitted.
             Not in speculative mode.
+        replay_ids: token ids that follow the prompt, such as an earlier answer. They run with it in one pass, and the
+            completion says what every exit of the engine would have said in the place of each. The one token that is
+            emitted is the final exit's in the last place. One sample in full mode.
         coverage: what a certificate says of the answer; None without one. It has no effect on the answer, whose
             statistics repeat it.
     """
@@ -109,6 +113,7 @@ class Request(Strict):
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     forced_ids: Ids = ()
+    replay_ids: Ids = ()
     coverage: Coverage | None = None
 
     @model_validator(mode="after")
@@ -119,6 +124,8 @@ class Request(Strict):
             )
         if self.forced_ids and self.mode == "speculative":
             raise ValueError("forced_ids: speculative mode cannot verify proposals on a forced text; use another mode")
+        if self.replay_ids and (self.mode != "full" or self.samples > 1 or self.forced_ids):
+            raise ValueError("replay_ids: needs mode full, one sample, and no forced_ids")
         return self
 
     def check(
@@ -192,12 +199,14 @@ class Token:
         confidence: confidence of the head that emitted it, in the policy's measure; in speculative mode, of the final
             exit.
         logprobs: if requested.
+        rejected: in speculative mode, the proposal in whose place the final exit emitted this token; None for none.
     """
 
     id: int
     layer: int
     confidence: float
     logprobs: LogProbs | None = None
+    rejected: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,7 @@ class Completion:
         finish_reason: ``eos``, ``stop``, ``length`` (``max_tokens``), ``context`` (the model's positions),
             ``cancelled``.
         statistics: see ``OutputState.statistics``.
+        replay: with ``replay_ids``, what each exit says of them, by depth; the last one is the final exit.
     """
 
     text: str
@@ -218,6 +228,7 @@ class Completion:
     pieces: tuple[str, ...]
     finish_reason: FinishReason
     statistics: dict[str, Any]
+    replay: tuple[ExitReplay, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megatron_ee import platform
@@ -136,7 +136,7 @@ class Scheduler:
             source = None
             if seq.parent is None:  # looked up before evicting, which marks the source as most recently used
                 others = (_prefix(each) for each in self.running.values() if not each.in_flight)
-                source = self.prefixes.longest(seq.token_ids(), others)
+                source = self.prefixes.longest(seq.reusable_ids(), others)
             if not fits and not self._claim(seq, seq.num_tokens_with_spec):
                 return
             self.waiting.popleft()
@@ -298,8 +298,10 @@ class Scheduler:
             asks = stop == final or (stop in seq.exits_to_ask() and depth != stop)
             newest = seq.num_computed_tokens == seq.num_tokens_with_spec
             head_input = seq.head_input(stop, final) if asks and newest else None
-            scheduled.append(ScheduledSequence(seq.seq_id, seq.num_computed_tokens, tuple(new), head_input))
             self._count_layers(seq, depth, stop, len(new), asked=head_input is not None)
+            scheduled.append(
+                ScheduledSequence(seq.seq_id, seq.num_computed_tokens, tuple(new), head_input, seq.replay_input())
+            )
         reports = any(each.head_input is not None for each in scheduled)
         pass_ = Pass(depth, stop, tuple(scheduled), sends=stop == end != final and not reports)
         timer = self._run(stage, pass_, seqs)
@@ -427,12 +429,17 @@ class Scheduler:
             layers[:-1] = [seq.drafting.plan_exit] * (len(layers) - 1)
             self._end_round(seq, output.tokens)
         logprobs = output.logprobs or (None,) * len(output.tokens)
-        tokens = _emit(seq, list(map(Token, output.tokens, layers, output.confidences, logprobs)))
+        made = list(map(Token, output.tokens, layers, output.confidences, logprobs))
+        if len(made) <= len(head_input.proposals):  # the last one is in place of a rejected proposal
+            made[-1] = replace(made[-1], rejected=head_input.proposals[len(made) - 1])
+        tokens = _emit(seq, made)
         if kind == "verify" and seq.num_computed_tokens >= seq.num_tokens_with_spec:
             seq.num_computed_tokens = seq.num_tokens_with_spec - 1
             for stage in self.stages:
                 stage.crop(seq.seq_id, seq.num_computed_tokens)
         if seq.finish_reason is not None:
+            if seq.params.replayed_token_ids:
+                seq.replay = tuple(each for stage in self.stages for each in stage.replayed(seq.seq_id))
             self._remove(seq)
             seq.status = Status.FINISHED
         return tokens

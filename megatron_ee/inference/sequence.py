@@ -7,6 +7,7 @@ from enum import Enum
 
 from megatron_ee.inference.heads import HeadInput
 from megatron_ee.inference.policy import MOST_DEFERRED, AnyPolicy, ExitHistory
+from megatron_ee.inference.replay import ExitReplay, ReplayInput
 from megatron_ee.inference.requests import Draft, FinishReason, Mode, Token
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.inference.speculation import DraftState
@@ -38,6 +39,8 @@ class SequenceParams:
         stop_token_ids: tokens that end the sequence.
         eos_token_ids: those of ``stop_token_ids`` that are end-of-text tokens.
         forced_token_ids: tokens that continue the sequence in place of the emitted ones; empty for none.
+        replayed_token_ids: tokens in whose place all exits are asked; empty for none. All but the last one are the end
+            of the prompt.
     """
 
     request: int
@@ -55,6 +58,7 @@ class SequenceParams:
     logprobs: int | None = None
     forced_token_ids: tuple[int, ...] = ()
     draft_exits: tuple[int, ...] = ()
+    replayed_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -85,6 +89,7 @@ class Sequence:
             head was asked.
         num_head_runs: heads run after the first token. A head that verifies several proposals at once counts once, and
             one that a gate kept from running does not count.
+        replay: what all exits say of the replayed tokens, once finished.
     """
 
     seq_id: int
@@ -108,6 +113,7 @@ class Sequence:
     num_passes_waited: int = 0
     num_layer_runs: int = 0
     num_head_runs: int = 0
+    replay: tuple[ExitReplay, ...] = ()
 
     @property
     def in_flight(self) -> bool:
@@ -154,6 +160,21 @@ class Sequence:
     def proposes(self) -> bool:
         """Whether the next token is a proposal of the drafting exit."""
         return self.drafting is not None and len(self.spec_token_ids) < self.drafting.plan_length
+
+    @property
+    def _first_replayed(self) -> int:
+        """Position of the token that is followed by the first replayed one."""
+        return self.num_prompt_tokens - len(self.params.replayed_token_ids)
+
+    def reusable_ids(self) -> list[int]:
+        """Token ids of the positions whose KV may be a copy, and one more. Replayed positions have to run."""
+        return self.token_ids()[: self._first_replayed + 1 if self.params.replayed_token_ids else None]
+
+    def replay_input(self) -> ReplayInput | None:
+        """The tokens of the current pass at which all exits are asked; None for none."""
+        stop = self.num_computed_tokens - self._first_replayed
+        following = self.params.replayed_token_ids[max(0, stop - self.num_pass_tokens) : max(0, stop)]
+        return ReplayInput(following, self.params.policy.measure) if following else None
 
     def exits_to_ask(self) -> tuple[int, ...]:
         """Layers of the exits that the newest token asks."""

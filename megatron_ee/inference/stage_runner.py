@@ -9,7 +9,7 @@ contiguous range that ends with the newest token and grows with depth.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from megatron_ee.inference.compiled import CompiledStage
 from megatron_ee.inference.heads import HeadInput, HeadOutput, head_outputs
 from megatron_ee.inference.kv_cache import Extent, LayerKV, Masks, PackedCaches
 from megatron_ee.inference.passes import Pass
+from megatron_ee.inference.replay import ExitReplay, exit_replay, replayed_rows
 from megatron_ee.model.attention import Positions
 from megatron_ee.model.traversal import run_layers, run_segment
 
@@ -50,6 +51,7 @@ class StageSequence:
         waiting: by depth, the hidden states of tokens that wait there, deferred or in progress: tensors
             ``[tokens, 1, hidden]`` in order of position.
         draft_probs: distributions ``[vocab]`` that the current proposals were sampled from; empty if greedy.
+        replayed: by depth of the exit, what it says of the text that is replayed, see ``replayed_rows``.
     """
 
     def __init__(self, stage: Stage, limit: int, slack: int, pass_tokens: int) -> None:
@@ -62,6 +64,7 @@ class StageSequence:
         self.exit_caches = {exit_.spec.layer: cache(window) for exit_ in stage.exits for window in exit_.windows}
         self.waiting: dict[int, list[Tensor]] = {}
         self.draft_probs: list[Tensor] = []
+        self.replayed: dict[int, list[Tensor]] = {}
 
     @property
     def all_caches(self) -> list[LayerKV]:
@@ -187,6 +190,10 @@ class StageRunner:
     def heartbeat(self) -> None:
         """See ``StageWorker``. Nothing waits in this process."""
 
+    def replayed(self, seq_id: int) -> list[ExitReplay]:
+        """See ``StageWorker``."""
+        return [exit_replay(depth, parts) for depth, parts in sorted(self.sequences[seq_id].replayed.items())]
+
     @platform.inference_attention()
     @torch.inference_mode()
     def run(self, pass_: Pass) -> None:
@@ -201,8 +208,7 @@ class StageRunner:
         def at_tap(layer: int, tap: Tensor) -> Tensor:
             if layer == last and not goes_on:
                 return tap
-            if self._exits[layer].windows:
-                self._exits[layer].attention_half(tap, batch.positions, batch.exit_cache(layer))
+            self._enter_exit(self._exits[layer], tap, pass_, batch)
             return self._join_deferred(layer, tap, batch)
 
         x = run_layers(run, self.stage.taps, pass_.start, last, x, at_tap, to_hidden=goes_on)
@@ -261,11 +267,36 @@ class StageRunner:
         for each in batch.sequences:
             each.draft_probs = []
 
+    def _enter_exit(self, exit_: Exit, tap: Tensor, pass_: Pass, batch: TokenBatch) -> Tensor:
+        """The input of an exit's ``rest`` for all tokens of a pass. Its own layer, if it has one, gets their KV."""
+        layer = exit_.spec.layer
+        x = exit_.attention_half(tap, batch.positions, batch.exit_cache(layer)) if exit_.windows else tap
+        self._replay(layer, x, pass_, batch, exit_.rest, exit_.head.logits, exit_.gate)
+        return x
+
+    def _replay(
+        self,
+        depth: int,
+        x: Tensor,
+        pass_: Pass,
+        batch: TokenBatch,
+        features: Callable[[Tensor], Tensor],
+        logits: Callable[[Tensor], Tensor],
+        gate: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Ask the exit at a depth at the tokens that are replayed, if any; arguments as for ``replayed_rows``."""
+        if all(scheduled.replay is None for scheduled in pass_.sequences):
+            return
+        for scheduled, sequence, part in zip(pass_.sequences, batch.sequences, batch.split(x), strict=True):
+            if scheduled.replay is not None:
+                rows = replayed_rows(scheduled.replay, part, features, logits, gate)
+                sequence.replayed.setdefault(depth, []).extend(rows)
+
     def _run_exit(self, pass_: Pass, tap: Tensor, batch: TokenBatch) -> None:
         """Run the exit at the end of a pass, if there is one. The tokens then wait there."""
         exit_, inputs, left = self._exits.get(pass_.stop), _head_inputs(pass_), [False] * len(batch.sequences)
         if exit_ is not None:
-            x = exit_.attention_half(tap, batch.positions, batch.exit_cache(pass_.stop)) if exit_.windows else tap
+            x = self._enter_exit(exit_, tap, pass_, batch)
             if inputs:
                 z = exit_.rest(_newest(x, pass_, batch))[:, 0]
                 outputs = _gated_outputs(exit_, z, _asking(pass_, batch))
@@ -278,6 +309,7 @@ class StageRunner:
 
     def _run_final_exit(self, pass_: Pass, h: Tensor, batch: TokenBatch) -> None:
         """Run the final exit for the sequences that ask it, if any."""
+        self._replay(self._final, h, pass_, batch, self.stage.final_features, self.stage.final_logits)
         if _head_inputs(pass_):
             z = self.stage.final_features(_newest(h, pass_, batch))[:, 0]
             self._outputs.append(_head_outputs(self.stage.final_logits(z), _asking(pass_, batch)))

@@ -19,7 +19,8 @@ from megatron_ee.inference import kv_cache, kv_cache_manager, scheduler
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import engine_on_ranks
 from megatron_ee.inference.options import EngineOptions
-from megatron_ee.inference.policy import POLICIES, ExitHistory, ExitPolicy, GatePolicy, ThresholdPolicy
+from megatron_ee.inference.policy import MEASURES, POLICIES, ExitHistory, ExitPolicy, GatePolicy, ThresholdPolicy
+from megatron_ee.inference.replay import ExitReplay
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.parallel.groups import process_groups
@@ -89,6 +90,7 @@ def requests() -> list[Request]:
         ),
         Request(prompt=PROMPTS[1], mode="threshold", policy=ThresholdPolicy(threshold=1e-6), exits=(4,), max_tokens=8),
         Request(prompt=PROMPTS[2], sampling=DRAWN, samples=2, max_tokens=12, stop_ids=(7, 8)),
+        *(Request(prompt=PROMPTS[1], replay_ids=PROMPTS[2], policy=ThresholdPolicy(measure=m)) for m in MEASURES),
         *(Request(prompt=each, mode="threshold", policy=GatePolicy(threshold=0.7), max_tokens=14) for each in PROMPTS),
         *(Request(prompt=PROMPTS[0], mode="threshold", policy=RunOut(exit=k), max_tokens=14) for k in (1, 3)),
     ]
@@ -132,7 +134,7 @@ def summary(completion: Completion) -> tuple[list[int], list[int], str]:
 
 
 def generate(directory: str, tensor: int, pipeline: int, batched: bool, prefix_cache_seqs: int = 0) -> Any:
-    """Answers on one rank, by request and sample, and how many tokens were reused."""
+    """On one rank, answers by request and sample, how many tokens were reused, and all replays."""
     kv_cache_manager.MIN_PREFIX = 2
     with engine_of(directory, tensor, pipeline, prefix_cache_seqs=prefix_cache_seqs) as engine:
         if engine is None:
@@ -141,7 +143,8 @@ def generate(directory: str, tensor: int, pipeline: int, batched: bool, prefix_c
         for some in [asked] if batched else [[request] for request in asked]:
             found += engine.generate(some)
         answers = [[summary(completion) for completion in completions] for completions in found]
-        return answers, engine.statistics()["reused_tokens"]
+        replays = [each for completions in found for one in completions for each in one.replay]
+        return answers, engine.statistics()["reused_tokens"], replays
 
 
 def schedules(directory: str, tensor: int, pipeline: int, kept: int, seeds: range) -> Any:
@@ -197,8 +200,24 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(directory: str) -> Any:
-    return run_ranks(1, generate, directory, 1, 1, False)[0][0]
+def one_process(directory: str) -> Any:
+    return run_ranks(1, generate, directory, 1, 1, False)[0]
+
+
+@pytest.fixture(scope="module")
+def alone(one_process: Any) -> Any:
+    """The answers of one process."""
+    return one_process[0]
+
+
+def compare_replays(ours: list[ExitReplay], theirs: list[ExitReplay]) -> None:
+    """Every exit on every stage says what it says in one process."""
+    assert [each.depth for each in ours] == [1, 2, 3, 4, 5] * len(MEASURES)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.depth, one.tokens, one.text_ranks) == (other.depth, other.tokens, other.text_ranks)
+        assert len(one.gates) == (0 if one.depth == 5 else len(PROMPTS[2]))
+        for name in ("probabilities", "confidences", "text_probabilities", "gates"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-4), (one.depth, name)
 
 
 def adaptive(index: int) -> bool:
@@ -218,11 +237,13 @@ MORE = [(1, 4, False, 3), (1, 1, True, 0), (2, 1, False, 0), (1, 2, True, 0), (2
     ],
 )
 def test_equals_one_process(
-    tensor: int, pipeline: int, batched: bool, prefix_cache_seqs: int, directory: str, alone: Any
+    tensor: int, pipeline: int, batched: bool, prefix_cache_seqs: int, directory: str, one_process: Any
 ) -> None:
+    alone, _, replays = one_process
     found, *others = run_ranks(tensor * pipeline, generate, directory, tensor, pipeline, batched, prefix_cache_seqs)
     assert all(other is None for other in others)
-    first, reused = found
+    first, reused, replayed = found
+    compare_replays(replayed, replays)
     assert (reused > 0) == (prefix_cache_seqs > 0)
     for index, (ours, theirs) in enumerate(zip(first, alone, strict=True)):
         if adaptive(index):

@@ -22,6 +22,8 @@ from megatron_ee.conversion.formats import open_contents
 from megatron_ee.conversion.shallow import shallow_model
 from megatron_ee.conversion.to_hf import to_hf
 from megatron_ee.exits.stage import Stage
+from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.requests import Request
 from megatron_ee.testing.models import FAMILIES, sharpen, tiny_model
 
 TOLERANCE = 1e-4
@@ -117,6 +119,27 @@ def test_logits(
     stage = load_stage(path, specs)
     scramble(stage)
     check(stage, with_exits(path, stage, tmp_path / "adapter"), tmp_path)
+
+
+@pytest.mark.parametrize("specs", RUNS, ids=["own", "shared", "low_rank"])
+def test_replays(specs: Sequence[ExitSpec], tmp_path: Path, saved_model: SavedModel, load_stage: LoadStage) -> None:
+    """What the engine's replay of a text says of each exit is what the exported model says in transformers."""
+    path, whole = saved_model("qwen2-window")
+    stage = load_stage(path, specs)
+    scramble(stage)
+    contents = with_exits(path, stage, tmp_path / "adapter")
+    ids = torch.randint(0, 131, (LENGTH,), generator=torch.Generator().manual_seed(7)).tolist()
+    prompt, text = ids[:5], ids[5:]
+    [[found]] = make_engine(stage).generate([Request(prompt=prompt, replay_ids=text)])
+    models = [exported(contents, spec.layer, tmp_path / f"exit-{spec.layer}") for spec in specs]
+    for replay, model in zip(found.replay, [*models, whole], strict=True):
+        with torch.no_grad():
+            shares = model(torch.tensor([ids]), use_cache=False).logits[0, len(prompt) - 1 : -1].softmax(-1)
+        own = shares[range(len(text)), text]
+        assert list(replay.tokens) == shares.argmax(-1).tolist()
+        assert list(replay.text_ranks) == ((shares > own[:, None]).sum(-1) + 1).tolist()
+        for ours, theirs in ((replay.probabilities, shares.amax(-1)), (replay.text_probabilities, own)):
+            assert list(ours) == pytest.approx(theirs.tolist(), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["llama-biases", "gemma2"])
