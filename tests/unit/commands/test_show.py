@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megatron_ee.checkpoint.atomic import write_file
-from megatron_ee.commands.show import COLOURS, html_layers, print_layers
+from megatron_ee.commands.show import html_layers, print_layers
+from megatron_ee.evaluation.tinted import HUES
 
 PIECES, LAYERS = ["def", " f", "[1]", "(x)", ":"], [3, 3, 12, 6, 3]
 
@@ -117,7 +118,7 @@ def test_page_needs_nothing_else_and_suits_both_schemes() -> None:
     assert not re.search(r"(?i)<(script|link|img|iframe|base|object)|src=|href=|url\(|@import|https?:", source)
     assert "default-src 'none'" in source
     assert "color-scheme:light dark" in source and "prefers-color-scheme:dark" in source
-    for name in ("prompt", "deepest", *COLOURS):  # every class that spans are given has its rule
+    for name in ("prompt", "deepest", *HUES):  # every class that spans are given has its rule
         assert f".{name}{{" in source
 
 
@@ -125,7 +126,7 @@ def test_page_of_many_layers_and_of_none() -> None:
     layers = list(range(1, 12))
     tokens = Page(html_layers("", ["x"] * 11, layers)).of_text()[1:]
     classes = [attributes["class"] for attributes, _ in tokens]
-    assert classes == [*COLOURS, *list(COLOURS)[:4], "deepest"]
+    assert classes == [*HUES, *list(HUES)[:4], "deepest"]
     page = Page(html_layers("prompt", [], []))
     assert page.of_text() == [({"class": "prompt"}, "prompt")]
     assert "<p>0 tokens</p>" in html_layers("prompt", [], [])
