@@ -19,13 +19,15 @@ from megatron_ee.commands.engine_options import (
     engine_options,
     errors_of_options,
 )
-from megatron_ee.errors import ConfigError
+from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_ee.commands.generate_requests import FileRequest
+    from megatron_ee.data.tokenizer import Tokenizer
+    from megatron_ee.evaluation.explain import Explanation
     from megatron_ee.inference.certificate import Calibration
     from megatron_ee.inference.engine import Engine
-    from megatron_ee.inference.offline import ModeResult
+    from megatron_ee.inference.offline import ModeResult, Outcome
     from megatron_ee.inference.released import Released
     from megatron_ee.inference.requests import Completion, Request
 
@@ -67,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=at_least(1), default=64, metavar="N", help="largest number of new tokens (default: 64)")
     add("--json", action="store_true", help="print one JSON object instead of coloured text")
     add("--html", type=Path, metavar="FILE", help="also write a page that shows the layer of each token")
+    add(
+        "--explain",
+        action="store_true",
+        help="say for each token what every other exit would have said, and where the answer departs from full mode's: "
+        "in --json, in the page of --html, else in short. Takes an answer in full mode and one more pass",
+    )
     _add_exits(result.add_argument_group("exits"))
     output = result.add_argument_group("output")
     add_sampling(output)
@@ -160,6 +168,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (arguments.draft_vocabulary is None) != (arguments.draft_corpus is None):
         raise ConfigError("--draft-vocabulary and --draft-corpus: give both, or neither")
+    if arguments.explain and arguments.compare:
+        raise ConfigError("--explain: explains the answers of one mode; leave out --compare, or explain each mode")
     if arguments.prompts is not None and (arguments.html is not None or arguments.compare):
         raise ConfigError(
             f"{'--compare' if arguments.compare else '--html'}: cannot be used with --prompts; give --prompt"
@@ -187,10 +197,12 @@ def run(arguments: argparse.Namespace) -> int:
         requests = [line.request for line in lines] or _requests(arguments, released, calibration)
         if arguments.compare:
             _check_compare(arguments, requests, released)
+        if arguments.explain and not released.exits:
+            raise ConfigError("explain: needs exits; give their adapter with --adapter")
         options = engine_options(
             arguments,
             released,
-            exits=_used_exits(requests, released, every_mode=arguments.compare),
+            exits=None if arguments.explain else _used_exits(requests, released, every_mode=arguments.compare),
             candidates=_candidates(arguments, released.model.architecture.vocab_size),
             compile=arguments.compile,
         )
@@ -198,8 +210,11 @@ def run(arguments: argparse.Namespace) -> int:
         if engine is None:
             return 0
         if arguments.prompts is not None:
-            return _answer_file(arguments, lines, engine)
-        (_compare if arguments.compare else _show)(arguments, requests, engine)
+            return _answer_file(arguments, lines, engine, released.tokenizer)
+        if arguments.compare:
+            _compare(arguments, requests, engine)
+        else:
+            _show(arguments, requests, engine, released.tokenizer)
     return 0
 
 
@@ -216,13 +231,13 @@ def _check_compare(arguments: argparse.Namespace, requests: list[Request], relea
 
 
 def _check_page(arguments: argparse.Namespace) -> None:
-    """Refuse ``--html`` unless there is exactly one output and the file can be written."""
+    """Refuse ``--html`` unless the file can be written, and there is exactly one output, or they are explained."""
     from megatron_ee.checkpoint.ownership import check_file
     from megatron_ee.parallel.groups import launched_rank
 
     page: Path = arguments.html
-    if len(arguments.prompt) > 1 or arguments.samples > 1 or arguments.compare:
-        raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode")
+    if arguments.compare or ((len(arguments.prompt) > 1 or arguments.samples > 1) and not arguments.explain):
+        raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode, or --explain them")
     if launched_rank() > 0:  # this rank may be on another machine, and writes nothing
         return
     check_file(page, "--html")
@@ -322,14 +337,17 @@ def _used_exits(requests: list[Request], released: Released, *, every_mode: bool
     return used
 
 
-def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:
+def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine, tokenizer: Tokenizer) -> None:
     """Answer the requests and show the outputs."""
     from rich.console import Console
 
-    from megatron_ee.commands.show import html_layers, print_layers
+    from megatron_ee.commands.show import print_explanation, print_layers
+    from megatron_ee.evaluation.explain import explain
+    from megatron_ee.tables import make_console
 
     with errors_of_options():
         answers = engine.generate(requests)
+    statistics = engine.statistics()
     shown = [(prompt, one) for prompt, outputs in zip(arguments.prompt, answers, strict=True) for one in outputs]
     for _, output in shown:
         coverage = output.statistics.get("calibration")
@@ -338,22 +356,41 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
             print(f"megatron-ee generate: {ran}: {coverage['reason']}", file=sys.stderr)
         if output.finish_reason == "context":
             print("megatron-ee generate: stopped at the end of the model's context", file=sys.stderr)
-    if arguments.json:
-        outputs = [_described(output) for _, output in shown]
-        print(json.dumps(outputs[0] if len(outputs) == 1 else {"outputs": outputs, "statistics": engine.statistics()}))
-    else:
+    if not arguments.json:  # before the explanations, so that a failure does not lose the answers
         for prompt, output in shown:
             print_layers(Console(highlight=False), prompt, output.pieces, [token.layer for token in output.tokens])
-    if arguments.html is not None:  # last, so that a failure does not lose the answer
-        from megatron_ee.checkpoint.atomic import write_file
+    explanations: list[Explanation] = []
+    if arguments.explain:
+        with errors_of_options():
+            explanations = [one for some in explain(engine, tokenizer, requests, answers) for one in some]
+    if arguments.json:
+        outputs = [_described(output) for _, output in shown]
+        for described, explanation in zip(outputs, explanations, strict=False):
+            described["explanation"] = explanation.to_dict()
+        print(json.dumps(outputs[0] if len(outputs) == 1 else {"outputs": outputs, "statistics": statistics}))
+    else:
+        for explanation in explanations:
+            print_explanation(make_console(), explanation)
+    if arguments.html is not None:
+        _write_page(arguments.html, shown, explanations)
 
-        prompt, output = shown[0]
-        tokens = output.tokens
+
+def _write_page(path: Path, shown: list[tuple[str, Completion]], explanations: list[Explanation]) -> None:
+    """Write the page of ``--html``."""
+    from megatron_ee.checkpoint.atomic import write_file
+    from megatron_ee.commands.show import html_layers
+    from megatron_ee.evaluation.explain_page import explanation_page
+
+    if explanations:
+        prompts = [prompt for prompt, _ in shown]
+        page = explanation_page(list(zip(prompts, explanations, strict=True)))
+    else:
+        (prompt, output), tokens = shown[0], shown[0][1].tokens
         page = html_layers(prompt, output.pieces, [t.layer for t in tokens], [t.confidence for t in tokens])
-        write_file(arguments.html, page.encode())
+    write_file(path, page.encode())
 
 
-def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine: Engine) -> int:
+def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine: Engine, tokenizer: Tokenizer) -> int:
     """Answer a file's requests in order, with one JSON line each. Return status 1 if some failed."""
     from megatron_ee.commands.generate_requests import check_memory
     from megatron_ee.inference.offline import in_order, run_batch
@@ -367,12 +404,29 @@ def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine
         answers = in_order(run_batch(engine, requests, ahead=2 * arguments.max_num_seqs, advance=advance))
         for line, outcomes in zip(lines, answers, strict=True):
             shown = [{"error": each} if isinstance(each, str) else _described(each) for each in outcomes]
+            if arguments.explain and not any("error" in each for each in shown):
+                shown = _explained(engine, tokenizer, line.request, outcomes, shown)
             failed += any("error" in each for each in shown)
             named = {} if line.id is None else {"id": line.id}
             print(json.dumps(named | (shown[0] if len(shown) == 1 else {"outputs": shown})), flush=True)
     if failed:
         print(f"megatron-ee generate: {failed} of {len(lines)} prompts failed; their lines say why", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _explained(
+    engine: Engine, tokenizer: Tokenizer, request: Request, outcomes: list[Outcome], shown: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """``shown`` with the explanation of each answer, or one error. Other requests may run meanwhile."""
+    from megatron_ee.evaluation.explain import explain
+    from megatron_ee.inference.requests import Completion
+
+    answers = [each for each in outcomes if isinstance(each, Completion)]
+    try:
+        [found] = explain(engine, tokenizer, [request], [answers])
+    except UserError as error:
+        return [{"error": str(error)}]
+    return [{**one, "explanation": each.to_dict()} for one, each in zip(shown, found, strict=True)]
 
 
 def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:

@@ -144,6 +144,10 @@ class ExitPolicy(Strict):
         """By field, the layers of the exits that it names. A request that names an exit the model lacks is an error."""
         return {}
 
+    def threshold_at(self, layer: int) -> float | None:
+        """The confidence at which a token leaves at the exit after ``layer``; None if there is no such number."""
+        return None
+
 
 Confidence = Annotated[float, Field(gt=0)]
 
@@ -173,7 +177,11 @@ class _Thresholds(ExitPolicy):
 
     def leaves(self, layer: int, confidence: float) -> bool:
         """See ``ExitPolicy``."""
-        return confidence >= _float32(self.thresholds.get(layer, self.threshold))
+        return confidence >= _float32(self.threshold_at(layer))
+
+    def threshold_at(self, layer: int) -> float:
+        """See ``ExitPolicy``."""
+        return self.thresholds.get(layer, self.threshold)
 
     def named_exits(self) -> Mapping[str, Collection[int]]:
         """See ``ExitPolicy``."""
