@@ -227,6 +227,7 @@ class Engine:
             logprobs=request.logprobs,
             forced_token_ids=request.forced_ids,
             replayed_token_ids=request.replay_ids,
+            forced_chunk=request.forced_chunk,
         )
         return Sequence(self._num_seqs, params)
 
@@ -247,10 +248,12 @@ class Engine:
         text, taken = output.push(tokens)
         if output.stopped:
             self._scheduler.finish(seq.seq_id, "stop")
+        first = len(output.pieces) - len(taken)
         if seq.status is not Status.FINISHED:
-            return Event(params.request, params.sample, text, taken)
+            return Event(params.request, params.sample, text, taken, tuple(output.pieces[first:]))
         end = self._finish(output)
-        return replace(end, text=text + end.text, tokens=taken)
+        # The last piece has taken up the text that was held back until the end.
+        return replace(end, text=text + end.text, tokens=taken, pieces=tuple(output.pieces[first:]))
 
     def _finish(self, output: OutputState) -> Event:
         """End an output and return its last event."""

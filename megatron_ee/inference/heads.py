@@ -12,9 +12,17 @@ from torch import Tensor
 
 from megatron_ee import platform
 from megatron_ee.inference.policy import MEASURES, AnyPolicy
-from megatron_ee.inference.sampling import Proposals, Sampling, check_mass, penalised, probabilities, verify
+from megatron_ee.inference.sampling import (
+    Proposals,
+    Sampling,
+    check_mass,
+    count_penalised,
+    penalised,
+    probabilities,
+    verify,
+)
 
-Kind = Literal["leave", "draft", "emit", "verify"]
+Kind = Literal["leave", "draft", "emit", "verify", "score"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +32,15 @@ class HeadInput:
     Attributes:
         kind: ``leave``: emit the next token if the policy lets it leave at this exit; ``draft``: propose the next
             token; ``emit``: emit the next token at any confidence; ``verify``: accept or reject ``proposals``, and emit
-            the token after the accepted ones.
-        position: position of the next token; with ``verify``, of the first proposal.
+            the token after the accepted ones; ``score``: emit the most probable token at each of the positions that
+            ``proposals`` and ``forced`` take, whatever they are.
+        position: position of the next token; with proposals, of the first one.
         sampling: sampling settings of the request.
         policy: defines the confidence measure, and decides with ``leave``; None for the maximum probability.
         layer: layer of the exit, with ``leave``.
-        proposals: draft tokens to verify; they are the last tokens of the pass.
-        seen: ids of the prompt and the emitted tokens if there is a repetition penalty; else empty.
+        proposals: draft tokens to verify, or forced tokens; they are the last tokens of the pass.
+        seen: ids of the prompt and the emitted tokens if there is a penalty; else empty.
+        seen_prompt: number of ids in ``seen`` that are the prompt's.
         logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's; None
             for no log-probabilities.
         min_chance: with ``draft``, the gate's probability below which the draft ends before the head runs.
@@ -44,6 +54,7 @@ class HeadInput:
     layer: int = 0
     proposals: tuple[int, ...] = ()
     seen: tuple[int, ...] = ()
+    seen_prompt: int = 0
     logprobs: int | None = None
     min_chance: float = 0.0
     forced: int | None = None
@@ -70,7 +81,7 @@ class HeadInput:
     def plain(self) -> bool:
         """Whether only the most probable token and its probability are needed."""
         sampling = self.sampling
-        plain = sampling.greedy and sampling.repetition_penalty == 1
+        plain = sampling.greedy and not sampling.penalises
         return plain and self.logprobs is None and self.measure == "probability"
 
     @property
@@ -100,7 +111,8 @@ class HeadOutput:
 
     Attributes:
         tokens: emitted or proposed tokens, in order. Empty if the token does not leave at this exit, or if a gate ends
-            the draft. With ``verify``, the accepted proposals and one more token.
+            the draft. With ``verify``, the accepted proposals and one more token; with ``score``, one for each forced
+            token.
         confidences: confidence of the head for each of ``tokens``, or the gate's probability if it decided.
         logprobs: log-probabilities for each of ``tokens``, if requested.
         finite: False if the logits hold NaN or +inf, or are all -inf; the other attributes then have no meaning.
@@ -165,12 +177,12 @@ class _Queued:
 
 def _queue(logits: Tensor, inputs: Sequence[HeadInput], drafts: Sequence[Sequence[Tensor]], tops: Tensor) -> _Queued:
     """Start all computations that may be needed; whether a token leaves is known only after the transfer."""
-    seen = [(*each.seen, *each.proposals[:number]) for each in inputs for number in range(each.tokens)]
-    after = penalised(
-        logits,
-        seen,
-        [each.sampling.repetition_penalty for each in inputs for _ in range(each.tokens)],
-    )
+    rows = [(each, number) for each in inputs for number in range(each.tokens)]
+    samplings = [each.sampling for each, _ in rows]
+    seen = [(*each.seen, *each.proposals[:number]) for each, number in rows]
+    after = penalised(logits, seen, [sampling.repetition_penalty for sampling in samplings])
+    outputs = [ids[each.seen_prompt :] for ids, (each, _) in zip(seen, rows, strict=True)]
+    after = count_penalised(after, outputs, samplings)
     chosen = tops[0] if after is logits else after.argmax(-1)
     measures = {each.measure for each in inputs}
     shares = {m: tops[1] if m == "probability" else MEASURES[m](logits) for m in measures}
@@ -230,7 +242,10 @@ def _replace(chosen: Tensor, inputs: Sequence[HeadInput], tokens: Tensor) -> Ten
 
 def _with_forced(emitted: Tensor, inputs: Sequence[HeadInput]) -> Tensor:
     """``emitted`` ``[tokens]`` with the forced tokens in place of the emitted ones."""
-    forced = [-1 if each.forced is None else each.forced for each in inputs for _ in range(each.tokens)]
+    forced: list[int] = []
+    for each in inputs:
+        last = -1 if each.forced is None else each.forced
+        forced += [*each.proposals, last] if each.kind == "score" else [last] * each.tokens
     if max(forced) < 0:
         return emitted
     given = platform.to_device(torch.tensor(forced), emitted.device)
@@ -282,6 +297,8 @@ def _greedy(each: HeadInput, tokens: list[int], shares: list[float]) -> HeadOutp
         return HeadOutput(finite=False)
     if not _emits(each, shares[-1]):
         return HeadOutput()
+    if each.kind == "score":
+        return HeadOutput(tuple(tokens), tuple(shares))
     count = 0
     while count < len(each.proposals) and tokens[count] == each.proposals[count]:
         count += 1

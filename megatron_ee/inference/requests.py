@@ -95,6 +95,8 @@ class Request(Strict):
         replay_ids: token ids that follow the prompt, such as an earlier answer. They run with it in one pass, and the
             completion says what every exit of the engine would have said in the place of each. The one token that is
             emitted is the final exit's in the last place. One sample in full mode.
+        forced_chunk: most forced tokens that run in one pass of full mode, if it is greedy. More take fewer passes, and
+            round differently from tokens that run alone.
         coverage: what a certificate says of the answer; None without one. It has no effect on the answer, whose
             statistics repeat it.
     """
@@ -114,6 +116,7 @@ class Request(Strict):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     forced_ids: Ids = ()
     replay_ids: Ids = ()
+    forced_chunk: int = Field(default=1, ge=1, le=MAX_DRAFT + 1)
     coverage: Coverage | None = None
 
     @model_validator(mode="after")
@@ -240,6 +243,8 @@ class Event:
         sample: index of the output.
         text: text that became final; it may be empty.
         tokens: tokens emitted in this step.
+        pieces: the text that each of them added. What the output's end has released besides, without a token, is in
+            ``text`` only.
         completion: if the output has ended.
         error: error message of one line if the output has failed; no further events follow.
     """
@@ -248,6 +253,7 @@ class Event:
     sample: int
     text: str = ""
     tokens: tuple[Token, ...] = ()
+    pieces: tuple[str, ...] = ()
     completion: Completion | None = None
     error: str | None = None
 

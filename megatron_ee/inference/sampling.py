@@ -8,6 +8,7 @@ have no meaning. On a GPU, no function synchronises with the device.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ MAX_SEED = 2**63 - 1  # seeds are sent between ranks as int64
 # Outside these ranges, float32 logits overflow or become equal.
 _TEMPERATURES = (1e-6, 1e6)
 _PENALTIES = (1e-3, 1e3)
+_MOST_SUBTRACTED = 2.0  # OpenAI's limit
 SORTED_ROWS = 32
 """Maximum rows whose vocabulary is sorted at a time; sorting takes about 30 bytes per logit."""
 
@@ -36,6 +38,9 @@ class Sampling(Strict):
         top_p: keep only the most likely tokens whose total probability reaches this; 1 is off.
         min_p: keep only tokens with at least this share of the largest probability; 0 is off.
         repetition_penalty: a value above 1 makes tokens of the prompt and the output less likely; 1 is off.
+        frequency_penalty: subtracted from a token's logit for each time that the output has it; 0 is off. This and the
+            next have OpenAI's names and meanings.
+        presence_penalty: subtracted from a token's logit if the output has it; 0 is off.
         seed: seed of the request's random numbers.
     """
 
@@ -44,6 +49,8 @@ class Sampling(Strict):
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, ge=_PENALTIES[0], le=_PENALTIES[1])
+    frequency_penalty: float = Field(default=0.0, ge=-_MOST_SUBTRACTED, le=_MOST_SUBTRACTED)
+    presence_penalty: float = Field(default=0.0, ge=-_MOST_SUBTRACTED, le=_MOST_SUBTRACTED)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     @field_validator("temperature")
@@ -58,6 +65,11 @@ class Sampling(Strict):
     def greedy(self) -> bool:
         """Whether the most likely token is always chosen."""
         return self.temperature == 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens before a position change its logits."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
 def penalised(logits: Tensor, seen: Sequence[Collection[int]], penalties: Sequence[float]) -> Tensor:
@@ -84,11 +96,34 @@ def penalised(logits: Tensor, seen: Sequence[Collection[int]], penalties: Sequen
     return logits.index_put(where, torch.where(values < 0, values * factors, values / factors))
 
 
+def count_penalised(logits: Tensor, outputs: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> Tensor:
+    """Apply frequency and presence penalties: subtract from the logits of tokens that the output has.
+
+    Args:
+        logits: ``[rows, V]`` float32; not modified.
+        outputs: per row, token ids of the output so far.
+        samplings: one per row.
+
+    Returns:
+        ``[rows, V]``; ``logits`` itself if nothing changes.
+    """
+    cells = [
+        (row, token, sampling.frequency_penalty * count + sampling.presence_penalty)
+        for row, (ids, sampling) in enumerate(zip(outputs, samplings, strict=True))
+        if sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
+        for token, count in Counter(ids).items()
+    ]
+    if not cells:
+        return logits
+    rows, ids, amounts = platform.to_device(torch.tensor(cells, dtype=torch.float64), logits.device).unbind(1)
+    return logits.index_put((rows.long(), ids.long()), -amounts.float(), accumulate=True)
+
+
 def probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """The distributions to draw from: temperature, top-k, top-p, then min-p, as in transformers.
 
     Removed tokens have probability 0; the others sum to 1. A greedy row has probability 1 at the most likely token
-    (the lowest id if there are several). Repetition penalties are not applied here.
+    (the lowest id if there are several). Penalties are not applied here.
 
     Args:
         logits: ``[rows, V]`` float32, with at least one finite value per row.

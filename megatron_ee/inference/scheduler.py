@@ -195,6 +195,13 @@ class Scheduler:
                 return False
         return True
 
+    def _has_room(self, seq: Sequence) -> bool:
+        """``_make_room`` for a sequence's next round. If it has to wait, its forced tokens are planned again later."""
+        room = self._make_room(seq, seq.num_tokens_with_spec)
+        if not room and seq.drafting is None:
+            seq.spec_token_ids = []
+        return room
+
     def _preempt(self, seq: Sequence) -> None:
         """Move a running sequence back to the waiting ones. Its KV is dropped and later recomputed."""
         del self.running[seq.seq_id]
@@ -252,7 +259,7 @@ class Scheduler:
         if depth == 0:
             for seq in chosen:
                 self._begin_round(seq, len(chosen))
-            chosen = [seq for seq in chosen if self._make_room(seq, seq.num_computed_tokens + 1)]
+            chosen = [seq for seq in chosen if self._has_room(seq)]
             # Making room for one may have preempted another that was chosen before it.
             chosen = [seq for seq in chosen if seq.seq_id in self.running]
         if chosen:
@@ -260,8 +267,9 @@ class Scheduler:
             self._start(stage, depth, chosen, new)
 
     def _begin_round(self, seq: Sequence, num_seqs: int) -> None:
-        """Plan the drafts of a sequence in speculative mode."""
+        """Plan the drafts of a sequence in speculative mode, or the forced tokens that run at once."""
         if seq.drafting is None:
+            seq.spec_token_ids = seq.forced_ahead()
             return
         # The last token needs no proposal, and proposals need positions too.
         params = seq.params
@@ -424,6 +432,8 @@ class Scheduler:
         else:
             seq.exit_history.ran_all_layers()
             seq.depth = seq.stage = 0
+        if kind == "score":
+            seq.spec_token_ids = []
         layers = [depth if kind == "leave" else last] * len(output.tokens)
         if seq.drafting is not None and seq.drafting.plan is not None:
             layers[:-1] = [seq.drafting.plan_exit] * (len(layers) - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from megatron_ee.inference.heads import HeadInput
+from megatron_ee.inference.heads import HeadInput, Kind
 from megatron_ee.inference.policy import MOST_DEFERRED, AnyPolicy, ExitHistory
 from megatron_ee.inference.replay import ExitReplay, ReplayInput
 from megatron_ee.inference.requests import Draft, FinishReason, Mode, Token
@@ -41,6 +41,7 @@ class SequenceParams:
         forced_token_ids: tokens that continue the sequence in place of the emitted ones; empty for none.
         replayed_token_ids: tokens in whose place all exits are asked; empty for none. All but the last one are the end
             of the prompt.
+        forced_chunk: most of them that run in one pass.
     """
 
     request: int
@@ -57,6 +58,7 @@ class SequenceParams:
     eos_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     forced_token_ids: tuple[int, ...] = ()
+    forced_chunk: int = 1
     draft_exits: tuple[int, ...] = ()
     replayed_token_ids: tuple[int, ...] = ()
 
@@ -176,6 +178,18 @@ class Sequence:
         following = self.params.replayed_token_ids[max(0, stop - self.num_pass_tokens) : max(0, stop)]
         return ReplayInput(following, self.params.policy.measure) if following else None
 
+    def forced_ahead(self) -> list[int]:
+        """Forced tokens that run in one pass after the newest token.
+
+        In full mode each of them runs all layers whatever is emitted for the tokens before it.
+        """
+        params, start = self.params, len(self.tokens)
+        if params.mode != "full" or not params.sampling.greedy:
+            return []
+        # A pass emits one token more than it runs ahead.
+        room = min(params.max_tokens, params.max_length - self.num_prompt_tokens) - 1
+        return list(params.forced_token_ids[start : min(start + params.forced_chunk - 1, room)])
+
     def exits_to_ask(self) -> tuple[int, ...]:
         """Layers of the exits that the newest token asks."""
         if self.prefilling:
@@ -196,18 +210,22 @@ class Sequence:
             final: depth of the final exit.
         """
         params, proposals = self.params, tuple(self.spec_token_ids)
-        seen = tuple(self.token_ids()) if params.sampling.repetition_penalty != 1 else ()
+        seen = tuple(self.token_ids()) if params.sampling.penalises else ()
+        seen_prompt = min(self.num_prompt_tokens, len(seen))
         position = self.num_tokens_with_spec
-        forced = params.forced_token_ids[len(self.tokens)] if params.forced_token_ids else None
+        ahead = len(self.tokens) + (len(proposals) if depth == final else 0)
+        forced = params.forced_token_ids[ahead] if params.forced_token_ids else None
         if depth == final:
             count = len(proposals)
+            judged: Kind = "verify" if forced is None else "score"
             return HeadInput(
-                "verify" if proposals else "emit",
+                judged if proposals else "emit",
                 position - count,
                 params.sampling,
                 params.policy,
                 proposals=proposals,
                 seen=seen[: len(seen) - count],
+                seen_prompt=seen_prompt,
                 logprobs=params.logprobs,
                 forced=forced,
             )
@@ -219,9 +237,17 @@ class Sequence:
                 params.policy,
                 layer=depth,
                 seen=seen,
+                seen_prompt=seen_prompt,
                 logprobs=params.logprobs,
                 forced=forced,
             )
         if self.drafting is None or not self.proposes:
             return None
-        return HeadInput("draft", position, params.sampling, seen=seen, min_chance=self.drafting.min_chance)
+        return HeadInput(
+            "draft",
+            position,
+            params.sampling,
+            seen=seen,
+            seen_prompt=seen_prompt,
+            min_chance=self.drafting.min_chance,
+        )

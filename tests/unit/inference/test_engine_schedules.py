@@ -60,6 +60,9 @@ REQUESTS = [
         exits=SOUND,
         forced_ids=list(range(60, 72)),
     ),
+    Request(
+        prompt=[41], forced_ids=list(range(60, 90)), max_tokens=30, logprobs=1, forced_chunk=9
+    ),  # scored in few passes
 ]
 ADAPTIVE, SPOILT = 7, 9
 Summary = list[Any]
