@@ -1,0 +1,86 @@
+"""Errors of requests as HTTP answers, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from starlette.responses import Response
+
+from megatron_ee.errors import ConfigError, UserError, printable
+from megatron_ee.serving.access import Unauthorized
+from megatron_ee.serving.answers import ErrorAnswer, Problem
+from megatron_ee.serving.engine_loop import Draining, EngineLost, QueueFull
+from megatron_ee.serving.limits import RateLimited
+
+_PARAM = re.compile(r"([A-Za-z][\w.\-]*(?:\[\w+\][\w.]*)*): ")
+_TOO_LONG = re.compile(r"(prompt|messages): has .* tokens")
+BODY = "body"
+"""Messages about a body as a whole start with this, and a colon."""
+QUEUE_SECONDS = 1
+"""Seconds after which a client may try again when the queue is full."""
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        status: of HTTP.
+        problem: what is wrong.
+        headers: further headers.
+    """
+
+    status: int
+    problem: Problem
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def response(self) -> Response:
+        """The HTTP answer."""
+        return Response(self.json(), self.status, dict(self.headers), "application/json")
+
+    def json(self) -> str:
+        """The body."""
+        return ErrorAnswer(error=self.problem).model_dump_json()
+
+
+def invalid(message: str) -> ApiError:
+    """A request that is wrong; a message that starts with a field's name and a colon names the field."""
+    named = _PARAM.match(message)
+    code = "context_length_exceeded" if _TOO_LONG.match(message) else None
+    problem = Problem(
+        message=printable(message),
+        type="invalid_request_error",
+        param=None if named is None or named[1] == BODY else named[1],
+        code=code,
+    )
+    return ApiError(400, problem)
+
+
+def refused(status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None) -> ApiError:
+    """A request that cannot be answered, for another reason than its fields."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return ApiError(status, Problem(message=printable(message), type=kind, code=code), headers or {})
+
+
+def of_error(error: UserError) -> ApiError:
+    """The answer for an error of admission, of translation, or of the engine's checks."""
+    message = str(error)
+    if isinstance(error, Unauthorized):
+        # Browsers then ask for the key, as password.
+        return refused(401, message, "invalid_api_key", {"WWW-Authenticate": 'Bearer, Basic realm="API key"'})
+    if isinstance(error, RateLimited):
+        return refused(429, message, "rate_limit_exceeded", {"Retry-After": str(math.ceil(error.retry_after))})
+    if isinstance(error, QueueFull):
+        return refused(429, message, "queue_full", {"Retry-After": str(QUEUE_SECONDS)})
+    if isinstance(error, Draining | EngineLost):
+        return refused(503, message, "not_ready", {"Retry-After": str(QUEUE_SECONDS)})
+    if isinstance(error, ConfigError):
+        return invalid(message)
+    return INTERNAL  # its message may name a file
+
+
+INTERNAL = refused(500, "internal error; the server's log says more", "internal_error")

@@ -1,0 +1,101 @@
+"""What holds for every route: keys, security headers, and no answer without OpenAI's shape."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import traceback
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from megatron_ee.serving.access import Unauthorized
+from megatron_ee.serving.api_errors import INTERNAL, of_error
+
+if TYPE_CHECKING:
+    from megatron_ee.serving.service import Service
+
+OPEN_PATHS = ("/health",)
+"""Paths that need no key."""
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
+REFUSALS = (400, 401, 404, 413, 415, 429, 503)
+"""Statuses of requests that were not admitted."""
+_LOGGER = logging.getLogger(__name__)
+
+
+class Guard:
+    """Wraps the application. It adds no CORS headers, so browsers keep pages of other origins out.
+
+    Args:
+        app: the routes.
+        service: with the keys.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+        request_id = uuid.uuid4().hex
+
+        async def guarded(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(raw=message["headers"])
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Cache-Control", "no-store")
+                headers["X-Request-Id"] = request_id
+                if scope["method"] == "POST" and message["status"] in REFUSALS:
+                    self._service.metrics.refused(message["status"])
+            await send(message)
+
+        try:
+            scope.setdefault("state", {})["key"] = None
+            if scope["path"] not in OPEN_PATHS:
+                authorization = bearer(Headers(scope=scope).get("authorization"))
+                scope["state"]["key"] = self._service.access.authenticate(authorization)
+            await self._app(scope, receive, guarded)
+        except Unauthorized as error:
+            await of_error(error).response()(scope, receive, guarded)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            # Without its text, which may be part of a prompt.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            _LOGGER.error("%s in request %s:\n%s", type(error).__name__, request_id, frames)
+            if not started:
+                await INTERNAL.response()(scope, receive, guarded)
+
+
+def bearer(authorization: str | None) -> str | None:
+    """An ``Authorization`` header with the key as bearer token.
+
+    Browsers send what the user types as ``Basic``: any name, and the key as password.
+    """
+    scheme, _, value = (authorization or "").partition(" ")
+    if scheme.lower() != "basic":
+        return authorization
+    try:
+        _, _, key = base64.b64decode(value, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return authorization
+    return f"Bearer {key}"

@@ -1,0 +1,86 @@
+"""``/v1/models``, ``/v1/exits`` and ``/tokenize``: what there is, without generating."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from megatron_ee.inference.requests import Mode, prompt_ids
+from megatron_ee.inference.requests import Request as EngineRequest
+from megatron_ee.serving.answers import Exits, ModelEntry, ModelList, Tokens
+from megatron_ee.serving.bodies import read_body
+from megatron_ee.serving.protocol import TokenizeBody
+from megatron_ee.serving.routes.common import ERRORS, check_model, documented, service_of
+from megatron_ee.serving.service import Service
+from megatron_ee.serving.translate import chat_prompt
+
+router = APIRouter(responses={status: ERRORS[status] for status in (400, 401, 404)})
+
+
+def _entry(service: Service) -> ModelEntry:
+    return ModelEntry(id=service.model_name, created=service.created, max_model_len=service.loop.max_positions)
+
+
+@router.get("/v1/models", summary="List the model")
+async def models(request: Request) -> ModelList:
+    """The model that this server has."""
+    return ModelList(data=[_entry(service_of(request))])
+
+
+@router.get("/v1/models/{name:path}", summary="Describe a model")
+async def model(request: Request, name: str) -> ModelEntry:
+    """A model by its name."""
+    service = service_of(request)
+    check_model(service, name)
+    return _entry(service)
+
+
+@router.get("/v1/exits", summary="List exits, rules and certificates")
+async def exits(request: Request) -> Exits:
+    """The exits, the rules by task, and the certificates in force."""
+    service = service_of(request)
+    return Exits(
+        num_layers=service.loop.num_layers,
+        exits=[
+            {"layer": spec.layer, "body": spec.body, "head": spec.head, "gate": bool(spec.gate)}
+            for spec in service.loop.exits
+        ],
+        modes=list(get_args(Mode)) if service.loop.exits else ["full"],
+        rules=service.rules.describe(),
+        audits=None if service.auditor is None else service.auditor.state(),
+    )
+
+
+@router.post(
+    "/tokenize",
+    summary="Tokenize a text or a conversation",
+    responses={status: ERRORS[status] for status in (413, 415)},
+    openapi_extra=documented(TokenizeBody),
+    response_model_exclude_none=True,
+)
+async def tokenize(request: Request) -> Tokens:
+    """Token ids of a prompt, as the generating routes see it."""
+    service = service_of(request)
+
+    def work(body: TokenizeBody) -> Tokens:
+        check_model(service, body.model)
+        ids = _ids(body, service)
+        names = [service.tokenizer.name_of(token) for token in ids] if body.return_token_strs else None
+        return Tokens(count=len(ids), max_model_len=service.loop.max_positions, tokens=list(ids), token_strs=names)
+
+    return await read_body(request, TokenizeBody, work, service.limits.max_body)
+
+
+def _ids(body: TokenizeBody, service: Service) -> tuple[int, ...]:
+    """The ids, also of a prompt that is longer than the model's context; but no longer than a body's limit allows."""
+    facts = replace(service.facts, max_positions=service.limits.max_body)
+    if body.messages is not None:
+        return chat_prompt(body.messages, facts).ids
+    prompt = body.prompt or ""
+    if not prompt:
+        return ()
+    ids = prompt_ids(EngineRequest(prompt=prompt), facts.tokenizer, facts.vocab_size, facts.max_positions)
+    return tuple(facts.tokenizer.encode(prompt)) if body.add_special_tokens is False else ids

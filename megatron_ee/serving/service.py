@@ -1,0 +1,82 @@
+"""What the routes use."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from megatron_ee.data.tokenizer import Tokenizer
+from megatron_ee.serving.token_texts import TokenTexts
+from megatron_ee.serving.translate import ModelFacts, RequestLimits
+
+if TYPE_CHECKING:
+    from megatron_ee.serving.access import Access
+    from megatron_ee.serving.audits import Auditor
+    from megatron_ee.serving.engine_loop import EngineLoop
+    from megatron_ee.serving.exit_log import ExitLog
+    from megatron_ee.serving.metrics import Metrics
+    from megatron_ee.serving.rules import Rules
+
+
+@dataclass
+class Service:
+    """One model behind the API.
+
+    Attributes:
+        loop: runs the requests.
+        tokenizer: of the model.
+        model_name: as clients name the model.
+        created: when the server started, in Unix seconds.
+        access: API keys and their limits.
+        rules: which requests may leave early.
+        auditor: audits a share of the requests; None for none.
+        exit_log: one line per request; None for none.
+        metrics: for Prometheus.
+        limits: on each request.
+        facts: of the model, for translation.
+        texts: of single tokens.
+        numbers: of the requests in the order of admission.
+        tasks: what goes on after its HTTP request has ended; the set keeps the tasks alive.
+    """
+
+    loop: EngineLoop
+    tokenizer: Tokenizer
+    model_name: str
+    created: int
+    access: Access
+    rules: Rules
+    auditor: Auditor | None
+    exit_log: ExitLog | None
+    metrics: Metrics
+    limits: RequestLimits = RequestLimits()
+    facts: ModelFacts = field(init=False)
+    texts: TokenTexts = field(init=False)
+    numbers: Iterator[int] = field(init=False)
+    tasks: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.facts = ModelFacts(self.tokenizer, self.loop.vocab_size, self.loop.max_positions)
+        self.texts = TokenTexts(self.tokenizer)
+        self.numbers = itertools.count(0 if self.exit_log is None else self.exit_log.next_number)
+
+    def reload(self) -> None:
+        """Read keys and rules again, for the requests that come.
+
+        Raises:
+            ConfigError: a file is wrong. What it says is then not in force.
+        """
+        self.access.reload()
+        self.rules.reload(self.access.names if self.access.required else None)
+        self.metrics.configure(self.rules.tasks)
+
+    async def close(self) -> None:
+        """Write the records of the last requests. Audits that have not ended are left out."""
+        if self.auditor is not None:
+            await self.auditor.close()
+        if self.tasks:
+            await asyncio.wait(self.tasks)
+        if self.exit_log is not None:
+            self.exit_log.close()
