@@ -30,6 +30,7 @@ COMMANDS = {
     "exits-report": ("exits_report", "read a server's exit logs: layers, exits and latency by task and day"),
     "report": ("report", "make one HTML page of what was gained and risked"),
     "generate": ("generate", "generate text; show the layer that emitted each token"),
+    "serve": ("serve", "serve the model to clients of OpenAI's API"),
     "doctor": ("doctor", "check what works on this machine"),
 }
 SAVING = ("tune",)

@@ -1,0 +1,121 @@
+"""What ``serve`` puts together: keys, rules and exit log before the model is loaded, and the application after."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from megatron_ee.inference.certificate import Calibration
+from megatron_ee.inference.released import Released
+from megatron_ee.serving.access import Access
+from megatron_ee.serving.app import build_app
+from megatron_ee.serving.audits import Auditor, state_path
+from megatron_ee.serving.engine_loop import EngineLoop
+from megatron_ee.serving.exit_log import ExitLog
+from megatron_ee.serving.metrics import Metrics
+from megatron_ee.serving.rules import Rules
+from megatron_ee.serving.server import ServedApp
+from megatron_ee.serving.service import Service
+from megatron_ee.serving.translate import RequestLimits
+
+CLOSE_SECONDS = 5.0
+"""Seconds for the last lines of the exit log."""
+
+
+@dataclass(frozen=True)
+class ServingParts:
+    """The parts of a server that need no loaded model. They are on the first rank only."""
+
+    arguments: argparse.Namespace
+    released: Released
+    access: Access
+    rules: Rules
+    exit_log: ExitLog | None
+
+    @classmethod
+    def open(
+        cls, arguments: argparse.Namespace, released: Released, calibrations: Sequence[Calibration]
+    ) -> ServingParts:
+        """Read the files that the command line names.
+
+        Raises:
+            ConfigError: a file is wrong, or does not fit the model.
+        """
+        access = Access.open(arguments.api_key_file)
+        rules = Rules.open(
+            arguments.rules,
+            calibrations,
+            exits=released.exits,
+            num_layers=released.model.architecture.num_layers,
+            key_names=access.names if access.required else None,
+        )
+        exit_log = None
+        if arguments.exit_log is not None:
+            exit_log = ExitLog(
+                arguments.exit_log,
+                max_bytes=arguments.log_size * 10**6,
+                when=arguments.log_period,
+                backups=arguments.log_backups,
+                text=arguments.log_text,
+            )
+        return cls(arguments, released, access, rules, exit_log)
+
+    def serve(self, engine_loop: EngineLoop) -> ServedApp:
+        """The application over a loop."""
+        given, name = self.arguments, self.arguments.model_name or _name(self.arguments.model)
+        layers = [spec.layer for spec in engine_loop.exits]
+        metrics = Metrics(
+            CollectorRegistry(),
+            layers,
+            engine_loop.num_layers,
+            self.rules.tasks,
+            name,
+            max_positions=engine_loop.max_positions,
+        )
+        auditor = None
+        if self.exit_log is not None and self.rules.calibrations:
+            auditor = Auditor.open(
+                self.rules,
+                engine_loop,
+                state_path(self.exit_log.path),
+                given.audit,
+                alarm_level=given.alarm_level,
+                reset=given.reset_audits,
+            )
+        limits = RequestLimits(
+            max_prompt_tokens=given.max_prompt_tokens,
+            max_tokens=given.max_tokens,
+            max_outputs=given.max_samples,
+            deadline=given.deadline,
+        )
+        service = Service(
+            loop=engine_loop,
+            tokenizer=self.released.tokenizer,
+            model_name=name,
+            created=int(time.time()),
+            access=self.access,
+            rules=self.rules,
+            auditor=auditor,
+            exit_log=self.exit_log,
+            metrics=metrics,
+            limits=limits,
+        )
+
+        async def close() -> None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(service.close(), CLOSE_SECONDS)
+            if self.exit_log is not None:
+                self.exit_log.close()
+
+        return ServedApp(build_app(service), service.reload, close)
+
+
+def _name(model: Path) -> str:
+    return model.resolve().name
