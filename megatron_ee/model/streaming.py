@@ -22,30 +22,37 @@ Read = Callable[[int, Mapping[str, Tensor]], None]
 """Reads the weights of a layer, given its number, into tensors on the host by the layer's parameter names."""
 
 
-def check_host_memory(setup: ModelSetup, layers: int, key: str) -> None:
-    """Check that layers fit in host memory if they are to stay there, before they are read. Every rank calls this.
+def check_host_memory(setup: ModelSetup, layers: int, key: str, optimizer: int | None = None) -> None:
+    """Check that what is to stay in host memory fits there, before it is read. Every rank calls this.
 
     Args:
         setup: of this rank.
         layers: number of layers that this rank needs.
         key: of the residency, for the message.
+        optimizer: bytes of this rank's optimizer in host memory; None if it is on the device.
 
     Raises:
-        ConfigError: the layers of a machine's processes do not fit in its free memory; raised on all ranks.
+        ConfigError: what a machine's processes keep does not fit in its free memory; raised on all ranks.
     """
-    if setup.residency != "host":
+    kept = []  # setting, what it keeps in host memory, bytes of this rank, another value
+    if setup.residency == "host":
+        layer = sum(map(math.prod, layer_tensors(setup.architecture).values())) * setup.dtype.itemsize
+        kept.append((f"{key}: host", "layers", layers * layer // setup.groups.tensor.size(), "disk"))
+    if optimizer is not None:
+        kept.append(("optimizer.implementation: deepspeed_cpu", "optimizer", optimizer, "auto"))
+    if not kept:
         return
-    layer = sum(map(math.prod, layer_tensors(setup.architecture).values())) * setup.dtype.itemsize
-    own = layers * layer // setup.groups.tensor.size()
-    gathered = setup.groups.gather((platform.host_name(), own, platform.free_host_memory()))
+    settings, names, sizes, others = zip(*kept, strict=True)
+    gathered = setup.groups.gather((platform.host_name(), sum(sizes), platform.free_host_memory()))
     processes = Counter(host for host, _, _ in gathered)
     for host, count in processes.items():
         wanted = sum(nbytes for each, nbytes, _ in gathered if each == host)
         free = min(nbytes for each, _, nbytes in gathered if each == host)
         if wanted > free:
             error = ConfigError(
-                f"{key}: host needs {wanted / 1e9:.1f} GB of {host}'s memory for the layers of {count} "
-                f"process{'es' if count > 1 else ''}, and {free / 1e9:.1f} GB are free; use disk"
+                f"{' and '.join(settings)} need{'s' if len(kept) == 1 else ''} {wanted / 1e9:.1f} GB of {host}'s "
+                f"memory for the {' and the '.join(names)} of {count} process{'es' if count > 1 else ''}, and "
+                f"{free / 1e9:.1f} GB are free; use {' or '.join(others)}"
             )
             error.common = True
             raise error

@@ -59,7 +59,9 @@ from megatron_ee.parallel.optimizer import ExitOptimizer
 from megatron_ee.parallel.watchdog import watch_ranks
 from megatron_ee.planning.balance import resolve_layout
 from megatron_ee.planning.corpus import little_data
+from megatron_ee.planning.parameters import stage_parameters
 from megatron_ee.planning.plan import plan_run
+from megatron_ee.planning.storage import HOST_OPTIMIZER
 from megatron_ee.planning.table import print_plan
 from megatron_ee.tuning.finish import finish
 from megatron_ee.tuning.fitted import fitted_exits
@@ -247,7 +249,8 @@ def _prepare(
         slots=packed_slots(model, config.model.weights),
         residency=config.model.residency,
     )
-    check_host_memory(setup, model.architecture.num_layers, "model.residency")
+    kept = _host_optimizer(config, inputs, groups)
+    check_host_memory(setup, model.architecture.num_layers, "model.residency", kept)
     stored = model.stored_weights
     digest = groups.together(lambda: hash_backbone(stored, check=interrupt.check) if groups.is_main else "")[0]
     description["backbone_sha256"] = digest
@@ -327,6 +330,15 @@ def _show_plan(config: RunConfig, inputs: _Inputs, groups: Groups) -> None:
     if groups.is_main and groups.world.size() > 1:
         arch, size = inputs.model.architecture, groups.world.size()
         print_plan(plan_run(config, inputs.layout, arch, inputs.gated, size, accelerator=platform.has_accelerator()))
+
+
+def _host_optimizer(config: RunConfig, inputs: _Inputs, groups: Groups) -> int | None:
+    """Bytes of this rank's optimizer in host memory; None if it is on the device."""
+    if config.optimizer.implementation != "deepspeed_cpu":
+        return None
+    layout, stage, tensor = inputs.layout.whole, groups.pipeline.rank(), config.parallel.tensor
+    _, trained = stage_parameters(layout, stage, inputs.model.architecture, inputs.specs, tensor)
+    return trained * HOST_OPTIMIZER // groups.data.size()
 
 
 def _tuned_stage(config: RunConfig, full: FullModel, layout: Layout, specs: Sequence[ExitSpec]) -> Stage:

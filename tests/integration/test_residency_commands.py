@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from megatron_ee import platform
 from megatron_ee.commands.main import main
 from megatron_ee.testing.project import all_tensors, read_log
+from megatron_ee.tuning import run as tuning
 
 EXITS = [
     {"layer": 1, "body": "norm", "init": "fit", "gate": True},
@@ -102,13 +103,30 @@ def test_evaluate_and_generate(project: Any, resident: Path, capsys: pytest.Capt
         assert (first["token_ids"], first["layers"]) == (second["token_ids"], second["layers"])
 
 
+@pytest.mark.parametrize(
+    ("residency", "implementation", "said"),
+    [
+        ("host", "auto", "model.residency: host needs 0.0 GB of {}'s memory for the layers of 1 process"),
+        ("device", "deepspeed_cpu", "optimizer.implementation: deepspeed_cpu needs 0.0 GB of {}'s memory for the opt"),
+        ("host", "deepspeed_cpu", "model.residency: host and optimizer.implementation: deepspeed_cpu need 0.0 GB of "),
+    ],
+)
 def test_too_little_host_memory_is_said_before_loading(
-    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    residency: str,
+    implementation: str,
+    said: str,
+    tune: Tune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(platform, "free_host_memory", lambda: 1000)
-    assert tune(tmp_path / "run", "host") == 2
+    monkeypatch.setattr(tuning, "adam_class", lambda *_: None)  # DeepSpeed need not be installed
+    assert tune(tmp_path / "run", residency, "--optimizer.implementation", implementation) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "model.residency: host needs 0.0 GB" in line and "0.0 GB are free; use disk" in line
+    assert said.format(platform.host_name()) in line
+    other = {"host auto": "disk", "device deepspeed_cpu": "auto", "host deepspeed_cpu": "disk or auto"}
+    assert line.endswith(f"0.0 GB are free; use {other[f'{residency} {implementation}']}")
     assert not (tmp_path / "run" / "adapter-initial").exists()
 
 
