@@ -1,4 +1,4 @@
-"""Tables: with rules on a terminal, plain columns elsewhere."""
+"""Tables: with rules on a terminal, plain columns elsewhere; and counted words in them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PLAIN_WIDTH = 160  # width in characters of a table that goes to a file or a pipe
+
+
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """Such as ``1 exit`` and ``1,024 exits``; ``more``: the plural, if it is not ``one`` with an s."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 def make_console(file: TextIO | None = None) -> Console:

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from megatron_ee.tables import counted
+
 PACKAGE = "megatron-ee"
 FEW_BYTES, LITTLE_MEMORY = 10e9, 2e9
 """Free disk and memory in bytes below which a warning is due."""
@@ -219,6 +221,13 @@ def _deepspeed(build: bool) -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding(name, "off", "DeepSpeed is not installed", "pip install 'megatron-ee[deepspeed]'")
         return
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if lock := next(root.glob("**/cpu_adam/lock"), None):
+        advice = f"every run waits for it; if no compiler is running, it was killed: delete {lock}"
+        yield Finding(name, "warning", f"{version}, being compiled by another process", advice)
+        return
     if build:
         from megatron_ee.errors import ConfigError
         from megatron_ee.parallel.host_adam import load_deepspeed
@@ -230,9 +239,6 @@ def _deepspeed(build: bool) -> Iterator[Finding]:
             return
         yield Finding(name, "ok", f"{version}, compiled")
         return
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     if any(root.glob("**/cpu_adam/cpu_adam.so")):
         yield Finding(name, "ok", f"{version}, compiled under {root}")
     elif missing := [tool for tool in ("g++", "ninja") if not _tool(tool)]:
@@ -266,7 +272,7 @@ def _processors() -> Iterator[Finding]:
     import torch
 
     usable, threads, load = len(os.sched_getaffinity(0)), torch.get_num_threads(), os.getloadavg()[0]
-    found = f"{usable} processors, {threads} threads per process, load {load:.1f}"
+    found = f"{counted(usable, 'processor')}, {counted(threads, 'thread')} per process, load {load:.1f}"
     if threads > usable:
         yield Finding("processors", "warning", found, f"set OMP_NUM_THREADS to at most {usable}, over all processes")
     elif load > BUSY * usable:

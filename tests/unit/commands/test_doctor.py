@@ -109,6 +109,22 @@ def test_a_control_group_with_little_memory_is_a_warning(monkeypatch: pytest.Mon
     assert found.severity == "warning" and "use 3.0 GB, of which 1.0 GB are free" in found.found
 
 
+def test_the_lock_of_a_killed_compiler_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads DeepSpeed's CPU Adam waits for this file to vanish."""
+    build = tmp_path / "py311_cpu" / "cpu_adam"
+    build.mkdir(parents=True)
+    for name in ("cpu_adam.so", "lock"):
+        (build / name).touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(metadata, "version", lambda name: "0.19.8")
+    for compiles in (False, True):
+        (found,) = machine._deepspeed(compiles)
+        assert found.severity == "warning" and f"delete {build / 'lock'}" in found.advice
+    (build / "lock").unlink()
+    (found,) = machine._deepspeed(False)
+    assert found.severity == "ok" and f"compiled under {tmp_path}" in found.found
+
+
 def test_a_broken_check_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise ImportError("libcudart.so.12: cannot open shared object file\nmore")
