@@ -16,7 +16,7 @@ from megatron_ee.evaluation.tinted import (
     tints,
     visible,
 )
-from megatron_ee.tables import add_columns, new_table
+from megatron_ee.tables import add_columns, counted, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,7 +93,7 @@ def html_layers(
         title=escaped(title),
         prompt=escaped(prompt),
         output=tinted_answer(pieces, [classes[layer] for layer in layers], titles=titles),
-        tokens=f"{len(layers)} token{'' if len(layers) == 1 else 's'}{mean}",
+        tokens=f"{counted(len(layers), 'token')}{mean}",
         legend="".join(legend),
     )
     return html_page(title, _STYLE, body)

@@ -8,6 +8,7 @@ from megatron_ee.planning.devices import GB, HOST_RESERVED
 from megatron_ee.planning.estimate import Estimate
 from megatron_ee.planning.parameters import hosted_by, trained_parameters
 from megatron_ee.planning.plan import StagePlan
+from megatron_ee.tables import counted
 
 
 def blame(estimate: Estimate) -> str:
@@ -33,12 +34,13 @@ def blame(estimate: Estimate) -> str:
 def blame_host(estimate: Estimate) -> str:
     """The largest part of the host memory of all ranks, such as ``40 streamed layers take 25.4 GB``."""
     host, layers = estimate.host, estimate.architecture.num_layers
+    processes = counted(estimate.gpus, "process", "processes")
     parts = {
         f"{layers} streamed layers take": host.layers,
         "the optimizer's state takes": host.optimizer,
         "the copy of a checkpoint takes": host.checkpoint,
         "the tokens that gates are fitted on take": host.gates,
-        f"Python with its libraries, in {estimate.gpus} process(es), takes": estimate.gpus * HOST_RESERVED,
+        f"Python with its libraries, in {processes}, takes": estimate.gpus * HOST_RESERVED,
     }
     words, size = max(parts.items(), key=lambda part: part[1])
     return f"{words} {size / GB:,.1f} GB"
@@ -61,10 +63,6 @@ def _parts(estimate: Estimate, index: int, stage: StagePlan) -> dict[str, float]
         body = trained_parameters(arch, dataclasses.replace(spec, head="shared"), tensor)
         heads, bodies = heads + trained_parameters(arch, spec, tensor) - body, bodies + body
         owned += spec.head == "own"
-    parts[_counted(owned, "own head")] = each * heads
-    parts[_counted(len(hosted), "exit body", "exit bodies")] = each * bodies
+    parts[f"the {counted(owned, 'own head')}"] = each * heads
+    parts[f"the {counted(len(hosted), 'exit body', 'exit bodies')}"] = each * bodies
     return parts
-
-
-def _counted(count: int, one: str, more: str = "") -> str:
-    return f"the {one}" if count == 1 else f"the {count} {more or one + 's'}"

@@ -35,6 +35,7 @@ from megatron_ee.planning.step_time import StepTime, expanding_seconds, streamin
 from megatron_ee.planning.storage import disk_use, gate_tokens, saves
 from megatron_ee.planning.traffic import stage_traffic
 from megatron_ee.planning.workload import Workload
+from megatron_ee.tables import counted
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,16 @@ class _Run:
         settings, workload = self.config.validation, self.workload
         sequences, prompts = settings.sequences, settings.acceptance.prompts
         seconds = self._all_layers(sequences * workload.sequence_length)
-        amount = f"{sequences:,} sequences"
+        amount = counted(sequences, "sequence")
         if prompts:
             seconds += self._continuations()
-            amount += f", {prompts} prompts"
+            amount += f", {counted(prompts, 'prompt')}"
         return Phase("all layers for validation", amount, seconds)
 
     def decoding(self) -> Phase:
         """Free-running threshold mode, as slow as the full model at worst: in every validation, or once at the end."""
         times = self.times if self.workload.free_running else 1
-        amount = f"{times:,} times, {self.config.validation.acceptance.prompts} prompts"
+        amount = f"{counted(times, 'time')}, {counted(self.config.validation.acceptance.prompts, 'prompt')}"
         return Phase("threshold mode", amount, times * self._continuations())
 
     @property
@@ -195,7 +196,7 @@ class _Run:
         forward = turns * (self._all_layers(tokens) + TRIALS * self._all_layers(HELD_OUT_MOST))
         measured = self._spread(CANDIDATES * HELD_OUT_MOST * each)
         turn = f" in {turns} turns" if turns > 1 else ""
-        return Phase("fit", f"{len(fitted)} exits, {tokens:,} tokens{turn}", forward + busiest + measured)
+        return Phase("fit", f"{counted(len(fitted), 'exit')}, {tokens:,} tokens{turn}", forward + busiest + measured)
 
     def validations(self) -> Phase:
         """Before the first step, at each interval, and after the last step."""
@@ -219,7 +220,8 @@ class _Run:
         layers = sum(len(stage.layers) for stage in self.layout.stages)
         reading = streaming_seconds(layers, arch, workload, machine)
         seconds = max(seconds, -(-rounds // workload.microbatches) * reading)
-        return Phase("validation", f"{count:,} times, {self.config.validation.sequences:,} sequences", count * seconds)
+        amount = f"{counted(count, 'time')}, {counted(self.config.validation.sequences, 'sequence')}"
+        return Phase("validation", amount, count * seconds)
 
     def saving(self) -> Phase:
         """Steps wait for a copy to host memory, and the run for the last checkpoint."""
@@ -227,13 +229,13 @@ class _Run:
         size = use.checkpoint
         ranks = self.workload.tensor * self.workload.data * len(self.layout.stages)
         copied = size / ranks / self.machine.host_link if self.config.checkpoint.asynchronous else size / DISK
-        name = f"{count:,} checkpoints of {size / GB:,.1f} GB"
-        return Phase("saving", name, (count - 1) * copied + size / DISK)
+        amount = f"{counted(count, 'checkpoint')} of {size / GB:,.1f} GB"
+        return Phase("saving", amount, (count - 1) * copied + size / DISK)
 
     def gates(self) -> Phase:
         """After tuning, of the last and the best adapter, in one pass through all layers."""
         gated, adapters = sum(spec.gate for spec in self.specs), self.workload.adapters
-        return Phase("gates", f"{gated} in {adapters} adapters", self._fit_gates(adapters))
+        return Phase("gates", f"{gated} in {counted(adapters, 'adapter')}", self._fit_gates(adapters))
 
     def gates_while_tuning(self) -> Phase:
         """Before each validation and each save; before the first step if its exits may be the best."""
@@ -243,7 +245,7 @@ class _Run:
         if self.workload.validates and any(spec.init == "fit" for spec in self.specs):
             due.add(0)
         gated = sum(spec.gate for spec in self.specs)
-        return Phase("gates", f"{gated}, {len(due):,} times", len(due) * self._fit_gates(1))
+        return Phase("gates", f"{gated}, {counted(len(due), 'time')}", len(due) * self._fit_gates(1))
 
     def _fit_gates(self, adapters: int) -> float:
         """Seconds of all layers, and for each adapter heads and Newton steps in float64."""

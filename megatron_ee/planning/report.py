@@ -8,7 +8,7 @@ from megatron_ee.planning.devices import DISK, FRAGMENTATION, GB, HOST_RESERVED,
 from megatron_ee.planning.estimate import Estimate
 from megatron_ee.planning.search import Candidate, Limits, Misfit, Search
 from megatron_ee.planning.table import memory_parts, memory_phases, print_plan
-from megatron_ee.tables import add_columns, new_table
+from megatron_ee.tables import add_columns, counted, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,12 +19,12 @@ SHOWN_MISFITS = 6
 def print_estimate(estimate: Estimate, limits: Limits | None, per_hour: float | None, console: Console) -> None:
     """Print the run as it is written; ``limits``: of memory, if known; ``per_hour``: price of a GPU, if known."""
     arch, config, device = estimate.architecture, estimate.config, estimate.machine
-    where = f" on {estimate.gpus} x {device.name}" if device is not None else f" on {estimate.gpus} GPU(s)"
+    where = f" on {estimate.gpus} x {device.name}" if device is not None else f" on {counted(estimate.gpus, 'GPU')}"
     _say(
         console,
-        f"{arch.family}, {arch.num_layers} layers, {len(estimate.specs)} exits, {config.model.dtype}{where}; "
-        f"steps of {config.tuning.global_batch_size} x {config.data.sequence_length} tokens, "
-        f"micro-batch {config.tuning.micro_batch_size}",
+        f"{arch.family}, {counted(arch.num_layers, 'layer')}, {counted(len(estimate.specs), 'exit')}, "
+        f"{config.model.dtype}{where}; steps of {config.tuning.global_batch_size} x {config.data.sequence_length} "
+        f"tokens, micro-batch {config.tuning.micro_batch_size}",
     )
     print_plan(estimate.plan, console)
     for line in _fit_lines(estimate, limits):
@@ -36,8 +36,9 @@ def print_estimate(estimate: Estimate, limits: Limits | None, per_hour: float | 
     disk = estimate.disk
     _say(
         console,
-        f"Disk: {disk.checkpoints} checkpoints of {disk.checkpoint / GB:,.2f} GB, {disk.adapters} adapters of "
-        f"{disk.adapter / GB:,.2f} GB, {disk.cache / GB:,.2f} GB of cache; at most {disk.most / GB:,.1f} GB at a time.",
+        f"Disk: {counted(disk.checkpoints, 'checkpoint')} of {disk.checkpoint / GB:,.2f} GB, "
+        f"{counted(disk.adapters, 'adapter')} of {disk.adapter / GB:,.2f} GB, {disk.cache / GB:,.2f} GB of cache; "
+        f"at most {disk.most / GB:,.1f} GB at a time.",
     )
     for line in basis(estimate, limits):
         _say(console, f"- {line}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_ee.planning.devices import GB
 from megatron_ee.planning.memory import Memory
 from megatron_ee.planning.plan import RunPlan
-from megatron_ee.tables import add_columns, make_console, new_table
+from megatron_ee.tables import add_columns, counted, make_console, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ def print_plan(plan: RunPlan, console: Console | None = None) -> None:
     """Print per stage: content, parameters, expected idle time and memory per rank; by default to stderr."""
     console = console or make_console(sys.stderr)
     sizes = f"tensor {plan.tensor} x pipeline {len(plan.stages)} x data {plan.data}"
-    table = new_table(f"Plan: {sizes}, {plan.microbatches} microbatches per step", console)
+    table = new_table(f"Plan: {sizes}, {counted(plan.microbatches, 'microbatch', 'microbatches')} per step", console)
     add_columns(table, "stage", "layers", "exits after", words=True)
     add_columns(table, "frozen per rank", "trained per rank", "TFLOP per step", "idle")
     for index, stage in enumerate(plan.stages):

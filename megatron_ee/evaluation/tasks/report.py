@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
 from megatron_ee.evaluation.tasks.answers import BATCHES_PER_BLOCK
 from megatron_ee.evaluation.tasks.results import AGREEMENT, BASELINE, QUALITY, SettingResult, TaskResults
-from megatron_ee.tables import add_columns, make_console, new_table
+from megatron_ee.tables import add_columns, counted, make_console, new_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,12 +53,12 @@ def print_tasks(results: TaskResults, batch: int, console: Console | None = None
     """
     console = console or make_console()
     rows, tasks = results.overall[0].rows, len(results.tasks)
-    of = f"{_rows(rows)} of {tasks} tasks" if tasks > 1 else _rows(rows)
+    of = f"{counted(rows, 'row')} of {tasks} tasks" if tasks > 1 else counted(rows, "row")
     console.print(_table(f"Quality beside speed ({of})", results.overall, console))
     if tasks > 1:
         for task, found in results.tasks.items():
             console.print()
-            console.print(_table(f"{task} ({_rows(found[0].rows)})", found, console))
+            console.print(_table(f"{task} ({counted(found[0].rows, 'row')})", found, console))
     console.print()
     for line in _notes(results, batch):
         console.print(line, soft_wrap=True)
@@ -90,10 +90,6 @@ def _table(title: str, found: Sequence[SettingResult], console: Console) -> Tabl
     for each, *row in zip(found, *filled.values(), strict=True):
         table.add_row(each.setting, *row)
     return table
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def _score(result: SettingResult, *, score: str) -> str:

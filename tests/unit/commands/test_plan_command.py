@@ -121,7 +121,7 @@ def test_the_memory_of_the_host_is_compared_if_it_is_known(planned: Any) -> None
     assert line.count("GB") == 1 and "name it with --host-memory" in unknown
     (line,) = (line for line in known.splitlines() if line.startswith("The host needs"))
     assert "It has 3 GB: short by" in line and "--host-memory" not in known
-    assert "of host memory: Python with its libraries, in 1 process(es), takes 2.0 GB; `checkpoint.asyn" in known
+    assert "of host memory: Python with its libraries, in 1 process, takes 2.0 GB; `checkpoint.asyn" in known
     found = json.loads(planned("llama2_7b", *options, "--host-memory", "3", "--json"))
     assert found["host_memory"] == 3e9 and not found["run"]["fits"]
     assert found["run"]["host_memory_needed"] > sum(found["run"]["host_memory"].values()) > 1e9

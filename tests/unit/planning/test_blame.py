@@ -39,7 +39,7 @@ def test_the_largest_phase_is_named(phase: str, words: str, tmp_path: Path) -> N
     [
         (HostMemory(layers=3 * 10**9, checkpoint=2 * 10**9), "32 streamed layers take 3.0 GB"),
         (HostMemory(gates=4 * 10**9), "the tokens that gates are fitted on take 4.0 GB"),
-        (HostMemory(), "Python with its libraries, in 1 process(es), takes 2.0 GB"),
+        (HostMemory(), "Python with its libraries, in 1 process, takes 2.0 GB"),
     ],
 )
 def test_the_largest_part_of_the_host_memory_is_named(host: HostMemory, words: str, tmp_path: Path) -> None:
