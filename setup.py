@@ -76,7 +76,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["megatron-ee = megatron_ee.commands.main:main"],
-        # Read by releases of lm-eval after 0.4.13; until then importing the module registers the model.
+        # lm-eval 0.4.13 does not read it; until a release does, importing the module registers the model.
         "lm_eval.models": ["megatron_ee = megatron_ee.evaluation.harness:HarnessModel"],
     },
     classifiers=[

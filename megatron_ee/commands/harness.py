@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_ee.commands import Parser
-from megatron_ee.errors import ConfigError
+from megatron_ee.errors import ConfigError, UserError, first_line
 
 MODEL = "megatron_ee"
 DESCRIPTION = f"""Run tasks of lm-evaluation-harness (extra: eval). All arguments are those of its command lm_eval, with
@@ -47,9 +47,23 @@ def run(arguments: argparse.Namespace) -> int:
     sys.argv = ["lm_eval", *with_model(arguments.arguments)]
     try:
         cli_evaluate()
+    except UserError:
+        raise
+    except ValueError as error:
+        if _of_its_arguments(error):
+            raise ConfigError(first_line(error)) from None
+        raise
     finally:
         registered.close_loaded()
     return 0
+
+
+def _of_its_arguments(error: ValueError) -> bool:
+    """Whether the harness raised an error where it reads its arguments, such as an unknown task."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lm_eval.config.")
 
 
 def with_model(arguments: Sequence[str]) -> list[str]:

@@ -135,6 +135,15 @@ def test_the_entry_point_names_the_class() -> None:
     assert get_model(name) is HarnessModel
 
 
+def test_arguments_that_the_harness_refuses_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert main(["harness", "--tasks", "some", "--fewshot_as_multiturn", "true"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("megatron-ee harness: error: When `fewshot_as_multiturn` is True, `apply_chat_template`")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["byte_model", "sharp_model"])
 def test_full_mode_is_the_harness_own_class(name: str, request: pytest.FixtureRequest) -> None:
