@@ -118,6 +118,9 @@ INPUTS = {
     "report --run here --evaluation here --calibration here --drift here --plan here --output out.html": (
         *("--run", "--evaluation", "--calibration", "--drift", "--plan"),
     ),
+    "serve --model here --adapter here --calibration here --rules here --api-key-file here": (
+        *("--model", "--adapter", "--calibration", "--rules", "--api-key-file"),
+    ),
     "quickstart --base here --data here --out out": ("--base", "--data"),
     "quickstart --base here --prompts here --out out": ("--prompts",),
 }
