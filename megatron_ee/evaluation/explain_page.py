@@ -34,11 +34,12 @@ _STYLE = "".join(
         "table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}",
         "th,td{padding:.35rem .6rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}",
         "thead th{background:var(--card);vertical-align:bottom}thead small{display:block;font-weight:400}",
-        "tr:last-child>*{border-bottom:0}td.number{text-align:right}small{font-size:.78rem}",
+        "tr:last-child>*{border-bottom:0}td.number{text-align:right}small{font-size:.9em}",
         "td small,th small{display:block}",
         ".shares td small{display:inline;margin-left:.35em}",
         ".tokens tbody th{position:sticky;left:0;background:var(--paper);font-weight:400;z-index:1;min-width:6.5rem}",
         ".tokens thead th:first-child{position:sticky;left:0;z-index:2}",
+        ".tokens tr>th:first-child{box-shadow:1px 0 var(--line)}",
         ".said{font-family:ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere}",
         "td.exit{min-width:7.5rem;max-width:14rem;background-image:linear-gradient(var(--bar),var(--bar));",
         "background-repeat:no-repeat;background-position:0 100%;background-size:var(--p,0%) 3px}",
@@ -51,7 +52,7 @@ _STYLE = "".join(
         "tr:target>*{outline:2px solid var(--bar);outline-offset:-2px}",
         ".key{display:flex;flex-wrap:wrap;gap:.3rem 1.25rem;list-style:none;padding:0;margin:.5rem 0}",
         "td,th,.chip{print-color-adjust:exact;-webkit-print-color-adjust:exact}",
-        f"@media print{{:root{{{_LIGHT}}}body{{max-width:none;padding:0;font-size:10pt}}",
+        f"@media print{{:root{{{_LIGHT};font-size:12px}}body{{max-width:none;padding:0}}",
         ".prompt{max-height:none}.scroll{overflow:visible;border:0;max-width:none}table{font-size:7.5pt}",
         "td.exit{min-width:0}th,td{padding:.15rem .3rem}.tokens th{position:static!important}",
         "tr{break-inside:avoid}section{break-before:page}section:first-of-type{break-before:auto}}",
@@ -159,10 +160,9 @@ def _shares(one: Explanation, shares: Sequence[ExitShare], classes: dict[int, st
             + "".join(f'<td class="number">{cell}</td>' for cell in cells)
             + "</tr>"
         )
-    measure = "gate" if one.request.policy.gated else "confidence"
     heads = [
         "exit after layer",
-        *([f"leaves at {measure}"] if early else []),
+        *([f"leaves at {_measure(one)}"] if early else []),
         "drafted" if one.request.mode == "speculative" else "emitted",
         "says the answer’s token",
         "says the final exit’s",
@@ -172,22 +172,27 @@ def _shares(one: Explanation, shares: Sequence[ExitShare], classes: dict[int, st
 
 
 def _reading(one: Explanation) -> str:
-    gated = one.request.mode == "threshold" and one.request.policy.gated
+    """How to read the table of tokens."""
     lines = [
-        "Each row is a token of the answer, each column an exit. The cell has the token that the exit finds most "
+        "Each row is a token of the answer, each column an exit. A cell has the token that the exit finds most "
         "probable after the prompt and the answer before this row, and its probability, also as a bar. If that is "
-        "another token than the answer’s, it is bold, with the rank and the probability of the answer’s token. The "
-        "frame marks the exit that emitted the token. All columns come from one pass over the finished text, so the "
-        "paler cells, after the frame, did not decide anything."
+        "another token than the answer’s, it is bold, with the rank and the probability of the answer’s token."
     ]
-    if gated:
-        lines.append("The gate’s probability that the exit agrees with the final exit decides whether a token leaves.")
+    if one.request.mode == "threshold":
+        lines.append(
+            "The frame marks the exit that emitted the token. All columns come from one pass over the finished text, "
+            "so the paler cells, after the frame, did not decide anything."
+        )
+        if one.request.policy.gated:
+            lines.append("A token leaves where the gate expects, before the head runs, that the exit agrees.")
+    elif one.request.mode == "speculative":
+        lines.append("The frame marks the exit that drafted the token, or the final exit, which accepts or rejects it.")
     return f'<p class="note">{" ".join(lines)}</p>'
 
 
 def _tokens(number: int, one: Explanation, shares: Sequence[ExitShare], classes: dict[int, str]) -> str:
     speculative = one.request.mode == "speculative"
-    heads = ["token", "left at", *(_heading(share) for share in shares)]
+    heads = ["token", "left at" if one.request.mode == "threshold" else "from", *map(_heading, shares)]
     rows = []
     for index, token in enumerate(one.tokens):
         part = index == one.agreement.departure
@@ -197,7 +202,7 @@ def _tokens(number: int, one: Explanation, shares: Sequence[ExitShare], classes:
         other = f'<small class="mark">full mode: {escaped(one.full_text(index))}</small>' if part else ""
         emitter = _emitter(token)
         by = f'<span class="chip {classes[emitter.layer]}">{"final" if emitter.final else emitter.layer}</span>'
-        by += f"<small>{_percent(token.token.confidence)}</small>"
+        by += f"<small>{_confidence(one, emitter, token.token.confidence)}</small>"
         if speculative and token.drafted:
             by += "<small>draft, accepted</small>"
         if token.rejected is not None:
@@ -225,10 +230,9 @@ def _cell(each: Prediction, emitter: Prediction, one: Explanation, classes: dict
     names += ["emitted", classes[each.layer]] if each.emitted else []
     names += ["later"] if decided else []
     lines = [] if each.agrees else [f"answer’s: rank {each.answer_rank:,}, {_percent(each.answer_probability)}"]
-    if one.request.policy.gated and one.request.mode == "threshold" and each.gate is not None:
-        lines.append(f"gate {_percent(each.gate)}")
-    elif one.request.mode == "threshold" and one.request.policy.measure != "probability":
-        lines.append(f"{one.request.policy.measure} {each.confidence:.2f}")
+    if one.request.mode == "threshold" and _measure(one) != "probability":
+        value = each.gate if one.request.policy.gated else each.confidence
+        lines += [] if value is None else [_confidence(one, each, value)]
     if each.leaves and not each.asked and not later and not each.emitted:
         lines.append("sure enough, but not asked")
     small = "".join(f"<small>{line}</small>" for line in lines)
@@ -243,6 +247,17 @@ def _table(kind: str, heads: Sequence[str], rows: Sequence[str]) -> str:
     body = "\n".join(rows)
     content = f"<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody>"
     return f'<div class="scroll"><table class="{kind}">{content}</table></div>'
+
+
+def _measure(one: Explanation) -> str:
+    """What decides whether a token leaves."""
+    return "gate" if one.request.policy.gated else one.request.policy.measure
+
+
+def _confidence(one: Explanation, exit_: Prediction, value: float) -> str:
+    """A confidence, with its measure if that is not the probability. The final exit has no gate."""
+    measure = one.request.policy.measure if exit_.final else _measure(one)
+    return _percent(value) if measure == "probability" else f"{measure} {value:.2f}"
 
 
 def _emitter(token: ExplainedToken) -> Prediction:

@@ -39,9 +39,9 @@ class SequenceParams:
         stop_token_ids: tokens that end the sequence.
         eos_token_ids: those of ``stop_token_ids`` that are end-of-text tokens.
         forced_token_ids: tokens that continue the sequence in place of the emitted ones; empty for none.
+        forced_chunk: most of them that run in one pass.
         replayed_token_ids: tokens in whose place all exits are asked; empty for none. All but the last one are the end
             of the prompt.
-        forced_chunk: most of them that run in one pass.
     """
 
     request: int

@@ -284,10 +284,17 @@ def command(output: str, arguments: list[str]) -> int:
         return main(["generate", *arguments])
 
 
+def said(answer: Any) -> list[list[tuple[int, bool, int, int]]]:
+    """What each exit would have said at each token of an explained answer."""
+    names = ("layer", "emitted", "token", "answer_rank")
+    tokens = answer["explanation"]["tokens"]
+    return [[tuple(each[name] for name in names) for each in token["exits"]] for token in tokens]
+
+
 def test_command_over_processes(project: Project, tuned: Path, tmp_path: Path) -> None:
     given = ["--model", str(project.model), "--adapter", str(tuned / "adapter"), "--dtype", "float32", "--json"]
     given += ["--prompt", "a quick", "--prompt", "some words", "--max-tokens", "12", "--mode", "speculative"]
-    given += ["--draft-exit", "1", "--draft-length", "2"]
+    given += ["--draft-exit", "1", "--draft-length", "2", "--explain"]
     alone, spread = str(tmp_path / "alone"), str(tmp_path / "spread")
     assert run_ranks(1, command, alone, given) == [0]
     assert run_ranks(2, command, spread, [*given, "--pipeline", "2"]) == [0, 0]
@@ -296,6 +303,7 @@ def test_command_over_processes(project: Project, tuned: Path, tmp_path: Path) -
         assert [mine[name] for name in ("text", "token_ids", "layers")] == [
             other[name] for name in ("text", "token_ids", "layers")
         ]
+        assert said(mine) == said(other)
     assert Path(f"{spread}-1").read_text() == ""
 
 

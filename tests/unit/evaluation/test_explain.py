@@ -277,7 +277,11 @@ def test_page_says_what_a_reader_has_to_know(opened: tuple[Engine, Tokenizer], e
     assert "Not covered by the certificate" in source and "chat: True" in source
     [drafted] = explained(opened, mode="speculative", draft=Draft(exit=2, length=3), sampling=DRAWN)
     source = explanation_page([(PROMPT, drafted)])
+    assert "which accepts or rejects it" in source
     assert "draft, accepted" in source and re.search(r"draft <span.*</span> rejected", source)
     found = explained(opened, mode="threshold", policy=EARLY, sampling=DRAWN, samples=2)
     source = explanation_page([(PROMPT, one) for one in found])
     assert "Answer 2 of 2" in source and "Tokens were sampled (temperature 1, seed 4 and up)" in source
+    [margin] = explained(opened, mode="threshold", policy=ThresholdPolicy(measure="margin", threshold=0.3))
+    source = explanation_page([(PROMPT, margin)])
+    assert "leaves at margin" in source and re.search(r"<small>margin 0\.\d\d</small>", source)
