@@ -52,15 +52,13 @@ def run_processes(arguments: Sequence[str], *, ranks: int = 1, **changes: str) -
     Raises:
         UserError: one of them failed; says what it wrote last.
     """
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     processes = []
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
         for rank in range(ranks):
-            launched = [rank, rank, ranks, "127.0.0.1", port]
-            environment = _environment(**(dict(zip(LAUNCHER, map(str, launched), strict=True)) if ranks > 1 else {}))
+            launched = dict(zip(LAUNCHER, map(str, [rank, rank, ranks, "127.0.0.1", port]), strict=True))
+            environment = child_environment(**(launched if ranks > 1 else {}))
             stdout = output if rank == 0 else subprocess.DEVNULL
             processes.append(
                 subprocess.Popen(arguments, cwd=ROOT, env={**environment, **changes}, stdout=stdout, stderr=errors)
@@ -83,7 +81,7 @@ class Side:
         """``name``: of an entry of ``benchmarks.sides.SIDES``, which is called with ``settings`` in the child."""
         self._name = name
         # Threads sleep where they wait: those of one side would else spin while another one computes.
-        environment = _environment(OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "passive"))
+        environment = child_environment(OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", "passive"))
         arguments = [sys.executable, "-m", "benchmarks.sides", name, json.dumps(settings)]
         self._process = subprocess.Popen(
             arguments, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -131,7 +129,14 @@ def _lines() -> Iterator[str]:
         yield line.strip()
 
 
-def _environment(**changes: str) -> dict[str, str]:
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def child_environment(**changes: str) -> dict[str, str]:
     """This process's, without what a launcher told it; this checkout is found, and no hub is asked."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import calibration, convert, decode, exits, models, pipeline, plan, quantised, streamed, tune
+from benchmarks import calibration, convert, decode, exits, models, pipeline, plan, quantised, serve, streamed, tune
 from benchmarks.models import exit_layers, save_model
 from megatron_ee.checkpoint.saved_model import open_model
 from megatron_ee.errors import UserError
@@ -122,6 +122,15 @@ def test_plan(run: Any) -> None:
     assert list(rows) == [*plan.KINDS, *plan.SIZES]
     for row in rows.values():
         assert row["ratio"] == row["planned"] / row["measured"] > 0
+
+
+@pytest.mark.slow
+def test_serve(run: Any) -> None:
+    load = ("--clients", "2", "--requests", "1", "--tokens", "4", "--prompt-characters", "8", "--exits", "1")
+    rows = run(serve, *load, "--dtype", "float32", "--minutes", "0.1")
+    assert rows.keys() == {serve.PEER, serve.ENGINE, serve.OURS, serve.EARLY}
+    assert rows[serve.PEER]["against_transformers"] == rows[serve.ENGINE]["against_engine"] == 1
+    assert rows[serve.OURS]["memory"] > 50 and rows[serve.ENGINE]["memory"] is None
 
 
 def test_layers_of_exits() -> None:
