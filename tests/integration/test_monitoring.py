@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -26,8 +27,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_ee.evaluation.drift import new_monitor
 from megatron_ee.inference.requests import Coverage
-from megatron_ee.serving.exit_log import ExitRecord, now_utc
+from megatron_ee.serving.exit_log import ExitRecord, now_utc, read_logs
 from megatron_ee.serving.metrics import Metrics
+from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import free_port
 
 MONITORING = Path(__file__).resolve().parents[2] / "examples/monitoring"
@@ -237,3 +239,41 @@ def test_the_dashboards_queries_have_answers(tmp_path: Path) -> None:
             found = ask(f"{url}/api/v1/alerts") or {"alerts": []}
             firing = {each["labels"]["alertname"] for each in found["alerts"] if each["state"] == "firing"}
         assert {"MegatronEEDrift", "MegatronEEFallback"} <= firing
+
+
+@pytest.mark.slow
+def test_a_servers_requests_reach_prometheus_and_the_exit_log(project: Project, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "logs" / "exits.jsonl"
+    adapter = project.model.with_name("monitored")
+    if not adapter.exists():
+        exits = ("--exits", '[{"layer": 1, "init": "copy"}]')
+        project.run("convert", "--input", project.model, "--to", "adapter", *exits, "--output", adapter)
+    options = ("--adapter", adapter, "--dtype", "float32", "--port", port, "--exit-log", log)
+    with project.start("serve", "--model", project.model, *options) as server, prometheus(tmp_path, port) as url:
+        until = time.monotonic() + 120
+        while ask(f"http://127.0.0.1:{port}/v1/models") is None and time.monotonic() < until:
+            time.sleep(0.3)
+        for early in ({"mode": "full"}, {"mode": "threshold", "threshold": 0.001}):
+            body = {"model": "model", "prompt": "import ", "max_tokens": 8, "ignore_eos": True, "early_exit": early}
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/completions",
+                json.dumps(body | {"temperature": 0}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert json.load(answer)["usage"]["completion_tokens"] == 8
+        wanted = {"final": 8.0 + 1, "1": 7.0}  # the prompt's pass never exits
+        query, found = "sum by (exit) (megatron_ee:exit_tokens_total)", {}
+        while found != wanted and time.monotonic() < until:
+            time.sleep(0.5)
+            data = ask(f"{url}/api/v1/query", query=query) or {"result": []}
+            found = {each["metric"]["exit"]: float(each["value"][1]) for each in data["result"]}
+        assert found == wanted
+        server.send(signal.SIGTERM)
+        assert server.wait(60).returncode == 0
+    records = list(read_logs([log]))
+    assert [(each.number, each.mode, each.task, each.tokens) for each in records] == [
+        (0, "full", "other", 8),
+        (1, "threshold", "other", 8),
+    ]
+    assert "import" not in log.read_text()
