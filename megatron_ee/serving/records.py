@@ -69,7 +69,7 @@ async def record_end(service: Service, ended: Ended) -> None:
     if service.auditor is not None and ended.audited:
         result = await service.auditor.audit(ended.number, ended.completions)
         if result is not None:
-            service.metrics.audit(result.task, result.audit.loss)
+            service.metrics.audit(result.task, result.audit.loss, agrees=result.agrees)
             record = record.model_copy(update={"audit": result.audit})
     if service.exit_log is not None and not service.exit_log.write(record):
         service.metrics.lost_record()

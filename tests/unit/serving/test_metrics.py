@@ -184,6 +184,8 @@ def test_the_loop_audits_drift_and_losses_are_shown() -> None:
     assert value(metrics, "megatron_ee:audits_total", task="inquiries") == 3
     assert value(metrics, "megatron_ee:audit_agreements_total", task="inquiries") == 2
     assert value(metrics, "megatron_ee:audit_loss_total", task="inquiries") == 0.5
+    metrics.audit("inquiries", 0.0, agrees=False)  # other tokens, as good
+    assert value(metrics, "megatron_ee:audit_agreements_total", task="inquiries") == 2
     monitor = new_monitor(0.1)
     certificate = {"certificate": "c" * 12, "task": "inquiries"}
     metrics.drift("c" * 64, "inquiries", monitor)
