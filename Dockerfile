@@ -3,10 +3,11 @@
 #   docker build -t megatron-ee .
 #   docker build -t megatron-ee --build-arg APEX=1 .
 #   docker run --gpus all --ipc host -v /models:/models -v "$PWD":/work megatron-ee tune --config run.yaml --output out
+#   docker build --target serve -t megatron-ee-serve .      # the server alone: docs/serving.md
 #
 # The CUDA releases of the base image and of TORCH's build belong together.
 ARG BASE_IMAGE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS base
 
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential git ninja-build python3 python3-dev python3-venv \
@@ -38,5 +39,20 @@ COPY . /opt/megatron_ee
 RUN pip install /opt/megatron_ee
 
 WORKDIR /work
+
+# The server. It needs no rights: docker run --user "$(id -u):$(id -g)" lets it read a key file of mode 0600 and write logs.
+FROM base AS serve
+RUN pip install "/opt/megatron_ee[serve]"
+USER 10001:10001
+ENV HF_HUB_OFFLINE=1 HOME=/tmp
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10m \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+ENTRYPOINT ["megatron-ee", "serve"]
+CMD ["--help"]
+
+# Everything. A build without --target makes this one.
+FROM base AS all
 ENTRYPOINT ["megatron-ee"]
 CMD ["--help"]

@@ -166,7 +166,7 @@ class Access:
             RateLimited: the key has used its minute.
             ConfigError: the request may use more than a whole minute's tokens.
         """
-        if key is None or key.requests_per_minute is key.tokens_per_minute is None:
+        if key is None or (key.requests_per_minute is None and key.tokens_per_minute is None):
             return None
         window = self._windows.setdefault(key.name, MinuteWindow(self._clock))
         return window.take(tokens, key.requests_per_minute, key.tokens_per_minute)
