@@ -156,6 +156,12 @@ def test_generate_takes_it_as_a_policy_and_says_so(
     assert answer["calibration"] == {"status": "certified", "task": "words", "certificate": sha256, "reason": None}
     assert answer["statistics"]["calibration"] == answer["calibration"]
     assert 2 in answer["layers"]
+    _, told, _ = generate(model, adapter, capsys, *options, "--explain")
+    assert told["calibration"] == answer["calibration"] and told["layers"] == answer["layers"]
+    policy = read_certificate(certified).policy
+    assert isinstance(policy, ThresholdPolicy)
+    thresholds = {each["layer"]: each["threshold"] for each in told["explanation"]["exits"] if not each["final"]}
+    assert thresholds == {1: policy.thresholds.get(1), 2: policy.thresholds[2]}
     _, full, _ = generate(model, adapter, capsys, "--mode", "full", "--max-tokens", TOKENS)
     assert "calibration" not in full and set(full["layers"]) == {4}
 
