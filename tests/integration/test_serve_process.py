@@ -37,8 +37,9 @@ GROWTH = 32e6
 class Served:
     """A server process and its address."""
 
-    def __init__(self, project: Project, port: int, *options: object) -> None:
+    def __init__(self, project: Project, port: int, *options: object, key: str | None = None) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.command: Command = project.start(
             "serve", "--model", project.model, "--dtype", "float32", "--port", port, "--kv-memory", "0.2", *options
         )
@@ -50,7 +51,7 @@ class Served:
 
     def ready(self) -> int:
         try:
-            return httpx.get(self.url + "/ready", timeout=SECONDS).status_code
+            return httpx.get(self.url + "/ready", headers=self.headers, timeout=SECONDS).status_code
         except httpx.TransportError:
             return 0
 
@@ -72,8 +73,8 @@ def start(project: Project) -> Iterator[Callable[..., Served]]:
     """Starts servers; none is left over."""
     servers: list[Served] = []
 
-    def start(*options: object, port: int | None = None) -> Served:
-        servers.append(Served(project, port or free_port(), *options))
+    def start(*options: object, port: int | None = None, key: str | None = None) -> Served:
+        servers.append(Served(project, port or free_port(), *options, key=key))
         return servers[-1]
 
     yield start
@@ -145,6 +146,40 @@ def test_a_signal_under_load_lets_every_stream_end(start: Callable[..., Served])
 
     assert asyncio.run(load()) == ["data: [DONE]"] * 64
     assert server.command.wait(SECONDS).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_withdrawn_key_is_refused_while_its_request_runs_on(start: Callable[..., Served], tmp_path: Path) -> None:
+    keys, entry = tmp_path / "keys.yaml", '{name}: {{key: "{name}-0123456789abcdef"}}\n'
+    keys.write_text(entry.format(name="one") + entry.format(name="two"))
+    keys.chmod(0o600)
+    server = start("--api-key-file", keys, key="two-0123456789abcdef")
+
+    def status(name: str) -> int:
+        headers = {"Authorization": f"Bearer {name}-0123456789abcdef"}
+        return httpx.post(server.url + "/v1/completions", json=BODY, headers=headers, timeout=SECONDS).status_code
+
+    assert (status("one"), status("two"), status("three")) == (200, 200, 401)
+    assert httpx.get(server.url + "/health").status_code == 200
+    headers = {"Authorization": "Bearer one-0123456789abcdef"}
+    long = {**BODY, "max_tokens": 110, "n": 16, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=long, headers=headers, timeout=SECONDS) as response:
+        lines = response.iter_lines()
+        next(lines)
+        keys.write_text(entry.format(name="two"))
+        server.command.send(signal.SIGHUP)
+        deadline = time.monotonic() + SECONDS
+        while status("one") != 401:
+            assert time.monotonic() < deadline
+        assert status("two") == 200
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    keys.write_text("two: [")
+    server.command.send(signal.SIGHUP)
+    time.sleep(0.5)
+    assert status("two") == 200
+    said = server.end()
+    assert "has read its keys and rules again" in said and "keeps the old where the new cannot be read" in said
+    assert "0123456789abcdef" not in said
 
 
 READER = """
