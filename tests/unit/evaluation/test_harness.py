@@ -19,7 +19,7 @@ from lm_eval.api.registry import get_model
 from megatron_ee.commands.main import main
 from megatron_ee.errors import ConfigError, DataError
 from megatron_ee.evaluation.harness import HarnessModel, _interleaved, close_loaded
-from megatron_ee.testing.models import sharpen, tiny_model
+from megatron_ee.testing.models import save_tiny_model, sharpen, tiny_model
 from megatron_ee.testing.ranks import run_ranks
 
 TOLERANCE = 1e-4
@@ -153,6 +153,24 @@ def test_full_mode_is_the_harness_own_class(name: str, request: pytest.FixtureRe
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_windows_do_not_change_scores(family: str, tmp_path: Path, save_tokenizer: Callable[..., None]) -> None:
+    save_tiny_model(family, tmp_path, vocab_size=258, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+    save_tokenizer(tmp_path)
+    with harness_model(tmp_path) as model:
+        check_equal(model, own_class(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_parallel_checkpoint_with_its_exits_is_a_model(byte_model: Path, adapter: Path, tmp_path: Path) -> None:
+    command = ["convert", "--input", adapter, "--model", byte_model, "--to", "parallel", "--output", tmp_path / "all"]
+    assert main([*map(str, command)]) == 0
+    for given in ({"mode": "threshold", "threshold": 0.01}, {"exit": 2}):
+        with harness_model(tmp_path / "all", **given) as mine:
+            check_equal(mine, harness_model(byte_model, adapter=str(adapter), **given))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"add_bos_token": True}, {"add_bos_token": False}, {"prefix_token_id": 7}])
 def test_the_beginning_of_text_is_that_of_the_harness_own_class(given: dict[str, Any], byte_model: Path) -> None:
     with harness_model(byte_model, **given) as model:
@@ -215,6 +233,16 @@ def test_stop_strings_end_answers(sharp_model: Path) -> None:
             assert ended == answers(theirs, until=until)
             assert ended != free
         assert model.get_model_info()["model_statistics"]["tokens"] < 12 * 4 * len(CONTEXTS)
+
+
+@pytest.mark.slow
+def test_thinking_is_cut_off_answers(sharp_model: Path) -> None:
+    with harness_model(sharp_model) as model:
+        free = answers(model, until=[])
+    end = next(each for text in free for each in text[1:-1] if each.isascii() and each.isprintable())
+    with harness_model(sharp_model, think_end_token=end) as model:
+        cut = answers(model, until=[])
+        assert cut == answers(own_class(sharp_model, think_end_token=end), until=[]) != free
 
 
 @pytest.mark.slow
