@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_ee", "megatron_ee.*"]),
-    package_data={"megatron_ee.evaluation.page": ["templates/*", "texts/*.yaml"]},
+    package_data={"megatron_ee.evaluation.page": ["templates/*", "texts/*.yaml"], "megatron_ee.serving": ["page/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.15",
@@ -60,6 +60,7 @@ setup(
         "test": [
             *SERVE,
             "openai>=3.57,<4",  # a client of the server
+            "playwright>=1.58,<2",  # drives a browser on the web page
             "httpx>=0.28,<0.29",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",

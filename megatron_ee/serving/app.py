@@ -17,7 +17,7 @@ from megatron_ee.errors import UserError
 from megatron_ee.serving.api_errors import ApiError, of_error, refused
 from megatron_ee.serving.guard import Guard
 from megatron_ee.serving.protocol import ChatBody, CompletionBody, TokenizeBody
-from megatron_ee.serving.routes import generate, models, state
+from megatron_ee.serving.routes import generate, models, page, state
 from megatron_ee.serving.service import Service
 
 BODIES = (CompletionBody, ChatBody, TokenizeBody)
@@ -54,8 +54,9 @@ def build_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for module in (generate, models, state):
+    for module in (generate, models, page, state):
         app.include_router(module.router)
+    app.mount("/page", page.page_files())
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(HTTPException, _http_exception)

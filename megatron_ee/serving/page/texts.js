@@ -1,0 +1,116 @@
+// What the page says, by language. Both have the same keys.
+
+export const TEXTS = {
+  en: {
+    skip: "Skip to the message",
+    language: "Language",
+    conversation: "Conversation",
+    introduction:
+      "Every token of an answer is tinted by the layer that wrote it: the stronger the tint, the earlier it left the " +
+      "model. Point at a token, or select the answer and use the arrow keys, to see its layer and confidence.",
+    message: "Message",
+    placeholder: "Ask something. Enter sends, Shift+Enter starts a new line, Escape stops.",
+    send: "Send",
+    stop: "Stop",
+    clear: "New conversation",
+    settings: "Settings",
+    mode: "Mode",
+    modes: { default: "the server's rules", full: "full", threshold: "threshold", speculative: "speculative" },
+    modeHelp: {
+      default: "The server decides, by its configuration.",
+      full: "Every token runs through all layers. This is the model's own answer.",
+      threshold: "A token leaves at the first exit that is confident enough.",
+      speculative: "An exit drafts and the full model verifies. The answer is the model's own.",
+    },
+    threshold: "Threshold",
+    thresholdHelp: "Lower is faster, and differs more often from the model's own answer.",
+    maxTokens: "Tokens at most",
+    legend: "Which layer wrote the token",
+    histogram: "Tokens by exit",
+    exit: (layer) => `exit after layer ${layer}`,
+    final: (layer) => `final exit (layer ${layer})`,
+    token: (where, confidence) => `${where}, confidence ${confidence}`,
+    you: "You",
+    answer: "Answer",
+    fullAnswer: "Full mode's answer",
+    compare: "Compare with full mode",
+    comparing: "Asking full mode ...",
+    same: "The answer is the same as full mode's.",
+    departs: (number, total) => `Differs from full mode's from token ${number} on; differences are underlined (${total} tokens).`,
+    facts: (tokens, seconds, rate) => `${tokens} tokens in ${seconds} s (${rate} tokens/s)`,
+    layers: (run, all) => `${run} of ${all} layers per token`,
+    drafts: (accepted, proposed) => `${accepted} of ${proposed} drafted tokens accepted`,
+    certified: (task) => `covered by the certificate of ${task}`,
+    uncertified: "not covered by a certificate",
+    stopped: "stopped",
+    cut: "ended at the token limit",
+    totals: (tokens, mean) => `${tokens} tokens of this conversation; mean layer ${mean}`,
+    none: "No tokens yet.",
+    ready: (exits) => `ready, ${exits} exits`,
+    noExits: "The model has no exits: every answer is full mode's.",
+    lost: "The server cannot be reached.",
+    failed: (message) => `The server refused the request: ${message}`,
+  },
+  ja: {
+    skip: "メッセージ欄へ移動",
+    language: "言語",
+    conversation: "会話",
+    introduction:
+      "回答の各トークンは、それを出力した層に応じて色が付きます。色が濃いほど、早い層で出力されたことを示します。" +
+      "トークンにポインターを合わせるか、回答を選んで矢印キーを押すと、層と確信度が表示されます。",
+    message: "メッセージ",
+    placeholder: "質問を入力してください。Enterで送信、Shift+Enterで改行、Escで停止します。",
+    send: "送信",
+    stop: "停止",
+    clear: "新しい会話",
+    settings: "設定",
+    mode: "モード",
+    modes: { default: "サーバーの設定に従う", full: "全層", threshold: "しきい値", speculative: "投機的" },
+    modeHelp: {
+      default: "サーバーの設定に従って決まります。",
+      full: "すべてのトークンが全層を通ります。モデル本来の回答です。",
+      threshold: "確信度が十分な最初の出口でトークンを出力します。",
+      speculative: "出口が下書きし、モデル全体が検証します。回答はモデル本来のものと同じです。",
+    },
+    threshold: "しきい値",
+    thresholdHelp: "低くするほど速くなりますが、モデル本来の回答と異なることが増えます。",
+    maxTokens: "最大トークン数",
+    legend: "トークンを出力した層",
+    histogram: "出口ごとのトークン数",
+    exit: (layer) => `第${layer}層の後の出口`,
+    final: (layer) => `最終出口（第${layer}層）`,
+    token: (where, confidence) => `${where}、確信度 ${confidence}`,
+    you: "あなた",
+    answer: "回答",
+    fullAnswer: "全層モードの回答",
+    compare: "全層モードと比べる",
+    comparing: "全層モードに問い合わせています…",
+    same: "全層モードの回答と同じです。",
+    departs: (number, total) => `${number}番目のトークンから全層モードと異なります。異なる箇所に下線を付けました（全${total}トークン）。`,
+    facts: (tokens, seconds, rate) => `${tokens}トークン、${seconds}秒（毎秒${rate}トークン）`,
+    layers: (run, all) => `1トークンあたり${all}層中${run}層を実行`,
+    drafts: (accepted, proposed) => `下書き${proposed}トークンのうち${accepted}トークンを採用`,
+    certified: (task) => `「${task}」の証明書の対象です`,
+    uncertified: "証明書の対象外です",
+    stopped: "停止しました",
+    cut: "トークン数の上限に達しました",
+    totals: (tokens, mean) => `この会話で${tokens}トークン、平均の層は${mean}`,
+    none: "まだトークンはありません。",
+    ready: (exits) => `準備完了、出口は${exits}個`,
+    noExits: "このモデルには出口がないため、回答はすべて全層モードのものです。",
+    lost: "サーバーに接続できません。",
+    failed: (message) => `サーバーがリクエストを拒否しました：${message}`,
+  },
+};
+
+const SAVED = "megatron_ee.language";
+
+/** The language to start with: the one chosen before, else the browser's. */
+export function firstLanguage() {
+  const wanted = [localStorage.getItem(SAVED), ...navigator.languages.map((each) => each.slice(0, 2))];
+  return wanted.find((each) => each in TEXTS) ?? "en";
+}
+
+export function saveLanguage(language) {
+  localStorage.setItem(SAVED, language);
+}
