@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 MAX_MESSAGE = 2000  # characters
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_JOINERS = "\u200c\u200d"  # parts of emoji, and of letters in several scripts
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 200, 80, 40
 
@@ -74,26 +73,6 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def visible(text: str) -> str:
-    """``text`` with control characters, but for line ends and tabs, replaced by their pictures.
-
-    Marks that reorder text, and lone surrogates, which no file can hold, are shown as escapes. Unlike ``printable`` it
-    keeps lines and all of a long text.
-    """
-    return "".join(char if char.isprintable() or char in "\n\t" else _picture(char) for char in text)
-
-
-def _picture(char: str) -> str:
-    code = ord(char)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    if char in _JOINERS or (char.isspace() and code >= 0xA0):
-        return char
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def first_line(error: BaseException) -> str:

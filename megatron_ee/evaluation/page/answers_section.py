@@ -6,7 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_ee.errors import printable
-from megatron_ee.evaluation.page.blocks import Block, Cell, CommandLine, Notices, PageTable, Paragraph, Picture, Section
+from megatron_ee.evaluation.page.blocks import (
+    Block,
+    Cell,
+    CommandLine,
+    FactList,
+    PageTable,
+    Paragraph,
+    Picture,
+    Section,
+)
 from megatron_ee.evaluation.page.figures import Interval95, draw_trade
 from megatron_ee.evaluation.page.material import EQUAL_ANSWERS, Material, quality_of
 from megatron_ee.evaluation.page.sources import CorpusFile, TaskFile, TimedMode
@@ -56,21 +65,24 @@ def _task_blocks(material: Material, tasks: TaskFile) -> list[Block]:
     rows = results[0].rows
     caption = t("answers.table", rows=t.number(rows), tasks=t.joined(printable(name) for name in content.tasks))
     blocks.append(_results_table(material, caption, results, chosen))
-    blocks.append(Paragraph(_measured_how(material, tasks), "note"))
+    blocks.append(Paragraph(_measured_how(material, tasks, chosen), "note"))
     if len(content.tasks) > 1:
         blocks.append(_by_task(material, tasks, chosen))
     return blocks
 
 
-def _measured_how(material: Material, tasks: TaskFile) -> str:
+def _measured_how(material: Material, tasks: TaskFile, chosen: str | None) -> str:
     t, timing = material.t, tasks.content.timing
     longest = tasks.content.settings[0].max_tokens
-    how = t("answers.length", tokens=t.number(longest))
+    parts = [t("answers.length", tokens=t.number(longest))]
     if timing.rows:
-        how += t("sentence.space") + t(
-            "answers.timing", rows=t.number(timing.rows), batch=t.number(timing.max_num_seqs)
-        )
-    return how
+        batch = t.number(timing.max_num_seqs)
+        parts.append(t("answers.timing", rows=t.number(timing.rows), batch=batch))
+    speeds = tasks.speeds(chosen) if chosen is not None else []
+    if chosen is not None and len(speeds) > 1:
+        ends = {"low": t.times(min(speeds)), "high": t.times(max(speeds))}
+        parts.append(t("answers.varied", count=len(speeds), setting=material.setting(chosen), **ends))
+    return t("sentence.space").join(parts)
 
 
 def _trade(material: Material, results: Sequence[SettingResult], chosen: str | None) -> Picture | None:
@@ -121,7 +133,12 @@ def _results_table(material: Material, caption: str, results: Sequence[SettingRe
     """One row per setting."""
     t = material.t
     scores = [name for name in SHOWN_SCORES if name in results[0].scores]
-    columns = [t("column.setting"), t("column.speed"), t("column.layer"), *(t(f"score.{name}") for name in scores)]
+    columns = [
+        t("column.setting"),
+        t("column.speed"),
+        t("column.layer"),
+        *(t.heading(f"score.{name}") for name in scores),
+    ]
     rows = []
     for each in results:
         cells = [Cell(material.setting(each.setting)), _speed_cell(material, each)]
@@ -167,7 +184,7 @@ def _by_task(material: Material, tasks: TaskFile, chosen: str | None) -> PageTab
         t("column.early_quality"),
         t("column.speed"),
     ]
-    columns.append(t("score.equal_answers"))
+    columns.append(t.heading("score.equal_answers"))
     rows = []
     for name, results in list(found.items())[:MOST_ROWS]:
         full, early = results[BASELINE], results[chosen or BASELINE]
@@ -188,12 +205,12 @@ def _by_task(material: Material, tasks: TaskFile, chosen: str | None) -> PageTab
     return PageTable(caption, columns, rows)
 
 
-def _meanings(material: Material, tasks: TaskFile) -> Notices:
+def _meanings(material: Material, tasks: TaskFile) -> FactList:
     """What the columns mean."""
     t, full = material.t, tasks.content.overall[BASELINE]
-    names = [name for name in SHOWN_SCORES if name in full.scores]
-    meanings = [t("meaning.speed"), t("meaning.layer"), *(t(f"meaning.{name}") for name in names)]
-    return Notices([("", text) for text in meanings])
+    items = [(t(f"column.{name}"), t(f"meaning.{name}"), "") for name in ("speed", "layer")]
+    items += [(t.heading(f"score.{name}"), t(f"meaning.{name}"), "") for name in SHOWN_SCORES if name in full.scores]
+    return FactList(items)
 
 
 def _corpus_blocks(material: Material, corpus: CorpusFile) -> list[Block]:
@@ -219,7 +236,7 @@ def _corpus_blocks(material: Material, corpus: CorpusFile) -> list[Block]:
         columns = [t("corpus.threshold"), t("corpus.layers"), t("corpus.agreement")]
         blocks += [PageTable(t("corpus.sweep"), columns, sweep), Paragraph(t("corpus.explain"), "explain")]
     if corpus.speed:
-        columns = [t("column.setting"), t("column.speed"), t("score.equal_tokens")]
+        columns = [t("column.setting"), t("column.speed"), t.heading("score.equal_tokens")]
         blocks.append(PageTable(t("corpus.speed"), columns, [_mode_row(material, each) for each in corpus.speed]))
     return blocks
 

@@ -110,9 +110,11 @@ def _marked(text: str, place: int) -> MarkedText:
         if is_spaceless(text[place]):
             at = _GRAPHEME.match(text, place)[0]
         else:
-            word = _WORD.match(text, place)
-            at = (word[0] if word else text[place])[:LONGEST_WORD]
+            found = _WORD.match(text, place)
+            at = (found[0] if found else text[place])[:LONGEST_WORD]
     before, after = text[:place], text[place + len(at) :]
+    word = at.lstrip()
+    before, at = before + at[: len(at) - len(word)], word
     if len(before) > BEFORE:
         before = ELLIPSIS + before[-BEFORE:]
     if len(after) > AFTER:

@@ -29,7 +29,7 @@ VARIABLES = {
     PAPER: "var(--paper)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)},
 }
-SIZE = (5.4, 3.5)
+SIZE = (4.8, 3.2)
 """Inches. At 72 units an inch, letters of 10 units can be read on a phone."""
 LABEL = 24
 """Characters of a label."""
@@ -222,7 +222,7 @@ def draw_tests(
         chosen: number of the test whose setting was taken; None for none.
         x_label, y_label: of the axes.
     """
-    with _drawn(name, (SIZE[0], 2.8)) as drawing:
+    with _drawn(name, (SIZE[0], 2.6)) as drawing:
         axes = drawing.figure.subplots()
         axes.axhline(risk, color=SERIES[1], lw=1.2, ls="--")
         axes.plot([layer for layer, _, _ in tests], [loss for _, loss, _ in tests], color=SERIES[0], lw=1)

@@ -8,6 +8,7 @@ from megatron_ee.evaluation.page.answers_section import MOST_ROWS, how_to_evalua
 from megatron_ee.evaluation.page.blocks import Block, Cell, CommandLine, PageTable, Paragraph, Picture, Section
 from megatron_ee.evaluation.page.figures import Interval95, draw_intervals
 from megatron_ee.evaluation.page.material import Material
+from megatron_ee.evaluation.task_groups import NO_GROUP
 
 BY = {"group": "by.group", "script": "by.script"}
 MEASURES = {LAYERS: "measure.layer", AGREEMENT: "measure.agreement", QUALITY: "measure.quality", LOSS: "measure.loss"}
@@ -36,6 +37,11 @@ def groups_section(material: Material) -> Section:
     return Section("groups", t("groups.title"), blocks, [str(found.path)])
 
 
+def group_label(material: Material, name: str) -> str:
+    """The name of a group as it is shown."""
+    return material.t("groups.unnamed") if name == NO_GROUP else printable(name)
+
+
 def risk_sentence(material: Material, compared: GroupComparison) -> str:
     """Whether some groups carry more risk than the others."""
     t, riskier = material.t, compared.riskier
@@ -43,7 +49,7 @@ def risk_sentence(material: Material, compared: GroupComparison) -> str:
         return t("groups.none_judged")
     if not riskier:
         return t("groups.no_difference")
-    named = t.joined(printable(group.name) for group in riskier[:MOST_ROWS])
+    named = t.joined(group_label(material, group.name) for group in riskier[:MOST_ROWS])
     return t("groups.riskier", names=named, measure=t(MEASURES[compared.risk]))
 
 
@@ -55,7 +61,7 @@ def _groups_blocks(material: Material, name: str, compared: GroupComparison) -> 
     columns += [t("groups.bound")] if certified else []
     rows = []
     for group in compared.judged[:MOST_ROWS]:
-        cells = [Cell(printable(group.name), own=True), Cell(t.number(group.members))]
+        cells = [Cell(group_label(material, group.name), own=True), Cell(t.number(group.members))]
         cells += [_figure_cell(material, group.figures.get(each), each) for each in measures]
         if certified:
             cells.append(Cell("-" if group.largest_loss is None else t.percent(group.largest_loss)))
@@ -67,17 +73,21 @@ def _groups_blocks(material: Material, name: str, compared: GroupComparison) -> 
         caption += t("sentence.space") + t("table.cut", shown=MOST_ROWS, count=t.number(len(compared.judged)))
     blocks: list[Block] = [PageTable(caption, columns, rows)]
     drawn = [
-        Interval95(group.name, 100 * figure.low, 100 * figure.mean, 100 * figure.high, figure.worse)
+        Interval95(
+            group_label(material, group.name), 100 * figure.low, 100 * figure.mean, 100 * figure.high, figure.worse
+        )
         for group in compared.judged[:MOST_ROWS]
         if (figure := group.figures.get(compared.risk)) is not None
     ]
     if len(drawn) > 1:
         measure, overall = t(MEASURES[compared.risk]), 100 * compared.overall[compared.risk]
         svg = draw_intervals("groups", drawn, overall, x_label=f"{measure} (%)")
-        legend = [(1, t("groups.plot.mean")), (2, t("groups.plot.worse"))]
+        legend = [(1, t("groups.plot.mean"))]
+        if any(each.chosen for each in drawn):
+            legend.append((2, t("groups.plot.worse")))
         lowest, highest = (choose(drawn, key=lambda each: each.mean) for choose in (min, max))
         ends = {"low": t.number(lowest.mean, 1) + "%", "high": t.number(highest.mean, 1) + "%"}
-        names = {"lowest": printable(lowest.name)[:80], "highest": printable(highest.name)[:80]}
+        names = {"lowest": lowest.name[:80], "highest": highest.name[:80]}
         alt = t("groups.plot.alt", count=len(drawn), **ends, **names)
         blocks.insert(0, Picture(svg, t("groups.plot", measure=measure), alt, legend))
     return blocks

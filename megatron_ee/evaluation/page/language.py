@@ -35,6 +35,11 @@ class Language:
         """
         return self.texts[key].format(**values)
 
+    def heading(self, key: str, **values: Any) -> str:
+        """The text of a key as a heading, which begins with a capital letter."""
+        text = self(key, **values)
+        return text[:1].upper() + text[1:]
+
     def joined(self, items: Iterable[str]) -> str:
         """Items of a list in a sentence."""
         return self.texts["list.separator"].join(items)

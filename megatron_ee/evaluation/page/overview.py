@@ -31,6 +31,8 @@ FEW_ROWS = 100
 """Rows below which the page says that there are few."""
 LITTLE = 1.05
 """Speeds below this are called hardly faster."""
+UNSTEADY = 1.3
+"""Ratio of the highest to the lowest speed of parts of a measurement from which the page says that it varied."""
 MANY_CUT = 0.1
 """Share of answers cut at their limit that is worth a line."""
 LARGE = 0.05
@@ -156,6 +158,10 @@ def _early_warnings(material: Material, early: SettingResult) -> Iterator[tuple[
         yield "bad", t("watch.slower", value=t.times(early.speed.speedup))
     elif early.speed.speedup < LITTLE:
         yield "", t("watch.hardly", value=t.times(early.speed.speedup))
+    assert material.tasks is not None
+    speeds = material.tasks.speeds(early.setting)
+    if len(speeds) > 1 and max(speeds) > UNSTEADY * min(speeds):
+        yield "", t("watch.varied", low=t.times(min(speeds)), high=t.times(max(speeds)))
     quality = quality_of(early)
     if quality is None:
         yield "", t("watch.no_quality")

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from megatron_ee import __version__
 from megatron_ee.checkpoint.atomic import write_file
 from megatron_ee.checkpoint.ownership import MADE_BY
-from megatron_ee.errors import printable, visible
+from megatron_ee.errors import printable
 from megatron_ee.evaluation.page.answers_section import answers_section, places_section
 from megatron_ee.evaluation.page.blocks import Page
 from megatron_ee.evaluation.page.examples_section import examples_section
@@ -19,6 +19,7 @@ from megatron_ee.evaluation.page.material import Material
 from megatron_ee.evaluation.page.overview import files_section, overview_section, watch_section, words_section
 from megatron_ee.evaluation.page.risk_section import certificates_section, drift_section
 from megatron_ee.evaluation.page.tuned import cost_section, name_of, tuned_section
+from megatron_ee.evaluation.tinted import visible
 
 TEMPLATE = "report.html.jinja"
 

@@ -63,9 +63,15 @@ class ScoredRow(_Ignoring):
     settings: Mapping[str, Mapping[str, Any]]
 
 
+class _Block(_Ignoring):
+    seconds: Mapping[str, float]
+    tokens: Mapping[str, int]
+
+
 class _Timing(_Ignoring):
     max_num_seqs: int
     rows: int
+    blocks: tuple[_Block, ...] = ()
 
 
 class _TasksContent(_Ignoring):
@@ -118,6 +124,16 @@ class TaskFile:
     def modes(self) -> dict[str, str]:
         """Mode of each setting."""
         return {each.name: each.mode for each in self.content.settings}
+
+    def speeds(self, setting: str) -> list[float]:
+        """Speed of a setting, relative to full mode, in each part of the measurement."""
+        found = []
+        for block in self.content.timing.blocks:
+            names = (setting, BASELINE)
+            if all(block.seconds.get(name, 0) > 0 and block.tokens.get(name, 0) > 0 for name in names):
+                own, full = (block.tokens[name] / block.seconds[name] for name in names)
+                found.append(own / full)
+        return found
 
     def read_answers(self, names: Iterable[str]) -> dict[tuple[str, str], WrittenAnswer]:
         """The answers in some settings, by the setting's name and the record's id.

@@ -57,6 +57,11 @@ def figure(mean: float, worse: bool = False) -> dict[str, Any]:
     return {"members": 12, "mean": mean, "rest": 0.0, "low": mean - 0.1, "high": mean + 0.1, "p": 0.01, "worse": worse}
 
 
+def block(speed: float) -> dict[str, Any]:
+    tokens = dict.fromkeys(SETTINGS, 30)
+    return {"task": "facts", "rows": 2, "seconds": {**tokens, "calibrated": 30 / speed}, "tokens": tokens}
+
+
 def comparison() -> dict[str, Any]:
     def group(name: str, loss: float, worse: bool) -> dict[str, Any]:
         measures = {"exit layer": figure(3.0), "agreement": figure(0.9), "quality difference": figure(-0.05)}
@@ -75,7 +80,7 @@ def comparison() -> dict[str, Any]:
         "overall": {"exit layer": 3.0, "agreement": 0.9, "quality difference": -0.05, "loss": 0.2},
         "certified": {"risk": 0.05, "delta": 0.1},
         "groups": [
-            group("north", 0.1, False),
+            group("(none)", 0.1, False),
             group("south", 0.3, True),
             {"name": "few", "members": 3, "too_small": True, "largest_loss": None},
         ],
@@ -114,7 +119,7 @@ def tasks_content(adapter: str) -> dict[str, Any]:
         ],
         "overall": results,
         "tasks": {"facts": results, "more": results},
-        "timing": {"max_num_seqs": 16, "rows": 4, "blocks": []},
+        "timing": {"max_num_seqs": 16, "rows": 4, "blocks": [block(1.0), block(1.5)]},
         "groups": {"calibrated": comparison()},
         "rows": rows,
     }

@@ -11,7 +11,7 @@ from megatron_ee.commands.report import LANGUAGES as OFFERED
 from megatron_ee.evaluation.page.language import LANGUAGES, load_language
 
 PACKAGE = Path(__file__).resolve().parents[4] / "megatron_ee" / "evaluation" / "page"
-KEY = re.compile(r"""\bt\(\s*f?["']([\w.{}\[\]-]+)["']""")
+KEY = re.compile(r"""\bt(?:\.heading)?\(\s*f?["']([\w.{}\[\]-]+)["']""")
 FIELDS = re.compile(r"\{(\w+)\}")
 
 
