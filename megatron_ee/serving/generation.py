@@ -195,7 +195,7 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
             for request in generation.requests
         ]
     except ConfigError as error:
-        raise ConfigError(renamed(str(error))) from None
+        raise ConfigError(renamed(str(error), generation.policy_field)) from None
     grant = service.access.take(key, generation.most_tokens)
     parts = [Part(prompt, decision) for prompt, decision in zip(generation.prompts, decisions, strict=True)]
     running = Running(service, generation, key, grant, parts, id_)
@@ -212,7 +212,7 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
                 part.audited = service.auditor is not None and service.auditor.draw(part.decision, part.number)
     except ConfigError as error:
         running.end()
-        raise ConfigError(renamed(str(error))) from None
+        raise ConfigError(renamed(str(error), generation.policy_field)) from None
     except BaseException:
         running.end()
         raise

@@ -14,7 +14,7 @@ from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import ConfigError, DataError, UserError, first_line, shown
 from megatron_ee.inference.certificate import Decoding
 from megatron_ee.inference.policy import ExitPolicy, policy_from_json
-from megatron_ee.inference.requests import Request, check_length, prompt_ids
+from megatron_ee.inference.requests import Draft, Request, check_length, prompt_ids
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
 from megatron_ee.serving.protocol import ChatBody, CompletionBody, EarlyExit, Message
 from megatron_ee.serving.rules import Controls
@@ -88,6 +88,7 @@ class Generation:
         stream: whether to answer with server-sent events.
         include_usage: whether the stream ends with the usage.
         tokens_as_ids: name tokens in log-probabilities as ``token_id:NUMBER``.
+        policy_field: field of ``early_exit`` that its exit policy comes from, for errors.
     """
 
     chat: bool
@@ -100,6 +101,7 @@ class Generation:
     stream: bool = False
     include_usage: bool = False
     tokens_as_ids: bool = False
+    policy_field: str = "policy"
 
     @property
     def samples(self) -> int:
@@ -138,9 +140,16 @@ _NAMES = {
 """Names of the engine's settings, and the fields of a body that they come from."""
 
 
-def renamed(message: str) -> str:
-    """An error message of the engine with the body's name of the field that it starts with."""
+def renamed(message: str, policy: str = "policy") -> str:
+    """An error message of the engine or the rules with the body's name of the field that it starts with.
+
+    Args:
+        message: of the error.
+        policy: field of ``early_exit`` that the exit policy comes from.
+    """
     name, colon, rest = message.partition(":")
+    if colon and name == "policy":
+        return f"early_exit.{policy}:{rest}"
     for own, given in _NAMES.items():
         if colon and (name == own or name.startswith((f"{own}.", f"{own}["))):
             return f"{given}{name[len(own) :]}:{rest}"
@@ -251,23 +260,24 @@ def chat_prompt(messages: Sequence[Message], facts: ModelFacts) -> Prompt:
     return Prompt(ids, text)
 
 
-def controls_of(body: CompletionBody | ChatBody, priority: str | None = None) -> tuple[Controls, dict[str, Any]]:
-    """What a body and the header ``X-Priority`` say of early exit.
+def controls_of(given: EarlyExit, body: CompletionBody | ChatBody, priority: str | None = None) -> Controls:
+    """What a request says of early exit.
 
-    Returns:
-        The controls, and the draft settings in JSON form.
+    Args:
+        given: from the body.
+        body: of the request.
+        priority: the header ``X-Priority``.
 
     Raises:
         ConfigError: the message names the field, or the header.
     """
-    given = _merged(body)
     header = (priority or "default").strip().lower()
     if header not in PRIORITIES:
         raise ConfigError(f"X-Priority: must be one of {', '.join(PRIORITIES)}, not {shown(priority)}")
     mode = given.mode
     if mode is None and given.draft is not None:
         mode = "speculative"
-    controls = Controls(
+    return Controls(
         mode=mode,
         policy=_policy(given),
         exits=None if given.exits is None else tuple(given.exits),
@@ -276,24 +286,24 @@ def controls_of(body: CompletionBody | ChatBody, priority: str | None = None) ->
         uncertified=bool(given.uncertified),
         group=given.group,
     )
-    return controls, {} if given.draft is None else given.draft.model_dump(mode="json")
 
 
 @dataclass(frozen=True)
 class _Common:
     """What does not depend on the prompt: what it says of early exit, and the settings for what it leaves out."""
 
+    given: EarlyExit
     controls: Controls
-    draft: dict[str, Any]
     decoding: Decoding | None
 
 
 def _common(
     body: CompletionBody | ChatBody, limits: RequestLimits, priority: str | None, defaults: Defaults
 ) -> _Common:
-    controls, draft = controls_of(body, priority)
+    given = early_exit_of(body)
+    controls = controls_of(given, body, priority)
     try:
-        return _Common(controls, draft, defaults(controls))
+        return _Common(given, controls, defaults(controls))
     except ConfigError as error:
         raise ConfigError(renamed(str(error))) from None
 
@@ -319,7 +329,7 @@ def _generation(
         )
     ignore_eos = common.decoding is not None and common.decoding.ignore_eos
     fields = {
-        "draft": common.draft,
+        "draft": common.given.draft or Draft(),
         "samples": samples,
         "max_tokens": max(max_tokens, 1),
         "stop": _stop(body, limits, common.decoding),
@@ -345,6 +355,7 @@ def _generation(
         stream=bool(body.stream),
         include_usage=bool(body.stream_options is not None and body.stream_options.include_usage),
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        policy_field="policy" if common.given.policy is not None else "threshold",
     )
 
 
@@ -409,8 +420,12 @@ def _of_messages(error: Exception) -> str:
     return f"messages:{rest}" if colon and name == "prompt" else str(error)
 
 
-def _merged(body: CompletionBody | ChatBody) -> EarlyExit:
-    """``early_exit`` and ``vllm_xargs`` together."""
+def early_exit_of(body: CompletionBody | ChatBody) -> EarlyExit:
+    """The fields of ``early_exit`` and ``vllm_xargs`` together.
+
+    Raises:
+        ConfigError: one is invalid, or they contradict each other.
+    """
     own = body.early_exit or EarlyExit()
     try:
         other = validated(EarlyExit, _from_xargs(body.vllm_xargs or {}))

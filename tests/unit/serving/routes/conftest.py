@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from prometheus_client import CollectorRegistry
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.exits.stage import Stage
+from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.requests import Completion, Request
 from megatron_ee.serving.access import Access
 from megatron_ee.serving.app import build_app
+from megatron_ee.serving.audits import Auditor, state_path
 from megatron_ee.serving.connection import ClientConnection
 from megatron_ee.serving.engine_loop import EngineLoop, LoopLimits
 from megatron_ee.serving.exit_log import ExitLog
@@ -117,6 +120,11 @@ class Server:
         self._clients.append(client)
         return client
 
+    @functools.cached_property
+    def plain(self) -> httpx.Client:
+        """A client that all requests share: making one takes longer than a request."""
+        return self.http()
+
     def http(self, **settings: Any) -> httpx.Client:
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         client = httpx.Client(base_url=self.url, headers=headers, timeout=60, **settings)
@@ -124,7 +132,7 @@ class Server:
         return client
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        return self.http().post(path, json=body, headers=headers)
+        return self.plain.post(path, json=body, headers=headers)
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +150,13 @@ def serve(
         limits: RequestLimits | None = None,
         queue: LoopLimits | None = None,
         text: bool = False,
-        **changes: Any,
+        calibrations: Sequence[Calibration] = (),
+        audits: float | None = None,
     ) -> Iterator[Server]:
         engine_loop = EngineLoop(make_engines(), queue or LoopLimits())
         log = tmp_path_factory.mktemp("log") / "exits.jsonl"
         access = Access.open(keys)
-        opened = Rules.open(rules, [], exits=engine_loop.exits, num_layers=engine_loop.num_layers)
+        opened = Rules.open(rules, calibrations, exits=engine_loop.exits, num_layers=engine_loop.num_layers)
         layers = [spec.layer for spec in engine_loop.exits]
         service = Service(
             loop=engine_loop,
@@ -156,12 +165,11 @@ def serve(
             created=1,
             access=access,
             rules=opened,
-            auditor=None,
+            auditor=None if audits is None else Auditor.open(opened, engine_loop, state_path(log), audits),
             exit_log=ExitLog(log, text=text),
             metrics=Metrics(CollectorRegistry(), layers, engine_loop.num_layers, opened.tasks, MODEL),
             limits=limits or RequestLimits(),
         )
-        service = replace(service, **changes)
         listener = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(build_app(service), http=ClientConnection, loop="asyncio", ws="none", log_config=None)
         server = uvicorn.Server(config)

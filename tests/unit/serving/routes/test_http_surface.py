@@ -70,7 +70,7 @@ def posted(content: bytes, *headers: str, path: str = "/v1/completions", length:
 
 
 def test_routes_that_do_not_generate(server: Any) -> None:
-    http = server.http()
+    http = server.plain
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready"}
     exits = http.get("/v1/exits").json()
@@ -118,10 +118,10 @@ def test_tokenize(server: Any) -> None:
 )
 def test_malformed_bodies(server: Any, content: bytes, message: str) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
-        response = server.http().post(path, content=content, headers={"Content-Type": "application/json"})
+        response = server.plain.post(path, content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == 400, (path, response.text)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-    response = server.http().post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    response = server.plain.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert message in response.json()["error"]["message"]
 
 
@@ -130,13 +130,13 @@ def test_malformed_bodies(server: Any, content: bytes, message: str) -> None:
 )
 def test_wrong_content_types(server: Any, header: str) -> None:
     headers = {"Content-Type": header} if header else {}
-    response = server.http().post("/v1/completions", content=json.dumps(BODY).encode(), headers=headers)
+    response = server.plain.post("/v1/completions", content=json.dumps(BODY).encode(), headers=headers)
     assert response.status_code == 415 and "error" in response.json()
 
 
 def test_compressed_bodies_are_refused(server: Any) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    assert server.http().post("/v1/completions", content=b"x", headers=headers).status_code == 415
+    assert server.plain.post("/v1/completions", content=b"x", headers=headers).status_code == 415
 
 
 def test_oversized_bodies(server: Any) -> None:
@@ -165,7 +165,7 @@ def test_header_floods(server: Any) -> None:
 
 
 def test_unknown_paths_and_methods(server: Any) -> None:
-    http = server.http()
+    http = server.plain
     for path in ("/nothing", "/v1/embeddings", "/docs", "/../etc/passwd", "/v1/completions/"):
         response = http.get(path)
         assert response.status_code == 404 and response.json()["error"]["type"] == "invalid_request_error", path
@@ -180,7 +180,7 @@ def test_security_headers_and_no_cors(server: Any) -> None:
     assert "default-src 'none'" in response.headers["content-security-policy"]
     assert response.headers["cache-control"] == "no-store"
     assert not [name for name in response.headers if name.startswith("access-control")]
-    assert "x-content-type-options" in server.http().get("/nothing").headers
+    assert "x-content-type-options" in server.plain.get("/nothing").headers
 
 
 def test_every_route_but_health_needs_a_key(serve: Serve, key_file: Path) -> None:
@@ -294,10 +294,10 @@ def test_the_exit_log_and_the_metrics(serve: Serve) -> None:
         assert first.mode == "threshold" and first.status == "ok" and first.tokens == 16 and first.outputs == 2
         assert sum(first.tokens_by_layer.values()) == sum(first.confidences) == 16
         assert first.prompt is None and secret not in server.log.read_text()
-        metrics = server.http().get("/metrics").text
+        metrics = server.plain.get("/metrics").text
         assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"} 32.0' in metrics
         assert server.post("/v1/completions", {**BODY, "n": 0}).status_code == 400
-        assert 'megatron_ee:refused_requests_total{status="400"} 1.0' in server.http().get("/metrics").text
+        assert 'megatron_ee:refused_requests_total{status="400"} 1.0' in server.plain.get("/metrics").text
 
 
 def test_text_is_logged_only_if_asked_for(serve: Serve) -> None:
