@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 from megatron_ee.inference.heads import HeadInput, HeadOutput, LogProbs
-from megatron_ee.inference.passes import Pass, ScheduledSequence
+from megatron_ee.inference.kv_cache_manager import KVBudget
+from megatron_ee.inference.passes import Pass, ScheduledSequence, StageMap
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.remote import (
+    RemoteStage,
     pack_outputs,
     pack_params,
     pack_pass,
@@ -18,6 +20,7 @@ from megatron_ee.inference.remote import (
 )
 from megatron_ee.inference.requests import Draft
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
+from megatron_ee.inference.scheduler import Scheduler
 from megatron_ee.inference.sequence import SequenceParams
 
 DRAWN = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=MAX_SEED)
@@ -109,3 +112,23 @@ def test_params() -> None:
             "logprobs",
         ):
             assert same_types(getattr(received, name), getattr(params, name))
+
+
+class Sent:
+    """A ``Mail`` that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, Any]] = []
+
+    def send(self, target: int, tag: int, content: Any) -> None:
+        self.found.append((target, sent(content)))
+
+
+def test_a_heartbeat_reaches_every_stage_with_what_waits_to_be_sent() -> None:
+    mail = Sent()
+    stages = [RemoteStage(mail, number) for number in (1, 2)]  # type: ignore[arg-type]
+    scheduler = Scheduler(stages, StageMap((2, 4, 7)), KVBudget(1, [], 0, 1), 1, None)  # type: ignore[arg-type]
+    stages[1].close(3)
+    scheduler.heartbeat()
+    scheduler.heartbeat()
+    assert mail.found == [(1, []), (2, [["close", 3]]), (1, []), (2, [])]
