@@ -29,6 +29,7 @@ TINTED_STYLE = "".join(
         "text-decoration-skip-ink:none}",
         ".departure{border-left:3px solid var(--mark)}",
         ".unseen{opacity:.6;font-size:.8em}",
+        '.line::before{content:"\\21b5";opacity:.6}',  # a line end alone would show no tint
     ]
 )
 """Rules for the classes of this module, light, dark and printed."""
@@ -102,6 +103,8 @@ def tinted_answer(
         text = escaped(piece)
         if not piece and unseen is not None and unseen[index]:
             marks, text = [*marks, "unseen"], escaped(unseen[index])
+        if piece and not piece.strip("\n"):
+            marks.append("line")
         tag = "span" if link is None else "a"
         attributes = "" if link is None else f' href="#{html.escape(link)}-{index}"'
         names = " ".join(filter(None, [tint, *marks, *(["token"] if link is not None else [])]))

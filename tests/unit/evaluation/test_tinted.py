@@ -45,8 +45,8 @@ def test_differences_begin_at_the_first_place_that_differs(mine: list[int], othe
 def test_layers_get_colours_and_the_deepest_none() -> None:
     assert tints([8, 16, 32]) == {8: "green", 16: "cyan", 32: "deepest"}
     assert tints([32]) == {32: "deepest"} and tints([]) == {}
-    for name in ("green", "deepest", "different", "departure", "unseen"):
-        assert f".{name}{{" in TINTED_STYLE or f".{name}," in TINTED_STYLE
+    for name in ("green", "deepest", "different", "departure", "unseen", "line"):
+        assert f".{name}{{" in TINTED_STYLE or f".{name}," in TINTED_STYLE or f".{name}::" in TINTED_STYLE
 
 
 def test_tokens_are_tinted_linked_and_marked() -> None:
@@ -63,6 +63,9 @@ def test_tokens_are_tinted_linked_and_marked() -> None:
         '<a href="#t-0" class="green token" title="one">a</a>'
         '<a href="#t-1" class="different departure token" title="&quot;two&quot;">&lt;b&gt;</a>'
         '<a href="#t-2" class="deepest unseen token" title="three">&lt;|end|&gt;</a>'
+    )
+    assert tinted_answer(["\n", "\n a"], ["cyan", "cyan"]) == (
+        '<span class="cyan line">\n</span><span class="cyan">\n a</span>'
     )
     assert tinted_answer(["a", ""], ["", "cyan"]) == '<span>a</span><span class="cyan"></span>'
     for options in ({"classes": ["green"]}, {"classes": ["", ""], "titles": ["one"]}):
