@@ -8,8 +8,9 @@ quantised here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -100,20 +101,21 @@ class Scales:
         return f"{self.strategy} {self.rows} x {self.columns or 'all'}"
 
 
-def integer_format(bits: int, scales: Scales, *, in_words: bool, symmetric: bool, act_order: bool) -> Format:
+def integer_format(
+    bits: int, scales: Scales, *, in_words: bool, symmetric: bool, act_order: bool, zeros_in_words: bool = False
+) -> Format:
     """Integers, as ``weight`` int8 ``[out, in]``, or as ``weight_packed`` int32 ``[out, in * bits / 32]``.
 
     Args:
         bits: of a code, 4 or 8.
         scales: their blocks.
-        in_words: codes are packed into words, from the lowest bits on, after adding 2^(bits - 1). So are zero points of
-            consecutive outputs, if the weight is asymmetric and has several.
+        in_words: codes are packed into words, from the lowest bits on, after adding 2^(bits - 1).
         symmetric: ``weight_zero_point`` may be missing, which stands for zeros.
         act_order: ``weight_g_idx`` gives the group of each input feature.
+        zeros_in_words: zero points of consecutive outputs are packed like codes.
     """
     unit, middle = 32 // bits, 2 ** (bits - 1) if in_words else 0
     codes_name = "weight_packed" if in_words else "weight"
-    zeros_in_words = in_words and not symmetric and scales.strategy != "tensor"
 
     def parts(weight: Shape) -> dict[str, PartSpec]:
         kind = torch.int32 if in_words else torch.int8
@@ -152,7 +154,8 @@ def integer_format(bits: int, scales: Scales, *, in_words: bool, symmetric: bool
         return packed(codes, bits if in_words else 8, scale, zero, grid, order)
 
     zero = "symmetric" if symmetric else "asymmetric"
-    return Format(f"compressed-tensors int{bits}, {scales}, {zero}", parts, pack)
+    spread = ", a byte per zero point" if in_words and not (symmetric or zeros_in_words) else ""
+    return Format(f"compressed-tensors int{bits}, {scales}, {zero}{spread}", parts, pack)
 
 
 def float_format(scales: Scales) -> Format:
@@ -188,12 +191,13 @@ def read_formats(config: Mapping[str, Any], where: str) -> tuple[Format, ...]:
     found: dict[str, Format] = {}
     for name, group in settings.config_groups.items():
         if group.weights is not None:
-            each = _format(group.weights, group.format or settings.format, f"{where}: config_groups.{name}")
-            found[each.text] = each
+            for each in _formats(group.weights, group.format or settings.format, f"{where}: config_groups.{name}"):
+                found[each.text] = each
     return tuple(found.values())
 
 
-def _format(weights: _Weights, stored: str, where: str) -> Format:
+def _formats(weights: _Weights, stored: str, where: str) -> Iterator[Format]:
+    """The formats that weights of a group may have."""
     check_one_of(stored, "format", (PACKED, *PLAIN), where)
     where = f"{where}.weights"
     check_one_of(weights.num_bits, f"num_bits of type {weights.type}", BITS[weights.type], where)
@@ -202,12 +206,15 @@ def _format(weights: _Weights, stored: str, where: str) -> Format:
     if weights.type == "float":
         check_one_of(stored, "format of type float", PLAIN, where)
         check_one_of(weights.symmetric, "symmetric of type float", (True,), where)
-        return float_format(scales)
+        yield float_format(scales)
+        return
     if not weights.symmetric:
         check_one_of(scales.strategy, "asymmetric strategy", ("tensor", "channel", "group"), where)
-    return integer_format(
-        weights.num_bits, scales, in_words=stored == PACKED, symmetric=weights.symmetric, act_order=act_order
-    )
+    in_words = stored == PACKED
+    read = partial(integer_format, weights.num_bits, scales, in_words=in_words, act_order=act_order)
+    if in_words and not weights.symmetric and scales.strategy != "tensor":
+        yield read(symmetric=False, zeros_in_words=True)  # as the library stores them since April 2025
+    yield read(symmetric=weights.symmetric)
 
 
 def _scales(weights: _Weights, where: str) -> Scales:

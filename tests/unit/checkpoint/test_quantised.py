@@ -116,6 +116,22 @@ def test_zero_points_of_a_symmetric_weight(release: Any) -> None:
     torch.testing.assert_close(whole(path)[1], expected)
 
 
+def test_zero_points_that_are_not_packed(release: Any) -> None:
+    """As the library stored those of packed weights before April 2025."""
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+    path, reference = release("ct-int4-asymmetric")
+    name = f"{DOWN}.weight_zero_point"
+    packed = load_file(path / "model.safetensors")[name]
+    plain = unpack_from_int32(packed, 4, torch.Size((64, 7)), packed_dim=0)
+    assert plain.dtype == torch.int8 and plain.unique().numel() > 2
+    edit(path, lambda tensors: tensors.update({name: plain.contiguous()}))
+    assert torch.equal(whole(path), reference.state_dict()[f"{DOWN}.weight"])
+    edit(path, lambda tensors: tensors.update({name: plain[1:].contiguous()}))
+    with pytest.raises(CheckpointError, match=r"weight_zero_point' has shape \[63, 7\]"):
+        open_model(path)
+
+
 def test_modules_with_settings_of_their_own(release: Any, tmp_path: Path) -> None:
     """Two groups of modules in different formats, and one module that is not quantised."""
     path, reference = release("ct-int4-groups")
