@@ -147,8 +147,6 @@ def evaluate(
         dtype = choose_dtype(dtype, saved, "--dtype")
         say_limits(saved)
         with model_groups(control, tensor, pipeline) as groups, _watched(groups):
-            _check_adapter(subject, groups)
-            digests = groups.from_first(lambda: _digests(subject))
             setup = build_setup(
                 saved.architecture,
                 platform.DTYPES[dtype],
@@ -157,6 +155,8 @@ def evaluate(
                 residency=residency,
             )
             check_host_memory(setup, saved.architecture.num_layers, "--residency")
+            _check_adapter(subject, groups)  # hashes the backbone, which takes minutes for a large one
+            digests = groups.from_first(lambda: _digests(subject))
             layout = even_layout(saved.architecture.num_layers, pipeline, [spec.layer for spec in subject.exits])
             stage = build_stage(setup, layout, subject.exits, final_exit=True)
             groups.together(lambda: fill_stage(stage, saved, subject.adapter))

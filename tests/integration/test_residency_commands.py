@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from megatron_ee import platform
 from megatron_ee.commands.main import main
+from megatron_ee.testing.deepspeed import stand_in_deepspeed
 from megatron_ee.testing.project import all_tensors, read_log
 from megatron_ee.tuning import run as tuning
 
@@ -86,6 +88,19 @@ def test_a_run_that_goes_on_from_host_memory(tune: Tune, resident: Path, tmp_pat
     assert_same(output, resident)
 
 
+def test_a_run_with_the_optimizer_in_host_memory(
+    tune: Tune, resident: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its validations come between steps, when gradients of heads have no memory."""
+    for name, module in stand_in_deepspeed().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert tune(tmp_path / "run", "disk", "--optimizer.implementation", "deepspeed_cpu") == 0
+    one, other = (load_file(output / "adapter-best" / "exits.safetensors") for output in (tmp_path / "run", resident))
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(tensor, other[key], rtol=1e-4, atol=1e-5)
+
+
 def test_evaluate_and_generate(project: Any, resident: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ("--model", str(project.model), "--adapter", str(resident / "adapter"))
 
@@ -128,6 +143,16 @@ def test_too_little_host_memory_is_said_before_loading(
     other = {"host auto": "disk", "device deepspeed_cpu": "auto", "host deepspeed_cpu": "disk or auto"}
     assert line.endswith(f"0.0 GB are free; use {other[f'{residency} {implementation}']}")
     assert not (tmp_path / "run" / "adapter-initial").exists()
+
+
+def test_evaluate_says_so_before_it_hashes_the_backbone(
+    project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(platform, "free_host_memory", lambda: 1000)
+    files = ("--model", str(project.model), "--data", str(project.held_out))
+    assert main(["evaluate", *files, "--sequence-length", "32", "--residency", "host"]) == 2
+    said = capsys.readouterr().err
+    assert "--residency: host needs 0.0 GB" in said and "hashing" not in said
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,23 @@ def test_statistics_alone_are_those_of_the_loss(setups: dict[torch.dtype, Any]) 
         assert torch.equal(getattr(alone, name), getattr(trained, name)) and not getattr(alone, name).requires_grad
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_statistics_leave_the_sums_of_gradients_alone(low_rank: bool, setups: dict[torch.dtype, Any]) -> None:
+    """These may have no memory then: with an optimizer in host memory it is freed between steps."""
+    case = Case(setups[torch.float32], low_rank=low_rank)
+    trained = [each for each in (case.head.weight, case.up) if each is not None]
+    for parameter in trained:
+        buffer = torch.zeros_like(parameter, dtype=torch.float32)
+        buffer.untyped_storage().resize_(0)
+        parameter.main_grad = buffer  # type: ignore[attr-defined]
+    with torch.no_grad():
+        lowered = case.low_rank()
+    stats = exit_statistics(case.z, case.head, case.labels, case.group, low_rank=lowered)
+    for parameter in trained:
+        del parameter.main_grad  # type: ignore[attr-defined]
+    assert torch.equal(stats.loss, case.loss()[1].loss)
+
+
 def test_extreme_logits_stay_finite(setups: dict[torch.dtype, Any]) -> None:
     case = Case(setups[torch.float32])
     with torch.no_grad():
