@@ -68,7 +68,7 @@ def exit_loss(
         loss is the cross-entropy, even with distillation.
     """
     hidden, up = (None, None) if low_rank is None else (low_rank.hidden, low_rank.up)
-    inputs = (z, head.weight, hidden, up)
+    inputs: tuple[Tensor | None, ...] = (z, head.weight, hidden, up)
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not know that
         inputs = tuple(None if each is None else each.detach() for each in inputs)
     loss, nll, confidence, top1 = _ExitLoss.apply(
