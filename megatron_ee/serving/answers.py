@@ -237,7 +237,7 @@ class ModelList(BaseModel):
     data: list[ModelEntry]
 
 
-class Tokens(BaseModel):
+class TokenizeAnswer(BaseModel):
     """Answer of ``/tokenize``, as vLLM's."""
 
     count: int

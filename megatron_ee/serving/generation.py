@@ -33,7 +33,7 @@ END_SECONDS = 60.0
 
 
 @dataclass
-class Part:
+class PromptRun:
     """One prompt in the engine.
 
     Attributes:
@@ -88,7 +88,7 @@ class Running:
         generation: Generation,
         key: Key | None,
         grant: Grant | None,
-        parts: list[Part],
+        parts: list[PromptRun],
         id_: str,
     ) -> None:
         """Use ``admit`` instead."""
@@ -102,7 +102,7 @@ class Running:
         """All that have ended, in the order of the answer's choices."""
         return [part.completions[sample] for part in self.parts for sample in sorted(part.completions)]
 
-    def part(self, index: int) -> Part:
+    def part(self, index: int) -> PromptRun:
         """The prompt of a choice."""
         return self.parts[index // self.generation.samples]
 
@@ -168,7 +168,7 @@ class Running:
                 ),
             )
 
-    def _failure(self, part: Part) -> ApiError:
+    def _failure(self, part: PromptRun) -> ApiError:
         assert part.submission is not None
         if part.submission.timed_out:
             headers = {"X-Should-Retry": "false"}  # the official client would ask again, and wait as long again
@@ -197,7 +197,7 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
     except ConfigError as error:
         raise ConfigError(renamed(str(error), generation.policy_field)) from None
     grant = service.access.take(key, generation.most_tokens)
-    parts = [Part(prompt, decision) for prompt, decision in zip(generation.prompts, decisions, strict=True)]
+    parts = [PromptRun(prompt, decision) for prompt, decision in zip(generation.prompts, decisions, strict=True)]
     running = Running(service, generation, key, grant, parts, id_)
     try:
         if generation.scores_prompts:
@@ -219,7 +219,7 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
     return running
 
 
-async def _score(loop: EngineLoop, parts: Sequence[Part], deadline: float | None) -> None:
+async def _score(loop: EngineLoop, parts: Sequence[PromptRun], deadline: float | None) -> None:
     """Compute the log-probabilities of the prompts' tokens."""
     wanted = [part for part in parts if len(part.prompt.ids) > 1]
     submissions: list[Submission] = []

@@ -69,7 +69,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class EarlyExit(Strict):
+class EarlyExitFields(Strict):
     """Early exit of one request. What is left out is decided by the server's rules.
 
     Attributes:
@@ -138,7 +138,7 @@ class _Generation(_Body):
     stop_token_ids: list[int] | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Literal["default", "important"] | None = None
-    early_exit: EarlyExit | None = None
+    early_exit: EarlyExitFields | None = None
     vllm_xargs: dict[str, str | bool | int | float | list[str | int | float]] | None = None
     logit_bias: NotSupported
     user: Ignored
@@ -179,7 +179,7 @@ class TextPart(Strict):
     text: str
 
 
-class Message(_Body):
+class PromptMessage(_Body):
     """A message of a conversation. The fields of an answer's message are accepted where they hold nothing."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -202,7 +202,7 @@ class ChatBody(_Generation):
         top_logprobs: number of most probable tokens to list besides each token.
     """
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[PromptMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LISTED)
@@ -242,7 +242,7 @@ class TokenizeBody(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
+    messages: list[PromptMessage] | None = Field(default=None, min_length=1)
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

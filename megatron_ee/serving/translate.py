@@ -16,7 +16,7 @@ from megatron_ee.inference.certificate import Decoding
 from megatron_ee.inference.policy import ExitPolicy, policy_from_json
 from megatron_ee.inference.requests import Draft, Request, check_length, prompt_ids
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
-from megatron_ee.serving.protocol import ChatBody, CompletionBody, EarlyExit, Message
+from megatron_ee.serving.protocol import ChatBody, CompletionBody, EarlyExitFields, PromptMessage
 from megatron_ee.serving.rules import Controls
 
 IMPORTANT = "important"
@@ -238,7 +238,7 @@ def chat_generation(
     )
 
 
-def chat_prompt(messages: Sequence[Message], facts: ModelFacts) -> Prompt:
+def chat_prompt(messages: Sequence[PromptMessage], facts: ModelFacts) -> Prompt:
     """The prompt of a conversation, in the model's chat template.
 
     Raises:
@@ -260,7 +260,7 @@ def chat_prompt(messages: Sequence[Message], facts: ModelFacts) -> Prompt:
     return Prompt(ids, text)
 
 
-def controls_of(given: EarlyExit, body: CompletionBody | ChatBody, priority: str | None = None) -> Controls:
+def controls_of(given: EarlyExitFields, body: CompletionBody | ChatBody, priority: str | None = None) -> Controls:
     """What a request says of early exit.
 
     Args:
@@ -292,7 +292,7 @@ def controls_of(given: EarlyExit, body: CompletionBody | ChatBody, priority: str
 class _Common:
     """What does not depend on the prompt: what it says of early exit, and the settings for what it leaves out."""
 
-    given: EarlyExit
+    given: EarlyExitFields
     controls: Controls
     decoding: Decoding | None
 
@@ -408,7 +408,7 @@ def _check_lengths(prompts: Sequence[Prompt], name: str, limits: RequestLimits) 
             raise ConfigError(f"{name}: has {len(prompt.ids)} tokens; at most {limits.max_prompt_tokens} are accepted")
 
 
-def _plain(message: Message) -> dict[str, str]:
+def _plain(message: PromptMessage) -> dict[str, str]:
     """A message as chat templates read it. Templates know ``system``, not OpenAI's newer ``developer``."""
     content = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
     plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
@@ -420,15 +420,15 @@ def _of_messages(error: Exception) -> str:
     return f"messages:{rest}" if colon and name == "prompt" else str(error)
 
 
-def early_exit_of(body: CompletionBody | ChatBody) -> EarlyExit:
+def early_exit_of(body: CompletionBody | ChatBody) -> EarlyExitFields:
     """The fields of ``early_exit`` and ``vllm_xargs`` together.
 
     Raises:
         ConfigError: one is invalid, or they contradict each other.
     """
-    own = body.early_exit or EarlyExit()
+    own = body.early_exit or EarlyExitFields()
     try:
-        other = validated(EarlyExit, _from_xargs(body.vllm_xargs or {}))
+        other = validated(EarlyExitFields, _from_xargs(body.vllm_xargs or {}))
     except ConfigError as error:
         raise ConfigError(f"vllm_xargs.{error}") from None
     merged = own.model_dump(exclude_none=True)
@@ -436,7 +436,7 @@ def early_exit_of(body: CompletionBody | ChatBody) -> EarlyExit:
         if name in merged and merged[name] != value:
             raise ConfigError(f"vllm_xargs.{name}: differs from early_exit.{name}; give only one of them")
         merged[name] = value
-    return validated(EarlyExit, merged)
+    return validated(EarlyExitFields, merged)
 
 
 def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -474,7 +474,7 @@ def _json(text: str) -> Any:
         return text
 
 
-def _policy(given: EarlyExit) -> ExitPolicy | None:
+def _policy(given: EarlyExitFields) -> ExitPolicy | None:
     """The exit policy that the body asks for; None if it asks for none."""
     form = {"name": given.policy} if isinstance(given.policy, str) else given.policy
     if given.threshold is not None:

@@ -27,7 +27,7 @@ from megatron_ee.serving.responses import Heading, LogprobWriter, Scored, exit_d
 from megatron_ee.serving.service import Service
 
 
-class Writer(ABC):
+class AnswerWriter(ABC):
     """Writes the answer of one HTTP request as JSON.
 
     Args:
@@ -91,11 +91,11 @@ def _says_something(event: Event) -> bool:
     return bool(event.text or event.tokens or event.completion is not None)
 
 
-class TextWriter(Writer):
+class TextWriter(AnswerWriter):
     """Writes answers of ``/v1/completions``."""
 
     def opening(self) -> list[str]:
-        """See ``Writer``: the prompts, with ``echo``."""
+        """See ``AnswerWriter``: the prompts, with ``echo``."""
         if not self.generation.echo:
             return []
         return [
@@ -113,7 +113,7 @@ class TextWriter(Writer):
         ]
 
     def chunk(self, index: int, event: Event, summary: ExitSummary | None) -> str | None:
-        """See ``Writer``."""
+        """See ``AnswerWriter``."""
         if not _says_something(event):
             return None
         choice = TextChoice(
@@ -126,11 +126,11 @@ class TextWriter(Writer):
         return self._dumped([choice], summary=summary)
 
     def closing(self, usage: Usage) -> str:
-        """See ``Writer``."""
+        """See ``AnswerWriter``."""
         return self._dumped([], usage)
 
     def whole(self, completions: Sequence[Completion], usage: Usage, summary: ExitSummary) -> str:
-        """See ``Writer``."""
+        """See ``AnswerWriter``."""
         choices = []
         for index in self.indices:
             part = self.running.part(index)
@@ -158,16 +158,16 @@ class TextWriter(Writer):
         return dumped(answer, usage=self.generation.include_usage)
 
 
-class ChatWriter(Writer):
+class ChatWriter(AnswerWriter):
     """Writes answers of ``/v1/chat/completions``."""
 
     def opening(self) -> list[str]:
-        """See ``Writer``: the role of each choice's message."""
+        """See ``AnswerWriter``: the role of each choice's message."""
         delta = ChatDelta(role="assistant", content="")
         return [self._dumped([ChatChunkChoice(index=index, delta=delta)]) for index in self.indices]
 
     def chunk(self, index: int, event: Event, summary: ExitSummary | None) -> str | None:
-        """See ``Writer``."""
+        """See ``AnswerWriter``."""
         if not _says_something(event):
             return None
         choice = ChatChunkChoice(
@@ -180,11 +180,11 @@ class ChatWriter(Writer):
         return self._dumped([choice], summary=summary)
 
     def closing(self, usage: Usage) -> str:
-        """See ``Writer``."""
+        """See ``AnswerWriter``."""
         return self._dumped([], usage)
 
     def whole(self, completions: Sequence[Completion], usage: Usage, summary: ExitSummary) -> str:
-        """See ``Writer``."""
+        """See ``AnswerWriter``."""
         choices = [
             ChatChoice(
                 index=index,

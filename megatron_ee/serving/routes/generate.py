@@ -20,7 +20,7 @@ from megatron_ee.serving.routes.common import ERRORS, check_model, documented, s
 from megatron_ee.serving.service import Service
 from megatron_ee.serving.streams import EventStream, server_sent, unless_left
 from megatron_ee.serving.translate import Generation, chat_generation, completion_generation
-from megatron_ee.serving.writers import ChatWriter, TextWriter, Writer
+from megatron_ee.serving.writers import AnswerWriter, ChatWriter, TextWriter
 
 PRIORITY = "X-Priority"
 DONE = "[DONE]"
@@ -71,7 +71,7 @@ async def chat_completions(request: Request) -> Response:
     return await _generate(request, service, generation, ChatWriter)
 
 
-async def _generate(request: Request, service: Service, generation: Generation, kind: type[Writer]) -> Response:
+async def _generate(request: Request, service: Service, generation: Generation, kind: type[AnswerWriter]) -> Response:
     heading = new_heading(generation, service.model_name)
     running = await unless_left(request.receive, admit(service, generation, request.state.key, heading.id))
     writer = kind(service, running, heading)
@@ -83,7 +83,7 @@ async def _generate(request: Request, service: Service, generation: Generation, 
         running.end()
 
 
-async def _whole(running: Running, writer: Writer) -> Response:
+async def _whole(running: Running, writer: AnswerWriter) -> Response:
     """The whole answer, when it is ready."""
     async for _ in running.events():
         pass
@@ -91,7 +91,7 @@ async def _whole(running: Running, writer: Writer) -> Response:
     return Response(writer.whole(running.completions, used, summary), media_type="application/json")
 
 
-async def _chunks(running: Running, writer: Writer) -> AsyncIterator[bytes]:
+async def _chunks(running: Running, writer: AnswerWriter) -> AsyncIterator[bytes]:
     """The answer in server-sent events, as it is generated. An error is the last event."""
     left = len(writer.indices)
     try:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from megatron_ee.inference.requests import Mode, prompt_ids
 from megatron_ee.inference.requests import Request as EngineRequest
-from megatron_ee.serving.answers import Exits, ModelEntry, ModelList, Tokens
+from megatron_ee.serving.answers import Exits, ModelEntry, ModelList, TokenizeAnswer
 from megatron_ee.serving.bodies import read_body
 from megatron_ee.serving.protocol import TokenizeBody
 from megatron_ee.serving.routes.common import ERRORS, check_model, documented, service_of
@@ -61,15 +61,17 @@ async def exits(request: Request) -> Exits:
     openapi_extra=documented(TokenizeBody),
     response_model_exclude_none=True,
 )
-async def tokenize(request: Request) -> Tokens:
+async def tokenize(request: Request) -> TokenizeAnswer:
     """Token ids of a prompt, as the generating routes see it."""
     service = service_of(request)
 
-    def work(body: TokenizeBody) -> Tokens:
+    def work(body: TokenizeBody) -> TokenizeAnswer:
         check_model(service, body.model)
         ids = _ids(body, service)
         names = [service.tokenizer.name_of(token) for token in ids] if body.return_token_strs else None
-        return Tokens(count=len(ids), max_model_len=service.loop.max_positions, tokens=list(ids), token_strs=names)
+        return TokenizeAnswer(
+            count=len(ids), max_model_len=service.loop.max_positions, tokens=list(ids), token_strs=names
+        )
 
     return await read_body(request, TokenizeBody, work, service.limits.max_body)
 
