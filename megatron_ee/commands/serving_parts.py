@@ -16,7 +16,7 @@ from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.released import Released
 from megatron_ee.serving.access import Access
 from megatron_ee.serving.app import build_app
-from megatron_ee.serving.audits import Auditor, state_path
+from megatron_ee.serving.audits import Auditor, begin_audits, state_path
 from megatron_ee.serving.engine_loop import EngineLoop
 from megatron_ee.serving.exit_log import ExitLog
 from megatron_ee.serving.metrics import Metrics
@@ -65,6 +65,14 @@ class ServingParts:
                 backups=arguments.log_backups,
                 text=arguments.log_text,
             )
+            if calibrations:
+                begin_audits(
+                    rules,
+                    state_path(exit_log.path),
+                    arguments.audit,
+                    alarm_level=arguments.alarm_level,
+                    reset=arguments.reset_audits,
+                )
         return cls(arguments, released, access, rules, exit_log)
 
     def serve(self, engine_loop: EngineLoop) -> ServedApp:

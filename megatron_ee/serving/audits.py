@@ -151,28 +151,12 @@ class Auditor:
             DataError: the state is damaged.
             CheckpointError: it cannot be written.
         """
-        if not 0 <= share <= 1:
-            raise ConfigError(f"--audit: must be from 0 to 1, not {share}")
-        if not 0 < alarm_level < 1:
-            raise ConfigError(f"--alarm-level: must be between 0 and 1, not {alarm_level}")
         report = _to_stderr if report is None else report
-        content = read_audit_file(path) or new_audit_file()
-        known = dict(content.certificates)
-        for calibration in rules.calibrations:
-            digest, certificate = calibration.sha256, calibration.certificate
-            if not can_audit(calibration):
-                if share:
-                    report(f"audits: task {certificate.task}: not audited: {_why_not(certificate)}")
-            elif reset or digest not in known:
-                monitor = new_monitor(certificate.risk, alarm_level)
-                known[digest] = CertificateAudits(task=certificate.task, monitors=(monitor,))
-            elif known[digest].monitors[-1].alarm_level != alarm_level:
-                raise ConfigError(
-                    f"--alarm-level: the audits of task {certificate.task} began with "
-                    f"{known[digest].monitors[-1].alarm_level:g}; keep it, or begin again with --reset-audits"
-                )
-        content = content.model_copy(update={"certificates": known})
+        content = begin_audits(rules, path, share, alarm_level=alarm_level, reset=reset)
         write_audit_file(path, content)
+        for calibration in rules.calibrations if share else ():
+            if not can_audit(calibration):
+                report(f"audits: task {calibration.certificate.task}: not audited: {_why_not(calibration.certificate)}")
         found = cls(rules, loop, path, content, share, patience=patience, report=report, clock=clock)
         for calibration in rules.calibrations:
             found._report_fallback(calibration)
@@ -401,6 +385,34 @@ class Auditor:
 def state_path(exit_log: Path) -> Path:
     """Where the state is kept, beside the exit log."""
     return exit_log.with_name(f"{exit_log.name}.audits.json")
+
+
+def begin_audits(
+    rules: Rules, path: Path, share: float, *, alarm_level: float = ALARM_LEVEL, reset: bool = False
+) -> AuditFile:
+    """The state with which an ``Auditor`` begins; arguments as for ``Auditor.open``. Changes nothing on disk.
+
+    Raises:
+        ConfigError: the share or the level is invalid, or another level was used before.
+        DataError: the state of earlier audits is damaged.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--audit: must be from 0 to 1, not {share}")
+    if not 0 < alarm_level < 1:
+        raise ConfigError(f"--alarm-level: must be between 0 and 1, not {alarm_level}")
+    content = read_audit_file(path) or new_audit_file()
+    known = dict(content.certificates)
+    for calibration in filter(can_audit, rules.calibrations):
+        digest, certificate = calibration.sha256, calibration.certificate
+        if reset or digest not in known:
+            monitor = new_monitor(certificate.risk, alarm_level)
+            known[digest] = CertificateAudits(task=certificate.task, monitors=(monitor,))
+        elif known[digest].monitors[-1].alarm_level != alarm_level:
+            raise ConfigError(
+                f"--alarm-level: the audits of task {certificate.task} began with "
+                f"{known[digest].monitors[-1].alarm_level:g}; keep it, or begin again with --reset-audits"
+            )
+    return content.model_copy(update={"certificates": known})
 
 
 def can_audit(calibration: Calibration) -> bool:
