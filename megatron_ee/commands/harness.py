@@ -42,9 +42,15 @@ def run(arguments: argparse.Namespace) -> int:
     import megatron_ee.evaluation.harness as registered
 
     assert registered.NAME == MODEL
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import HarnessCLI, cli_evaluate
+
+    from megatron_ee.config.validation import validated
+    from megatron_ee.evaluation.harness_settings import WHERE, HarnessArguments
 
     sys.argv = ["lm_eval", *with_model(arguments.arguments)]
+    asked = HarnessCLI().parse_args()
+    if getattr(asked, "model", None) == MODEL:  # first: the harness makes its models after it has read its tasks
+        validated(HarnessArguments, asked.model_args or {}, where=WHERE).check_paths()
     try:
         cli_evaluate()
     except UserError:

@@ -123,6 +123,17 @@ class HarnessArguments(Strict):
             raise ValueError(f"batch_size: must be a whole number or auto, not {shown(size)}")
         return self.max_batch_size or BATCH
 
+    def check_paths(self) -> None:
+        """Check that the directories exist.
+
+        Raises:
+            ConfigError: one does not.
+        """
+        for name in ("pretrained", "adapter"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_dir():
+                raise ConfigError(f"{WHERE}: {name}: no such directory: {path}; give one on this machine")
+
     def open(self) -> Released:
         """Open the model and its exits, or the model that ``exit`` is.
 
@@ -131,10 +142,7 @@ class HarnessArguments(Strict):
             CheckpointError: the model or the adapter is invalid, or there is no such exit.
             DataError: the tokenizer is invalid.
         """
-        for name in ("pretrained", "adapter"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).is_dir():
-                raise ConfigError(f"{WHERE}: {name}: no such directory: {path}; give one on this machine")
+        self.check_paths()
         quantise: Quantise = "none" if self.exit is not None else self.quantise
         released = open_released(self.pretrained, self.adapter, verify=self.verify, quantise=quantise)
         if self.exit is None:

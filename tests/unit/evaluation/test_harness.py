@@ -135,13 +135,26 @@ def test_the_entry_point_names_the_class() -> None:
     assert get_model(name) is HarnessModel
 
 
-def test_arguments_that_the_harness_refuses_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("model_args", "others", "message"),
+    [
+        ("pretrained=.,mod=full", [], "model_args: mod: unknown key; did you mean 'mode'?"),
+        ("pretrained=nowhere", [], "model_args: pretrained: no such directory: nowhere; give one on this machine"),
+        ("pretrained=.,adapter=nowhere", [], "model_args: adapter: no such directory: nowhere; give one on this machi"),
+        ("pretrained=.", ["--fewshot_as_multiturn", "true"], "When `fewshot_as_multiturn` is True, `apply_chat_templ"),
+    ],
+)
+def test_arguments_of_the_command_are_refused_before_tasks_are_read(
+    model_args: str,
+    others: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)
-    assert main(["harness", "--tasks", "some", "--fewshot_as_multiturn", "true"]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("megatron-ee harness: error: When `fewshot_as_multiturn` is True, `apply_chat_template`")
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: pytest.fail("tasks were read"))
+    assert main(["harness", "--model_args", model_args, "--tasks", "some", *others]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"megatron-ee harness: error: {message}")
 
 
 @pytest.mark.slow
@@ -413,7 +426,3 @@ def test_the_command_line_of_the_harness(
     [written] = (tmp_path / "out").rglob("results_*.json")
     setting = json.loads(written.read_text())["config"]["model_setting"]
     assert setting["policy"]["threshold"] == 0.8
-    line[2] += ",mod=full"
-    assert main(line) == 2
-    message = "megatron-ee harness: error: model_args: mod: unknown key; did you mean 'mode'?"
-    assert capsys.readouterr().err.splitlines()[-1] == message
