@@ -310,7 +310,7 @@ async function start() {
     $("model").textContent = document.title = models.data[0].id;
     page.layers = found.num_layers;
     page.exits = found.exits.map((each) => each.layer).sort((a, b) => a - b);
-    const modes = ["default", ...found.modes];
+    const modes = ["default", ...found.modes.filter((mode) => mode !== "threshold" || found.rules.may_choose)];
     $("mode").replaceChildren(
       ...modes.map((mode) => {
         const option = element("option", "");
