@@ -72,7 +72,8 @@ setup(
             "compressed-tensors>=0.20,<0.21",  # writes quantised models for the tests
             "gguf>=0.19,<0.20",  # writes GGUF files for the tests
             "accelerate>=1.15,<2",  # transformers reads GGUF files only with it; the harness's own class needs it
-            "lm-eval>=0.4.13,<0.5",
+            "lm-eval[api]>=0.4.13,<0.5",  # also a client of the server
+            "schemathesis>=4.32,<5",  # sends the server what its schema allows, and what it forbids
         ],
     },
     entry_points={

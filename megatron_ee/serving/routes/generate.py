@@ -24,7 +24,8 @@ from megatron_ee.serving.writers import AnswerWriter, ChatWriter, TextWriter
 
 PRIORITY = "X-Priority"
 DONE = "[DONE]"
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 router = APIRouter(responses=ERRORS)
 
 
