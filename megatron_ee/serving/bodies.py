@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,11 +13,13 @@ from starlette.requests import Request
 from megatron_ee.config.untrusted import parse_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import ConfigError, DamagedError
-from megatron_ee.serving.api_errors import BODY, refused
+from megatron_ee.serving.api_errors import BODY, ApiError, refused
 
 B = TypeVar("B", bound=Strict)
 T = TypeVar("T")
 JSON = "application/json"
+DISCARD_SECONDS = 2.0
+"""Seconds for the rest of a body that is refused."""
 
 
 async def read_body(request: Request, kind: type[B], use: Callable[[B], T], limit: int) -> T:
@@ -31,12 +35,16 @@ async def read_body(request: Request, kind: type[B], use: Callable[[B], T], limi
         ApiError: it is not JSON by its headers, or too large.
         ConfigError: it is not valid; or as ``use``. The message names the field.
     """
-    _check_headers(request, limit)
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > limit:
-            raise _too_large(limit)
+    try:
+        _check_headers(request, limit)
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > limit:
+                raise _too_large(limit)
+    except ApiError:
+        await _discard(request)
+        raise
 
     def work() -> T:
         try:
@@ -65,6 +73,16 @@ def _check_headers(request: Request, limit: int) -> None:
         raise _too_large(limit)
 
 
+async def _discard(request: Request) -> None:
+    """Take the rest of a body that is refused: closing the connection before would lose the answer on its way."""
+    if "expect" in request.headers:  # the client has not sent it yet
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (await request.receive()).get("more_body"):
+                pass
+
+
 def _too_large(limit: int) -> Exception:
-    # The rest of the body is not read, so the connection cannot be used again.
+    # A client that goes on sending ends with this connection.
     return refused(413, f"the body is larger than {limit} bytes", "body_too_large", {"Connection": "close"})
