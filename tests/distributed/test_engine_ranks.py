@@ -90,6 +90,8 @@ def requests() -> list[Request]:
         ),
         Request(prompt=PROMPTS[1], mode="threshold", policy=ThresholdPolicy(threshold=1e-6), exits=(4,), max_tokens=8),
         Request(prompt=PROMPTS[2], sampling=DRAWN, samples=2, max_tokens=12, stop_ids=(7, 8)),
+        Request(prompt=PROMPTS[3], sampling=Sampling(frequency_penalty=0.5, presence_penalty=1.0), max_tokens=12),
+        Request(prompt=PROMPTS[3], forced_ids=PROMPTS[2], forced_chunk=5, max_tokens=11, logprobs=1),
         *(Request(prompt=PROMPTS[1], replay_ids=PROMPTS[2], policy=ThresholdPolicy(measure=m)) for m in MEASURES),
         *(Request(prompt=each, mode="threshold", policy=GatePolicy(threshold=0.7), max_tokens=14) for each in PROMPTS),
         *(Request(prompt=PROMPTS[0], mode="threshold", policy=RunOut(exit=k), max_tokens=14) for k in (1, 3)),
