@@ -42,7 +42,8 @@ COMMANDS = written_commands()
 
 
 def test_every_example_has_a_command_and_its_model() -> None:
-    configurations = {str(path.relative_to(EXAMPLES.parent)) for path in EXAMPLES.glob("*/*.yaml")}
+    models = [path.parent for path in EXAMPLES.glob("*/config.json")]
+    configurations = {str(path.relative_to(EXAMPLES.parent)) for model in models for path in model.glob("*.yaml")}
     assert {words[2] for words in COMMANDS.values()} == configurations
     assert {Path(name).parent.name for name in configurations} == set(RECIPE_MODELS)
 
