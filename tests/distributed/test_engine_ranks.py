@@ -324,6 +324,7 @@ def test_regenerate_over_processes(project: Project, tmp_path: Path) -> None:
         assert spread.read_text() == alone.read_text() and len(spread.read_text().splitlines()) == 10
 
 
+@pytest.mark.slow
 def test_calibrate_gives_one_certificate_on_any_layout(project: Project, tuned: Path, tmp_path: Path) -> None:
     data = tmp_path / "sample.jsonl"
     data.write_text("".join(json.dumps({"id": str(i), "prompt": f"def f{i}("}) + "\n" for i in range(30)))

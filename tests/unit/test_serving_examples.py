@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,7 +141,9 @@ def test_the_batch_script_passes_on_what_slurm_signals(tmp_path: Path) -> None:
         **{"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4", "SLURM_GPUS_ON_NODE": "2"},
     }
     line = ["bash", str(script), "--model", "my model", "--tensor", "2"]
-    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Under nohup SIGHUP is ignored, and a shell cannot trap what is ignored when it starts.
+    with subprocess.Popen(line, env=environment, **pipes, preexec_fn=hear_sighup) as process:
         wait_for(tmp_path / "started-0", tmp_path / "started-1")
         process.send_signal(signal.SIGUSR2)
         wait_for(tmp_path / "hup-0")
@@ -155,6 +158,10 @@ def test_the_batch_script_passes_on_what_slurm_signals(tmp_path: Path) -> None:
     [ahead] = re.findall(r"TERM@(\d+)", script.read_text())
     [given] = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script.read_text())
     assert arguments.drain_seconds < int(given) < int(ahead)
+
+
+def hear_sighup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_for(*paths: Path) -> None:
