@@ -43,18 +43,15 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Test. Print tables or JSON to stdout, and write the requested plot."""
     from megatron_ee.checkpoint.digest import file_sha256
-    from megatron_ee.checkpoint.ownership import check_file
     from megatron_ee.commands.inputs import check_input
     from megatron_ee.evaluation.audits import certificates, read_audits
     from megatron_ee.evaluation.drift import new_monitor, replay
     from megatron_ee.evaluation.drift_report import drift_dict, plot_drift, print_drift
-    from megatron_ee.evaluation.plots import FORMATS
+    from megatron_ee.evaluation.plots import check_plot
     from megatron_ee.inference.certificate import read_certificate
 
     if arguments.plot is not None:
-        if arguments.plot.suffix.lower() not in FORMATS:
-            raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(FORMATS)}")
-        check_file(arguments.plot, "--plot")
+        check_plot(arguments.plot, "--plot")
     check_input("LOG", *arguments.logs)
     check_input("--calibration", arguments.calibration)
     audits = read_audits(arguments.logs)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from megatron_ee.commands import Parser
-from megatron_ee.errors import ConfigError
 
 DESCRIPTION = """Read exit logs of serve, plain or compressed with gzip, and say by task and day (UTC) how many layers
 tokens took, where they left, what certificates covered, how long answers took, and what audits found."""
@@ -25,16 +24,13 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print tables or JSON to stdout, and write the requested plot."""
-    from megatron_ee.checkpoint.ownership import check_file
     from megatron_ee.commands.inputs import check_input
-    from megatron_ee.evaluation.plots import FORMATS
+    from megatron_ee.evaluation.plots import check_plot
     from megatron_ee.serving.exit_log import read_logs
     from megatron_ee.serving.exits_report import exit_figures, plot_exits, print_exits, report_json
 
     if arguments.plot is not None:
-        if arguments.plot.suffix.lower() not in FORMATS:
-            raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(FORMATS)}")
-        check_file(arguments.plot, "--plot")
+        check_plot(arguments.plot, "--plot")
     check_input("LOG", *arguments.logs)
     figures = exit_figures(read_logs(arguments.logs))
     if arguments.json:

@@ -71,7 +71,7 @@ def decode(
                     for event in engine.step():
                         if event.completion is not None:
                             found[numbers[event.request]] = _output(event.completion)
-                        bar.advance(event.completion is not None or event.error is not None)
+                        bar.advance(event.last)
         return found
 
     parts = groups.together(work)

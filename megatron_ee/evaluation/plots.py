@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.checkpoint.ownership import MADE_BY
-from megatron_ee.errors import UserError
+from megatron_ee.checkpoint.ownership import MADE_BY, check_file
+from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.evaluation.history import Losses, Validation, read_log
 from megatron_ee.model.quality import Quality
 
@@ -261,6 +261,17 @@ def _annotate(figure: Figure, axes: Axes, texts: list[tuple[float, float, str]],
             note.remove()
         else:
             taken.append(box)
+
+
+def check_plot(path: Path, option: str) -> None:
+    """Check where a plot is to be written, before there is anything to plot.
+
+    Raises:
+        ConfigError: the format is unknown, or the file exists and is not this package's; the message names the option.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{option}: {path} must end in one of {', '.join(FORMATS)}")
+    check_file(path, option)
 
 
 @contextmanager
