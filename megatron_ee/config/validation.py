@@ -128,7 +128,10 @@ def first_problem(error: ValidationError, kind: Any = None, values: Any = None) 
 def _first_problem(error: ValidationError, kind: Any, values: Any) -> tuple[str, str]:
     """The key, empty for the whole value, and the description of its problem."""
     problems = [
-        (each, tuple(_path(each["loc"], values) if values is not None else each["loc"]))
+        (
+            each,
+            tuple(_path(each["loc"], values, missing=each["type"] == "missing") if values is not None else each["loc"]),
+        )
         for each in error.errors(include_url=False)
     ]
     problems.sort(key=lambda problem: problem[0]["type"] != "extra_forbidden")  # otherwise in the order of the fields
@@ -163,14 +166,16 @@ def _plain(value: Any) -> Any:
     return f"{value:.15g}" if isinstance(value, float) else value
 
 
-def _path(loc: tuple[int | str, ...], values: Any) -> Iterator[int | str]:
-    """The parts of ``loc`` that are keys and indices of ``values``. Other parts name the members of a union."""
+def _path(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> Iterator[int | str]:
+    """The parts of ``loc`` that are keys and indices of ``values``, and the last one if it is ``missing`` there.
+
+    Other parts name the members of a union.
+    """
     for index, part in enumerate(loc):
-        missing = isinstance(values, dict) and part != "[key]" and index == len(loc) - 1
         try:
             values = values[part]
         except (LookupError, TypeError):
-            if not missing:
+            if not (missing and index == len(loc) - 1):
                 continue
         yield part
 

@@ -272,7 +272,7 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
     if isinstance(request.prompt, str):
         if tokenizer is None:
             raise ConfigError("prompt: is text, but there is no tokenizer; give token ids")
-        _check_text(request.prompt)
+        check_text(request.prompt)
         check_length(tokenizer, request.prompt, max_positions)
         prompt = tuple(tokenizer.encode_prompt(request.prompt)) if request.prompt else ()
     else:
@@ -306,9 +306,13 @@ def _too_long(tokens: str, max_positions: int) -> ConfigError:
     )
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
     """Refuse lone surrogates, on which tokenizers fail. JSON can contain them, and Python decodes command-line bytes
-    that are not UTF-8 to them."""
+    that are not UTF-8 to them.
+
+    Raises:
+        ConfigError: the text has one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -353,7 +357,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], max
         text, _ = render_chat(tokenizer, messages, prompt=True)
     except Exception as error:  # a template is a program and may raise any exception
         raise DataError(f"{tokenizer.path}: the chat template fails on these messages: {error}") from None
-    _check_text(text)
+    check_text(text)
     if max_positions is not None:
         check_length(tokenizer, text, max_positions)
     return text

@@ -62,7 +62,8 @@ def _check_headers(request: Request, limit: int) -> None:
     kind = request.headers.get("content-type", "")
     media, *parameters = [part.strip().lower() for part in kind.split(";")]
     # A web page of another origin may send text or forms without asking, but not JSON.
-    if media != JSON or any(each.startswith("charset=") and each != "charset=utf-8" for each in parameters):
+    charsets = [each.partition("=")[2].strip('"') for each in parameters if each.startswith("charset=")]
+    if media != JSON or any(charset != "utf-8" for charset in charsets):
         raise refused(415, f"the Content-Type must be {JSON}, in UTF-8", "unsupported_media_type")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise refused(

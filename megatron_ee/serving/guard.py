@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 import logging
 import traceback
 import uuid
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_ee.serving.access import Unauthorized
-from megatron_ee.serving.api_errors import INTERNAL, of_error
+from megatron_ee.serving.api_errors import INTERNAL, invalid, of_error
 
 if TYPE_CHECKING:
     from megatron_ee.serving.service import Service
@@ -84,6 +86,36 @@ class Guard:
             _LOGGER.error("%s in request %s:\n%s", type(error).__name__, request_id, frames)
             if not started:
                 await INTERNAL.response()(scope, receive, guarded)
+
+
+class LocalHosts:
+    """Refuses requests that name another host than this machine, for a server that has no keys.
+
+    A web page could otherwise make the user's browser send requests under a name of its own (DNS rebinding).
+
+    Args:
+        app: gets the other requests.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "http" and not _is_local(Headers(scope=scope).get("host", "")):
+            message = "Host: must be localhost or a loopback address; a server for other names needs --api-key-file"
+            await invalid(message).response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_local(host: str) -> bool:
+    """Whether a ``Host`` header names this machine. Names that a DNS server resolves do not."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def bearer(authorization: str | None) -> str | None:

@@ -16,17 +16,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.serving.connection import ClientConnection
 from megatron_ee.serving.engine_loop import EngineLoop
+from megatron_ee.serving.guard import LocalHosts
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
-"""Hosts that a request to a server on loopback may name."""
 MAX_HEADER_BYTES = 2**16
 """Size of a request's line and headers."""
 OTHER_FILES = 256
@@ -47,8 +45,7 @@ class ServerOptions:
         max_connections: open connections; requests on others are answered with status 503.
         drain_seconds: seconds for the running requests after a signal to stop. torchrun kills its processes 30 s after
             it has passed on a signal.
-        any_host: whether requests may name any host. A server without keys must refuse other names than those of
-            loopback: a web page could make the user's browser send requests under a name of its own (DNS rebinding).
+        any_host: whether requests may name any host; see ``LocalHosts``.
     """
 
     max_connections: int = 512
@@ -189,7 +186,7 @@ class _Server(uvicorn.Server):
 
 def _server(app: ASGIApp, options: ServerOptions) -> _Server:
     if not options.any_host:
-        app = TrustedHostMiddleware(app, LOOPBACK_NAMES, www_redirect=False)
+        app = LocalHosts(app)
     settings: dict[str, Any] = {
         "http": ClientConnection,
         "loop": "asyncio",

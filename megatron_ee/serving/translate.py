@@ -14,7 +14,7 @@ from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import ConfigError, DataError, UserError, first_line, shown
 from megatron_ee.inference.certificate import Decoding
 from megatron_ee.inference.policy import ExitPolicy, policy_from_json
-from megatron_ee.inference.requests import Draft, Request, check_length, prompt_ids
+from megatron_ee.inference.requests import Draft, Request, check_length, check_text, prompt_ids
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
 from megatron_ee.serving.protocol import ChatBody, CompletionBody, EarlyExitFields, PromptMessage
 from megatron_ee.serving.rules import Controls
@@ -252,6 +252,7 @@ def chat_prompt(messages: Sequence[PromptMessage], facts: ModelFacts) -> Prompt:
     except Exception as error:  # a template is a program and may raise any exception
         raise ConfigError(f"messages: the chat template fails on them: {first_line(error)}") from None
     try:
+        check_text(text)
         check_length(facts.tokenizer, text, facts.max_positions)
         ids = tuple(facts.tokenizer.encode_spans(text)[0])
         prompt_ids(Request(prompt=ids), facts.tokenizer, facts.vocab_size, facts.max_positions)

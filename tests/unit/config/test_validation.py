@@ -76,6 +76,7 @@ def test_values_are_read() -> None:
         ({"by_layer": {3: 1, "x": 1}}, "by_layer.x: its keys must be a whole number, not 'x'"),
         ({"by_layer": {3: "x"}}, "by_layer[3]: must be a number, not 'x'"),
         ({"prompt": 1}, "prompt: must be text or a list, not 1"),
+        ({"prompt": {"a": 1}}, "prompt: must be text or a list, not {'a': 1}"),
         ({"prompt": [1, "a"]}, "prompt[1]: must be a whole number, not 'a'"),
         ({"limit": "a"}, "limit: must be a whole number, not 'a'"),
         ({"even": 3}, "even: must be even, not 3"),

@@ -125,6 +125,13 @@ def test_malformed_bodies(server: Any, content: bytes, message: str) -> None:
     assert message in response.json()["error"]["message"]
 
 
+def test_texts_with_half_a_surrogate_pair_are_refused(server: Any) -> None:
+    content = b'{"messages": [{"role": "user", "content": "a\\ud83d"}]}'
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = server.plain.post(path, content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+
+
 @pytest.mark.parametrize(
     "header", ["", "text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"]
 )
@@ -132,6 +139,12 @@ def test_wrong_content_types(server: Any, header: str) -> None:
     headers = {"Content-Type": header} if header else {}
     response = server.plain.post("/v1/completions", content=json.dumps(BODY).encode(), headers=headers)
     assert response.status_code == 415 and "error" in response.json()
+
+
+@pytest.mark.parametrize("header", ["APPLICATION/JSON", 'application/json;charset="UTF-8"'])
+def test_spellings_of_the_content_type(server: Any, header: str) -> None:
+    response = server.plain.post("/tokenize", content=b'{"prompt": "a"}', headers={"Content-Type": header})
+    assert response.status_code == 200
 
 
 def test_compressed_bodies_are_refused(server: Any) -> None:
