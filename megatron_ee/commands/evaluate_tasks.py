@@ -141,7 +141,7 @@ def _about(
         "made_by": MADE_BY,
         "model": str(arguments.model),
         "adapter": None if released.adapter is None else str(released.adapter.path),
-        "tasks": [str(path) for path in arguments.tasks],
+        "files": [str(path) for path in arguments.tasks],
         **released_digests(released, show=launched_rank() == 0),
         "records_sha256": records_digest(records),
         "settings": {
@@ -181,7 +181,9 @@ def _report(
     from megatron_ee.evaluation.task_groups import compare_task_groups
     from megatron_ee.evaluation.tasks.report import plot_tasks, print_tasks
 
-    found = {**about, **results.to_dict(), "timing": results.timing(arguments.max_num_seqs)}
+    # The journal knows the options as its settings. In the results, settings are what was compared.
+    inputs = {"options" if key == "settings" else key: value for key, value in about.items()}
+    found = {**inputs, **results.to_dict(), "timing": results.timing(arguments.max_num_seqs)}
     compared = {} if arguments.by is None else compare_task_groups(results, arguments.by, certificate)
     if compared:
         found["groups"] = {name: groups_dict(each) for name, each in compared.items()}

@@ -61,6 +61,10 @@ def test_every_mode_and_threshold_is_compared(
     }
     written = json.loads((output / "tasks.json").read_text())
     assert {key: written[key] for key in found} == found and len(written["rows"]) == 3
+    made_from = json.loads((output / "answers.jsonl.info.json").read_text())
+    assert found["files"] == made_from["files"] == [str(tasks)]
+    assert found["options"] == made_from["settings"] and found["options"]["dtype"] == "float32"
+    assert [each["name"] for each in found["settings"]] == list(found["overall"])
     assert (tmp_path / "plot.svg").exists()
     # a finished evaluation is shown again with --resume, and replaced without
     before = (output / "answers.jsonl").read_bytes()
