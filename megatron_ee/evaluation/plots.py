@@ -53,24 +53,33 @@ def plot_sweep(quality: Quality, path: str | Path, title: str = "Early exit: wha
     layers = [point.mean_layers for point in points]
     single = [exit_.layer for exit_ in quality.exits] + [quality.num_layers]
     with saved_figure(path, (7.5, 4.8)) as figure:
-        axes = figure.subplots()
+        from matplotlib.legend_handler import HandlerTuple
+
+        axes, hollow = figure.subplots(), []
         curves = (
             ("agreement", "agreement with the final exit", COLOURS[0], "o", 1.0),
             ("accuracy", "accuracy (next token of the text)", COLOURS[1], "s", quality.final_accuracy),
         )
         for name, label, colour, marker, final in curves:
             alone = [getattr(exit_, name) for exit_ in quality.exits] + [final]
-            axes.plot(single, _percents(alone), marker, mfc="white", mec=colour, ms=6, zorder=3)
+            hollow += axes.plot(single, _percents(alone), marker, mfc="white", mec=colour, ms=6, zorder=3)
             values = _percents([getattr(point, name) for point in points])
             axes.plot(layers, values, marker + "-", color=colour, ms=5, label=label, zorder=4)
-        axes.plot([], [], "o", mfc="white", mec=GREY, ms=6, label="one exit for all tokens")
         axes.axvline(quality.num_layers, color=GREY, lw=1, ls=":")
         axes.set_xlim(0, quality.num_layers * 1.04)
         axes.set_ylim(0, 107)
         axes.set_xlabel(f"layers run per token (mean; the model has {quality.num_layers})")
         axes.set_ylabel("tokens (%)")
         axes.set_title(title, loc="left")
-        figure.legend(loc="outside lower center", ncols=3)
+        lines, labels = axes.get_legend_handles_labels()
+        handles: list[Any] = [*lines, tuple(hollow)]
+        figure.legend(
+            handles,
+            [*labels, "one exit for all tokens"],
+            handler_map={tuple: HandlerTuple(ndivide=None)},
+            loc="outside lower center",
+            ncols=3,
+        )
         texts = [(point.mean_layers, point.agreement * 100, f"{point.threshold:g}") for point in points]
         _annotate(figure, axes, texts, "threshold ")
 

@@ -16,14 +16,14 @@ from megatron_ee.evaluation.page.blocks import (
     Picture,
     Section,
 )
-from megatron_ee.evaluation.page.figures import Interval95, draw_trade
+from megatron_ee.evaluation.page.figures import CHOSEN, CURVE, OTHERS, Interval95, draw_trade
 from megatron_ee.evaluation.page.material import EQUAL_ANSWERS, Material, quality_of
 from megatron_ee.evaluation.page.sources import CorpusFile, TaskFile, TimedMode
 from megatron_ee.evaluation.tasks.results import BASELINE, MeanScore, SettingResult
 
 SHOWN_SCORES = ("contains", "f1", "accuracy", "equal_answers")
 """Scores in the tables of the page. The file has more."""
-CURVE = "threshold "
+THRESHOLD = "threshold "
 """Beginning of the names of settings that are joined by a line."""
 MOST_ROWS = 30
 """Rows of a table or figure of groups or tasks."""
@@ -98,12 +98,12 @@ def _trade(material: Material, results: Sequence[SettingResult], chosen: str | N
         score = each.scores[name]
         low, high = (100 * (score.mean - score.difference + end) for end in (score.low, score.high))
         label = material.setting(each.setting)
-        if each.setting.startswith(CURVE):  # the legend says that these are thresholds
-            label = each.setting.removeprefix(CURVE)
+        if each.setting.startswith(THRESHOLD):  # the legend says that these are thresholds
+            label = each.setting.removeprefix(THRESHOLD)
         points.append(
             (label, each.speed.speedup, Interval95(label, low, 100 * score.mean, high, each.setting == chosen))
         )
-    curve = [each.setting.removeprefix(CURVE) for each in timed if each.setting.startswith(CURVE)]
+    curve = [each.setting.removeprefix(THRESHOLD) for each in timed if each.setting.startswith(THRESHOLD)]
     svg = draw_trade(
         points,
         curve,
@@ -111,9 +111,9 @@ def _trade(material: Material, results: Sequence[SettingResult], chosen: str | N
         y_label=t("answers.plot.y", score=t(f"score.{name}")),
         full=material.setting(BASELINE),
     )
-    legend = [(1, t("answers.plot.thresholds")), (3, t("answers.plot.others"))]
+    legend = [(CURVE, t("answers.plot.thresholds")), (OTHERS, t("answers.plot.others"))]
     if chosen is not None:
-        legend.insert(1, (2, t("answers.plot.chosen")))
+        legend.insert(1, (CHOSEN, t("answers.plot.chosen")))
     return Picture(svg, t("answers.plot"), _trade_in_words(material, timed, name, chosen), legend)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from megatron_ee.evaluation.page.figures import Look
+
 
 @dataclass(frozen=True)
 class Paragraph:
@@ -68,14 +70,14 @@ class Picture:
         svg: its markup, which is trusted.
         caption: what it shows.
         alt: what can be seen in it, for those who cannot see it.
-        legend: number of a colour, and its name.
+        legend: how each series looks, and its name.
     """
 
     kind: ClassVar[str] = "picture"
     svg: str
     caption: str
     alt: str
-    legend: Sequence[tuple[int, str]] = ()
+    legend: Sequence[tuple[Look, str]] = ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_ee.errors import printable
 from megatron_ee.evaluation.history import Validation
@@ -23,6 +23,17 @@ SERIES = ("#040401", "#040402", "#040403", "#040404", "#040405", "#040406")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 """Lines differ in more than their colour."""
 MARKS = ("o", "s", "^", "D", "v", "P")
+SYMBOLS = {
+    "o": "M-5 0A5 5 0 1 0 5 0A5 5 0 1 0-5 0z",
+    "s": "M-4.5-4.5h9v9h-9z",
+    "^": "M0-5L5 5H-5z",
+    "D": "M0-6L6 0L0 6L-6 0z",
+    "v": "M0 5L-5-5H5z",
+    "P": "M-2-5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5z",
+    "X": "M0-2.5L2.5-5L5-2.5L2.5 0L5 2.5L2.5 5L0 2.5L-2.5 5L-5 2.5L-2.5 0L-5-2.5L-2.5-5z",
+    "--": "M-6-1h5v2h-5zM1-1h5v2h-5z",
+}
+"""Marks in a legend, and a dashed line: paths around 0, of at most 12 units."""
 VARIABLES = {
     INK: "var(--ink)",
     GRID: "var(--grid)",
@@ -52,6 +63,38 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
+
+
+class Look(NamedTuple):
+    """How a series looks, in its figure and in the legend.
+
+    Attributes:
+        series: number of its colour, from 1.
+        mark: a key of ``SYMBOLS``.
+    """
+
+    series: int
+    mark: str
+
+    @property
+    def colour(self) -> str:
+        """As matplotlib draws it."""
+        return SERIES[self.series - 1]
+
+    @property
+    def symbol(self) -> str:
+        """The mark as a path."""
+        return SYMBOLS[self.mark]
+
+
+CURVE, CHOSEN, OTHERS = Look(1, "o"), Look(2, "D"), Look(3, "s")
+PASSED, FAILED, LIMIT = Look(1, "o"), Look(2, "X"), Look(2, "--")
+MEAN, WORSE = Look(1, "o"), Look(2, "D")
+
+
+def exit_look(place: int) -> Look:
+    """How the line of an exit looks; ``place`` counts the exits by layer, from 0."""
+    return Look(place % len(SERIES) + 1, MARKS[place % len(MARKS)])
 
 
 @dataclass(frozen=True)
@@ -138,13 +181,12 @@ def draw_trade(
         axes.axvline(1, color=INK, lw=0.8, ls=":")
         joined = [(speed, quality.mean) for name, speed, quality in points if name in curve]
         if joined:
-            axes.plot(*zip(*joined, strict=True), color=SERIES[0], lw=1.2)
+            axes.plot(*zip(*joined, strict=True), color=CURVE.colour, lw=1.2)
         for name, speed, quality in points:
             ends = [[max(0.0, quality.mean - quality.low)], [max(0.0, quality.high - quality.mean)]]
-            colour = SERIES[1] if quality.chosen else SERIES[0] if name in curve else SERIES[2]
-            mark = MARKS[3] if quality.chosen else MARKS[0] if name in curve else MARKS[1]
-            size = 8 if quality.chosen else 6
-            axes.errorbar(speed, quality.mean, ends, fmt=mark, color=colour, ms=size, capsize=3, lw=1.2, zorder=3)
+            look, size = CHOSEN if quality.chosen else CURVE if name in curve else OTHERS, 8 if quality.chosen else 6
+            style: dict[str, Any] = {"ms": size, "capsize": 3, "lw": 1.2, "zorder": 3}
+            axes.errorbar(speed, quality.mean, ends, fmt=look.mark, color=look.colour, **style)
         axes.margins(x=0.16, y=0.16)
         low, high = axes.get_ylim()
         axes.set_ylim(max(0.0, low), high)  # a difference's interval may reach beyond what a share can be
@@ -177,8 +219,9 @@ def draw_agreement(validations: Sequence[Validation], *, x_label: str, y_label: 
         seen = [each.tokens_seen for each in validations]
         for number, layer in enumerate(sorted(validations[-1].agreements)):
             values = [100 * each.agreements.get(layer, float("nan")) for each in validations]
-            place = number % len(SERIES)
-            axes.plot(seen, values, MARKS[place], ls=DASHES[place], color=SERIES[place], ms=5, lw=1.6)
+            look = exit_look(number)
+            dashes = DASHES[number % len(DASHES)]
+            axes.plot(seen, values, look.mark, ls=dashes, color=look.colour, ms=5, lw=1.6)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.locator_params(axis="x", nbins=5)
         axes.set_ylim(bottom=0)
@@ -194,9 +237,9 @@ def draw_intervals(name: str, rows: Sequence[Interval95], overall: float, *, x_l
         axes = drawing.figure.subplots()
         axes.axvline(overall, color=INK, lw=0.8, ls=":")
         for place, row in enumerate(rows):
-            colour, mark = (SERIES[1], MARKS[3]) if row.chosen else (SERIES[0], MARKS[0])
-            axes.plot([row.low, row.high], [place, place], color=colour, lw=1.6)
-            axes.plot([row.mean], [place], mark, color=colour, ms=7)
+            look = WORSE if row.chosen else MEAN
+            axes.plot([row.low, row.high], [place, place], color=look.colour, lw=1.6)
+            axes.plot([row.mean], [place], look.mark, color=look.colour, ms=7)
         axes.set_yticks(range(len(rows)), [short(row.name) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
@@ -224,14 +267,12 @@ def draw_tests(
     """
     with _drawn(name, (SIZE[0], 2.6)) as drawing:
         axes = drawing.figure.subplots()
-        axes.axhline(risk, color=SERIES[1], lw=1.2, ls="--")
-        axes.plot([layer for layer, _, _ in tests], [loss for _, loss, _ in tests], color=SERIES[0], lw=1)
+        axes.axhline(risk, color=LIMIT.colour, lw=1.2, ls=LIMIT.mark)
+        axes.plot([layer for layer, _, _ in tests], [loss for _, loss, _ in tests], color=PASSED.colour, lw=1)
         for number, (layer, loss, passed) in enumerate(tests):
             style: Mapping[str, Any] = {"ms": 9 if number == chosen else 6, "zorder": 3}
-            if passed:
-                axes.plot([layer], [loss], MARKS[0], color=SERIES[0], **style)
-            else:
-                axes.plot([layer], [loss], "X", color=SERIES[1], **style)
+            look = PASSED if passed else FAILED
+            axes.plot([layer], [loss], look.mark, color=look.colour, **style)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.08, y=0.2)
         axes.set_xlabel(x_label)

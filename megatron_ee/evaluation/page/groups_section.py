@@ -6,7 +6,7 @@ from megatron_ee.errors import printable
 from megatron_ee.evaluation.groups import AGREEMENT, LAYERS, LOSS, QUALITY, SIGNIFICANCE, GroupComparison, GroupFigure
 from megatron_ee.evaluation.page.answers_section import MOST_ROWS, how_to_evaluate
 from megatron_ee.evaluation.page.blocks import Block, Cell, CommandLine, PageTable, Paragraph, Picture, Section
-from megatron_ee.evaluation.page.figures import Interval95, draw_intervals
+from megatron_ee.evaluation.page.figures import MEAN, WORSE, Interval95, draw_intervals
 from megatron_ee.evaluation.page.material import Material
 from megatron_ee.evaluation.task_groups import NO_GROUP
 
@@ -82,9 +82,9 @@ def _groups_blocks(material: Material, name: str, compared: GroupComparison) -> 
     if len(drawn) > 1:
         measure, overall = t(MEASURES[compared.risk]), 100 * compared.overall[compared.risk]
         svg = draw_intervals("groups", drawn, overall, x_label=f"{measure} (%)")
-        legend = [(1, t("groups.plot.mean"))]
+        legend = [(MEAN, t("groups.plot.mean"))]
         if any(each.chosen for each in drawn):
-            legend.append((2, t("groups.plot.worse")))
+            legend.append((WORSE, t("groups.plot.worse")))
         lowest, highest = (choose(drawn, key=lambda each: each.mean) for choose in (min, max))
         ends = {"low": t.number(lowest.mean, 1) + "%", "high": t.number(highest.mean, 1) + "%"}
         names = {"lowest": lowest.name[:80], "highest": highest.name[:80]}

@@ -18,7 +18,7 @@ from megatron_ee.evaluation.page.blocks import (
     Picture,
     Section,
 )
-from megatron_ee.evaluation.page.figures import draw_tests
+from megatron_ee.evaluation.page.figures import FAILED, LIMIT, PASSED, draw_tests
 from megatron_ee.evaluation.page.material import Material
 from megatron_ee.evaluation.page.sources import CertificateFile, DriftFile
 from megatron_ee.inference.certificate import Certificate, Tested
@@ -122,7 +122,9 @@ def _tests(material: Material, certificate: Certificate, scope: str, tests: Sequ
     )
     passed = sum(each.passed for each in tests)
     alt = t("certificate.plot.alt", passed=passed, count=len(tests), risk=t.limit(certificate.risk))
-    legend = [(1, t("certificate.plot.passed")), (2, t("certificate.plot.risk"))]
+    legend = [(PASSED, t("certificate.passed")), (LIMIT, t("certificate.plot.risk"))]
+    if passed < len(tests):
+        legend.insert(1, (FAILED, t("certificate.failed")))
     return [Picture(svg, t("certificate.plot"), alt, legend), table]
 
 

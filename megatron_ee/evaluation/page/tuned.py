@@ -18,7 +18,7 @@ from megatron_ee.evaluation.page.blocks import (
     Picture,
     Section,
 )
-from megatron_ee.evaluation.page.figures import draw_agreement
+from megatron_ee.evaluation.page.figures import draw_agreement, exit_look
 from megatron_ee.evaluation.page.material import Material
 from megatron_ee.evaluation.page.runs import CONFIG, INITIAL, KnownCorpus, TunedRun
 from megatron_ee.tuning.log import LOG
@@ -125,7 +125,8 @@ def _progress(material: Material, run: TunedRun) -> list[Block]:
     blocks: list[Block] = [PageTable(t("tuned.table", step=t.number(kept.step)), columns, rows)]
     if len(run.validations) > 1:
         svg = draw_agreement(run.validations, x_label=t("tuned.plot.x"), y_label=t("tuned.plot.y"))
-        legend = [(n, t("tuned.after_layer", layer=layer)) for n, layer in enumerate(sorted(kept.agreements), 1)]
+        layers = sorted(kept.agreements)
+        legend = [(exit_look(n), t("tuned.after_layer", layer=layer)) for n, layer in enumerate(layers)]
         highest = max(kept.agreements, key=lambda layer: kept.agreements[layer])
         alt = t("tuned.plot.alt", layer=highest, value=t.percent(kept.agreements[highest]))
         blocks.append(Picture(svg, t("tuned.plot"), alt, legend))

@@ -28,6 +28,7 @@ from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality
 from megatron_ee.tuning.log import free_running_steps
 
+SVG = "{http://www.w3.org/2000/svg}"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -76,6 +77,11 @@ def test_sweep_names_axes_units_and_thresholds(tmp_path: Path) -> None:
     assert "threshold 0.5" in texts
     # 0.8 and 0.81 lie on top of each other: one of them is left out rather than written over the other.
     assert len({"0.8", "0.81"} & set(texts)) == 1
+    # The legend shows both of the hollow markers.
+    legend = ElementTree.parse(tmp_path / "deep" / "sweep.svg").find(".//*[@id='legend_1']")
+    assert legend is not None
+    styles = [(each.get("style"), each.get("{http://www.w3.org/1999/xlink}href")) for each in legend.iter(f"{SVG}use")]
+    assert len({marker for style, marker in styles if "fill: #ffffff" in str(style)}) == 2
 
 
 @pytest.mark.parametrize("exits", [1, 5])

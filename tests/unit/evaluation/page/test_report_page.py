@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_ee.evaluation.page.figures import SYMBOLS
+
 VOID = {"meta", "br", "link", "img", "input", "hr", "use", "path", "rect"}
 LOADS = ("src", "href", "data", "poster", "srcset", "action", "background")
 
@@ -102,6 +104,21 @@ def test_every_part_is_on_the_page_with_its_figures_and_files(files: Any) -> Non
     ):
         assert expected in text, expected
     assert page.count('<div role="img" aria-label="') == 4  # trade, agreement while tuning, tests, groups
+    legends = re.findall(r'<svg class="swatch s(\d)"[^>]*><path d="([^"]+)"/></svg>([^<]+)</li>', page)
+    assert [(name, int(series), path) for series, path, name in legends] == [
+        (name, series, SYMBOLS[mark])
+        for name, series, mark in [
+            ("after layer 2", 1, "o"),
+            ("thresholds", 1, "o"),
+            ("the setting this page looks at", 2, "D"),
+            ("other settings", 3, "s"),
+            ("passed", 1, "o"),
+            ("failed", 2, "X"),
+            ("allowed loss", 2, "--"),
+            ("mean and interval", 1, "o"),
+            ("worse than the others", 2, "D"),
+        ]
+    ]
 
 
 def test_the_page_is_in_japanese_too(files: Any) -> None:
