@@ -163,6 +163,22 @@ def test_escape_stops_an_answer_and_the_conversation_goes_on(page: Any) -> None:
     assert page.locator("#log > li").count() == 0
 
 
+def test_a_new_conversation_forgets_the_answer_that_is_being_written(page: Any) -> None:
+    page.route("**/v1/chat/completions", lambda route: None)  # the server does not answer
+    page.fill("#message", "Old")
+    page.press("#message", "Enter")
+    page.fill("#message", "Too early")
+    page.press("#message", "Enter")
+    assert page.locator("#log > li").count() == 1 and page.input_value("#message") == "Too early"
+    page.click("#clear")
+    page.wait_for_selector("#send:not([hidden])")
+    page.unroute("**/v1/chat/completions")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        send(page, "New", 4)
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "New"}]
+    assert page.locator("#log > li").count() == 1
+
+
 def test_a_refused_request_is_explained_and_the_message_is_kept(page: Any) -> None:
     page.fill("#max-tokens", "4")
     page.fill("#message", "x" * 5000)

@@ -204,7 +204,7 @@ async function run(work) {
 
 async function send() {
   const content = $("message").value.trim();
-  if (!content) return;
+  if (!content || page.running) return;
   const messages = [...page.messages, { role: "user", content }];
   const answer = newAnswer((texts) => texts.answer);
   const answers = element("div", "answers", answer.box);
@@ -228,6 +228,7 @@ async function send() {
       }
       throw error;
     }
+    if (!entry.isConnected) return; // a new conversation has begun
     page.messages = [...messages, { role: "assistant", content: textOf(answer) }];
     const button = element("button", "quiet");
     button.type = "button";
