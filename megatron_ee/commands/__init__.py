@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from megatron_ee.errors import ConfigError
 
@@ -40,3 +41,8 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def add_files(group: Any, option: str, help_: str, metavar: str = "FILE") -> None:
+    """An option that takes one or more files, and may be repeated."""
+    group.add_argument(option, type=Path, nargs="+", action="extend", default=[], metavar=metavar, help=help_)

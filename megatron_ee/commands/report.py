@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_ee.commands import Parser, at_least
+from megatron_ee.commands import Parser, add_files, at_least
 from megatron_ee.errors import ConfigError
 
 LANGUAGES = ("en", "ja")
@@ -21,34 +21,15 @@ def parser() -> argparse.ArgumentParser:
     result = Parser("report", DESCRIPTION)
     add = result.add_argument
     add("--run", type=Path, metavar="DIR", help="directory of a run of tune, or of a quickstart, with its evaluation")
-    add(
+    add_files(
+        result,
         "--evaluation",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATH",
-        help="directories of evaluate --output, or files of evaluate --json; repeatable. The page begins with the "
-        "first evaluation of tasks",
+        "directories of evaluate --output, or files of evaluate --json; repeatable. The page begins with the first "
+        "evaluation of tasks",
+        "PATH",
     )
-    add(
-        "--calibration",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="certificates of calibrate; repeatable",
-    )
-    add(
-        "--drift",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="outputs of drift --json; repeatable",
-    )
+    add_files(result, "--calibration", "certificates of calibrate; repeatable")
+    add_files(result, "--drift", "outputs of drift --json; repeatable")
     add("--plan", type=Path, metavar="FILE", help="output of plan --json, for planned time, energy and price")
     add("--output", type=Path, required=True, metavar="FILE", help="HTML file to write")
     add("--language", choices=LANGUAGES, default="en", help="language of the page (default: en)")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_ee.commands import Parser, at_least
+from megatron_ee.commands import Parser, add_files, at_least
 from megatron_ee.commands.drift import ALARM_LEVEL
 from megatron_ee.commands.engine_options import add_engine, add_model, engine_options, errors_of_options
 from megatron_ee.errors import ConfigError
@@ -48,14 +48,8 @@ def _add_address(group: Any) -> None:
 
 def _add_exits(group: Any) -> None:
     add = group.add_argument
-    add(
-        "--calibration",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="certificates of calibrate, one per task: requests of the task use its thresholds",
+    add_files(
+        group, "--calibration", "certificates of calibrate, one per task: requests of the task use its thresholds"
     )
     add("--rules", type=Path, metavar="FILE", help="YAML: which keys and tasks may leave early, and how")
     add(
