@@ -15,15 +15,16 @@ from prometheus_client import CollectorRegistry
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.released import Released
 from megatron_ee.serving.access import Access
+from megatron_ee.serving.api.translate import RequestLimits
 from megatron_ee.serving.app import build_app
-from megatron_ee.serving.audits import Auditor, begin_audits, state_path
+from megatron_ee.serving.audits.audit_file import AuditFile, begin_audits, state_path
+from megatron_ee.serving.audits.auditor import Auditor
 from megatron_ee.serving.engine_loop import EngineLoop
 from megatron_ee.serving.exit_log import ExitLog
 from megatron_ee.serving.metrics import Metrics
-from megatron_ee.serving.rules import Rules
+from megatron_ee.serving.rules.rules import Rules
 from megatron_ee.serving.server import ServedApp
 from megatron_ee.serving.service import Service
-from megatron_ee.serving.translate import RequestLimits
 
 CLOSE_SECONDS = 5.0
 """Seconds for the last lines of the exit log."""
@@ -38,6 +39,7 @@ class ServingParts:
     access: Access
     rules: Rules
     exit_log: ExitLog | None
+    audits: AuditFile | None
 
     @classmethod
     def open(
@@ -48,15 +50,15 @@ class ServingParts:
         Raises:
             ConfigError: a file is wrong, or does not fit the model.
         """
-        access = Access.open(arguments.api_key_file)
-        rules = Rules.open(
+        access = Access(arguments.api_key_file)
+        rules = Rules(
             arguments.rules,
             calibrations,
             exits=released.exits,
             num_layers=released.model.architecture.num_layers,
             key_names=access.names if access.required else None,
         )
-        exit_log = None
+        exit_log = audits = None
         if arguments.exit_log is not None:
             exit_log = ExitLog(
                 arguments.exit_log,
@@ -66,14 +68,14 @@ class ServingParts:
                 text=arguments.log_text,
             )
             if calibrations:
-                begin_audits(
-                    rules,
+                audits = begin_audits(
                     state_path(exit_log.path),
+                    calibrations,
                     arguments.audit,
                     alarm_level=arguments.alarm_level,
                     reset=arguments.reset_audits,
                 )
-        return cls(arguments, released, access, rules, exit_log)
+        return cls(arguments, released, access, rules, exit_log, audits)
 
     def serve(self, engine_loop: EngineLoop) -> ServedApp:
         """The application over a loop."""
@@ -88,15 +90,9 @@ class ServingParts:
             max_positions=engine_loop.max_positions,
         )
         auditor = None
-        if self.exit_log is not None and self.rules.calibrations:
-            auditor = Auditor.open(
-                self.rules,
-                engine_loop,
-                state_path(self.exit_log.path),
-                given.audit,
-                alarm_level=given.alarm_level,
-                reset=given.reset_audits,
-            )
+        if self.exit_log is not None and self.audits is not None:
+            path = state_path(self.exit_log.path)
+            auditor = Auditor(self.rules, engine_loop, path, self.audits, given.audit)
         limits = RequestLimits(
             max_prompt_tokens=given.max_prompt_tokens,
             max_tokens=given.max_tokens,

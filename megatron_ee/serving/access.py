@@ -16,7 +16,7 @@ import hmac
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,28 +73,9 @@ class KeyEntry(Strict):
 
 
 class Access:
-    """The keys, and what each of them has used in the last minute. For one thread, apart from ``reload``.
+    """The keys, and what each of them has used in the last minute. For the asyncio thread."""
 
-    Attributes:
-        required: whether requests need a key.
-        names: of the keys.
-    """
-
-    def __init__(
-        self, path: Path | None, keys: Mapping[bytes, Key], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Use ``open`` instead.
-
-        Args:
-            path: of the key file; None if no key is needed.
-            keys: by the SHA-256 digest of the key.
-            clock: in seconds.
-        """
-        self._path, self._keys, self._clock = path, dict(keys), clock
-        self._windows: dict[str, MinuteWindow] = {}
-
-    @classmethod
-    def open(cls, path: Path | None, clock: Callable[[], float] = time.monotonic) -> Access:
+    def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         """Read a key file.
 
         Args:
@@ -105,7 +86,9 @@ class Access:
             ConfigError: it cannot be read, others may read it, or an entry is invalid. The message names file and
                 entry, and never contains a key.
         """
-        return cls(path, {} if path is None else _read_keys(path), clock)
+        self._path, self._clock = path, clock
+        self._keys: dict[bytes, Key] = {} if path is None else _read_keys(path)  # by digest
+        self._windows: dict[str, MinuteWindow] = {}
 
     @property
     def required(self) -> bool:
@@ -121,7 +104,7 @@ class Access:
         """Read the file again. What a key has used counts on, if its name stays.
 
         Raises:
-            ConfigError: as ``open``. The old keys stay.
+            ConfigError: as for a new ``Access``. The old keys stay.
         """
         if self._path is None:
             return

@@ -14,13 +14,13 @@ from starlette.responses import Response
 
 import megatron_ee
 from megatron_ee.errors import UserError
-from megatron_ee.serving.api_errors import ApiError, of_error, refused
+from megatron_ee.serving.api.errors import ApiError, of_error, refused
+from megatron_ee.serving.api.request_bodies import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from megatron_ee.serving.guard import Guard
-from megatron_ee.serving.protocol import ChatBody, CompletionBody, TokenizeBody
 from megatron_ee.serving.routes import generate, models, page, state
 from megatron_ee.serving.service import Service
 
-BODIES = (CompletionBody, ChatBody, TokenizeBody)
+BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest)
 _PLACE = "#/components/schemas/{model}"
 
 

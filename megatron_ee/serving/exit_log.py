@@ -10,37 +10,25 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import math
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import ConfigDict, Field
+from typing import Literal
 
 from megatron_ee.checkpoint.atomic import write_all
 from megatron_ee.config.untrusted import parse_json
 from megatron_ee.config.validation import validated
 from megatron_ee.errors import ConfigError, DataError, UserError, storage_errors
-from megatron_ee.evaluation.audits import AuditRecord, log_lines
-from megatron_ee.inference.requests import Completion, Coverage, Mode
+from megatron_ee.evaluation.audits import log_lines
+from megatron_ee.serving.exit_record import ExitRecord
 
-BINS = 10
-"""Equal bins of confidences, from 0 to 1."""
 MAX_BYTES = 128 * 2**20
 """Default size at which a log is rotated: about 200,000 requests without their text."""
 BACKUPS = 90
 """Default number of rotated logs that are kept."""
 Period = Literal["hour", "day"]
-Status = Literal["ok", "error", "cancelled", "timeout"]
-Tier = Literal["default", "important"]
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
-Bins = Annotated[tuple[Count, ...], Field(strict=False, min_length=BINS, max_length=BINS)]
 _PERIODS: dict[str, tuple[str, str]] = {
     "hour": ("%Y-%m-%dT%H", r"\d{4}-\d\d-\d\dT\d\d"),
     "day": ("%Y-%m-%d", r"\d{4}-\d\d-\d\d"),
@@ -48,116 +36,6 @@ _PERIODS: dict[str, tuple[str, str]] = {
 """Name of a period in the name of a rotated log, and what such names look like."""
 _NUMBER = re.compile(rb'\{"number":(\d{1,18}),')
 _LOGGER = logging.getLogger(__name__)
-
-
-class ExitRecord(AuditRecord):
-    """One request. A request with several outputs has one record, with their sums.
-
-    Attributes:
-        number: of the request in the order of admission, from 0. It goes on after a restart of the server.
-        id: of the request, as in its answer.
-        audit: the result of its audit; None if it was not audited.
-        time: of its admission, ISO 8601 in UTC.
-        key: name of the API key, never the key; None without keys.
-        task: its task.
-        mode: it ran in.
-        policy: name of the policy or rule that applied; None in full mode.
-        tier: ``important`` if it was marked so.
-        status: ``ok``; ``error``: the engine failed, or the client read too slowly; ``cancelled``: the client left or
-            the server ended; ``timeout``: its deadline came.
-        finish_reason: of its first output; None if that has not ended.
-        prompt_tokens: of its prompt.
-        reused_tokens: of them, those whose KV was copied from another request.
-        tokens: of all outputs.
-        outputs: their number.
-        tokens_by_layer: emitted tokens by the layer that emitted them; the last layer stands for the final exit.
-        num_layers: of the model.
-        confidences: number of tokens by their confidence, in ``BINS`` equal bins.
-        layers_per_token: decoder layers run per token after the first of each output; None without such tokens.
-        rounds: of drafting.
-        proposed: tokens that exits drafted.
-        accepted: of them, those that the model accepted.
-        seconds: from admission to the end.
-        time_to_first_token: in seconds; None without tokens.
-        calibration: what a certificate says of the answer; None without one.
-        prompt: text of the prompt, only with ``--log-text``.
-        text: of the outputs, only with ``--log-text``.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-
-    time: str = Field(pattern=r"^\d{4}-\d\d-\d\dT")
-    key: str | None = None
-    task: str
-    mode: Mode
-    policy: str | None = None
-    tier: Tier = "default"
-    status: Status = "ok"
-    finish_reason: str | None = None
-    prompt_tokens: Count
-    reused_tokens: Count = 0
-    tokens: Count = 0
-    outputs: int = Field(default=1, ge=1)
-    tokens_by_layer: Mapping[str, Count] = Field(default_factory=dict)
-    num_layers: int | None = Field(default=None, ge=1)
-    confidences: Bins = (0,) * BINS
-    layers_per_token: float | None = Field(default=None, ge=0)
-    rounds: Count = 0
-    proposed: Count = 0
-    accepted: Count = 0
-    seconds: Seconds
-    time_to_first_token: Seconds | None = None
-    calibration: Coverage | None = None
-    prompt: str | None = None
-    text: tuple[str, ...] | None = Field(default=None, strict=False)
-
-    @property
-    def day(self) -> str:
-        """The UTC day of its admission, such as ``2026-11-30``."""
-        return self.time[:10]
-
-
-def now_utc(seconds: float | None = None) -> str:
-    """A time, by default now, as in ``ExitRecord.time``: ISO 8601 in UTC with milliseconds."""
-    at = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
-    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def confidence_bins(confidences: Sequence[float]) -> tuple[int, ...]:
-    """Number of confidences in each of ``BINS`` equal bins from 0 to 1; 1 is in the last one, NaN in none."""
-    counts = [0] * BINS
-    for confidence in confidences:
-        if not math.isnan(confidence):
-            counts[min(max(int(confidence * BINS), 0), BINS - 1)] += 1
-    return tuple(counts)
-
-
-def exit_statistics(completions: Sequence[Completion], num_layers: int) -> dict[str, Any]:
-    """The fields of an ``ExitRecord`` that the statistics of its request's outputs give.
-
-    Args:
-        completions: the outputs that have ended, in their order, also cancelled ones.
-        num_layers: of the model.
-    """
-    statistics = [each.statistics for each in completions]
-    by_layer: Counter[str] = Counter()
-    for each in statistics:
-        by_layer.update(each["tokens_by_layer"])
-    later = sum(max(each["tokens"] - 1, 0) for each in statistics)
-    runs = sum((each["layers_per_token"] or 0.0) * max(each["tokens"] - 1, 0) for each in statistics)
-    waits = [each["time_to_first_token"] for each in statistics if each["time_to_first_token"] is not None]
-    return {
-        "finish_reason": completions[0].finish_reason if completions else None,
-        "prompt_tokens": statistics[0]["prompt_tokens"] if statistics else 0,
-        "reused_tokens": statistics[0]["reused_tokens"] if statistics else 0,
-        **{key: sum(each[key] for each in statistics) for key in ("tokens", "rounds", "proposed", "accepted")},
-        "outputs": max(len(completions), 1),
-        "tokens_by_layer": dict(sorted(by_layer.items(), key=lambda item: int(item[0]))),
-        "num_layers": num_layers,
-        "confidences": confidence_bins([value for each in statistics for value in each["confidences"]]),
-        "layers_per_token": runs / later if later else None,
-        "time_to_first_token": min(waits) if waits else None,
-    }
 
 
 class ExitLog:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_ee.serving.access import Unauthorized
-from megatron_ee.serving.api_errors import INTERNAL, invalid, of_error
+from megatron_ee.serving.api.errors import INTERNAL, invalid, of_error
 
 if TYPE_CHECKING:
     from megatron_ee.serving.service import Service

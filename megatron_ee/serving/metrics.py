@@ -18,7 +18,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 import megatron_ee
-from megatron_ee.serving.exit_log import BINS, ExitRecord
+from megatron_ee.serving.exit_record import BINS, ExitRecord
 
 if TYPE_CHECKING:
     from megatron_ee.evaluation.drift import DriftMonitor

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_ee.data.tokenizer import Tokenizer
-from megatron_ee.serving.token_texts import TokenTexts
-from megatron_ee.serving.translate import ModelFacts, RequestLimits
+from megatron_ee.serving.api.logprobs import TokenTexts
+from megatron_ee.serving.api.prompts import ModelFacts
+from megatron_ee.serving.api.translate import RequestLimits
 
 if TYPE_CHECKING:
     from megatron_ee.serving.access import Access
-    from megatron_ee.serving.audits import Auditor
+    from megatron_ee.serving.audits.auditor import Auditor
     from megatron_ee.serving.engine_loop import EngineLoop
     from megatron_ee.serving.exit_log import ExitLog
     from megatron_ee.serving.metrics import Metrics
-    from megatron_ee.serving.rules import Rules
+    from megatron_ee.serving.rules.rules import Rules
 
 
 @dataclass

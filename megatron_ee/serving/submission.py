@@ -1,12 +1,15 @@
-"""A request in flight, as the asyncio thread sees it: its events in a bounded buffer, its deadline, and its end."""
+"""Requests in flight, as the asyncio thread sees them: events in bounded buffers, deadlines, and ends."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 from megatron_ee.inference.requests import Event, Request
+
+MERGED_EVENTS = 64
+"""Events of several submissions that wait to be read together, besides those in the submissions' own buffers."""
 
 
 class Submission:
@@ -127,3 +130,39 @@ class Submission:
     def _expire(self) -> None:
         self.timed_out = True
         self.cancel()
+
+
+async def merged(
+    submissions: Sequence[Submission], note: Callable[[int, Event], None] = lambda index, event: None
+) -> AsyncGenerator[tuple[int, Event]]:
+    """The events of several submissions as they come, with the submission's index.
+
+    Args:
+        submissions: to read; nothing else reads them meanwhile.
+        note: called with each event when it is read, which may be before it is yielded.
+    """
+    if len(submissions) == 1:
+        async for event in submissions[0]:
+            note(0, event)
+            yield 0, event
+        return
+    queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue(MERGED_EVENTS)
+
+    async def read(index: int, submission: Submission) -> None:
+        async for event in submission:
+            note(index, event)
+            await queue.put((index, event))
+        await queue.put((index, None))
+
+    readers = [asyncio.create_task(read(index, submission)) for index, submission in enumerate(submissions)]
+    try:
+        left = len(readers)
+        while left:
+            index, given = await queue.get()
+            if given is None:
+                left -= 1
+            else:
+                yield index, given
+    finally:
+        for reader in readers:
+            reader.cancel()

@@ -1,53 +1,60 @@
-"""Write the choices of an answer, whole or in chunks: one writer for texts, and one for chats."""
+"""Write the choices of a response, whole or in chunks: one writer for completions, and one for chats."""
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
-from megatron_ee.inference.requests import Completion, Event, Token
-from megatron_ee.serving.answers import (
-    ChatAnswer,
+from megatron_ee.inference.requests import Completion, Event, FinishReason, Token
+from megatron_ee.serving.api.logprobs import LogprobWriter, ScoredToken, scored
+from megatron_ee.serving.api.response_bodies import (
     ChatChoice,
-    ChatChunk,
     ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatCompletionResponse,
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionResponse,
+    ExitDetails,
     ExitSummary,
-    TextAnswer,
-    TextChoice,
-    TextLogprobs,
+    PromptDetails,
+    Reason,
     Usage,
     dumped,
 )
-from megatron_ee.serving.generation import Running
-from megatron_ee.serving.responses import Heading, LogprobWriter, Scored, exit_details, reason_of, scored
+from megatron_ee.serving.exit_record import exit_statistics
+from megatron_ee.serving.generation import GenerationRun
 from megatron_ee.serving.service import Service
 
 
-class AnswerWriter(ABC):
-    """Writes the answer of one HTTP request as JSON.
+class ResponseWriter(ABC):
+    """Writes the response to one HTTP request as JSON.
 
     Args:
         service: with the tokenizer.
-        running: the request.
-        heading: of the answer, and of every chunk of it.
+        run: the request.
     """
 
-    def __init__(self, service: Service, running: Running, heading: Heading) -> None:
-        generation = running.generation
-        self.running, self.generation = running, generation
-        self.heading: dict[str, Any] = {"id": heading.id, "created": heading.created, "model": heading.model}
-        self.indices = range(len(running.parts) * generation.samples)
+    body: ClassVar[type[CompletionResponse] | type[ChatCompletionResponse]]
+    chunk_body: ClassVar[type[CompletionResponse] | type[ChatCompletionChunk]]
+
+    def __init__(self, service: Service, run: GenerationRun) -> None:
+        generation = run.generation
+        self.run, self.generation = run, generation
+        self.heading: dict[str, Any] = {"id": run.id, "created": int(run.created), "model": service.model_name}
+        self.indices = range(len(run.parts) * generation.samples)
         self.logprobs: list[LogprobWriter] = []
         if generation.logprobs is not None:
             self.logprobs = [
                 LogprobWriter(
                     service.texts,
                     service.tokenizer,
-                    running.part(index).prompt,
+                    run.part(index).prompt,
                     echo=generation.echo,
                     as_ids=generation.tokens_as_ids,
                 )
@@ -58,152 +65,165 @@ class AnswerWriter(ABC):
     def opening(self) -> list[str]:
         """The chunks before the first event."""
 
-    @abstractmethod
-    def chunk(self, index: int, event: Event, summary: ExitSummary | None) -> str | None:
+    def chunk(self, index: int, event: Event, *, last: bool) -> str | None:
         """The chunk of an event; None if there is nothing to say.
 
         Args:
             index: of the choice.
             event: of its output.
-            summary: with the last chunk of the whole answer.
+            last: whether all outputs have ended with it.
         """
+        if not (event.text or event.tokens or event.completion is not None):
+            return None
+        return self._chunk([self._chunk_choice(index, event)], summary=self._summary() if last else None)
 
-    @abstractmethod
-    def closing(self, usage: Usage) -> str:
+    def closing(self) -> str:
         """The chunk that holds the usage."""
+        return self._chunk([], usage=self._usage())
+
+    def whole(self) -> str:
+        """The whole response, when all outputs have ended."""
+        completions = self.run.completions or [_NOTHING] * len(self.indices)
+        choices = [self._choice(index, completion) for index, completion in enumerate(completions)]
+        return dumped(self.body(**self.heading, choices=choices, usage=self._usage(), early_exit=self._summary()))
 
     @abstractmethod
-    def whole(self, completions: Sequence[Completion], usage: Usage, summary: ExitSummary) -> str:
-        """The whole answer.
+    def _choice(self, index: int, completion: Completion) -> Any:
+        """A choice of a whole response."""
 
-        Args:
-            completions: one per choice; none if only the prompts are wanted.
-            usage: of all.
-            summary: of all.
-        """
+    @abstractmethod
+    def _chunk_choice(self, index: int, event: Event) -> Any:
+        """The choice of a chunk."""
+
+    def _chunk(self, choices: list[Any], usage: Usage | None = None, summary: ExitSummary | None = None) -> str:
+        chunk = self.chunk_body(**self.heading, choices=choices, usage=usage, early_exit=summary)
+        return dumped(chunk, usage=self.generation.include_usage)
+
+    def _usage(self) -> Usage:
+        completions = self.run.completions
+        prompt = sum(len(each.ids) for each in self.generation.prompts)
+        generated = sum(len(each.tokens) for each in completions)
+        cached = sum(each.statistics["reused_tokens"] for each in completions)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=generated,
+            total_tokens=prompt + generated,
+            prompt_tokens_details=PromptDetails(cached_tokens=min(cached, prompt)),
+        )
+
+    def _summary(self) -> ExitSummary:
+        """What early exit did. The decisions of all prompts are alike."""
+        decision, found = self.run.parts[0].decision, exit_statistics(self.run.completions)
+        layers = found["tokens_by_layer"]
+        weighted = sum(int(layer) * count for layer, count in layers.items())
+        return ExitSummary(
+            mode=decision.request.mode,
+            policy=decision.policy,
+            tier=decision.tier,
+            task=decision.task,
+            reason=decision.reason,
+            calibration=decision.request.coverage,
+            tokens_by_layer=layers,
+            mean_exit_layer=weighted / found["tokens"] if found["tokens"] else None,
+            layers_per_token=found["layers_per_token"],
+            proposed=found["proposed"],
+            accepted=found["accepted"],
+        )
 
 
 _NOTHING = Completion(text="", tokens=(), pieces=(), finish_reason="length", statistics={})
 """In place of the completions of a request that wants none."""
 
 
-def _says_something(event: Event) -> bool:
-    return bool(event.text or event.tokens or event.completion is not None)
+class CompletionWriter(ResponseWriter):
+    """Writes responses of ``/v1/completions``."""
 
-
-class TextWriter(AnswerWriter):
-    """Writes answers of ``/v1/completions``."""
+    body = chunk_body = CompletionResponse
 
     def opening(self) -> list[str]:
-        """See ``AnswerWriter``: the prompts, with ``echo``."""
+        """See ``ResponseWriter``: the prompts, with ``echo``."""
         if not self.generation.echo:
             return []
-        return [
-            self._dumped(
-                [
-                    TextChoice(
-                        index=index,
-                        text=self.running.part(index).prompt.text,
-                        logprobs=self._logprobs(index, self.running.part(index).scores),
-                        finish_reason="length" if self.generation.max_tokens == 0 else None,
-                    )
-                ]
-            )
-            for index in self.indices
-        ]
+        reason: Reason | None = "length" if self.generation.max_tokens == 0 else None
+        chunks = []
+        for index in self.indices:
+            part = self.run.part(index)
+            logprobs = self._logprobs(index, part.scores)
+            choice = CompletionChoice(index=index, text=part.prompt.text, logprobs=logprobs, finish_reason=reason)
+            chunks.append(self._chunk([choice]))
+        return chunks
 
-    def chunk(self, index: int, event: Event, summary: ExitSummary | None) -> str | None:
-        """See ``AnswerWriter``."""
-        if not _says_something(event):
-            return None
-        choice = TextChoice(
+    def _choice(self, index: int, completion: Completion) -> CompletionChoice:
+        part = self.run.part(index)
+        return CompletionChoice(
+            index=index,
+            text=(part.prompt.text if self.generation.echo else "") + completion.text,
+            logprobs=self._logprobs(index, part.scores, completion.tokens),
+            finish_reason=reason_of(completion.finish_reason),
+            early_exit=exit_details(completion.tokens, completion.pieces),
+        )
+
+    def _chunk_choice(self, index: int, event: Event) -> CompletionChoice:
+        return CompletionChoice(
             index=index,
             text=event.text,
-            logprobs=self._logprobs(index, self._scored(event.tokens)),
+            logprobs=self._logprobs(index, (), event.tokens),
             finish_reason=None if event.completion is None else reason_of(event.completion.finish_reason),
             early_exit=exit_details(event.tokens, event.pieces),
         )
-        return self._dumped([choice], summary=summary)
 
-    def closing(self, usage: Usage) -> str:
-        """See ``AnswerWriter``."""
-        return self._dumped([], usage)
-
-    def whole(self, completions: Sequence[Completion], usage: Usage, summary: ExitSummary) -> str:
-        """See ``AnswerWriter``."""
-        choices = []
-        for index in self.indices:
-            part = self.running.part(index)
-            completion = completions[index] if completions else _NOTHING
-            scores = self._scored(completion.tokens)
-            choices.append(
-                TextChoice(
-                    index=index,
-                    text=(part.prompt.text if self.generation.echo else "") + completion.text,
-                    logprobs=self._logprobs(index, None if scores is None else [*(part.scores or ()), *scores]),
-                    finish_reason=reason_of(completion.finish_reason),
-                    early_exit=exit_details(completion.tokens, completion.pieces),
-                )
-            )
-        return dumped(TextAnswer(**self.heading, choices=choices, usage=usage, early_exit=summary))
-
-    def _scored(self, tokens: Sequence[Token]) -> list[Scored] | None:
-        return [scored(token) for token in tokens] if self.logprobs else None
-
-    def _logprobs(self, index: int, scores: Sequence[Scored] | None) -> TextLogprobs | None:
-        return None if scores is None else self.logprobs[index].text_logprobs(scores)
-
-    def _dumped(self, choices: list[TextChoice], usage: Usage | None = None, summary: ExitSummary | None = None) -> str:
-        answer = TextAnswer(**self.heading, choices=choices, usage=usage, early_exit=summary)
-        return dumped(answer, usage=self.generation.include_usage)
+    def _logprobs(
+        self, index: int, prompt: Sequence[ScoredToken], tokens: Iterable[Token] = ()
+    ) -> CompletionLogprobs | None:
+        return self.logprobs[index].completion_logprobs([*prompt, *scored(tokens)]) if self.logprobs else None
 
 
-class ChatWriter(AnswerWriter):
-    """Writes answers of ``/v1/chat/completions``."""
+class ChatWriter(ResponseWriter):
+    """Writes responses of ``/v1/chat/completions``."""
+
+    body, chunk_body = ChatCompletionResponse, ChatCompletionChunk
 
     def opening(self) -> list[str]:
-        """See ``AnswerWriter``: the role of each choice's message."""
+        """See ``ResponseWriter``: the role of each choice's message."""
         delta = ChatDelta(role="assistant", content="")
-        return [self._dumped([ChatChunkChoice(index=index, delta=delta)]) for index in self.indices]
+        return [self._chunk([ChatChunkChoice(index=index, delta=delta)]) for index in self.indices]
 
-    def chunk(self, index: int, event: Event, summary: ExitSummary | None) -> str | None:
-        """See ``AnswerWriter``."""
-        if not _says_something(event):
-            return None
-        choice = ChatChunkChoice(
+    def _choice(self, index: int, completion: Completion) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=ChatMessage(content=completion.text),
+            logprobs=self._logprobs(index, completion.tokens),
+            finish_reason=reason_of(completion.finish_reason),
+            early_exit=exit_details(completion.tokens, completion.pieces),
+        )
+
+    def _chunk_choice(self, index: int, event: Event) -> ChatChunkChoice:
+        return ChatChunkChoice(
             index=index,
             delta=ChatDelta(content=event.text or None),
             logprobs=self._logprobs(index, event.tokens),
             finish_reason=None if event.completion is None else reason_of(event.completion.finish_reason),
             early_exit=exit_details(event.tokens, event.pieces),
         )
-        return self._dumped([choice], summary=summary)
-
-    def closing(self, usage: Usage) -> str:
-        """See ``AnswerWriter``."""
-        return self._dumped([], usage)
-
-    def whole(self, completions: Sequence[Completion], usage: Usage, summary: ExitSummary) -> str:
-        """See ``AnswerWriter``."""
-        choices = [
-            ChatChoice(
-                index=index,
-                message=ChatMessage(content=completion.text),
-                logprobs=self._logprobs(index, completion.tokens),
-                finish_reason=reason_of(completion.finish_reason),
-                early_exit=exit_details(completion.tokens, completion.pieces),
-            )
-            for index, completion in enumerate(completions)
-        ]
-        return dumped(ChatAnswer(**self.heading, choices=choices, usage=usage, early_exit=summary))
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> ChatLogprobs | None:
-        if not self.logprobs or not tokens:
-            return None
-        return self.logprobs[index].chat_logprobs([scored(token) for token in tokens])
+        return self.logprobs[index].chat_logprobs(scored(tokens)) if self.logprobs and tokens else None
 
-    def _dumped(
-        self, choices: list[ChatChunkChoice], usage: Usage | None = None, summary: ExitSummary | None = None
-    ) -> str:
-        chunk = ChatChunk(**self.heading, choices=choices, usage=usage, early_exit=summary)
-        return dumped(chunk, usage=self.generation.include_usage)
+
+def new_id(*, chat: bool) -> str:
+    """The id of a response."""
+    return f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+
+
+def reason_of(reason: FinishReason) -> Reason:
+    """OpenAI's reason for the end of an answer."""
+    return "stop" if reason in ("eos", "stop") else "length"
+
+
+def exit_details(tokens: Sequence[Token], pieces: Sequence[str]) -> ExitDetails:
+    """Where tokens left, and the text that each added."""
+    return ExitDetails(
+        layers=[token.layer for token in tokens],
+        confidences=[round(token.confidence, 4) for token in tokens],
+        pieces=list(pieces),
+    )

@@ -27,7 +27,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_ee.evaluation.drift import new_monitor
 from megatron_ee.inference.requests import Coverage
-from megatron_ee.serving.exit_log import ExitRecord, now_utc, read_logs
+from megatron_ee.serving.exit_log import read_logs
+from megatron_ee.serving.exit_record import ExitRecord, now_utc
 from megatron_ee.serving.metrics import Metrics
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import free_port

@@ -19,7 +19,7 @@ from megatron_ee.commands.calibrate import parser as calibrate_parser
 from megatron_ee.commands.serve import parser
 from megatron_ee.config.yaml_text import parse_yaml
 from megatron_ee.serving.access import Access
-from megatron_ee.serving.rules_file import RulesFile, read_rules
+from megatron_ee.serving.rules.rules_file import RulesFile, read_rules
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES, PAGE = ROOT / "examples/serving", ROOT / "docs/serving.md"
@@ -60,7 +60,7 @@ def test_the_keys_of_the_page_are_valid_once_they_are_keys(tmp_path: Path) -> No
     path = tmp_path / "keys.yaml"
     path.write_text(shown.replace("...", "0123456789abcdef"))
     path.chmod(0o600)
-    assert Access.open(path).names == ("website", "back-office")
+    assert Access(path).names == ("website", "back-office")
 
 
 def test_the_page_makes_a_valid_key_file(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_the_page_makes_a_valid_key_file(tmp_path: Path) -> None:
     stand_in.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, env=environment)
-    assert Access.open(tmp_path / "keys.yaml").names == ("website", "back-office")
+    assert Access(tmp_path / "keys.yaml").names == ("website", "back-office")
 
 
 def test_the_commands_of_the_page_are_accepted() -> None:

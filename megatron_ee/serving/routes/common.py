@@ -6,13 +6,13 @@ from typing import Any
 
 from starlette.requests import Request
 
-from megatron_ee.serving.answers import ErrorAnswer
-from megatron_ee.serving.api_errors import refused
-from megatron_ee.serving.protocol import ChatBody, CompletionBody, TokenizeBody
+from megatron_ee.serving.api.errors import refused
+from megatron_ee.serving.api.request_bodies import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from megatron_ee.serving.api.response_bodies import ErrorResponse
 from megatron_ee.serving.service import Service
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text}
+    status: {"model": ErrorResponse, "description": text}
     for status, text in {
         400: "A field is wrong; the error names it.",
         401: "There is no valid API key.",
@@ -46,7 +46,7 @@ def check_model(service: Service, name: str | None) -> None:
         )
 
 
-def documented(body: type[CompletionBody] | type[ChatBody] | type[TokenizeBody]) -> dict[str, Any]:
+def documented(body: type[CompletionRequest] | type[ChatCompletionRequest] | type[TokenizeRequest]) -> dict[str, Any]:
     """The OpenAPI description of a body, which the route reads itself."""
     schema = {"$ref": f"#/components/schemas/{body.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from megatron_ee.serving.answers import ChatAnswer, ExitSummary, TextAnswer, Usage
-from megatron_ee.serving.api_errors import ApiError
-from megatron_ee.serving.bodies import read_body
-from megatron_ee.serving.generation import Running, admit
-from megatron_ee.serving.protocol import ChatBody, CompletionBody
-from megatron_ee.serving.responses import exit_summary, new_heading, usage_of
+from megatron_ee.serving.api.errors import ApiError
+from megatron_ee.serving.api.read_body import read_body
+from megatron_ee.serving.api.request_bodies import ChatCompletionRequest, CompletionRequest
+from megatron_ee.serving.api.response_bodies import ChatCompletionResponse, CompletionResponse
+from megatron_ee.serving.api.translate import Context, Generation, chat_generation, completion_generation
+from megatron_ee.serving.generation import GenerationRun, admit
 from megatron_ee.serving.routes.common import ERRORS, check_model, documented, service_of
-from megatron_ee.serving.service import Service
 from megatron_ee.serving.streams import EventStream, server_sent, unless_left
-from megatron_ee.serving.translate import Generation, chat_generation, completion_generation
-from megatron_ee.serving.writers import AnswerWriter, ChatWriter, TextWriter
+from megatron_ee.serving.writers import ChatWriter, CompletionWriter, ResponseWriter, new_id
 
+B = TypeVar("B", CompletionRequest, ChatCompletionRequest)
 PRIORITY = "X-Priority"
 DONE = "[DONE]"
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
@@ -31,89 +30,76 @@ router = APIRouter(responses=ERRORS)
 
 @router.post(
     "/v1/completions",
-    response_model=TextAnswer,
+    response_model=CompletionResponse,
     summary="Continue one or more texts",
     responses=STREAMED,
-    openapi_extra=documented(CompletionBody),
+    openapi_extra=documented(CompletionRequest),
 )
 async def completions(request: Request) -> Response:
     """Continue texts or token ids, as OpenAI's and vLLM's completions."""
-    service = service_of(request)
-    limits, key = service.limits, request.state.key
-
-    def translate(body: CompletionBody) -> Generation:
-        check_model(service, body.model)
-        defaults = partial(service.rules.decoding, key=key)
-        return completion_generation(body, service.facts, limits, request.headers.get(PRIORITY), defaults)
-
-    generation = await read_body(request, CompletionBody, translate, limits.max_body)
-    return await _generate(request, service, generation, TextWriter)
+    return await _generate(request, CompletionRequest, completion_generation, CompletionWriter)
 
 
 @router.post(
     "/v1/chat/completions",
-    response_model=ChatAnswer,
+    response_model=ChatCompletionResponse,
     summary="Answer a conversation",
     responses=STREAMED,
-    openapi_extra=documented(ChatBody),
+    openapi_extra=documented(ChatCompletionRequest),
 )
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation in the model's chat template, as OpenAI's and vLLM's chat completions."""
-    service = service_of(request)
-    limits, key = service.limits, request.state.key
+    return await _generate(request, ChatCompletionRequest, chat_generation, ChatWriter)
 
-    def translate(body: ChatBody) -> Generation:
+
+async def _generate(
+    request: Request, kind: type[B], translate: Callable[[B, Context], Generation], writes: type[ResponseWriter]
+) -> Response:
+    service, key = service_of(request), request.state.key
+    context = Context(
+        service.facts,
+        service.limits,
+        request.headers.get(PRIORITY),
+        partial(service.rules.decoding, key=key),
+        None if key is None else key.tokens_per_minute,
+    )
+
+    def use(body: B) -> Generation:
         check_model(service, body.model)
-        defaults = partial(service.rules.decoding, key=key)
-        budget = None if key is None else key.tokens_per_minute
-        return chat_generation(body, service.facts, limits, request.headers.get(PRIORITY), defaults, budget)
+        return translate(body, context)
 
-    generation = await read_body(request, ChatBody, translate, limits.max_body)
-    return await _generate(request, service, generation, ChatWriter)
-
-
-async def _generate(request: Request, service: Service, generation: Generation, kind: type[AnswerWriter]) -> Response:
-    heading = new_heading(generation, service.model_name)
-    running = await unless_left(request.receive, admit(service, generation, request.state.key, heading.id))
-    writer = kind(service, running, heading)
+    generation = await read_body(request, kind, use, service.limits.max_body)
+    admission = admit(service, generation, key, new_id(chat=generation.chat))
+    run = await unless_left(request.receive, admission)
+    writer = writes(service, run)
     if generation.stream:
-        return EventStream(_chunks(running, writer), running.end)
+        return EventStream(_chunks(run, writer), run.end)
     try:
-        return await unless_left(request.receive, _whole(running, writer))
+        return await unless_left(request.receive, _whole(run, writer))
     finally:
-        running.end()
+        run.end()
 
 
-async def _whole(running: Running, writer: AnswerWriter) -> Response:
-    """The whole answer, when it is ready."""
-    async for _ in running.events():
+async def _whole(run: GenerationRun, writer: ResponseWriter) -> Response:
+    """The whole response, when it is ready."""
+    async for _ in run.events():
         pass
-    summary, used = _summary(running), _usage(running)
-    return Response(writer.whole(running.completions, used, summary), media_type="application/json")
+    return Response(writer.whole(), media_type="application/json")
 
 
-async def _chunks(running: Running, writer: AnswerWriter) -> AsyncIterator[bytes]:
-    """The answer in server-sent events, as it is generated. An error is the last event."""
+async def _chunks(run: GenerationRun, writer: ResponseWriter) -> AsyncIterator[bytes]:
+    """The response in server-sent events, as it is generated. An error is the last event."""
     left = len(writer.indices)
     try:
         for chunk in writer.opening():
             yield server_sent(chunk)
-        async for index, event in running.events():
+        async for index, event in run.events():
             left -= event.completion is not None
-            ended = event.completion is not None and not left
-            data = writer.chunk(index, event, _summary(running) if ended else None)
+            data = writer.chunk(index, event, last=event.completion is not None and not left)
             if data is not None:
                 yield server_sent(data)
-        if running.generation.include_usage:
-            yield server_sent(writer.closing(_usage(running)))
+        if run.generation.include_usage:
+            yield server_sent(writer.closing())
         yield server_sent(DONE)
     except ApiError as error:
         yield server_sent(error.json())
-
-
-def _usage(running: Running) -> Usage:
-    return usage_of(running.generation, running.completions)
-
-
-def _summary(running: Running) -> ExitSummary:
-    return exit_summary(running.parts[0].decision, running.completions)

@@ -10,12 +10,12 @@ from starlette.requests import Request
 
 from megatron_ee.inference.requests import Mode, prompt_ids
 from megatron_ee.inference.requests import Request as EngineRequest
-from megatron_ee.serving.answers import Exits, ModelEntry, ModelList, TokenizeAnswer
-from megatron_ee.serving.bodies import read_body
-from megatron_ee.serving.protocol import TokenizeBody
+from megatron_ee.serving.api.prompts import chat_prompt
+from megatron_ee.serving.api.read_body import read_body
+from megatron_ee.serving.api.request_bodies import TokenizeRequest
+from megatron_ee.serving.api.response_bodies import ExitsResponse, ModelEntry, ModelList, TokenizeResponse
 from megatron_ee.serving.routes.common import ERRORS, check_model, documented, service_of
 from megatron_ee.serving.service import Service
-from megatron_ee.serving.translate import chat_prompt
 
 router = APIRouter(responses={status: ERRORS[status] for status in (400, 401, 404)})
 
@@ -39,10 +39,10 @@ async def model(request: Request, name: str) -> ModelEntry:
 
 
 @router.get("/v1/exits", summary="List exits, rules and certificates")
-async def exits(request: Request) -> Exits:
+async def exits(request: Request) -> ExitsResponse:
     """The exits, the rules by task, and the certificates in force."""
     service = service_of(request)
-    return Exits(
+    return ExitsResponse(
         num_layers=service.loop.num_layers,
         exits=[
             {"layer": spec.layer, "body": spec.body, "head": spec.head, "gate": bool(spec.gate)}
@@ -58,25 +58,25 @@ async def exits(request: Request) -> Exits:
     "/tokenize",
     summary="Tokenize a text or a conversation",
     responses={status: ERRORS[status] for status in (413, 415)},
-    openapi_extra=documented(TokenizeBody),
+    openapi_extra=documented(TokenizeRequest),
     response_model_exclude_none=True,
 )
-async def tokenize(request: Request) -> TokenizeAnswer:
+async def tokenize(request: Request) -> TokenizeResponse:
     """Token ids of a prompt, as the generating routes see it."""
     service = service_of(request)
 
-    def work(body: TokenizeBody) -> TokenizeAnswer:
+    def work(body: TokenizeRequest) -> TokenizeResponse:
         check_model(service, body.model)
         ids = _ids(body, service)
         names = [service.tokenizer.name_of(token) for token in ids] if body.return_token_strs else None
-        return TokenizeAnswer(
+        return TokenizeResponse(
             count=len(ids), max_model_len=service.loop.max_positions, tokens=list(ids), token_strs=names
         )
 
-    return await read_body(request, TokenizeBody, work, service.limits.max_body)
+    return await read_body(request, TokenizeRequest, work, service.limits.max_body)
 
 
-def _ids(body: TokenizeBody, service: Service) -> tuple[int, ...]:
+def _ids(body: TokenizeRequest, service: Service) -> tuple[int, ...]:
     """The ids, also of a prompt that is longer than the model's context; but no longer than a body's limit allows."""
     facts = replace(service.facts, max_positions=service.limits.max_body)
     if body.messages is not None:

@@ -6,21 +6,21 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from megatron_ee.serving.answers import State
+from megatron_ee.serving.api.response_bodies import ServerStatus
 from megatron_ee.serving.routes.common import service_of
 
 router = APIRouter()
 
 
 @router.get("/health", summary="Whether the server lives", openapi_extra={"security": []})
-async def health() -> State:
+async def health() -> ServerStatus:
     """Answers as long as the process does. It needs no key."""
-    return State(status="ok")
+    return ServerStatus(status="ok")
 
 
-@router.get("/ready", summary="Whether the server takes requests", responses={503: {"model": State}})
+@router.get("/ready", summary="Whether the server takes requests", responses={503: {"model": ServerStatus}})
 async def ready(request: Request) -> Response:
-    """Status 200 while requests are taken, and 503 before the model is loaded and while the server ends."""
+    """Status 200 while requests are taken, and 503 while the server ends. Nothing answers until the model is loaded."""
     takes = service_of(request).loop.state().ready
     return JSONResponse({"status": "ready" if takes else "not ready"}, 200 if takes else 503)
 

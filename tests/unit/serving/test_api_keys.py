@@ -27,7 +27,7 @@ def keys(tmp_path: Path) -> Path:
 
 
 def test_each_key_has_its_name_and_limits(keys: Path) -> None:
-    access = Access.open(keys)
+    access = Access(keys)
     assert access.required and access.names == ("website", "staff")
     assert access.authenticate(f"Bearer {ONE}") == Key("website", 2, 100)
     assert access.authenticate(f"bearer  {OTHER} ") == Key("staff")
@@ -39,12 +39,12 @@ def test_each_key_has_its_name_and_limits(keys: Path) -> None:
 )
 def test_other_keys_are_refused(keys: Path, header: str | None) -> None:
     with pytest.raises(Unauthorized) as refused:
-        Access.open(keys).authenticate(header)
+        Access(keys).authenticate(header)
     assert "secret" not in str(refused.value)
 
 
 def test_without_a_file_no_key_is_needed() -> None:
-    access = Access.open(None)
+    access = Access(None)
     assert not access.required and access.names == ()
     assert access.authenticate(None) is None and access.authenticate("Bearer anything") is None
     access.reload()
@@ -55,16 +55,16 @@ def test_without_a_file_no_key_is_needed() -> None:
 def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
     path = write(tmp_path / "keys.yaml", mode=mode)
     with pytest.raises(ConfigError, match=rf"mode {mode:04o}.*chmod 600"):
-        Access.open(path)
+        Access(path)
     path.chmod(0o400)
-    assert Access.open(path).names == ("website", "staff")
+    assert Access(path).names == ("website", "staff")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_file_of_another_user_is_refused(keys: Path) -> None:
     os.chown(keys, 4711, -1)
     with pytest.raises(ConfigError, match="belongs to another user"):
-        Access.open(keys)
+        Access(keys)
 
 
 @pytest.mark.parametrize(
@@ -94,30 +94,30 @@ def test_a_file_of_another_user_is_refused(keys: Path) -> None:
 )
 def test_bad_files_are_refused_without_their_keys(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
-        Access.open(write(tmp_path / "keys.yaml", text))
+        Access(write(tmp_path / "keys.yaml", text))
     assert "secret" not in str(refused.value) and "12345678" not in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_missing_and_odd_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        Access.open(tmp_path / "none.yaml")
+        Access(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="not a regular file"):
-        Access.open(tmp_path)
+        Access(tmp_path)
     path = tmp_path / "keys.yaml"
     path.write_bytes(b"\xff" * 20)
     path.chmod(0o600)
     with pytest.raises(ConfigError, match="not UTF-8"):
-        Access.open(path)
+        Access(path)
 
 
 def test_the_key_does_not_show_in_objects(keys: Path) -> None:
-    access = Access.open(keys)
+    access = Access(keys)
     assert "secret" not in repr(vars(access)) + repr(access.authenticate(f"Bearer {ONE}"))
 
 
 def test_reload_revokes_and_adds(keys: Path) -> None:
-    access = Access.open(keys)
+    access = Access(keys)
     write(keys, f"new: {{key: '{'n' * 20}'}}\nstaff: {{key: '{OTHER}'}}\n")
     access.reload()
     assert access.names == ("new", "staff")
@@ -128,7 +128,7 @@ def test_reload_revokes_and_adds(keys: Path) -> None:
 
 @pytest.mark.parametrize("text, mode", [("", 0o600), ("website: {key: 5}", 0o600), (FILE, 0o644)])
 def test_a_wrong_new_file_keeps_the_old_keys(keys: Path, text: str, mode: int) -> None:
-    access = Access.open(keys)
+    access = Access(keys)
     write(keys, text, mode)
     with pytest.raises(ConfigError):
         access.reload()
@@ -137,7 +137,7 @@ def test_a_wrong_new_file_keeps_the_old_keys(keys: Path, text: str, mode: int) -
 
 def test_a_reload_does_not_give_a_new_minute(keys: Path) -> None:
     now = [0.0]
-    access = Access.open(keys, clock=lambda: now[0])
+    access = Access(keys, clock=lambda: now[0])
     key = access.authenticate(f"Bearer {ONE}")
     for _ in range(2):
         access.take(key, 10)
@@ -149,7 +149,7 @@ def test_a_reload_does_not_give_a_new_minute(keys: Path) -> None:
 
 
 def test_keys_have_separate_minutes(keys: Path) -> None:
-    access = Access.open(keys)
+    access = Access(keys)
     website, staff = access.authenticate(f"Bearer {ONE}"), access.authenticate(f"Bearer {OTHER}")
     grant = access.take(website, 100)
     for _ in range(50):

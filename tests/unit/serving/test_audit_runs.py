@@ -19,9 +19,9 @@ from megatron_ee.evaluation.audits import audited
 from megatron_ee.evaluation.drift import new_monitor, replay
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.requests import Completion, Event, Request, Token
-from megatron_ee.serving.audit_file import read_audit_file
-from megatron_ee.serving.audits import Auditor, state_path
-from megatron_ee.serving.rules import Controls, Decision, Rules
+from megatron_ee.serving.audits.audit_file import begin_audits, read_audit_file, state_path
+from megatron_ee.serving.audits.auditor import Auditor
+from megatron_ee.serving.rules.rules import Controls, Decision, Rules
 
 Calibrate = Callable[..., Calibration]
 
@@ -91,15 +91,17 @@ class Server:
         self.loop = FakeLoop()
         rules_file = options.pop("rules", None)
         exits = [ExitSpec(2), ExitSpec(4)]
-        self.rules = Rules.open(rules_file, calibrations, exits=exits, num_layers=6)
-        self.auditor = Auditor.open(
+        self.rules = Rules(rules_file, calibrations, exits=exits, num_layers=6)
+        patience = options.pop("patience", 600.0)
+        self.auditor = Auditor(
             self.rules,
-            self.loop,
+            self.loop,  # type: ignore[arg-type]
             path,
+            begin_audits(path, calibrations, share, **options),
             share,
+            patience=patience,
             report=self.lines.append,
             clock=lambda: 0.0,
-            **options,  # type: ignore[arg-type]
         )
 
     def decide(self, number: int, **controls: Any) -> Decision:
@@ -191,7 +193,7 @@ def test_an_audit_without_an_answer_is_a_loss_of_1(tmp_path: Path, calibrate: Ca
 def test_an_audit_that_waits_too_long_runs_like_other_requests(
     tmp_path: Path, calibrate: Calibrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_ee.serving.audits._RETRY", 0.01)
+    monkeypatch.setattr("megatron_ee.serving.audits.comparison.RETRY_SECONDS", 0.01)
 
     async def main() -> None:
         server = Server(tmp_path / "a.json", [calibrate()], patience=0.05)
@@ -381,7 +383,7 @@ def test_a_full_disk_does_not_end_the_server(
         def fail(path: Path, content: Any) -> None:
             raise UserError(f"{path}: cannot write: no space")
 
-        monkeypatch.setattr("megatron_ee.serving.audits.write_audit_file", fail)
+        monkeypatch.setattr("megatron_ee.serving.audits.auditor.write_audit_file", fail)
         await until_alarm(server)
         assert server.decide(0).request.mode == "full"
         assert any("no space" in line for line in server.lines)

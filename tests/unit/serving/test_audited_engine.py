@@ -14,9 +14,10 @@ from megatron_ee.inference.loading import open_engine
 from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.released import open_released
 from megatron_ee.inference.requests import Completion, Request
-from megatron_ee.serving.audits import Auditor, AuditResult
+from megatron_ee.serving.audits.audit_file import begin_audits
+from megatron_ee.serving.audits.auditor import Auditor, AuditResult
 from megatron_ee.serving.engine_loop import EngineLoop
-from megatron_ee.serving.rules import Controls, Decision, Rules
+from megatron_ee.serving.rules.rules import Controls, Decision, Rules
 
 pytestmark = pytest.mark.slow
 THRESHOLDS = {1: 0.02, 2: 0.02}
@@ -35,7 +36,9 @@ def test_losses_on_a_real_engine(byte_model: Path, adapter: Path, calibration: C
 
     async def serve(loop: EngineLoop, rules: Rules) -> list[tuple[Decision, AuditResult | None]]:
         loop.start()
-        auditor = Auditor.open(rules, loop, tmp_path / "audits.json", 1.0, report=lines.append)
+        path = tmp_path / "audits.json"
+        content = begin_audits(path, rules.calibrations, 1.0)
+        auditor = Auditor(rules, loop, path, content, 1.0, report=lines.append)
 
         async def one(number: int) -> tuple[Decision, AuditResult | None]:
             decision = rules.decide(Request(prompt=PROMPTS[number], max_tokens=32), Controls(), None, chat=True)
@@ -62,7 +65,7 @@ def test_losses_on_a_real_engine(byte_model: Path, adapter: Path, calibration: C
 
     with open_engine(released, EngineOptions(dtype="float32")) as engine:
         assert engine is not None
-        rules = Rules.open(None, [calibration], exits=engine.exits, num_layers=engine.num_layers)
+        rules = Rules(None, [calibration], exits=engine.exits, num_layers=engine.num_layers)
         decided = rules.decide(Request(prompt=PROMPTS[0], max_tokens=32), Controls(), None, chat=True).request
         alone: list[tuple[Completion, Completion]] = []
         for prompt in PROMPTS:

@@ -20,15 +20,8 @@ from megatron_ee.errors import ConfigError, DamagedError, DataError
 from megatron_ee.evaluation.audits import Audit, read_audits
 from megatron_ee.inference.requests import Coverage
 from megatron_ee.serving import exit_log
-from megatron_ee.serving.exit_log import (
-    ExitLog,
-    ExitRecord,
-    Period,
-    confidence_bins,
-    exit_statistics,
-    now_utc,
-    read_logs,
-)
+from megatron_ee.serving.exit_log import ExitLog, Period, read_logs
+from megatron_ee.serving.exit_record import ExitRecord, confidence_bins, exit_statistics, now_utc
 
 DAY = 86_400
 NOON = 1_764_504_000  # 2025-11-30T12:00:00Z
@@ -233,15 +226,15 @@ def test_statistics_of_several_outputs_are_summed() -> None:
         return SimpleNamespace(finish_reason="length", statistics=statistics)
 
     outputs = [completion(5, 6.0, {"4": 4, "12": 1}, 0.3), completion(3, 12.0, {"12": 3}, 0.2)]
-    found = exit_statistics(outputs, 12)
+    found = exit_statistics(outputs)
     assert record(0, **found).tokens == 8
     assert found["tokens_by_layer"] == {"4": 4, "12": 4}
     assert found["layers_per_token"] == 8.0  # 4 tokens at 6 layers, 2 at 12
     assert (found["proposed"], found["accepted"], found["prompt_tokens"], found["outputs"]) == (6, 4, 9, 2)
     assert found["time_to_first_token"] == 0.2 and found["confidences"][9] == 8
-    none = exit_statistics([completion(0, None, {}, None)], 12)
+    none = exit_statistics([completion(0, None, {}, None)])
     assert none["layers_per_token"] is None and none["time_to_first_token"] is None
-    assert record(0, **exit_statistics([], 12)).tokens == 0
+    assert record(0, **exit_statistics([])).tokens == 0
 
 
 def test_confidences_fall_into_ten_bins() -> None:

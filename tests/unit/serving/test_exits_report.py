@@ -12,7 +12,8 @@ import pytest
 from megatron_ee.commands.main import main
 from megatron_ee.evaluation.audits import Audit
 from megatron_ee.inference.requests import Coverage
-from megatron_ee.serving.exit_log import ExitLog, ExitRecord, now_utc
+from megatron_ee.serving.exit_log import ExitLog
+from megatron_ee.serving.exit_record import ExitRecord, now_utc
 from megatron_ee.serving.exits_report import exit_figures
 
 DAY = 86_400

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_ee.inference.certificate import Calibration
-from megatron_ee.serving.safer import safer_settings
+from megatron_ee.serving.rules.safer_settings import safer_settings
 
 Calibrate = Callable[..., Calibration]
 

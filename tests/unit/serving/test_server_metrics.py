@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_ee.evaluation.drift import new_monitor
 from megatron_ee.inference.requests import Coverage
-from megatron_ee.serving.exit_log import ExitRecord, now_utc
+from megatron_ee.serving.exit_record import ExitRecord, now_utc
 from megatron_ee.serving.metrics import Metrics, layer_buckets
 
 # From vllm/v1/metrics/loggers.py and vllm/v1/spec_decode/metrics.py.

@@ -15,7 +15,7 @@ from megatron_ee.inference.policy import GatePolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Draft, Request
 from megatron_ee.inference.sampling import Sampling
 from megatron_ee.serving.access import Key
-from megatron_ee.serving.rules import Controls, Decision, Rules
+from megatron_ee.serving.rules.rules import Controls, Decision, Rules
 
 Calibrate = Callable[..., Calibration]
 EXITS = (ExitSpec(2, "mlp", "own"), ExitSpec(4, "mlp", "own"))
@@ -23,7 +23,7 @@ REQUEST = Request(prompt=(1, 2, 3), max_tokens=32)
 
 
 def open_rules(path: Path | None = None, *calibrations: Calibration, keys: tuple[str, ...] | None = None) -> Rules:
-    return Rules.open(path, calibrations, exits=EXITS, num_layers=6, key_names=keys)
+    return Rules(path, calibrations, exits=EXITS, num_layers=6, key_names=keys)
 
 
 def decided(rules: Rules, key: str | None = None, *, request: Request = REQUEST, **controls: Any) -> Decision:
@@ -222,7 +222,7 @@ def test_certificates_by_group_need_the_group(calibrate: Calibrate) -> None:
 
 def test_after_an_alarm_requests_run_in_full_mode(calibrate: Calibrate) -> None:
     rules = open_rules(None, calibrate(), calibrate("orders", "b"))
-    rules.fall_back("a" * 64, 1)
+    rules.set_alarms("a" * 64, 1)
     found = decided(rules, task="inquiries", uncertified=True)
     assert (found.request.mode, found.certificate) == ("full", None)
     assert found.reason is not None and found.reason.startswith("drift: ")
@@ -233,14 +233,14 @@ def test_after_an_alarm_requests_run_in_full_mode(calibrate: Calibrate) -> None:
     assert str(rules.fallback("inquiries")) == "full mode" and rules.fallback("orders") is None
     own = decided(rules, task="inquiries", uncertified=True, policy=ThresholdPolicy())
     assert own.request.mode == "threshold", "who asks for it by name gets it"
-    rules.fall_back("a" * 64, 0)
+    rules.set_alarms("a" * 64, 0)
     assert decided(rules, task="inquiries").request.mode == "threshold"
 
 
 def test_after_an_alarm_the_next_safer_setting_runs_where_the_rules_say_so(calibrate: Calibrate, write: Write) -> None:
     rules = open_rules(write("on_alarm: safer"), calibrate())
     first, certified = decided(rules), calibrate().certificate
-    rules.fall_back("a" * 64, 1)
+    rules.set_alarms("a" * 64, 1)
     found = decided(rules)
     assert found.request.mode == "threshold" and found.certificate == "a" * 64 and found.alarms == 1
     for layer, value in certified.policy.thresholds.items():  # type: ignore[union-attr]
@@ -248,13 +248,13 @@ def test_after_an_alarm_the_next_safer_setting_runs_where_the_rules_say_so(calib
     coverage = found.request.coverage
     assert coverage is not None and coverage.status == "uncertified" and "drift" in (coverage.reason or "")
     assert first.request.coverage is not None and first.request.coverage.status == "certified"
-    rules.fall_back("a" * 64, 2)
+    rules.set_alarms("a" * 64, 2)
     assert decided(rules).request.mode == "full"
 
 
 def test_reload_changes_the_rules_for_what_comes(calibrate: Calibrate, write: Write) -> None:
     rules = open_rules(write("default: {mode: full}"), calibrate())
-    rules.fall_back("a" * 64, 1)
+    rules.set_alarms("a" * 64, 1)
     assert decided(rules).task == "other"
     write("default: {task: inquiries}\non_alarm: safer\nkeys: {new: {priority: important}}")
     rules.reload(["new"])
@@ -318,8 +318,8 @@ def test_certificates_must_fit_each_other_and_the_model(calibrate: Calibrate) ->
         open_rules(None, calibrate(), calibrate("inquiries", "b"))
     with pytest.raises(ConfigError, match="the name other stands for"):
         open_rules(None, calibrate("other"))
-    with pytest.raises(ConfigError, match="/inquiries.json: exits: the exit after layer 4 is switched off"):
-        Rules.open(None, [calibrate()], exits=EXITS[:1], num_layers=6, off=(4,))
+    with pytest.raises(ConfigError, match="/inquiries.json: exits: there is no exit after layer 4"):
+        Rules(None, [calibrate()], exits=EXITS[:1], num_layers=6)
     gated = calibrate(policy={"name": "gate", "threshold": 2.0, "thresholds": {2: 0.5}})
     with pytest.raises(ConfigError, match="/inquiries.json: policy: the exit after layer 2 has no gate"):
         open_rules(None, gated)
@@ -334,5 +334,5 @@ def test_the_description_has_certificates_and_no_keys_or_paths(calibrate: Calibr
     assert certificate["risk"] == 0.05 and certificate["sha256"] == "a" * 64
     assert certificate["decoding"]["max_tokens"] == 32 and found["tasks"]["inquiries"]["fallback"] is None
     assert "website" not in str(found) and "/inquiries" not in str(found)
-    rules.fall_back("a" * 64, 1)
+    rules.set_alarms("a" * 64, 1)
     assert rules.describe()["tasks"]["inquiries"]["fallback"] == "full mode"

@@ -27,15 +27,16 @@ from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.loading import make_engine
 from megatron_ee.inference.requests import Completion, Request
 from megatron_ee.serving.access import Access
+from megatron_ee.serving.api.translate import RequestLimits
 from megatron_ee.serving.app import build_app
-from megatron_ee.serving.audits import Auditor, state_path
+from megatron_ee.serving.audits.audit_file import begin_audits, state_path
+from megatron_ee.serving.audits.auditor import Auditor
 from megatron_ee.serving.connection import ClientConnection
 from megatron_ee.serving.engine_loop import EngineLoop, LoopLimits
 from megatron_ee.serving.exit_log import ExitLog
 from megatron_ee.serving.metrics import Metrics
-from megatron_ee.serving.rules import Rules
+from megatron_ee.serving.rules.rules import Rules
 from megatron_ee.serving.service import Service
-from megatron_ee.serving.translate import RequestLimits
 
 MODEL = "tiny"
 POSITIONS = 256
@@ -155,9 +156,13 @@ def serve(
     ) -> Iterator[Server]:
         engine_loop = EngineLoop(make_engines(), queue or LoopLimits())
         log = tmp_path_factory.mktemp("log") / "exits.jsonl"
-        access = Access.open(keys)
-        opened = Rules.open(rules, calibrations, exits=engine_loop.exits, num_layers=engine_loop.num_layers)
+        access = Access(keys)
+        opened = Rules(rules, calibrations, exits=engine_loop.exits, num_layers=engine_loop.num_layers)
         layers = [spec.layer for spec in engine_loop.exits]
+        auditor = None
+        if audits is not None:
+            content = begin_audits(state_path(log), calibrations, audits)
+            auditor = Auditor(opened, engine_loop, state_path(log), content, audits)
         service = Service(
             loop=engine_loop,
             tokenizer=tokenizer,
@@ -165,7 +170,7 @@ def serve(
             created=1,
             access=access,
             rules=opened,
-            auditor=None if audits is None else Auditor.open(opened, engine_loop, state_path(log), audits),
+            auditor=auditor,
             exit_log=ExitLog(log, text=text),
             metrics=Metrics(CollectorRegistry(), layers, engine_loop.num_layers, opened.tasks, MODEL),
             limits=limits or RequestLimits(),

@@ -12,7 +12,8 @@ import pytest
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion
-from megatron_ee.serving.exit_log import ExitRecord, read_logs
+from megatron_ee.serving.exit_log import read_logs
+from megatron_ee.serving.exit_record import ExitRecord
 
 QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
 POLICY = {"name": "threshold", "threshold": 2.0, "thresholds": {1: 0.3, 2: 0.3}}

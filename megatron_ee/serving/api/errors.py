@@ -1,4 +1,4 @@
-"""Errors of requests as HTTP answers, in OpenAI's shape."""
+"""Errors as HTTP responses, in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 
 from megatron_ee.errors import ConfigError, UserError, printable
+from megatron_ee.inference.requests import Event
 from megatron_ee.serving.access import Unauthorized
-from megatron_ee.serving.answers import ErrorAnswer, Problem
+from megatron_ee.serving.api.response_bodies import ErrorInfo, ErrorResponse
 from megatron_ee.serving.engine_loop import Draining, EngineLost, QueueFull
 from megatron_ee.serving.limits import RateLimited
+from megatron_ee.serving.submission import Submission
 
 _PARAM = re.compile(r"([A-Za-z][\w.\-]*(?:\[\w+\][\w.]*)*): ")
 _TOO_LONG = re.compile(r"(prompt|messages): has .* tokens")
@@ -25,7 +27,7 @@ QUEUE_SECONDS = 1
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer that is an error.
+    """A response that is an error.
 
     Attributes:
         status: of HTTP.
@@ -34,23 +36,23 @@ class ApiError(Exception):
     """
 
     status: int
-    problem: Problem
+    problem: ErrorInfo
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def response(self) -> Response:
-        """The HTTP answer."""
+        """The HTTP response."""
         return Response(self.json(), self.status, dict(self.headers), "application/json")
 
     def json(self) -> str:
         """The body."""
-        return ErrorAnswer(error=self.problem).model_dump_json()
+        return ErrorResponse(error=self.problem).model_dump_json()
 
 
 def invalid(message: str) -> ApiError:
     """A request that is wrong; a message that starts with a field's name and a colon names the field."""
     named = _PARAM.match(message)
     code = "context_length_exceeded" if _TOO_LONG.match(message) else None
-    problem = Problem(
+    problem = ErrorInfo(
         message=printable(message),
         type="invalid_request_error",
         param=None if named is None or named[1] == BODY else named[1],
@@ -63,11 +65,11 @@ def refused(status: int, message: str, code: str | None = None, headers: Mapping
     """A request that cannot be answered, for another reason than its fields."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return ApiError(status, Problem(message=printable(message), type=kind, code=code), headers or {})
+    return ApiError(status, ErrorInfo(message=printable(message), type=kind, code=code), headers or {})
 
 
 def of_error(error: UserError) -> ApiError:
-    """The answer for an error of admission, of translation, or of the engine's checks."""
+    """The response to an error of admission, of translation, or of the engine's checks."""
     message = str(error)
     if isinstance(error, Unauthorized):
         # Browsers then ask for the key, as password.
@@ -84,3 +86,21 @@ def of_error(error: UserError) -> ApiError:
 
 
 INTERNAL = refused(500, "internal error; the server's log says more", "internal_error")
+
+
+def failure_of(event: Event, submission: Submission, deadline: float | None) -> ApiError | None:
+    """The error for an output that has ended before it was complete; None for any other event.
+
+    Args:
+        event: of the submission.
+        submission: of a request.
+        deadline: its seconds; None for no limit.
+    """
+    if event.error is None and (event.completion is None or event.completion.finish_reason != "cancelled"):
+        return None
+    if submission.timed_out:
+        headers = {"X-Should-Retry": "false"}  # the official client would ask again, and wait as long again
+        return refused(504, f"the answer was not ready after {deadline:g} seconds", "timeout", headers)
+    if event.error is not None:
+        return refused(500, event.error, "generation_failed")
+    return refused(503, "the server is stopping", "stopping", {"Retry-After": "5"})

@@ -12,7 +12,7 @@ from megatron_ee.errors import ConfigError, shown
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
-from megatron_ee.serving.rules_file import (
+from megatron_ee.serving.rules.rules_file import (
     OTHER,
     DefaultRule,
     KeyRule,
@@ -22,7 +22,7 @@ from megatron_ee.serving.rules_file import (
     TaskRule,
     read_rules,
 )
-from megatron_ee.serving.safer import SaferSetting, safer_settings
+from megatron_ee.serving.rules.safer_settings import SaferSetting, safer_settings
 
 FULL = ModeRule(mode="full")
 
@@ -93,12 +93,10 @@ class ModelExits:
     Attributes:
         exits: that requests may use.
         num_layers: of the model.
-        off: layers of exits that are switched off.
     """
 
     exits: tuple[ExitSpec, ...]
     num_layers: int
-    off: tuple[int, ...] = ()
 
     def check(self, rule: ModeRule, where: str) -> None:
         """Check a rule against the exits.
@@ -115,7 +113,7 @@ class ModelExits:
         )
         gates = [spec.layer for spec in self.exits if spec.gate]
         try:
-            request.check([spec.layer for spec in self.exits], self.num_layers, self.off, gates)
+            request.check([spec.layer for spec in self.exits], self.num_layers, gates=gates)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
 
@@ -123,7 +121,7 @@ class ModelExits:
 def read_plans(
     path: Path | None, calibrations: Sequence[Calibration], model: ModelExits, key_names: Sequence[str] | None
 ) -> TaskPlans:
-    """Read a rules file and make the plans; arguments and errors as for ``Rules.open``."""
+    """Read a rules file and make the plans; arguments and errors as for ``Rules``."""
     file = RulesFile() if path is None else read_rules(path)
     where = "--calibration" if path is None else str(path)
     by_task = _by_task(calibrations)

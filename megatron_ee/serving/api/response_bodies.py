@@ -1,4 +1,4 @@
-"""The bodies of answers, as OpenAI defines them, with ``early_exit`` as an additional field."""
+"""The bodies of responses, as OpenAI defines them, with ``early_exit`` as an additional field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_ee.inference.requests import Coverage, Mode
 Reason = Literal["stop", "length"]
 
 
-class Problem(BaseModel):
+class ErrorInfo(BaseModel):
     """What is wrong with a request.
 
     Attributes:
@@ -27,10 +27,10 @@ class Problem(BaseModel):
     code: str | None = None
 
 
-class ErrorAnswer(BaseModel):
-    """The body of every answer that is an error."""
+class ErrorResponse(BaseModel):
+    """The body of every response that is an error."""
 
-    error: Problem
+    error: ErrorInfo
 
 
 class PromptDetails(BaseModel):
@@ -92,7 +92,7 @@ class ExitSummary(BaseModel):
     accepted: int = 0
 
 
-class TextLogprobs(BaseModel):
+class CompletionLogprobs(BaseModel):
     """Log-probabilities of ``/v1/completions``: one entry per token in each list.
 
     Attributes:
@@ -108,24 +108,24 @@ class TextLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class TextChoice(BaseModel):
-    """One answer of ``/v1/completions``, or a chunk of it."""
+class CompletionChoice(BaseModel):
+    """One choice of ``/v1/completions``, or a chunk of it."""
 
     index: int
     text: str
-    logprobs: TextLogprobs | None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: Reason | None = None
     early_exit: ExitDetails | None = None
 
 
-class TextAnswer(BaseModel):
-    """Answer of ``/v1/completions``, or a chunk of it."""
+class CompletionResponse(BaseModel):
+    """Response of ``/v1/completions``, or a chunk of it."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    choices: list[TextChoice]
+    choices: list[CompletionChoice]
     usage: Usage | None = None
     early_exit: ExitSummary | None = None
 
@@ -177,7 +177,7 @@ class ChatDelta(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer of ``/v1/chat/completions``."""
+    """One choice of ``/v1/chat/completions``."""
 
     index: int
     message: ChatMessage
@@ -187,7 +187,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatChunkChoice(BaseModel):
-    """A chunk of an answer of ``/v1/chat/completions``."""
+    """A chunk of a choice of ``/v1/chat/completions``."""
 
     index: int
     delta: ChatDelta
@@ -196,8 +196,8 @@ class ChatChunkChoice(BaseModel):
     early_exit: ExitDetails | None = None
 
 
-class ChatAnswer(BaseModel):
-    """Answer of ``/v1/chat/completions``."""
+class ChatCompletionResponse(BaseModel):
+    """Response of ``/v1/chat/completions``."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -208,8 +208,8 @@ class ChatAnswer(BaseModel):
     early_exit: ExitSummary | None = None
 
 
-class ChatChunk(BaseModel):
-    """A chunk of an answer of ``/v1/chat/completions``."""
+class ChatCompletionChunk(BaseModel):
+    """A chunk of a choice of ``/v1/chat/completions``."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -231,14 +231,14 @@ class ModelEntry(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Answer of ``/v1/models``."""
+    """Response of ``/v1/models``."""
 
     object: Literal["list"] = "list"
     data: list[ModelEntry]
 
 
-class TokenizeAnswer(BaseModel):
-    """Answer of ``/tokenize``, as vLLM's."""
+class TokenizeResponse(BaseModel):
+    """Response of ``/tokenize``, as vLLM's."""
 
     count: int
     max_model_len: int
@@ -246,21 +246,21 @@ class TokenizeAnswer(BaseModel):
     token_strs: list[str | None] | None = None
 
 
-class State(BaseModel):
-    """Answer of ``/health`` and ``/ready``."""
+class ServerStatus(BaseModel):
+    """Response of ``/health`` and ``/ready``."""
 
     status: str
 
 
-class Exits(BaseModel):
-    """Answer of ``/v1/exits``.
+class ExitsResponse(BaseModel):
+    """Response of ``/v1/exits``.
 
     Attributes:
         num_layers: layers of the model.
         exits: the exits: layer, kind of body, and whether there is a gate.
         modes: that requests may ask for.
-        rules: policies by task and key, and the certificates in force.
-        audits: state of the tests for drift, by certificate; None if no requests are audited.
+        rules: the rules by task, with the certificates in force.
+        audits: state of the tests for drift, by task; None if no requests are audited.
     """
 
     num_layers: int
@@ -270,7 +270,7 @@ class Exits(BaseModel):
     audits: dict[str, Any] | None = None
 
 
-def dumped(answer: TextAnswer | ChatAnswer | ChatChunk, *, usage: bool = True) -> str:
-    """An answer or a chunk as JSON, without ``early_exit`` if it is None, and ``usage`` only where it belongs."""
-    left_out = {name for name, kept in (("usage", usage), ("early_exit", answer.early_exit is not None)) if not kept}
-    return answer.model_dump_json(exclude=left_out)
+def dumped(response: CompletionResponse | ChatCompletionResponse | ChatCompletionChunk, *, usage: bool = True) -> str:
+    """A response or a chunk as JSON, without ``early_exit`` if it is None, and ``usage`` only where it belongs."""
+    left_out = {name for name, kept in (("usage", usage), ("early_exit", response.early_exit is not None)) if not kept}
+    return response.model_dump_json(exclude=left_out)

@@ -1,7 +1,7 @@
 """The bodies of the HTTP API, as OpenAI defines them, with the fields that are added to them.
 
 A field that this server does not know is refused by name. So is one of OpenAI's that it cannot honour, unless its value
-asks for nothing. Fields that only label a request are ignored; see ``IGNORED``.
+asks for nothing. Fields that only label a request are ignored; the type ``Ignored`` marks them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from megatron_ee.inference.requests import Draft, Mode
 
 MAX_LISTED = 20
 """Most alternatives per token in ``logprobs``, as in OpenAI's chat API and in vLLM."""
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
-"""Fields that have no effect: they label requests, or concern what a request cannot ask for here."""
 Ids = Annotated[list[int], Field(min_length=1)]
 Ignored = Annotated[Any, Field(default=None, description="Ignored.")]
 NotSupported = Annotated[Any, Field(default=None, description="Not supported; only a value that asks for nothing.")]
@@ -93,7 +91,7 @@ class EarlyExitFields(Strict):
     group: str | None = Field(default=None, max_length=200)
 
 
-class _Generation(_Body):
+class _GenerationRequest(_Body):
     """What the bodies of completions and chats have in common.
 
     Attributes:
@@ -155,7 +153,7 @@ class _Generation(_Body):
         return self
 
 
-class CompletionBody(_Generation):
+class CompletionRequest(_GenerationRequest):
     """Body of ``/v1/completions``.
 
     Attributes:
@@ -192,7 +190,7 @@ class PromptMessage(_Body):
     tool_calls: NotSupported
 
 
-class ChatBody(_Generation):
+class ChatCompletionRequest(_GenerationRequest):
     """Body of ``/v1/chat/completions``.
 
     Attributes:
@@ -229,7 +227,7 @@ class ChatBody(_Generation):
         return self
 
 
-class TokenizeBody(Strict):
+class TokenizeRequest(Strict):
     """Body of ``/tokenize``, as vLLM's.
 
     Attributes:

@@ -5,7 +5,7 @@ From the strongest to the weakest:
 1. A request that is marked as important, or whose key is, gets full mode's answer.
 2. A request may ask for full or speculative mode, whose answers are the model's own.
 3. Under a task with a certificate, the certificate sets the thresholds, and a request outside its settings runs in full
-   mode. After an alarm of its audits (``fall_back``) the task runs in full mode, or in a safer setting.
+   mode. After an alarm of its audits (``set_alarms``) the task runs in full mode, or in a safer setting.
 4. Otherwise the request's own choice counts, if it may choose, and then the task's rule.
 """
 
@@ -22,8 +22,8 @@ from megatron_ee.inference.certificate import Calibration, Decoding
 from megatron_ee.inference.policy import ExitPolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Coverage, Draft, Mode, Request
 from megatron_ee.serving.access import Key
-from megatron_ee.serving.rules_file import OTHER, ImportantRule, KeyRule, ModeRule
-from megatron_ee.serving.task_plans import Fallback, ModelExits, TaskPlan, TaskPlans, read_plans, with_policy
+from megatron_ee.serving.rules.rules_file import OTHER, ImportantRule, KeyRule, ModeRule
+from megatron_ee.serving.rules.task_plans import Fallback, ModelExits, TaskPlan, TaskPlans, read_plans, with_policy
 
 _DRIFTED = "drift: audits say that the certificate is no longer kept"
 _PROMISE = {"task", "loss", "metric", "risk", "delta", "n", "per_group", "date", "full_layers"}
@@ -77,31 +77,21 @@ class Decision:
 
 
 class Rules:
-    """The rules in force. For one thread.
+    """The rules in force. ``decoding`` and ``decide`` may be called in any thread.
 
     Attributes:
         calibrations: the certificates.
     """
 
     def __init__(
-        self, path: Path | None, calibrations: Sequence[Calibration], model: ModelExits, plans: TaskPlans
-    ) -> None:
-        """Use ``open`` instead."""
-        self.calibrations = tuple(calibrations)
-        self._path, self._model, self._plans = path, model, plans
-        self._alarms: dict[str, int] = {}
-
-    @classmethod
-    def open(
-        cls,
+        self,
         path: Path | None,
         calibrations: Sequence[Calibration],
         *,
         exits: Sequence[ExitSpec],
         num_layers: int,
-        off: Sequence[int] = (),
         key_names: Sequence[str] | None = None,
-    ) -> Rules:
+    ) -> None:
         """Read the rules and check them against the model.
 
         Args:
@@ -109,24 +99,25 @@ class Rules:
             calibrations: the certificates, at most one for a task.
             exits: that requests may use.
             num_layers: of the model.
-            off: layers of exits that are switched off.
             key_names: names of the API keys, which rules for keys must name; None without a check.
 
         Raises:
             ConfigError: the file is wrong, or does not fit the model, the certificates or the keys. The message names
                 file and key.
         """
-        model = ModelExits(tuple(exits), num_layers, tuple(off))
-        return cls(path, calibrations, model, read_plans(path, calibrations, model, key_names))
+        self._path, self.calibrations = path, tuple(calibrations)
+        self._model = ModelExits(tuple(exits), num_layers)
+        self._plans: TaskPlans = read_plans(path, calibrations, self._model, key_names)
+        self._alarms: dict[str, int] = {}
 
     def reload(self, key_names: Sequence[str] | None = None) -> None:
         """Read the file again, for the requests that come.
 
         Args:
-            key_names: as for ``open``.
+            key_names: as for a new ``Rules``.
 
         Raises:
-            ConfigError: as ``open``. The old rules stay.
+            ConfigError: as for a new ``Rules``. The old rules stay.
         """
         self._plans = read_plans(self._path, self.calibrations, self._model, key_names)
 
@@ -135,7 +126,7 @@ class Rules:
         """Names of the configured tasks, without ``other``."""
         return tuple(self._plans.tasks)
 
-    def fall_back(self, certificate: str, alarms: int) -> None:
+    def set_alarms(self, certificate: str, alarms: int) -> None:
         """Run the requests of a certificate as after so many alarms of its audits; 0 is as certified."""
         self._alarms[certificate] = alarms
 
@@ -149,7 +140,8 @@ class Rules:
         Raises:
             ConfigError: the task is unknown, as in ``decide``.
         """
-        calibration = _task(self._plans, controls, _rule_of(self._plans, key)).certified
+        plans = self._plans  # a reload replaces it at any time
+        calibration = _task(plans, controls, _rule_of(plans, key)).certified
         return None if calibration is None else calibration.certificate.decoding
 
     def decide(self, request: Request, controls: Controls, key: Key | None, *, chat: bool) -> Decision:

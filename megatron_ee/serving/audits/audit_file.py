@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -12,9 +12,9 @@ from pydantic import Field
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.config.validation import Strict, validated
-from megatron_ee.errors import CheckpointError, DataError
-from megatron_ee.evaluation.drift import DriftMonitor, new_monitor
-from megatron_ee.inference.certificate import Sha256
+from megatron_ee.errors import CheckpointError, ConfigError, DataError
+from megatron_ee.evaluation.drift import ALARM_LEVEL, DriftMonitor, new_monitor
+from megatron_ee.inference.certificate import Calibration, Sha256
 
 VERSION: Final = 1
 MAX_BYTES = 2**22
@@ -83,11 +83,6 @@ class AuditFile(Strict):
     certificates: Mapping[Sha256, CertificateAudits] = Field(default_factory=dict)
 
 
-def new_audit_file() -> AuditFile:
-    """Before the first audit."""
-    return AuditFile(seed=secrets.randbits(63))
-
-
 def read_audit_file(path: Path) -> AuditFile | None:
     """Read a file; None if there is none.
 
@@ -110,3 +105,53 @@ def write_audit_file(path: Path, content: AuditFile) -> None:
         CheckpointError: it cannot be written.
     """
     write_json(path, content.model_dump(mode="json"))
+
+
+def state_path(exit_log: Path) -> Path:
+    """Where the state is kept, beside the exit log."""
+    return exit_log.with_name(f"{exit_log.name}.audits.json")
+
+
+def can_audit(calibration: Calibration) -> bool:
+    """Whether audits can tell a certificate's loss."""
+    return calibration.certificate.loss != "quality"
+
+
+def begin_audits(
+    path: Path,
+    calibrations: Sequence[Calibration],
+    share: float,
+    *,
+    alarm_level: float = ALARM_LEVEL,
+    reset: bool = False,
+) -> AuditFile:
+    """The state with which an ``Auditor`` begins. Changes nothing on disk.
+
+    Args:
+        path: of the state of earlier audits, if there were any.
+        calibrations: the certificates.
+        share: of the requests to audit, in [0, 1].
+        alarm_level: of the tests.
+        reset: begin the tests of these certificates again, and end their fallbacks.
+
+    Raises:
+        ConfigError: the share or the level is invalid, or another level was used before.
+        DataError: the state of earlier audits is damaged.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--audit: must be from 0 to 1, not {share}")
+    if not 0 < alarm_level < 1:
+        raise ConfigError(f"--alarm-level: must be between 0 and 1, not {alarm_level}")
+    content = read_audit_file(path) or AuditFile(seed=secrets.randbits(63))
+    known = dict(content.certificates)
+    for calibration in filter(can_audit, calibrations):
+        digest, certificate = calibration.sha256, calibration.certificate
+        if reset or digest not in known:
+            monitor = new_monitor(certificate.risk, alarm_level)
+            known[digest] = CertificateAudits(task=certificate.task, monitors=(monitor,))
+        elif known[digest].monitors[-1].alarm_level != alarm_level:
+            raise ConfigError(
+                f"--alarm-level: the audits of task {certificate.task} began with "
+                f"{known[digest].monitors[-1].alarm_level:g}; keep it, or begin again with --reset-audits"
+            )
+    return content.model_copy(update={"certificates": known})

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from megatron_ee.config.untrusted import parse_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import ConfigError, DamagedError
-from megatron_ee.serving.api_errors import BODY, ApiError, refused
+from megatron_ee.serving.api.errors import BODY, ApiError, refused
 
 B = TypeVar("B", bound=Strict)
 T = TypeVar("T")
