@@ -66,9 +66,10 @@ def controls_of(fields: EarlyExitFields, priority: str | None, header: str | Non
 def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
     """``vllm_xargs`` as ``early_exit``. Its values are flat, and clients may send numbers and lists as text."""
     fields: dict[str, Any] = {}
+    draft: dict[str, Any] = {}
     for name, value in given.items():
         if name in ("draft_exit", "draft_length"):
-            fields.setdefault("draft", {})[name.removeprefix("draft_")] = _number(value, int)
+            draft[name.removeprefix("draft_")] = _number(value, int)
         elif name == "threshold":
             fields[name] = _number(value, float)
         elif name == "exits":
@@ -80,6 +81,8 @@ def _from_xargs(given: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = value in ("true", 1)
         else:
             fields[name] = value
+    if draft:
+        fields.setdefault("draft", draft)
     return fields
 
 

@@ -277,6 +277,7 @@ def test_important_requests_run_in_full_mode(server: Any, alone: Alone) -> None:
         ({"vllm_xargs": {"mode": "fast"}}, "vllm_xargs.mode"),
         ({"vllm_xargs": {"threshold": "much"}}, "vllm_xargs.threshold"),
         ({"vllm_xargs": {"exits": "1,x"}}, "vllm_xargs.exits[1]"),
+        ({"vllm_xargs": {"draft": "8", "draft_exit": 8}}, "vllm_xargs.draft"),
         ({"vllm_xargs": {"mode": "full"}, "early_exit": {"mode": "threshold"}}, "vllm_xargs.mode"),
         ({"priority": "urgent"}, "priority"),
     ],
