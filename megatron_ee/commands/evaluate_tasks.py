@@ -66,7 +66,7 @@ def run_tasks(arguments: argparse.Namespace) -> int:
     """Answer the records in every mode. Print a table or JSON, and write the requested files."""
     from megatron_ee.commands.inputs import check_input
     from megatron_ee.evaluation.tasks.records import read_records
-    from megatron_ee.evaluation.tasks.run import calibrated_setting, evaluate_tasks
+    from megatron_ee.evaluation.tasks.run import calibrated_setting, evaluate_tasks, in_full_mode
     from megatron_ee.inference.certificate import open_calibration
     from megatron_ee.inference.loading import open_engine
     from megatron_ee.inference.released import open_released
@@ -95,6 +95,8 @@ def run_tasks(arguments: argparse.Namespace) -> int:
     if first and bare:
         which = printable(", ".join(bare))
         print(f"{which}: no references or choices, so only agreement and speed are measured", file=sys.stderr)
+    for line in filter(None, (in_full_mode(setting, records) for setting in settings) if first else ()):
+        print(line, file=sys.stderr)
     with (
         _opened_journal(arguments, about) if first else contextlib.nullcontext() as journal,
         open_engine(released, options) as engine,

@@ -6,11 +6,10 @@ changes of the machine's speed affect all settings alike. Sequences of one block
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ee.checkpoint.journal import Entry, Journal
@@ -41,6 +40,8 @@ class Setting:
         exits: layers of the exits to use; None for all.
         max_tokens: maximum number of tokens of an answer.
         stop: strings that end an answer.
+        groups: by group of the record, the settings that replace this one, if any. Records of other groups then run in
+            full mode.
     """
 
     name: str
@@ -49,6 +50,14 @@ class Setting:
     exits: tuple[int, ...] | None = None
     max_tokens: int = MAX_TOKENS
     stop: tuple[str, ...] = ()
+    groups: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+
+    def of_group(self, group: str | None) -> Setting:
+        """The setting for a record of this group; None for a record without a group."""
+        if not self.groups:
+            return self
+        found = self.groups.get(group) if group is not None else None
+        return replace(self, mode="full", groups={}) if found is None else found
 
     def request(self, prompt: tuple[int, ...], **fields: Any) -> Request:
         """A request for the continuation of token ids in this setting; ``fields`` replace the setting's own."""
@@ -60,7 +69,9 @@ class Setting:
         """The setting in JSON types."""
         policy = self.policy.model_dump(mode="json") if self.mode == "threshold" else None
         exits = None if self.exits is None else list(self.exits)
-        return {**dataclasses.asdict(self), "policy": policy, "exits": exits, "stop": list(self.stop)}
+        own = {**vars(self), "policy": policy, "exits": exits, "stop": list(self.stop)}
+        groups = {name: each.to_dict() for name, each in own.pop("groups").items()}
+        return {**own, "policy": None, "groups": groups} if groups else own
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ def answer_records(
         UserError: the logits after a prompt are not finite.
     """
     for record in records:
-        check_fits(engine, record, [setting.request(record.prompt_ids) for setting in settings])
+        check_fits(engine, record, [_request(record, setting) for setting in settings])
     found = {} if journal is None else {entry_key(entry): entry for entry in journal.entries()}
     done = sum(("answer", each.name, record.id) in found for each in settings for record in records)
     total = len(settings) * len(records)
@@ -187,9 +198,13 @@ def check_fits(engine: Engine, record: TaskRecord, requests: Iterable[Request]) 
         raise ConfigError(f"{record.where}: {error}") from None
 
 
+def _request(record: TaskRecord, setting: Setting, **fields: Any) -> Request:
+    return setting.of_group(record.group).request(record.prompt_ids, **fields)
+
+
 def _warm_up(engine: Engine, records: Sequence[TaskRecord], settings: Sequence[Setting]) -> None:
     for setting in settings:
-        engine.generate([setting.request(record.prompt_ids, max_tokens=WARM_UP_TOKENS) for record in records])
+        engine.generate([_request(record, setting, max_tokens=WARM_UP_TOKENS) for record in records])
 
 
 def _blocks(records: Sequence[TaskRecord], most: int) -> Iterator[Sequence[TaskRecord]]:
@@ -210,7 +225,7 @@ def _answer_block(
 ) -> Iterator[dict[str, Any]]:
     """The journal's entries for records of one block, and for its time if it is the ``whole`` block."""
     tokens, started = 0, time.perf_counter()
-    requests = [setting.request(record.prompt_ids) for record in records]
+    requests = [_request(record, setting) for record in records]
     for index, [outcome] in run_batch(engine, requests, ahead=batch):
         record = records[index]
         if isinstance(outcome, str):

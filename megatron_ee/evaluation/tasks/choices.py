@@ -60,7 +60,8 @@ def score_choices(
     found = {} if journal is None else {entry_key(entry): entry["choices"] for entry in _choices_in(journal)}
     forced = [setting for setting in settings if setting.mode != "speculative"]
     for record in records:
-        check_fits(engine, record, [forced_request(each, *ids) for each in forced for ids in record.choice_ids])
+        own = [each.of_group(record.group) for each in forced]
+        check_fits(engine, record, [forced_request(each, *ids) for each in own for ids in record.choice_ids])
     total = len(forced) * len(records)
     done = sum(("choices", each.name, record.id) in found for each in forced for record in records)
     with track(total, "records", "scoring choices", completed=done, enabled=total > 0) as bar:
@@ -87,7 +88,7 @@ def _choices_in(journal: Journal) -> Iterator[dict[str, Any]]:
 def _score(engine: Engine, records: Sequence[TaskRecord], setting: Setting, batch: int) -> Iterator[dict[str, Any]]:
     """The journal's entry of each record, as its last choice is scored."""
     pairs = [(record, place) for record in records for place in range(len(record.choices))]
-    requests = [forced_request(setting, *record.choice_ids[place]) for record, place in pairs]
+    requests = [forced_request(setting.of_group(each.group), *each.choice_ids[place]) for each, place in pairs]
     scores: dict[str, dict[int, tuple[float, float]]] = {record.id: {} for record in records}
     for index, [outcome] in run_batch(engine, requests, ahead=batch):
         record, place = pairs[index]

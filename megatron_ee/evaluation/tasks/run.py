@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ee.checkpoint.journal import Journal
 from megatron_ee.config.validation import validated
-from megatron_ee.errors import common_error
+from megatron_ee.errors import common_error, shown
 from megatron_ee.evaluation.tasks.answers import BATCH, MAX_TOKENS, Setting, answer_records
 from megatron_ee.evaluation.tasks.choices import score_choices
 from megatron_ee.evaluation.tasks.records import TaskRecord
@@ -68,6 +68,8 @@ def calibrated_setting(
 ) -> Setting:
     """The setting that a certificate gives answers of the length and stop strings of ``full``.
 
+    With thresholds by group, each record runs under those of its own group, and in full mode where there are none.
+
     Args:
         calibration: the certificate, for the model.
         full: full mode's setting.
@@ -78,11 +80,39 @@ def calibrated_setting(
         ConfigError: the certificate does not cover such answers, or has no thresholds.
     """
     setting = Setting(CALIBRATED, "threshold", max_tokens=full.max_tokens, stop=full.stop)
-    request = calibration.apply(setting.request(records[0].prompt_ids), chat=chat)
-    if request.mode != "threshold":
-        reason = None if request.coverage is None else request.coverage.reason
+    by_group = calibration.certificate.per_group == "own"
+    groups = sorted({record.group for record in records if record.group is not None}) if by_group else [None]
+    if not groups:
+        raise common_error(
+            f"--calibration: {calibration.path} has thresholds by group, and no record of --tasks has a group; give "
+            "them the field group"
+        )
+    plain = setting.request(records[0].prompt_ids)
+    requests = {group: calibration.apply(plain, chat=chat, group=group) for group in groups}
+    early = {
+        group: replace(setting, policy=request.policy, exits=request.exits)
+        for group, request in requests.items()
+        if request.mode == "threshold"
+    }
+    if not early:
+        coverage = requests[groups[0]].coverage
+        reason = None if coverage is None else coverage.reason
         raise common_error(f"--calibration: {calibration.path} answers in full mode here: {reason}")
-    return replace(setting, policy=request.policy, exits=request.exits)
+    if not by_group:
+        return early[None]
+    return replace(setting, groups={group: each for group, each in early.items() if group is not None})
+
+
+def in_full_mode(setting: Setting, records: Sequence[TaskRecord]) -> str | None:
+    """A line about the records that a setting by group runs in full mode; None if there are none."""
+    others = [record.group for record in records if setting.groups and record.group not in setting.groups]
+    if not others:
+        return None
+    names = ", ".join("(none)" if group is None else shown(group) for group in dict.fromkeys(others))
+    return (
+        f"{setting.name}: {len(others)} of {len(records)} records run in full mode: there are no thresholds for their "
+        f"group: {names}"
+    )
 
 
 def evaluate_tasks(

@@ -297,6 +297,46 @@ def test_groups_get_one_bound_or_their_own_thresholds(
     assert answer["calibration"]["reason"] == "group: none was given" and set(answer["layers"]) == {4}
 
 
+def test_evaluate_runs_each_record_under_the_thresholds_of_its_group(
+    model: Path,
+    adapter: Path,
+    certified: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("megatron_ee.evaluation.tasks.report.plot_tasks", lambda *_: None)  # takes seconds
+    content = json.loads(certified.read_text())
+    policies = {"a": content["policy"], "b": None}
+    groups = {name: {**content["groups"][name], "policy": policy} for name, policy in policies.items()}
+    path, tasks = tmp_path / "own.json", tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({**content, "per_group": "own", "policy": None, "groups": groups}))
+
+    def evaluate(*names: str | None) -> tuple[int, Any, str]:
+        lines = [{"prompt": f"word {n}"} | ({"group": name} if name else {}) for n, name in enumerate(names)]
+        lines.append({"prompt": "or", "choices": ["yes", "no"], "answer": 0, "task": "choices"} | lines[0])
+        tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        fixed: list[object] = ["--model", model, "--adapter", adapter, "--tasks", tasks, "--calibration", path]
+        fixed += ["--dtype", "float32", "--max-tokens", TOKENS, "--thresholds", 2, "--json"]
+        output = tmp_path / "out"
+        status = main(list(map(str, ["evaluate", *fixed, "--output", output])))
+        rows = json.loads((output / "tasks.json").read_text())["rows"] if status == 0 else None
+        return status, rows, capsys.readouterr().err
+
+    status, rows, told = evaluate("a", "b", None, "a", "c")
+    early = [row["settings"]["calibrated"]["mean_exit_layer"] < 4 for row in rows[:5]]
+    assert status == 0 and early == [True, False, False, True, False]
+    line = "calibrated: 3 of 6 records run in full mode: there are no thresholds for their group: 'b', (none), 'c'"
+    assert line in told.splitlines()
+    setting = json.loads((tmp_path / "out" / "tasks.json").read_text())["settings"][-1]
+    assert setting["policy"] is None and list(setting["groups"]) == ["a"]
+    assert setting["groups"]["a"]["policy"] == content["policy"]
+    status, _, told = evaluate(None, None)
+    assert status == 2 and "no record of --tasks has a group; give them the field group" in told.splitlines()[-1]
+    status, _, told = evaluate("c", "b")
+    assert status == 2 and "answers in full mode here: no threshold was safe enough" in told.splitlines()[-1]
+
+
 def test_a_group_with_a_handful_of_members_is_stated_and_stays_in_full_mode(
     run: Callable[..., tuple[int, str, str]],
     adapter: Path,
