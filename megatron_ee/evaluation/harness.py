@@ -7,7 +7,9 @@ own class for Hugging Face models does it. So full mode has the scores of that c
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -73,12 +75,15 @@ class HarnessModel(TemplateLM):
         self._engine: Engine | None = None
         self._close: Callable[[], object] = lambda: None
         self._statistics: dict[str, object] = {}
+        self._covered: Counter[str] = Counter()
+        self._chats: set[int] = set()  # hashes of the texts that the chat template made
 
     def _prepare(self, arguments: HarnessArguments) -> None:
         self.arguments = arguments
         self._released = arguments.open()
         self._setting = arguments.setting(self._released)
-        self._options = arguments.options(self._released, self._setting)
+        self._calibration = arguments.certificate(self._released)
+        self._options = arguments.options(self._released, self._setting, self._calibration)
         most = self._released.model.architecture.max_generated_positions
         self.max_length = arguments.max_length or most
         if self.max_length > most:
@@ -178,12 +183,14 @@ class HarnessModel(TemplateLM):
             raise DataError(f"{where}the tokenizer has no chat template; leave out --apply_chat_template")
         try:
             try:
-                return self._rendered(chat_history, add_generation_prompt)
+                text = self._rendered(chat_history, add_generation_prompt)
             except jinja2.TemplateError:
                 others = [message for message in chat_history if message["role"] != "system"]
-                return self._rendered(others, add_generation_prompt)
+                text = self._rendered(others, add_generation_prompt)
         except Exception as error:  # a template is a program and may raise any exception
             raise DataError(f"{where}the chat template fails on these messages: {error}") from None
+        self._chats.add(hash(text))
+        return text
 
     def _rendered(self, messages: list[dict[str, str]], prompt: bool) -> str:
         thinking = self.arguments.enable_thinking
@@ -247,7 +254,7 @@ class HarnessModel(TemplateLM):
             raise DataError(f"{what} has {len(continuation)} tokens of its own after its context; {limit}")
         # The last token is scored, not read.
         before = context[-(self.max_length + 1 - len(continuation)) :]
-        return forced_request(self._setting, tuple(before), tuple(continuation))
+        return self._certified(forced_request(self._setting, tuple(before), tuple(continuation)), chat=False)
 
     # ------------------------------------------------------------------------------------------------------ generation
 
@@ -293,15 +300,40 @@ class HarnessModel(TemplateLM):
             draft=self.arguments.draft,
             sampling=validated(Sampling, seeded, where="gen_kwargs"),
             max_tokens=tokens,
-            stop=tuple(stop),
+            stop=tuple(text for text in stop if text != end),  # its token ends an answer
         )
-        return request, stop
+        return self._certified(request, chat=hash(context) in self._chats), stop
+
+    # ------------------------------------------------------------------------------------------------------ certificate
+
+    def _certified(self, request: Request, *, chat: bool) -> Request:
+        """The request under the certificate, if there is one."""
+        if self._calibration is None:
+            return request
+        group, uncertified = self.arguments.calibration_group, self.arguments.uncertified
+        return self._calibration.apply(request, chat=chat, group=group, uncertified=uncertified)
+
+    def _say_coverage(self, requests: Sequence[Request]) -> None:
+        """Count what the certificate covers, and say on stderr what it does not: a line per setting that differs."""
+        others: dict[tuple[str, str], list[str]] = {}
+        for coverage in filter(None, (request.coverage for request in requests)):
+            self._covered[coverage.status] += 1
+            reason = coverage.reason or ""
+            if coverage.status != "certified":
+                others.setdefault((coverage.status, reason.partition(":")[0]), []).append(reason)
+        for (status, _), reasons in others.items():
+            ran = "run in full mode" if status == "full" else "are not certified"
+            counts = f"{len(reasons)} of {len(requests)} requests {ran}"
+            print(f"{WHERE}: calibration: {counts}: {reasons[0]}", file=sys.stderr, flush=True)
+
+    # ----------------------------------------------------------------------------------------------------------- engine
 
     def _run(self, requests: Sequence[Request], what: str, *, enabled: bool) -> Iterator[tuple[int, Completion]]:
         """The completion of each request, as it ends, with the request's index."""
         if not requests:
             return
         engine = self.engine
+        self._say_coverage(requests)
         with track(len(requests), "requests", what, "tokens", enabled=enabled) as bar:
             for number, [outcome] in run_batch(engine, requests, ahead=2 * self.batch_size):
                 if isinstance(outcome, str):
@@ -311,10 +343,12 @@ class HarnessModel(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness adds to its results: how the model answered, and how many layers that took."""
-        adapter, engine = self._released.adapter, self._engine
+        adapter, engine, calibration = self._released.adapter, self._engine, self._calibration
+        certificate = None if calibration is None else {"path": str(calibration.path), "sha256": calibration.sha256}
         return {
             "model_setting": replace(self._setting, stop=()).to_dict(),
             "model_exit": self.arguments.exit,
+            "model_calibration": None if certificate is None else {**certificate, "requests": dict(self._covered)},
             "model_adapter": None if adapter is None else str(adapter.path),
             "model_statistics": self._statistics if engine is None else engine.statistics(),
         }

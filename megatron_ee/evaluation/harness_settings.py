@@ -15,6 +15,7 @@ from megatron_ee.config.validation import Strict, one_of, validated
 from megatron_ee.conversion.convert import Conversion, prepare
 from megatron_ee.errors import ConfigError, shown
 from megatron_ee.evaluation.tasks.answers import BATCH, Setting
+from megatron_ee.inference.certificate import Calibration, open_calibration
 from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import POLICIES
 from megatron_ee.inference.released import Released, open_released
@@ -23,7 +24,7 @@ from megatron_ee.inference.sampling import MAX_SEED
 
 WHERE = "model_args"
 POLICY = ("threshold", "thresholds", "measure", "max_deferred", "min_full", "backoff")
-OF_MODE = {"threshold": ("policy", *POLICY), "speculative": ("draft_exit", "draft_length")}
+OF_MODE = {"threshold": ("policy", *POLICY, "calibration"), "speculative": ("draft_exit", "draft_length")}
 """By mode, the arguments that have an effect in this mode only."""
 
 
@@ -39,6 +40,10 @@ class HarnessArguments(Strict):
         exits: layers of the exits to use; None for all.
         policy: name of the exit policy, a key of ``POLICIES``.
         threshold: with the others of ``POLICY``: see ``policy``; None for the policy's default.
+        calibration: certificate of ``megatron-ee calibrate``, whose thresholds are used. A request outside its settings
+            runs in full mode.
+        calibration_group: group of all requests, for a certificate with thresholds by group.
+        uncertified: use the certificate's thresholds outside its settings, too.
         draft_exit: with ``draft_length``: see ``Draft``.
         seed: of sampling.
         max_length: largest number of tokens that the model reads; None for all its positions.
@@ -68,6 +73,9 @@ class HarnessArguments(Strict):
     max_deferred: int | None = None
     min_full: int | None = None
     backoff: int | None = None
+    calibration: str | None = Field(default=None, min_length=1)
+    calibration_group: str | None = Field(default=None, min_length=1)
+    uncertified: bool = False
     draft_exit: int | None = None
     draft_length: int | None = None
     seed: int = Field(default=0, ge=0, le=MAX_SEED // 2)
@@ -98,6 +106,7 @@ class HarnessArguments(Strict):
                     raise ValueError(f"{name}: has no effect with exit, which answers alone; leave out one of the two")
         if self.mode is not None:
             self._check_effects(self.mode)
+        self._check_calibration()
         if self.enable_thinking and self.think_end_token is None:
             raise ValueError("enable_thinking: give think_end_token too, so that the thinking is cut off answers")
         _ = self.num_seqs
@@ -108,6 +117,16 @@ class HarnessArguments(Strict):
             for name in names:
                 if used != mode and getattr(self, name) is not None:
                     raise ValueError(f"{name}: has no effect in mode {used}; leave it out, or use mode={mode}")
+
+    def _check_calibration(self) -> None:
+        if self.calibration is None:
+            for name in ("calibration_group", "uncertified"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: has an effect with calibration only; give it too, or leave this out")
+            return
+        for name in ("policy", "exits", *POLICY):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: has no effect with calibration, which sets the thresholds; leave it out")
 
     @property
     def num_seqs(self) -> int:
@@ -124,7 +143,7 @@ class HarnessArguments(Strict):
         return self.max_batch_size or BATCH
 
     def check_paths(self) -> None:
-        """Check that the directories exist.
+        """Check that the directories and the certificate exist.
 
         Raises:
             ConfigError: one does not.
@@ -133,6 +152,8 @@ class HarnessArguments(Strict):
             path = getattr(self, name)
             if path is not None and not Path(path).is_dir():
                 raise ConfigError(f"{WHERE}: {name}: no such directory: {path}; give one on this machine")
+        if self.calibration is not None and not Path(self.calibration).is_file():
+            raise ConfigError(f"{WHERE}: calibration: no such file: {self.calibration}; give one on this machine")
 
     def open(self) -> Released:
         """Open the model and its exits, or the model that ``exit`` is.
@@ -178,24 +199,38 @@ class HarnessArguments(Strict):
             raise ConfigError(f"{WHERE}: {str(error).replace('draft.exit', 'draft_exit', 1)}") from None
         return setting
 
+    def certificate(self, released: Released) -> Calibration | None:
+        """The certificate, checked against the model; None without one.
+
+        Raises:
+            DataError: it cannot be read, or was made for something else.
+        """
+        if self.calibration is None:
+            return None
+        options = EngineOptions(dtype=self.dtype, weights=self.weights)
+        return open_calibration(Path(self.calibration), released, options, quantise=self.quantise)
+
     @property
     def draft(self) -> Draft:
         """Draft settings of speculative mode."""
         return validated(Draft, {"exit": self.draft_exit, "length": self.draft_length}, where=f"{WHERE}: draft")
 
-    def options(self, released: Released, setting: Setting) -> EngineOptions:
-        """Options of the engine.
+    def options(self, released: Released, setting: Setting, calibration: Calibration | None = None) -> EngineOptions:
+        """Options of the engine, which loads the exits that the setting or the certificate uses.
 
         Raises:
             ConfigError: an option does not fit the model or the number of processes.
         """
+        request = setting.request((0,))
+        if calibration is not None:
+            request = calibration.apply(request, chat=False, group=self.calibration_group, uncertified=True)
         options = EngineOptions(
             dtype=self.dtype,
             weights=self.weights,
             tensor=self.tensor,
             pipeline=self.pipeline,
             residency=self.residency,
-            exits=() if setting.mode == "full" else setting.exits,
+            exits=() if request.mode == "full" else request.exits,
             kv_memory=None if self.kv_memory is None else int(self.kv_memory * 1e9),
             max_num_seqs=self.num_seqs,
             prefix_cache_seqs=2 * self.num_seqs,  # choices of one context, and examples before each question

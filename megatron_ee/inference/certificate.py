@@ -271,12 +271,12 @@ class Calibration:
         if certificate.per_group == "own" and group not in certificate.groups:
             return "group: none was given" if group is None else f"group: {shown(group)} was not calibrated"
         own = {
+            "forced_ids": tuple(request.forced_ids),  # first, since a forced text has other limits too
             **request.sampling.model_dump(exclude={"seed"}),
             "chat": chat,
             "stop": tuple(request.stop),
             "stop_ids": tuple(request.stop_ids),
             "ignore_eos": request.ignore_eos,
-            "forced_ids": tuple(request.forced_ids),
             "dtype": self.dtype,
             "weights": self.weights,
             "quantise": self.quantise,

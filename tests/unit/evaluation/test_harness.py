@@ -19,6 +19,8 @@ from lm_eval.api.registry import get_model
 from megatron_ee.commands.main import main
 from megatron_ee.errors import ConfigError, DataError
 from megatron_ee.evaluation.harness import HarnessModel, _interleaved, close_loaded
+from megatron_ee.inference.certificate import MADE_BY, VERSION
+from megatron_ee.inference.released import open_released, released_digests
 from megatron_ee.testing.models import save_tiny_model, sharpen, tiny_model
 from megatron_ee.testing.ranks import run_ranks
 
@@ -289,6 +291,43 @@ def test_generation_settings_that_cannot_be_followed_are_named(sharp_model: Path
         likelihoods(harness_model(sharp_model, enable_thinking=True, think_end_token="]"))
 
 
+def test_a_certificate_is_the_policy_of_the_requests_that_it_covers(
+    byte_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "certificate.json"
+    decoding = {"chat": False, "max_tokens": 8, "stop": ["\n"], "sampling": {}, "dtype": "float32"}
+    certificate = {
+        **{"made_by": MADE_BY, "version": VERSION, "task": "words", "loss": "rouge", "p_value": "betting"},
+        **{"risk": 0.05, "delta": 0.1, "n": 80, "n_fit": 20, "full_layers": 4, "overlap": "none", "seed": 0},
+        **released_digests(open_released(byte_model, adapter)),
+        **{"policy": {"name": "threshold", "threshold": 2.0, "thresholds": {"1": 0.01}}, "data_sha256": "0" * 64},
+        **{"decoding": {**decoding, "weights": "packed", "quantise": "none"}, "date": "2026-01-01T00:00:00+00:00"},
+    }
+    path.write_text(json.dumps(certificate))
+    covered, other = {"until": ["\n"], "max_gen_toks": 8}, {"until": ["\n"], "max_gen_toks": 9}
+
+    def run(**model_args: Any) -> tuple[list[str], Scores, dict[str, Any]]:
+        with harness_model(byte_model, adapter=str(adapter), **model_args) as model:
+            asked = instances("generate_until", [("The sky is", covered), ("The sky is", other)])
+            texts = model.generate_until(asked, disable_tqdm=True)
+            scores = model.loglikelihood(instances("loglikelihood", PAIRS[:2]), disable_tqdm=True)
+            return texts, scores, model.get_model_info()
+
+    early, full = run(threshold=2.0, thresholds={1: 0.01}, exits=1), run(mode="full")
+    assert early[0][0] != full[0][0] and early[1] != full[1]
+    capsys.readouterr()
+    texts, scores, about = run(calibration=str(path))
+    assert texts == [early[0][0], full[0][1]]
+    assert scores == full[1]
+    assert about["model_calibration"]["requests"] == {"certified": 1, "full": 1 + 2}
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("model_args: ")]
+    assert told[0].endswith("1 of 2 requests run in full mode: max_tokens: 9, but it was calibrated with 8")
+    assert "2 of 2 requests run in full mode: forced_ids: " in told[1] and len(told) == 2
+    texts, scores, about = run(calibration=str(path), uncertified=True)
+    assert texts == early[0] and scores == early[1]
+    assert about["model_calibration"]["requests"] == {"certified": 1, "uncertified": 1 + 2}
+
+
 @pytest.mark.slow
 def test_conversations_are_rendered_as_by_the_harness_own_class(sharp_model: Path, byte_model: Path) -> None:
     model, theirs = harness_model(sharp_model), own_class(sharp_model)
@@ -297,7 +336,7 @@ def test_conversations_are_rendered_as_by_the_harness_own_class(sharp_model: Pat
     for messages, prompt in ((plain, True), (begun, False), ([{"role": "system", "content": "s"}, *plain], True)):
         text = model.apply_chat_template(messages, add_generation_prompt=prompt)
         assert text == theirs.apply_chat_template(messages, add_generation_prompt=prompt)
-    assert text == "[user]Hi</s>[assistant]"
+    assert text == "[user]Hi</s>[assistant]" and hash(text) in model._chats
     assert model.tokenizer_name == theirs.tokenizer_name
     assert model.chat_template(True) == theirs.chat_template(True)
     with pytest.raises(DataError, match="the tokenizer has no chat template; leave out --apply_chat_template"):

@@ -31,6 +31,9 @@ def arguments(**given: Any) -> HarnessArguments:
         ({"mode": "threshold", "draft_exit": 2}, "draft_exit: has no effect in mode threshold; leave it out, or use "),
         ({"exit": 2, "mode": "threshold"}, "mode: has no effect with exit, which answers alone; leave out one of the "),
         ({"exit": 2, "threshold": 0.8}, "threshold: has no effect with exit, which answers alone; leave out one of t"),
+        ({"mode": "full", "calibration": "c"}, "calibration: has no effect in mode full; leave it out, or use mode=t"),
+        ({"calibration": "c", "threshold": 0.8}, "threshold: has no effect with calibration, which sets the threshold"),
+        ({"calibration_group": "a"}, "calibration_group: has an effect with calibration only; give it too, or leave"),
         ({"exits": "8,16"}, "exits: must be a list, not '8,16'"),
         ({"batch_size": "many"}, "batch_size: must be a whole number or auto, not 'many'"),
         ({"batch_size": 0}, "batch_size: must be at least 1, not 0"),
@@ -48,6 +51,7 @@ def test_refusals_are_one_line_that_names_the_argument(given: dict[str, Any], me
     [
         ({"pretrained": "owner/name"}, "model_args: pretrained: no such directory: owner/name; give one on this mach"),
         ({"adapter": "nowhere"}, "model_args: adapter: no such directory: nowhere; give one on this machine"),
+        ({"calibration": "no.json"}, "model_args: calibration: no such file: no.json; give one on this machine"),
         ({"adapter": None, "exit": 1}, "model_args: exit: there are no exits; give their adapter"),
         ({"exit": 3}, "no exit after layer 3; it has them after 1, 2"),
         ({"exits": [1, 3]}, "model_args: exits: there is no exit after layer 3; there are: 1, 2"),
