@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megatron_ee.evaluation.explain import Explanation
     from megatron_ee.inference.certificate import Calibration
     from megatron_ee.inference.engine import Engine
-    from megatron_ee.inference.offline import ModeResult, Outcome
+    from megatron_ee.inference.offline import ModeResult
     from megatron_ee.inference.released import Released
     from megatron_ee.inference.requests import Completion, Request
 
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compare", action="store_true", help="run every mode several times, and compare speed and output")
     add("--max-tokens", type=at_least(1), default=64, metavar="N", help="largest number of new tokens (default: 64)")
     add("--json", action="store_true", help="print one JSON object instead of coloured text")
-    add("--html", type=Path, metavar="FILE", help="also write a page that shows the layer of each token")
+    add("--html", type=Path, metavar="FILE", help="also write a page of the answers that shows the layer of each token")
     add(
         "--explain",
         action="store_true",
@@ -170,10 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--draft-vocabulary and --draft-corpus: give both, or neither")
     if arguments.explain and arguments.compare:
         raise ConfigError("--explain: explains the answers of one mode; leave out --compare, or explain each mode")
-    if arguments.prompts is not None and (arguments.html is not None or arguments.compare):
-        raise ConfigError(
-            f"{'--compare' if arguments.compare else '--html'}: cannot be used with --prompts; give --prompt"
-        )
+    if arguments.prompts is not None and arguments.compare:
+        raise ConfigError("--compare: cannot be used with --prompts; give --prompt")
     if arguments.calibration is None and (arguments.uncertified or arguments.calibration_group is not None):
         option = "--uncertified" if arguments.uncertified else "--calibration-group"
         raise ConfigError(f"{option}: has an effect with --calibration only")
@@ -231,13 +229,13 @@ def _check_compare(arguments: argparse.Namespace, requests: list[Request], relea
 
 
 def _check_page(arguments: argparse.Namespace) -> None:
-    """Refuse ``--html`` unless the file can be written, and there is exactly one output, or they are explained."""
+    """Refuse ``--html`` unless the file can be written and there is one mode."""
     from megatron_ee.checkpoint.ownership import check_file
     from megatron_ee.parallel.groups import launched_rank
 
     page: Path = arguments.html
-    if arguments.compare or ((len(arguments.prompt) > 1 or arguments.samples > 1) and not arguments.explain):
-        raise ConfigError("--html: shows one output; give one --prompt, one sample and one mode, or --explain them")
+    if arguments.compare:
+        raise ConfigError("--html: shows the answers of one mode; leave out --compare")
     if launched_rank() > 0:  # this rank may be on another machine, and writes nothing
         return
     check_file(page, "--html")
@@ -378,55 +376,58 @@ def _show(arguments: argparse.Namespace, requests: list[Request], engine: Engine
 def _write_page(path: Path, shown: list[tuple[str, Completion]], explanations: list[Explanation]) -> None:
     """Write the page of ``--html``."""
     from megatron_ee.checkpoint.atomic import write_file
-    from megatron_ee.commands.show import html_layers
+    from megatron_ee.commands.show import ShownAnswer, html_layers
     from megatron_ee.evaluation.explain_page import explanation_page
 
     if explanations:
         prompts = [prompt for prompt, _ in shown]
         page = explanation_page(list(zip(prompts, explanations, strict=True)))
     else:
-        (prompt, output), tokens = shown[0], shown[0][1].tokens
-        page = html_layers(prompt, output.pieces, [t.layer for t in tokens], [t.confidence for t in tokens])
+        answers = []
+        for prompt, output in shown:
+            layers, confidences = ([getattr(t, name) for t in output.tokens] for name in ("layer", "confidence"))
+            answers.append(ShownAnswer(prompt, output.pieces, layers, confidences))
+        page = html_layers(answers)
     write_file(path, page.encode())
 
 
 def _answer_file(arguments: argparse.Namespace, lines: list[FileRequest], engine: Engine, tokenizer: Tokenizer) -> int:
     """Answer a file's requests in order, with one JSON line each. Return status 1 if some failed."""
     from megatron_ee.commands.generate_requests import check_memory
+    from megatron_ee.evaluation.explain import explain
     from megatron_ee.inference.offline import in_order, run_batch
     from megatron_ee.progress import track
 
     check_memory(lines, engine, arguments.prompts)
     failed = 0
+    answered: list[tuple[str, Completion]] = []  # for the page
+    explanations: list[Explanation] = []
     with track(len(lines), "prompts", "answering", "tokens") as bar:
         advance = partial(bar.advance, 1)
         requests = [line.request for line in lines]
         answers = in_order(run_batch(engine, requests, ahead=2 * arguments.max_num_seqs, advance=advance))
         for line, outcomes in zip(lines, answers, strict=True):
             shown = [{"error": each} if isinstance(each, str) else _described(each) for each in outcomes]
-            if arguments.explain and not any("error" in each for each in shown):
-                shown = _explained(engine, tokenizer, line.request, outcomes, shown)
+            own = [each for each in outcomes if not isinstance(each, str)]
+            explained: list[Explanation] = []
+            if arguments.explain and len(own) == len(outcomes):
+                try:  # while other requests run
+                    [explained] = explain(engine, tokenizer, [line.request], [own])
+                except UserError as error:
+                    shown = [{"error": str(error)}]
+                else:
+                    shown = [{**one, "explanation": e.to_dict()} for one, e in zip(shown, explained, strict=True)]
+            if arguments.html is not None and not any("error" in each for each in shown):
+                answered += [(line.text, each) for each in own]
+                explanations += explained
             failed += any("error" in each for each in shown)
             named = {} if line.id is None else {"id": line.id}
             print(json.dumps(named | (shown[0] if len(shown) == 1 else {"outputs": shown})), flush=True)
+    if arguments.html is not None:
+        _write_page(arguments.html, answered, explanations)
     if failed:
         print(f"megatron-ee generate: {failed} of {len(lines)} prompts failed; their lines say why", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _explained(
-    engine: Engine, tokenizer: Tokenizer, request: Request, outcomes: list[Outcome], shown: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """``shown`` with the explanation of each answer, or one error. Other requests may run meanwhile."""
-    from megatron_ee.evaluation.explain import explain
-    from megatron_ee.inference.requests import Completion
-
-    answers = [each for each in outcomes if isinstance(each, Completion)]
-    try:
-        [found] = explain(engine, tokenizer, [request], [answers])
-    except UserError as error:
-        return [{"error": str(error)}]
-    return [{**one, "explanation": each.to_dict()} for one, each in zip(shown, found, strict=True)]
 
 
 def _compare(arguments: argparse.Namespace, requests: list[Request], engine: Engine) -> None:

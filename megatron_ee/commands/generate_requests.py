@@ -45,6 +45,11 @@ class FileRequest:
     messages: list[dict[str, Any]] | None
     request: Request
 
+    @property
+    def text(self) -> str:
+        """What is asked, for a reader: the text to continue, or the last message."""
+        return str(self.request.prompt if self.messages is None else self.messages[-1]["content"])
+
 
 def make_request(prompt: str | Sequence[int], settings: Mapping[str, Any], *, has_exits: bool) -> Request:
     """A request with these settings, by the names in ``FIELDS``. Those that are left out have their defaults.

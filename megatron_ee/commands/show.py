@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_ee.evaluation.tinted import (
     DEEPEST,
@@ -35,8 +35,7 @@ _STYLE = "".join(
         ".prompt{opacity:.6}li .deepest{outline:1px solid}",
     ]
 )
-_BODY = """<h1>{title}</h1>
-<pre><span class="prompt">{prompt}</span>{output}</pre>
+_ANSWER = """{heading}<pre><span class="prompt">{prompt}</span>{output}</pre>
 <p>{tokens}</p>
 <ul>{legend}</ul>"""
 
@@ -63,40 +62,54 @@ def print_layers(console: Console, prompt: str, pieces: Sequence[str], layers: S
     console.print(legend, soft_wrap=True)
 
 
-def html_layers(
-    prompt: str,
-    pieces: Sequence[str],
-    layers: Sequence[int],
-    confidences: Sequence[float | None] | None = None,
-    *,
-    title: str = "megatron-ee generate",
-) -> str:
-    """A self-contained HTML page: tokens in colour by layer, a legend with counts, details on hover.
+class ShownAnswer(NamedTuple):
+    """An answer on a page.
 
-    Args:
+    Attributes:
         prompt: shown dimmed before the output.
         pieces: the text that each token adds.
         layers: the layer that emitted each token.
         confidences: confidence of each token at its exit; None if there is none.
+    """
+
+    prompt: str
+    pieces: Sequence[str]
+    layers: Sequence[int]
+    confidences: Sequence[float | None] | None = None
+
+
+def html_layers(answers: Sequence[ShownAnswer], *, title: str = "megatron-ee generate") -> str:
+    """A self-contained HTML page: tokens in colour by layer, a legend with counts, details on hover.
+
+    Args:
+        answers: shown one after the other; a colour is the same layer in all of them.
         title: title of the page.
     """
+    classes = tints(sorted({layer for answer in answers for layer in answer.layers}))
+    parts = []
+    for number, answer in enumerate(answers, 1):
+        heading = f"<h2>Answer {number} of {len(answers)}</h2>\n" if len(answers) > 1 else ""
+        parts.append(_html_answer(answer, classes, heading))
+    return html_page(title, _STYLE, "\n".join([f"<h1>{escaped(title)}</h1>", *parts]))
+
+
+def _html_answer(answer: ShownAnswer, classes: Mapping[int, str], heading: str) -> str:
+    prompt, pieces, layers, confidences = answer
     known = [None] * len(layers) if confidences is None else confidences
     counts = sorted(Counter(layers).items())
-    classes = tints(sorted(set(layers)))
     titles = [_tooltip(number, *pair) for number, pair in enumerate(zip(layers, known, strict=True), 1)]
     legend = [
         f'<li><span class="{classes[layer]}">layer {layer}</span> {count} ({count / len(layers):.0%})</li>'
         for layer, count in counts
     ]
     mean = f", mean layer {sum(layers) / len(layers):.1f}" if layers else ""
-    body = _BODY.format(
-        title=escaped(title),
+    return _ANSWER.format(
+        heading=heading,
         prompt=escaped(prompt),
         output=tinted_answer(pieces, [classes[layer] for layer in layers], titles=titles),
         tokens=f"{counted(len(layers), 'token')}{mean}",
         legend="".join(legend),
     )
-    return html_page(title, _STYLE, body)
 
 
 def _tooltip(number: int, layer: int, confidence: float | None) -> str:

@@ -180,6 +180,21 @@ def test_html(command: Command, adapter: Path, tmp_path: Path) -> None:
     assert text.startswith("<!DOCTYPE html>") and "&lt;script&gt;" in text and "<script" not in text
 
 
+def test_a_page_has_every_answer_to_a_file(
+    command: Command, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, options = tmp_path / "page.html", ("--adapter", adapter, "--max-tokens", 3, "--ignore-eos")
+    path = write_prompts(tmp_path / "prompts.jsonl", {"prompt": "<one>", "samples": 2}, {"prompt": "two"})
+    for more in ((), ("--explain",)):
+        status, out, err = command.run(*options, "--prompts", path, "--html", page, *more)
+        assert status == 0 and len(out.splitlines()) == 2, err
+        text = page.read_text()
+        assert "<h2>Answer 3 of 3</h2>" in text and text.count("&lt;one&gt;") == 2 and text.count(">two<") == 1
+    monkeypatch.setattr("megatron_ee.inference.replay.ExitReplay.finite", False)
+    assert command.run(*options, "--prompts", path, "--html", page, "--explain")[0] == 1
+    assert "Answer" not in page.read_text()
+
+
 def test_compare_shows_every_mode(command: Command, adapter: Path) -> None:
     result = command.json(
         "--adapter", adapter, "--prompt", PROMPT, "--compare", "--threshold", 0.01, "--max-tokens", 8, "--ignore-eos"
@@ -261,7 +276,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--kv-memory", "nan"), "argument --kv-memory: must be a number above 0 and at most 1e9, not 'nan'"),
     (("--kv-memory", 1e300), "argument --kv-memory: must be a number above 0 and at most 1e9, not '1e+300'"),
     (("--kv-memory=-1",), "argument --kv-memory: must be a number above 0 and at most 1e9, not '-1'"),
-    (("--html", "page.html", "--samples", 2), "--html: shows one output"),
+    (("EXITS", "--html", "page.html", "--compare"), "--html: shows the answers of one mode; leave out --compare"),
     (("--prompts", "x"), "argument --prompts: not allowed with argument --prompt"),
     (("EXITS", "--mode", "full", "--draft-exit", 4), "--draft-exit: there is no exit after layer 4; there are: 1, 2"),
 ]
@@ -428,8 +443,6 @@ def test_a_file_without_prompts_is_refused(command: Command, tmp_path: Path) -> 
         assert (
             (status, out) == (2, "") and err.startswith("megatron-ee generate: error: --prompts: ") and message in err
         )
-    status, _, err = command.run("--prompts", path, "--html", tmp_path / "page.html")
-    assert status == 2 and "--html: cannot be used with --prompts" in err
     path = write_prompts(tmp_path / "long.jsonl", {"prompt": "good"}, {"prompt": "x", "max_tokens": 60})
     status, out, err = command.run("--prompts", path, "--max-tokens", 1, "--kv-memory", 1e-5)
     assert (status, out) == (2, "") and f"{path}:" in err and "max_tokens: " in err
