@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
     """Convert the exit after ``layer`` to a plain model of its family with the same logits.
 
     An exit after layer k becomes a model of k layers and the layers of its body. A ``low_rank`` head becomes one
-    matrix, computed in float32. Every tensor has the dtype of the backbone tensor that it replaces. Only
-    ``config.json`` is read.
+    matrix, computed in float32. Every tensor has the dtype of the backbone tensor that it replaces, with a line in
+    ``notes`` if the exit's own is wider. Only ``config.json`` is read.
 
     Args:
         contents: a backbone with its exits.
@@ -55,7 +55,8 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
     contents = text_only(contents)
     config = shallow_config(_read_config(contents), arch, spec)
     shallow = parse_architecture(config, where)
-    tensors = {**contents.backbone, **_exit_parts(contents, arch, spec)}
+    parts = _exit_parts(contents, arch, spec)
+    tensors = {**contents.backbone, **parts}
     backbone = {}
     for name, shape in expected_tensors(shallow).items():
         if name not in tensors:
@@ -63,10 +64,13 @@ def shallow_model(contents: Contents, layer: int) -> Contents:
         _check_shape(contents, name, tensors[name], shape)
         backbone[name] = tensors[name]
     text = json.dumps(config, indent=2) + "\n"
-    line = f"{contents.source}: the gate of the exit after layer {layer} is left out: a plain model has none"
+    notes = list(contents.notes)
+    if spec.gate:
+        notes.append(f"{contents.source}: the gate of the exit after layer {layer} is left out: a plain model has none")
+    notes += _rounding_notes(contents, arch, spec, parts)
     return replace(
         contents,
-        notes=(*contents.notes, line) if spec.gate else contents.notes,
+        notes=tuple(notes),
         format=f"{spec.body} exit after layer {layer} as a model of {shallow.num_layers} layers",
         architecture=shallow,
         backbone=backbone,
@@ -161,6 +165,26 @@ def _exit_parts(contents: Contents, arch: Architecture, spec: ExitSpec) -> dict[
         head = _backbone_tensor(contents, head_name(arch))
         parts[LM_HEAD] = low_rank_sum((head_name(arch), head), ("b", factors["b"]), ("a", factors["a"]), head.dtype)
     return parts
+
+
+def _rounding_notes(
+    contents: Contents, arch: Architecture, spec: ExitSpec, parts: Mapping[str, StoredTensor]
+) -> list[str]:
+    """A line if the exit's tensors are saved in a wider dtype than they are written in."""
+    names = [name for part in exit_parts(spec, arch) for name in part.saved.names if name in contents.exit_tensors]
+    saved = {contents.exit_tensors[name].dtype for name in names}
+    written = {tensor.dtype for tensor in parts.values()}
+    if not any(torch.promote_types(one, other) != other for one in saved for other in written):
+        return []
+    before, after = (_listed(dtypes) for dtypes in (saved, written))
+    return [
+        f"{contents.source}: the exit after layer {spec.layer} is rounded from {before} to {after}, the dtype of the "
+        "model that it becomes part of"
+    ]
+
+
+def _listed(dtypes: Collection[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _backbone_tensor(contents: Contents, name: str) -> StoredTensor:

@@ -227,6 +227,9 @@ def test_exits_of_another_dtype_are_rounded_to_the_backbones(
         monkeypatch.setattr("megatron_ee.conversion.shallow.PIECE", piece)
     contents = make_contents(dtype=torch.bfloat16, exit_dtype=torch.float32, values=True)
     made = shallow_model(contents, 2)
+    line = "models/base: the exit after layer 2 is rounded from float32 to bfloat16, the dtype of the model that it"
+    assert [note.startswith(line) for note in made.notes] == [True]
+    assert shallow_model(make_contents(dtype=torch.float32), 2).notes == ()  # a wider dtype rounds nothing
     for name, (origin,) in origins(made).items():
         tensor, exact = made.backbone[name], whole(contents.exit_tensors[origin])
         assert tensor.dtype == torch.bfloat16 and exact.dtype == torch.float32
