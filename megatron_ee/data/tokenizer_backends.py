@@ -84,15 +84,17 @@ class TokenizersBackend:
         self.special = frozenset(token.content for token in core.get_added_tokens_decoder().values() if token.special)
         self.eos_id, self.bos_id = _named_id(self, files, "eos_token"), _named_id(self, files, "bos_token")
 
+    # ``encode_batch`` lets other threads run meanwhile. The library's ``encode`` does not, and would stop a server for
+    # seconds with a long text. ``encode_batch_fast`` gives the same ids without offsets, 1.5 times as fast.
+
     def encode(self, text: str) -> list[int]:
-        # The same ids as ``encode`` without offsets, 1.5 times as fast.
         return list(self._core.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_prompt(self, text: str) -> list[int]:
-        return list(self._core.encode(text).ids)
+        return list(self._core.encode_batch_fast([text])[0].ids)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        encoding = self._core.encode(text, add_special_tokens=False)
+        [encoding] = self._core.encode_batch([text], add_special_tokens=False)
         return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from typing import get_args
 
 from fastapi import APIRouter
 from starlette.requests import Request
+from starlette.responses import Response
 
 from megatron_ee.inference.requests import Mode, prompt_ids
 from megatron_ee.inference.requests import Request as EngineRequest
@@ -59,21 +60,23 @@ async def exits(request: Request) -> ExitsResponse:
     summary="Tokenize a text or a conversation",
     responses={status: ERRORS[status] for status in (413, 415)},
     openapi_extra=documented(TokenizeRequest),
-    response_model_exclude_none=True,
+    response_model=TokenizeResponse,
 )
-async def tokenize(request: Request) -> TokenizeResponse:
+async def tokenize(request: Request) -> Response:
     """Token ids of a prompt, as the generating routes see it."""
     service = service_of(request)
 
-    def work(body: TokenizeRequest) -> TokenizeResponse:
+    def work(body: TokenizeRequest) -> str:
         check_model(service, body.model)
         ids = _ids(body, service)
         names = [service.tokenizer.name_of(token) for token in ids] if body.return_token_strs else None
-        return TokenizeResponse(
+        answer = TokenizeResponse(
             count=len(ids), max_model_len=service.loop.max_positions, tokens=list(ids), token_strs=names
         )
+        return answer.model_dump_json(exclude_none=True)  # here, since it may be megabytes
 
-    return await read_body(request, TokenizeRequest, work, service.limits.max_body)
+    answer = await read_body(request, TokenizeRequest, work, service.limits.max_body)
+    return Response(answer, media_type="application/json")
 
 
 def _ids(body: TokenizeRequest, service: Service) -> tuple[int, ...]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,30 @@ def test_round_trip(kind: str, request: pytest.FixtureRequest) -> None:
     assert tokenizer.decode(ids) == TEXT
     assert tokenizer.eos_id is not None and tokenizer.eos_id not in ids and tokenizer.bos_id not in ids
     assert max(ids) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_prompt", "encode_spans"])
+def test_other_threads_run_while_a_long_text_is_encoded(method: str, hf_dir: Path) -> None:
+    encode = getattr(load_tokenizer(hf_dir), method)
+    ticks, stop = [], threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(0.001):
+            ticks.append(None)
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        sys.setswitchinterval(1e5)  # so that the interpreter's lock changes hands only where it is given up
+        before = len(ticks)
+        encode("the fox jumps " * 5_000)
+        ran = len(ticks) - before
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()
+    assert ran
 
 
 @pytest.mark.parametrize("kind", ["hf_dir", "sp_model"])
