@@ -101,16 +101,13 @@ class Access:
         return tuple(key.name for key in self._keys.values())
 
     def reload(self) -> None:
-        """Read the file again. What a key has used counts on, if its name stays.
+        """Read the file again. What a key has used counts on, also if its name goes and comes back.
 
         Raises:
             ConfigError: as for a new ``Access``. The old keys stay.
         """
-        if self._path is None:
-            return
-        self._keys = _read_keys(self._path)
-        names = set(self.names)
-        self._windows = {name: window for name, window in self._windows.items() if name in names}
+        if self._path is not None:
+            self._keys = _read_keys(self._path)
 
     def authenticate(self, authorization: str | None) -> Key | None:
         """Whose request it is; None if no key is needed.

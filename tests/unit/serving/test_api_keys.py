@@ -159,3 +159,16 @@ def test_keys_have_separate_minutes(keys: Path) -> None:
     access.settle(website, grant, 20)
     access.take(website, 80)
     access.settle(staff, None, 5)
+
+
+def test_a_key_that_goes_and_comes_back_has_the_same_minute(keys: Path) -> None:
+    access = Access(keys)
+    website = access.authenticate(f"Bearer {ONE}")
+    grant = access.take(website, 100)
+    for text in (f"staff: {{key: '{OTHER}'}}", FILE):
+        write(keys, text)
+        access.reload()
+    access.settle(website, grant, 20)
+    with pytest.raises(RateLimited):
+        access.take(website, 81)
+    access.take(website, 80)
