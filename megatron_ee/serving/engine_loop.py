@@ -108,6 +108,8 @@ class EngineLoop:
         num_layers: number of backbone layers.
         vocab_size: size of the vocabulary.
         max_positions: maximum number of positions of a sequence.
+        failure: what ended it, if the engine failed or a rank is lost. There will be no further steps.
+        lost: whether a rank is lost. The watchdog then ends the process, as the engine's thread may wait for ever.
     """
 
     def __init__(
@@ -132,16 +134,16 @@ class EngineLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._open: dict[Submission, int] = {}  # outputs that have not ended
-        self._num_submitted = self._num_outputs = 0
+        self._num_outputs = 0
         self._draining = False
         # Written by the engine's thread.
         self._entries: dict[int, _Entry] = {}  # by the engine's number
         self._background: deque[Submission] = deque()
         self._num_background = 0  # outputs in the engine
         self._load = (0, 0.0)  # running sequences, KV usage
-        self._failure: BaseException | None = None
-        # Written by the watchdog's thread: the line that names a lost rank.
-        self._lost = ""
+        # Written by the engine's thread, or by the watchdog's.
+        self.failure: EngineFailed | None = None
+        self.lost = False
 
     def start(self) -> None:
         """Start the thread. Called once, in the asyncio thread."""
@@ -171,9 +173,7 @@ class EngineLoop:
             raise Draining(STOPPED)
         if not background and self._num_waiting() >= self._limits.max_queue:
             raise QueueFull(f"{self._num_waiting()} outputs wait, as many as may; try again later")
-        self._num_submitted += 1
         submission = Submission(
-            self._num_submitted,
             request,
             background=background,
             buffer_events=self._limits.buffer_events,
@@ -195,24 +195,8 @@ class EngineLoop:
 
     @property
     def failed(self) -> bool:
-        """Whether the engine failed or a rank is lost. There will be no further steps."""
-        return self._failure is not None or bool(self._lost)
-
-    @property
-    def failure(self) -> EngineFailed | None:
-        """What ended it, if it ``failed``."""
-        if self._lost:
-            return EngineFailed(self._lost)
-        if self._failure is None:
-            return None
-        failure = EngineFailed(f"the engine failed: {_described(self._failure)}")
-        failure.__cause__ = self._failure
-        return failure
-
-    @property
-    def lost(self) -> bool:
-        """Whether a rank is lost. The watchdog then ends the process, as the engine's thread may wait for ever."""
-        return bool(self._lost)
+        """Whether it has a ``failure``."""
+        return self.failure is not None
 
     async def ended(self) -> None:
         """Wait until the engine's thread has ended, or a rank is lost. All open requests have then ended."""
@@ -251,7 +235,8 @@ class EngineLoop:
         """
         if self._loop is None:
             return
-        self._lost = line
+        self.lost = True  # first: the engine's thread may raise now
+        self.failure = EngineFailed(line)
         self._post(self._fail)
         self._told.wait(TELL_SECONDS)
 
@@ -307,7 +292,9 @@ class EngineLoop:
             while self._take_commands():
                 self._publish(self._engine.step())
         except BaseException as error:  # the asyncio thread raises it
-            self._failure = error
+            if not self.lost:  # which would be the cause of this
+                self.failure = EngineFailed(f"the engine failed: {_described(error)}")
+                self.failure.__cause__ = error
         self._post(self._fail)
 
     def _take_commands(self) -> bool:

@@ -16,7 +16,6 @@ class Submission:
     """One request in flight. Only the asyncio thread uses it, except for ``cancel``. ``EngineLoop.submit`` makes it.
 
     Attributes:
-        id: number of the submission. It differs from ``Event.request``, the engine's number.
         request: what was submitted.
         background: whether it runs only while there is no ordinary request.
         timed_out: whether its deadline ended it.
@@ -25,7 +24,6 @@ class Submission:
 
     def __init__(
         self,
-        number: int,
         request: Request,
         *,
         background: bool,
@@ -35,13 +33,12 @@ class Submission:
         """Create a submission that waits for admission.
 
         Args:
-            number: its ``id``.
             request: what was submitted.
             background: see above.
             buffer_events: maximum number of events that wait to be read.
             on_cancel: called once when it is cancelled, in any thread.
         """
-        self.id, self.request, self.background = number, request, background
+        self.request, self.background = request, background
         self.timed_out = self.overflowed = False
         self._loop = asyncio.get_running_loop()
         self._limit, self._on_cancel, self._cancelled = buffer_events, on_cancel, False

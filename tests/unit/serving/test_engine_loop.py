@@ -171,23 +171,15 @@ def test_a_full_queue_refuses_until_there_is_room() -> None:
 
 
 def test_a_slow_reader_ends_with_an_error_and_holds_up_nobody() -> None:
-    engine = ScriptedEngine()
+    engine = ScriptedEngine(pause=0.005)  # so that the other one can keep up
 
     async def body(loop: EngineLoop) -> None:
         slow, other = loop.submit(request(tokens=10**6, samples=2)), loop.submit(request(tokens=50))
         assert reasons(await events_of(other)) == ["length"]
         await until(lambda: not engine.open)  # it was cancelled
         events = await events_of(slow)
-        assert (
-            slow.overflowed
-            and len(events) == 6
-            and [event.error is None for event in events]
-            == [True] * 4
-            + [
-                False,
-                False,
-            ]
-        )
+        assert slow.overflowed
+        assert [event.error is None for event in events] == [True] * 4 + [False] * 2
         assert events[-1].error is not None and "read too slowly: 4 events wait" in events[-1].error
         assert {event.sample for event in events[-2:]} == {0, 1}
 
