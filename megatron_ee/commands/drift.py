@@ -44,9 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Test. Print tables or JSON to stdout, and write the requested plot."""
     from megatron_ee.checkpoint.digest import file_sha256
     from megatron_ee.commands.inputs import check_input
-    from megatron_ee.evaluation.audits import certificates, read_audits
-    from megatron_ee.evaluation.drift import new_monitor, replay
-    from megatron_ee.evaluation.drift_report import drift_dict, plot_drift, print_drift
+    from megatron_ee.evaluation.drift.audits import certificates, read_audits
+    from megatron_ee.evaluation.drift.monitor import new_monitor, replay
+    from megatron_ee.evaluation.drift.report import drift_dict, plot_drift, print_drift
     from megatron_ee.evaluation.plots import check_plot
     from megatron_ee.inference.certificate import read_certificate
 

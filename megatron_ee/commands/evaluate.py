@@ -13,8 +13,6 @@ from megatron_ee.commands.engine_options import add_model, add_parallel, add_res
 from megatron_ee.commands.evaluate_tasks import add_tasks, run_tasks
 from megatron_ee.errors import ConfigError
 
-PLOTS = (".png", ".pdf", ".svg")
-
 CORPUS = ("sequence_length", "sequences", "batch_size", "speed", "probe")
 TASKS = (
     "thresholds",
@@ -91,14 +89,13 @@ def _add_corpus(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate. Print tables or JSON to stdout, and write the requested files."""
-    if arguments.plot is not None and arguments.plot.suffix not in PLOTS:
-        raise ConfigError(f"--plot: {arguments.plot} must end in one of {', '.join(PLOTS)}")
     _check_options(arguments)
-    from megatron_ee.checkpoint.ownership import check_file, check_output
+    from megatron_ee.checkpoint.ownership import check_output
     from megatron_ee.commands.inputs import check_input
+    from megatron_ee.evaluation.plots import check_plot
 
     if arguments.plot is not None:
-        check_file(arguments.plot, "--plot")
+        check_plot(arguments.plot, "--plot")
     if arguments.output is not None:
         check_output(arguments.output, "evaluate")
     check_input("--model", arguments.model)
@@ -123,7 +120,7 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
     check_corpus("--data", [arguments.data])
     from megatron_ee.evaluation.evaluate import evaluate
     from megatron_ee.evaluation.plots import plot_reliability, plot_sweep
-    from megatron_ee.evaluation.probe_compare import print_since, print_speed, read_probe, since_dict, speed_dict
+    from megatron_ee.evaluation.probe.compare import print_since, print_speed, read_probe, since_dict, speed_dict
     from megatron_ee.evaluation.report import print_quality, write_quality
     from megatron_ee.parallel.groups import launched_rank
 

@@ -179,8 +179,8 @@ def _report(
     arguments: argparse.Namespace, results: TaskResults, about: dict[str, Any], certificate: Certificate | None
 ) -> None:
     from megatron_ee.checkpoint.atomic import write_json
-    from megatron_ee.evaluation.group_report import groups_dict, plot_groups, print_groups
-    from megatron_ee.evaluation.task_groups import compare_task_groups
+    from megatron_ee.evaluation.groups.report import groups_dict, plot_groups, print_groups
+    from megatron_ee.evaluation.groups.tasks import compare_task_groups
     from megatron_ee.evaluation.tasks.report import plot_tasks, print_tasks
 
     # The journal knows the options as its settings. In the results, settings are what was compared.

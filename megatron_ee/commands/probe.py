@@ -12,7 +12,7 @@ from megatron_ee.commands.engine_options import add_model, add_parallel
 from megatron_ee.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_ee.evaluation.probe_shape import Shape
+    from megatron_ee.evaluation.probe.shape import Shape
 
 TEXTS = (".txt", ".jsonl", ".ndjson", ".json")
 DESCRIPTION = """Before tuning: fit exits after the layers of a model on your text, measure how often they agree with
@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif not arguments.data.is_file():
         check_corpus("--data", [arguments.data])
     shapes = [_shape(path, arguments.gpu or GPU) for path in arguments.as_shape]
-    from megatron_ee.evaluation.probe import probe
-    from megatron_ee.evaluation.probe_report import print_probe, probe_dict
+    from megatron_ee.evaluation.probe.report import print_probe, probe_dict
+    from megatron_ee.evaluation.probe.run import probe
 
     found = probe(
         model=arguments.model,
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _shape(path: Path, gpu: str) -> Shape:
     """The model of a ``config.json``, named after its directory."""
     from megatron_ee.config.untrusted import read_json
-    from megatron_ee.evaluation.probe_shape import Shape
+    from megatron_ee.evaluation.probe.shape import Shape
     from megatron_ee.families.registry import parse_architecture
     from megatron_ee.planning.devices import find_device
 

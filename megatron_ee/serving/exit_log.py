@@ -21,7 +21,7 @@ from megatron_ee.checkpoint.atomic import write_all
 from megatron_ee.config.untrusted import parse_json
 from megatron_ee.config.validation import validated
 from megatron_ee.errors import ConfigError, DataError, UserError, storage_errors
-from megatron_ee.evaluation.audits import log_lines
+from megatron_ee.evaluation.drift.audits import log_lines
 from megatron_ee.serving.exit_record import ExitRecord
 
 MAX_BYTES = 128 * 2**20

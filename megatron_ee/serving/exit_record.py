@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from megatron_ee.evaluation.audits import AuditRecord
+from megatron_ee.evaluation.drift.audits import AuditRecord
 from megatron_ee.inference.requests import Completion, Coverage, Mode
 
 BINS = 10

@@ -21,7 +21,7 @@ import megatron_ee
 from megatron_ee.serving.exit_record import BINS, ExitRecord
 
 if TYPE_CHECKING:
-    from megatron_ee.evaluation.drift import DriftMonitor
+    from megatron_ee.evaluation.drift.monitor import DriftMonitor
 
 OTHER = "other"
 """Label of a task that is not configured, and of an answer's status that ``REFUSALS`` does not have."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.evaluation.probe import probe
-from megatron_ee.evaluation.probe_report import probe_dict
-from megatron_ee.evaluation.probe_shape import Shape
+from megatron_ee.evaluation.probe.report import probe_dict
+from megatron_ee.evaluation.probe.run import probe
+from megatron_ee.evaluation.probe.shape import Shape
 from megatron_ee.planning.devices import find_device
 from megatron_ee.testing.examples import example_architecture
 from megatron_ee.testing.project import Project

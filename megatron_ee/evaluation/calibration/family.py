@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from megatron_ee.evaluation.betting import Floats
+from megatron_ee.evaluation.statistics import Floats
 from megatron_ee.inference.certificate import ExitScaling
 
 LEVELS = np.arange(16.0, -4.0, -0.05)

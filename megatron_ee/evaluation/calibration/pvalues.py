@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binom
 
-from megatron_ee.evaluation.betting import Floats, betting_p, kl
+from megatron_ee.evaluation.calibration.betting import betting_p, kl
+from megatron_ee.evaluation.statistics import Floats
 
 PValue = Literal["betting", "hoeffding-bentkus"]
 _RISKS = 1000

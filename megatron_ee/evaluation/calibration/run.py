@@ -15,12 +15,12 @@ import numpy as np
 from megatron_ee.checkpoint.journal import Journal
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
-from megatron_ee.evaluation.betting import Floats
 from megatron_ee.evaluation.calibration.family import LEAST_SAVED, Member, make_family
-from megatron_ee.evaluation.calibration.losses import loss_of
 from megatron_ee.evaluation.calibration.pvalues import P_VALUES, largest_risk
 from megatron_ee.evaluation.calibration.replays import replay_answers
 from megatron_ee.evaluation.calibration.sample import CalibrationPlan, Sample, by_group, scopes_of
+from megatron_ee.evaluation.statistics import Floats
+from megatron_ee.evaluation.tasks.agreement import loss_of
 from megatron_ee.evaluation.tasks.answers import BATCH, Setting, TaskAnswer, TaskAnswers, answer_records
 from megatron_ee.evaluation.tasks.records import TaskRecord
 from megatron_ee.inference.certificate import ExitScaling, GroupResult, Interval, Tested

@@ -10,12 +10,11 @@ from functools import cached_property
 from megatron_ee.errors import ConfigError, DataError, printable
 from megatron_ee.evaluation.page.language import Language
 from megatron_ee.evaluation.page.runs import TunedRun
-from megatron_ee.evaluation.page.sources import CertificateFile, Measurements, TaskFile, WrittenAnswer, check_one_model
-from megatron_ee.evaluation.tasks.results import BASELINE, MeanScore, SettingResult
+from megatron_ee.evaluation.page.sources import CertificateFile, Measurements, check_one_model
+from megatron_ee.evaluation.page.task_file import TaskFile, WrittenAnswer
+from megatron_ee.evaluation.tasks.results import BASELINE, JUDGED, MeanScore, SettingResult
 from megatron_ee.evaluation.tasks.run import CALIBRATED
 
-QUALITY = ("contains", "accuracy")
-"""Scores that are taken as quality, the first that was measured."""
 EQUAL_ANSWERS = "equal_answers"
 UNKNOWN = "MODEL"
 """Stands in command lines for a path that no file tells."""
@@ -140,7 +139,7 @@ def choose_setting(tasks: TaskFile, wanted: str | None = None) -> tuple[str, str
 
 def quality_of(result: SettingResult) -> tuple[str, MeanScore] | None:
     """Name and mean of the score that is taken as quality; None if none was measured."""
-    return next(((name, result.scores[name]) for name in QUALITY if name in result.scores), None)
+    return next(((name, result.scores[name]) for name in JUDGED if name in result.scores), None)
 
 
 def _speed(result: SettingResult) -> tuple[float, float]:

@@ -10,10 +10,9 @@ from typing import Any
 
 from megatron_ee.checkpoint.adapter import Adapter, open_adapter
 from megatron_ee.checkpoint.ownership import MARKER
-from megatron_ee.config.untrusted import MAX_FILE, json_lines
-from megatron_ee.errors import ConfigError, DataError, UserError
+from megatron_ee.config.untrusted import MAX_FILE, json_lines, read_json
+from megatron_ee.errors import ConfigError, DataError, UserError, shown
 from megatron_ee.evaluation.history import Validation, read_validations
-from megatron_ee.evaluation.page.sources import json_object
 from megatron_ee.inference.released import exits_digest
 from megatron_ee.tuning.finish import LAST
 from megatron_ee.tuning.log import LOG, SESSION
@@ -22,6 +21,8 @@ from megatron_ee.tuning.trainer import BEST
 
 CONFIG = "config.json"
 INITIAL = "adapter-initial"
+MAX_DESCRIPTION = 2**20
+"""Bytes of a run's or a corpus's description."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def read_run(path: Path, adapter_sha256: str | None = None) -> TunedRun:
         DataError: the measured exits are none of this run, or a file is invalid.
         CheckpointError: a file cannot be read.
     """
-    settings, status = json_object(path / CONFIG), json_object(path / STATUS)
+    settings, status = _json_object(path / CONFIG), _json_object(path / STATUS)
     adapter, digest = _chosen_adapter(path, adapter_sha256)
     try:
         tuning, data = settings["tuning"], settings["data"]
@@ -166,7 +167,7 @@ def _corpus(entry: Any) -> KnownCorpus:
     """A corpus of the configuration, with its size if its description is still there."""
     prefix = entry if isinstance(entry, str) else entry["path"]
     try:
-        found = json_object(Path(f"{prefix}.json"))
+        found = _json_object(Path(f"{prefix}.json"))
     except UserError:
         found = {}
     counts = [found.get(name) for name in ("documents", "tokens", "trained_tokens")]
@@ -216,3 +217,11 @@ def _records(log: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a small file."""
+    content = read_json(path, MAX_DESCRIPTION)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, not {shown(json.dumps(content)[:80])}")
+    return content

@@ -1,10 +1,14 @@
-"""Agreement of an answer with full mode's answer to the same prompt, token by token."""
+"""An answer beside full mode's answer to the same prompt: where they agree, and what the difference costs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+
+from megatron_ee.evaluation.tasks.answers import TaskAnswer
+from megatron_ee.evaluation.tasks.metrics import METRICS, rouge_l
+from megatron_ee.inference.certificate import Loss
 
 
 @dataclass(frozen=True)
@@ -34,3 +38,22 @@ def compare_tokens(mine: Sequence[int], full: Sequence[int]) -> TokenAgreement:
     same = [one == other for one, other in zip(mine, full, strict=False)]
     before = sum(takewhile(bool, same))
     return TokenAgreement(None if before == places else before, before / places, sum(same) / places)
+
+
+def loss_of(loss: Loss, metric: str, early: TaskAnswer, full: TaskAnswer, references: Sequence[str]) -> float:
+    """The loss of an answer against full mode's, in [0, 1]; 0 where both are the same. See ``Certificate``.
+
+    Args:
+        loss: its kind.
+        metric: of ``quality``, a key of ``METRICS``.
+        early: the answer with early exit.
+        full: the answer of full mode.
+        references: right answers, for ``quality``.
+    """
+    if early.token_ids == full.token_ids:
+        return 0.0
+    if loss == "disagreement":
+        return 1.0
+    if loss == "rouge":  # two texts without words have no ROUGE
+        return 0.0 if early.text == full.text else 1.0 - rouge_l(early.text, [full.text])
+    return max(0.0, METRICS[metric](full.text, references) - METRICS[metric](early.text, references))

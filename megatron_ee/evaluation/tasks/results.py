@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ee.evaluation.bootstrap import paired_intervals
+from megatron_ee.evaluation.statistics import paired_intervals
 from megatron_ee.evaluation.tasks.agreement import TokenAgreement, compare_tokens
 from megatron_ee.evaluation.tasks.answers import WARM_UP_TOKENS, Setting, TaskAnswer, TimedBlock
 from megatron_ee.evaluation.tasks.choices import ChoiceScores
@@ -24,6 +24,8 @@ from megatron_ee.evaluation.tasks.records import TaskRecord
 BASELINE = "full"
 """Name of the setting that the others are compared with."""
 QUALITY = (*METRICS, "accuracy", "accuracy_per_character")
+JUDGED = ("contains", "accuracy")
+"""Scores that are taken as quality where one is wanted, the first that there is."""
 AGREEMENT = ("equal_answers", "tokens_before_departure", "equal_tokens")
 """Scores that compare an answer with the baseline's, which has 1."""
 CUT = ("length", "context")

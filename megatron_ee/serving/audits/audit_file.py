@@ -13,7 +13,7 @@ from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import CheckpointError, ConfigError, DataError
-from megatron_ee.evaluation.drift import ALARM_LEVEL, DriftMonitor, new_monitor
+from megatron_ee.evaluation.drift.monitor import ALARM_LEVEL, DriftMonitor, new_monitor
 from megatron_ee.inference.certificate import Calibration, Sha256
 
 VERSION: Final = 1

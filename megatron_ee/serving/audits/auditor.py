@@ -5,7 +5,7 @@
   other request: it is never dropped, and what waits is bounded.
 - If the client left before the answer was complete, the answer is generated again. What has no answer counts as a loss
   of 1.
-- The losses reach the tests (``evaluation.drift``) in the order of admission.
+- The losses reach the tests (``evaluation.drift.monitor``) in the order of admission.
 - The test *from the start* decides: it gives a false alarm ever with probability at most the alarm level. On its alarm
   the certificate's requests fall back (``Rules.set_alarms``), also after a restart, until somebody ends it on purpose.
   The restarting test is reported only: its false alarms come every few hundred audits.
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ee.errors import UserError
-from megatron_ee.evaluation.audits import Audit, audited
-from megatron_ee.evaluation.drift import DriftMonitor
+from megatron_ee.evaluation.drift.audits import Audit, audited
+from megatron_ee.evaluation.drift.monitor import DriftMonitor
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.requests import Completion
 from megatron_ee.serving.audits.audit_file import AuditFile, CertificateAudits, can_audit, write_audit_file

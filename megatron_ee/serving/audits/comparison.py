@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_ee.errors import ConfigError, UserError
-from megatron_ee.evaluation.calibration.losses import loss_of
+from megatron_ee.evaluation.tasks.agreement import loss_of
 from megatron_ee.evaluation.tasks.answers import TaskAnswer
 from megatron_ee.inference.certificate import Certificate
 from megatron_ee.inference.policy import ThresholdPolicy

@@ -15,8 +15,8 @@ import pytest
 
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError, DataError, UserError
-from megatron_ee.evaluation.audits import audited
-from megatron_ee.evaluation.drift import new_monitor, replay
+from megatron_ee.evaluation.drift.audits import audited
+from megatron_ee.evaluation.drift.monitor import new_monitor, replay
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.requests import Completion, Event, Request, Token
 from megatron_ee.serving.audits.audit_file import begin_audits, read_audit_file, state_path

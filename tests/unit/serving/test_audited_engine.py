@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ee.evaluation.drift import new_monitor, replay
+from megatron_ee.evaluation.drift.monitor import new_monitor, replay
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.loading import open_engine
 from megatron_ee.inference.options import EngineOptions

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from megatron_ee.commands.main import main
 from megatron_ee.errors import ConfigError, DamagedError, DataError
-from megatron_ee.evaluation.audits import Audit, read_audits
+from megatron_ee.evaluation.drift.audits import Audit, read_audits
 from megatron_ee.inference.requests import Coverage
 from megatron_ee.serving import exit_log
 from megatron_ee.serving.exit_log import ExitLog, Period, read_logs

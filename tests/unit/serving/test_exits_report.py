@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ee.commands.main import main
-from megatron_ee.evaluation.audits import Audit
+from megatron_ee.evaluation.drift.audits import Audit
 from megatron_ee.inference.requests import Coverage
 from megatron_ee.serving.exit_log import ExitLog
 from megatron_ee.serving.exit_record import ExitRecord, now_utc

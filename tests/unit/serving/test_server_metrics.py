@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from megatron_ee.evaluation.drift import new_monitor
+from megatron_ee.evaluation.drift.monitor import new_monitor
 from megatron_ee.inference.requests import Coverage
 from megatron_ee.serving.exit_record import ExitRecord, now_utc
 from megatron_ee.serving.metrics import Metrics, layer_buckets

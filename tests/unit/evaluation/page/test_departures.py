@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ee.evaluation.page.departures import AFTER, BEFORE, mark_departure
+from megatron_ee.evaluation.page.examples_section import AFTER, BEFORE, mark_departure
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ee.commands.main import main
-from megatron_ee.evaluation.task_groups import NO_GROUP, group_name
+from megatron_ee.evaluation.groups.tasks import NO_GROUP, group_name
 from megatron_ee.evaluation.tasks.records import TaskRecord
 from megatron_ee.inference.certificate import MADE_BY, VERSION
 from megatron_ee.inference.released import open_released, released_digests

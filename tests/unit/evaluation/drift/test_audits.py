@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_ee.errors import DataError, UserError
-from megatron_ee.evaluation.audits import audited, certificates, read_audits
+from megatron_ee.evaluation.drift.audits import audited, certificates, read_audits
 
 
 def record(number: int, loss: float | None = None, certificate: str | None = "a" * 8, **others: Any) -> str:

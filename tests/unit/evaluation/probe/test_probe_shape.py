@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_ee.evaluation.forecast import Records, best_speculative
-from megatron_ee.evaluation.probe_shape import Shape
+from megatron_ee.evaluation.probe.forecast import Records, best_speculative
+from megatron_ee.evaluation.probe.shape import Shape
 from megatron_ee.planning.devices import find_device
 from megatron_ee.testing.examples import example_architecture
 

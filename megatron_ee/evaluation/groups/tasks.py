@@ -10,12 +10,12 @@ from typing import Literal, cast, get_args
 
 import numpy as np
 
-from megatron_ee.evaluation.calibration.losses import loss_of
 from megatron_ee.evaluation.calibration.pvalues import PValue, largest_risk
-from megatron_ee.evaluation.groups import LOSS, EarlyResults, GroupComparison, compare_groups
-from megatron_ee.evaluation.prompt_groups import length_bucket, script
+from megatron_ee.evaluation.groups.compare import LOSS, EarlyResults, GroupComparison, compare_groups
+from megatron_ee.evaluation.groups.prompts import length_bucket, script
+from megatron_ee.evaluation.tasks.agreement import loss_of
 from megatron_ee.evaluation.tasks.records import TaskRecord
-from megatron_ee.evaluation.tasks.results import BASELINE, TaskResults, TaskRow
+from megatron_ee.evaluation.tasks.results import BASELINE, JUDGED, TaskResults, TaskRow
 from megatron_ee.inference.certificate import Certificate
 
 By = Literal["group", "script", "length"]
@@ -23,8 +23,6 @@ WORDS: Mapping[By, str] = {"group": "group", "script": "script", "length": "toke
 assert set(WORDS) == set(get_args(By))
 NO_GROUP = "(none)"
 """Group of the records that name none."""
-QUALITY = ("contains", "accuracy")
-"""Scores that are taken as quality, the first that a record has."""
 AGREEMENT = "equal_tokens"
 
 
@@ -107,4 +105,4 @@ def _layers(row: TaskRow) -> float:
 
 
 def _quality(row: TaskRow) -> float:
-    return next((row.scores[name] for name in QUALITY if name in row.scores), math.nan)
+    return next((row.scores[name] for name in JUDGED if name in row.scores), math.nan)

@@ -24,12 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from megatron_ee.config.validation import Strict
-
-Array = NDArray[np.float64]
+from megatron_ee.evaluation.statistics import Floats
 
 ALARM_LEVEL = 0.01
 SMALLEST_EXCESS = 0.5
@@ -38,7 +36,7 @@ LARGEST_STAKE = 0.5
 """Share of its wealth that the largest bet loses where a loss is 0."""
 
 
-def fixed_bets(risk: float) -> Array:
+def fixed_bets(risk: float) -> Floats:
     """The bets, ascending, in (0, 1/risk). Each is twice the one before it, the last at most.
 
     A bet b is the best one (it maximises the mean logarithm of the wealth) if losses are 0 or 1 with a mean of
@@ -54,7 +52,7 @@ def fixed_bets(risk: float) -> Array:
     return np.append(smallest * 2.0 ** np.arange(count), largest)
 
 
-def bet_once(wealths: Array, sums: Array, losses: Array, bets: Array, risk: float) -> tuple[Array, Array]:
+def bet_once(wealths: Floats, sums: Floats, losses: Floats, bets: Floats, risk: float) -> tuple[Floats, Floats]:
     """Bet on one audited loss of each stream.
 
     Args:
@@ -71,12 +69,12 @@ def bet_once(wealths: Array, sums: Array, losses: Array, bets: Array, risk: floa
     return wealths + gains, np.logaddexp(0.0, sums + gains)
 
 
-def mixed_log_wealth(wealths: Array) -> Array:
+def mixed_log_wealth(wealths: Floats) -> Floats:
     """Logarithm of the whole wealth ``[...]``, of which each bet began with an equal part."""
     return np.logaddexp.reduce(wealths, axis=-1) - math.log(wealths.shape[-1])
 
 
-def mixed_sum(sums: Array) -> Array:
+def mixed_sum(sums: Floats) -> Floats:
     """The restarting test's sum ``[...]``."""
     return np.expm1(sums).mean(axis=-1)
 
@@ -184,9 +182,9 @@ class DriftHistory:
     """
 
     monitor: DriftMonitor
-    losses: Array
-    log_wealths: Array
-    detectors: Array
+    losses: Floats
+    log_wealths: Floats
+    detectors: Floats
     restarts: tuple[int, ...]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ee.evaluation.prompt_groups import length_bucket, script
+from megatron_ee.evaluation.groups.prompts import length_bucket, script
 
 
 @pytest.mark.parametrize(

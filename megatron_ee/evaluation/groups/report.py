@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.evaluation.groups import (
-    CONFIDENCE,
+from megatron_ee.evaluation.groups.compare import (
     LAYERS,
     LEAST_MEMBERS,
     LOSS,
@@ -18,6 +17,7 @@ from megatron_ee.evaluation.groups import (
     GroupOutcome,
 )
 from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
+from megatron_ee.evaluation.statistics import LEVEL
 from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def print_groups(compared: Mapping[str, GroupComparison]) -> None:
             console.print(_table(f"Groups by {found.by}, {name}", found, console))
             console.print()
     console.print(
-        f"Means with {CONFIDENCE:.0%} intervals. * differs from all other records (p at most {SIGNIFICANCE:g} after "
+        f"Means with {LEVEL:.0%} intervals. * differs from all other records (p at most {SIGNIFICANCE:g} after "
         "Holm's correction), ! differs and is worse.",
         soft_wrap=True,
     )
@@ -140,7 +140,7 @@ def plot_groups(compared: Mapping[str, GroupComparison], path: Path) -> None:
             legend += "; dashed: the certified risk"
         if count < len(first.groups):
             legend += f"; groups too small to be shown: {len(first.groups) - count}"
-        title = f"Groups by {first.by}: mean and {CONFIDENCE:.0%} interval\n{legend}"
+        title = f"Groups by {first.by}: mean and {LEVEL:.0%} interval\n{legend}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
 
 

@@ -1,11 +1,13 @@
-"""Bootstrap intervals of paired differences."""
+"""Bootstrap intervals of paired differences, and tests with known answers."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 
-from megatron_ee.evaluation.bootstrap import paired_intervals
+from megatron_ee.evaluation.statistics import holm, paired_intervals, permutation_p, wilson
 
 
 def test_an_interval_is_the_spread_of_the_mean() -> None:
@@ -36,3 +38,27 @@ def test_draws_are_those_of_the_seed_whatever_the_number_of_columns() -> None:
 def test_equal_rows_have_no_spread() -> None:
     assert paired_intervals(np.zeros((20, 2))).tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert paired_intervals(np.ones((1, 1))).tolist() == [[1.0, 1.0]]
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.001, 0.5, 0.012]) == pytest.approx([1.0, 0.004, 1.0, 0.036])
+    assert holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_a_permutation_test_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    # Two of the twenty ways to choose three of six, and one of the fifteen ways to choose two.
+    assert permutation_p(np.array([1.0, 2, 3]), np.array([4.0, 5, 6]), rng) == pytest.approx(2 / 20)
+    assert permutation_p(np.array([0.0, 0]), np.array([1.0, 1, 1, 1]), rng) == pytest.approx(1 / 15)
+    assert permutation_p(np.ones(3), np.ones(3), rng) == 1
+    # By drawn permutations, against the normal approximation of a difference of 2.5 standard errors.
+    many = np.tile([0.0, 1, 2, 3, 4], 40)
+    shifted = many + 2.5 * math.sqrt(2 * many.var() / len(many))
+    assert permutation_p(many, shifted, rng, 4999) == pytest.approx(0.0124, abs=0.006)
+
+
+def test_wilson_by_hand() -> None:
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)

@@ -27,8 +27,8 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.config.schema import FitConfig, Quantise, Weights
 from megatron_ee.data.loader import Batch
 from megatron_ee.errors import ConfigError
-from megatron_ee.evaluation.decode_times import measure_decode
-from megatron_ee.evaluation.forecast import (
+from megatron_ee.evaluation.probe.decode_times import measure_decode
+from megatron_ee.evaluation.probe.forecast import (
     DecodeTimes,
     Forecast,
     Records,
@@ -36,10 +36,10 @@ from megatron_ee.evaluation.forecast import (
     best_threshold,
     calibrated,
 )
-from megatron_ee.evaluation.probe_records import Measured, measure_exits, measure_gates
-from megatron_ee.evaluation.probe_shape import Shape, ShapeForecast
-from megatron_ee.evaluation.probe_text import HeldWindows, ProbeText, open_text
-from megatron_ee.evaluation.probe_work import Pace, Work, choose_work, measure_pace
+from megatron_ee.evaluation.probe.records import Measured, measure_exits, measure_gates
+from megatron_ee.evaluation.probe.shape import Shape, ShapeForecast
+from megatron_ee.evaluation.probe.text import HeldWindows, ProbeText, open_text
+from megatron_ee.evaluation.probe.work import Pace, Work, choose_work, measure_pace
 from megatron_ee.exits.tensors import body_weights
 from megatron_ee.model.setup import ModelSetup, build_setup
 from megatron_ee.parallel.agreement import each_own

@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_ee.evaluation.group_report import groups_dict, plot_groups, print_groups, warning
-from megatron_ee.evaluation.groups import (
+from megatron_ee.evaluation.groups.compare import (
     AGREEMENT,
     LAYERS,
     LOSS,
     QUALITY,
     EarlyResults,
     compare_groups,
-    holm,
-    permutation_p,
-    wilson,
 )
+from megatron_ee.evaluation.groups.report import groups_dict, plot_groups, print_groups, warning
+from megatron_ee.evaluation.statistics import holm, permutation_p, wilson
 
 SIZES = {"a": 80, "b": 50, "c": 20, "d": 10}
 NAMES = [name for name, size in SIZES.items() for _ in range(size)]
@@ -33,30 +31,6 @@ Values = NDArray[np.float64]
 def results(losses: Values) -> EarlyResults:
     """Records that differ in nothing but their losses."""
     return EarlyResults(np.full(len(losses), 20.0), np.ones(len(losses)), losses=losses)
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.001, 0.5, 0.012]) == pytest.approx([1.0, 0.004, 1.0, 0.036])
-    assert holm([]) == [] and holm([0.2]) == [0.2]
-
-
-def test_a_permutation_test_by_hand() -> None:
-    rng = np.random.default_rng(0)
-    # Two of the twenty ways to choose three of six, and one of the fifteen ways to choose two.
-    assert permutation_p(np.array([1.0, 2, 3]), np.array([4.0, 5, 6]), rng) == pytest.approx(2 / 20)
-    assert permutation_p(np.array([0.0, 0]), np.array([1.0, 1, 1, 1]), rng) == pytest.approx(1 / 15)
-    assert permutation_p(np.ones(3), np.ones(3), rng) == 1
-    # By drawn permutations, against the normal approximation of a difference of 2.5 standard errors.
-    many = np.tile([0.0, 1, 2, 3, 4], 40)
-    shifted = many + 2.5 * math.sqrt(2 * many.var() / len(many))
-    assert permutation_p(many, shifted, rng, 4999) == pytest.approx(0.0124, abs=0.006)
-
-
-def test_wilson_by_hand() -> None:
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
 
 
 def rare(rng: np.random.Generator) -> Values:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_ee.evaluation.forecast import (
+from megatron_ee.evaluation.probe.forecast import (
     MOST_EXITS,
     THRESHOLDS,
     DecodeTimes,

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.evaluation.forecast import DecodeTimes, Forecast
-from megatron_ee.evaluation.probe import ABOVE, GATE_PAYS, MIDDLE, Probe
-from megatron_ee.evaluation.probe_shape import ShapeForecast
+from megatron_ee.evaluation.probe.forecast import DecodeTimes, Forecast
+from megatron_ee.evaluation.probe.run import ABOVE, GATE_PAYS, MIDDLE, Probe
+from megatron_ee.evaluation.probe.shape import ShapeForecast
 from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:

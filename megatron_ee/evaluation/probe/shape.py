@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.evaluation.forecast import DecodeTimes, Forecast, Records
+from megatron_ee.evaluation.probe.forecast import DecodeTimes, Forecast, Records
 from megatron_ee.exits.registry import tap_of
 from megatron_ee.exits.tensors import body_weights
 from megatron_ee.parallel.costs import padded_vocab

@@ -14,15 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, permutation_test
 
-from megatron_ee.evaluation.bootstrap import paired_intervals
-
-Array = NDArray[np.float64]
+from megatron_ee.evaluation.statistics import PERMUTATIONS, Floats, holm, paired_intervals, permutation_p, wilson
 
 LEAST_MEMBERS = 10
 """Smaller groups are named, but not judged."""
-PERMUTATIONS = 9999
 SIGNIFICANCE = 0.05
 """Level of the tests of one measure, all groups together."""
 LAYERS, AGREEMENT, QUALITY, LOSS = "exit layer", "agreement", "quality difference", "loss"
@@ -33,9 +29,6 @@ RISK = (LOSS, QUALITY, AGREEMENT)
 """The measure of risk is the first of these that was measured."""
 RANGES = {AGREEMENT: (0, 1), QUALITY: (-1, 1), LOSS: (0, 1)}
 """What a record can have of a measure."""
-CONFIDENCE = 0.95
-"""Of the intervals."""
-_EPSILON = 1e-12
 
 
 @dataclass(frozen=True)
@@ -50,13 +43,13 @@ class EarlyResults:
         losses: loss of the early answer as a certificate defines it, in [0, 1]; None without a certificate.
     """
 
-    layers: Array
-    agreement: Array
-    early_quality: Array | None = None
-    full_quality: Array | None = None
-    losses: Array | None = None
+    layers: Floats
+    agreement: Floats
+    early_quality: Floats | None = None
+    full_quality: Floats | None = None
+    losses: Floats | None = None
 
-    def measures(self) -> dict[str, Array]:
+    def measures(self) -> dict[str, Floats]:
         """By name, the measures that any record has."""
         found = {LAYERS: self.layers, AGREEMENT: self.agreement}
         if self.early_quality is not None and self.full_quality is not None:
@@ -178,7 +171,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _figures(
-    measure: str, values: Array, labels: NDArray[np.str_], seed: int, permutations: int
+    measure: str, values: Floats, labels: NDArray[np.str_], seed: int, permutations: int
 ) -> dict[str, GroupFigure]:
     """The figures of one measure, by group."""
     judged = sorted(name for name, count in Counter(labels.tolist()).items() if count >= LEAST_MEMBERS)
@@ -196,57 +189,7 @@ def _figures(
     return found
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected by Holm's step-down method, in the same order.
-
-    Rejecting those of at most a level gives a false rejection with at most this probability, however they depend on
-    each other.
-    """
-    corrected, highest = [1.0] * len(p_values), 0.0
-    for done, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        highest = max(highest, min(1.0, (len(p_values) - done) * p_values[index]))
-        corrected[index] = highest
-    return corrected
-
-
-def permutation_p(inside: Array, outside: Array, rng: np.random.Generator, permutations: int = PERMUTATIONS) -> float:
-    """Two-sided p-value of a permutation test that two samples have the same mean.
-
-    The statistic is Welch's t. So the test is exact if both samples have one distribution, and holds for many records
-    if only their means are equal (Janssen, Statistics & Probability Letters 36, 1997).
-
-    Args:
-        inside: one sample ``[records]``, of two or more.
-        outside: the other, likewise.
-        rng: makes the permutations.
-        permutations: how many; all, if there are not more.
-    """
-    values = np.concatenate([inside, outside])
-    spread = values.std()
-    if spread < _EPSILON:
-        return 1.0
-    samples = tuple((each - values.mean()) / spread for each in (inside, outside))
-    found = permutation_test(
-        samples,
-        _welch,
-        vectorized=True,
-        alternative="greater",
-        n_resamples=permutations,
-        batch=max(1, 2**20 // len(values)),
-        rng=rng,
-    )
-    return float(found.pvalue)
-
-
-def _welch(inside: Array, outside: Array, axis: int) -> Array:
-    """Absolute Welch's t of standardised values along ``axis``."""
-    variances = [each.var(axis=axis, ddof=1) / each.shape[axis] for each in (inside, outside)]
-    difference = np.abs(inside.mean(axis=axis) - outside.mean(axis=axis))
-    # Equal statistics must be equal numbers, whatever the order of the values was.
-    return np.round(difference / np.sqrt(np.maximum(sum(variances), _EPSILON)), 9)
-
-
-def _interval(measure: str, values: Array, seed: int) -> tuple[float, float]:
+def _interval(measure: str, values: Floats, seed: int) -> tuple[float, float]:
     """Confidence interval of the mean: Wilson's for shares of records, else from bootstrap percentiles."""
     first, count = float(values[0]), len(values)
     if np.all(values == first):
@@ -257,11 +200,5 @@ def _interval(measure: str, values: Array, seed: int) -> tuple[float, float]:
         return first - unseen * (first - low), first + unseen * (high - first)
     if RANGES.get(measure) == (0, 1) and np.isin(values, (0, 1)).all():
         return wilson(int(values.sum()), count)
-    low, high = paired_intervals(values[:, None], level=CONFIDENCE, seed=seed)[0].tolist()
+    low, high = paired_intervals(values[:, None], seed=seed)[0].tolist()
     return low, high
-
-
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Wilson's interval, with ``CONFIDENCE``, of a probability from ``successes`` in ``count`` independent trials."""
-    found = binomtest(successes, count).proportion_ci(CONFIDENCE, method="wilson")
-    return float(found.low), float(found.high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_ee.evaluation.betting import betting_p, horizon_bets, kl
+from megatron_ee.evaluation.calibration.betting import betting_p, horizon_bets, kl
 
 SAMPLES = 2000
 

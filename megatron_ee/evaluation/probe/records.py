@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.evaluation.forecast import Records
-from megatron_ee.evaluation.probe_text import HeldWindows
+from megatron_ee.evaluation.probe.forecast import Records
+from megatron_ee.evaluation.probe.text import HeldWindows
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.gate import Gate
 from megatron_ee.model.metrics import TokenStats

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_ee import platform
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.evaluation.forecast import DecodeTimes
+from megatron_ee.evaluation.probe.forecast import DecodeTimes
 from megatron_ee.exits.registry import tap_of
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.stage_runner import StageSequence, TokenBatch

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_ee.config.validation import validated
 from megatron_ee.errors import ConfigError
-from megatron_ee.evaluation.drift import (
+from megatron_ee.evaluation.drift.monitor import (
     DriftMonitor,
     bet_once,
     fixed_bets,

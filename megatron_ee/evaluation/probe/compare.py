@@ -11,8 +11,8 @@ from typing import Any
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.config.validation import validated
 from megatron_ee.errors import DataError
-from megatron_ee.evaluation.forecast import Forecast
-from megatron_ee.evaluation.probe import MIDDLE, LayerFigures
+from megatron_ee.evaluation.probe.forecast import Forecast
+from megatron_ee.evaluation.probe.run import MIDDLE, LayerFigures
 from megatron_ee.evaluation.speed import ModeSpeed
 from megatron_ee.model.quality import Quality
 from megatron_ee.tables import add_columns, make_console, new_table

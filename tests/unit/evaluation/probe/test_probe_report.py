@@ -10,11 +10,11 @@ import yaml
 
 from megatron_ee.config.exits import resolve_exits
 from megatron_ee.config.schema import ExitConfig
-from megatron_ee.evaluation.decode_times import typical
-from megatron_ee.evaluation.forecast import DecodeTimes, Forecast
-from megatron_ee.evaluation.probe import AGREEMENTS, LayerFigures, Probe
-from megatron_ee.evaluation.probe_report import judgement, print_probe, probe_dict, recommended, yaml_block
-from megatron_ee.evaluation.probe_work import Pace, Work, choose_work, spaced
+from megatron_ee.evaluation.probe.decode_times import typical
+from megatron_ee.evaluation.probe.forecast import DecodeTimes, Forecast
+from megatron_ee.evaluation.probe.report import judgement, print_probe, probe_dict, recommended, yaml_block
+from megatron_ee.evaluation.probe.run import AGREEMENTS, LayerFigures, Probe
+from megatron_ee.evaluation.probe.work import Pace, Work, choose_work, spaced
 
 FULL = Forecast((), 1.0, 0.012, 1.0)
 SPECULATIVE = Forecast((3,), 1.0, 0.010, 1.2, draft_length=2, tokens_per_round=2.0)

@@ -19,9 +19,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
+from megatron_ee.evaluation.statistics import Floats
+
 BOLDEST = 0.9
 """Largest share of the largest possible bet, where the bet is larger than for losses that are 0 or 1. A single loss
 then takes at most this share of the wealth. Smaller shares were weaker or equal for all losses that were tried."""

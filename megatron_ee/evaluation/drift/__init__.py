@@ -1,0 +1,1 @@
+"""Whether a certified risk is still kept: audits, and sequential tests of their losses."""

@@ -1,0 +1,1 @@
+"""Whether early exit treats some groups of records worse than the others."""

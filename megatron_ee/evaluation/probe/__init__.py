@@ -1,0 +1,1 @@
+"""What exits would gain on a model and a text, before anything is tuned."""
