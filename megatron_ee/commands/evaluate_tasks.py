@@ -97,6 +97,10 @@ def run_tasks(arguments: argparse.Namespace) -> int:
         print(f"{which}: no references or choices, so only agreement and speed are measured", file=sys.stderr)
     for line in filter(None, (in_full_mode(setting, records) for setting in settings) if first else ()):
         print(line, file=sys.stderr)
+    certificate = None if calibration is None else calibration.certificate
+    if first and _calibrated_here(arguments, certificate):
+        line = "was calibrated on --tasks, so its setting looks better here than on other records"
+        print(f"{arguments.calibration}: {line}", file=sys.stderr)
     with (
         _opened_journal(arguments, about) if first else contextlib.nullcontext() as journal,
         open_engine(released, options) as engine,
@@ -109,8 +113,15 @@ def run_tasks(arguments: argparse.Namespace) -> int:
             if journal is not None:
                 print("megatron-ee evaluate: the same command with --resume continues", file=sys.stderr)
             raise
-    _report(arguments, results, about, None if calibration is None else calibration.certificate)
+    _report(arguments, results, about, certificate)
     return 0
+
+
+def _calibrated_here(arguments: argparse.Namespace, certificate: Certificate | None) -> bool:
+    """Whether a file of ``--tasks`` is the sample that chose the certificate's thresholds."""
+    from megatron_ee.checkpoint.digest import file_sha256
+
+    return certificate is not None and certificate.data_sha256 in map(file_sha256, arguments.tasks)
 
 
 def _settings(arguments: argparse.Namespace, records: list[TaskRecord], released: Released) -> list[Setting]:
@@ -186,7 +197,10 @@ def _report(
     # The journal knows the options as its settings. In the results, settings are what was compared.
     inputs = {"options" if key == "settings" else key: value for key, value in about.items()}
     found = {**inputs, **results.to_dict(), "timing": results.timing(arguments.max_num_seqs)}
-    compared = {} if arguments.by is None else compare_task_groups(results, arguments.by, certificate)
+    compared = {}
+    if arguments.by is not None:
+        here = _calibrated_here(arguments, certificate)
+        compared = compare_task_groups(results, arguments.by, certificate, calibrated_here=here)
     if compared:
         found["groups"] = {name: groups_dict(each) for name, each in compared.items()}
     if arguments.json:

@@ -16,6 +16,7 @@ from megatron_ee.evaluation.groups.prompts import length_bucket, script
 from megatron_ee.evaluation.tasks.agreement import loss_of
 from megatron_ee.evaluation.tasks.records import TaskRecord
 from megatron_ee.evaluation.tasks.results import BASELINE, JUDGED, TaskResults, TaskRow
+from megatron_ee.evaluation.tasks.run import CALIBRATED
 from megatron_ee.inference.certificate import Certificate
 
 By = Literal["group", "script", "length"]
@@ -38,7 +39,12 @@ def group_name(record: TaskRecord, by: By) -> str:
 
 
 def compare_task_groups(
-    results: TaskResults, by: By, certificate: Certificate | None = None, *, seed: int = 0
+    results: TaskResults,
+    by: By,
+    certificate: Certificate | None = None,
+    *,
+    calibrated_here: bool = False,
+    seed: int = 0,
 ) -> dict[str, GroupComparison]:
     """The groups in each setting of threshold mode, by the setting's name.
 
@@ -46,6 +52,7 @@ def compare_task_groups(
         results: of all settings.
         by: what makes the groups.
         certificate: its loss is a measure, too, and the expected loss of each group gets an upper bound.
+        calibrated_here: the certificate was calibrated on these records. They chose its setting, which gets no bounds.
         seed: of all that is random.
     """
     full = results.rows[BASELINE]
@@ -56,7 +63,9 @@ def compare_task_groups(
             continue
         measured = early_results(results.rows[setting.name], full, certificate)
         found = compare_groups(measured, names, WORDS[by], seed=seed)
-        compared[setting.name] = found if certificate is None else _bounded(found, measured, names, certificate, seed)
+        if certificate is not None and not (calibrated_here and setting.name == CALIBRATED):
+            found = _bounded(found, measured, names, certificate, seed)
+        compared[setting.name] = found
     return compared
 
 
