@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import logit, rel_entr
 
 from megatron_ee.evaluation.statistics import Floats
 
@@ -27,7 +28,9 @@ BOLDEST = 0.9
 """Largest share of the largest possible bet, where the bet is larger than for losses that are 0 or 1. A single loss
 then takes at most this share of the wealth. Smaller shares were weaker or equal for all losses that were tried."""
 _SCALES = np.linspace(0.0, 1.0, 513)[1:]
-_BISECTIONS = 60
+_TINY = 1e-300
+_NEWTON_STEPS = 12
+_ROUNDING = 1e-12
 
 
 def betting_p(losses: ArrayLike, mean: float, delta: float) -> Floats:
@@ -64,13 +67,25 @@ def horizon_bets(losses: ArrayLike, mean: float, delta: float) -> Floats:
     Raises:
         ValueError: a loss is outside [0, 1].
     """
+    values = checked(losses)
+    estimated = _estimated_scales(values)
+    scales = _SCALES if estimated.min(initial=1.0) < 1 else _SCALES[-1:]
+    alternatives = _reachable(mean / scales, np.log(1 / delta) / max(values.shape[-1], 1)) * scales
+    table = _kelly(alternatives, mean, scales)
+    most = max(float(table[-1]), BOLDEST / (1 - mean))
+    return np.minimum(np.interp(estimated, scales, np.minimum(table, most)), 1 / (1 - mean))
+
+
+def checked(losses: ArrayLike) -> Floats:
+    """Losses as an array.
+
+    Raises:
+        ValueError: a loss is outside [0, 1], where no test of this package is valid.
+    """
     values = np.asarray(losses, dtype=np.float64)
     if values.size and not (values.min() >= 0 and values.max() <= 1):
         raise ValueError("losses must be in [0, 1]")
-    alternatives = _reachable(mean / _SCALES, np.log(1 / delta) / max(values.shape[-1], 1)) * _SCALES
-    table = _kelly(alternatives, mean, _SCALES)
-    most = max(float(table[-1]), BOLDEST / (1 - mean))
-    return np.minimum(np.interp(_estimated_scales(values), _SCALES, np.minimum(table, most)), 1 / (1 - mean))
+    return values
 
 
 def _estimated_scales(losses: Floats) -> Floats:
@@ -98,18 +113,14 @@ def _reachable(means: Floats, rate: float) -> Floats:
     0 if there is none. A mean of 1 or more makes every loss an outlier: then the q is 0, too.
     """
     inside = np.minimum(means, 1 - 1e-12)
-    low, high = np.zeros_like(inside), inside.copy()
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        far = kl(middle, inside) >= rate
-        low, high = np.where(far, middle, low), np.where(far, high, middle)
-    return np.where(means < 1, low, 0.0)
+    q, logits = np.maximum(inside - np.sqrt(rate / 2), _TINY), logit(inside)
+    for _ in range(_NEWTON_STEPS):  # from below, by Pinsker; the divergence is convex, so no step goes past the root
+        q -= (kl(q, inside) - rate) / (logit(q) - logits)
+    return np.where((means < 1) & (kl(0.0, inside) > rate), q * (1 - _ROUNDING), 0.0)
 
 
 def kl(q: ArrayLike, p: ArrayLike) -> Floats:
     """Divergence of a Bernoulli distribution with mean ``q`` in [0, 1] from one with mean ``p`` in (0, 1), in nats."""
     q, p = np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ones = np.where(q > 0, q * np.log(q / p), 0.0)
-        zeros = np.where(q < 1, (1 - q) * np.log((1 - q) / (1 - p)), 0.0)
-    return ones + zeros
+    divergence: Floats = rel_entr(q, p) + rel_entr(1 - q, 1 - p)
+    return divergence

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binom
 
-from megatron_ee.evaluation.calibration.betting import betting_p, kl
+from megatron_ee.evaluation.calibration.betting import betting_p, checked, kl
 from megatron_ee.evaluation.statistics import Floats
 
 PValue = Literal["betting", "hoeffding-bentkus"]
-_RISKS = 1000
-"""Resolution of ``largest_risk``."""
+_BOUNDS = np.concatenate((np.arange(1, 100) / 1000, np.arange(10, 101) / 100))
+"""Possible results of ``largest_risk``."""
 
 
 def hoeffding_bentkus_p(losses: ArrayLike, risk: float, delta: float = 0.0) -> Floats:
@@ -35,8 +35,11 @@ def hoeffding_bentkus_p(losses: ArrayLike, risk: float, delta: float = 0.0) -> F
 
     Returns:
         ``[...]``.
+
+    Raises:
+        ValueError: a loss is outside [0, 1].
     """
-    values = np.asarray(losses, dtype=np.float64)
+    values = checked(losses)
     count = values.shape[-1]
     if count == 0:
         return np.ones(values.shape[:-1])
@@ -78,14 +81,17 @@ def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
 
 
 def largest_risk(name: PValue, losses: ArrayLike, delta: float) -> float:
-    """Upper confidence bound of the expected loss, at level 1 - ``delta``, rounded up to 1 / ``_RISKS``.
+    """Upper confidence bound of the expected loss, at level 1 - ``delta``, rounded up to 0.001, above 0.1 to 0.01.
 
-    It is found by bisection, since a larger risk is rejected more easily. The bound is for one setting that is given
-    beforehand; for a setting that was chosen by tests at the same level, the statement is the tested risk.
+    It is the smallest of these values that is rejected as the mean together with all larger ones. The p-value of
+    betting may rise with the mean, so one rejected value alone would not be a bound.
+
+    The bound is for one setting that is given beforehand. For a setting that was chosen by tests on the same losses,
+    the statement is the tested risk.
     """
-    low, high = 0, _RISKS  # the first is not rejected, the second cannot be exceeded
-    while high - low > 1:
-        middle = (low + high) // 2
-        rejected = P_VALUES[name](losses, middle / _RISKS, delta) <= delta
-        low, high = (low, middle) if rejected else (middle, high)
-    return high / _RISKS
+    bound = 1.0  # cannot be exceeded
+    for smaller in reversed(_BOUNDS[:-1].tolist()):
+        if not P_VALUES[name](losses, smaller, delta) <= delta:
+            break
+        bound = smaller
+    return bound

@@ -200,7 +200,7 @@ def _outcome(
             n=len(records),
             needed=sample.needed.get(name, least),
             p_value=scopes[name].p_value if name in scopes else None,
-            loss=interval(records, level),
+            loss=interval(records, level) if name not in scopes or scopes[name].answers is not None else None,
             policy=scopes[name].policy if plan.per_group == "own" else None,
         )
         for name, records in by_group(sample.test).items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_ee.evaluation.calibration.betting import betting_p
 from megatron_ee.evaluation.calibration.pvalues import (
     P_VALUES,
     PValue,
@@ -85,6 +86,13 @@ def test_hoeffding_bentkus_has_the_published_values() -> None:
     assert hoeffding_bentkus_p([], 0.1) == 1.0
 
 
+@pytest.mark.parametrize("name", P_VALUES)
+@pytest.mark.parametrize("loss", [1.5, -0.1, float("nan")])
+def test_losses_outside_the_unit_interval_are_refused(name: PValue, loss: float) -> None:
+    with pytest.raises(ValueError, match="must be in"):
+        P_VALUES[name]([0.1, loss], 0.1, 0.1)
+
+
 def test_nothing_is_computed_after_the_first_setting_that_fails() -> None:
     seen = []
 
@@ -104,3 +112,12 @@ def test_the_upper_bound_holds_the_mean_and_shrinks(name: PValue) -> None:
     bounds = [largest_risk(name, (source.random(count) < 0.1).astype(float), 0.1) for count in (30, 300)]
     assert 0.05 < bounds[1] < bounds[0] < 1
     assert largest_risk(name, np.zeros(100), 0.1) == pytest.approx(1 - 0.1 ** (1 / 100), abs=2e-3)
+
+
+def test_no_value_above_the_upper_bound_is_plausible() -> None:
+    """The p-value of betting may rise with the tested mean, so that a bisection can end below a plausible value."""
+    losses = np.random.default_rng(17).permutation(np.repeat([0.5, 1.0], 100))
+    risks = np.arange(70, 100) / 100
+    plausible = np.array([betting_p(losses, risk, 0.1) > 0.1 for risk in risks.tolist()])
+    assert (np.diff(plausible.astype(int)) > 0).any()
+    assert largest_risk("betting", losses, 0.1) > risks[plausible].max()
