@@ -122,7 +122,8 @@ class GroupResult(Strict):
         n: its sequences in the test part.
         needed: the smallest number with which it could pass at all.
         p_value: of the chosen setting; None if nothing was tested.
-        loss: mean loss and its upper bound with the chosen setting; None if nothing was tested.
+        loss: mean loss with the chosen setting and an upper bound, as ``Certificate.loss_interval``; None if all is
+            full mode.
         policy: with thresholds of its own: the exit policy, None for full mode.
     """
 
@@ -155,7 +156,8 @@ class Certificate(Strict):
         policy: the exit policy; None for full mode, if nothing faster is safe, and with ``per_group: own``.
         scaling: of the exits.
         tested: by group, or under ``all``, the settings that were tested, in their order.
-        loss_interval: mean loss with the policy, and its upper bound at 1 - delta; None for full mode.
+        loss_interval: mean loss with the policy, and an upper bound at 1 - delta that takes the policy as given. The
+            same answers chose the policy, so what is promised is ``risk``. None for full mode.
         mean_exit_layer: mean layer at which the tokens after an answer's first left, with a 95% bootstrap interval;
             None for full mode.
         full_layers: decoder layers of full mode.
