@@ -204,7 +204,7 @@ def chat_generation(body: ChatCompletionRequest, context: Context) -> Generation
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _RequestSettings:
     """What does not depend on the prompt: what it says of early exit, and the settings for what it leaves out."""
 
     fields: EarlyExitFields
@@ -212,11 +212,11 @@ class _Settings:
     decoding: Decoding | None
 
 
-def _settings(body: CompletionRequest | ChatCompletionRequest, context: Context) -> _Settings:
+def _settings(body: CompletionRequest | ChatCompletionRequest, context: Context) -> _RequestSettings:
     fields = early_exit_fields(body)
     controls = controls_of(fields, body.priority, context.priority)
     try:
-        return _Settings(fields, controls, context.decoding_of(controls))
+        return _RequestSettings(fields, controls, context.decoding_of(controls))
     except ConfigError as error:
         raise renamed(error) from None
 
@@ -225,7 +225,7 @@ def _generation(
     body: CompletionRequest | ChatCompletionRequest,
     prompts: tuple[Prompt, ...],
     limits: RequestLimits,
-    settings: _Settings,
+    settings: _RequestSettings,
     *,
     chat: bool = False,
     max_tokens: int,
