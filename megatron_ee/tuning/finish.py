@@ -77,24 +77,26 @@ def add_gates(
         Interrupted: a signal came to one of the ranks; raised on all.
     """
     groups = full.setup.groups
-    todo = groups.from_first(lambda: _without_gates(adapters, layers))
+    existing = groups.from_first(lambda: [path for path in adapters if path.exists()])
+    opened = each_own(groups.gather, lambda: {path: open_adapter(path, verify=False) for path in existing})
+    todo = {path: each for path, each in opened.items() if {s.layer for s in each.exits if s.gate} != set(layers)}
     if not todo:
         return
     tokens = read_gate_tokens(config, blend, full.setup, full.interrupt)
-    opened = each_own(groups.gather, lambda: [open_adapter(path, verify=False) for path in todo])
-    distinct = {adapter.steps: adapter for adapter in opened}  # exits after the same step are the same
-    specs, stages = _gated(opened[0].exits, layers), dict[int, Stage]()
+    distinct = {adapter.steps: adapter for adapter in todo.values()}  # exits after the same step are the same
+    first = next(iter(todo.values()))
+    specs, stages = _gated(first.exits, layers), dict[int, Stage]()
     for steps, adapter in distinct.items():
         stages[steps], layout = full.with_exits(specs)
         groups.together(partial(load_exits, stages[steps].exits, adapter, full.model))
-    taught = Pipeline(stages[opened[0].steps], layout, specs, teacher=TopTokens(1))
+    taught = Pipeline(stages[first.steps], layout, specs, teacher=TopTokens(1))
     sets = [stage.exits for stage in stages.values()]
     found = fit_gates(taught, sets, tokens, config.loss.chunk_tokens, full.interrupt)
     if groups.is_main:
         for steps, qualities in zip(stages, found, strict=True):
-            names = [path.name for path, adapter in zip(todo, opened, strict=True) if adapter.steps == steps]
+            names = [path.name for path, adapter in todo.items() if adapter.steps == steps]
             print_gates(qualities, tokens, "of " + " and ".join(names))
-    for path, adapter in zip(todo, opened, strict=True):
+    for path, adapter in todo.items():
         save_adapter(
             path,
             stages[adapter.steps].exits,
@@ -106,12 +108,6 @@ def add_gates(
             settings=adapter.settings,
             extra=groups.from_first(partial(_further, path)),
         )
-
-
-def _without_gates(adapters: Sequence[Path], layers: Collection[int]) -> list[Path]:
-    """The adapters that exist and lack a gate of one of these exits."""
-    found = {path: open_adapter(path, verify=False) for path in adapters if path.exists()}
-    return [path for path, adapter in found.items() if {s.layer for s in adapter.exits if s.gate} != set(layers)]
 
 
 def _gated(specs: Sequence[ExitSpec], layers: Collection[int]) -> tuple[ExitSpec, ...]:
