@@ -15,7 +15,6 @@ from os.path import commonprefix
 from typing import Any
 
 from megatron_ee.data.tokenizer import Tokenizer
-from megatron_ee.errors import UserError
 from megatron_ee.evaluation.tasks.agreement import TokenAgreement, compare_tokens
 from megatron_ee.evaluation.tinted import differences, marked_spaces
 from megatron_ee.inference.engine import Engine
@@ -255,9 +254,6 @@ def _explained(
     replay: Sequence[ExitReplay],
 ) -> Explanation:
     last = engine.num_layers
-    for exit_ in replay:
-        if not exit_.finite:
-            raise UserError(f"explain: the logits after layer {min(exit_.depth, last)} are not finite")
     used = tuple(spec.layer for spec in engine.exits if request.exits is None or spec.layer in request.exits)
     leaves = {exit_.depth: _leaves(request, exit_, used) for exit_ in replay}
     decisions = _decisions(request, answer.tokens, used, leaves.get(last), last)

@@ -103,11 +103,10 @@ class Engine:
         most = min(request.max_tokens, len(request.forced_ids) or request.max_tokens)
         if request.replay_ids:
             prompt, most = (*prompt, *request.replay_ids[:-1]), 1
-            if len(prompt) >= self.max_positions:
-                held = f"the model has {self.max_positions} positions"
+            if len(prompt) > self.max_positions:
+                held = f"there may be {self.max_positions + 1}"
                 raise ConfigError(f"replay_ids: the prompt has {len(prompt) + 1} tokens with them; {held}")
-        # The last forced token is only scored. It runs no layer, so it needs no position of the model.
-        limit = min(len(prompt) + most, self.max_positions + bool(request.forced_ids))
+        limit = min(len(prompt) + most, self.max_positions + request.scores_text)
         needed = self._scheduler.budget.needed(limit, limit)
         if needed > self._scheduler.budget.total:
             raise ConfigError(
@@ -227,7 +226,6 @@ class Engine:
             logprobs=request.logprobs,
             forced_token_ids=request.forced_ids,
             replayed_token_ids=request.replay_ids,
-            forced_chunk=request.forced_chunk,
         )
         return Sequence(self._num_seqs, params)
 

@@ -22,7 +22,7 @@ from megatron_ee.inference.sampling import (
     verify,
 )
 
-Kind = Literal["leave", "draft", "emit", "verify", "score"]
+Kind = Literal["leave", "draft", "emit", "verify"]
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,12 @@ class HeadInput:
     Attributes:
         kind: ``leave``: emit the next token if the policy lets it leave at this exit; ``draft``: propose the next
             token; ``emit``: emit the next token at any confidence; ``verify``: accept or reject ``proposals``, and emit
-            the token after the accepted ones; ``score``: emit the most probable token at each of the positions that
-            ``proposals`` and ``forced`` take, whatever they are.
+            the token after the accepted ones.
         position: position of the next token; with proposals, of the first one.
         sampling: sampling settings of the request.
         policy: defines the confidence measure, and decides with ``leave``; None for the maximum probability.
         layer: layer of the exit, with ``leave``.
-        proposals: draft tokens to verify, or forced tokens; they are the last tokens of the pass.
+        proposals: draft tokens to verify; they are the last tokens of the pass.
         seen: ids of the prompt and the emitted tokens if there is a penalty; else empty.
         seen_prompt: number of ids in ``seen`` that are the prompt's.
         logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's; None
@@ -111,8 +110,7 @@ class HeadOutput:
 
     Attributes:
         tokens: emitted or proposed tokens, in order. Empty if the token does not leave at this exit, or if a gate ends
-            the draft. With ``verify``, the accepted proposals and one more token; with ``score``, one for each forced
-            token.
+            the draft. With ``verify``, the accepted proposals and one more token.
         confidences: confidence of the head for each of ``tokens``, or the gate's probability if it decided.
         logprobs: log-probabilities for each of ``tokens``, if requested.
         finite: False if the logits hold NaN or +inf, or are all -inf; the other attributes then have no meaning.
@@ -242,10 +240,7 @@ def _replace(chosen: Tensor, inputs: Sequence[HeadInput], tokens: Tensor) -> Ten
 
 def _with_forced(emitted: Tensor, inputs: Sequence[HeadInput]) -> Tensor:
     """``emitted`` ``[tokens]`` with the forced tokens in place of the emitted ones."""
-    forced: list[int] = []
-    for each in inputs:
-        last = -1 if each.forced is None else each.forced
-        forced += [*each.proposals, last] if each.kind == "score" else [last] * each.tokens
+    forced = [-1 if each.forced is None else each.forced for each in inputs for _ in range(each.tokens)]
     if max(forced) < 0:
         return emitted
     given = platform.to_device(torch.tensor(forced), emitted.device)
@@ -297,8 +292,6 @@ def _greedy(each: HeadInput, tokens: list[int], shares: list[float]) -> HeadOutp
         return HeadOutput(finite=False)
     if not _emits(each, shares[-1]):
         return HeadOutput()
-    if each.kind == "score":
-        return HeadOutput(tuple(tokens), tuple(shares))
     count = 0
     while count < len(each.proposals) and tokens[count] == each.proposals[count]:
         count += 1

@@ -19,7 +19,7 @@ class ScheduledSequence:
         length: length of the sequence, including its newest token.
         tokens: ids of its new tokens, in a pass that starts at depth 0.
         head_input: task of the head at the end of the pass; None if the head does not run for this sequence.
-        replay: tokens of the pass at which all exits on its way are asked; None for none.
+        replay: tokens of the pass at which exits on its way are asked; None for none.
     """
 
     seq_id: int

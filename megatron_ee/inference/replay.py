@@ -1,4 +1,4 @@
-"""A replay: what every exit says at each token of a given text, from one pass of the text through all layers."""
+"""A replay: what exits say at each token of a given text, from one pass of the text through all layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_ee import platform
-from megatron_ee.inference.heads import most_probable
+from megatron_ee.inference.heads import LogProbs, most_probable
 from megatron_ee.inference.policy import MEASURES
 
 CHUNK = 128
@@ -18,15 +18,20 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class ReplayInput:
-    """The tokens of a pass at which every exit on the way is asked, for one sequence.
+    """The tokens of a pass at which exits on the way are asked, for one sequence.
 
     Attributes:
         following: the token that follows each of the pass's last tokens in the text.
+        exits: layers of the exits that are asked, besides the final exit.
         measure: confidence measure, a key of ``MEASURES``.
+        logprobs: number of most probable tokens whose log-probabilities are returned besides those of the text; None
+            for no log-probabilities.
     """
 
     following: tuple[int, ...]
+    exits: tuple[int, ...]
     measure: str = "probability"
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class ExitReplay:
         text_probabilities: of the text's own tokens.
         text_ranks: 1 plus the number of tokens that are more probable than the text's own.
         gates: probability of the exit's gate that it agrees with the final exit; empty without a gate.
+        logprobs: log-probabilities, with the most probable token as the emitted one and the text's own as the forced
+            one; empty if they were not asked for.
     """
 
     depth: int
@@ -52,6 +59,7 @@ class ExitReplay:
     text_probabilities: tuple[float, ...]
     text_ranks: tuple[int, ...]
     gates: tuple[float, ...] = ()
+    logprobs: tuple[LogProbs, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -84,21 +92,28 @@ def replayed_rows(
         z = features(part)[:, 0]
         scores = logits(z)
         tokens, probabilities = most_probable(scores)
-        own = scores.gather(1, ids[:, None])
+        own, normaliser = scores.gather(1, ids[:, None]), scores.logsumexp(-1)
         rows = [
             tokens,
             probabilities,
             probabilities if asked.measure == "probability" else MEASURES[asked.measure](scores).double(),
-            (own[:, 0] - scores.logsumexp(-1)).exp().double(),
+            (own[:, 0] - normaliser).exp().double(),
             (scores > own).sum(-1).double() + 1,
         ]
-        found.append(torch.stack(rows if gate is None else [*rows, gate(z).double()]))
+        if gate is not None:
+            rows.append(gate(z).double())
+        if asked.logprobs is not None:
+            best = scores.topk(min(asked.logprobs, scores.shape[1]))
+            values = torch.cat((scores.amax(-1)[None], own.T, best.values.T))
+            rows += [*(values - normaliser).double(), *best.indices.T.double()]
+        found.append(torch.stack(rows))
     return found
 
 
-def exit_replay(depth: int, parts: Sequence[Tensor]) -> ExitReplay:
+def exit_replay(depth: int, parts: Sequence[Tensor], *, gated: bool) -> ExitReplay:
     """The results of one exit, from those of ``replayed_rows`` for all passes. Waits for the device."""
-    tokens, probabilities, confidences, own, ranks, *gates = torch.cat(list(parts), dim=1).tolist()
+    tokens, probabilities, confidences, own, ranks, *rest = torch.cat(list(parts), dim=1).tolist()
+    gates = rest.pop(0) if gated else ()
     return ExitReplay(
         depth,
         tuple(map(int, tokens)),
@@ -106,5 +121,14 @@ def exit_replay(depth: int, parts: Sequence[Tensor]) -> ExitReplay:
         tuple(confidences),
         tuple(own),
         tuple(map(int, ranks)),
-        tuple(gates[0]) if gates else (),
+        tuple(gates),
+        _logprobs(*rest) if rest else (),
+    )
+
+
+def _logprobs(emitted: list[float], text: list[float], *top: list[float]) -> tuple[LogProbs, ...]:
+    """Log-probabilities from their rows; ``top`` holds those of the most probable tokens, then the ids of these."""
+    best = list(zip(top[len(top) // 2 :], top[: len(top) // 2], strict=True))
+    return tuple(
+        LogProbs(emitted[n], {int(ids[n]): values[n] for ids, values in best}, text[n]) for n in range(len(text))
     )

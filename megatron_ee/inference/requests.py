@@ -88,15 +88,13 @@ class Request(Strict):
         ignore_eos: do not end at an end-of-text token.
         echo: start the output's text with the prompt.
         logprobs: number of most probable tokens whose log-probabilities are returned besides the emitted token's, and
-            the forced token's if there is one; None for no log-probabilities.
+            the forced token's if there is one; None for no log-probabilities. With ``replay_ids``, also in the replay.
         forced_ids: token ids that continue the sequence in place of the emitted ones (teacher forcing). So the emitted
             tokens show what a mode predicts at each position of a given text. At most this many tokens are emitted.
             Not in speculative mode.
         replay_ids: token ids that follow the prompt, such as an earlier answer. They run with it in one pass, and the
-            completion says what every exit of the engine would have said in the place of each. The one token that is
-            emitted is the final exit's in the last place. One sample in full mode.
-        forced_chunk: most forced tokens that run in one pass of full mode, if it is greedy. More take fewer passes, and
-            round differently from tokens that run alone.
+            completion says what the exits of ``exits`` and the final exit would have said in the place of each. The
+            one token that is emitted is the final exit's in the last place. One sample in full mode.
         coverage: what a certificate says of the answer; None without one. It has no effect on the answer, whose
             statistics repeat it.
     """
@@ -116,7 +114,6 @@ class Request(Strict):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     forced_ids: Ids = ()
     replay_ids: Ids = ()
-    forced_chunk: int = Field(default=1, ge=1, le=MAX_DRAFT + 1)
     coverage: Coverage | None = None
 
     @model_validator(mode="after")
@@ -130,6 +127,11 @@ class Request(Strict):
         if self.replay_ids and (self.mode != "full" or self.samples > 1 or self.forced_ids):
             raise ValueError("replay_ids: needs mode full, one sample, and no forced_ids")
         return self
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether a text is given. Its last token is only scored: it runs no layer, so it needs no position."""
+        return bool(self.forced_ids or self.replay_ids)
 
     def check(
         self, exits: Sequence[int], num_layers: int, off: Sequence[int] = (), gates: Collection[int] = ()
@@ -282,7 +284,7 @@ def prompt_ids(request: Request, tokenizer: Tokenizer | None, vocab_size: int, m
     if tokenizer is not None:
         _check_known(tokenizer, prompt, vocab_size)
     check_ids("prompt", prompt, vocab_size)
-    if len(prompt) >= max_positions + bool(request.forced_ids):  # the last forced token needs no position
+    if len(prompt) >= max_positions + request.scores_text:
         raise _too_long(str(len(prompt)), max_positions)
     return prompt
 

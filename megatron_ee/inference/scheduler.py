@@ -195,13 +195,6 @@ class Scheduler:
                 return False
         return True
 
-    def _has_room(self, seq: Sequence) -> bool:
-        """``_make_room`` for a sequence's next round. If it has to wait, its forced tokens are planned again later."""
-        room = self._make_room(seq, seq.num_tokens_with_spec)
-        if not room and seq.drafting is None:
-            seq.spec_token_ids = []
-        return room
-
     def _preempt(self, seq: Sequence) -> None:
         """Move a running sequence back to the waiting ones. Its KV is dropped and later recomputed."""
         del self.running[seq.seq_id]
@@ -259,7 +252,7 @@ class Scheduler:
         if depth == 0:
             for seq in chosen:
                 self._begin_round(seq, len(chosen))
-            chosen = [seq for seq in chosen if self._has_room(seq)]
+            chosen = [seq for seq in chosen if self._make_room(seq, seq.num_tokens_with_spec)]
             # Making room for one may have preempted another that was chosen before it.
             chosen = [seq for seq in chosen if seq.seq_id in self.running]
         if chosen:
@@ -267,9 +260,8 @@ class Scheduler:
             self._start(stage, depth, chosen, new)
 
     def _begin_round(self, seq: Sequence, num_seqs: int) -> None:
-        """Plan the drafts of a sequence in speculative mode, or the forced tokens that run at once."""
+        """Plan the drafts of a sequence in speculative mode."""
         if seq.drafting is None:
-            seq.spec_token_ids = seq.forced_ahead()
             return
         # The last token needs no proposal, and proposals need positions too.
         params = seq.params
@@ -413,9 +405,8 @@ class Scheduler:
         if seq.tokens:
             seq.num_head_runs += bool(output.tokens) or not head_input.gated
         if not output.finite:
-            seq.status = Status.FAILED
-            seq.error = f"the logits after layer {min(depth, last)} at position {head_input.position} are not finite"
-            self._remove(seq)
+            place = f"after layer {min(depth, last)} at position {head_input.position}"
+            self._fail(seq, f"the logits {place} are not finite")
             return []
         if kind == "draft":
             assert seq.drafting is not None
@@ -432,8 +423,6 @@ class Scheduler:
         else:
             seq.exit_history.ran_all_layers()
             seq.depth = seq.stage = 0
-        if kind == "score":
-            seq.spec_token_ids = []
         layers = [depth if kind == "leave" else last] * len(output.tokens)
         if seq.drafting is not None and seq.drafting.plan is not None:
             layers[:-1] = [seq.drafting.plan_exit] * (len(layers) - 1)
@@ -447,12 +436,22 @@ class Scheduler:
             seq.num_computed_tokens = seq.num_tokens_with_spec - 1
             for stage in self.stages:
                 stage.crop(seq.seq_id, seq.num_computed_tokens)
-        if seq.finish_reason is not None:
-            if seq.params.replayed_token_ids:
-                seq.replay = tuple(each for stage in self.stages for each in stage.replayed(seq.seq_id))
-            self._remove(seq)
-            seq.status = Status.FINISHED
+        if seq.finish_reason is None:
+            return tokens
+        if seq.params.replayed_token_ids:
+            seq.replay = tuple(each for stage in self.stages for each in stage.replayed(seq.seq_id))
+            for exit_ in seq.replay:
+                if not exit_.finite:
+                    self._fail(seq, f"the logits after layer {min(exit_.depth, last)} are not finite")
+                    return []
+        self._remove(seq)
+        seq.status = Status.FINISHED
         return tokens
+
+    def _fail(self, seq: Sequence, error: str) -> None:
+        """End a sequence with an error message of one line."""
+        seq.status, seq.error = Status.FAILED, error
+        self._remove(seq)
 
     def _defer(self, seq: Sequence, depth: int) -> None:
         """Defer the newest token, which has left at ``depth``, and the deferred tokens that joined its pass."""

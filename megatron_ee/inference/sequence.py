@@ -39,8 +39,7 @@ class SequenceParams:
         stop_token_ids: tokens that end the sequence.
         eos_token_ids: those of ``stop_token_ids`` that are end-of-text tokens.
         forced_token_ids: tokens that continue the sequence in place of the emitted ones; empty for none.
-        forced_chunk: most of them that run in one pass.
-        replayed_token_ids: tokens in whose place all exits are asked; empty for none. All but the last one are the end
+        replayed_token_ids: tokens in whose place the exits are asked; empty for none. All but the last one are the end
             of the prompt.
     """
 
@@ -58,7 +57,6 @@ class SequenceParams:
     eos_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     forced_token_ids: tuple[int, ...] = ()
-    forced_chunk: int = 1
     draft_exits: tuple[int, ...] = ()
     replayed_token_ids: tuple[int, ...] = ()
 
@@ -91,7 +89,7 @@ class Sequence:
             head was asked.
         num_head_runs: heads run after the first token. A head that verifies several proposals at once counts once, and
             one that a gate kept from running does not count.
-        replay: what all exits say of the replayed tokens, once finished.
+        replay: what the exits say of the replayed tokens, once finished.
     """
 
     seq_id: int
@@ -173,22 +171,10 @@ class Sequence:
         return self.token_ids()[: self._first_replayed + 1 if self.params.replayed_token_ids else None]
 
     def replay_input(self) -> ReplayInput | None:
-        """The tokens of the current pass at which all exits are asked; None for none."""
-        stop = self.num_computed_tokens - self._first_replayed
-        following = self.params.replayed_token_ids[max(0, stop - self.num_pass_tokens) : max(0, stop)]
-        return ReplayInput(following, self.params.policy.measure) if following else None
-
-    def forced_ahead(self) -> list[int]:
-        """Forced tokens that run in one pass after the newest token.
-
-        In full mode each of them runs all layers whatever is emitted for the tokens before it.
-        """
-        params, start = self.params, len(self.tokens)
-        if params.mode != "full" or not params.sampling.greedy:
-            return []
-        # A pass emits one token more than it runs ahead.
-        room = min(params.max_tokens, params.max_length - self.num_prompt_tokens) - 1
-        return list(params.forced_token_ids[start : min(start + params.forced_chunk - 1, room)])
+        """The tokens of the current pass at which the exits are asked; None for none."""
+        params, stop = self.params, self.num_computed_tokens - self._first_replayed
+        following = params.replayed_token_ids[max(0, stop - self.num_pass_tokens) : max(0, stop)]
+        return ReplayInput(following, params.exits, params.policy.measure, params.logprobs) if following else None
 
     def exits_to_ask(self) -> tuple[int, ...]:
         """Layers of the exits that the newest token asks."""
@@ -209,45 +195,29 @@ class Sequence:
             depth: depth of the head.
             final: depth of the final exit.
         """
-        params, proposals = self.params, tuple(self.spec_token_ids)
-        seen = tuple(self.token_ids()) if params.sampling.penalises else ()
-        seen_prompt = min(self.num_prompt_tokens, len(seen))
-        position = self.num_tokens_with_spec
-        ahead = len(self.tokens) + (len(proposals) if depth == final else 0)
-        forced = params.forced_token_ids[ahead] if params.forced_token_ids else None
+        params, drafting, min_chance = self.params, self.drafting, 0.0
+        kind: Kind
         if depth == final:
-            count = len(proposals)
-            judged: Kind = "verify" if forced is None else "score"
-            return HeadInput(
-                judged if proposals else "emit",
-                position - count,
-                params.sampling,
-                params.policy,
-                proposals=proposals,
-                seen=seen[: len(seen) - count],
-                seen_prompt=seen_prompt,
-                logprobs=params.logprobs,
-                forced=forced,
-            )
-        if params.mode == "threshold":
-            return HeadInput(
-                "leave",
-                position,
-                params.sampling,
-                params.policy,
-                layer=depth,
-                seen=seen,
-                seen_prompt=seen_prompt,
-                logprobs=params.logprobs,
-                forced=forced,
-            )
-        if self.drafting is None or not self.proposes:
+            kind = "verify" if self.spec_token_ids else "emit"
+        elif params.mode == "threshold":
+            kind = "leave"
+        elif drafting is not None and self.proposes:
+            kind, min_chance = "draft", drafting.min_chance
+        else:
             return None
+        proposals = tuple(self.spec_token_ids) if kind == "verify" else ()
+        position = self.num_tokens_with_spec - len(proposals)
+        seen = tuple(self.token_ids()[:position]) if params.sampling.penalises else ()
         return HeadInput(
-            "draft",
+            kind,
             position,
             params.sampling,
+            None if kind == "draft" else params.policy,
+            layer=depth if kind == "leave" else 0,
+            proposals=proposals,
             seen=seen,
-            seen_prompt=seen_prompt,
-            min_chance=self.drafting.min_chance,
+            seen_prompt=min(self.num_prompt_tokens, len(seen)),
+            logprobs=None if kind == "draft" else params.logprobs,
+            min_chance=min_chance,
+            forced=params.forced_token_ids[len(self.tokens)] if params.forced_token_ids else None,
         )

@@ -192,7 +192,9 @@ class StageRunner:
 
     def replayed(self, seq_id: int) -> list[ExitReplay]:
         """See ``StageWorker``."""
-        return [exit_replay(depth, parts) for depth, parts in sorted(self.sequences[seq_id].replayed.items())]
+        gated = {layer for layer, exit_ in self._exits.items() if exit_.gate is not None}
+        found = sorted(self.sequences[seq_id].replayed.items())
+        return [exit_replay(depth, parts, gated=depth in gated) for depth, parts in found]
 
     @platform.inference_attention()
     @torch.inference_mode()
@@ -284,12 +286,13 @@ class StageRunner:
         logits: Callable[[Tensor], Tensor],
         gate: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Ask the exit at a depth at the tokens that are replayed, if any; arguments as for ``replayed_rows``."""
+        """Ask the exit at a depth at the tokens that replay it, if any; arguments as for ``replayed_rows``."""
         if all(scheduled.replay is None for scheduled in pass_.sequences):
             return
         for scheduled, sequence, part in zip(pass_.sequences, batch.sequences, batch.split(x), strict=True):
-            if scheduled.replay is not None:
-                rows = replayed_rows(scheduled.replay, part, features, logits, gate)
+            asked = scheduled.replay
+            if asked is not None and (depth == self._final or depth in asked.exits):
+                rows = replayed_rows(asked, part, features, logits, gate)
                 sequence.replayed.setdefault(depth, []).extend(rows)
 
     def _run_exit(self, pass_: Pass, tap: Tensor, batch: TokenBatch) -> None:

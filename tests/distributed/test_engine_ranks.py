@@ -91,7 +91,7 @@ def requests() -> list[Request]:
         Request(prompt=PROMPTS[1], mode="threshold", policy=ThresholdPolicy(threshold=1e-6), exits=(4,), max_tokens=8),
         Request(prompt=PROMPTS[2], sampling=DRAWN, samples=2, max_tokens=12, stop_ids=(7, 8)),
         Request(prompt=PROMPTS[3], sampling=Sampling(frequency_penalty=0.5, presence_penalty=1.0), max_tokens=12),
-        Request(prompt=PROMPTS[3], forced_ids=PROMPTS[2], forced_chunk=5, max_tokens=11, logprobs=1),
+        Request(prompt=PROMPTS[3], replay_ids=PROMPTS[2], exits=(2,), logprobs=1),
         *(Request(prompt=PROMPTS[1], replay_ids=PROMPTS[2], policy=ThresholdPolicy(measure=m)) for m in MEASURES),
         *(Request(prompt=each, mode="threshold", policy=GatePolicy(threshold=0.7), max_tokens=14) for each in PROMPTS),
         *(Request(prompt=PROMPTS[0], mode="threshold", policy=RunOut(exit=k), max_tokens=14) for k in (1, 3)),
@@ -214,12 +214,15 @@ def alone(one_process: Any) -> Any:
 
 def compare_replays(ours: list[ExitReplay], theirs: list[ExitReplay]) -> None:
     """Every exit on every stage says what it says in one process."""
-    assert [each.depth for each in ours] == [1, 2, 3, 4, 5] * len(MEASURES)
+    assert [each.depth for each in ours] == [2, 5] + [1, 2, 3, 4, 5] * len(MEASURES)
     for one, other in zip(ours, theirs, strict=True):
         assert (one.depth, one.tokens, one.text_ranks) == (other.depth, other.tokens, other.text_ranks)
         assert len(one.gates) == (0 if one.depth == 5 else len(PROMPTS[2]))
         for name in ("probabilities", "confidences", "text_probabilities", "gates"):
             assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-4), (one.depth, name)
+        for mine, its in zip(one.logprobs, other.logprobs, strict=True):
+            assert (mine.emitted, mine.forced) == pytest.approx((its.emitted, its.forced), abs=1e-4)
+            assert mine.top == pytest.approx(its.top, abs=1e-4)
 
 
 def adaptive(index: int) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from megatron_ee.data.tokenizer import Detokenizer, Tokenizer
 from megatron_ee.inference.heads import LogProbs
-from megatron_ee.inference.requests import Token
+from megatron_ee.inference.requests import Completion, Token
 from megatron_ee.serving.api.prompts import Prompt
 from megatron_ee.serving.api.response_bodies import ChatLogprobs, ChosenLogprob, CompletionLogprobs, TokenLogprob
 
@@ -75,15 +75,18 @@ def scored(tokens: Iterable[Token]) -> list[ScoredToken]:
     return [ScoredToken(token.id, _logprobs(token).emitted, _logprobs(token).top) for token in tokens]
 
 
-def scored_prompt(ids: Sequence[int], forced: Iterable[Token]) -> list[ScoredToken]:
+def scored_prompt(ids: Sequence[int], completion: Completion | None) -> list[ScoredToken]:
     """The tokens of a prompt.
 
     Args:
         ids: the prompt.
-        forced: the tokens emitted with ``ids[1:]`` forced.
+        completion: of the request that replayed ``ids[1:]``, or ran with them forced; None if there are none.
     """
-    rest = ((token_id, _logprobs(token)) for token_id, token in zip(ids[1:], forced, strict=True))
-    return [ScoredToken(ids[0], None), *(ScoredToken(each, lp.forced, lp.top) for each, lp in rest)]
+    found: Iterable[LogProbs] = ()
+    if completion is not None:
+        found = completion.replay[-1].logprobs if completion.replay else map(_logprobs, completion.tokens)
+    rest = zip(ids[1:], found, strict=True)
+    return [ScoredToken(ids[0], None), *(ScoredToken(token_id, each.forced, each.top) for token_id, each in rest)]
 
 
 def _logprobs(token: Token) -> LogProbs:

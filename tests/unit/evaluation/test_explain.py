@@ -171,7 +171,7 @@ def test_an_exit_without_numbers_is_told(opened: tuple[Engine, Tokenizer], monke
     engine, _ = opened
     exits: Any = engine._scheduler.stages[0]._exits  # type: ignore[union-attr]
     monkeypatch.setattr(exits[2].head, "logits", lambda z: z.new_full((len(z), 258), float("nan")))
-    with pytest.raises(UserError, match="^explain: the logits after layer 2 are not finite"):
+    with pytest.raises(UserError, match="^the logits after layer 2 are not finite"):
         explained(opened)
 
 

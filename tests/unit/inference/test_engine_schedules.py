@@ -60,9 +60,7 @@ REQUESTS = [
         exits=SOUND,
         forced_ids=list(range(60, 72)),
     ),
-    Request(
-        prompt=[41], forced_ids=list(range(60, 90)), max_tokens=30, logprobs=1, forced_chunk=9
-    ),  # scored in few passes
+    Request(prompt=[41], replay_ids=list(range(60, 90)), logprobs=1, exits=SOUND),
 ]
 ADAPTIVE, SPOILT = 7, 9
 Summary = list[Any]

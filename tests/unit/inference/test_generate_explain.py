@@ -118,7 +118,7 @@ def test_a_file_of_prompts_is_explained_line_by_line(
     monkeypatch.setattr("megatron_ee.inference.replay.ExitReplay.finite", False)
     status, out, err = generate(*options, "--explain")
     assert status == 1 and "7 of 7 prompts failed" in err
-    assert json.loads(out.splitlines()[0]) == {"error": "explain: the logits after layer 1 are not finite"}
+    assert json.loads(out.splitlines()[0]) == {"error": "the logits after layer 1 are not finite"}
 
 
 def test_an_answer_that_fills_the_context_is_explained(generate: Generate, adapter: Path) -> None:

@@ -83,29 +83,42 @@ def test_penalties_count_the_output_and_not_the_prompt(stage: Stage) -> None:
         assert max(after.values()) - after[ids_of(held)[place]] < 1e-3
 
 
-def test_a_given_text_is_scored_in_few_passes(stage: Stage, every_logit: Any) -> None:
+def test_a_replay_scores_a_given_text(stage: Stage, every_logit: Any) -> None:
     text = torch.randint(3, 131, (40,), generator=torch.Generator().manual_seed(5)).tolist()
-    request = Request(prompt=PROMPT, forced_ids=text, max_tokens=40, logprobs=2, forced_chunk=17)
-    scored, beside = generate(stage, request, Request(prompt=[9], max_tokens=10, logprobs=0))
-    scores = every_logit(stage, [*PROMPT, *text])[5].log_softmax(-1)
-    for place, (token, given) in enumerate(zip(scored.tokens, text, strict=True)):
-        row = scores[len(PROMPT) + place - 1]
-        assert token.logprobs is not None and token.layer == 4
-        assert token.logprobs.forced == pytest.approx(float(row[given]), abs=1e-4)
-        assert token.logprobs.emitted == pytest.approx(float(row.max()), abs=1e-4)
-        assert token.confidence == pytest.approx(float(row.max().exp()), abs=1e-4)
-    assert scored.statistics["heads_per_token"] == pytest.approx(3 / 39)  # 1 token after the prompt, then 17, 17 and 5
-    assert scored.statistics["layers_per_token"] == 4
+    request = Request(prompt=PROMPT, replay_ids=text, logprobs=2, exits=(2,))
+    scored, forced, beside = generate(
+        stage,
+        request,
+        Request(prompt=PROMPT, forced_ids=text, max_tokens=40, logprobs=2),
+        Request(prompt=[9], max_tokens=10, logprobs=0),
+    )
+    logits = every_logit(stage, [*PROMPT, *text])
+    assert [exit_.depth for exit_ in scored.replay] == [2, 5]
+    for exit_ in scored.replay:
+        rows = logits[exit_.depth][len(PROMPT) - 1 : -1].log_softmax(-1)
+        for row, given, found in zip(rows, text, exit_.logprobs, strict=True):
+            assert found.forced == pytest.approx(float(row[given]), abs=1e-4)
+            assert [found.emitted, *found.top.values()] == pytest.approx(
+                row.sort().values[[-1, -1, -2]].tolist(), abs=1e-4
+            )
+    final = scored.replay[-1]
+    assert tuple(ids_of(forced)) == final.tokens  # token by token it is the same
+    for token, found in zip(forced.tokens, final.logprobs, strict=True):
+        assert token.logprobs is not None and token.logprobs.forced == pytest.approx(found.forced, abs=1e-4)
+        assert token.logprobs.top == pytest.approx(found.top, abs=1e-4)
     assert ids_of(beside) == ids_of(generate(stage, Request(prompt=[9], max_tokens=10))[0])
 
 
 def test_a_text_up_to_the_last_position_is_scored(byte_model: Path, load_stage: Callable[..., Stage]) -> None:
     stage = load_stage(byte_model)
-    whole = Request(prompt=[0], forced_ids=list(range(70, 133)), max_tokens=63, logprobs=0, forced_chunk=17)
-    longer = whole.model_copy(update={"forced_ids": tuple(range(70, 150)), "max_tokens": 80})
-    found, cut = generate(stage, whole, longer)
-    assert len(found.tokens) == 63 and len(cut.tokens) == 64  # of 64 positions; the last token is only scored
-    assert cut.finish_reason == "context" and ids_of(cut)[:63] == ids_of(found)
+    text = list(range(70, 150))  # more than the 64 positions; the last token is only scored
+    forced, replayed = generate(
+        stage,
+        Request(prompt=[0], forced_ids=text, max_tokens=80),
+        Request(prompt=[0], replay_ids=text[:64]),
+    )
+    assert len(forced.tokens) == 64 and forced.finish_reason == "context"
+    assert replayed.replay[-1].tokens == tuple(ids_of(forced))
 
 
 def test_events_have_the_text_of_their_tokens(byte_model: Path, load_stage: Callable[..., Stage]) -> None:

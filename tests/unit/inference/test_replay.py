@@ -14,7 +14,7 @@ import megatron_ee.inference.kv_cache as kv_cache
 import megatron_ee.inference.replay as replay_module
 import megatron_ee.inference.scheduler as scheduler_module
 from megatron_ee.config.exits import ExitSpec
-from megatron_ee.errors import ConfigError
+from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference import kv_cache_manager
 from megatron_ee.inference.loading import make_engine
@@ -169,8 +169,10 @@ def test_logits_that_are_no_numbers_are_told(exit_stage: MakeStage, monkeypatch:
     stage = exit_stage("llama3.1", RUNS["llama3.1"])
     head = stage.exits[1].head
     monkeypatch.setattr(head, "logits", lambda z: torch.full((len(z), 131), torch.nan))
-    [found] = replayed(stage, Request(prompt=PROMPT, replay_ids=TEXT))
-    assert [exit_.depth for exit_ in found.replay if not exit_.finite] == [2]
+    with pytest.raises(UserError, match="^the logits after layer 2 are not finite$"):
+        replayed(stage, Request(prompt=PROMPT, replay_ids=TEXT))
+    [found] = replayed(stage, Request(prompt=PROMPT, replay_ids=TEXT, exits=(1, 4)))  # it is not asked
+    assert [exit_.depth for exit_ in found.replay] == [1, 4, 5]
 
 
 def test_refuses_what_cannot_be_replayed(exit_stage: MakeStage) -> None:
@@ -180,7 +182,7 @@ def test_refuses_what_cannot_be_replayed(exit_stage: MakeStage) -> None:
     engine = make_engine(exit_stage("llama3.1", RUNS["llama3.1"]))
     with pytest.raises(ConfigError, match="^replay_ids: token ids must be whole numbers from 0 to 130"):
         engine.submit(Request(prompt=PROMPT, replay_ids=(131,)))
-    with pytest.raises(ConfigError, match="^replay_ids: the prompt has 129 tokens with them; the model has 128"):
-        engine.submit(Request(prompt=PROMPT, replay_ids=(3,) * 122))
-    [[found]] = engine.generate([Request(prompt=PROMPT, replay_ids=(3,) * 121)])  # it fills the context
-    assert len(found.replay[0].tokens) == 121
+    with pytest.raises(ConfigError, match="^replay_ids: the prompt has 130 tokens with them; there may be 129"):
+        engine.submit(Request(prompt=PROMPT, replay_ids=(3,) * 123))
+    [[found]] = engine.generate([Request(prompt=PROMPT, replay_ids=(3,) * 122)])  # it fills the context
+    assert len(found.replay[0].tokens) == 122

@@ -72,7 +72,6 @@ INVALID: list[tuple[dict[str, Any], str]] = [
         {"forced_ids": [3], **SPECULATIVE},
         "forced_ids: speculative mode cannot verify proposals on a forced text; use another",
     ),
-    ({"forced_chunk": 18}, "forced_chunk: must be at most 17, not 18"),
     ({"replay_ids": "text"}, "replay_ids: must be a list, not 'text'"),
     ({"forced_ids": "text"}, "forced_ids: must be a list, not 'text'"),
     (

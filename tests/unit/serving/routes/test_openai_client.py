@@ -188,6 +188,9 @@ def test_echo_goes_on_with_the_answer(server: Any, alone: Alone) -> None:
     tokens = [token for each in chunks for token in each.choices[0].logprobs.tokens]
     offsets = [offset for each in chunks for offset in each.choices[0].logprobs.text_offset]
     assert tokens == found.logprobs.tokens and offsets == found.logprobs.text_offset
+    drafted = {"early_exit": {"mode": "speculative", "draft": {"exit": 2}}}  # the prompt is scored in full mode
+    same = client.completions.create(logprobs=1, extra_body=drafted, **settings).choices[0].logprobs
+    assert same.token_logprobs[1:] == pytest.approx(found.logprobs.token_logprobs[1:], abs=1e-4)
 
 
 def test_penalties_keep_tokens_from_coming_again(server: Any, alone: Alone) -> None:
