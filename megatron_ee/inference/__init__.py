@@ -12,7 +12,7 @@ For a reader of vLLM:
 - ``passes``: what the scheduler tells a pipeline stage, as ``SchedulerOutput`` does.
 - ``stage_runner``, ``kv_cache`` and ``compiled``: the tensors of one stage, as in the model runner. The cache of a
   sequence is contiguous in each layer; there are no blocks.
-- ``kv_cache_manager``: the budget of KV memory, and prefix reuse.
+- ``kv_cache_manager``: opening and closing the caches of sequences: the budget of KV memory, and prefix reuse.
 - ``heads`` and ``sampling``: from logits to tokens, as in the sampler and the rejection sampler.
 - ``policy`` and ``speculation``: where tokens leave, and what is drafted.
 - ``replay``: what every exit says of a given text, in one pass. vLLM's ``prompt_logprobs``, for all exits.

@@ -107,11 +107,12 @@ class Engine:
                 held = f"there may be {self.max_positions + 1}"
                 raise ConfigError(f"replay_ids: the prompt has {len(prompt) + 1} tokens with them; {held}")
         limit = min(len(prompt) + most, self.max_positions + request.scores_text)
-        needed = self._scheduler.budget.needed(limit, limit)
-        if needed > self._scheduler.budget.total:
+        budget = self._scheduler.kv_caches.budget
+        needed = budget.needed(limit, limit)
+        if needed > budget.total:
             raise ConfigError(
                 f"max_tokens: {limit} positions need {needed / 1e6:,.3f} MB of KV cache, but it may have "
-                f"{self._scheduler.budget.total / 1e6:,.3f} MB; ask for fewer tokens, or give it more memory"
+                f"{budget.total / 1e6:,.3f} MB; ask for fewer tokens, or give it more memory"
             )
         return prompt, most, limit
 
@@ -190,7 +191,7 @@ class Engine:
     @property
     def kv_cache_usage(self) -> float:
         """Claimed share of the KV memory, 0 to 1. Finished sequences that are kept as prefixes count."""
-        budget = self._scheduler.budget
+        budget = self._scheduler.kv_caches.budget
         return budget.used / budget.total
 
     def statistics(self) -> dict[str, object]:

@@ -1,4 +1,6 @@
-"""KV memory accounting and prefix caching. It works on sizes and token ids, without tensors.
+"""Which sequences have KV caches: memory accounting, prefix caching, and the commands to the stages.
+
+It works on sizes and token ids. The stages hold the tensors.
 
 A new sequence that begins with the same tokens as another gets a copy of that prefix's keys and values. Because it is a
 copy, the sequences do not affect each other. Only positions that every layer has run are copied, so the prefix ends
@@ -15,6 +17,7 @@ from megatron_ee.config.architecture import Architecture
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.exits.registry import body_of
 from megatron_ee.inference.kv_cache import CHUNK, Extent
+from megatron_ee.inference.passes import StageWorker
 
 MIN_PREFIX = 16
 """Minimum length of a copied prefix; shorter ones are cheap to compute."""
@@ -100,6 +103,10 @@ class KVBudget:
         self._room[seq_id] = min(limit, -(-length // CHUNK) * CHUNK)
         return True
 
+    def holds(self, seq_id: int) -> bool:
+        """Whether a sequence has claimed memory."""
+        return seq_id in self._claims
+
     def release(self, seq_id: int) -> None:
         """Release the memory that a sequence has claimed."""
         self._claims.pop(seq_id, None)
@@ -121,7 +128,7 @@ class Prefix:
 
 @dataclass
 class PrefixCache:
-    """The finished sequences whose KV is kept for reuse. Stages hold the tensors; the budget holds the claims.
+    """The finished sequences whose KV is kept for reuse.
 
     Attributes:
         max_num_seqs: maximum number of kept sequences; 0 disables prefix caching, also between running sequences.
@@ -192,3 +199,79 @@ class PrefixCache:
         """
         complete = len(prefix.token_ids)
         return self.window is None or complete <= self.window or length >= complete - 1
+
+
+@dataclass
+class KVCacheManager:
+    """Opens, copies and closes the KV caches of sequences on all stages, within the budget.
+
+    Attributes:
+        stages: the pipeline stages.
+        budget: KV memory.
+        prefixes: finished sequences whose KV is kept. They are evicted when memory is needed.
+    """
+
+    stages: Sequence[StageWorker]
+    budget: KVBudget
+    prefixes: PrefixCache = field(default_factory=PrefixCache)
+
+    def open(
+        self, seq_id: int, limit: int, length: int, token_ids: Sequence[int], running: Iterable[Prefix]
+    ) -> int | None:
+        """Create the caches of a new sequence, with the longest prefix that another one can give.
+
+        Args:
+            seq_id: number of the sequence.
+            limit: maximum number of positions.
+            length: number of positions to claim memory for.
+            token_ids: of the positions whose KV may be copied, and one more.
+            running: prefixes of running sequences.
+
+        Returns:
+            The number of copied positions; None if there is not enough memory.
+        """
+        fits = self.budget.claim(seq_id, limit, length)
+        if not fits and not self.prefixes.seq_ids:  # nothing to evict
+            return None
+        source = self.prefixes.longest(token_ids, running)  # before evicting: it becomes the most recently used
+        if not fits and not self.claim(seq_id, limit, length):
+            return None
+        for stage in self.stages:
+            stage.open(seq_id, limit)
+        if source is None or not self.budget.holds(source.seq_id):  # evicted after all
+            return 0
+        self.copy(source.seq_id, seq_id, len(source.token_ids))
+        return len(source.token_ids)
+
+    def claim(self, seq_id: int, limit: int, length: int) -> bool:
+        """Claim memory for ``length`` positions of a sequence, evicting kept ones if needed; False if it is full."""
+        while not self.budget.claim(seq_id, limit, length):
+            if not self.prefixes.seq_ids:
+                return False
+            self.close(self.prefixes.evict())
+        return True
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of ``source`` into the empty sequence ``target``."""
+        for stage in self.stages:
+            stage.copy(source, target, length)
+
+    def crop(self, seq_id: int, length: int) -> None:
+        """Remove the positions of a sequence from ``length`` on. They stay claimed."""
+        for stage in self.stages:
+            stage.crop(seq_id, length)
+
+    def keep(self, prefix: Prefix) -> None:
+        """Keep the caches of a finished sequence for others if possible, else close them."""
+        evicted = self.prefixes.keep(prefix)
+        if prefix.seq_id not in evicted:
+            for stage in self.stages:
+                stage.keep(prefix.seq_id, len(prefix.token_ids))
+        for seq_id in evicted:
+            self.close(seq_id)
+
+    def close(self, seq_id: int) -> None:
+        """Delete the caches of a sequence."""
+        for stage in self.stages:
+            stage.close(seq_id)
+        self.budget.release(seq_id)

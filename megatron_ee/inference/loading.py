@@ -24,7 +24,7 @@ from megatron_ee.exits.tensors import body_weights
 from megatron_ee.families.weights import parameter_parts
 from megatron_ee.inference.compiled import compile_stage
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.kv_cache_manager import KVBudget, PrefixCache, stage_kv_memory
+from megatron_ee.inference.kv_cache_manager import KVBudget, KVCacheManager, PrefixCache, stage_kv_memory
 from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.passes import StageMap, StageWorker
 from megatron_ee.inference.policy import MOST_DEFERRED
@@ -246,10 +246,13 @@ def _scheduler(
     return Scheduler(
         workers,
         stage_map,
-        KVBudget(memory, memories, SLACK, PASS_TOKENS),
+        KVCacheManager(
+            workers,
+            KVBudget(memory, memories, SLACK, PASS_TOKENS),
+            PrefixCache(options.prefix_cache_seqs, window),
+        ),
         options.max_num_seqs,
         drafter,
-        PrefixCache(options.prefix_cache_seqs, window),
     )
 
 

@@ -244,7 +244,7 @@ class DriverScheduler:
         """Wrap ``scheduler``; ``group`` is the host group of the stage's tensor-parallel ranks."""
         self._scheduler, self._group = scheduler, group
         self._calls: list[list[Any]] = []
-        self.budget = scheduler.budget
+        self.kv_caches = scheduler.kv_caches
 
     @property
     def idle(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from megatron_ee import platform
 from megatron_ee.inference.heads import HeadInput, HeadOutput
-from megatron_ee.inference.kv_cache_manager import KVBudget, Prefix, PrefixCache
+from megatron_ee.inference.kv_cache_manager import KVCacheManager, Prefix
 from megatron_ee.inference.passes import Pass, ScheduledSequence, StageMap, StageWorker
 from megatron_ee.inference.requests import FinishReason, Token
 from megatron_ee.inference.sequence import Sequence, Status
@@ -52,10 +52,9 @@ class Scheduler:
     Attributes:
         stages: the pipeline stages.
         stage_map: their layers.
-        budget: KV memory.
+        kv_caches: the KV caches of the sequences.
         max_num_seqs: maximum number of running sequences.
         drafter: plans the drafts of speculative mode.
-        prefixes: finished sequences whose KV is kept.
         broadcast_seconds: gives all tensor-parallel ranks the first one's seconds.
         start_timer: starts to measure the device work of a pass.
         running: running sequences by number, in order of admission.
@@ -65,10 +64,9 @@ class Scheduler:
 
     stages: list[StageWorker]
     stage_map: StageMap
-    budget: KVBudget
+    kv_caches: KVCacheManager
     max_num_seqs: int
     drafter: Drafter
-    prefixes: PrefixCache = field(default_factory=PrefixCache)
     broadcast_seconds: Callable[[float], float] = lambda seconds: seconds
     start_timer: Callable[[], Timer] = platform.DeviceTimer
     running: dict[int, Sequence] = field(default_factory=dict)
@@ -130,22 +128,15 @@ class Scheduler:
             parent = None if seq.parent is None else self.running[seq.parent]
             if parent is not None and parent.num_computed_tokens >= parent.num_prompt_tokens - 1:
                 seq.parent = None  # too late to copy: the parent has already forked
-            fits = self.budget.claim(seq.seq_id, seq.params.max_length, seq.num_tokens_with_spec)
-            if not fits and not self.prefixes.seq_ids:  # nothing to evict
-                return
-            source = None
-            if seq.parent is None:  # looked up before evicting, which marks the source as most recently used
-                others = (_prefix(each) for each in self.running.values() if not each.in_flight)
-                source = self.prefixes.longest(seq.reusable_ids(), others)
-            if not fits and not self._claim(seq, seq.num_tokens_with_spec):
+            # A sequence with a parent copies the whole prompt later.
+            reusable = seq.reusable_ids() if seq.parent is None else []
+            others = (_prefix(each) for each in self.running.values() if not each.in_flight)
+            limit, length = seq.params.max_length, seq.num_tokens_with_spec
+            copied = self.kv_caches.open(seq.seq_id, limit, length, reusable, others)
+            if copied is None:
                 return
             self.waiting.popleft()
-            for stage in self.stages:
-                stage.open(seq.seq_id, seq.params.max_length)
-            if source is not None and (source.seq_id in self.running or source.seq_id in self.prefixes.seq_ids):
-                seq.num_computed_tokens = seq.num_cached_tokens = len(source.token_ids)
-                for stage in self.stages:
-                    stage.copy(source.seq_id, seq.seq_id, seq.num_computed_tokens)
+            seq.num_computed_tokens = seq.num_cached_tokens = copied
             seq.status = Status.RUNNING
             self.running[seq.seq_id] = seq
 
@@ -155,28 +146,10 @@ class Scheduler:
         if self.running.pop(seq.seq_id, None) is None:
             self.waiting.remove(seq)
             return
-        evicted = [seq.seq_id]
         if seq.status is Status.RUNNING:
-            prefix = _prefix(seq)
-            evicted = self.prefixes.keep(prefix)
-            if seq.seq_id not in evicted:
-                for stage in self.stages:
-                    stage.keep(seq.seq_id, len(prefix.token_ids))
-        for number in evicted:
-            self._close(number)
-
-    def _claim(self, seq: Sequence, length: int) -> bool:
-        """Claim KV memory for ``length`` positions of a sequence, evicting kept sequences if needed."""
-        while not self.budget.claim(seq.seq_id, seq.params.max_length, length):
-            if not self.prefixes.seq_ids:
-                return False
-            self._close(self.prefixes.evict())
-        return True
-
-    def _close(self, seq_id: int) -> None:
-        for stage in self.stages:
-            stage.close(seq_id)
-        self.budget.release(seq_id)
+            self.kv_caches.keep(_prefix(seq))
+        else:
+            self.kv_caches.close(seq.seq_id)
 
     def _make_room(self, seq: Sequence, length: int) -> bool:
         """Claim KV memory for ``length`` positions, preempting younger sequences if needed.
@@ -186,7 +159,7 @@ class Scheduler:
         """
         if seq.seq_id not in self.running:  # preempted earlier in this step
             return False
-        while not self._claim(seq, length):
+        while not self.kv_caches.claim(seq.seq_id, seq.params.max_length, length):
             youngest = next((each for each in reversed(self.running.values()) if not each.in_flight), None)
             if youngest is None:
                 return False
@@ -198,7 +171,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Move a running sequence back to the waiting ones. Its KV is dropped and later recomputed."""
         del self.running[seq.seq_id]
-        self._close(seq.seq_id)
+        self.kv_caches.close(seq.seq_id)
         self._orphan(seq.seq_id)
         seq.status = Status.WAITING
         seq.num_computed_tokens = seq.num_cached_tokens = seq.depth = seq.stage = seq.num_passes_waited = 0
@@ -220,8 +193,7 @@ class Scheduler:
         if not children or parent.num_computed_tokens < parent.num_prompt_tokens - 1:
             return
         for child in children:
-            for stage in self.stages:
-                stage.copy(parent.seq_id, child.seq_id, parent.num_computed_tokens)
+            self.kv_caches.copy(parent.seq_id, child.seq_id, parent.num_computed_tokens)
             child.num_computed_tokens, child.parent = parent.num_computed_tokens, None
         self._orphan(parent.seq_id)  # children that are not admitted yet compute the prompt themselves
 
@@ -434,8 +406,7 @@ class Scheduler:
         tokens = _emit(seq, made)
         if kind == "verify" and seq.num_computed_tokens >= seq.num_tokens_with_spec:
             seq.num_computed_tokens = seq.num_tokens_with_spec - 1
-            for stage in self.stages:
-                stage.crop(seq.seq_id, seq.num_computed_tokens)
+            self.kv_caches.crop(seq.seq_id, seq.num_computed_tokens)
         if seq.finish_reason is None:
             return tokens
         if seq.params.replayed_token_ids:

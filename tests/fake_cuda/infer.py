@@ -66,7 +66,7 @@ def run(case: Inference, explained: int | None = None) -> Result:
             while not engine.idle:
                 engine.step()
                 if watch.live - built > held:
-                    held, claimed = watch.live - built, scheduler.budget.used
+                    held, claimed = watch.live - built, scheduler.kv_caches.budget.used
         return Result(
             name=case.name,
             where=f"rank 0 of {tensor}",

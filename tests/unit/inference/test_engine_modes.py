@@ -39,7 +39,7 @@ def generate(stage: Stage, requests: Sequence[Request], **options: Any) -> list[
     engine = make_engine(stage, EngineOptions(**options))
     found = engine.generate(requests)
     scheduler: Any = engine._scheduler
-    assert engine.idle and scheduler.budget.used == 0 and not scheduler.stages[0].sequences
+    assert engine.idle and scheduler.kv_caches.budget.used == 0 and not scheduler.stages[0].sequences
     return found
 
 

@@ -46,7 +46,8 @@ def engine(stage: Stage, tokenizer: Tokenizer) -> Iterator[Engine]:
     engine = make_engine(stage, tokenizer=tokenizer)
     yield engine
     scheduler: Any = engine._scheduler
-    assert engine.idle and scheduler.budget.used == 0 and not scheduler.stages[0].sequences and not engine._outputs
+    assert engine.idle and scheduler.kv_caches.budget.used == 0
+    assert not scheduler.stages[0].sequences and not engine._outputs
 
 
 def answer(engine: Engine, **fields: Any) -> Completion:
@@ -331,7 +332,7 @@ def test_logits_that_are_not_finite_fail_one_request(
         else:
             assert ends[0].completion is not None and ids_of(ends[0].completion) == ids_of(free[index])
     scheduler: Any = engine._scheduler
-    assert scheduler.budget.used == 0 and not scheduler.stages[0].sequences and not engine._outputs
+    assert scheduler.kv_caches.budget.used == 0 and not scheduler.stages[0].sequences and not engine._outputs
 
 
 def test_generate_leaves_nothing_behind_where_one_is_refused_or_fails(engine: Engine, stage: Stage) -> None:

@@ -111,7 +111,7 @@ class Run:
     """An engine under observation."""
 
     def __init__(self, stage: Stage, max_num_seqs: int, room: int, spare: int, kept: int = 0) -> None:
-        budget = self._scheduler(make_engine(stage)).budget
+        budget = self._scheduler(make_engine(stage)).kv_caches.budget
         self.engine = make_engine(
             stage,
             EngineOptions(
@@ -149,13 +149,11 @@ class Run:
                 if event.completion is not None or event.error is not None:
                     self.ends[key] = event
             scheduler = self.scheduler
-            assert scheduler.budget.used <= scheduler.budget.total and len(scheduler.running) <= scheduler.max_num_seqs
-            assert len(scheduler.prefixes.seq_ids) <= scheduler.prefixes.max_num_seqs
-            assert (
-                set(scheduler.stages[0].sequences)
-                == {*scheduler.running, *scheduler.prefixes.seq_ids}
-                == set(scheduler.budget._claims)
-            )
+            budget, prefixes = scheduler.kv_caches.budget, scheduler.kv_caches.prefixes
+            assert budget.used <= budget.total and len(scheduler.running) <= scheduler.max_num_seqs
+            assert len(prefixes.seq_ids) <= prefixes.max_num_seqs
+            held = {*scheduler.running, *prefixes.seq_ids}
+            assert set(scheduler.stages[0].sequences) == held == set(budget._claims)
 
     def finish(self, alone: list[Summary]) -> None:
         """Run out, and compare."""
@@ -166,7 +164,8 @@ class Run:
         assert self.engine.idle, "it runs in circles"
         scheduler = self.scheduler
         assert not scheduler.running and not scheduler.waiting and not self.engine._outputs
-        assert scheduler.prefixes.max_num_seqs or (scheduler.budget.used == 0 and not scheduler.stages[0].sequences)
+        caches = scheduler.kv_caches
+        assert caches.prefixes.max_num_seqs or (caches.budget.used == 0 and not scheduler.stages[0].sequences)
         assert set(self.ends) == {(n, i) for n, index in self.asked.items() for i in range(REQUESTS[index].samples)}
         for (number, sample), end in self.ends.items():
             index = self.asked[number]

@@ -107,14 +107,14 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[Completion
             assert event.error is None
             if event.completion is not None:
                 found[event.request, event.sample] = event.completion
-        assert bytes_kept(engine) <= scheduler.budget.used <= scheduler.budget.total
+        assert bytes_kept(engine) <= scheduler.kv_caches.budget.used <= scheduler.kv_caches.budget.total
         assert (
             set(scheduler.stages[0].sequences) == set(scheduler.running)
             and len(scheduler.running) <= scheduler.max_num_seqs
         )
-        assert set(scheduler.budget._claims) == set(scheduler.running)
+        assert set(scheduler.kv_caches.budget._claims) == set(scheduler.running)
     assert engine.idle, "it runs in circles"
-    assert scheduler.budget.used == 0 and not scheduler.stages[0].sequences and not engine._outputs
+    assert scheduler.kv_caches.budget.used == 0 and not scheduler.stages[0].sequences and not engine._outputs
     return [[found[n, i] for i in range(r.samples)] for n, r in zip(numbers, requests, strict=True)]
 
 
@@ -139,7 +139,7 @@ def requests() -> list[Request]:
 
 def memory_for(stage: Stage, *lengths: int) -> int:
     """Bytes of full sequences of these many positions."""
-    budget = scheduler_of(make_engine(stage)).budget
+    budget = scheduler_of(make_engine(stage)).kv_caches.budget
     return sum(budget.needed(length, length) for length in lengths)
 
 
@@ -191,7 +191,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once(exit_stage: MakeStage, 
             engine.submit(Request(prompt=prompt, max_tokens=count))
     [last] = [event for event in engine.stream(running) if event.completion is not None]
     assert last.completion is not None and len(last.completion.tokens) == 36
-    assert engine.idle and scheduler_of(engine).budget.used == 0
+    assert engine.idle and scheduler_of(engine).kv_caches.budget.used == 0
 
 
 @pytest.mark.parametrize("after", range(0, 60, 7))
@@ -207,9 +207,9 @@ def test_nothing_leaks_when_all_are_cancelled(after: int, exit_stage: MakeStage,
     scheduler = scheduler_of(engine)
     assert (
         scheduler.idle
-        and scheduler.budget.used == 0
+        and scheduler.kv_caches.budget.used == 0
         and not scheduler.stages[0].sequences
-        and not scheduler.budget._claims
+        and not scheduler.kv_caches.budget._claims
     )
     ends = [event for event in engine.step() if event.completion is not None]
     assert engine.idle and {event.completion.finish_reason for event in ends} == {"cancelled"}  # type: ignore[union-attr]

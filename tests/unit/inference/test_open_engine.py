@@ -24,7 +24,7 @@ def test_an_engine_without_some_exits(byte_model: Path, adapter: Path) -> None:
             [[full]] = engine.generate([Request(prompt="Once", max_tokens=5, ignore_eos=True, exits=[2])])
             ids[str(exits)] = [token.id for token in full.tokens]
             assert full.statistics["layers_per_token"] == 4
-            needed[str(exits)] = engine._scheduler.budget.needed(60, 60)
+            needed[str(exits)] = engine._scheduler.kv_caches.budget.needed(60, 60)
             early = Request(
                 prompt="Once", mode="threshold", policy=ThresholdPolicy(threshold=1e-9), max_tokens=5, ignore_eos=True
             )

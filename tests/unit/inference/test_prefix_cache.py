@@ -211,16 +211,17 @@ def test_samples_of_a_prompt_that_is_known_all_begin_with_it(exit_stage: MakeSta
 def test_kept_sequences_are_evicted_before_any_is_preempted(exit_stage: MakeStage, small: None) -> None:
     """Waiting and growing sequences get the memory of finished ones first."""
     stage = exit_stage("llama3.1", [ExitSpec(2)])
-    needed = scheduler_of(make_engine(stage)).budget.needed(52, 52)
+    needed = scheduler_of(make_engine(stage)).kv_caches.budget.needed(52, 52)
     engine = make_engine(stage, EngineOptions(prefix_cache_seqs=8, kv_memory=2 * needed))
     scheduler = scheduler_of(engine)
+    budget, prefixes = scheduler.kv_caches.budget, scheduler.kv_caches.prefixes
     for start in range(5):
         prompt = [start, *LONG[1:]]
         expected = emitted(ask(make_engine(stage), prompt))
         assert emitted(ask(engine, prompt)) == expected
-        assert set(scheduler.stages[0].sequences) == set(scheduler.prefixes.seq_ids) == set(scheduler.budget._claims)
-        assert scheduler.budget.used <= scheduler.budget.total
-    assert 1 <= len(scheduler.prefixes.seq_ids) <= 2 and scheduler.num_preempted == 0
+        assert set(scheduler.stages[0].sequences) == set(prefixes.seq_ids) == set(budget._claims)
+        assert budget.used <= budget.total
+    assert 1 <= len(prefixes.seq_ids) <= 2 and scheduler.num_preempted == 0
 
 
 def test_the_kv_of_a_cancelled_sequence_is_reused(exit_stage: MakeStage) -> None:
@@ -250,4 +251,4 @@ def test_a_failed_sequence_is_not_kept_for_reuse(exit_stage: MakeStage) -> None:
     engine.submit(Request(prompt=LONG, mode="threshold", policy=ThresholdPolicy(threshold=0.06), max_tokens=4))
     while not engine.idle:
         engine.step()
-    assert not scheduler_of(engine).stages[0].sequences and scheduler_of(engine).budget.used == 0
+    assert not scheduler_of(engine).stages[0].sequences and scheduler_of(engine).kv_caches.budget.used == 0

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from megatron_ee.inference.heads import HeadInput, HeadOutput, LogProbs
-from megatron_ee.inference.kv_cache_manager import KVBudget
+from megatron_ee.inference.kv_cache_manager import KVBudget, KVCacheManager
 from megatron_ee.inference.passes import Pass, ScheduledSequence, StageMap
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.remote import (
@@ -127,7 +127,8 @@ class Sent:
 def test_a_heartbeat_reaches_every_stage_with_what_waits_to_be_sent() -> None:
     mail = Sent()
     stages = [RemoteStage(mail, number) for number in (1, 2)]  # type: ignore[arg-type]
-    scheduler = Scheduler(stages, StageMap((2, 4, 7)), KVBudget(1, [], 0, 1), 1, None)  # type: ignore[arg-type]
+    kv_caches = KVCacheManager(stages, KVBudget(1, [], 0, 1))
+    scheduler = Scheduler(stages, StageMap((2, 4, 7)), kv_caches, 1, None)  # type: ignore[arg-type]
     stages[1].close(3)
     scheduler.heartbeat()
     scheduler.heartbeat()

@@ -143,7 +143,7 @@ def test_preempted_replays_begin_again(
     monkeypatch.setattr(scheduler_module, "PASS_TOKENS", 4)
     prompt = list(range(20, 30))
     engine: Any = make_engine(stage)
-    budget = engine._scheduler.budget
+    budget = engine._scheduler.kv_caches.budget
     budget.total = int(2.2 * budget.needed(40, 32))
     asked = [Request(prompt=prompt, max_tokens=30), *[Request(prompt=PROMPT, replay_ids=TEXT)] * 3]
     found = engine.generate(asked)

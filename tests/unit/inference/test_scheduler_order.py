@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from megatron_ee.inference.heads import HeadInput, HeadOutput
-from megatron_ee.inference.kv_cache_manager import KVBudget, StageMemory
+from megatron_ee.inference.kv_cache_manager import KVBudget, KVCacheManager, StageMemory
 from megatron_ee.inference.passes import Pass, StageMap
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Draft
@@ -67,10 +67,11 @@ def run_speculative(stages: int) -> list[str]:
     final = LAYERS + 1
     ends = (final,) if stages == 1 else (LAYERS // 2, final)
     costs = Costs({EXIT: 1.0, final: 1.0})
+    workers = [Recorder(stage, log) for stage in range(stages)]
     scheduler = Scheduler(
-        [Recorder(stage, log) for stage in range(stages)],
+        workers,
         StageMap(ends),
-        KVBudget(10**9, [StageMemory(8, (None,))], 16, 512),
+        KVCacheManager(workers, KVBudget(10**9, [StageMemory(8, (None,))], 16, 512)),
         max_num_seqs=4,
         drafter=Drafter(costs, {EXIT: Acceptance()}),
         start_timer=lambda: Timer(log),

@@ -119,7 +119,7 @@ def test_a_foreign_entry_of_a_journal_is_refused(tmp_path: Path) -> None:
 
 def test_a_record_that_does_not_fit_is_named(engine: Engine, read: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     [record] = read({"prompt": "a"})
-    budget: Any = engine._scheduler.budget
+    budget: Any = engine._scheduler.kv_caches.budget
     monkeypatch.setattr(budget, "total", 10)
     with pytest.raises(ConfigError, match=r"task.jsonl:1: max_tokens: .* positions need"):
         answer_records(engine, [record], SETTINGS)
