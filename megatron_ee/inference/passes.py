@@ -48,6 +48,11 @@ class Pass:
     sequences: tuple[ScheduledSequence, ...]
     sends: bool = False
 
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the head at its end runs for any of the sequences."""
+        return any(seq.head_input is not None for seq in self.sequences)
+
 
 class StageWorker(Protocol):
     """The stage interface that the scheduler uses. Calls take effect in order.

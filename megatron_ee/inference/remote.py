@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from megatron_ee.inference.scheduler import Scheduler
 from megatron_ee.inference.sequence import Sequence, SequenceParams
 from megatron_ee.inference.stage_runner import StageRunner
 
+T = TypeVar("T")
 COMMANDS, HEADERS, OUTPUTS, REPLAYS = 1, 2, 3, 4
 """Message tags. Messages with different tags do not wait for each other."""
 IN_FLIGHT = 64
@@ -78,38 +79,13 @@ def broadcast(content: list[Any] | None, group: dist.ProcessGroup) -> Any:
     return json.loads(body.numpy().tobytes())
 
 
-_PASS, _OUTPUTS, _PARAMS = TypeAdapter(Pass), TypeAdapter(list[HeadOutput]), TypeAdapter(SequenceParams)
-_REPLAYS = TypeAdapter(list[ExitReplay])
+PASS, PARAMS = TypeAdapter(Pass), TypeAdapter(SequenceParams)
+HEAD_OUTPUTS, EXIT_REPLAYS = TypeAdapter(list[HeadOutput]), TypeAdapter(list[ExitReplay])
 
 
-def pack_pass(pass_: Pass) -> Any:
-    """Convert a pass to JSON types."""
-    return _PASS.dump_python(pass_, mode="json")
-
-
-def unpack_pass(packed: Any) -> Pass:
-    """Convert the result of ``pack_pass`` back."""
-    return _PASS.validate_python(packed)
-
-
-def pack_outputs(outputs: Iterable[HeadOutput]) -> Any:
-    """Convert head outputs to JSON types."""
-    return _OUTPUTS.dump_python(list(outputs), mode="json")
-
-
-def unpack_outputs(packed: Any) -> list[HeadOutput]:
-    """Convert the result of ``pack_outputs`` back."""
-    return _OUTPUTS.validate_python(packed)
-
-
-def pack_params(params: SequenceParams) -> Any:
-    """Convert sequence parameters to JSON types."""
-    return _PARAMS.dump_python(params, mode="json")
-
-
-def unpack_params(packed: Any) -> SequenceParams:
-    """Convert the result of ``pack_params`` back."""
-    return _PARAMS.validate_python(packed)
+def pack(kind: TypeAdapter[T], content: T) -> Any:
+    """Convert ``content`` to JSON types; ``kind.validate_python`` converts it back."""
+    return kind.dump_python(content, mode="json")
 
 
 class RemoteStage:
@@ -146,7 +122,7 @@ class RemoteStage:
 
     def run(self, pass_: Pass) -> None:
         """See ``StageWorker``."""
-        self._calls.append(["run", pack_pass(pass_)])
+        self._calls.append(["run", pack(PASS, pass_)])
         self._flush()
 
     def stop(self) -> None:
@@ -156,7 +132,7 @@ class RemoteStage:
 
     def outputs(self) -> list[HeadOutput]:
         """See ``StageWorker``."""
-        return unpack_outputs(self._mail.receive(self._stage, OUTPUTS))
+        return HEAD_OUTPUTS.validate_python(self._mail.receive(self._stage, OUTPUTS))
 
     def heartbeat(self) -> None:
         """See ``StageWorker``. Calls that wait for the next pass, such as ``close``, are sent too."""
@@ -166,7 +142,7 @@ class RemoteStage:
         """See ``StageWorker``."""
         self._calls.append(["replayed", seq_id])
         self._flush()
-        return _REPLAYS.validate_python(self._mail.receive(self._stage, REPLAYS))
+        return EXIT_REPLAYS.validate_python(self._mail.receive(self._stage, REPLAYS))
 
     def _flush(self) -> None:
         self._mail.send(self._stage, COMMANDS, self._calls)
@@ -180,15 +156,15 @@ def serve_stage(runner: StageRunner, mail: Mail) -> None:
             if name == "stop":
                 return
             if name == "replayed":
-                mail.send(0, REPLAYS, _REPLAYS.dump_python(runner.replayed(*arguments), mode="json"))
+                mail.send(0, REPLAYS, pack(EXIT_REPLAYS, runner.replayed(*arguments)))
                 continue
             if name != "run":
                 getattr(runner, name)(*arguments)
                 continue
-            pass_ = unpack_pass(arguments[0])
+            pass_ = PASS.validate_python(arguments[0])
             runner.run(pass_)
-            if any(work.head_input is not None for work in pass_.sequences):
-                mail.send(0, OUTPUTS, pack_outputs(runner.outputs()))
+            if pass_.has_outputs:
+                mail.send(0, OUTPUTS, pack(HEAD_OUTPUTS, runner.outputs()))
 
 
 class RemoteChannel:
@@ -263,7 +239,7 @@ class DriverScheduler:
 
     def add(self, seqs: Collection[Sequence]) -> None:
         """See ``Scheduler``."""
-        self._calls.append(["add", [[seq.seq_id, pack_params(seq.params)] for seq in seqs]])
+        self._calls.append(["add", [[seq.seq_id, pack(PARAMS, seq.params)] for seq in seqs]])
         self._scheduler.add(seqs)
 
     def finish(self, seq_id: int, reason: FinishReason) -> None:
@@ -295,7 +271,7 @@ def follow_driver(scheduler: Scheduler, group: dist.ProcessGroup) -> None:
             if name == "stop":
                 return
             if name == "add":
-                scheduler.add([Sequence(seq_id, unpack_params(packed)) for seq_id, packed in argument])
+                scheduler.add([Sequence(seq_id, PARAMS.validate_python(packed)) for seq_id, packed in argument])
             elif name == "heartbeat":
                 scheduler.heartbeat()
             else:

@@ -289,9 +289,8 @@ class DraftState:
         """Add a token of the drafting exit to the draft. Returns False, without adding it, if the draft ends here."""
         assert self.plan is not None
         if self.plan.min_chance > 0:
-            acceptance, chance = self._drafter.acceptance[self.plan.exit], 1.0
-            for each in (*self._confidences, confidence):
-                chance *= acceptance.rate(each)
+            acceptance = self._drafter.acceptance[self.plan.exit]
+            chance = math.prod(acceptance.rate(each) for each in (*self._confidences, confidence))
             if chance < self.plan.min_chance:
                 self._unproposed = (token, confidence)
                 return False

@@ -223,10 +223,8 @@ class StageRunner:
 
     def _start(self, pass_: Pass) -> tuple[Tensor, TokenBatch]:
         """The tokens at the start of a pass: new ones, embedded, or those that wait at its depth."""
-        sequences, stops = (
-            [self.sequences[seq.seq_id] for seq in pass_.sequences],
-            [seq.length for seq in pass_.sequences],
-        )
+        sequences = [self.sequences[seq.seq_id] for seq in pass_.sequences]
+        stops = [seq.length for seq in pass_.sequences]
         if pass_.start == 0:
             ids = [token for seq in pass_.sequences for token in seq.tokens]
             x, counts = self._embed(ids), [len(seq.tokens) for seq in pass_.sequences]
@@ -297,10 +295,10 @@ class StageRunner:
 
     def _run_exit(self, pass_: Pass, tap: Tensor, batch: TokenBatch) -> None:
         """Run the exit at the end of a pass, if there is one. The tokens then wait there."""
-        exit_, inputs, left = self._exits.get(pass_.stop), _head_inputs(pass_), [False] * len(batch.sequences)
+        exit_, left = self._exits.get(pass_.stop), [False] * len(batch.sequences)
         if exit_ is not None:
             x = self._enter_exit(exit_, tap, pass_, batch)
-            if inputs:
+            if pass_.has_outputs:
                 z = exit_.rest(_newest(x, pass_, batch))[:, 0]
                 outputs = _gated_outputs(exit_, z, _asking(pass_, batch))
                 self._outputs.append(outputs)
@@ -313,7 +311,7 @@ class StageRunner:
     def _run_final_exit(self, pass_: Pass, h: Tensor, batch: TokenBatch) -> None:
         """Run the final exit for the sequences that ask it, if any."""
         self._replay(self._final, h, pass_, batch, self.stage.final_features, self.stage.final_logits)
-        if _head_inputs(pass_):
+        if pass_.has_outputs:
             z = self.stage.final_features(_newest(h, pass_, batch))[:, 0]
             self._outputs.append(_head_outputs(self.stage.final_logits(z), _asking(pass_, batch)))
 
@@ -324,11 +322,6 @@ class StageRunner:
             length = -(-need // TABLE) * TABLE
             table = self._table = self.stage.backbone.packed_positions(torch.arange(length, device=platform.device()))
         return table.pick([slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)])
-
-
-def _head_inputs(pass_: Pass) -> list[HeadInput]:
-    """Head inputs of the sequences that ask the head."""
-    return [seq.head_input for seq in pass_.sequences if seq.head_input is not None]
 
 
 def _asking(pass_: Pass, batch: TokenBatch) -> list[Asking]:

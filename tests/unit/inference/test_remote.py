@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from megatron_ee.inference.heads import HeadInput, HeadOutput, LogProbs
@@ -10,14 +11,14 @@ from megatron_ee.inference.kv_cache_manager import KVBudget, KVCacheManager
 from megatron_ee.inference.passes import Pass, ScheduledSequence, StageMap
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.remote import (
+    EXIT_REPLAYS,
+    HEAD_OUTPUTS,
+    PARAMS,
+    PASS,
     RemoteStage,
-    pack_outputs,
-    pack_params,
-    pack_pass,
-    unpack_outputs,
-    unpack_params,
-    unpack_pass,
+    pack,
 )
+from megatron_ee.inference.replay import ExitReplay
 from megatron_ee.inference.requests import Draft
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
 from megatron_ee.inference.scheduler import Scheduler
@@ -55,7 +56,7 @@ def test_passes() -> None:
         ),
     ]
     for pass_ in passes:
-        received = unpack_pass(sent(pack_pass(pass_)))
+        received = PASS.validate_python(sent(pack(PASS, pass_)))
         assert received == pass_ and same_types(received, pass_)
 
 
@@ -66,9 +67,21 @@ def test_outputs() -> None:
         HeadOutput(finite=False),
         HeadOutput((1, 2), (0.25, 1.0), (LogProbs(-0.25, {7: -0.25, 11: -3.5}), LogProbs(-1.0, {}, -2.5))),
     ]
-    received = unpack_outputs(sent(pack_outputs(outputs)))
+    received = HEAD_OUTPUTS.validate_python(sent(pack(HEAD_OUTPUTS, outputs)))
     assert received == outputs and same_types(received, outputs)
-    assert unpack_outputs(sent(pack_outputs([]))) == []
+    assert HEAD_OUTPUTS.validate_python(sent(pack(HEAD_OUTPUTS, []))) == []
+
+
+def test_replays() -> None:
+    """Also where logits are not finite."""
+    replays = [
+        ExitReplay(2, (3,), (0.5,), (0.25,), (0.125,), (2,), (0.75,), (LogProbs(-0.5, {3: -0.5, 11: -1.0}, -1.5),)),
+        ExitReplay(5, (3,), (0.5,), (0.25,), (0.0,), (9,), (), (LogProbs(-0.5, {}, -math.inf),)),
+        ExitReplay(5, (3,), (math.nan,), (math.nan,), (math.nan,), (9,)),
+    ]
+    received = EXIT_REPLAYS.validate_python(json.loads(json.dumps(pack(EXIT_REPLAYS, replays))))
+    assert received[:2] == replays[:2] and same_types(received, replays)
+    assert [each.finite for each in received] == [True, True, False]
 
 
 def test_params() -> None:
@@ -99,7 +112,7 @@ def test_params() -> None:
             **common,
         ),
     ):
-        received = unpack_params(sent(pack_params(params)))
+        received = PARAMS.validate_python(sent(pack(PARAMS, params)))
         assert received == params
         for name in (
             "prompt_token_ids",
