@@ -77,7 +77,7 @@ def open_engine(
         ConfigError: an option does not fit the model or the machine.
     """
     options.check(released)
-    dtype = choose_dtype(options.dtype, released.model, "dtype")
+    dtype = choose_dtype(options.dtype, released.model, "--dtype")
     say_limits(released.model)
     loaded = [spec for spec in released.exits if options.exits is None or spec.layer in options.exits]
     off = [spec.layer for spec in released.exits if spec not in loaded]
@@ -115,7 +115,7 @@ def load_stage(
     index, arch = groups.pipeline.rank(), released.model.architecture
     layers, slots = layout.stages[index].layers, packed_slots(released.model, weights)
     setup = build_setup(arch, platform.DTYPES[dtype], groups, slots=slots, residency=residency)
-    check_host_memory(setup, len(layers), "residency")
+    check_host_memory(setup, len(layers), "--residency")
     specs = [spec for spec in exits if spec.layer in layers]
     stage = Stage(setup, layers, specs, embedding=index == 0, final_exit=index == layout.last_layered)
     groups.together(lambda: fill_stage(stage, released.model, released.adapter))

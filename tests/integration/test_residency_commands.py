@@ -145,7 +145,7 @@ def test_too_little_host_memory_is_said_before_loading(
     assert not (tmp_path / "run" / "adapter-initial").exists()
 
 
-def test_evaluate_says_so_before_it_hashes_the_backbone(
+def test_evaluate_says_so_before_it_hashes_the_backbone_and_generate_too(
     project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(platform, "free_host_memory", lambda: 1000)
@@ -153,6 +153,8 @@ def test_evaluate_says_so_before_it_hashes_the_backbone(
     assert main(["evaluate", *files, "--sequence-length", "32", "--residency", "host"]) == 2
     said = capsys.readouterr().err
     assert "--residency: host needs 0.0 GB" in said and "hashing" not in said
+    assert main(["generate", *files[:2], "--prompt", "a", "--residency", "host"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("megatron-ee generate: error: --residency: host needs")
 
 
 @pytest.mark.parametrize(
