@@ -221,3 +221,39 @@ def test_a_debug_run_fits_gates(tune: Run, tmp_path: Path) -> None:
     status, said = tune(tmp_path / "run", "--debug", **DISTILS)
     assert status == 0 and "debug: passed" in said and "Gates after step 3" in said
     assert "gate.weight: [64] float32, fitted" in (tmp_path / "run" / "debug" / "debug.log").read_text()
+
+
+@pytest.mark.slow
+def test_tuned_gates_are_evaluated_on_a_corpus_and_on_tasks(
+    tune: Run, project: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune(tmp_path / "run")[0] == 0
+    files = ("--model", project.model, "--adapter", tmp_path / "run" / "adapter")
+
+    def evaluate(*options: object) -> Any:
+        assert main(["evaluate", *map(str, (*files, *options)), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    setting = {"exits": [2], "agreement": 0.95, "seconds": 1.0, "speedup": 1.2, "early": 0.5, "threshold": 1e-6}
+    probe = {"layers": [], "threshold": [], "speculative": setting, "gate": [{**setting, "at_least": 0.95}]}
+    (tmp_path / "probe.json").write_text(json.dumps(probe))
+    corpus = ("--data", project.held_out, "--sequence-length", 32, "--sequences", 4)
+    found = evaluate(*corpus, "--speed", "--probe", tmp_path / "probe.json")
+    assert [each["layer"] for each in found["exits"]] == [2, 3]
+    gate = found["speed"][-1]
+    assert (gate["mode"], gate["threshold"], gate["forecast"]) == ("gate", 1e-6, 1.2) and gate["layers_per_token"] < 4
+
+    records = [{"prompt": f"def f{n}", "references": ["x"], "group": "ab"[n % 2]} for n in range(4)]
+    records.append({"prompt": "a =", "choices": ["one word", "two"], "answer": 0, "task": "choices"})
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    tasks = ("--tasks", tmp_path / "tasks.jsonl", "--policy", "threshold", "gate", "--thresholds", 1e-6, 2)
+    found = evaluate(*tasks, "--max-tokens", 6, "--by", "group", "--output", tmp_path / "out")
+    both = [f"{policy} {threshold}" for policy in ("threshold", "gate") for threshold in ("1e-06", "2")]
+    assert list(found["overall"]) == ["full", "speculative", *both] and list(found["groups"]) == both
+    settings = {each["name"]: each for each in found["settings"]}
+    assert settings["gate 1e-06"]["exits"] == [2]  # the one with a gate
+    assert 2 < found["overall"]["gate 1e-06"]["exit_layer"] < 4
+    for name in ("gate 2", "threshold 2"):
+        assert found["overall"][name]["exit_layer"] == 4
+        assert {each["difference"] for each in found["overall"][name]["scores"].values()} == {0.0}
+    assert (tmp_path / "out" / "tasks.png").is_file()
