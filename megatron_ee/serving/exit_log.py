@@ -34,6 +34,8 @@ _PERIODS: dict[str, tuple[str, str]] = {
     "day": ("%Y-%m-%d", r"\d{4}-\d\d-\d\d"),
 }
 """Name of a period in the name of a rotated log, and what such names look like."""
+_START = b'{"number":'
+"""How each line begins."""
 _NUMBER = re.compile(rb'\{"number":(\d{1,18}),')
 _LOGGER = logging.getLogger(__name__)
 
@@ -151,13 +153,13 @@ class ExitLog:
 
     def _take_over(self) -> None:
         """Check that the file is an exit log, and remove half a line, with which a killed server ended it."""
-        start = os.pread(self._fd, 1, 0)
+        start = os.pread(self._fd, len(_START), 0)
         first = next(log_lines(self.path), None)
         try:
             if first is not None:
                 where, line = first
                 validated(ExitRecord, parse_json(line, where), where=where, error=DataError)
-            elif start not in (b"", b"{"):
+            elif not _START.startswith(start):  # otherwise it would be taken for half a line, and removed
                 raise DataError(f"{self.path}: has no record")
         except UserError as error:
             raise ConfigError(f"--exit-log: {error}; is it an exit log? name another one") from None

@@ -141,7 +141,7 @@ def test_a_server_goes_on_with_the_log_of_an_earlier_one(tmp_path: Path) -> None
 
 
 def test_a_file_that_is_no_exit_log_is_left_alone(tmp_path: Path) -> None:
-    for content in (b"my notes", b"my notes\nmore\n", b'{"a": 1}\n'):
+    for content in (b"my notes", b"my notes\nmore\n", b'{"a": 1}\n', b'{"a": 1}', b'{\n  "a": 1\n}'):
         path = tmp_path / "file"
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="--exit-log: .*file"):
