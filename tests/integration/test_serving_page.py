@@ -179,6 +179,22 @@ def test_a_new_conversation_forgets_the_answer_that_is_being_written(page: Any) 
     assert page.locator("#log > li").count() == 1
 
 
+def test_the_end_of_an_answer_stays_in_view_until_the_reader_scrolls_away(page: Any) -> None:
+    page.set_viewport_size({"width": 700, "height": 380})
+    for text in ("a", "b"):  # short ones: the model has few positions
+        send(page, text, tokens=16)
+        page.wait_for_selector("#log > li:last-child button")
+        end, form = (page.locator(each).bounding_box() for each in ("#log > li:last-child", "#form"))
+        assert end["y"] + end["height"] <= form["y"] + 1, text
+    assert page.evaluate("scrollY") > 0
+    page.fill("#max-tokens", "16")
+    page.fill("#message", "c")
+    page.press("#message", "Enter")
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_selector("#log > li:nth-child(3) button")
+    assert page.evaluate("scrollY") == 0
+
+
 def test_a_refused_request_is_explained_and_the_message_is_kept(page: Any) -> None:
     page.fill("#max-tokens", "4")
     page.fill("#message", "x" * 5000)

@@ -107,6 +107,17 @@ function drawHistogram() {
 
 // ---- Answers ----
 
+/** Show the end of an entry of the conversation, above the form, which covers the lower end of the window. */
+function showEnd(entry) {
+  entry.style.scrollMarginBottom = `${$("form").offsetHeight + $("detail").offsetHeight}px`;
+  entry.scrollIntoView({ block: "end" });
+}
+
+/** Go on showing the end of an entry that grows, unless the reader has scrolled away from it. */
+function followEnd(entry) {
+  if (entry.getBoundingClientRect().bottom < window.innerHeight) showEnd(entry);
+}
+
 /** An answer on the page. `tokens` holds text, layer, confidence and span of each token. */
 function newAnswer(title) {
   const heading = element("h3", "");
@@ -211,7 +222,7 @@ async function send() {
   const entry = element("li", "", element("p", "question", content), answers);
   $("introduction").hidden = true;
   $("log").append(entry);
-  entry.scrollIntoView({ block: "end" });
+  showEnd(entry);
   const settings = { max_tokens: Number($("max-tokens").value) || 256 };
   await run(async (signal) => {
     $("message").value = "";
@@ -219,7 +230,7 @@ async function send() {
       await ask(answer, messages, { ...settings, early_exit: earlyExit() }, signal, (layers) => {
         for (const layer of layers) page.counts.set(layer, (page.counts.get(layer) ?? 0) + 1);
         drawHistogram();
-        if (window.innerHeight + window.scrollY > document.body.scrollHeight - 200) entry.scrollIntoView({ block: "end" });
+        followEnd(entry);
       });
     } catch (error) {
       if (!answer.tokens.length) {
@@ -235,8 +246,9 @@ async function send() {
     say(button, (texts) => texts.compare);
     button.addEventListener("click", () => compare(button, answers, answer, messages, settings));
     answer.box.append(button);
+    followEnd(entry);
   });
-  $("message").focus();
+  $("message").focus({ preventScroll: true });
 }
 
 /** Show full mode's answer beside an answer, and mark what differs. */
