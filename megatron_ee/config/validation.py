@@ -173,7 +173,8 @@ def _path(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> Iterator
     """
     for index, part in enumerate(loc):
         try:
-            values = values[part]
+            # JSON's keys are texts, also where the field's are whole numbers.
+            values = values[str(part) if isinstance(values, dict) and part not in values else part]
         except (LookupError, TypeError):
             if not (missing and index == len(loc) - 1):
                 continue
