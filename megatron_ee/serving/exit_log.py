@@ -76,7 +76,7 @@ class ExitLog:
         """
         if max_bytes < 1 or backups < 0:
             raise ConfigError("--exit-log: the size must be at least 1 byte, and the number of old logs not negative")
-        self.path, self.lost = path, 0
+        self.path, self.lost, self._said = path, 0, False
         self._max_bytes, self._backups, self._text, self._clock = max_bytes, backups, text, clock
         self._form, names = _PERIODS[when]
         self._rotated = re.compile(rf"{re.escape(path.stem)}\.({names})(?:\.(\d+))?{re.escape(path.suffix)}(?:\.gz)?")
@@ -94,8 +94,10 @@ class ExitLog:
         """
         try:
             line = self._line(record)
-            if self._fd < 0:  # it could not be opened after it was rotated
-                self._open()
+            if self._fd >= 0 and self._moved():
+                self.close()
+            if self._fd < 0:  # also if it could not be opened after it was rotated
+                self._open(takes_over=True)
             self._rotate_if_due(line)
             try:
                 write_all(self._fd, memoryview(line))
@@ -177,7 +179,15 @@ class ExitLog:
     def _period_of(self, seconds: float) -> str:
         return time.strftime(self._form, time.gmtime(seconds))
 
+    def _moved(self) -> bool:
+        """Whether somebody else has removed or renamed the log, so that nobody would find what is written."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return True
+
     def _rotate_if_due(self, line: bytes) -> None:
+        """Rotate the log if it is time. If that fails, the log goes on growing, which is logged once."""
         if not self._size:
             return
         full, ended = self._size + len(line) > self._max_bytes, self._period != self._period_of(self._clock())
@@ -185,15 +195,24 @@ class ExitLog:
             return
         used = [number for period, number, _ in self._old_logs() if period == self._period]
         name = self._period if not used else f"{self._period}.{max(used) + 1}"
-        with storage_errors(self.path, "rotate"):
+        try:
             os.rename(self.path, self.path.with_name(f"{self.path.stem}.{name}{self.path.suffix}"))
-            old, self._fd = self._fd, -1
-            os.close(old)
+        except OSError as error:
+            self._say_once(f"cannot be rotated: {error.strerror}; it goes on growing")
+            return
+        self.close()
         self._open()
-        if self._backups:
-            for _, _, path in self._old_logs()[: -self._backups]:
-                with storage_errors(path, "remove"):
-                    path.unlink()
+        for _, _, path in self._old_logs()[: -self._backups] if self._backups else ():
+            try:
+                path.unlink()
+            except OSError as error:
+                self._say_once(f"{path.name} cannot be removed: {error.strerror}; old logs are left")
+
+    def _say_once(self, problem: str) -> None:
+        """Log a problem of the rotation, the first one only: it comes back with each record."""
+        if not self._said:
+            _LOGGER.error("%s: %s", self.path, problem)
+        self._said = True
 
     def _old_logs(self) -> list[tuple[str, int, Path]]:
         """Rotated logs with their period and number in it, from 1, the oldest first. They may be compressed."""

@@ -140,6 +140,35 @@ def test_a_server_goes_on_with_the_log_of_an_earlier_one(tmp_path: Path) -> None
     log.close()
 
 
+@pytest.mark.parametrize("call", ["rename", "unlink"])
+def test_a_log_that_cannot_be_rotated_goes_on(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = tmp_path / "exits.jsonl"
+    log = ExitLog(path, max_bytes=1, backups=1, clock=Clock())
+    written = [log.write(record(number)) for number in range(2)]
+    monkeypatch.setattr(*((os, "rename") if call == "rename" else (Path, "unlink")), refuse)
+    written += [log.write(record(number)) for number in range(2, 5)]
+    log.close()
+    assert written == [True] * 5 and log.lost == 0
+    assert sorted(each.number for each in read_logs(list(tmp_path.iterdir()))) == [0, 1, 2, 3, 4]
+    assert [each.message for each in caplog.records if "Permission denied" in each.message] == [caplog.messages[0]]
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_a_log_that_somebody_else_has_moved_is_begun_again(tmp_path: Path, renamed: bool) -> None:
+    path = tmp_path / "exits.jsonl"
+    log = ExitLog(path, clock=Clock())
+    assert log.write(record(0))
+    path.rename(tmp_path / "exits.jsonl.1") if renamed else path.unlink()
+    assert log.write(record(1))
+    log.close()
+    assert [each.number for each in read_logs([path])] == [1]
+
+
 def test_a_file_that_is_no_exit_log_is_left_alone(tmp_path: Path) -> None:
     for content in (b"my notes", b"my notes\nmore\n", b'{"a": 1}\n', b'{"a": 1}', b'{\n  "a": 1\n}'):
         path = tmp_path / "file"
