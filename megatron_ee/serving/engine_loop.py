@@ -28,6 +28,8 @@ from megatron_ee.serving.submission import Submission
 
 COMMAND_SECONDS = 0.02
 """Seconds between two steps for queued commands, so that many long prompts do not stop the running outputs."""
+BUFFER_STEPS = 64
+"""Steps whose events may wait to be read in any case: a busy server, not the client, may be late for a few of them."""
 LAST_STEP_SECONDS = 30.0
 """Seconds that cancelled requests may take to end, which is one step of the engine."""
 TELL_SECONDS = 2.0
@@ -61,7 +63,8 @@ class LoopLimits:
 
     Attributes:
         max_queue: outputs that may wait for others to end before further requests are refused.
-        buffer_events: events of a request that may wait to be read.
+        buffer_events: events of a streamed request that may wait to be read, and at least ``BUFFER_STEPS`` of each
+            output.
         idle_heartbeat: seconds between heartbeats to the other ranks while the engine is idle.
     """
 
@@ -153,7 +156,9 @@ class EngineLoop:
         self._thread = threading.Thread(target=platform.for_other_thread(self._run), name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, *, deadline: float | None = None, background: bool = False) -> Submission:
+    def submit(
+        self, request: Request, *, deadline: float | None = None, background: bool = False, streamed: bool = False
+    ) -> Submission:
         """Queue a request.
 
         Args:
@@ -161,6 +166,8 @@ class EngineLoop:
             deadline: seconds from now after which it is cancelled; None for no limit.
             background: start it only while no ordinary request waits or runs. Such requests are never refused for
                 their number, and start one by one, in their order.
+            streamed: whether a client reads the events, which ends the request if it is too slow. Otherwise they are
+                read here, and all of them may wait.
 
         Raises:
             QueueFull: too many outputs wait.
@@ -176,7 +183,7 @@ class EngineLoop:
         submission = Submission(
             request,
             background=background,
-            buffer_events=self._limits.buffer_events,
+            buffer_events=max(self._limits.buffer_events, BUFFER_STEPS * request.samples) if streamed else None,
             on_cancel=lambda each: self._commands.put(("cancel", each)),
         )
         self._open[submission] = request.samples

@@ -224,7 +224,9 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
         if generation.max_tokens > 0:
             submissions = []
             for part in parts:
-                part.submission = service.loop.submit(part.decision.request, deadline=deadline)
+                part.submission = service.loop.submit(
+                    part.decision.request, deadline=deadline, streamed=generation.stream
+                )
                 submissions.append(part.submission)
             for part, submission in zip(parts, submissions, strict=True):
                 await submission.admitted()

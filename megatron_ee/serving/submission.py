@@ -27,7 +27,7 @@ class Submission:
         request: Request,
         *,
         background: bool,
-        buffer_events: int,
+        buffer_events: int | None,
         on_cancel: Callable[[Submission], None],
     ) -> None:
         """Create a submission that waits for admission.
@@ -35,7 +35,7 @@ class Submission:
         Args:
             request: what was submitted.
             background: see above.
-            buffer_events: maximum number of events that wait to be read.
+            buffer_events: maximum number of events that wait to be read; None for any number.
             on_cancel: called once when it is cancelled, in any thread.
         """
         self.request, self.background = request, background
@@ -99,7 +99,7 @@ class Submission:
         """Add an event of the engine. It is dropped if the submission has been closed."""
         if self._closed:
             return
-        if len(self._buffer) >= self._limit:
+        if self._limit is not None and len(self._buffer) >= self._limit:
             self.overflowed = True
             self.fail(f"the answer was read too slowly: {self._limit} events wait; read them as they come")
             self.cancel()

@@ -107,7 +107,7 @@ def stream_app(engine_loop: EngineLoop, **others: Any) -> ServedApp:
 
     async def stream(http: HTTPRequest) -> Response:
         try:
-            submission = engine_loop.submit(Request(**await http.json()))
+            submission = engine_loop.submit(Request(**await http.json()), streamed=True)
             await submission.admitted()
         except UserError as error:
             return JSONResponse({"error": str(error)}, 503)

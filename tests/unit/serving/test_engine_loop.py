@@ -11,7 +11,15 @@ import pytest
 
 from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.inference.requests import Event, Request
-from megatron_ee.serving.engine_loop import Draining, EngineFailed, EngineLoop, EngineLost, LoopLimits, QueueFull
+from megatron_ee.serving.engine_loop import (
+    BUFFER_STEPS,
+    Draining,
+    EngineFailed,
+    EngineLoop,
+    EngineLost,
+    LoopLimits,
+    QueueFull,
+)
 from megatron_ee.serving.submission import Submission
 from megatron_ee.testing.serving import ScriptedEngine
 
@@ -174,17 +182,28 @@ def test_a_slow_reader_ends_with_an_error_and_holds_up_nobody() -> None:
     engine = ScriptedEngine(pause=0.005)  # so that the other one can keep up
 
     async def body(loop: EngineLoop) -> None:
-        slow, other = loop.submit(request(tokens=10**6, samples=2)), loop.submit(request(tokens=50))
+        slow = loop.submit(request(tokens=10**6, samples=2), streamed=True)
+        other = loop.submit(request(tokens=50), streamed=True)
         assert reasons(await events_of(other)) == ["length"]
         await until(lambda: not engine.open)  # it was cancelled
         events = await events_of(slow)
         assert slow.overflowed
-        assert [event.error is None for event in events] == [True] * 4 + [False] * 2
-        assert events[-1].error is not None and "read too slowly: 4 events wait" in events[-1].error
+        kept = 2 * BUFFER_STEPS
+        assert [event.error is None for event in events] == [True] * kept + [False] * 2
+        assert events[-1].error is not None and f"read too slowly: {kept} events wait" in events[-1].error
         assert {event.sample for event in events[-2:]} == {0, 1}
 
     loop = with_loop(engine, body, LoopLimits(buffer_events=4))
     assert not loop._open
+
+
+def test_an_answer_that_is_not_streamed_does_not_end_because_the_server_is_late() -> None:
+    async def body(loop: EngineLoop) -> None:
+        late = loop.submit(request(tokens=200, samples=3))
+        await until(lambda: not loop._open)  # all its events wait
+        assert reasons(await events_of(late)) == ["length"] * 3
+
+    with_loop(ScriptedEngine(), body, LoopLimits(buffer_events=4))
 
 
 def test_background_requests_start_one_by_one_while_there_is_nothing_else() -> None:
