@@ -229,6 +229,24 @@ def test_it_fits_a_phone(browser: Any, url: str) -> None:
     context.close()
 
 
+def test_a_certified_task_is_asked_with_the_settings_of_its_certificate(browser: Any, url: str) -> None:
+    page, bodies = browser.new_page(), []
+    with urllib.request.urlopen(f"{url}/v1/exits") as response:
+        found = json.load(response)
+    found["rules"]["default"] = {"task": "faq"}
+    found["rules"]["tasks"] = {"faq": {"certificate": {"decoding": {"max_tokens": 20}}}}
+    page.route("**/v1/exits", lambda route: route.fulfill(json=found))
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    page.goto(url)
+    page.wait_for_function("document.querySelector('#max-tokens').value === '20'")
+    page.fill("#message", "Hello")
+    page.press("#message", "Enter")
+    page.wait_for_selector("#log > li:last-child .answer .facts:not(:empty)")
+    assert bodies[0]["max_tokens"] == 20
+    assert "temperature" not in bodies[0]
+    page.close()
+
+
 def test_both_languages_have_the_same_texts() -> None:
     page = Path(__file__).resolve().parents[2] / "megatron_ee" / "serving" / "page" / "texts.js"
     english, japanese = re.split(r"\n  ja: \{", page.read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ const $ = (id) => document.getElementById(id);
 const page = {
   language: firstLanguage(),
   layers: 0, // of the model
+  sampling: { temperature: 0 }, // of the requests
   exits: [], // layers of the exits, ascending
   messages: [], // of the conversation
   counts: new Map(), // number of tokens by layer
@@ -164,7 +165,7 @@ const textOf = (answer) => answer.tokens.map((token) => token.text).join("");
 async function ask(answer, messages, settings, signal, each = () => {}) {
   const started = performance.now();
   try {
-    for await (const chunk of chat({ messages, temperature: 0, ...settings }, signal)) {
+    for await (const chunk of chat({ messages, ...page.sampling, ...settings }, signal)) {
       const choice = chunk.choices[0];
       if (choice?.early_exit) {
         addTokens(answer, choice.early_exit);
@@ -322,6 +323,12 @@ async function start() {
     const [models, found] = await Promise.all([getJson("v1/models"), getJson("v1/exits")]);
     $("model").textContent = document.title = models.data[0].id;
     page.layers = found.num_layers;
+    const certificate = found.rules.tasks[found.rules.default.task]?.certificate;
+    if (certificate) {
+      // With other settings the answer would be full mode's. The server takes what is left out from the certificate.
+      page.sampling = { seed: 0 };
+      $("max-tokens").value = certificate.decoding.max_tokens;
+    }
     page.exits = found.exits.map((each) => each.layer).sort((a, b) => a - b);
     const modes = ["default", ...found.modes.filter((mode) => mode !== "threshold" || found.rules.may_choose)];
     $("mode").replaceChildren(
