@@ -58,8 +58,10 @@ def add_tasks(group: Any) -> None:
     )
     add_serving(group)
     existing = group.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue an unfinished evaluation in --output")
-    existing.add_argument("--overwrite", action="store_true", help="replace an unfinished evaluation in --output")
+    existing.add_argument(
+        "--resume", action="store_true", help="continue the evaluation in --output, or show a finished one again"
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace the evaluation in --output")
 
 
 def run_tasks(arguments: argparse.Namespace) -> int:
@@ -177,12 +179,17 @@ def _opened_journal(arguments: argparse.Namespace, about: dict[str, Any]) -> Any
     output: Path | None = arguments.output
     if output is None:
         return contextlib.nullcontext()
-    path, finished = output / ANSWERS, (output / RESULTS).exists()
-    overwrite = arguments.overwrite or (finished and not arguments.resume)
+    path, overwrite = output / ANSWERS, arguments.overwrite
+    if (output / RESULTS).exists() and not (arguments.resume or overwrite):
+        raise ConfigError(
+            f"--output: {output} holds a finished evaluation; give --resume to show it again, --overwrite to replace "
+            "it, or another directory"
+        )
     check_journal(path, resume=arguments.resume, overwrite=overwrite)
     claim_output(output, "evaluate")
     if overwrite:
-        (output / RESULTS).unlink(missing_ok=True)
+        for name in (RESULTS, PLOT, GROUPS):
+            (output / name).unlink(missing_ok=True)
     return open_journal(path, about, entry_key, resume=arguments.resume, overwrite=overwrite)
 
 

@@ -66,11 +66,11 @@ def test_every_mode_and_threshold_is_compared(
     assert found["options"] == made_from["settings"] and found["options"]["dtype"] == "float32"
     assert [each["name"] for each in found["settings"]] == list(found["overall"])
     assert (tmp_path / "plot.svg").exists()
-    # a finished evaluation is shown again with --resume, and replaced without
+    # a finished evaluation is shown again with --resume, and replaced with --overwrite
     before = (output / "answers.jsonl").read_bytes()
     assert evaluate(byte_model, tasks, *exits, "--json", "--output", output, "--resume") == 0
     assert json.loads(capsys.readouterr().out) == found and (output / "answers.jsonl").read_bytes() == before
-    assert evaluate(byte_model, tasks, *exits[:2], "--thresholds", 0.5, "--output", output) == 0
+    assert evaluate(byte_model, tasks, *exits[:2], "--thresholds", 0.5, "--output", output, "--overwrite") == 0
     assert "Quality beside speed (3 rows of 2 tasks)" in capsys.readouterr().out
     assert "threshold 0.01" not in (output / "answers.jsonl").read_text()
 
@@ -108,6 +108,10 @@ def test_an_interrupted_evaluation_is_continued(
     output, whole = tmp_path / "out", tmp_path / "whole"
     exits = ("--adapter", adapter)
     assert evaluate(byte_model, tasks, *exits, "--output", whole) == 0
+    finished = (whole / "tasks.json").read_bytes()
+    assert evaluate(byte_model, tasks, *exits, "--output", whole, "--stop", "x") == 2
+    assert "whole holds a finished evaluation; give --resume to show it again, --overwrite" in last_line(capsys)
+    assert (whole / "tasks.json").read_bytes() == finished
     append = Journal.append
 
     def interrupted(journal: Journal, entry: Any) -> None:
