@@ -73,6 +73,13 @@ def print_groups(compared: Mapping[str, GroupComparison]) -> None:
         if found.judged:
             console.print(_table(f"Groups by {found.by}, {name}", found, console))
             console.print()
+    small = [f"{group.name} ({group.members})" for group in first.groups if group.too_small]
+    if not first.judged:
+        console.print(
+            f"Groups by {first.by}: none has {LEAST_MEMBERS} records or more, so none is compared: {', '.join(small)}",
+            soft_wrap=True,
+        )
+        return
     console.print(
         f"Means with {LEVEL:.0%} intervals. * differs from all other records (p at most {SIGNIFICANCE:g} after "
         "Holm's correction), ! differs and is worse.",
@@ -85,7 +92,6 @@ def print_groups(compared: Mapping[str, GroupComparison]) -> None:
             f"The certificate's risk is {risk:.1%} over all requests.",
             soft_wrap=True,
         )
-    small = [f"{group.name} ({group.members})" for group in first.groups if group.too_small]
     if small:
         line = f"Too small to be judged, fewer than {LEAST_MEMBERS} records: {', '.join(small)}"
         console.print(line, soft_wrap=True)

@@ -109,6 +109,11 @@ def test_small_groups_are_named_and_not_judged(capsys: pytest.CaptureFixture[str
     assert compared.groups[1].figures == {} and not compared.riskier
     print_groups({"threshold 0.8": compared})
     assert "Too small to be judged, fewer than 10 records: 33-64 (9)" in capsys.readouterr().out
+    none = compare_groups(results(losses), [str(place) for place in range(49)], "length", permutations=99)
+    print_groups({"threshold 0.8": none})
+    out = capsys.readouterr().out
+    assert out.startswith("Groups by length: none has 10 records or more, so none is compared: 0 (1), 1 (1), ")
+    assert out.count("\n") == 1
     # Where nothing is left to compare with, there is an interval and no test.
     (alone,) = compare_groups(results(losses), ["all"] * 49, "group").groups
     assert alone.figures[LOSS].p is None and alone.figures[LOSS].rest is None and not alone.figures[LOSS].worse
