@@ -307,9 +307,9 @@ def check_messages(messages: Any, where: str) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: message {number} must be an object with a role and content")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise DataError(
-                f"{where}: message {number}: content must be text, not {type(message.get('content')).__name__}"
-            )
+            if "content" not in message:
+                raise DataError(f"{where}: message {number}: content: missing")
+            raise DataError(f"{where}: message {number}: content must be text, not {type(message['content']).__name__}")
 
 
 def _common(*texts: str) -> int:

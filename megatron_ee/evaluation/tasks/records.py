@@ -113,7 +113,7 @@ def read_records(paths: Sequence[Path], released: Released, *, quality: bool = F
         try:
             lines = list(json_lines(path))
         except OSError as error:
-            raise common_error(f"--tasks: {path} cannot be read: {error.strerror or error}") from None
+            raise common_error(f"{path}: cannot be read: {error.strerror or error}") from None
         for number, line in lines:
             where = f"{path}:{number}"
             try:

@@ -247,6 +247,8 @@ def test_refused(make_hf: Callable[..., Path], templates: dict[str, str], sp_mod
         encode(chat, [CONVERSATION[0], {"content": "x"}])
     with pytest.raises(DataError, match=r"line 1: message 1: content must be text, not int"):
         encode(chat, [{"role": "user", "content": 3}])
+    with pytest.raises(DataError, match=r"line 1: message 1: content: missing"):
+        encode(chat, [{"role": "user", "contnet": "x"}])
     strict = make_hf("{{ raise_exception('roles must\nalternate') }}")
     with pytest.raises(DataError, match=r"line 1: the chat template refuses this conversation: roles must alternate"):
         encode(strict)
