@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,8 @@ def show_answers(arguments: argparse.Namespace, requests: list[Request], engine:
     shown = [(prompt, one) for prompt, outputs in zip(arguments.prompt, answers, strict=True) for one in outputs]
     for _, output in shown:
         coverage = output.statistics.get("calibration")
-        if coverage is not None and coverage["status"] != "certified":
-            ran = "ran in full mode" if coverage["status"] == "full" else "not certified"
-            print(f"megatron-ee generate: {ran}: {coverage['reason']}", file=sys.stderr)
+        if coverage is not None:
+            print(f"megatron-ee generate: {_covered(coverage)}", file=sys.stderr)
         if output.finish_reason == "context":
             print("megatron-ee generate: stopped at the end of the model's context", file=sys.stderr)
     if not arguments.json:  # before the explanations, so that a failure does not lose the answers
@@ -123,6 +123,14 @@ def _mode(result: ModeResult) -> dict[str, Any]:
     names = ("seconds", "tokens_per_second", "mean_exit_layer", "layers_per_token", "agreement")
     figures = {name: getattr(result, name) for name in names}
     return {**figures, "outputs": [_described(output) for output in result.outputs]}
+
+
+def _covered(coverage: Mapping[str, Any]) -> str:
+    """What a certificate says of an answer, from its statistics."""
+    if coverage["status"] == "certified":
+        return f"ran under the certificate for {coverage['task']}"
+    meaning = "answered as full mode does" if coverage["status"] == "full" else "not certified"
+    return f"{meaning}: {coverage['reason']}"
 
 
 def _described(output: Completion) -> dict[str, Any]:

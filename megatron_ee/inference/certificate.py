@@ -341,10 +341,7 @@ def open_calibration(
     for name, found in released_digests(released, show=launched_rank() == 0).items():
         recorded = getattr(certificate, name)
         if recorded != found:
-            raise DataError(
-                f"{path}: {name}: was made for another {DIGESTS[name]} ({recorded[:16]}...) than that of "
-                f"{released.path} ({(found or 'none')[:16]}...); calibrate again"
-            )
+            raise DataError(f"{path}: {name}: was made for another {DIGESTS[name]}: {_difference(recorded, found)}")
     restricted = None if options.candidates is None else len(options.candidates)
     return Calibration(
         certificate,
@@ -355,6 +352,11 @@ def open_calibration(
         quantise,
         restricted,
     )
+
+
+def _difference(recorded: str, found: str | None) -> str:
+    given = "none is given" if found is None else f"{found[:16]}... is given"
+    return f"{recorded[:16]}... was calibrated, {given}; give that one, or calibrate again"
 
 
 def used_dtype(options: EngineOptions, released: Released) -> str:
