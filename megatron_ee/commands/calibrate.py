@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ee.commands import Parser, at_least
 from megatron_ee.commands.engine_options import add_engine, add_model, engine_options, errors_of_options
-from megatron_ee.errors import UserError
+from megatron_ee.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_ee.checkpoint.journal import Journal
@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
         help="the sample as JSON lines, like what the exits will answer: prompt or messages, and optionally id, task, "
         "references, group",
     )
-    add("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    add(
+        "--output", type=Path, required=True, metavar="FILE", help="JSON file to write; replaces an earlier certificate"
+    )
     add("--risk", type=float, required=True, metavar="R", help="bound of the expected loss, such as 0.05")
     add("--delta", type=float, required=True, metavar="D", help="probability that it does not hold, such as 0.1")
     add(
@@ -47,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         help="loss of an answer. disagreement: it differs from full mode's (default). quality: how much less of "
         "--metric it has than full mode's, against references. rouge: 1 - ROUGE-L against full mode's",
     )
-    add("--metric", default="contains", metavar="M", help="contains (default), exact_match, f1 or rouge_l")
+    add("--metric", metavar="M", help="of --loss quality: contains (default), exact_match, f1 or rouge_l")
     add("--p-value", choices=("betting", "hoeffding-bentkus"), default="betting", help="test (default: betting)")
     add(
         "--per-group",
@@ -101,6 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     first = launched_rank() == 0
     with errors_of_options():
+        if arguments.metric is not None and arguments.loss != "quality":
+            raise ConfigError("--metric: has an effect with --loss quality only")
+        arguments.metric = arguments.metric or "contains"
         plan = validated(CalibrationPlan, {name: getattr(arguments, name) for name in CalibrationPlan.model_fields})
         check_input("model", arguments.model)
         check_input("adapter", arguments.adapter)

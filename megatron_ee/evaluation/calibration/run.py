@@ -103,9 +103,9 @@ def calibrate(
     policy, layers = POLICIES[plan.policy], usable_exits(engine.exits, engine.num_layers, plan)
     measure = {} if policy.gated else {"measure": plan.measure}
 
-    def answers(records: Records, setting: Setting) -> TaskAnswers:
+    def answers(records: Records, setting: Setting, label: str = "answering in full mode") -> TaskAnswers:
         by_task = sorted(records, key=lambda record: record.task)
-        return answer_records(engine, by_task, [setting], journal, batch=batch)
+        return answer_records(engine, by_task, [setting], journal, batch=batch, label=label)
 
     full_mode = Setting(FULL, max_tokens=plan.max_tokens, stop=plan.stop)
     heard = answers(sample.fit, full_mode).by_setting[FULL]
@@ -118,10 +118,11 @@ def calibrate(
 
     scopes = {name: Scope() for name in sample.needed}
     active = {name: each for name, each in scopes_of(sample.test, plan).items() if len(each) >= sample.needed[name]}
-    for member in members:
+    for number, member in enumerate(members, start=1):
         records = [record for each in active.values() for record in each]
         chosen = _policy(member, policy, measure)
-        found = answers(records, _setting(member, chosen, plan))
+        label = f"answering in setting {number} of at most {len(members)}"
+        found = answers(records, _setting(member, chosen, plan), label)
         [by_id] = found.by_setting.values()
         tests = {
             name: _test(each, member, plan, plan.level(len(scopes)), by_id, full.by_setting[FULL])

@@ -134,6 +134,7 @@ def answer_records(
     journal: Journal | None = None,
     *,
     batch: int = BATCH,
+    label: str = "answering",
 ) -> TaskAnswers:
     """Answer all records in all settings.
 
@@ -144,6 +145,7 @@ def answer_records(
         journal: of an earlier, unfinished call with the same arguments; every answer is added to it. ``entry_key`` is
             its key.
         batch: the engine's maximum number of running sequences.
+        label: of the progress.
 
     Raises:
         ConfigError: there is not enough memory for a record, or it is too long; the message names file and line.
@@ -156,7 +158,7 @@ def answer_records(
     total = len(settings) * len(records)
     if done < total:
         _warm_up(engine, records[:batch], settings)
-    with track(total, "answers", "answering", "tokens", completed=done) as bar:
+    with track(total, "answers", label, "tokens", completed=done) as bar:
         for number, block in enumerate(_blocks(records, batch * BATCHES_PER_BLOCK)):
             turn = number % len(settings)
             for setting in (*settings[turn:], *settings[:turn]):

@@ -7,6 +7,7 @@ is not.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def run(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Callable
         fixed += ["--dtype", "float32", "--max-tokens", TOKENS, "--risk", risk, "--delta", 0.1]
         status = main(list(map(str, [*fixed, *options])))
         found = capsys.readouterr()
-        progress = ("loading: ", "hashing the backbone: ", "answering: ", "replaying at exit ")
+        progress = ("loading: ", "hashing the backbone: ", "answering in ", "replay at exit ")
         errors = [line for line in found.err.splitlines(True) if not line.startswith(progress)]
         return status, found.out, "".join(errors)
 
@@ -150,18 +151,21 @@ def test_generate_takes_it_as_a_policy_and_says_so(
     model: Path, adapter: Path, certified: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--calibration", certified, "--max-tokens", TOKENS)
-    status, answer, _ = generate(model, adapter, capsys, *options)
-    assert status == 0
+    status, answer, told = generate(model, adapter, capsys, *options)
+    assert status == 0 and "megatron-ee generate: ran under the certificate for words\n" in told
     sha256 = file_sha256(certified)
     assert answer["calibration"] == {"status": "certified", "task": "words", "certificate": sha256, "reason": None}
     assert answer["statistics"]["calibration"] == answer["calibration"]
     assert 2 in answer["layers"]
-    _, told, _ = generate(model, adapter, capsys, *options, "--explain")
-    assert told["calibration"] == answer["calibration"] and told["layers"] == answer["layers"]
+    _, explained, _ = generate(model, adapter, capsys, *options, "--explain")
+    assert explained["calibration"] == answer["calibration"] and explained["layers"] == answer["layers"]
     policy = read_certificate(certified).policy
     assert isinstance(policy, ThresholdPolicy)
-    thresholds = {each["layer"]: each["threshold"] for each in told["explanation"]["exits"] if not each["final"]}
+    thresholds = {each["layer"]: each["threshold"] for each in explained["explanation"]["exits"] if not each["final"]}
     assert thresholds == {1: policy.thresholds.get(1), 2: policy.thresholds[2]}
+    _, drafted, told = generate(model, adapter, capsys, *options, "--mode", "speculative")
+    assert drafted["calibration"]["status"] == "full"
+    assert "generate: answered as full mode does: mode speculative was asked for\n" in told
     _, full, _ = generate(model, adapter, capsys, "--mode", "full", "--max-tokens", TOKENS)
     assert "calibration" not in full and set(full["layers"]) == {4}
 
@@ -216,8 +220,9 @@ def test_another_model_or_other_exits_are_refused(
 ) -> None:
     other = make_adapter((1, 2), noisy=(2,))
     status, _, errors = generate(model, other, capsys, "--calibration", certified)
-    assert status == 1 and "adapter_sha256: was made for another adapter" in errors.splitlines()[-1]
-    with pytest.raises(DataError, match="adapter_sha256"):
+    message = r"adapter_sha256: was made for another adapter: \w{16}\.\.\. was calibrated, \w{16}\.\.\. is given; give"
+    assert status == 1 and re.search(message, errors.splitlines()[-1])
+    with pytest.raises(DataError, match=r"adapter_sha256: .* was calibrated, none is given; give that one"):
         open_calibration(certified, open_released(model))
 
 
@@ -379,7 +384,8 @@ def test_impossible_wishes_end_before_the_model_runs_in_one_line(
         ((), 0.02, "--risk: 0.02 with delta 0.1 needs 114 sequences to test on even if none has a loss"),
         ((), 0.0, "--risk: must be above 0, not 0.0"),
         (("--policy", "gate"), 0.1, "--adapter: has no exit with a gate before the last layer"),
-        (("--metric", "bleu"), 0.1, "--metric: must be one of"),
+        (("--loss", "quality", "--metric", "bleu"), 0.1, "--metric: must be one of"),
+        (("--metric", "f1"), 0.1, "--metric: has an effect with --loss quality only"),
         (("--corpus", tmp_path / "none"), 0.1, "--corpus: no such corpus"),
     ]:
         status, out, errors = run(adapter, output, *options, risk=risk)
