@@ -55,6 +55,8 @@ def risk_sentence(material: Material, compared: GroupComparison) -> str:
     t, riskier = material.t, compared.riskier
     if not compared.judged:
         return t("groups.none_judged")
+    if all((figure := group.figures.get(compared.risk)) is None or figure.p is None for group in compared.judged):
+        return t("groups.nothing_tested")  # such as one group alone
     if not riskier:
         return t("groups.no_difference")
     named = t.joined(group_label(material, group.name) for group in riskier[:MOST_ROWS])

@@ -12,7 +12,7 @@ from megatron_ee.evaluation.page.language import Language
 from megatron_ee.evaluation.page.runs import TunedRun
 from megatron_ee.evaluation.page.sources import CertificateFile, Measurements, check_one_model
 from megatron_ee.evaluation.page.task_file import TaskFile, WrittenAnswer
-from megatron_ee.evaluation.tasks.results import BASELINE, JUDGED, MeanScore, SettingResult
+from megatron_ee.evaluation.tasks.results import AGREEMENT, BASELINE, JUDGED, MeanScore, SettingResult
 from megatron_ee.evaluation.tasks.run import CALIBRATED
 
 EQUAL_ANSWERS = "equal_answers"
@@ -112,8 +112,8 @@ class Material:
 def choose_setting(tasks: TaskFile, wanted: str | None = None) -> tuple[str, str] | None:
     """A setting of threshold mode, and the key of the reason why it is this one.
 
-    That of the certificate; or else the fastest whose quality is not measurably below full mode's; or else the one that
-    agrees most with it. None if there is no setting of threshold mode.
+    That of the certificate; or else the fastest whose quality is not measurably below full mode's by any score; or else
+    the one that agrees most with it. None if there is no setting of threshold mode.
 
     Raises:
         ConfigError: ``wanted`` is not among the settings.
@@ -131,7 +131,7 @@ def choose_setting(tasks: TaskFile, wanted: str | None = None) -> tuple[str, str
         return None
     if CALIBRATED in found:
         return CALIBRATED, "choice.calibrated"
-    safe = [each for each in early if (score := quality_of(each)) is not None and score[1].high >= 0]
+    safe = [each for each in early if quality_of(each) is not None and not _loses(each)]
     if safe:
         return max(safe, key=_speed).setting, "choice.safe"
     return max(early, key=_agreement).setting, "choice.agreement"
@@ -140,6 +140,11 @@ def choose_setting(tasks: TaskFile, wanted: str | None = None) -> tuple[str, str
 def quality_of(result: SettingResult) -> tuple[str, MeanScore] | None:
     """Name and mean of the score that is taken as quality; None if none was measured."""
     return next(((name, result.scores[name]) for name in JUDGED if name in result.scores), None)
+
+
+def _loses(result: SettingResult) -> bool:
+    """Whether any score of quality, not only the one that is shown first, is measurably below full mode's."""
+    return any(score.high < 0 for name, score in result.scores.items() if name not in AGREEMENT)
 
 
 def _speed(result: SettingResult) -> tuple[float, float]:

@@ -191,10 +191,26 @@ def test_the_setting_is_chosen_by_rule(files: Any) -> None:
     content["settings"] = [each for each in content["settings"] if each["name"] != "calibrated"]
     files.change("eval/tasks.json", **content)
     page = files.page("--evaluation", files.path("eval"))
-    assert "the fastest setting whose quality is not measurably below full mode's: threshold 0.8." in unescape(page)
+    assert "setting whose quality is by no score measurably below full mode's: threshold 0.8." in unescape(page)
+    for found in (content["overall"], *content["tasks"].values()):
+        found["threshold 0.8"]["scores"]["f1"]["high"] = -0.01
+    files.change("eval/tasks.json", **content)
+    page = files.page("--evaluation", files.path("eval"))
+    assert "the setting that agrees most with full mode: threshold 0.8." in page
     for found in (content["overall"], *content["tasks"].values()):
         found["threshold 0.8"]["scores"]["contains"]["high"] = -0.01
     files.change("eval/tasks.json", **content)
     page = files.page("--evaluation", files.path("eval"))
     assert "the setting that agrees most with full mode: threshold 0.8." in page
     assert "Answers get measurably worse." in page
+
+
+def test_a_group_alone_is_not_called_harmless(files: Any) -> None:
+    content = json.loads(files.path("eval/tasks.json").read_text())
+    for compared in content["groups"].values():
+        for group in compared["groups"]:
+            for each in (value for value in group.values() if isinstance(value, dict)):
+                each.update(p=None, rest=None, worse=False)
+    files.change("eval/tasks.json", **content)
+    page = files.page("--evaluation", files.path("eval"))
+    assert "No group could be tested against the others" in page and "No group was found" not in page

@@ -89,7 +89,7 @@ def test_every_part_is_on_the_page_with_its_figures_and_files(files: Any) -> Non
         "no group given",
         "384 texts, 20,483 tokens that count",
         "1 h 7 min",
-        "2 process(es) on: CPU, 1 threads",
+        "processes: 2, on: CPU, 1 threads",
         "2.8 kWh",
         "9 March 2026",
         "These groups carry more risk than the others (Loss): south",
