@@ -108,7 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.commands.inputs import check_input
     from megatron_ee.inference.certificate import open_calibration
     from megatron_ee.inference.released import open_released
-    from megatron_ee.parallel.groups import launched_rank
 
     try:
         from megatron_ee.commands.serving_parts import ServingParts
@@ -138,13 +137,12 @@ def run(arguments: argparse.Namespace) -> int:
             open_calibration(path, released, options, quantise=arguments.quantise) for path in arguments.calibration
         ]
     # The first rank answers. The others may be on machines that have no keys and rules.
-    parts = ServingParts.open(arguments, released, calibrations) if launched_rank() == 0 else None
     serve_model(
         released,
         options,
         arguments.host,
         arguments.port,
-        None if parts is None else parts.serve,
+        lambda: ServingParts.open(arguments, released, calibrations).serve,
         limits=LoopLimits(max_queue=arguments.max_queue),
         server=ServerOptions(arguments.max_connections, arguments.drain_seconds, any_host=keys),
     )

@@ -60,7 +60,11 @@ MEMORY_SHARE = 0.5
 
 @contextmanager
 def open_engine(
-    released: Released, options: EngineOptions = DEFAULTS, *, on_failure: Callable[[str], None] = lambda line: None
+    released: Released,
+    options: EngineOptions = DEFAULTS,
+    *,
+    prepare: Callable[[], None] = lambda: None,
+    on_failure: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Engine | None]:
     """Load a model on all ranks and yield its engine.
 
@@ -70,6 +74,7 @@ def open_engine(
     Args:
         released: from ``open_released``.
         options: how the model is loaded, and how its engine runs.
+        prepare: called on the first rank before the model is loaded. What it raises is raised on all ranks.
         on_failure: see ``watch_ranks``.
 
     Raises:
@@ -88,6 +93,7 @@ def open_engine(
             groups.rank, groups.world.size(), SILENCE_SECONDS, lambda: f"stage {groups.pipeline.rank()}", on_failure
         ),
     ):
+        groups.together(lambda: prepare() if groups.is_main else None)
         layout = even_layout(released.model.architecture.num_layers, options.pipeline)
         stage = load_stage(
             released, loaded, layout, dtype, groups, options.candidates, options.weights, options.residency

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 from collections.abc import Callable, Iterator
 
 from megatron_ee.inference.loading import open_engine
@@ -13,13 +14,16 @@ from megatron_ee.parallel.groups import launched_rank
 from megatron_ee.serving.engine_loop import EngineFailed, EngineLoop, EngineLost, LoopLimits
 from megatron_ee.serving.server import STOP_SIGNALS, ServedApp, ServerOptions, listen, run_server
 
+MakeApp = Callable[[EngineLoop], ServedApp]
+"""Gives the application that answers requests with the loop."""
+
 
 def serve_model(
     released: Released,
     options: EngineOptions,
     host: str,
     port: int,
-    make_app: Callable[[EngineLoop], ServedApp] | None,
+    open_app: Callable[[], MakeApp],
     *,
     limits: LoopLimits,
     server: ServerOptions,
@@ -34,12 +38,13 @@ def serve_model(
         options: of the engine.
         host: where to listen; see ``check_address``.
         port: 0 for one that is free.
-        make_app: gives the application that answers requests with the loop. Not used on other ranks than the first.
+        open_app: called on the first rank before the model is loaded, such as to read files that only this rank has.
+            Gives the function that makes the application.
         limits: of the loop.
         server: options of the server.
 
     Raises:
-        ConfigError: the address cannot be taken, or an option does not fit the model.
+        ConfigError: the address cannot be taken, an option does not fit the model, or as ``open_app``.
         CheckpointError: the model cannot be read.
         EngineLost: the engine failed.
     """
@@ -47,15 +52,21 @@ def serve_model(
         with _without_signals(), open_engine(released, options):
             return
     loops: list[EngineLoop] = []
+    prepared: list[tuple[socket.socket, MakeApp]] = []
+
+    def prepare() -> None:
+        listener = closing.enter_context(listen(host, port))
+        prepared.append((listener, open_app()))
 
     def on_failure(line: str) -> None:
         for each in loops:
             each.lose(line)
 
-    with listen(host, port) as listener:
+    with contextlib.ExitStack() as closing:
         try:
-            with open_engine(released, options, on_failure=on_failure) as engine:
-                assert engine is not None and make_app is not None, "the first rank has the engine"
+            with open_engine(released, options, prepare=prepare, on_failure=on_failure) as engine:
+                assert engine is not None, "the first rank has the engine"
+                [(listener, make_app)] = prepared
                 loops.append(EngineLoop(engine, limits))
                 run_server(make_app(loops[0]), loops[0], listener, server)
         except EngineFailed as error:

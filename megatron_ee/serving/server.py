@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import resource
 import signal
@@ -94,22 +95,42 @@ def check_address(host: str, *, keys: bool) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Take an address, without accepting connections yet; so a port that is in use is noticed before a model is loaded.
 
-    A port whose last server has just ended can be taken at once.
+    A port whose last server has just ended can be taken at once; one that another process has taken, but does not
+    listen on yet, cannot.
 
     Raises:
         ConfigError: it cannot be taken.
     """
     family, address = _addresses(host)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((address, port))
+        _bind(listener, (address, port))
     except OSError as error:
         listener.close()
         raise ConfigError(
             f"--port: cannot listen on {host}, port {port}: {error.strerror or error}; choose another"
         ) from None
     return listener
+
+
+def _bind(listener: socket.socket, address: tuple[str, int]) -> None:
+    """Bind a socket so that nobody else can bind the address before it listens.
+
+    Linux lets several sockets with ``SO_REUSEADDR`` bind one address until one of them listens. So the option is set
+    only to get past the connections of a server that has ended, and not kept.
+    """
+    try:
+        listener.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        _reuse_address(listener, True)
+        listener.bind(address)
+        _reuse_address(listener, False)
+
+
+def _reuse_address(listener: socket.socket, reuse: bool) -> None:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
 
 
 def url(listener: socket.socket) -> str:
@@ -155,6 +176,7 @@ async def _serve(served: ServedApp, engine_loop: EngineLoop, listener: socket.so
     engine_loop.start()
     try:
         with _signals(on_signal):
+            _reuse_address(listener, True)  # its connections inherit this, and so do not hold the port after its end
             serving = asyncio.create_task(server.serve([listener]))
             while not (server.started or serving.done()):
                 await asyncio.sleep(0.01)

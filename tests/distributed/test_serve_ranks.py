@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -25,7 +26,7 @@ from megatron_ee.parallel import groups
 from megatron_ee.serving.engine_loop import LoopLimits
 from megatron_ee.serving.launch import serve_model
 from megatron_ee.serving.server import ServerOptions
-from megatron_ee.testing.ranks import Ranks, free_port
+from megatron_ee.testing.ranks import Ranks, free_port, run_command
 from megatron_ee.testing.serving import stream_app
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,8 @@ def serve_rank(folder: Path, model: Path, tensor: int, pipeline: int, port: int,
     options = EngineOptions(dtype="float32", tensor=tensor, pipeline=pipeline, kv_memory=10**8)
     limits = LoopLimits(idle_heartbeat=heartbeat)
     try:
-        serve_model(open_released(model), options, "127.0.0.1", port, stream_app, limits=limits, server=ServerOptions())
+        released, server = open_released(model), ServerOptions()
+        serve_model(released, options, "127.0.0.1", port, lambda: stream_app, limits=limits, server=server)
     except UserError as error:
         os.write(2, f"error: {error}\n".encode())
         os._exit(1)
@@ -115,6 +117,18 @@ def byte_positions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(path)
     return path
+
+
+def test_what_the_first_rank_refuses_ends_all_before_the_model_is_loaded(tmp_path: Path, byte_positions: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = ["serve", "--model", str(byte_positions), "--tensor", "2", "--port", str(port)]
+        environment = {"MEGATRON_EE_CACHE": str(tmp_path / "cache")}
+        with Ranks(2, run_command, command, environment, str(tmp_path / "stderr"), timeout=SECONDS) as ranks:
+            assert ranks.results() == [2, 2]
+    said = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(2)]
+    assert said[0].count("error: ") == 1 and f"--port: cannot listen on 127.0.0.1, port {port}" in said[0]
+    assert "error" not in said[1] and "loading" not in said[0] + said[1]
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])

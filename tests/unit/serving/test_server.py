@@ -124,11 +124,26 @@ def test_other_machines_need_keys() -> None:
         check_address("no such host", keys=True)
 
 
-def test_a_port_in_use_is_refused() -> None:
+IN_USE = "--port: cannot listen on 127.0.0.1, port .*: Address already in use"
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_port_in_use_is_refused(ready: bool) -> None:
     with listen("127.0.0.1", 0) as first:
-        first.listen()
-        with pytest.raises(ConfigError, match="--port: cannot listen on 127.0.0.1, port .*: Address already in use"):
+        if ready:  # otherwise its model is being loaded
+            first.listen()
+        with pytest.raises(ConfigError, match=IN_USE):
             listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_one_of_two_servers_gets_the_port_of_one_that_has_just_ended() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        port = old.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        old.accept()[0].close()  # its side of the connection stays in TIME_WAIT
+        client.close()
+    with listen("127.0.0.1", port), pytest.raises(ConfigError, match=IN_USE):
+        listen("127.0.0.1", port)
 
 
 def test_a_signal_lets_running_requests_end(start: Callable[..., Server]) -> None:
