@@ -71,7 +71,14 @@ def _add_exits(group: Any) -> None:
 
 def _add_limits(group: Any) -> None:
     add = group.add_argument
-    add("--max-connections", type=at_least(1), default=512, metavar="N", help="open connections (default: 512)")
+    add(
+        "--max-connections",
+        type=at_least(1),
+        default=512,
+        metavar="N",
+        help="open requests before further ones get status 503, and half of the connections that may be open "
+        "(default: 512)",
+    )
     add(
         "--max-queue",
         type=at_least(1),
@@ -144,7 +151,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.port,
         lambda: ServingParts.open(arguments, released, calibrations).serve,
         limits=LoopLimits(max_queue=arguments.max_queue),
-        server=ServerOptions(arguments.max_connections, arguments.drain_seconds, any_host=keys),
+        # A refusal takes a connection, too. Beyond these, connections are closed without an answer.
+        server=ServerOptions(2 * arguments.max_connections, arguments.drain_seconds, any_host=keys),
     )
     return 0
 

@@ -110,6 +110,7 @@ class ServingParts:
             exit_log=self.exit_log,
             metrics=metrics,
             limits=limits,
+            max_requests=given.max_connections,
         )
 
         async def close() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -15,16 +16,28 @@ WRITE_SECONDS = 30.0
 class ClientConnection(H11Protocol):
     """Closes a connection whose client stalls. Otherwise it would count against the limit of connections for ever.
 
-    uvicorn itself limits only the time between two requests.
+    uvicorn itself limits only the time between two requests. Its own limit of connections answers with plain text, so
+    it is not used: requests are counted by ``guard.Guard``, and this closes what is far above their number.
     """
 
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
 
+    def __init__(self, *arguments: Any, max_connections: int | None = None, **settings: Any) -> None:
+        """Take ``max_connections`` and what uvicorn gives.
+
+        Args:
+            arguments: of uvicorn.
+            max_connections: open connections; further ones are closed without an answer. None for any number.
+            settings: of uvicorn.
+        """
+        super().__init__(*arguments, **settings)
+        self._max_connections = max_connections
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Expect a request. Far above the limit of connections, where even an answer is too much, close it."""
+        """Expect a request. Above the limit of connections, where even an answer is too much, close it."""
         super().connection_made(transport)
-        if self.limit_concurrency is not None and len(self.connections) > 2 * self.limit_concurrency:
+        if self._max_connections is not None and len(self.connections) > self._max_connections:
             transport.abort()
         self._reading = self.loop.call_later(READ_SECONDS, transport.abort)
 

@@ -1,4 +1,4 @@
-"""What holds for every route: keys, security headers, and no answer without OpenAI's shape."""
+"""What holds for every route: keys, a limit of open requests, security headers, no answer without OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_ee.serving.access import Unauthorized
-from megatron_ee.serving.api.errors import INTERNAL, invalid, of_error
+from megatron_ee.serving.api.errors import INTERNAL, QUEUE_SECONDS, invalid, of_error, refused
 
 if TYPE_CHECKING:
     from megatron_ee.serving.service import Service
 
 OPEN_PATHS = ("/health",)
 """Paths that need no key."""
+UNCOUNTED_PATHS = ("/health", "/metrics")
+"""Paths that are answered whatever the number of open requests."""
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -43,11 +46,11 @@ class Guard:
 
     Args:
         app: the routes.
-        service: with the keys.
+        service: with the keys and the limit of open requests.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+        self._app, self._service, self._open = app, service, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -75,7 +78,17 @@ class Guard:
             if scope["path"] not in OPEN_PATHS:
                 authorization = bearer(Headers(scope=scope).get("authorization"))
                 scope["state"]["key"] = self._service.access.authenticate(authorization)
-            await self._app(scope, receive, guarded)
+            # Counted after the key is checked, so that strangers cannot keep others out.
+            if scope["path"] in UNCOUNTED_PATHS:
+                await self._app(scope, receive, guarded)
+            elif self._open >= self._service.max_requests:
+                await self._full()(scope, receive, guarded)
+            else:
+                self._open += 1
+                try:
+                    await self._app(scope, receive, guarded)
+                finally:
+                    self._open -= 1
         except Unauthorized as error:
             await of_error(error).response()(scope, receive, guarded)
         except ClientDisconnect:
@@ -86,6 +99,10 @@ class Guard:
             _LOGGER.error("%s in request %s:\n%s", type(error).__name__, request_id, frames)
             if not started:
                 await INTERNAL.response()(scope, receive, guarded)
+
+    def _full(self) -> Response:
+        message = f"{self._open} requests are open, as many as may be; try again later"
+        return refused(503, message, "too_many_requests", {"Retry-After": str(QUEUE_SECONDS)}).response()
 
 
 class LocalHosts:

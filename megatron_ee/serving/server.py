@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import ipaddress
 import resource
 import signal
@@ -43,13 +44,13 @@ class ServerOptions:
     """How the server meets its clients.
 
     Attributes:
-        max_connections: open connections; requests on others are answered with status 503.
+        max_connections: open connections; further ones are closed without an answer.
         drain_seconds: seconds for the running requests after a signal to stop. torchrun kills its processes 30 s after
             it has passed on a signal.
         any_host: whether requests may name any host; see ``LocalHosts``.
     """
 
-    max_connections: int = 512
+    max_connections: int = 1024
     drain_seconds: float = 20.0
     any_host: bool = False
 
@@ -172,7 +173,7 @@ async def _serve(served: ServedApp, engine_loop: EngineLoop, listener: socket.so
         stop.set()
 
     server = _server(served.app, options)
-    _allow_open_files(2 * options.max_connections + OTHER_FILES)
+    _allow_open_files(options.max_connections + OTHER_FILES)
     engine_loop.start()
     try:
         with _signals(on_signal):
@@ -210,7 +211,7 @@ def _server(app: ASGIApp, options: ServerOptions) -> _Server:
     if not options.any_host:
         app = LocalHosts(app)
     settings: dict[str, Any] = {
-        "http": ClientConnection,
+        "http": functools.partial(ClientConnection, max_connections=options.max_connections),
         "loop": "asyncio",
         "ws": "none",
         "log_config": None,
@@ -218,7 +219,6 @@ def _server(app: ASGIApp, options: ServerOptions) -> _Server:
         "access_log": False,
         "server_header": False,
         "proxy_headers": False,
-        "limit_concurrency": options.max_connections + 1,  # uvicorn counts the connection that asks, too
         "timeout_graceful_shutdown": FLUSH_SECONDS,
         "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
     }

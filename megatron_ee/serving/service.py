@@ -37,6 +37,7 @@ class Service:
         exit_log: one line per request; None for none.
         metrics: for Prometheus.
         limits: on each request.
+        max_requests: that may be open at once.
         facts: of the model, for translation.
         texts: of single tokens.
         numbers: of the requests in the order of admission.
@@ -53,6 +54,7 @@ class Service:
     exit_log: ExitLog | None
     metrics: Metrics
     limits: RequestLimits = RequestLimits()
+    max_requests: int = 512
     facts: ModelFacts = field(init=False)
     texts: TokenTexts = field(init=False)
     numbers: Iterator[int] = field(init=False)

@@ -153,6 +153,7 @@ def serve(
         text: bool = False,
         calibrations: Sequence[Calibration] = (),
         audits: float | None = None,
+        max_requests: int = 512,
     ) -> Iterator[Server]:
         engine_loop = EngineLoop(make_engines(), queue or LoopLimits())
         log = tmp_path_factory.mktemp("log") / "exits.jsonl"
@@ -174,6 +175,7 @@ def serve(
             exit_log=ExitLog(log, text=text),
             metrics=Metrics(CollectorRegistry(), layers, engine_loop.num_layers, opened.tasks, MODEL),
             limits=limits or RequestLimits(),
+            max_requests=max_requests,
         )
         listener = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(build_app(service), http=ClientConnection, loop="asyncio", ws="none", log_config=None)

@@ -253,6 +253,25 @@ def test_a_full_queue(serve: Serve) -> None:
         assert response.json()["error"]["code"] == "queue_full"
 
 
+def test_open_requests_are_limited(serve: Serve, key_file: Path) -> None:
+    content, key = json.dumps(BODY).encode(), f"Authorization: Bearer {KEYS['website']}"
+    with serve(keys=key_file, key=KEYS["website"], max_requests=1) as server:
+        with socket.create_connection(server.address, timeout=30) as slow:
+            slow.sendall(posted(content[:5], "Content-Type: application/json", key, length=len(content)))
+            wait_until(lambda: server.plain.get("/ready").status_code == 503)
+            refused = server.post("/v1/completions", BODY)
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "too_many_requests"
+            assert refused.headers["x-content-type-options"] == "nosniff"
+            assert server.plain.get("/health").status_code == 200
+            assert 'refused_requests_total{status="503"} 1.0' in server.plain.get("/metrics").text
+            strange = server.plain.get("/v1/models", headers={"Authorization": "Bearer unknown"})
+            assert strange.status_code == 401
+            slow.sendall(content[5:])
+            assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
+        wait_until(lambda: server.post("/v1/completions", BODY).status_code == 200)
+
+
 def test_limits_of_a_request(serve: Serve) -> None:
     limits = RequestLimits(max_body=2000, max_prompt_tokens=10, max_tokens=5, max_outputs=3)
     with serve(limits=limits) as server:
