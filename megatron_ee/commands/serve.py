@@ -12,6 +12,7 @@ from megatron_ee.commands.engine_options import add_engine, add_model, engine_op
 from megatron_ee.errors import ConfigError
 
 MOST_SECONDS = 1e7
+MOST_TEMPERATURE = 2.0
 DESCRIPTION = """Serve a model to clients of OpenAI's API. Under torchrun the model is split over --tensor x --pipeline
 processes. SIGTERM ends the server when the running requests have ended; SIGHUP reads keys and rules again."""
 
@@ -22,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     add_model(result, adapter="exits to use (default: those in the model's directory)")
     _add_address(result.add_argument_group("address and clients"))
     _add_exits(result.add_argument_group("exits"))
-    _add_limits(result.add_argument_group("limits"))
+    _add_limits(result.add_argument_group("limits and defaults"))
     _add_log(result.add_argument_group("exit log"))
     engine = result.add_argument_group("engine")
     add_engine(engine)
@@ -90,7 +91,15 @@ def _add_limits(group: Any) -> None:
     add(
         "--max-prompt-tokens", type=at_least(1), metavar="N", help="tokens of a prompt (default: the model's positions)"
     )
+    add("--max-body", type=at_least(1), default=8, metavar="MIB", help="size of a request's body (default: 8)")
     add("--max-samples", type=at_least(1), default=128, metavar="N", help="answers of a request (default: 128)")
+    add(
+        "--default-temperature",
+        type=_temperature,
+        default=1.0,
+        metavar="T",
+        help="of requests that give none, and whose task has no certificate (default: 1, as OpenAI's)",
+    )
     add("--deadline", type=_seconds, metavar="S", help="end an answer after S seconds (default: no limit)")
     add(
         "--drain-seconds",
@@ -163,11 +172,23 @@ def _port(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, not {text!r}")
 
 
+def _temperature(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= MOST_TEMPERATURE:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to {MOST_TEMPERATURE:g}, not {text!r}")
+    return value
+
+
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 < value <= MOST_SECONDS:
         raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
     return value
+
+
+def _number(text: str) -> float:
+    """A number from its text; -1 if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0

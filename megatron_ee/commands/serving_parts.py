@@ -94,10 +94,12 @@ class ServingParts:
             path = state_path(self.exit_log.path)
             auditor = Auditor(self.rules, engine_loop, path, self.audits, given.audit)
         limits = RequestLimits(
+            max_body=given.max_body * 2**20,
             max_prompt_tokens=given.max_prompt_tokens,
             max_tokens=given.max_tokens,
             max_outputs=given.max_samples,
             deadline=given.deadline,
+            default_temperature=given.default_temperature,
         )
         service = Service(
             loop=engine_loop,

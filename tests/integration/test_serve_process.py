@@ -90,11 +90,26 @@ BODY = {"prompt": "import os", "max_tokens": 12, "temperature": 0}
 
 
 def test_a_server_answers_as_the_engine_and_ends_with_a_signal(start: Callable[..., Served], project: Project) -> None:
-    server = start()
+    server = start("--default-temperature", 0, "--max-body", 1, "--max-connections", 1)
     with open_engine(open_released(project.model), EngineOptions(dtype="float32", kv_memory=10**8)) as engine:
         assert engine is not None
         [[alone]] = engine.generate([Request(prompt="import os", max_tokens=12)])
-    assert text(server.complete(BODY)) == alone.text
+    for body in (BODY, {key: value for key, value in BODY.items() if key != "temperature"}):
+        assert text(server.complete(body)) == alone.text
+    large = httpx.post(server.url + "/v1/completions", json={"prompt": "x" * 2**20}, timeout=SECONDS)
+    assert large.status_code == 413
+
+    def get(path: str) -> httpx.Response:
+        return httpx.get(server.url + path, timeout=SECONDS)
+
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        client.sendall(b"Content-Length: 9\r\n\r\n")
+        deadline = time.monotonic() + SECONDS
+        while (full := get("/v1/models")).status_code == 200:
+            assert time.monotonic() < deadline
+        assert full.status_code == 503 and full.json()["error"]["code"] == "too_many_requests"
+        assert get("/health").status_code == 200
     assert "listens on " + server.url in server.end()
 
 
@@ -119,6 +134,7 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_loaded(
             (["--audit", "0.1"], "--audit: needs --calibration"),
             (["--log-text"], "--log-text: has an effect with --exit-log only"),
             (["--port", "70000"], "argument --port: must be a port from 0 to 65535"),
+            (["--default-temperature", "3"], "argument --default-temperature: must be a number from 0 to 2, not '3'"),
         ):
             status = main(["serve", "--model", str(project.model), *map(str, options)])
             said = capsys.readouterr().err

@@ -273,7 +273,7 @@ def test_open_requests_are_limited(serve: Serve, key_file: Path) -> None:
 
 
 def test_limits_of_a_request(serve: Serve) -> None:
-    limits = RequestLimits(max_body=2000, max_prompt_tokens=10, max_tokens=5, max_outputs=3)
+    limits = RequestLimits(max_body=2000, max_prompt_tokens=10, max_tokens=5, max_outputs=3, default_temperature=0.0)
     with serve(limits=limits) as server:
         for body, param in (
             ({"prompt": "x" * 10}, "prompt"),
@@ -282,12 +282,19 @@ def test_limits_of_a_request(serve: Serve) -> None:
             ({"prompt": ["x", "y"], "n": 2}, "n"),
             ({"prompt": ["x"] * 4}, "prompt"),
             ({"stop": ["x"] * 17}, "stop"),
+            ({"stop": "x" * 257}, "stop"),
+            ({"stop_token_ids": [5] * 17}, "stop_token_ids"),
         ):
             response = server.post("/v1/completions", {**BODY, **body})
             assert response.json()["error"]["param"] == param, response.text
         assert server.post("/v1/completions", {"prompt": "x" * 2000}).status_code == 413
         chat = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}], "temperature": 0})
         assert chat.status_code == 400  # the template alone has more than 10 tokens
+        drawn = {key: value for key, value in BODY.items() if key != "temperature"}
+        texts = {
+            server.post("/v1/completions", {**drawn, "seed": seed}).json()["choices"][0]["text"] for seed in range(8)
+        }
+        assert len(texts) == 1  # greedy
 
 
 def test_the_deadline(serve: Serve) -> None:
