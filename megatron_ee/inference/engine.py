@@ -194,9 +194,14 @@ class Engine:
         budget = self._scheduler.kv_caches.budget
         return budget.used / budget.total
 
+    @property
+    def num_preempted(self) -> int:
+        """Number of preemptions so far."""
+        return self._scheduler.num_preempted
+
     def statistics(self) -> dict[str, object]:
         """Totals over the finished outputs."""
-        return {**self._totals.to_dict(self._seconds), "num_preempted": self._scheduler.num_preempted}
+        return {**self._totals.to_dict(self._seconds), "num_preempted": self.num_preempted}
 
     def close(self) -> None:
         """Cancel all unfinished requests. Nothing can be submitted afterwards."""

@@ -157,8 +157,9 @@ class OutputState:
         deferred tokens and rejected proposals; the own layer of a ``layer`` exit counts if its head was asked.
         ``heads_per_token`` is the number of heads run per token after the first one; a verification counts once.
         ``acceptance_rate`` is the share of accepted proposals among the judged ones. ``reused_tokens`` is the number of
-        prompt tokens whose KV was copied from another request. Times are in seconds. ``tokens_per_second`` excludes the
-        prompt and the first token. ``calibration`` is the request's ``coverage``, if it has one.
+        prompt tokens whose KV was copied from another request. Times are in seconds. ``queue_time`` is the time until
+        the sequence was first admitted, ``decode_time`` that from the first to the last token. ``tokens_per_second``
+        excludes the prompt and the first token. ``calibration`` is the request's ``coverage``, if it has one.
         """
         seq, count = self.seq, len(self.tokens)
         first, last = self.first_token, self.last_token
@@ -177,7 +178,9 @@ class OutputState:
             "proposed": seq.num_draft_tokens,
             "accepted": seq.num_accepted_tokens,
             "acceptance_rate": seq.num_accepted_tokens / seq.num_draft_tokens if seq.num_draft_tokens else None,
+            "queue_time": None if seq.admitted is None else seq.admitted - self.submitted,
             "time_to_first_token": None if first is None else first - self.submitted,
+            "decode_time": spent,
             "tokens_per_second": (count - 1) / spent if count > 1 and spent > 0 else None,
             "confidences": [token.confidence for token in self.tokens],
             **({} if self.coverage is None else {"calibration": self.coverage.model_dump(mode="json")}),

@@ -137,7 +137,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             seq.num_computed_tokens = seq.num_cached_tokens = copied
-            seq.status = Status.RUNNING
+            seq.status, seq.admitted = Status.RUNNING, seq.admitted or time.perf_counter()
             self.running[seq.seq_id] = seq
 
     def _remove(self, seq: Sequence) -> None:

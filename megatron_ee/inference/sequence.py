@@ -85,6 +85,7 @@ class Sequence:
         num_accepted_tokens: number of proposals accepted.
         parent: number of the sequence from which it will copy the prompt's KV; None for none.
         num_passes_waited: passes of other sequences since its last one.
+        admitted: when it was first admitted, in seconds of ``time.perf_counter``; None before.
         num_layer_runs: decoder layers run for tokens after the prompt. The own layer of a ``layer`` exit counts if its
             head was asked.
         num_head_runs: heads run after the first token. A head that verifies several proposals at once counts once, and
@@ -111,6 +112,7 @@ class Sequence:
     num_accepted_tokens: int = 0
     parent: int | None = None
     num_passes_waited: int = 0
+    admitted: float | None = None
     num_layer_runs: int = 0
     num_head_runs: int = 0
     replay: tuple[ExitReplay, ...] = ()

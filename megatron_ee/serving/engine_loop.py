@@ -83,6 +83,7 @@ class LoopState:
         kv_cache_usage: see ``Engine``.
         ready: whether requests are accepted.
         num_background: background requests that have not started.
+        num_preempted: preemptions so far.
     """
 
     num_running: int
@@ -90,6 +91,7 @@ class LoopState:
     kv_cache_usage: float
     ready: bool
     num_background: int = 0
+    num_preempted: int = 0
 
 
 @dataclass
@@ -143,7 +145,7 @@ class EngineLoop:
         self._entries: dict[int, _Entry] = {}  # by the engine's number
         self._background: deque[Submission] = deque()
         self._num_background = 0  # outputs in the engine
-        self._load = (0, 0.0)  # running sequences, KV usage
+        self._load = (0, 0.0, 0)  # running sequences, KV usage, preemptions
         # Written by the engine's thread, or by the watchdog's.
         self.failure: EngineFailed | None = None
         self.lost = False
@@ -197,8 +199,8 @@ class EngineLoop:
     def state(self) -> LoopState:
         """What the engine does now. Cheap."""
         ready = self._thread is not None and not self._draining and not self.failed
-        running, usage = self._load
-        return LoopState(running, self._num_waiting(), usage, ready, len(self._background))
+        running, usage, preempted = self._load
+        return LoopState(running, self._num_waiting(), usage, ready, len(self._background), preempted)
 
     @property
     def failed(self) -> bool:
@@ -264,9 +266,9 @@ class EngineLoop:
         if error is not None:
             self._end(submission, submission.request.samples)
 
-    def _deliver(self, batch: Sequence[tuple[Submission, Event]]) -> None:
+    def _deliver(self, batch: Sequence[tuple[Submission, Event]], at: float) -> None:
         for submission, event in batch:
-            submission.push(event)
+            submission.push(event, at)
             if event.last:
                 self._end(submission, 1)
 
@@ -375,9 +377,9 @@ class EngineLoop:
                 self._num_background -= entry.submission.background
                 if not entry.left:
                     del self._entries[event.request]
-        self._load = (self._engine.num_running, self._engine.kv_cache_usage)
+        self._load = (self._engine.num_running, self._engine.kv_cache_usage, self._engine.num_preempted)
         if batch:
-            self._post(self._deliver, batch)
+            self._post(self._deliver, batch, time.perf_counter())
 
     def _post(self, call: Callable[..., None], *arguments: object) -> None:
         """Call something in the asyncio thread."""

@@ -16,6 +16,7 @@ from megatron_ee.serving.api.logprobs import ScoredToken
 from megatron_ee.serving.api.prompts import Prompt
 from megatron_ee.serving.api.translate import Generation, renamed
 from megatron_ee.serving.exit_record import ExitRecord, Status, exit_statistics, now_utc
+from megatron_ee.serving.metrics import request_figures
 from megatron_ee.serving.prompt_scores import score_prompts
 from megatron_ee.serving.service import Service
 from megatron_ee.serving.submission import Submission, merged
@@ -174,7 +175,8 @@ class GenerationRun:
             text=tuple(each.text for each in part.completions),
             **values,
         )
-        service.metrics.request(record)
+        intervals = () if part.submission is None else part.submission.intervals
+        service.metrics.request(record, request_figures(request, part.completions, intervals))
         if service.auditor is not None and part.audited:
             result = await service.auditor.audit(number, part.completions)
             if result is not None:

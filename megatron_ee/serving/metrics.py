@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
@@ -18,6 +19,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 import megatron_ee
+from megatron_ee.inference.requests import Completion, Request
 from megatron_ee.serving.exit_record import BINS, ExitRecord
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ OUTPUT_TOKEN_BUCKETS = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
 )
 REQUEST_BUCKETS = (*(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680),)
+SAMPLE_BUCKETS = (1, 2, 5, 10, 20)
 FINISHED = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "abort"}
 """vLLM's names of our reasons."""
 REFUSALS = ("400", "401", "404", "413", "422", "429", "503")
@@ -57,6 +60,45 @@ class LoopFigures(Protocol):
     @property
     def ready(self) -> bool:
         """Whether new requests are taken."""
+
+    @property
+    def num_preempted(self) -> int:
+        """Preemptions so far."""
+
+
+@dataclass(frozen=True)
+class RequestFigures:
+    """What metrics show of a request beyond its record in the exit log.
+
+    Attributes:
+        samples: outputs that it asked for.
+        max_tokens: that an output may have.
+        most_tokens: of one output.
+        queue_time: seconds until its first output was admitted; None if none was.
+        decode_time: seconds from the first to the last token, of the output with the longest.
+        intervals: seconds between two steps in which an output emitted tokens.
+    """
+
+    samples: int
+    max_tokens: int
+    most_tokens: int
+    queue_time: float | None
+    decode_time: float
+    intervals: Sequence[float]
+
+
+def request_figures(request: Request, completions: Sequence[Completion], intervals: Sequence[float]) -> RequestFigures:
+    """The figures of a request that has ended, from its outputs; ``intervals``: see ``Submission``."""
+    statistics = [each.statistics for each in completions]
+    waits = [each["queue_time"] for each in statistics if each["queue_time"] is not None]
+    return RequestFigures(
+        samples=request.samples,
+        max_tokens=request.max_tokens,
+        most_tokens=max((each["tokens"] for each in statistics), default=0),
+        queue_time=min(waits, default=None),
+        decode_time=max((each["decode_time"] for each in statistics), default=0.0),
+        intervals=intervals,
+    )
 
 
 class Metrics:
@@ -122,12 +164,20 @@ class Metrics:
         self._drafts = counter("spec_decode_num_drafts", "Rounds of drafting.")
         self._draft_tokens = counter("spec_decode_num_draft_tokens", "Tokens that exits drafted.")
         self._accepted_tokens = counter("spec_decode_num_accepted_tokens", "Drafted tokens that the model accepted.")
+        self._preemptions, self._num_preempted = counter("num_preemptions", "Preemptions of sequences."), 0
         finished = Counter(
             "vllm:request_success", "Requests that ended.", (*LABELS, "finished_reason"), registry=self.registry
         )
         self._success = {name: finished.labels(*values, name) for name in (*dict.fromkeys(FINISHED.values()), "error")}
         self._request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", counts)
         self._request_generation = histogram("request_generation_tokens", "Emitted tokens of a request.", counts)
+        computed = "Prompt tokens of a request whose KV was computed, not copied."
+        self._computed = histogram("request_prefill_kv_computed_tokens", computed, counts)
+        self._most_tokens = histogram(
+            "request_max_num_generation_tokens", "Tokens of a request's longest output.", counts
+        )
+        self._max_tokens = histogram("request_params_max_tokens", "Tokens that an output may have.", counts)
+        self._samples = histogram("request_params_n", "Outputs of a request.", SAMPLE_BUCKETS)
         self._first_token = histogram(
             "time_to_first_token_seconds", "Time to the first token of a request.", FIRST_TOKEN_BUCKETS
         )
@@ -136,7 +186,18 @@ class Metrics:
             "Mean time per token after the first, of a request.",
             OUTPUT_TOKEN_BUCKETS,
         )
+        self._interval = histogram(
+            "inter_token_latency_seconds",
+            "Time between two steps in which an output emitted tokens.",
+            OUTPUT_TOKEN_BUCKETS,
+        )
         self._latency = histogram("e2e_request_latency_seconds", "Time from admission to the end.", REQUEST_BUCKETS)
+        self._queue_time = histogram("request_queue_time_seconds", "Time before a request runs.", REQUEST_BUCKETS)
+        prefill = "Time from then to its first token."
+        self._prefill_time = histogram("request_prefill_time_seconds", prefill, REQUEST_BUCKETS)
+        decode = "Time from its first to its last token."
+        self._decode_time = histogram("request_decode_time_seconds", decode, REQUEST_BUCKETS)
+        self._inference_time = histogram("request_inference_time_seconds", "Both together.", REQUEST_BUCKETS)
 
     def _register_ours(self) -> None:
         """The metrics that only this server has."""
@@ -192,7 +253,7 @@ class Metrics:
         """The label of a task."""
         return name if name in self._tasks else OTHER
 
-    def request(self, record: ExitRecord) -> None:
+    def request(self, record: ExitRecord, figures: RequestFigures) -> None:
         """Count a request that has ended. Its audit is counted by ``audit``."""
         task = self.task(record.task)
         coverage = "none" if record.calibration is None else record.calibration.status
@@ -214,11 +275,29 @@ class Metrics:
             self._first_token.observe(first)
             if later > 0:
                 self._per_token.observe(max(record.seconds - first, 0.0) / later)
+        self._times(first, figures)
+        self._computed.observe(max(record.prompt_tokens - record.reused_tokens, 0))
+        self._most_tokens.observe(figures.most_tokens)
+        self._max_tokens.observe(figures.max_tokens)
+        self._samples.observe(figures.samples)
         if record.layers_per_token is not None:
             self._layers_per_token.labels(task).observe(record.layers_per_token)
         for layer, count in record.tokens_by_layer.items():
             self._exit_tokens.labels(FINAL if layer == str(self._num_layers) else layer, task).inc(count)
         self._confidences.add(task, record.confidences)
+
+    def _times(self, first_token: float | None, figures: RequestFigures) -> None:
+        """Show where a request's time went. ``first_token``: seconds to it; None without tokens."""
+        for interval in figures.intervals:
+            self._interval.observe(interval)
+        if figures.queue_time is None:
+            return
+        self._queue_time.observe(figures.queue_time)
+        if first_token is not None:
+            prefill = max(first_token - figures.queue_time, 0.0)
+            self._prefill_time.observe(prefill)
+            self._decode_time.observe(figures.decode_time)
+            self._inference_time.observe(prefill + figures.decode_time)
 
     def refused(self, status: int) -> None:
         """Count a request that was not admitted, by the HTTP status of its answer."""
@@ -233,6 +312,8 @@ class Metrics:
         self._running.set(state.num_running)
         self._waiting.set(state.num_waiting)
         self._kv_usage.set(state.kv_cache_usage)
+        self._preemptions.inc(state.num_preempted - self._num_preempted)
+        self._num_preempted = state.num_preempted
         self._ready.set(state.ready)
 
     def audit(self, task: str, loss: float, *, agrees: bool | None = None) -> None:

@@ -20,6 +20,7 @@ class Submission:
         background: whether it runs only while there is no ordinary request.
         timed_out: whether its deadline ended it.
         overflowed: whether it ended because its events were read too slowly.
+        intervals: seconds between two steps in which an output emitted tokens, of all outputs.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Submission:
         """
         self.request, self.background = request, background
         self.timed_out = self.overflowed = False
+        self.intervals: list[float] = []
+        self._emitted: dict[int, float] = {}  # by output, the time of its last token
         self._loop = asyncio.get_running_loop()
         self._limit, self._on_cancel, self._cancelled = buffer_events, on_cancel, False
         self._buffer: deque[Event] = deque()
@@ -95,10 +98,19 @@ class Submission:
         self._admission.exception()  # nobody may be waiting for it, which is no mistake
         self._close()
 
-    def push(self, event: Event) -> None:
-        """Add an event of the engine. It is dropped if the submission has been closed."""
+    def push(self, event: Event, at: float) -> None:
+        """Add an event of the engine. It is dropped if the submission has been closed.
+
+        Args:
+            event: to add.
+            at: end of its step, in seconds of any clock.
+        """
         if self._closed:
             return
+        if event.tokens:
+            if event.sample in self._emitted:
+                self.intervals.append(at - self._emitted[event.sample])
+            self._emitted[event.sample] = at
         if self._limit is not None and len(self._buffer) >= self._limit:
             self.overflowed = True
             self.fail(f"the answer was read too slowly: {self._limit} events wait; read them as they come")

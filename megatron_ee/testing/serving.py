@@ -28,7 +28,7 @@ class ScriptedEngine:
 
     num_layers, vocab_size, max_positions = 4, 100, 64
     exits: tuple[ExitSpec, ...] = ()
-    kv_cache_usage = 0.5
+    kv_cache_usage, num_preempted = 0.5, 3
 
     def __init__(self, slots: int = 2, pause: float = 0.0) -> None:
         """``pause``: seconds of a step. Steps wait while ``may_step`` is not set, and raise ``fault`` if it is."""

@@ -29,12 +29,15 @@ from megatron_ee.evaluation.drift.monitor import new_monitor
 from megatron_ee.inference.requests import Coverage
 from megatron_ee.serving.exit_log import read_logs
 from megatron_ee.serving.exit_record import ExitRecord, now_utc
-from megatron_ee.serving.metrics import Metrics
+from megatron_ee.serving.metrics import Metrics, RequestFigures
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import free_port
 
 MONITORING = Path(__file__).resolve().parents[2] / "examples/monitoring"
 DASHBOARD = MONITORING / "grafana/dashboards/megatron_ee.json"
+FIGURES = RequestFigures(
+    samples=1, max_tokens=64, most_tokens=8, queue_time=0.01, decode_time=0.35, intervals=(0.05,) * 7
+)
 NAME = re.compile(r"\b(?:(?:vllm|megatron_ee|task):|process_)\w+(?::\w+)?")
 
 
@@ -70,11 +73,11 @@ def work(metrics: Metrics, number: int) -> None:
         "accepted": 4,
         "confidences": (0,) * 5 + (8,) + (0,) * 4,
     }
-    metrics.request(ExitRecord(**common, **early))
-    metrics.request(ExitRecord(**common, **drafted))
+    metrics.request(ExitRecord(**common, **early), FIGURES)
+    metrics.request(ExitRecord(**common, **drafted), FIGURES)
     metrics.audit("inquiries", 0.0)
     metrics.refused(429)
-    metrics.loop(SimpleNamespace(num_running=2, num_waiting=1, kv_cache_usage=0.3, ready=True))
+    metrics.loop(SimpleNamespace(num_running=2, num_waiting=1, kv_cache_usage=0.3, ready=True, num_preempted=number))
     metrics.drift("c" * 64, "inquiries", new_monitor(0.1))
 
 

@@ -191,7 +191,8 @@ def test_statistics(engine: Engine) -> None:
     # 8 passes; 6 of their tokens have run all 4 layers, the last 2 one layer so far. Nothing asked the exit after 2.
     assert figures["deferred_tokens"] == 2
     assert figures["layers_per_token"] == pytest.approx((6 * 4 + 2 * 1) / 8)
-    assert figures["tokens_per_second"] > 0 and figures["time_to_first_token"] > 0
+    assert figures["tokens_per_second"] > 0 and 0 < figures["queue_time"] < figures["time_to_first_token"]
+    assert figures["decode_time"] == pytest.approx(8 / figures["tokens_per_second"])
     assert figures["acceptance_rate"] is None
     second = answer(engine, max_tokens=5)
     number = engine.submit(Request(prompt=PROMPT))

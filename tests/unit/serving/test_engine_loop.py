@@ -76,6 +76,8 @@ def test_events_come_in_order_and_end_with_the_last_output() -> None:
         assert reasons(second) == ["length"] * 3 and len(second) == 6
         state = loop.state()
         assert (state.num_running, state.num_waiting, state.kv_cache_usage, state.ready) == (0, 0, 0.5, True)
+        assert state.num_preempted == engine.num_preempted
+        assert len(one.intervals) == 2 and two.intervals == []  # an output of one event has none
 
     loop = with_loop(engine, body)
     assert not loop.state().ready and loop.failure is None

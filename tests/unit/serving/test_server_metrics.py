@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_ee.evaluation.drift.monitor import new_monitor
-from megatron_ee.inference.requests import Coverage
+from megatron_ee.inference.requests import Coverage, Request
 from megatron_ee.serving.exit_record import ExitRecord, now_utc
-from megatron_ee.serving.metrics import Metrics, layer_buckets
+from megatron_ee.serving.metrics import Metrics, RequestFigures, layer_buckets, request_figures
 
 # From vllm/v1/metrics/loggers.py and vllm/v1/spec_decode/metrics.py.
 VLLM = {
@@ -24,6 +24,7 @@ VLLM = {
     "vllm:prefix_cache_queries": "counter",
     "vllm:prefix_cache_hits": "counter",
     "vllm:request_success": "counter",
+    "vllm:num_preemptions": "counter",
     "vllm:spec_decode_num_drafts": "counter",
     "vllm:spec_decode_num_draft_tokens": "counter",
     "vllm:spec_decode_num_accepted_tokens": "counter",
@@ -31,8 +32,20 @@ VLLM = {
     "vllm:request_generation_tokens": "histogram",
     "vllm:time_to_first_token_seconds": "histogram",
     "vllm:request_time_per_output_token_seconds": "histogram",
+    "vllm:inter_token_latency_seconds": "histogram",
     "vllm:e2e_request_latency_seconds": "histogram",
+    "vllm:request_queue_time_seconds": "histogram",
+    "vllm:request_prefill_time_seconds": "histogram",
+    "vllm:request_decode_time_seconds": "histogram",
+    "vllm:request_inference_time_seconds": "histogram",
+    "vllm:request_prefill_kv_computed_tokens": "histogram",
+    "vllm:request_max_num_generation_tokens": "histogram",
+    "vllm:request_params_max_tokens": "histogram",
+    "vllm:request_params_n": "histogram",
 }
+FIGURES = RequestFigures(
+    samples=2, max_tokens=64, most_tokens=3, queue_time=0.04, decode_time=0.3, intervals=(0.01, 0.29)
+)
 
 
 def make() -> Metrics:
@@ -94,8 +107,8 @@ def test_a_request_moves_the_counters() -> None:
     metrics = make()
     assert value(metrics, "megatron_ee:exit_tokens_total", exit="4", task="inquiries") == 0  # there from the start
     coverage = Coverage(status="certified", task="inquiries", certificate="c")
-    metrics.request(record(calibration=coverage))
-    metrics.request(record(tokens_by_layer={"12": 5}, mode="full", tier="important", finish_reason="length"))
+    metrics.request(record(calibration=coverage), FIGURES)
+    metrics.request(record(tokens_by_layer={"12": 5}, mode="full", tier="important", finish_reason="length"), FIGURES)
     for name, expected in {
         "vllm:prompt_tokens_total": 24,
         "vllm:generation_tokens_total": 10,
@@ -106,6 +119,16 @@ def test_a_request_moves_the_counters() -> None:
         "vllm:time_to_first_token_seconds_count": 2,
         "vllm:request_time_per_output_token_seconds_sum": 2 * 0.4 / 4,
         "vllm:e2e_request_latency_seconds_sum": 1.0,
+        "vllm:inter_token_latency_seconds_sum": 2 * 0.3,
+        "vllm:inter_token_latency_seconds_count": 4,
+        "vllm:request_queue_time_seconds_sum": 2 * 0.04,
+        "vllm:request_prefill_time_seconds_sum": 2 * 0.06,
+        "vllm:request_decode_time_seconds_sum": 2 * 0.3,
+        "vllm:request_inference_time_seconds_sum": 2 * 0.36,
+        "vllm:request_prefill_kv_computed_tokens_sum": 2 * 7,
+        "vllm:request_max_num_generation_tokens_sum": 2 * 3,
+        "vllm:request_params_max_tokens_sum": 2 * 64,
+        "vllm:request_params_n_sum": 2 * 2,
     }.items():
         assert value(metrics, name) == pytest.approx(expected), name
     assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 1
@@ -122,8 +145,8 @@ def test_a_request_moves_the_counters() -> None:
 
 def test_histograms_of_confidences_and_layers() -> None:
     metrics = make()
-    metrics.request(record())
-    metrics.request(record(layers_per_token=None, confidences=(2, *(0,) * 9)))
+    metrics.request(record(), FIGURES)
+    metrics.request(record(layers_per_token=None, confidences=(2, *(0,) * 9)), FIGURES)
     buckets = {
         bound: value(metrics, "megatron_ee:exit_confidence_bucket", le=bound, task="inquiries")
         for bound in ("0.1", "0.8", "0.9", "1.0", "+Inf")
@@ -144,7 +167,7 @@ def test_clients_cannot_make_series() -> None:
     metrics = make()
     before = len(samples(metrics))
     for number in range(50):
-        metrics.request(record(task=f"mine-{number}"))
+        metrics.request(record(task=f"mine-{number}"), FIGURES)
         metrics.audit(f"mine-{number}", 0.0)
         metrics.refused(1000 + number)
     added = len(samples(metrics)) - before
@@ -152,8 +175,8 @@ def test_clients_cannot_make_series() -> None:
     assert value(metrics, "megatron_ee:exit_tokens_total", exit="4", task="other") == 150
     assert value(metrics, "megatron_ee:refused_requests_total", status="other") == 50
     metrics.configure(["mine-0"])
-    metrics.request(record(task="mine-0"))
-    metrics.request(record(task="inquiries"))  # no longer configured
+    metrics.request(record(task="mine-0"), FIGURES)
+    metrics.request(record(task="inquiries"), FIGURES)  # no longer configured
     assert value(metrics, "megatron_ee:exit_tokens_total", exit="4", task="mine-0") == 3
     assert value(metrics, "megatron_ee:exit_tokens_total", exit="4", task="inquiries") == 0
 
@@ -169,14 +192,19 @@ def test_clients_cannot_make_series() -> None:
 )
 def test_requests_that_do_not_end_by_themselves(changes: dict[str, Any], reason: str) -> None:
     metrics = make()
-    metrics.request(record(**changes, tokens=0, time_to_first_token=None))
+    never_ran = request_figures(Request(prompt="x"), (), ())
+    metrics.request(record(**changes, tokens=0, time_to_first_token=None), never_ran)
     assert value(metrics, "vllm:request_success_total", finished_reason=reason) == 1
-    assert value(metrics, "vllm:time_to_first_token_seconds_count") == 0
+    for name in ("time_to_first_token_seconds", "request_queue_time_seconds", "request_decode_time_seconds"):
+        assert value(metrics, f"vllm:{name}_count") == 0
 
 
 def test_the_loop_audits_drift_and_losses_are_shown() -> None:
     metrics = make()
-    metrics.loop(SimpleNamespace(num_running=3, num_waiting=2, kv_cache_usage=0.25, ready=True))
+    for preempted in (2, 5):
+        state = {"num_running": 3, "num_waiting": 2, "kv_cache_usage": 0.25, "ready": True, "num_preempted": preempted}
+        metrics.loop(SimpleNamespace(**state))
+    assert value(metrics, "vllm:num_preemptions_total") == 5
     assert value(metrics, "vllm:num_requests_running") == 3 and value(metrics, "vllm:num_requests_waiting") == 2
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25 and value(metrics, "megatron_ee:ready") == 1
     for loss in (0.0, 0.0, 0.5):

@@ -335,7 +335,9 @@ def test_the_exit_log_and_the_metrics(serve: Serve) -> None:
         assert sum(first.tokens_by_layer.values()) == sum(first.confidences) == 16
         assert first.prompt is None and secret not in server.log.read_text()
         metrics = server.plain.get("/metrics").text
-        assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"} 32.0' in metrics
+        for sample in ("generation_tokens_total", "inter_token_latency_seconds_count", "request_params_n_sum"):
+            expected = {"g": 32.0, "i": 4 * 7.0, "r": 4.0}[sample[0]]
+            assert f'vllm:{sample}{{engine="0",model_name="tiny"}} {expected}' in metrics
         assert server.post("/v1/completions", {**BODY, "n": 0}).status_code == 400
         assert 'megatron_ee:refused_requests_total{status="400"} 1.0' in server.plain.get("/metrics").text
 
