@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,13 +38,15 @@ GROWTH = 32e6
 class Served:
     """A server process and its address."""
 
-    def __init__(self, project: Project, port: int, *options: object, key: str | None = None) -> None:
+    def __init__(
+        self, project: Project, port: int, *options: object, key: str | None = None, seconds: float = SECONDS
+    ) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.command: Command = project.start(
             "serve", "--model", project.model, "--dtype", "float32", "--port", port, "--kv-memory", "0.2", *options
         )
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while self.ready() != 200:
             assert self.command.running, self.command.wait().stderr
             assert time.monotonic() < deadline
@@ -73,8 +76,8 @@ def start(project: Project) -> Iterator[Callable[..., Served]]:
     """Starts servers; none is left over."""
     servers: list[Served] = []
 
-    def start(*options: object, port: int | None = None, key: str | None = None) -> Served:
-        servers.append(Served(project, port or free_port(), *options, key=key))
+    def start(*options: object, port: int | None = None, **settings: Any) -> Served:
+        servers.append(Served(project, port or free_port(), *options, **settings))
         return servers[-1]
 
     yield start
@@ -120,6 +123,29 @@ def test_a_server_starts_again_on_its_port(start: Callable[..., Served]) -> None
         server = start(port=port)
         server.complete(BODY)
         server.end(number)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_a_server_with_compiled_layers_answers_the_same(
+    start: Callable[..., Served], project: Project, tmp_path: Path
+) -> None:
+    exits = '[{"layer": 1, "init": "copy"}]'  # one, since each adds a part to compile
+    adapter = tmp_path / "adapter"
+    project.run("convert", "--input", project.model, "--to", "adapter", "--exits", exits, "--output", adapter)
+    modes = ({"mode": "full"}, {"mode": "threshold", "threshold": 0.2}, {"mode": "speculative"})
+    bodies = [{**BODY, "max_tokens": 40, "ignore_eos": True, "early_exit": mode} for mode in modes]
+    answers = []
+    for options in ([], ["--compile"]):
+        server = start("--adapter", adapter, *options, seconds=600)
+        answers.append([[choice_of(server.complete(body)) for body in bodies] for _ in range(2)])
+        assert ("compiling" in server.end()) == bool(options)
+    assert answers[0] == answers[1]
+
+
+def choice_of(answer: dict[str, Any]) -> tuple[str, list[int]]:
+    """The text of an answer, and the layers that wrote its tokens."""
+    return text(answer), answer["choices"][0]["early_exit"]["layers"]
 
 
 def test_what_cannot_be_served_is_refused_before_the_model_is_loaded(
