@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class ServingParts:
             num_layers=released.model.architecture.num_layers,
             key_names=access.names if access.required else None,
         )
+        for calibration in calibrations:
+            if (reason := calibration.engine_outside) is not None:
+                task = calibration.certificate.task
+                line = f"{task}: the certificate covers no request of this server, which all run in full mode: {reason}"
+                print(f"megatron-ee serve: task {line}", file=sys.stderr, flush=True)
         exit_log = audits = None
         if arguments.exit_log is not None:
             exit_log = ExitLog(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -267,9 +267,36 @@ class Calibration:
         coverage = covered("certified") if reason is None else covered("uncertified", reason)
         return request.model_copy(update={"policy": policy, "exits": exits, "coverage": coverage})
 
+    @property
+    def engine_outside(self) -> str | None:
+        """The first setting of the engine that the certificate does not cover: then it covers no request. None if it
+        covers all."""
+        return _outside_setting(self._engine, self._wanted())
+
+    @property
+    def _engine(self) -> dict[str, Any]:
+        return {
+            "dtype": self.dtype,
+            "weights": self.weights,
+            "quantise": self.quantise,
+            "draft_vocabulary": self.draft_vocabulary,
+        }
+
+    def _wanted(self) -> dict[str, Any]:
+        """The settings that the certificate covers, but ``max_tokens``."""
+        settings = self.certificate.decoding
+        return {
+            **settings.sampling.model_dump(exclude={"seed"}),
+            **settings.model_dump(exclude={"sampling", "max_tokens", "stop"}),
+            "stop": tuple(settings.stop),
+            "stop_ids": (),
+            "forced_ids": (),
+            "draft_vocabulary": None,
+        }
+
     def _outside(self, request: Request, *, chat: bool, group: str | None) -> str | None:
         """The first setting of a request that the certificate does not cover; None if it covers all."""
-        certificate, settings = self.certificate, self.certificate.decoding
+        certificate = self.certificate
         if certificate.per_group == "own" and group not in certificate.groups:
             return "group: none was given" if group is None else f"group: {shown(group)} was not calibrated"
         own = {
@@ -279,27 +306,22 @@ class Calibration:
             "stop": tuple(request.stop),
             "stop_ids": tuple(request.stop_ids),
             "ignore_eos": request.ignore_eos,
-            "dtype": self.dtype,
-            "weights": self.weights,
-            "quantise": self.quantise,
-            "draft_vocabulary": self.draft_vocabulary,
+            **self._engine,
         }
-        wanted = {
-            **settings.sampling.model_dump(exclude={"seed"}),
-            **settings.model_dump(exclude={"sampling", "max_tokens", "stop"}),
-            "stop": tuple(settings.stop),
-            "stop_ids": (),
-            "forced_ids": (),
-            "draft_vocabulary": None,
-        }
-        for name, value in own.items():
-            if value != wanted[name]:
-                return f"{name}: {shown(value)}, but it was calibrated with {shown(wanted[name])}"
-        most = settings.max_tokens
+        if (difference := _outside_setting(own, self._wanted())) is not None:
+            return difference
+        most = certificate.decoding.max_tokens
         # An answer that equals full mode's does so in its beginning, too. The other losses say nothing of beginnings.
         if request.max_tokens > most or (request.max_tokens < most and certificate.loss != "disagreement"):
             return f"max_tokens: {request.max_tokens}, but it was calibrated with {most}"
         return None
+
+
+def _outside_setting(own: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    for name, value in own.items():
+        if value != wanted[name]:
+            return f"{name}: {shown(value)}, but it was calibrated with {shown(wanted[name])}"
+    return None
 
 
 def read_certificate(path: Path) -> Certificate:

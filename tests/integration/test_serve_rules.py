@@ -184,3 +184,10 @@ def test_wrong_audits_and_rules_are_refused_before_the_model_is_loaded(
         done = project.run(*model, *options, check=False)
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert "loading" not in done.stderr
+
+
+def test_a_certificate_for_another_engine_is_named_at_the_start(start: Open) -> None:
+    desk = start("--dtype", "bfloat16")
+    assert desk.exits()["mode"] == "full"
+    said = desk.end()
+    assert "task inquiries: the certificate covers no request of this server" in said and "dtype: 'bfloat16'" in said

@@ -215,6 +215,13 @@ def test_a_shorter_answer_is_covered_where_the_loss_is_disagreement(
             calibration.apply(request.model_copy(update=changes), chat=False)
 
 
+def test_another_engine_is_known_before_a_request_comes(model: Path, adapter: Path, certified: Path) -> None:
+    released = open_released(model, adapter)
+    assert open_calibration(certified, released, EngineOptions(dtype="float32")).engine_outside is None
+    other = open_calibration(certified, released, EngineOptions(dtype="bfloat16")).engine_outside
+    assert other == "dtype: 'bfloat16', but it was calibrated with 'float32'"
+
+
 def test_another_model_or_other_exits_are_refused(
     model: Path, make_adapter: Callable[..., Path], certified: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
