@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import ipaddress
+import logging
 import resource
 import signal
 import socket
@@ -172,6 +173,7 @@ async def _serve(served: ServedApp, engine_loop: EngineLoop, listener: socket.so
             drains.append(asyncio.create_task(engine_loop.drain(0)))
         stop.set()
 
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of writing to clients that have left
     server = _server(served.app, options)
     _allow_open_files(options.max_connections + OTHER_FILES)
     engine_loop.start()
