@@ -387,7 +387,7 @@ def test_a_file_of_prompts_is_answered_in_order(
         (b'{"prompt": "\xff"}', ":3: not UTF-8: byte 12 of the line: invalid start byte"),
         ({"prompt": "a", "mode": ""}, ":3: mode: must be one of 'full', 'threshold' or 'speculative', not ''"),
         ({"prompt": "a" * 99}, ":3: prompt: has 100 tokens; the model's 64 positions leave room"),
-        ({"messages": [{"role": "user"}]}, ":3: messages: message 1: content must be text"),
+        ({"messages": [{"role": "user"}]}, ":3: messages: message 1: content: missing"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the tokenizer has no chat template"),
         ({"prompt": "a", "id": [1]}, ":3: id: must be text or a whole number, not [1]"),
         ({"prompt": "a", "max_token": 3}, ":3: 'max_token': unknown key; did you mean 'max_tokens'?"),
