@@ -158,6 +158,8 @@ class Certificate(Strict):
         tested: by group, or under ``all``, the settings that were tested, in their order.
         loss_interval: mean loss with the policy, and an upper bound at 1 - delta that takes the policy as given. The
             same answers chose the policy, so what is promised is ``risk``. None for full mode.
+        full_quality: mean ``metric`` of full mode's answers to the test part, which no answer can lose more than; None
+            for other losses.
         mean_exit_layer: mean layer at which the tokens after an answer's first left, with a 95% bootstrap interval;
             None for full mode.
         full_layers: decoder layers of full mode.
@@ -188,6 +190,7 @@ class Certificate(Strict):
     scaling: tuple[ExitScaling, ...] = Field(default=(), strict=False)
     tested: Mapping[str, Annotated[tuple[Tested, ...], Field(strict=False)]] = Field(default_factory=dict)
     loss_interval: Interval | None = None
+    full_quality: Share | None = None
     mean_exit_layer: Interval | None = None
     full_layers: int = Field(ge=1)
     model_sha256: Sha256
@@ -204,6 +207,11 @@ class Certificate(Strict):
         if (self.per_group == "own") and self.policy is not None:
             raise ValueError("policy: must be null where each group has its own")
         return self
+
+    @property
+    def says_little(self) -> bool:
+        """Whether full mode's own quality is at most the risk: then answers that are all wrong keep the promise."""
+        return self.full_quality is not None and self.full_quality <= self.risk
 
     def policy_for(self, group: str | None) -> ExitPolicy | None:
         """The exit policy for a request of this group; None for full mode."""

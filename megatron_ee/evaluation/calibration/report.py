@@ -51,6 +51,7 @@ def make_certificate(
         scaling=outcome.scaling,
         tested={name: tuple(scope.tests) for name, scope in outcome.scopes.items()},
         loss_interval=outcome.loss_interval,
+        full_quality=outcome.full_quality,
         mean_exit_layer=outcome.mean_exit_layer,
         full_layers=full_layers,
         model_sha256=str(digests["model_sha256"]),
@@ -113,6 +114,10 @@ def statement(certificate: Certificate) -> str:
             f"; tokens left after {layer.mean:.2f} of {c.full_layers} layers on average (95%: {layer.low or 0:.2f} to "
             f"{layer.high:.2f})"
         )
+    if c.full_quality is not None:
+        parts[-1] += f"; {c.metric} of full mode's own answers: {c.full_quality:.3f}"
+    if c.says_little:
+        parts[-1] += ". That is at most the risk, so even answers that are all wrong would pass: choose a smaller risk"
     return " ".join(parts) + "."
 
 

@@ -22,6 +22,7 @@ from megatron_ee.evaluation.calibration.sample import CalibrationPlan, Sample, b
 from megatron_ee.evaluation.statistics import Floats
 from megatron_ee.evaluation.tasks.agreement import loss_of
 from megatron_ee.evaluation.tasks.answers import BATCH, Setting, TaskAnswer, TaskAnswers, answer_records
+from megatron_ee.evaluation.tasks.metrics import METRICS
 from megatron_ee.evaluation.tasks.records import TaskRecord
 from megatron_ee.inference.certificate import ExitScaling, GroupResult, Interval, Tested
 from megatron_ee.inference.engine import Engine
@@ -61,6 +62,7 @@ class Calibrated:
         scopes: by group, or the whole sample under ``ALL``.
         groups: of the test part, by name.
         loss_interval: mean and upper bound of the losses; None if all is full mode.
+        full_quality: mean metric of full mode's answers to the test part; None for losses other than quality.
         mean_exit_layer: with the chosen settings, see ``Certificate``; None if all is full mode.
     """
 
@@ -68,6 +70,7 @@ class Calibrated:
     scopes: dict[str, Scope]
     groups: dict[str, GroupResult]
     loss_interval: Interval | None
+    full_quality: float | None
     mean_exit_layer: Interval | None
 
 
@@ -211,8 +214,17 @@ def _outcome(
         scopes,
         groups,
         interval(sample.test, plan.delta),
+        full_quality(sample.test, plan, truth),
         _mean_exit_layer([used[record.id] for record in sample.test], plan.seed) if early else None,
     )
+
+
+def full_quality(records: Records, plan: CalibrationPlan, full: Answers) -> float | None:
+    """Mean metric of full mode's answers; None if the loss is not one of quality."""
+    if plan.loss != "quality":
+        return None
+    score = METRICS[plan.metric]
+    return sum(score(full[record.id].text, record.references) for record in records) / len(records)
 
 
 def _exit_layers(answers: Sequence[TaskAnswer]) -> tuple[Floats, Floats]:

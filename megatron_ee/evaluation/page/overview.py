@@ -191,6 +191,8 @@ def _promise_warnings(material: Material) -> Iterator[tuple[str, str]]:
         certificate = file.content
         if is_full_mode(certificate):
             yield "bad", t("watch.full_mode")
+        if certificate.says_little and not is_full_mode(certificate):
+            yield "bad", t("watch.says_little", risk=t.limit(certificate.risk))
         if certificate.overlap != "none":
             yield "bad", t(f"watch.overlap.{certificate.overlap}")
         few = [name for name, group in certificate.groups.items() if group.n < group.needed]

@@ -85,6 +85,8 @@ def _certificate_blocks(material: Material, file: CertificateFile, number: int) 
         items.append((t("certificate.loss"), t.percent(loss.mean), bound))
     metric = t(f"score.{certificate.metric}") if certificate.metric else ""
     items.append((t("certificate.what_loss"), t(f"certificate.is_loss.{certificate.loss}", metric=metric), ""))
+    if certificate.full_quality is not None:
+        items.append((t("certificate.full_quality", metric=metric), t.percent(certificate.full_quality), ""))
     if certificate.mean_exit_layer is not None:
         layer = certificate.mean_exit_layer
         low, high = (t.number(end if end is not None else layer.mean, 1) for end in (layer.low, layer.high))

@@ -14,6 +14,7 @@ from megatron_ee.config.validation import validated
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.prepare import prepare_corpus
 from megatron_ee.errors import ConfigError, DataError
+from megatron_ee.evaluation.calibration.run import full_quality
 from megatron_ee.evaluation.calibration.sample import (
     ALL,
     CalibrationPlan,
@@ -24,6 +25,7 @@ from megatron_ee.evaluation.calibration.sample import (
     scopes_of,
     split_sample,
 )
+from megatron_ee.evaluation.tasks.answers import TaskAnswer
 from megatron_ee.evaluation.tasks.records import TaskRecord
 
 PLAN = CalibrationPlan(risk=0.1, delta=0.1)
@@ -144,3 +146,13 @@ def test_messages_count_by_the_users_last_one(corpus: Path, make_hf: Callable[..
     record = TaskRecord(id="0", task="t", messages=messages)
     with pytest.raises(ConfigError, match="allow-overlap"):
         check_overlap([record], adapter_of(), [corpus], allow=False)
+
+
+def test_full_modes_own_score_is_stated_for_quality_alone() -> None:
+    records = make_records(4, references=("yes",))
+    full = {
+        each.id: TaskAnswer(("Yes.", "No.")[index % 2], (), (), (), None, "stop", 0.0)
+        for index, each in enumerate(records)
+    }
+    assert full_quality(records, PLAN, full) is None
+    assert full_quality(records, PLAN.model_copy(update={"loss": "quality"}), full) == 0.5

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_ee.checkpoint.ownership import MARKER
+from megatron_ee.evaluation.calibration.report import statement
+from megatron_ee.inference.certificate import read_certificate
 
 
 def refusal(files: Any, capsys: pytest.CaptureFixture[str], *options: object, status: int) -> str:
@@ -180,6 +182,16 @@ def test_full_mode_as_a_certificate_is_said_plainly(files: Any) -> None:
     files.path("certificate.json").write_text(json.dumps({**content, "policy": None}))
     page = files.page("--calibration", files.path("certificate.json"))
     assert "No guarantee could be given: no setting of the exits" in page and "uses full mode, without any gain" in page
+
+
+def test_a_guarantee_that_wrong_answers_would_keep_is_pointed_out(files: Any) -> None:
+    files.change("certificate.json", loss="quality", metric="f1", full_quality=0.04)
+    certificate = read_certificate(files.path("certificate.json"))
+    assert "f1 of full mode's own answers: 0.040. That is at most the risk, so even answers" in statement(certificate)
+    page = files.page("--calibration", files.path("certificate.json"))
+    assert "Even answers that are all wrong would keep this guarantee." in page
+    enough = certificate.model_copy(update={"full_quality": 0.4})
+    assert statement(enough).endswith("f1 of full mode's own answers: 0.400.")
 
 
 @pytest.mark.slow
