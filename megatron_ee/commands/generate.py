@@ -268,7 +268,9 @@ def _calibration(arguments: argparse.Namespace, released: Released) -> Calibrati
     options = engine_options(
         arguments, released, candidates=_candidates(arguments, released.model.architecture.vocab_size)
     )
-    return open_calibration(arguments.calibration, released, options, quantise=arguments.quantise)
+    calibration = open_calibration(arguments.calibration, released, options, quantise=arguments.quantise)
+    calibration.check_group(arguments.calibration_group)
+    return calibration
 
 
 def _certified(arguments: argparse.Namespace, calibration: Calibration | None, request: Request, chat: bool) -> Request:

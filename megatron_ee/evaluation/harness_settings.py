@@ -204,11 +204,14 @@ class HarnessArguments(Strict):
 
         Raises:
             DataError: it cannot be read, or was made for something else.
+            ConfigError: ``calibration_group`` is given, and it has no thresholds by group.
         """
         if self.calibration is None:
             return None
         options = EngineOptions(dtype=self.dtype, weights=self.weights)
-        return open_calibration(Path(self.calibration), released, options, quantise=self.quantise)
+        calibration = open_calibration(Path(self.calibration), released, options, quantise=self.quantise)
+        calibration.check_group(self.calibration_group)
+        return calibration
 
     @property
     def draft(self) -> Draft:

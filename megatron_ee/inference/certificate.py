@@ -275,6 +275,15 @@ class Calibration:
         coverage = covered("certified") if reason is None else covered("uncertified", reason)
         return request.model_copy(update={"policy": policy, "exits": exits, "coverage": coverage})
 
+    def check_group(self, group: str | None) -> None:
+        """Refuse a group of all requests where the certificate has the same thresholds for every group.
+
+        Raises:
+            ConfigError: naming the file.
+        """
+        if group is not None and self.certificate.per_group != "own":
+            raise ConfigError(f"calibration_group: {self.path} has no thresholds by group; leave it out")
+
     @property
     def engine_outside(self) -> str | None:
         """The first setting of the engine that the certificate does not cover: then it covers no request. None if it

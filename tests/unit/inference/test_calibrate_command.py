@@ -448,6 +448,7 @@ def test_options_of_certificates_need_one(
     for options, message in [
         (("--uncertified",), "--uncertified: has an effect with --calibration only"),
         (("--calibration-group", "a"), "--calibration-group: has an effect with --calibration only"),
+        (("--calibration", certified, "--calibration-group", "a"), "--calibration-group: "),
         (("--calibration", certified, "--compare"), "--compare: cannot be used with --calibration"),
         (("--calibration", certified, "--threshold", 0.5), "--policy: "),
         (("--calibration", "none.json"), "--calibration: no such file"),
