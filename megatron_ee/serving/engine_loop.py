@@ -159,7 +159,13 @@ class EngineLoop:
         self._thread.start()
 
     def submit(
-        self, request: Request, *, deadline: float | None = None, background: bool = False, streamed: bool = False
+        self,
+        request: Request,
+        *,
+        deadline: float | None = None,
+        background: bool = False,
+        streamed: bool = False,
+        more: bool = False,
     ) -> Submission:
         """Queue a request.
 
@@ -170,6 +176,8 @@ class EngineLoop:
                 their number, and start one by one, in their order.
             streamed: whether a client reads the events, which ends the request if it is too slow. Otherwise they are
                 read here, and all of them may wait.
+            more: whether it is a further prompt of an HTTP request whose first one was accepted. It is not refused for
+                the outputs that wait, which may be those of the request itself.
 
         Raises:
             QueueFull: too many outputs wait.
@@ -180,7 +188,7 @@ class EngineLoop:
             raise EngineLost(LOST)
         if self._draining or self._thread is None:
             raise Draining(STOPPED)
-        if not background and self._num_waiting() >= self._limits.max_queue:
+        if not background and not more and self._num_waiting() >= self._limits.max_queue:
             raise QueueFull(f"{self._num_waiting()} outputs wait, as many as may; try again later")
         submission = Submission(
             request,

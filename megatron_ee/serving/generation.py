@@ -224,10 +224,10 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
             for part, scores in zip(parts, await score_prompts(service.loop, requests, deadline), strict=True):
                 part.scores = scores
         if generation.max_tokens > 0:
-            submissions = []
+            submissions: list[Submission] = []
             for part in parts:
                 part.submission = service.loop.submit(
-                    part.decision.request, deadline=deadline, streamed=generation.stream
+                    part.decision.request, deadline=deadline, streamed=generation.stream, more=bool(submissions)
                 )
                 submissions.append(part.submission)
             for part, submission in zip(parts, submissions, strict=True):

@@ -32,7 +32,8 @@ async def score_prompts(
     submissions: list[Submission] = []
     try:
         for index in indices:
-            submissions.append(loop.submit(scoring_request(requests[index]), deadline=deadline))
+            request = scoring_request(requests[index])
+            submissions.append(loop.submit(request, deadline=deadline, more=bool(submissions)))
         for submission in submissions:
             await submission.admitted()
         async with aclosing(merged(submissions)) as events:

@@ -254,6 +254,13 @@ def test_a_full_queue(serve: Serve) -> None:
         assert response.json()["error"]["code"] == "queue_full"
 
 
+def test_a_request_of_many_prompts_does_not_fill_the_queue_for_itself(serve: Serve) -> None:
+    with serve(queue=LoopLimits(max_queue=1)) as server:
+        for fields in ({}, {"echo": True, "logprobs": 0}):
+            response = server.post("/v1/completions", {**BODY, "prompt": ["abc", "de", "f"], **fields})
+            assert response.status_code == 200 and len(response.json()["choices"]) == 3, response.text
+
+
 def test_open_requests_are_limited(serve: Serve, key_file: Path) -> None:
     content, key = json.dumps(BODY).encode(), f"Authorization: Bearer {KEYS['website']}"
     with serve(keys=key_file, key=KEYS["website"], max_requests=1) as server:
