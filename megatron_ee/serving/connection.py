@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from megatron_ee.serving.api.errors import invalid
 
 READ_SECONDS = 30.0
 """Seconds in which a connection must bring a whole request, counted from its first byte."""
@@ -58,6 +61,14 @@ class ClientConnection(H11Protocol):
         """The client has read what waited."""
         super().resume_writing()
         self._writing = _stopped(self._writing)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP with an error of OpenAI's shape, and close the connection."""
+        body = invalid(msg).json().encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the limits."""

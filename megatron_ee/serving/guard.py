@@ -119,7 +119,8 @@ class LocalHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] == "http" and not _is_local(Headers(scope=scope).get("host", "")):
+        checked = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
+        if checked and not _is_local(Headers(scope=scope).get("host", "")):
             message = "Host: must be localhost or a loopback address; a server for other names needs --api-key-file"
             await invalid(message).response()(scope, receive, send)
             return

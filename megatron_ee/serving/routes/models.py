@@ -58,13 +58,14 @@ async def exits(request: Request) -> ExitsResponse:
 @router.post(
     "/tokenize",
     summary="Tokenize a text or a conversation",
-    responses={status: ERRORS[status] for status in (413, 415)},
+    responses={status: ERRORS[status] for status in (413, 415, 429)},
     openapi_extra=documented(TokenizeRequest),
     response_model=TokenizeResponse,
 )
 async def tokenize(request: Request) -> Response:
-    """Token ids of a prompt, as the generating routes see it."""
+    """Token ids of a prompt, as the generating routes see it. It counts as a request of its key."""
     service = service_of(request)
+    service.access.take(request.state.key, 0)
 
     def work(body: TokenizeRequest) -> str:
         check_model(service, body.model)

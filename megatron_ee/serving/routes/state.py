@@ -12,6 +12,7 @@ from megatron_ee.serving.routes.common import service_of
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Whether the server lives", openapi_extra={"security": []})
 async def health() -> ServerStatus:
     """Answers as long as the process does. It needs no key."""

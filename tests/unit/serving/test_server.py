@@ -215,6 +215,8 @@ def test_only_names_of_loopback_are_served_without_keys(start: Callable[..., Ser
     for host in ("attacker.example", "attacker.example:8000", "localhost.attacker.example", "[::1", "0.0.0.0", ""):
         refused = ask(host)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "Host", host
+    probe = httpx.get(server.url + "/health", headers={"Host": ""}, timeout=SECONDS)
+    assert probe.status_code != 400
     other = start(options=ServerOptions(any_host=True))
     assert httpx.get(other.url + "/ready", headers={"Host": "ee.example"}, timeout=SECONDS).status_code == 200
 

@@ -73,6 +73,7 @@ def posted(content: bytes, *headers: str, path: str = "/v1/completions", length:
 def test_routes_that_do_not_generate(server: Any) -> None:
     http = server.plain
     assert http.get("/health").json() == {"status": "ok"}
+    assert http.head("/health").status_code == 200
     assert http.get("/ready").json() == {"status": "ready"}
     exits = http.get("/v1/exits").json()
     assert [each["layer"] for each in exits["exits"]] == [1, 2] and exits["num_layers"] == 4
@@ -167,7 +168,8 @@ def test_truncated_requests_do_no_harm(server: Any) -> None:
     content = json.dumps(BODY).encode()
     assert raw(server, posted(content, length=len(content) + 10), half=True) == b""
     assert raw(server, b"POST /v1/completions HTTP/1.1\r\nHost", half=True) == b""
-    assert raw(server, b"\x16\x03\x01 not HTTP\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    refusal = raw(server, b"\x16\x03\x01 not HTTP\r\n\r\n")
+    assert refusal.startswith(b"HTTP/1.1 400 ") and b'"type":"invalid_request_error"' in refusal
     assert server.post("/v1/completions", BODY).status_code == 200
 
 
@@ -230,6 +232,7 @@ def test_a_key_has_its_minute(serve: Serve, key_file: Path) -> None:
         assert [each.status_code for each in answers] == [200, 200, 429]
         assert 0 < int(answers[2].headers["retry-after"]) <= 60
         assert answers[2].json()["error"]["type"] == "rate_limit_error"
+        assert server.post("/tokenize", {"prompt": "abc"}).status_code == 429
 
 
 def test_what_is_not_used_is_given_back(serve: Serve, key_file: Path) -> None:
