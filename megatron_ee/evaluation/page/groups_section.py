@@ -91,7 +91,7 @@ def _groups_blocks(material: Material, name: str, compared: GroupComparison) -> 
     ]
     if len(drawn) > 1:
         measure, overall = t(MEASURES[compared.risk]), 100 * compared.overall[compared.risk]
-        svg = draw_intervals("groups", drawn, overall, x_label=f"{measure} (%)")
+        svg = draw_intervals("groups", drawn, overall, x_label=t("answers.plot.y", score=measure))
         legend = [(MEAN, t("groups.plot.mean"))]
         if any(each.chosen for each in drawn):
             legend.append((WORSE, t("groups.plot.worse")))
