@@ -50,6 +50,16 @@ def test_japanese_has_japanese_texts() -> None:
     assert len(polite) > 0.9 * len(sentences), sorted(set(sentences) - set(polite))
 
 
+def test_japanese_has_one_word_for_one_thing() -> None:
+    report = "\n".join(load_language("ja").texts.values())
+    chat = (PACKAGE.parents[1] / "serving" / "page" / "texts.js").read_text(encoding="utf-8")
+    for text in (report, chat):
+        for word in ("出口", "しきい値", "フルモード", "保証書", "リクエスト", "提案", "終了層の平均"):
+            assert word in text, word
+        for other in ("閾値", "証明書", "要求", "下書き", "平均の層", "平均の終了層"):
+            assert other not in text, other
+
+
 def test_texts_and_templates_are_package_data() -> None:
     setup = (PACKAGE.parents[2] / "setup.py").read_text(encoding="utf-8")
     patterns = re.search(r'"megatron_ee\.evaluation\.page": \[(.*?)\]', setup)

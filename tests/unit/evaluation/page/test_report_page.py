@@ -127,8 +127,8 @@ def test_the_page_is_in_japanese_too(files: Any) -> None:
     for expected in (
         "tiny の早期終了：効果とリスク",
         "1.21 倍",
-        "信頼度 90% の保証：フルモードと違う回答は、平均で 5% 以下です",
-        "このような較正を 100 回行った場合、正しくない上限を示してしまうのは多くても 10 回です。",
+        "信頼度 90% の保証：フルモードと違う回答の割合は、平均で 5% 以下です",
+        "このような較正を 100 回行った場合、成り立たない上限を示してしまうのは、平均して多くても 10 回です。",
         "95% 信頼区間とは：",
         "2026年3月9日",
         "1 時間 7 分",
@@ -136,6 +136,7 @@ def test_the_page_is_in_japanese_too(files: Any) -> None:
         "次のグループは、ほかよりリスクが大きくなっています（損失）：south",
     ):
         assert expected in found.text, expected
+    assert "損失 (%)" not in found.text  # brackets are full width
     words = set(re.findall(r"[A-Za-z]{4,}", re.sub(r"(/[\w.-]+)+|--\w+", "", found.text)))
     english = {"speed", "quality", "answer", "answers", "setting", "full", "with", "Group", "Loss", "exit", "layer"}
     assert not words & english - {"full"}, words
