@@ -154,7 +154,8 @@ def cost_section(material: Material) -> Section:
         if effort.tokens is not None:
             items.append((t("cost.tokens"), t.number(effort.tokens), t("cost.tokens_meaning")))
         if effort.seconds is not None:
-            where = t("cost.where", processes=effort.processes, device=printable(effort.device or ""))
+            device = printable(effort.device) if effort.device else t("cost.no_device")
+            where = t("cost.where", processes=effort.processes, device=device)
             items.append((t("cost.time"), t.duration(effort.seconds), where))
         elif effort.step_seconds is not None:
             of = t("cost.steps_alone", count=t.number(effort.logged_steps))

@@ -82,7 +82,7 @@ def test_every_part_is_on_the_page_with_its_figures_and_files(files: Any) -> Non
         "−5.0 points",
         "at most 5%",
         "Guaranteed with 90% confidence: on average at most 5% of the answers differ from full mode's",
-        "Of 100 calibrations like this one, at most 10 would state a bound that does not hold.",
+        "Of 100 calibrations like this one, at most 10 on average would state a bound that does not hold.",
         "about 95 of 100 intervals made like this would contain the true difference",
         "In them the speed of certified thresholds was between 1.00× and 1.50×.",
         "The measured speed varied much, from 1.00× to 1.50×.",
