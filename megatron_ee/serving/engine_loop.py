@@ -317,6 +317,7 @@ class EngineLoop:
     def _take_commands(self) -> bool:
         """Apply the queued commands, waiting for one while the engine is idle. Returns False when it should stop."""
         started: float | None = None
+        heard = self._clock()  # by the other ranks
         while True:
             self._start_background()
             try:
@@ -328,12 +329,17 @@ class EngineLoop:
                 if not self._engine.idle:
                     return True
                 self._engine.heartbeat()
+                heard = self._clock()
                 continue
             if kind == "stop":
                 return False
             self._apply(kind, submission)
-            started = self._clock() if started is None else started
-            if self._clock() - started > COMMAND_SECONDS and not self._engine.idle:
+            now = self._clock()
+            started = now if started is None else started
+            if now - heard >= self._limits.idle_heartbeat and self._engine.idle:  # such as where requests are refused
+                self._engine.heartbeat()
+                heard = now
+            if now - started > COMMAND_SECONDS and not self._engine.idle:
                 return True
 
     def _apply(self, kind: str, submission: Submission | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -32,10 +33,13 @@ def request(prompt: str = "x", tokens: int = 3, samples: int = 1) -> Request:
 
 
 def with_loop(
-    engine: ScriptedEngine, body: Callable[[EngineLoop], Awaitable[None]], limits: LoopLimits | None = None
+    engine: ScriptedEngine,
+    body: Callable[[EngineLoop], Awaitable[None]],
+    limits: LoopLimits | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> EngineLoop:
     """Run ``body`` with a started loop, and stop it."""
-    loop = EngineLoop(engine, limits or LoopLimits())  # type: ignore[arg-type]
+    loop = EngineLoop(engine, limits or LoopLimits(), clock=clock)  # type: ignore[arg-type]
 
     async def main() -> None:
         loop.start()
@@ -126,6 +130,18 @@ def test_an_idle_loop_waits_and_keeps_the_other_ranks_from_timing_out() -> None:
 
     with_loop(slow, wait)
     assert slow.heartbeats == 0 and slow.looked <= 5
+
+
+def test_refused_requests_do_not_hold_up_the_heartbeats() -> None:
+    engine, seconds = ScriptedEngine(), itertools.count(step=40.0)
+
+    async def body(loop: EngineLoop) -> None:
+        for _ in range(10):
+            with pytest.raises(ConfigError, match="is bad"):
+                await loop.submit(request("bad")).admitted()
+
+    with_loop(engine, body, LoopLimits(idle_heartbeat=100.0), lambda: next(seconds))
+    assert engine.heartbeats == 3
 
 
 def test_cancelling_ends_a_request_once() -> None:
