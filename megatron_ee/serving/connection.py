@@ -13,7 +13,8 @@ from megatron_ee.serving.api.errors import invalid
 READ_SECONDS = 30.0
 """Seconds in which a connection must bring a whole request, counted from its first byte."""
 WRITE_SECONDS = 30.0
-"""Seconds for which a client may take nothing of a response that waits to be sent."""
+"""Seconds in which a client must take what waits to be sent, or ``WRITE_BYTES`` of it."""
+WRITE_BYTES = 2**16
 
 
 class ClientConnection(H11Protocol):
@@ -49,13 +50,13 @@ class ClientConnection(H11Protocol):
         if self._reading is None:
             self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.more_body:
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY, h11.ERROR):
             self._reading = _stopped(self._reading)
 
     def pause_writing(self) -> None:
         """The client reads more slowly than the response is made."""
         super().pause_writing()
-        self._writing = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._watch_writing()
 
     def resume_writing(self) -> None:
         """The client has read what waited."""
@@ -64,6 +65,9 @@ class ClientConnection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP with an error of OpenAI's shape, and close the connection."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # a response has begun
+            self.transport.close()
+            return
         body = invalid(msg).json().encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
@@ -74,6 +78,17 @@ class ClientConnection(H11Protocol):
         """End the limits."""
         self._reading, self._writing = _stopped(self._reading), _stopped(self._writing)
         super().connection_lost(exc)
+
+    def _watch_writing(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._writing = self.loop.call_later(WRITE_SECONDS, self._check_writing, left)
+
+    def _check_writing(self, before: int) -> None:
+        """Close the connection, unless the client goes on taking a long response."""
+        if before - self.transport.get_write_buffer_size() < WRITE_BYTES:
+            self.transport.abort()
+        else:
+            self._watch_writing()
 
 
 def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
