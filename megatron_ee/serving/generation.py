@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class PromptRun:
         submission: None before its admission, and if no token is wanted.
         ended: completions of its outputs, by sample; those that failed are missing.
         error: of its outputs that failed, one of them.
+        emitted: number of tokens that have been read, by sample.
     """
 
     prompt: Prompt
@@ -53,11 +55,18 @@ class PromptRun:
     submission: Submission | None = None
     ended: dict[int, Completion] = field(default_factory=dict)
     error: str | None = None
+    emitted: Counter[int] = field(default_factory=Counter)
 
     @property
     def completions(self) -> list[Completion]:
         """Of its outputs that have ended, in their order."""
         return [self.ended[sample] for sample in sorted(self.ended)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of its outputs, also of those that failed."""
+        failed = sum(count for sample, count in self.emitted.items() if sample not in self.ended)
+        return failed + sum(len(each.tokens) for each in self.completions)
 
     @property
     def unfinished(self) -> bool:
@@ -75,6 +84,7 @@ class PromptRun:
 
     def take(self, event: Event) -> None:
         """Note an event."""
+        self.emitted[event.sample] += len(event.tokens)
         if event.completion is not None:
             self.ended[event.sample] = event.completion
         if event.error is not None:
@@ -147,7 +157,7 @@ class GenerationRun:
         for part in running:
             if part.error is None:
                 await _read_rest(part)
-        used = sum(len(part.prompt.ids) for part in self.parts) + sum(len(each.tokens) for each in self.completions)
+        used = sum(len(part.prompt.ids) + part.num_tokens for part in self.parts)
         self._service.access.settle(self._key, self._grant, used)
         for index, part in enumerate(self.parts):
             if part.number is not None:
