@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_ee.serving.access import Unauthorized
 from megatron_ee.serving.api.errors import INTERNAL, QUEUE_SECONDS, invalid, of_error, refused
+from megatron_ee.serving.metrics import REFUSALS
 
 if TYPE_CHECKING:
     from megatron_ee.serving.service import Service
@@ -36,8 +37,6 @@ HEADERS = {
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
 }
-REFUSALS = (400, 401, 404, 413, 415, 429, 503)
-"""Statuses of requests that were not admitted."""
 _LOGGER = logging.getLogger(__name__)
 
 

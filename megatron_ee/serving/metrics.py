@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import HistogramMetricFamily
@@ -24,6 +24,7 @@ from megatron_ee.serving.exit_record import BINS, ExitRecord
 
 if TYPE_CHECKING:
     from megatron_ee.evaluation.drift.monitor import DriftMonitor
+    from megatron_ee.serving.engine_loop import LoopState
 
 OTHER = "other"
 """Label of a task that is not configured, and of an answer's status that ``REFUSALS`` does not have."""
@@ -38,32 +39,9 @@ REQUEST_BUCKETS = (*(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 6
 SAMPLE_BUCKETS = (1, 2, 5, 10, 20)
 FINISHED = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "abort"}
 """vLLM's names of our reasons."""
-REFUSALS = ("400", "401", "404", "413", "422", "429", "503")
+REFUSALS = (400, 401, 404, 413, 415, 429, 503)
+"""HTTP statuses of requests that were not admitted."""
 LABELS = ("model_name", "engine")
-
-
-class LoopFigures(Protocol):
-    """What the engine's loop says of itself, see ``engine_loop.LoopState``."""
-
-    @property
-    def num_running(self) -> int:
-        """Requests that run."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait."""
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """Share of the KV cache's budget that is used."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether new requests are taken."""
-
-    @property
-    def num_preempted(self) -> int:
-        """Preemptions so far."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +225,7 @@ class Metrics:
                 metric.labels(task)
             self._confidences.add(task, [0] * BINS)
         for status in (*REFUSALS, OTHER):
-            self._refused.labels(status)
+            self._refused.labels(str(status))
 
     def task(self, name: str) -> str:
         """The label of a task."""
@@ -301,13 +279,13 @@ class Metrics:
 
     def refused(self, status: int) -> None:
         """Count a request that was not admitted, by the HTTP status of its answer."""
-        self._refused.labels(str(status) if str(status) in REFUSALS else OTHER).inc()
+        self._refused.labels(str(status) if status in REFUSALS else OTHER).inc()
 
     def lost_record(self) -> None:
         """Count a record that ``ExitLog.write`` could not write."""
         self._lost.inc()
 
-    def loop(self, state: LoopFigures) -> None:
+    def loop(self, state: LoopState) -> None:
         """Show the state of the engine's loop."""
         self._running.set(state.num_running)
         self._waiting.set(state.num_waiting)

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_ee.evaluation.drift.monitor import new_monitor
 from megatron_ee.inference.requests import Coverage
+from megatron_ee.serving.engine_loop import LoopState
 from megatron_ee.serving.exit_log import read_logs
 from megatron_ee.serving.exit_record import ExitRecord, now_utc
 from megatron_ee.serving.metrics import Metrics, RequestFigures
@@ -77,7 +77,7 @@ def work(metrics: Metrics, number: int) -> None:
     metrics.request(ExitRecord(**common, **drafted), FIGURES)
     metrics.audit("inquiries", 0.0)
     metrics.refused(429)
-    metrics.loop(SimpleNamespace(num_running=2, num_waiting=1, kv_cache_usage=0.3, ready=True, num_preempted=number))
+    metrics.loop(LoopState(2, 1, 0.3, ready=True, num_preempted=number))
     metrics.drift("c" * 64, "inquiries", new_monitor(0.1))
 
 

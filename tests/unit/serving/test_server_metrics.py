@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_ee.evaluation.drift.monitor import new_monitor
 from megatron_ee.inference.requests import Coverage, Request
+from megatron_ee.serving.engine_loop import LoopState
 from megatron_ee.serving.exit_record import ExitRecord, now_utc
 from megatron_ee.serving.metrics import Metrics, RequestFigures, layer_buckets, request_figures
 
@@ -202,8 +202,7 @@ def test_requests_that_do_not_end_by_themselves(changes: dict[str, Any], reason:
 def test_the_loop_audits_drift_and_losses_are_shown() -> None:
     metrics = make()
     for preempted in (2, 5):
-        state = {"num_running": 3, "num_waiting": 2, "kv_cache_usage": 0.25, "ready": True, "num_preempted": preempted}
-        metrics.loop(SimpleNamespace(**state))
+        metrics.loop(LoopState(3, 2, 0.25, ready=True, num_preempted=preempted))
     assert value(metrics, "vllm:num_preemptions_total") == 5
     assert value(metrics, "vllm:num_requests_running") == 3 and value(metrics, "vllm:num_requests_waiting") == 2
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25 and value(metrics, "megatron_ee:ready") == 1

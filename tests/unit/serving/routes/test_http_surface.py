@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import logging
+import re
 import shutil
 import socket
 import subprocess
@@ -141,6 +142,7 @@ def test_wrong_content_types(server: Any, header: str) -> None:
     headers = {"Content-Type": header} if header else {}
     response = server.plain.post("/v1/completions", content=json.dumps(BODY).encode(), headers=headers)
     assert response.status_code == 415 and "error" in response.json()
+    assert re.search(r'refused_requests_total\{status="415"\} [1-9]', server.plain.get("/metrics").text)
 
 
 @pytest.mark.parametrize("header", ["APPLICATION/JSON", 'application/json;charset="UTF-8"'])
