@@ -229,21 +229,24 @@ def test_it_fits_a_phone(browser: Any, url: str) -> None:
     context.close()
 
 
-def test_a_certified_task_is_asked_with_the_settings_of_its_certificate(browser: Any, url: str) -> None:
+@pytest.mark.parametrize("rule", [{}, {"mode": "full"}])
+def test_a_task_is_asked_with_the_settings_of_a_certificate_that_decides(
+    browser: Any, url: str, rule: dict[str, str]
+) -> None:
     page, bodies = browser.new_page(), []
     with urllib.request.urlopen(f"{url}/v1/exits") as response:
         found = json.load(response)
     found["rules"]["default"] = {"task": "faq"}
-    found["rules"]["tasks"] = {"faq": {"certificate": {"decoding": {"max_tokens": 20}}}}
+    found["rules"]["tasks"] = {"faq": {**rule, "certificate": {"decoding": {"max_tokens": 20}}}}
     page.route("**/v1/exits", lambda route: route.fulfill(json=found))
     page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
     page.goto(url)
-    page.wait_for_function("document.querySelector('#max-tokens').value === '20'")
+    page.wait_for_selector("#mode option", state="attached")
     page.fill("#message", "Hello")
     page.press("#message", "Enter")
     page.wait_for_selector("#log > li:last-child .answer .facts:not(:empty)")
-    assert bodies[0]["max_tokens"] == 20
-    assert "temperature" not in bodies[0]
+    assert (bodies[0]["max_tokens"] == 20) == (not rule)
+    assert bodies[0].get("temperature") == (0 if rule else None)
     page.close()
 
 
