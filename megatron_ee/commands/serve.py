@@ -77,8 +77,7 @@ def _add_limits(group: Any) -> None:
         type=at_least(1),
         default=512,
         metavar="N",
-        help="open requests before further ones get status 503, and half of the connections that may be open "
-        "(default: 512)",
+        help="open requests; further ones get status 503. Twice as many connections may be open (default: 512)",
     )
     add(
         "--max-queue",

@@ -66,7 +66,7 @@ class Decoding(Strict):
 
 class ExitScaling(Strict):
     """How an exit's confidence became an estimated probability of agreement: ``sigmoid(logit(confidence) / temperature
-    + offset)``. The thresholds of the policy follow from it; it is recorded for the reader.
+    + offset)``. The thresholds of the policy follow from it, and those of safer settings after an alarm.
 
     Attributes:
         layer: of the exit.

@@ -169,9 +169,9 @@ class PrefixCache:
 
         None if it is shorter than ``MIN_PREFIX``.
         """
-        if self.max_num_seqs == 0:
-            return None
         found, wanted = None, token_ids[:-1]
+        if self.max_num_seqs == 0 or len(wanted) < MIN_PREFIX:
+            return None
         for each in (*self._kept.values(), *running):
             pairs = zip(each.token_ids, wanted, strict=False)
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -284,7 +284,7 @@ class StageRunner:
         logits: Callable[[Tensor], Tensor],
         gate: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Ask the exit at a depth at the tokens that replay it, if any; arguments as for ``replayed_rows``."""
+        """Ask the exit at a depth at the tokens whose replay asks it; arguments as for ``replayed_rows``."""
         if all(scheduled.replay is None for scheduled in pass_.sequences):
             return
         for scheduled, sequence, part in zip(pass_.sequences, batch.sequences, batch.split(x), strict=True):

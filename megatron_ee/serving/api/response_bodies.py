@@ -260,7 +260,7 @@ class ExitsResponse(BaseModel):
         exits: the exits: layer, kind of body, and whether there is a gate.
         modes: that requests may ask for.
         rules: the rules by task, with the certificates in force.
-        audits: state of the tests for drift, by task; None if no requests are audited.
+        audits: state of the tests for drift, by task; None without an exit log and certificates.
     """
 
     num_layers: int
