@@ -170,11 +170,13 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_loaded(
 @pytest.mark.slow
 def test_a_signal_under_load_lets_every_stream_end(start: Callable[..., Served]) -> None:
     server = start()
+    begun: list[int] = []
 
     async def client(http: httpx.AsyncClient) -> str:
         body = {"prompt": "def ", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
         lines = []
         async with http.stream("POST", server.url + "/v1/completions", json=body) as response:
+            begun.append(response.status_code)
             async for line in response.aiter_lines():
                 lines.append(line)
         return next(line for line in reversed(lines) if line)
@@ -182,7 +184,8 @@ def test_a_signal_under_load_lets_every_stream_end(start: Callable[..., Served])
     async def load() -> list[str]:
         async with httpx.AsyncClient(timeout=SECONDS, limits=httpx.Limits(max_connections=None)) as http:
             clients = [asyncio.create_task(client(http)) for _ in range(64)]
-            await asyncio.sleep(0.5)
+            while len(begun) < 64:
+                await asyncio.sleep(0.01)
             os.kill(server.command.pid, signal.SIGTERM)
             return await asyncio.gather(*clients)
 

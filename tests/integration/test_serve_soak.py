@@ -21,11 +21,12 @@ from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion, Draft, Event, Request
 from megatron_ee.inference.sampling import Sampling
+from megatron_ee.serving import engine_loop as loop_module
 from megatron_ee.serving.engine_loop import EngineLoop, LoopLimits, QueueFull
 from megatron_ee.serving.submission import Submission
 
 SPECS = [ExitSpec(1), ExitSpec(2, "layer", "shared"), ExitSpec(3, "norm")]
-BUFFER = 24
+BUFFER = 12
 """Events that wait for a reader; an answer with more overflows the buffer of one who does not read."""
 GROWTH = 24e6
 """Bytes by which memory may grow after the first part: Python's and torch's caches."""
@@ -70,7 +71,9 @@ class Clients:
             index = source.randrange(len(self.pool))
             how = source.choice(["read"] * 5 + ["cancel", "leave", "deaf", "deadline"])
             try:
-                submission = self.engine_loop.submit(self.pool[index], deadline=0.05 if how == "deadline" else None)
+                submission = self.engine_loop.submit(
+                    self.pool[index], deadline=0.05 if how == "deadline" else None, streamed=True
+                )
             except QueueFull:
                 self.ends["refused"] += 1
                 await asyncio.sleep(0.05)
@@ -89,7 +92,7 @@ class Clients:
             self.ends["left"] += 1
             return
         if how == "deaf":
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1.0)
         async for event in submission:
             events.append(event)
             if how == "cancel" and source.random() < 0.2:
@@ -139,6 +142,11 @@ async def soak(engine: Engine, pool: list[Request], alone: list[list[Completion]
     return clients, sizes
 
 
+@pytest.fixture(autouse=True)
+def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "BUFFER_STEPS", 1)
+
+
 def run_soak(stage: Stage, count: int, seconds: float, size: int) -> tuple[Clients, list[int]]:
     engine, pool = make_engine(stage, EngineOptions(kv_memory=10**8)), requests(size)
     alone = [engine.generate([request])[0] for request in pool]
@@ -159,5 +167,5 @@ def test_two_minutes_of_64_clients(saved_model: Callable[..., Any], load_stage: 
     clients, (early, late) = run_soak(load_stage(saved_model("llama3.1")[0], SPECS), 64, 120, 60)
     print(dict(clients.ends), early, late)
     for end in ("length", "stop", "cancelled", "left", "error", "refused"):
-        assert clients.ends[end] > 20, (end, clients.ends)
+        assert clients.ends[end] > 5, (end, clients.ends)
     assert late - early < GROWTH, (early, late)
