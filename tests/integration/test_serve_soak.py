@@ -167,5 +167,5 @@ def test_two_minutes_of_64_clients(saved_model: Callable[..., Any], load_stage: 
     clients, (early, late) = run_soak(load_stage(saved_model("llama3.1")[0], SPECS), 64, 120, 60)
     print(dict(clients.ends), early, late)
     for end in ("length", "stop", "cancelled", "left", "error", "refused"):
-        assert clients.ends[end] > 5, (end, clients.ends)
+        assert clients.ends[end] > 20, (end, clients.ends)
     assert late - early < GROWTH, (early, late)
