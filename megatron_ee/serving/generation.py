@@ -154,9 +154,8 @@ class GenerationRun:
         for part in running:
             assert part.submission is not None
             part.submission.cancel()
-        for part in running:
-            if part.error is None:
-                await _read_rest(part)
+        for part in running:  # also where one output failed: the others have tokens
+            await _read_rest(part)
         used = sum(len(part.prompt.ids) + part.num_tokens for part in self.parts)
         self._service.access.settle(self._key, self._grant, used)
         for index, part in enumerate(self.parts):
@@ -204,7 +203,7 @@ async def _read_rest(part: PromptRun) -> None:
             async for event in part.submission:
                 part.take(event)
     except TimeoutError:
-        part.error = "it did not end after it was cancelled"
+        part.error = part.error or "it did not end after it was cancelled"
 
 
 async def admit(service: Service, generation: Generation, key: Key | None, id_: str) -> GenerationRun:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_ee.errors import ConfigError, UserError
+from megatron_ee.errors import UserError
 from megatron_ee.evaluation.tasks.agreement import loss_of
 from megatron_ee.evaluation.tasks.answers import TaskAnswer
 from megatron_ee.inference.certificate import Certificate
@@ -93,11 +93,9 @@ async def _run_once(loop: EngineLoop, request: Request, patience: float | None) 
     except TimeoutError:
         submission.cancel()
         return None
-    except ConfigError:  # the engine refuses it
-        return []
-    except UserError:
+    except UserError:  # the engine refuses it, now and later
         _check_going_on(loop)
-        return None
+        return []
     except asyncio.CancelledError:
         submission.cancel()
         raise

@@ -160,6 +160,8 @@ class Rules:
         plans = self._plans
         rule = _rule_of(plans, key)
         plan = _task(plans, controls, rule)
+        if controls.group is not None and not plan.by_group:
+            raise ConfigError(f"group: task {shown(plan.name)} has no thresholds by group; leave it out")
         if controls.important:
             _check_important(controls)
         if controls.important or rule.priority == "important":

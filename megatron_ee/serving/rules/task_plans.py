@@ -64,6 +64,11 @@ class TaskPlan:
         """The certificate, if it decides."""
         return self.calibration if self.rule.mode is None else None
 
+    @property
+    def by_group(self) -> bool:
+        """Whether it has a certificate with thresholds by group."""
+        return self.calibration is not None and self.calibration.certificate.per_group == "own"
+
     def after(self, alarms: int) -> Fallback | None:
         """How it runs after so many alarms; None without any."""
         if not alarms:

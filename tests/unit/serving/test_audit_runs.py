@@ -190,6 +190,20 @@ def test_an_audit_without_an_answer_is_a_loss_of_1(tmp_path: Path, calibrate: Ca
     asyncio.run(main())
 
 
+def test_an_audit_that_the_engine_refuses_is_a_loss_of_1(tmp_path: Path, calibrate: Calibrate) -> None:
+    async def main() -> None:
+        server = Server(tmp_path / "a.json", [calibrate()])
+        server.loop.at_once = False
+        call = asyncio.create_task(server.answer(0))
+        await asyncio.sleep(0.01)
+        server.loop.submitted[0].start.set_exception(UserError("the request cannot be processed: a bug"))
+        found = await asyncio.wait_for(call, 10)
+        assert found.failed and found.audit.loss == 1.0
+        assert len(server.loop.submitted) == 1, "it was not asked again"
+
+    asyncio.run(main())
+
+
 def test_an_audit_that_waits_too_long_runs_like_other_requests(
     tmp_path: Path, calibrate: Calibrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,8 @@ def test_certificates_by_group_need_the_group(calibrate: Calibrate) -> None:
     assert decided(rules, group="de").request.exits == (2,)
     assert decided(rules, group="ja").reason == "no threshold was safe enough"
     assert decided(rules).reason == "group: none was given"
+    with pytest.raises(ConfigError, match="^group: task 'orders' has no thresholds by group; leave it out$"):
+        decided(open_rules(None, calibrate("orders")), task="orders", group="de", important=True)
 
 
 def test_after_an_alarm_requests_run_in_full_mode(calibrate: Calibrate) -> None:
