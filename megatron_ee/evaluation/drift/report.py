@@ -118,8 +118,11 @@ def plot_drift(history: DriftHistory, path: Path) -> None:
         axes.plot(at, sums, color=COLOURS[1], lw=1.2, label="restarting")
         axes.axhline(limit, color=GREY, lw=1, ls=":", label=f"alarm at {1 / monitor.alarm_level:g}")
         if monitor.alarm is not None:
-            axes.plot([monitor.alarm], [wealth[monitor.alarm - 1]], "o", color=COLOURS[0], ms=7)
-        axes.plot(history.restarts, [limit] * len(history.restarts), "v", color=COLOURS[1], ms=7)
+            at_alarm = wealth[monitor.alarm - 1]
+            axes.plot([monitor.alarm], [at_alarm], "o", color=COLOURS[0], ms=7, label="alarm, from the start")
+        if history.restarts:
+            heights = [limit] * len(history.restarts)
+            axes.plot(history.restarts, heights, "v", color=COLOURS[1], ms=7, label="alarm, restarting")
         axes.set_ylim(bottom=max(-6.0, min(0.0, float(min(wealth.min(), sums.min())))) - 0.3)
         axes.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
         axes.locator_params(axis="y", integer=True)

@@ -199,6 +199,8 @@ def _promise_warnings(material: Material) -> Iterator[tuple[str, str]]:
         if few:
             yield "", t("watch.few_in_groups", names=t.joined(printable(name)[:40] for name in few[:10]))
         named = None if material.tasks is None else material.tasks.calibration_sha256
+        if material.tasks is not None and named is None and not is_full_mode(certificate):
+            yield "", t("watch.unused_certificate")
         if named is not None and named not in {each.sha256 for each in material.measured.certificates}:
             yield "bad", t("watch.other_certificate", digest=named[:16])
     for drift in material.measured.drifts:

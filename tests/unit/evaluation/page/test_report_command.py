@@ -58,6 +58,14 @@ def test_audits_under_another_certificate_are_refused(files: Any, capsys: pytest
     assert "drift.json: its requests ran under the certificate 9999999999999999..." in error
 
 
+def test_answers_without_the_certificate_are_pointed_out(files: Any) -> None:
+    told = "were measured with other thresholds than the certificate"
+    assert told not in files.page(*files.all())
+    info = files.path("eval/answers.jsonl.info.json")
+    info.write_text(json.dumps({"settings": {"calibration_sha256": None}}))
+    assert told in files.page(*files.all())
+
+
 @pytest.mark.slow
 def test_answers_under_another_certificate_are_pointed_out(files: Any) -> None:
     info = files.path("eval/answers.jsonl.info.json")
