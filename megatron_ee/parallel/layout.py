@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_ee.config.exits import ExitSpec, layer_number
 from megatron_ee.config.schema import StageConfig
@@ -57,7 +58,7 @@ class Layout:
 
     stages: tuple[StageLayout, ...]
 
-    @property
+    @cached_property  # the planner asks a layout often
     def layered(self) -> tuple[int, ...]:
         """The stages that hold layers, in order."""
         return tuple(index for index, stage in enumerate(self.stages) if stage.layers)
@@ -112,6 +113,7 @@ class Layout:
             )
         )
 
+    @cached_property
     def messages(self) -> tuple[Message, ...]:
         """All messages of one microbatch, at most one between two stages, ordered by source and target."""
         following = dict(zip(self.layered, self.layered[1:], strict=False))

@@ -278,7 +278,7 @@ def _update_bytes(architecture: Architecture, hosted: Sequence[ExitSpec], traine
 def _transfer(layout: Layout, index: int, architecture: Architecture, workload: Workload) -> int:
     """Buffers of the messages to and from a stage. A teacher message is two tensors of four bytes per kept token."""
     size, hidden = 0, hidden_bytes(architecture, workload)
-    for message in layout.messages():
+    for message in layout.messages:
         ahead = max(1, layout.depth(message.target) - layout.depth(message.source) + 1)
         tensors = message.hidden + len(message.taps)
         if index == message.source:

@@ -171,7 +171,7 @@ def schedule_end(
     """
     lags = [layout.lag(index) if distillation else 0 for index in range(len(work))]
     sources: list[set[int]] = [set() for _ in work]
-    for message in layout.messages():
+    for message in layout.messages:
         sources[message.target].add(message.source)
     simulated = min(microbatches, MOST_SIMULATED)
     rest = (microbatches - simulated) * max(stage.total for stage in work)

@@ -67,7 +67,7 @@ def _share(ranks: int) -> float:
 
 def _messages(layout: Layout, index: int, architecture: Architecture, workload: Workload) -> dict[int, int]:
     hidden, found = hidden_bytes(architecture, workload), dict[int, int]()
-    for message in layout.messages():
+    for message in layout.messages:
         if message.source == index:
             found[message.target] = (message.hidden + len(message.taps)) * hidden
     if workload.top_k and index == layout.last_layered:

@@ -99,7 +99,7 @@ class Pipeline:
         # Warm-up is needed for messages in both directions. Messages that only go forward cannot deadlock.
         self._needs_warm_up = bool(taught and hosts) and platform.loads_kernels_lazily()
         self._inboxes, self._outboxes = [], []
-        for message in layout.messages():
+        for message in layout.messages:
             connect(groups.pipeline, message.source, message.target)
             # A tap from an early stage arrives long before a tap of the same microbatch from a later stage.
             ahead = max(1, layout.depth(message.target) - layout.depth(message.source) + 1)

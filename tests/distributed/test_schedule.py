@@ -76,7 +76,7 @@ def test_nothing_but_the_teacher_goes_backward(
     sent = [message for rank in run_ranks(len(stages), record_messages, path, case) for message in rank]
     forward = [message for message in sent if not message[0]]
     backward = [message for message in sent if message[0]]
-    links = [(m.source, m.target, m.hidden + len(m.taps)) for m in case.layout.messages()]
+    links = [(m.source, m.target, m.hidden + len(m.taps)) for m in case.layout.messages]
     microbatch, hidden = 16, model.config.hidden_size
     # Twelve microbatches, each link's whole message at once, and no link but these.
     expected = sorted((False, source, target, tensors * microbatch * hidden) for source, target, tensors in links)
@@ -145,7 +145,7 @@ def test_a_verdict_is_awaited_only_after_what_it_depends_on_was_sent(
     cold = run_ranks(len(stages), message_order, path, case, False)
     warm = run_ranks(len(stages), message_order, path, case, True)
     for rank, (happened, forwards, trained) in enumerate(cold):
-        sources = {message.source for message in case.layout.messages()}
+        sources = {message.source for message in case.layout.messages}
         received = [number for kind, from_teacher, number in happened if kind == "receive" and from_teacher]
         hosts = bool(stages[rank][1]) and rank != case.layout.last_layered
         assert received == (list(range(12)) if hosts else [])

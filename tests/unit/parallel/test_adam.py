@@ -468,10 +468,8 @@ def write_apex(directory: Path, files: dict[str, str] | None) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(
-    "which",
-    [name if name == "without-kernels" else pytest.param(name, marks=pytest.mark.slow) for name in APEXES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("which", APEXES)
 def test_apex_that_does_not_work(which: str, tmp_path: Path) -> None:
     files, reason = APEXES[which]
     if files is None and importlib.util.find_spec("apex") is not None:

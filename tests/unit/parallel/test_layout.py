@@ -39,7 +39,7 @@ def test_layers_that_are_only_kept() -> None:
     assert [stage.layers for stage in clipped.stages] == [range(1, 4), range(4, 6), range(0)]
     assert [stage.kept for stage in clipped.stages] == [range(0), range(6, 7), range(7, 9)]
     assert clipped.whole == given and given.up_to(8) == given
-    assert clipped.layered == (0, 1) and clipped.messages() == (Message(0, 1, True, ()),)
+    assert clipped.layered == (0, 1) and clipped.messages == (Message(0, 1, True, ()),)
     assert clipped.decodes and clipped.of_all(8) == given.with_exits(())
     # With layers missing, or without layers on a stage, they are spread evenly.
     assert clipped.of_all(10) == even_layout(10, 3)
@@ -84,17 +84,17 @@ def test_owners_of_layers_and_hosts_of_exits() -> None:
 
 
 def test_messages_go_forward_with_the_taps_of_their_source() -> None:
-    assert layout(((1, 6), (2, 4, 6))).messages() == ()
-    assert layout(((1, 3), (2,)), ((4, 6), (4, 6))).messages() == (Message(0, 1, True, ()),)
+    assert layout(((1, 6), (2, 4, 6))).messages == ()
+    assert layout(((1, 3), (2,)), ((4, 6), (4, 6))).messages == (Message(0, 1, True, ()),)
     stages = layout(((1, 2), (2,)), ((3, 6), ()), (None, (1, 4)), (None, (3, 5)))
-    assert stages.messages() == (
+    assert stages.messages == (
         Message(0, 1, True, ()),
         Message(0, 2, False, (1,)),
         Message(1, 2, False, (4,)),
         Message(1, 3, False, (3, 5)),
     )
     between = layout(((1, 2), ()), (None, (2,)), ((3, 4), (4,)))
-    assert between.messages() == (Message(0, 1, False, (2,)), Message(0, 2, True, ()))
+    assert between.messages == (Message(0, 1, False, (2,)), Message(0, 2, True, ()))
 
 
 def test_how_far_a_microbatch_has_come() -> None:
