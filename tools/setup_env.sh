@@ -70,18 +70,18 @@ sys.exit(not any(re.match(r"(nvidia|cuda|triton|pytorch.triton)", name.lower()) 
 install_torch() {
     case "$2" in
         existing) say "using the torch with CUDA that is installed" ;;
-        index) "$1" -m pip install --quiet --index-url "$MEGATRON_EE_TORCH_INDEX" "$TORCH_PIN" ;;
+        index) "$1" -m pip install --quiet --no-compile --index-url "$MEGATRON_EE_TORCH_INDEX" "$TORCH_PIN" ;;
         cuda)
             say "no usable torch with CUDA found: installing $TORCH_PIN with CUDA (some gigabytes)"
-            "$1" -m pip install --quiet "$TORCH_PIN"
+            "$1" -m pip install --quiet --no-compile "$TORCH_PIN"
             ;;
         cpu)
             if resolves_to_cuda "$1"; then
                 say "the configured package index has torch with CUDA only: taking the CPU build from $TORCH_CPU_INDEX"
-                "$1" -m pip install --quiet --index-url "$TORCH_CPU_INDEX" "$TORCH_PIN" ||
+                "$1" -m pip install --quiet --no-compile --index-url "$TORCH_CPU_INDEX" "$TORCH_PIN" ||
                     fail "no CPU build of torch; name a package index that has one in MEGATRON_EE_TORCH_INDEX"
             else
-                "$1" -m pip install --quiet "$TORCH_PIN"
+                "$1" -m pip install --quiet --no-compile "$TORCH_PIN"
             fi
             ;;
     esac
@@ -128,6 +128,7 @@ make_environment() {
             >"$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
     fi
     install_torch "$VENV_PYTHON" "$torch"
-    "$VENV_PYTHON" -m pip install --quiet --editable "$SETUP_ROOT$extras"
+    # Compiling every module beforehand takes longer than all else; Python compiles those that are used.
+    "$VENV_PYTHON" -m pip install --quiet --no-compile --editable "$SETUP_ROOT$extras"
     printf '%s' "$stamp" >"$directory/.megatron-ee"
 }
