@@ -123,7 +123,8 @@ def test_a_rank_killed_in_a_save_ends_the_run(
     assert_ended_as(run, straight)
 
 
-@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_that_fails_on_one_rank_fails_on_all(
     asynchronous: bool, project: Project, straight: Run, tmp_path: Path
 ) -> None:

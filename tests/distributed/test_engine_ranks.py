@@ -236,8 +236,8 @@ MORE = [(1, 4, False, 3), (1, 1, True, 0), (2, 1, False, 0), (1, 2, True, 0), (2
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "batched", "prefix_cache_seqs"),
     [
-        (2, 1, True, 3),
         (2, 2, True, 0),
+        pytest.param(2, 1, True, 3, marks=pytest.mark.slow),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE),
     ],
 )

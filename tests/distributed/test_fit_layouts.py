@@ -116,7 +116,8 @@ def features(load_stage: Any, model: Path, specs: Sequence[ExitSpec], adapter: P
         return [exit_.features(taps[exit_.spec.layer], positions) for exit_ in stage.exits]
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_layouts_fit_what_one_process_does(
     world_size: int, models: dict[str, Path], alone: Path, load_stage: Any, tmp_path: Path
 ) -> None:

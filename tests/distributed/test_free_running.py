@@ -106,13 +106,14 @@ def counts(measured: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in measured.items() if key not in derived}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world_size, parallel",
     [
         (1, {}),
-        pytest.param(2, {"pipeline": 2}, marks=pytest.mark.slow),
+        (2, {"pipeline": 2}),
         (2, {"tensor": 2, "sequence": True}),
-        pytest.param(2, {}, marks=pytest.mark.slow),
+        (2, {}),
     ],
     ids=["one", "pipeline", "tensor", "data"],
 )
@@ -130,7 +131,9 @@ def test_every_validation_is_the_engine_s(
     assert (run / "run" / "validation" / "free-running.png").exists()
 
 
-@pytest.mark.parametrize("world_size, parallel", [(1, {}), (2, {"pipeline": 2})], ids=["one", "pipeline"])
+@pytest.mark.parametrize(
+    "world_size, parallel", [pytest.param(1, {}, marks=pytest.mark.slow), (2, {"pipeline": 2})], ids=["one", "pipeline"]
+)
 def test_by_default_it_is_measured_at_the_end(
     world_size: int, parallel: dict[str, Any], project: Project, held_out: Path, tmp_path: Path
 ) -> None:

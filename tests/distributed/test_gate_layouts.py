@@ -124,13 +124,14 @@ def one(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel",
     [
         {"pipeline": 2, "layout": ELSEWHERE},
-        pytest.param({"pipeline": 2}, marks=pytest.mark.slow),
-        pytest.param({"tensor": 2, "sequence": True}, marks=pytest.mark.slow),
-        pytest.param({}, marks=pytest.mark.slow),
+        {"pipeline": 2},
+        {"tensor": 2, "sequence": True},
+        {},
     ],
     ids=["a stage of exits", "pipeline", "tensor", "data"],
 )

@@ -21,6 +21,7 @@ def losses(outcome: Outcome) -> list[float]:
     return [exit_.loss for result in outcome.results for exit_ in result.exits]
 
 
+@pytest.mark.slow
 def test_packed_equals_expanded_on_tensor_parallel_ranks_and_stages(tmp_path: Path) -> None:
     """Half of 112 columns are three and a half groups of 16, and half of the key's rows 4 words of AWQ."""
     models = {"gptq": tmp_path / "gptq", "awq": tmp_path / "awq", "fp8": tmp_path / "fp8"}

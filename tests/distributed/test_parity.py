@@ -128,7 +128,8 @@ def alone(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize(
-    ("world_size", "more"), [(2, False), (3, False), (4, False), pytest.param(4, True, marks=pytest.mark.slow)]
+    ("world_size", "more"),
+    [(2, False), (3, False), *(pytest.param(4, more, marks=pytest.mark.slow) for more in (False, True))],
 )
 def test_layouts_compute_what_one_process_does(
     world_size: int, more: bool, models: Models, alone: dict[str, Outcome], tmp_path: Path
@@ -184,7 +185,8 @@ def _moved(family: str, specs: tuple[ExitSpec, ...], dtype: str) -> list[tuple[i
     ]
 
 
-@pytest.mark.parametrize("number", [*(pytest.param(number, marks=pytest.mark.slow) for number in (0, 1, 3)), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4))
 def test_a_run_goes_on_in_another_layout(number: int, models: Models, tmp_path: Path) -> None:
     """From one process to a layout, and from it back to one process."""
     (_, case), *elsewhere = _moved("llama2", EVERY_BODY, "float32")

@@ -75,8 +75,8 @@ def close(found: Any, expected: Any) -> None:
     "world_size, stages, tensor, sequence",
     [
         (2, HALVES, 1, False),
-        (3, MIXED, 1, False),
-        (4, HALVES, 2, True),
+        pytest.param(3, MIXED, 1, False, marks=pytest.mark.slow),
+        pytest.param(4, HALVES, 2, True, marks=pytest.mark.slow),
         pytest.param(4, HALVES, 1, False, marks=pytest.mark.slow),
     ],
     ids=["pipeline", "apart", "tensor", "data"],

@@ -88,6 +88,7 @@ def test_a_run_on_several_ranks_is_the_run_of_one(
         assert not (tmp_path / f"stderr-{rank}").read_text().strip()
 
 
+@pytest.mark.slow
 def test_validation_does_not_wait_for_teacher_messages(project: Project, tmp_path: Path) -> None:
     """With distillation, exits on other stages than the final one's wait for its verdict in tuning alone."""
     taught = {"loss": {"distillation": {"kl": 1.0, "top_k": 8}}, "validation": {"interval": 2, "sequences": 8}}
@@ -105,7 +106,8 @@ def test_validation_does_not_wait_for_teacher_messages(project: Project, tmp_pat
     close(logs[3], logs[1])
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     number: signal.Signals, project: Project, tuned: Path, tmp_path: Path
 ) -> None:
@@ -193,6 +195,7 @@ def test_ranks_of_tests_see_no_gpu() -> None:
     assert run_ranks(1, visible_devices) == [""]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(project: Project, tuned: Path, tmp_path: Path) -> None:
     """As a user starts it, and with a signal to one worker, after which torchrun itself ends with a failure or not."""
     config, output = project.config(tmp_path / "run.yaml", parallel={"tensor": 2}), tmp_path / "run"

@@ -66,7 +66,7 @@ def record_messages(path: Path, case: Case) -> list[tuple[bool, int, int, int]]:
     raise AssertionError
 
 
-@pytest.mark.parametrize("stages", [HALVES, MIXED])
+@pytest.mark.parametrize("stages", [pytest.param(HALVES, marks=pytest.mark.slow), MIXED])
 @pytest.mark.parametrize("loss", [LossConfig(), TEACHER], ids=["tuning", "distillation"])
 def test_nothing_but_the_teacher_goes_backward(
     stages: Any, loss: LossConfig, saved_model: Callable[..., tuple[Path, Any]]
@@ -135,7 +135,7 @@ def message_order(path: Path, case: Case, warm_up: bool) -> tuple[list[tuple[str
 THIRDS = (((1, 1), (1,)), ((2, 3), (2, 3)), ((4, 4), (4,)))
 
 
-@pytest.mark.parametrize("stages", [THIRDS, MIXED], ids=["thirds", "late"])
+@pytest.mark.parametrize("stages", [THIRDS, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["thirds", "late"])
 def test_a_verdict_is_awaited_only_after_what_it_depends_on_was_sent(
     stages: Any, saved_model: Callable[..., tuple[Path, Any]]
 ) -> None:
@@ -194,6 +194,7 @@ def host_traffic(path: Path, case: Case) -> tuple[int, int]:
     raise AssertionError
 
 
+@pytest.mark.slow
 def test_host_traffic_does_not_grow_with_the_microbatches(saved_model: Callable[..., tuple[Path, Any]]) -> None:
     path, _ = saved_model("llama2")
     found = []
@@ -299,7 +300,12 @@ def held_memory(path: Path, case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "world_size, stages, tensor",
-    [(2, (((1, 4), (1, 2, 3, 4)),), 2), (2, (((1, 4), (1, 2, 3, 4)),), 1), (3, MIXED, 1), (4, HALVES, 1)],
+    [
+        (2, (((1, 4), (1, 2, 3, 4)),), 2),
+        pytest.param(2, (((1, 4), (1, 2, 3, 4)),), 1, marks=pytest.mark.slow),
+        pytest.param(3, MIXED, 1, marks=pytest.mark.slow),
+        pytest.param(4, HALVES, 1, marks=pytest.mark.slow),
+    ],
     ids=["tensor", "data", "pipeline", "pipeline-data"],
 )
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])

@@ -56,7 +56,8 @@ def models(saved_model: Callable[..., tuple[Path, Any]], tmp_path_factory: pytes
     return {"released": released, "parallel": parallel}
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_steps_equal_those_over_a_resident_backbone(ranks: int, models: dict[str, Path], tmp_path: Path) -> None:
     cases = {
         1: _cases("taught", "released", loss=DISTILLED, dtype="bfloat16"),

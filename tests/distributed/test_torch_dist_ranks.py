@@ -32,9 +32,8 @@ def exchange(path: Path, checkpoint: Path, output: Path, tensor: int, pipeline: 
         return gpt_logits(model, tokens).tolist() if pipeline == 1 else None
 
 
-@pytest.mark.parametrize(
-    ("tensor", "pipeline", "tied"), [(2, 1, False), pytest.param(2, 2, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline", "tied"), [(2, 1, False), (2, 2, True)])
 def test_ranks_of_megatron_read_an_export_and_write_what_is_imported(
     tensor: int, pipeline: int, tied: bool, saved_model: Callable[..., tuple[Path, Any]], tmp_path: Path
 ) -> None:

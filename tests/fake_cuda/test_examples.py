@@ -28,9 +28,8 @@ def test_tuning_step(example: str, worker: Worker, capsys: pytest.CaptureFixture
     assert stage["phases"]["tuning"] == sum(stage["memory"].values()) == pytest.approx(result.peak, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "example", [pytest.param(name, marks=() if name == "llama2_70b" else pytest.mark.slow) for name in MODELS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("example", MODELS)
 def test_fit(example: str, worker: Worker) -> None:
     """On the first rank, which solves for the others."""
     result = worker.run(Fitting(example))
@@ -41,7 +40,7 @@ def test_fit(example: str, worker: Worker) -> None:
 @pytest.mark.parametrize(
     "example, mode",
     [
-        pytest.param(example, mode, marks=() if number % len(MODES) == MODES.index(mode) else pytest.mark.slow)
+        pytest.param(example, mode, marks=() if number == MODES.index(mode) else pytest.mark.slow)
         for number, example in enumerate(MODELS)
         for mode in MODES
     ],

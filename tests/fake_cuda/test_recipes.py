@@ -12,12 +12,9 @@ from .checks import problems
 from .runs import Tuning
 from .worker import Worker
 
-QUICK = "llama2_70b/one_gpu.yaml"
 
-
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe(recipe: str, worker: Worker) -> None:
     """All microbatches of a step, since streamed layers keep the hidden states of all of them."""
     result = worker.run(Tuning(recipe, processes=1, microbatches=16))

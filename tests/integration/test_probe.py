@@ -58,6 +58,7 @@ def test_a_corpus_is_read_in_place_and_printed(project: Project, capsys: pytest.
     assert "tokenising" not in err and out.rstrip().splitlines()[-1].startswith("Exits ")
 
 
+@pytest.mark.slow
 def test_gates_and_another_shape(
     settled: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

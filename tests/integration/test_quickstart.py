@@ -64,7 +64,8 @@ def check_report(out: Path, printed: str) -> None:
     assert "forecast, probe" in printed
 
 
-@pytest.mark.parametrize("chat", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", [True, False])
 def test_own_answers(
     chat: bool, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], saved_model: Any
 ) -> None:

@@ -31,7 +31,7 @@ SHARD = "shard-0000.safetensors"
 KILL = -signal.SIGKILL
 SLOW = pytest.mark.slow
 # Before, within and after what is written, and between two renames; at the others the state on disk is one of these.
-TELLING = ("save.shard", "save.manifest-done", "save.renamed", "replace.between")
+TELLING = ("save.shard", "save.manifest-done")
 POINTS = [name for name in NAMES if not name.startswith("convert.")]
 ASYNCHRONOUS = [True, pytest.param(False, marks=SLOW)]
 
@@ -133,7 +133,7 @@ def test_the_log_tells_of_saves(straight: Run) -> None:
     [
         *(pytest.param(point, True, marks=() if point in TELLING else SLOW) for point in POINTS),
         pytest.param("save.shard", False, marks=SLOW),
-        ("save.manifest-done", False),
+        pytest.param("save.manifest-done", False, marks=SLOW),
         pytest.param("save.renamed", False, marks=SLOW),
     ],
 )
@@ -196,7 +196,8 @@ def assert_fails(run: Run, file: str, reason: str, *arguments: object, file_size
     assert '"failed"' in (run.output / "status.json").read_text()
 
 
-@pytest.mark.parametrize("asynchronous", ASYNCHRONOUS)
+@SLOW
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_no_room_for_the_shard(asynchronous: bool, halfway: Run, straight: Run) -> None:
     """A limit on the size of files, which needs no privilege; it is met in the middle of the shard."""
     size = (halfway.checkpoints / "step-6" / SHARD).stat().st_size
@@ -219,7 +220,8 @@ def test_a_full_disk(asynchronous: bool, halfway: Run, straight: Run) -> None:
         assert_goes_on(halfway, straight, 6)
 
 
-@pytest.mark.parametrize("asynchronous", ASYNCHRONOUS)
+@SLOW
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_read_only_directory(asynchronous: bool, halfway: Run, straight: Run) -> None:
     with read_only(halfway.checkpoints):
         options = ("--checkpoint.asynchronous", asynchronous)

@@ -112,6 +112,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_validation_which_the_resumed_run_does_again(
     project: Any, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +396,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_resume_with_other_data_is_refused_or_allowed(project: Any, tmp_path: Path) -> None:
     """Corpora prepared anew under the same names, with as many tokens as before."""
     corpora = {"train": tmp_path / "a", "validation": tmp_path / "b"}

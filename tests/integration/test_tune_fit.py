@@ -76,9 +76,9 @@ def test_no_steps_give_exits_by_fitting_alone(tune: Run, tmp_path: Path) -> None
     [
         # Validation and the fit, the layers up to the deepest exit to tune, and threshold mode after the last step.
         ({}, [4, 3, 4]),
-        ({"validation": {"interval": 0, "acceptance": {"prompts": 0}}}, [4, 3]),
-        ({"validation": {"interval": 0, "free_running": True}}, [4]),
-        ({"loss": {"distillation": {"kl": 1.0, "top_k": 8}}}, [4]),
+        pytest.param({"validation": {"interval": 0, "acceptance": {"prompts": 0}}}, [4, 3], marks=pytest.mark.slow),
+        pytest.param({"validation": {"interval": 0, "free_running": True}}, [4], marks=pytest.mark.slow),
+        pytest.param({"loss": {"distillation": {"kl": 1.0, "top_k": 8}}}, [4], marks=pytest.mark.slow),
     ],
     ids=["default", "no prompts", "free running", "distillation"],
 )
@@ -98,6 +98,7 @@ def test_how_often_layers_are_loaded(
     assert loaded == expected
 
 
+@pytest.mark.slow
 def test_resuming(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run"
     assert tune(output)[0] == 0
@@ -136,6 +137,7 @@ def test_resuming(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not (output / "adapter-initial").exists() and not (start / "adapter-initial").exists()
 
 
+@pytest.mark.slow
 def test_exits_that_are_fitted_in_turns(tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory is short; the run is the same."""
     together, turns = tmp_path / "together", tmp_path / "turns"
@@ -149,6 +151,7 @@ def test_exits_that_are_fitted_in_turns(tune: Run, tmp_path: Path, monkeypatch: 
     assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_heads_are_tuned_behind_bodies_that_are_fitted_to_the_models_own(
     tune: Run, tmp_path: Path, project: Any
 ) -> None:

@@ -114,6 +114,7 @@ def test_gates_are_added_at_the_end(tune: Run, tmp_path: Path, monkeypatch: pyte
     assert all(torch.equal(found[name], tensor) for name, tensor in gates(third / "adapter-best").items())
 
 
+@pytest.mark.slow
 def test_a_run_that_distils_fits_gates_while_tuning(tune: Run, project: Any, tmp_path: Path) -> None:
     """Before each validation and save, once for a step, and every adapter has the gates of its own exits."""
     plain, output = tmp_path / "plain", tmp_path / "run"
@@ -163,7 +164,7 @@ def saved_gates(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_signal_ends_the_fit_of_gates_which_the_resumed_run_does_again(
     step: int, tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +193,7 @@ def test_a_signal_ends_the_fit_of_gates_which_the_resumed_run_does_again(
         assert same(found, expected)
 
 
+@pytest.mark.slow
 def test_gates_that_a_run_never_had_are_fitted_when_it_is_resumed(tune: Run, tmp_path: Path) -> None:
     straight, output = tmp_path / "straight", tmp_path / "run"
     assert tune(straight, **DISTILS)[0] == tune(output, gate=False, **DISTILS)[0] == 0

@@ -214,7 +214,7 @@ def test_exits_narrower_than_their_backbone(tmp_path: Path, saved_model: SavedMo
     check(wide, contents, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama3.1", "qwen2-window"])
+@pytest.mark.parametrize("family", ["llama3.1", pytest.param("qwen2-window", marks=pytest.mark.slow)])
 def test_assisted_generation(family: str, tmp_path: Path, load_stage: LoadStage) -> None:
     model = tiny_model(family, seed=2)
     sharpen(model)  # or it would say one token over and over

@@ -376,7 +376,9 @@ print(peak_memory() - before)
 """
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float32", "columns"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bfloat16", "float32")), "columns"]
+)
 def test_reading_takes_a_constant_over_the_tensor(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.safetensors"
     tensors = {"a": torch.ones(16_000, 2000, dtype=torch.bfloat16), "small": torch.ones(4, 4)}

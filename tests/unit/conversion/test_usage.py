@@ -113,6 +113,7 @@ def test_an_original_that_the_tools_do_not_read(released: Path, tmp_path: Path) 
     assert "megatron-ee convert" not in usage(tmp_path / "draft", str(released), open_contents(released))
 
 
+@pytest.mark.slow
 def test_the_python_runs_as_it_is(released: Path) -> None:
     code = sections(usage(released, str(released), open_contents(released)))["transformers"]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

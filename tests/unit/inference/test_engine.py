@@ -227,7 +227,7 @@ def assert_same_caches(row: StageSequence, reference: StageSequence) -> None:
 
 @pytest.mark.parametrize("mode", ["threshold", "speculative"])
 @pytest.mark.parametrize("bodies", BODIES)
-@pytest.mark.parametrize("family", ["llama3.1", "qwen2-window"])
+@pytest.mark.parametrize("family", [pytest.param("llama3.1", marks=pytest.mark.slow), "qwen2-window"])
 def test_caches_are_those_of_a_pass_of_all_tokens_through_all_layers(
     family: str, bodies: str, mode: Any, exit_stage: MakeStage
 ) -> None:

@@ -95,7 +95,7 @@ def restricted(saved_model: Callable[..., tuple[Path, Any]], load_stage: Callabl
     return stage
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [pytest.param(Sampling(), marks=pytest.mark.slow), DRAWN], ids=["greedy", "drawn"])
 def test_drafts_from_some_of_the_vocabulary(sampling: Sampling, restricted: Stage) -> None:
     """Proposals are candidates, the full model's own tokens any; neighbours that are no drafts change nothing."""
     full = [Request(prompt=prompt, sampling=sampling, max_tokens=60) for prompt in PROMPTS]
@@ -178,8 +178,10 @@ def alone(stage: Stage) -> list[list[Completion]]:
     return [generate(stage, [request])[0] for request in mixed_requests()]
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 3, 32])
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("order", "max_num_seqs"),
+    [(1, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (1, 32), (-1, 1), (-1, 3), (-1, 32)))],
+)
 def test_rows_do_not_depend_on_their_neighbours(
     order: int, max_num_seqs: int, stage: Stage, alone: list[list[Completion]]
 ) -> None:
@@ -213,7 +215,7 @@ def test_adaptive_rows_say_the_same_beside_others(stage: Stage, alone: list[list
     ],
     ids=["full", "threshold", "speculative"],
 )
-@pytest.mark.parametrize("max_num_seqs", [1, 2, 8])
+@pytest.mark.parametrize("max_num_seqs", [*(pytest.param(count, marks=pytest.mark.slow) for count in (1, 8)), 2])
 @pytest.mark.parametrize("prompt", [PROMPTS[2], PROMPTS[1]], ids=["22 tokens", "1 token"])
 def test_samples_are_requests_with_the_next_seeds(
     prompt: list[int], max_num_seqs: int, fields: dict[str, Any], stage: Stage

@@ -537,6 +537,7 @@ def test_refuses_exits_of_another_backbone(
     assert "exits fit only the weights they were tuned on" in err
 
 
+@pytest.mark.slow
 def test_as_a_process(byte_model: Path, adapter: Path) -> None:
     """Nothing but the result on stdout, nothing but progress on stderr."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

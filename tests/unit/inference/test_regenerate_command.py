@@ -314,6 +314,7 @@ def test_a_finished_file_is_replaced_only_on_demand(
     assert output.read_bytes() != before
 
 
+@pytest.mark.slow
 def test_sigterm_while_it_works(chat_model: Path, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "prompts.jsonl", *({"prompt": f"tell {n}"} for n in range(150)))
     output = tmp_path / "answers.jsonl"

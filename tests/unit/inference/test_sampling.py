@@ -426,7 +426,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("drafts", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("case", CASES)
 def test_speculation_keeps_the_targets_distribution(case: str, drafts: int) -> None:
     """Whole texts of three tokens, so that what follows a replacement and a full acceptance counts too."""

@@ -43,6 +43,7 @@ print(optimizer.param_groups[0]["lr"], "torch._dynamo" in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spared", [True, False])
 def test_an_optimizer_does_not_load_torchs_compiler(spared: bool) -> None:
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")

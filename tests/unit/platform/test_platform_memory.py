@@ -51,7 +51,10 @@ print(held() - before)
 
 @cpu_only
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-@pytest.mark.parametrize(("hidden", "elements"), [(64, 2**21), (4096, 3 * 2**17)])  # of 8 and 1.5 MB
+@pytest.mark.parametrize(
+    ("hidden", "elements"),
+    [(64, 2**21), pytest.param(4096, 3 * 2**17, marks=pytest.mark.slow)],  # of 8 and 1.5 MB
+)
 def test_freed_tensors_go_back_to_the_system(hidden: int, elements: int) -> None:
     code = RETAINED.replace("CALL", f"platform.return_freed_memory({hidden})").replace("2**21", str(elements))
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)

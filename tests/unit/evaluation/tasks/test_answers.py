@@ -69,7 +69,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("count", [2, 9, 24])
+@pytest.mark.parametrize("count", [9, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 24))])
 def test_an_interrupted_run_is_continued(
     count: int, engine: Engine, records: list[TaskRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -343,6 +343,7 @@ print(json.dumps([sum(t.nbytes for t in backbone.values()), exported - before, p
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
