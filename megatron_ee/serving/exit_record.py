@@ -15,6 +15,8 @@ from megatron_ee.inference.requests import Completion, Coverage, Mode
 
 BINS = 10
 """Equal bins of confidences, from 0 to 1."""
+OTHER = "other"
+"""Task of the requests that have none."""
 Status = Literal["ok", "error", "cancelled", "timeout"]
 Tier = Literal["default", "important"]
 Count = Annotated[int, Field(ge=0)]
@@ -31,7 +33,7 @@ class ExitRecord(AuditRecord):
         audit: the result of its audit; None if it was not audited.
         time: of its admission, ISO 8601 in UTC.
         key: name of the API key, never the key; None without keys.
-        task: its task.
+        task: its task, or ``OTHER``.
         mode: it ran in.
         policy: name of the policy or rule that applied; None in full mode.
         tier: ``important`` if it was marked so.

@@ -11,7 +11,7 @@ from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.config.validation import validated
 from megatron_ee.errors import ConfigError, DataError, UserError
-from megatron_ee.evaluation.page.task_file import ANSWERS, TASKS, Excerpt, Sha256, TaskFile, read_task_file
+from megatron_ee.evaluation.page.task_file import ANSWERS, TASKS, Excerpt, TaskFile, read_task_file
 from megatron_ee.inference.certificate import Certificate, read_certificate
 from megatron_ee.model.quality import Quality
 
@@ -46,8 +46,8 @@ class CorpusFile:
     sha256: str
     quality: Quality
     speed: tuple[TimedMode, ...]
-    model_sha256: Sha256
-    adapter_sha256: Sha256
+    model_sha256: str | None
+    adapter_sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Measurements:
     plan: PlanFile | None = None
 
     @property
-    def adapter_sha256(self) -> Sha256:
+    def adapter_sha256(self) -> str | None:
         """Digest of the exits that were measured, from the first file that tells."""
         digests = [
             *(each.content.adapter_sha256 for each in self.tasks),
@@ -230,7 +230,7 @@ def _content(path: Path, kind: Any, otherwise: str) -> Any:
         raise DataError(f"{path}: {otherwise}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def check_one_model(owners: Sequence[tuple[str, Mapping[str, Sha256]]]) -> None:
+def check_one_model(owners: Sequence[tuple[str, Mapping[str, str | None]]]) -> None:
     """Refuse files about different models, exits or tokenizers.
 
     Args:

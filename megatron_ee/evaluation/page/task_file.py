@@ -19,7 +19,6 @@ from megatron_ee.evaluation.tasks.results import BASELINE, SettingResult
 
 TASKS, ANSWERS = "tasks.json", "answers.jsonl"
 """Files that ``evaluate --tasks --output`` writes."""
-Sha256 = str | None
 
 
 class Excerpt(Strict):
@@ -75,8 +74,8 @@ class _TasksContent(Excerpt):
     model: str
     adapter: str | None
     model_sha256: str
-    adapter_sha256: Sha256
-    tokenizer_sha256: Sha256 = None
+    adapter_sha256: str | None
+    tokenizer_sha256: str | None = None
     settings: tuple[ComparedSetting, ...] = Field(min_length=1)
     overall: Mapping[str, SettingResult]
     tasks: Mapping[str, Mapping[str, SettingResult]]
@@ -115,7 +114,7 @@ class TaskFile:
     content: _TasksContent
     groups: Mapping[str, GroupComparison]
     answers: Path | None
-    calibration_sha256: Sha256
+    calibration_sha256: str | None
 
     @property
     def modes(self) -> dict[str, str]:

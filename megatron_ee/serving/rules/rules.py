@@ -22,7 +22,8 @@ from megatron_ee.inference.certificate import Calibration, Decoding
 from megatron_ee.inference.policy import ExitPolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Coverage, Draft, Mode, Request
 from megatron_ee.serving.access import Key
-from megatron_ee.serving.rules.rules_file import OTHER, ImportantRule, KeyRule, ModeRule
+from megatron_ee.serving.exit_record import OTHER
+from megatron_ee.serving.rules.rules_file import ImportantRule, KeyRule, ModeRule
 from megatron_ee.serving.rules.task_plans import Fallback, ModelExits, TaskPlan, TaskPlans, read_plans, with_policy
 
 _DRIFTED = "drift: audits say that the certificate is no longer kept"

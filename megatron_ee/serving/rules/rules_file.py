@@ -29,8 +29,6 @@ from megatron_ee.inference.policy import AnyPolicy, ExitPolicy, ThresholdPolicy
 from megatron_ee.inference.requests import Draft, Layers, Mode
 
 MAX_BYTES = 2**20
-OTHER = "other"
-"""Task of the requests that have none, in logs and metrics."""
 OnAlarm = Literal["full", "safer"]
 TaskName = Annotated[str, Field(min_length=1, max_length=100)]
 

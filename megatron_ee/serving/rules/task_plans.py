@@ -12,8 +12,8 @@ from megatron_ee.errors import ConfigError, shown
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.policy import ExitPolicy
 from megatron_ee.inference.requests import Draft, Request
+from megatron_ee.serving.exit_record import OTHER
 from megatron_ee.serving.rules.rules_file import (
-    OTHER,
     DefaultRule,
     KeyRule,
     ModeRule,
