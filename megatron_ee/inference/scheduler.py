@@ -436,9 +436,12 @@ class Scheduler:
         if len(self.stages) > 1 and seq.drafting.plans_by_time:
             # Stages run concurrently, so a round is measured from its start to its end.
             seq.drafting.set_seconds(self.broadcast_seconds(seq.drafting.elapsed(time.perf_counter())))
-        judged, accepted = seq.drafting.end_round(emitted)
-        seq.num_draft_tokens += judged
-        seq.num_accepted_tokens += accepted
+        made, judged, accepted = seq.drafting.end_round(emitted)
+        seq.num_draft_tokens += made
+        seq.num_judged_tokens += judged
+        counts = seq.num_accepted_tokens_per_pos
+        counts += [0] * (accepted - len(counts))
+        counts[:accepted] = [count + 1 for count in counts[:accepted]]
         seq.spec_token_ids = []
 
     def _learn_time(self, pending: _PendingPass) -> None:

@@ -81,8 +81,9 @@ class Sequence:
         exit_history: input of the exit policy.
         spec_token_ids: proposals that are not verified yet.
         drafting: state of speculative mode; None in other modes.
-        num_draft_tokens: number of proposals judged.
-        num_accepted_tokens: number of proposals accepted.
+        num_draft_tokens: number of proposals verified.
+        num_judged_tokens: number of them up to the first rejected one of each round.
+        num_accepted_tokens_per_pos: number accepted, by their place among the proposals of a round.
         parent: number of the sequence from which it will copy the prompt's KV; None for none.
         num_passes_waited: passes of other sequences since its last one.
         admitted: when it was first admitted, in seconds of ``time.perf_counter``; None before.
@@ -109,7 +110,8 @@ class Sequence:
     spec_token_ids: list[int] = field(default_factory=list)
     drafting: DraftState | None = None
     num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
+    num_judged_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     parent: int | None = None
     num_passes_waited: int = 0
     admitted: float | None = None
@@ -121,6 +123,11 @@ class Sequence:
     def in_flight(self) -> bool:
         """Whether it is in a pass whose head outputs are pending."""
         return self.status is Status.IN_FLIGHT
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Number of proposals accepted."""
+        return sum(self.num_accepted_tokens_per_pos)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -297,14 +297,14 @@ class DraftState:
         self._confidences.append(confidence)
         return True
 
-    def end_round(self, emitted: Sequence[int]) -> tuple[int, int]:
+    def end_round(self, emitted: Sequence[int]) -> tuple[int, int, int]:
         """Finish the round and record its results.
 
         Args:
             emitted: the accepted proposals and one more token.
 
         Returns:
-            The number of proposals that were judged, and the number accepted.
+            The number of proposals, the number up to the first rejected one, and the number accepted.
         """
         assert self.plan is not None
         accepted, made, backed_off = len(emitted) - 1, len(self._confidences), self._backs_off
@@ -322,7 +322,7 @@ class DraftState:
         if self._seconds > 0 and (accepted or not backed_off):
             self._drafter.learn(self.plan, self._num_seqs, made, len(emitted), self._seconds)
         self.abort_round()
-        return judged, accepted
+        return made, judged, accepted
 
     def abort_round(self) -> None:
         """Discard the current round."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
@@ -19,15 +20,13 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 import megatron_ee
-from megatron_ee.inference.requests import Completion, Request
-from megatron_ee.serving.exit_record import BINS, ExitRecord
+from megatron_ee.inference.requests import MAX_DRAFT, Completion, Request
+from megatron_ee.serving.exit_record import BINS, OTHER, ExitRecord
 
 if TYPE_CHECKING:
     from megatron_ee.evaluation.drift.monitor import DriftMonitor
     from megatron_ee.serving.engine_loop import LoopState
 
-OTHER = "other"
-"""Label of a task that is not configured, and of an answer's status that ``REFUSALS`` does not have."""
 FINAL = "final"
 """Label of the final exit."""
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -55,6 +54,8 @@ class RequestFigures:
         queue_time: seconds until its first output was admitted; None if none was.
         decode_time: seconds from the first to the last token, of the output with the longest.
         intervals: seconds between two steps in which an output emitted tokens.
+        draft_tokens: proposals of speculative mode.
+        accepted_per_position: accepted ones, by their place in a round.
     """
 
     samples: int
@@ -63,6 +64,8 @@ class RequestFigures:
     queue_time: float | None
     decode_time: float
     intervals: Sequence[float]
+    draft_tokens: int
+    accepted_per_position: Sequence[int]
 
 
 def request_figures(request: Request, completions: Sequence[Completion], intervals: Sequence[float]) -> RequestFigures:
@@ -76,6 +79,10 @@ def request_figures(request: Request, completions: Sequence[Completion], interva
         queue_time=min(waits, default=None),
         decode_time=max((each["decode_time"] for each in statistics), default=0.0),
         intervals=intervals,
+        draft_tokens=sum(each["drafted"] for each in statistics),
+        accepted_per_position=[
+            sum(counts) for counts in zip_longest(*(each["accepted_per_position"] for each in statistics), fillvalue=0)
+        ],
     )
 
 
@@ -142,6 +149,13 @@ class Metrics:
         self._drafts = counter("spec_decode_num_drafts", "Rounds of drafting.")
         self._draft_tokens = counter("spec_decode_num_draft_tokens", "Tokens that exits drafted.")
         self._accepted_tokens = counter("spec_decode_num_accepted_tokens", "Drafted tokens that the model accepted.")
+        by_position = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that the model accepted, by their place in the draft, from 0.",
+            (*LABELS, "position"),
+            registry=self.registry,
+        )
+        self._accepted_per_position = [by_position.labels(*values, str(place)) for place in range(MAX_DRAFT)]
         self._preemptions, self._num_preempted = counter("num_preemptions", "Preemptions of sequences."), 0
         finished = Counter(
             "vllm:request_success", "Requests that ended.", (*LABELS, "finished_reason"), registry=self.registry
@@ -243,8 +257,10 @@ class Metrics:
         self._cache_hits.inc(record.reused_tokens)
         self._generation_tokens.inc(record.tokens)
         self._drafts.inc(record.rounds)
-        self._draft_tokens.inc(record.proposed)
+        self._draft_tokens.inc(figures.draft_tokens)
         self._accepted_tokens.inc(record.accepted)
+        for accepted, count in zip(self._accepted_per_position, figures.accepted_per_position, strict=False):
+            accepted.inc(count)
         self._request_prompt.observe(record.prompt_tokens)
         self._request_generation.observe(record.tokens)
         self._latency.observe(record.seconds)

@@ -36,7 +36,14 @@ from megatron_ee.testing.ranks import free_port
 MONITORING = Path(__file__).resolve().parents[2] / "examples/monitoring"
 DASHBOARD = MONITORING / "grafana/dashboards/megatron_ee.json"
 FIGURES = RequestFigures(
-    samples=1, max_tokens=64, most_tokens=8, queue_time=0.01, decode_time=0.35, intervals=(0.05,) * 7
+    samples=1,
+    max_tokens=64,
+    most_tokens=8,
+    queue_time=0.01,
+    decode_time=0.35,
+    intervals=(0.05,) * 7,
+    draft_tokens=8,
+    accepted_per_position=(3, 1),
 )
 NAME = re.compile(r"\b(?:(?:vllm|megatron_ee|task):|process_)\w+(?::\w+)?")
 

@@ -69,6 +69,9 @@ def test_speculative_mode_says_what_full_mode_says(exit_: int | None, length: in
             assert one.logprobs.top == pytest.approx(other.logprobs.top, abs=1e-3)
         figures = ours.statistics
         assert (figures["proposed"] > 0) == (length != 0)
+        per_position = figures["accepted_per_position"]
+        assert sum(per_position) == figures["accepted"] <= figures["proposed"] <= figures["drafted"]
+        assert per_position == sorted(per_position, reverse=True)
         if length is not None and exit_ is not None:
             by_exit = Counter(token.layer for token in ours.tokens)
             assert by_exit[exit_] <= figures["accepted"] and by_exit.total() == TOKENS
@@ -78,12 +81,17 @@ def test_speculative_mode_says_what_full_mode_says(exit_: int | None, length: in
 def test_some_proposals_are_accepted_and_some_rejected(stage: Stage) -> None:
     """What the equality above rests on happens: whole drafts, parts of them and none are taken."""
     accepted: Counter[int] = Counter()
+    per_position: Counter[int] = Counter()
     for prompt in PROMPTS:
         engine = make_engine(stage)
         number = engine.submit(Request(prompt=prompt, mode="speculative", draft=Draft(exit=3, length=3), max_tokens=60))
         for event in engine.stream(number):
             accepted[len(event.tokens) - 1] += 1
+            if event.completion is not None:
+                per_position.update(dict(enumerate(event.completion.statistics["accepted_per_position"])))
     assert min(accepted[count] for count in range(4)) > 0, accepted
+    for place in range(3):
+        assert per_position[place] == sum(count for length, count in accepted.items() if length > place)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ VLLM = {
     "vllm:spec_decode_num_drafts": "counter",
     "vllm:spec_decode_num_draft_tokens": "counter",
     "vllm:spec_decode_num_accepted_tokens": "counter",
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "counter",
     "vllm:request_prompt_tokens": "histogram",
     "vllm:request_generation_tokens": "histogram",
     "vllm:time_to_first_token_seconds": "histogram",
@@ -44,7 +45,14 @@ VLLM = {
     "vllm:request_params_n": "histogram",
 }
 FIGURES = RequestFigures(
-    samples=2, max_tokens=64, most_tokens=3, queue_time=0.04, decode_time=0.3, intervals=(0.01, 0.29)
+    samples=2,
+    max_tokens=64,
+    most_tokens=3,
+    queue_time=0.04,
+    decode_time=0.3,
+    intervals=(0.01, 0.29),
+    draft_tokens=8,
+    accepted_per_position=(2, 1, 1),
 )
 
 
@@ -114,7 +122,7 @@ def test_a_request_moves_the_counters() -> None:
         "vllm:generation_tokens_total": 10,
         "vllm:prefix_cache_hits_total": 10,
         "vllm:spec_decode_num_drafts_total": 4,
-        "vllm:spec_decode_num_draft_tokens_total": 12,
+        "vllm:spec_decode_num_draft_tokens_total": 16,
         "vllm:spec_decode_num_accepted_tokens_total": 8,
         "vllm:time_to_first_token_seconds_count": 2,
         "vllm:request_time_per_output_token_seconds_sum": 2 * 0.4 / 4,
@@ -131,6 +139,8 @@ def test_a_request_moves_the_counters() -> None:
         "vllm:request_params_n_sum": 2 * 2,
     }.items():
         assert value(metrics, name) == pytest.approx(expected), name
+    per_position = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [value(metrics, per_position, position=str(place)) for place in range(4)] == [4, 2, 2, 0]
     assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 1
     assert value(metrics, "vllm:request_success_total", finished_reason="length") == 1
     assert value(metrics, "megatron_ee:exit_tokens_total", exit="4", task="inquiries") == 3
