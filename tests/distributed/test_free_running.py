@@ -132,7 +132,7 @@ def test_every_validation_is_the_engine_s(
 
 
 @pytest.mark.parametrize(
-    "world_size, parallel", [pytest.param(1, {}, marks=pytest.mark.slow), (2, {"pipeline": 2})], ids=["one", "pipeline"]
+    "world_size, parallel", [(1, {}), pytest.param(2, {"pipeline": 2}, marks=pytest.mark.slow)], ids=["one", "pipeline"]
 )
 def test_by_default_it_is_measured_at_the_end(
     world_size: int, parallel: dict[str, Any], project: Project, held_out: Path, tmp_path: Path

@@ -129,7 +129,7 @@ def alone(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.mark.parametrize(
     ("world_size", "more"),
-    [(2, False), (3, False), *(pytest.param(4, more, marks=pytest.mark.slow) for more in (False, True))],
+    [(2, False), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((3, False), (4, False), (4, True)))],
 )
 def test_layouts_compute_what_one_process_does(
     world_size: int, more: bool, models: Models, alone: dict[str, Outcome], tmp_path: Path

@@ -47,6 +47,7 @@ def check(found: dict[str, Any], gpus: int) -> None:
     assert found["best"][0]["step_seconds"] <= run["step_seconds"]
 
 
+@pytest.mark.slow
 def test_two_ranks(run: Path) -> None:
     first, second = run_ranks(2, planned, run, "--parallel.tensor", "2")
     assert second == ""

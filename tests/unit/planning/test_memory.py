@@ -164,8 +164,6 @@ MODEL = parse_architecture(
         "vocab_size": 4000,
     }
 )
-BFLOAT16 = (8,)
-"""Of these; others in bfloat16, which is slow on many CPUs, are slow tests."""
 KEEP_INITIAL = (512,)
 """Chunks of tokens for which the steps also decay towards the initial values."""
 
@@ -173,8 +171,8 @@ KEEP_INITIAL = (512,)
 @pytest.mark.parametrize(
     ("specs", "chunk_tokens", "graph_tokens", "kl", "dtype"),
     [
-        pytest.param(*step, dtype, marks=() if dtype == "float32" or number in BFLOAT16 else pytest.mark.slow)
-        for number, step in enumerate(STEPS)
+        pytest.param(*step, dtype, marks=() if dtype == "float32" else pytest.mark.slow)
+        for step in STEPS
         for dtype in ("float32", "bfloat16")
     ],
 )
