@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ee import platform
-from megatron_ee.errors import ConfigError, shown
+from megatron_ee.errors import ConfigError, first_line, shown
 from megatron_ee.parallel.agreement import together
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def joined_processes(
     alone is a world of one, without any network; ``alone``: in any case.
 
     Raises:
-        ConfigError: a variable that launchers set is missing or invalid.
+        ConfigError: a variable that launchers set is missing or invalid, or the processes do not meet.
     """
     platform.quiet_runtime()
     platform.warn_if_busy()
@@ -150,7 +150,14 @@ def joined_processes(
     backend, timeout = platform.communication_backend(), timedelta(minutes=timeout_minutes)
     if not alone and "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         _check_launcher()
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ConfigError(
+                f"MASTER_ADDR, MASTER_PORT: the processes cannot meet at {where}: {first_line(error)}; if another "
+                "program uses this port, choose another one"
+            ) from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
@@ -166,7 +173,8 @@ def _check_launcher() -> None:
             raise ConfigError(f"{variable}: not in the environment, but RANK and MASTER_ADDR are; {HOW_TO_LAUNCH}")
     if launched_rank() >= world_size():
         raise ConfigError(f"RANK: must be below WORLD_SIZE {world_size()}, not {launched_rank()}; {HOW_TO_LAUNCH}")
-    _launched("MASTER_PORT", 0)
+    if not 0 < (port := _launched("MASTER_PORT", 0)) < 2**16:
+        raise ConfigError(f"MASTER_PORT: must be from 1 to 65535, not {port}; {HOW_TO_LAUNCH}")
 
 
 @contextlib.contextmanager

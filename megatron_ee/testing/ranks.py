@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing  # noqa: TID251  with the processes it starts
 import os
+import secrets
 import socket
 import traceback
 from collections.abc import Callable
@@ -82,10 +84,15 @@ def run_command(arguments: list[str], environment: dict[str, str], stderr: str) 
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A TCP port that nothing listens on.
+
+    It is below those that Linux gives to sockets by itself: before it is used, other ranks open many of these.
+    """
+    while True:
+        port = 15_000 + secrets.randbelow(17_000)  # not ``random``, which tests seed
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def _run(

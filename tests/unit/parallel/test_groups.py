@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_ee import platform
 from megatron_ee.errors import ConfigError
 from megatron_ee.parallel.groups import Groups, collective_minutes, joined_processes, world_size
+from megatron_ee.testing.ranks import free_port
 
 
 def test_a_world_of_one(groups: Groups) -> None:
@@ -39,6 +40,7 @@ def test_world_size_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -
         ({"WORLD_SIZE": ""}, "WORLD_SIZE: must be a whole number"),
         ({"MASTER_PORT": "y"}, "MASTER_PORT: must be a whole number"),
         ({"MASTER_PORT": None}, "MASTER_PORT: not in the environment, but RANK and MASTER_ADDR are"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT: must be from 1 to 65535, not 99999"),
         ({"WORLD_SIZE": None}, "WORLD_SIZE: not in the environment"),
     ],
 )
@@ -53,6 +55,26 @@ def test_what_launchers_set_is_checked(
             monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"^{message}"), joined_processes():
         pass
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    code = """
+from megatron_ee.errors import ConfigError
+from megatron_ee.parallel.groups import joined_processes
+try:
+    with joined_processes():
+        pass
+except ConfigError as error:
+    print(error)
+"""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        process = run(code, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        out, err = process.communicate(timeout=120)
+    assert out.startswith(f"MASTER_ADDR, MASTER_PORT: the processes cannot meet at 127.0.0.1:{port}: "), err
+    assert "address already in use" in out and out.endswith("choose another one\n")
 
 
 def test_collectives_end_after_the_watchdog_has_named_a_lost_rank() -> None:
@@ -132,10 +154,12 @@ with process_groups(tensor=2, timeout_minutes=7) as groups:
     dist.all_reduce(total, group=groups.tensor)
     print(groups.rank, groups.is_main, groups.tensor.size(), groups.data.size(), int(total), *sorted(limits))
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     processes = [run(code, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
     outcomes = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outcomes
