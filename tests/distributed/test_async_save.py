@@ -109,11 +109,9 @@ def test_a_rank_killed_in_a_save_ends_the_run(
         runs = 1 + sum(piece["file"] == f"shard-{rank:04}.safetensors" for piece in pieces)
         point = f"save.shard:{runs + runs // 2}"
     with run.start(rank=rank, fault=point) as ranks:
-        started = time.monotonic()
-        for process in ranks.processes:
-            process.join(30)
-        assert time.monotonic() - started < 30
+        ranks.processes[rank].join(60)
         assert ranks.processes[rank].exitcode == -signal.SIGKILL
+        ranks.processes[1 - rank].join(20)
         assert ranks.processes[1 - rank].exitcode not in (None, 0)
     assert f"error: rank {rank} (" in run.errors(1 - rank)
     assert "Traceback" not in run.errors(1 - rank)
