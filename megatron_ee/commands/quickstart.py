@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ee.commands import MODEL_DTYPES, Parser, at_least
-from megatron_ee.errors import DataError
+from megatron_ee.errors import ConfigError, DataError
 from megatron_ee.tuning.interrupt import watch_signals
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ STEPS = 20
 PROBE_MINUTES = 2
 AGREEMENT = 0.995
 PROMPTS = 2
+REPLACED = ("model", "tuning", "copied", "data")
+"""Directories in --out that a run replaces."""
 MADE = {
     "model": "the model, from its GGUF file",
     "answers.jsonl": "its answers to the prompts",
@@ -82,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_input("--base", arguments.base)
     check_input("--prompts", arguments.prompts)
     check_input("--data", arguments.data)
+    _check_replaced(arguments)
     from megatron_ee import platform
     from megatron_ee.checkpoint.saved_model import open_model
 
@@ -145,6 +148,27 @@ def run(arguments: argparse.Namespace) -> int:
     digests = {"backbone_sha256_before": before, "backbone_sha256_after": model.digest(fresh=True)}
     _report(out, adapter, copies, digests, time.time() - started)
     return 0
+
+
+def _check_replaced(arguments: argparse.Namespace) -> None:
+    """Refuse inputs that this run would replace, and results that are no earlier quickstart's.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    from megatron_ee.checkpoint.ownership import MARKER, check_new
+
+    out = arguments.out
+    replaced = [out / name for name in (*REPLACED, *(["answers.jsonl"] if arguments.prompts is not None else []))]
+    for option in ("base", "data", "prompts"):
+        path = getattr(arguments, option)
+        if path is not None and any(path.resolve().is_relative_to(each.resolve()) for each in replaced):
+            raise ConfigError(
+                f"--{option}: {path} is among the results in --out, which are replaced; choose another --out"
+            )
+    if not (out / MARKER).exists():
+        for each in replaced:
+            check_new(each, "--out")  # such as a run of tune, whose marker check_output accepts
 
 
 def _command(*words: object) -> None:

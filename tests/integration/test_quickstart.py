@@ -179,6 +179,40 @@ def test_a_directory_of_others_is_kept(
     assert [path.name for path in out.rglob("*")] == ["tuning", "mine"]
 
 
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [("--base", "model"), ("--base", "copied"), ("--data", "data/train.jsonl"), ("--prompts", "answers.jsonl")],
+)
+def test_inputs_among_the_results_are_kept(
+    option: str, place: str, project: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An earlier quickstart's --out holds them, and a link to them is no other place."""
+    out, link = tmp_path / "out", tmp_path / "link"
+    (out / place).parent.mkdir(parents=True)
+    (out / ".megatron-ee.json").write_text('{"made_by": "quickstart"}')
+    shutil.copytree(project.model, out / place) if option == "--base" else shutil.copy(text, out / place)
+    link.symlink_to(out / place)
+    before = sorted(out.rglob("*"))
+    for given in (out / place, link):
+        inputs = {"--base": project.model, "--out": out, **({} if option == "--prompts" else {"--data": text})}
+        words = [str(word) for pair in {**inputs, option: given}.items() for word in pair]
+        assert main(["quickstart", *words]) == 2
+        refusal = f"{option}: {given} is among the results in --out, which are replaced; choose another --out"
+        assert refusal in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_run_of_tune_alone_is_kept(
+    project: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = tmp_path / "out" / "tuning"
+    tuning.mkdir(parents=True)
+    (tuning / ".megatron-ee.json").write_text('{"made_by": "tune"}')
+    given = ["--base", project.model, "--data", text, "--out", tmp_path / "out"]
+    assert main(["quickstart", *map(str, given)]) == 2
+    assert f"--out: {tuning} exists already" in capsys.readouterr().err and tuning.is_dir()
+
+
 @pytest.mark.slow
 @cpu_only
 def test_a_slow_dtype_is_told(
