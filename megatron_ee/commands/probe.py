@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from megatron_ee.commands import Parser
 from megatron_ee.commands.engine_options import add_model, add_parallel
+from megatron_ee.data.read import JSON_LINES
 from megatron_ee.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_ee.evaluation.probe.shape import Shape
 
-TEXTS = (".txt", ".jsonl", ".ndjson", ".json")
+TEXTS = (".txt", *JSON_LINES)
 DESCRIPTION = """Before tuning: fit exits after the layers of a model on your text, measure how often they agree with
 the final exit and how long a layer and a head take here, and forecast the speed of threshold and speculative mode.
 Prints the exits to tune as a block of a configuration, or why exits will not pay. Under torchrun the model is split

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_replaced(arguments)
     from megatron_ee import platform
     from megatron_ee.checkpoint.saved_model import open_model
+    from megatron_ee.data.read import is_chat
 
     started = arguments.started or time.time()
     out, base = arguments.out, arguments.base
@@ -116,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         limits = ("--max-tokens", ANSWER_TOKENS, "--max-num-seqs", NUM_SEQS)
         _command("regenerate", "--model", base, "--dtype", dtype, *answers, *limits)
     parts = _split(data, out / "data")
-    chat = ("--chat",) if _is_chat(data) else ()
+    chat = ("--chat",) if is_chat(data) else ()
     for part in parts:
         prepared = ("--input", part, "--tokenizer", base, "--output", part.with_suffix(""))
         _command("prepare-data", *prepared, *chat, "--overwrite")
@@ -137,10 +139,13 @@ def run(arguments: argparse.Namespace) -> int:
         texts = [arguments.prompt]
     else:
         texts = _questions(parts[1]) if chat else _beginnings(out / "data" / "held_out", base)
-    prompts = [word for text in texts for word in ("--prompt", text)]
-    threshold = _threshold(out / "evaluation" / "evaluation.json")
-    shown = ("--max-tokens", ANSWER_TOKENS, "--threshold", threshold, "--compare")
-    _command("generate", *exits, *prompts, *chat, *shown)
+    if texts:
+        prompts = [f"--prompt={text}" for text in texts]  # in one word, since a text may begin with a dash
+        threshold = _threshold(out / "evaluation" / "evaluation.json")
+        shown = ("--max-tokens", ANSWER_TOKENS, "--threshold", threshold, "--compare")
+        _command("generate", *exits, *prompts, *chat, *shown)
+    else:
+        print("\nno held-out text gives a prompt, so generate is left out; give one with --prompt")
 
     as_copied = json.dumps([{**exit_, "init": "copy"} for exit_ in EXITS])
     _command("convert", "--input", base, "--output", copied, "--to", "adapter", "--exits", as_copied)
@@ -199,11 +204,6 @@ def _split(file: Path, directory: Path) -> tuple[Path, Path]:
     return train, held_out
 
 
-def _is_chat(file: Path) -> bool:
-    """Whether a file's lines are conversations. prepare-data checks them all."""
-    return file.suffix == ".jsonl" and '"messages"' in _read(file).partition("\n")[0]
-
-
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
@@ -233,10 +233,11 @@ def _write_config(out: Path, base: Path, dtype: str, length: int, steps: int) ->
 
 
 def _questions(conversations: Path) -> list[str]:
-    """The first user's messages of some held-out conversations, as prompts."""
-    lines = _read(conversations).rstrip("\n").split("\n")[:PROMPTS]
-    messages = [json.loads(line)["messages"] for line in lines]
-    return [next(turn["content"] for turn in turns if turn["role"] == "user") for turns in messages]
+    """The first user's messages of some held-out conversations, as prompts. Some conversations have none in text."""
+    lines = (line for line in _read(conversations).split("\n") if line.strip())
+    turns = ([turn for turn in json.loads(line)["messages"] if turn["role"] == "user"] for line in lines)
+    asked = (users[0].get("content") for users in turns if users)
+    return list(islice((text for text in asked if isinstance(text, str) and text.strip()), PROMPTS))
 
 
 def _beginnings(corpus: Path, base: Path) -> list[str]:
@@ -249,7 +250,8 @@ def _beginnings(corpus: Path, base: Path) -> list[str]:
     documents = [opened.tokens[number] for number in range(min(PROMPTS, len(opened.tokens)))]
     # A short document may end within these tokens. Its end-of-text token is not part of the prompt.
     beginnings = [[int(token) for token in document[:24] if token != tokenizer.eos_id] for document in documents]
-    return [tokenizer.decode(tokens) for tokens in beginnings if tokens]
+    texts = [tokenizer.decode(tokens) for tokens in beginnings]
+    return [text for text in texts if text.strip()]
 
 
 def _threshold(evaluation: Path) -> float:

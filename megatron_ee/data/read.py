@@ -5,6 +5,7 @@ The pieces depend only on the files, so the corpus does not depend on the number
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,26 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A text is cut where a line ends and the next begins without white space: no tokenizer joins tokens across this point.
 _CUT = re.compile(rb"\n(?=[^\s])")
+
+
+def is_chat(path: Path) -> bool:
+    """Whether a file is of JSON lines, and its first one, blank lines aside, is an object with ``messages``.
+
+    Other errors than those of reading are left to the tokenisation.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if path.suffix not in JSON_LINES:
+        return False
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            first = json.loads(next((line for line in file if line.strip()), ""))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and "messages" in first
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_ee import platform
 from megatron_ee.commands.main import main
-from megatron_ee.commands.quickstart import _beginnings
+from megatron_ee.commands.quickstart import _beginnings, _questions
 from megatron_ee.platform import accelerator
 from megatron_ee.testing.gguf_files import write_model
 
@@ -211,6 +211,37 @@ def test_a_run_of_tune_alone_is_kept(
     given = ["--base", project.model, "--data", text, "--out", tmp_path / "out"]
     assert main(["quickstart", *map(str, given)]) == 2
     assert f"--out: {tuning} exists already" in capsys.readouterr().err and tuning.is_dir()
+
+
+def test_conversations_without_a_question_give_no_prompt(tmp_path: Path) -> None:
+    path, answer = tmp_path / "held_out.jsonl", {"role": "assistant", "content": "yes"}
+    users = [[], [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": "-foo"}]]
+    lines = [json.dumps({"messages": [*turns, answer]}) for turns in users]
+    path.write_text("\n".join([lines[0], "", *lines[1:], " ", ""]), encoding="utf-8")
+    assert _questions(path) == ["-foo"]
+
+
+@pytest.mark.parametrize("prompt", ["-foo", ""])
+def test_a_prompt_may_begin_with_a_dash_or_be_missing(
+    prompt: str, project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a prompt generate is left out, since all else is done."""
+    done: dict[object, tuple[object, ...]] = {}
+    names = {"_threshold": 0.9, "_quality": None, "_report": None}
+    for name, value in names.items():
+        monkeypatch.setattr(f"megatron_ee.commands.quickstart.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr(
+        "megatron_ee.commands.quickstart._command", lambda *words: done.__setitem__(words[0], words[1:])
+    )
+    path, out = tmp_path / "chat.ndjson", tmp_path / "out"
+    turns = [*([{"role": "user", "content": prompt}] if prompt else []), {"role": "assistant", "content": "yes"}]
+    path.write_text(f"{json.dumps({'messages': turns})}\n" * 4, encoding="utf-8")
+    assert main(["quickstart", "--base", str(project.model), "--data", str(path), "--out", str(out)]) == 0
+    assert "--chat" in done["prepare-data"]
+    if prompt:
+        assert "--prompt=-foo" in done["generate"]
+    else:
+        assert "generate" not in done and "generate is left out" in capsys.readouterr().out
 
 
 @pytest.mark.slow

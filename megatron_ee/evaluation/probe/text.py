@@ -6,7 +6,6 @@ Only the first rank reads it. The others receive the windows that are run.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from megatron_ee.data.checks import check_tokenizer
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.loader import Sample, ValidationWindows, Windows, validation_windows
 from megatron_ee.data.prepare import prepare_corpus
-from megatron_ee.data.read import JSON_LINES
+from megatron_ee.data.read import is_chat
 from megatron_ee.errors import DataError
 from megatron_ee.parallel.groups import Groups
 
@@ -133,7 +132,7 @@ def _windows(data: Path, model: SavedModel, directory: Path) -> ValidationWindow
     prefix = data
     if data.is_file():
         prefix = directory / "corpus"
-        prepare_corpus([data], model.path, prefix, chat=_is_chat(data))
+        prepare_corpus([data], model.path, prefix, chat=is_chat(data))
     corpus = open_corpus(prefix)
     corpus.check_vocabulary(model.architecture.vocab_size)
     for line in check_tokenizer([("--data", corpus)], model.path):
@@ -143,15 +142,3 @@ def _windows(data: Path, model: SavedModel, directory: Path) -> ValidationWindow
     if length < 16:
         raise DataError(f"--data: {data} has {total:,} tokens; give at least {16 * WINDOWS}")
     return validation_windows([corpus], length)
-
-
-def _is_chat(data: Path) -> bool:
-    """Whether the first line of a file is a JSON object with ``messages``. Errors are left to the tokenisation."""
-    if data.suffix not in JSON_LINES:
-        return False
-    with data.open(encoding="utf-8", errors="replace") as file:
-        try:
-            first = json.loads(file.readline())
-        except ValueError:
-            return False
-    return isinstance(first, dict) and "messages" in first
