@@ -5,8 +5,9 @@ The key file is YAML. Each entry is a name, for logs and rules, and a key, with 
     website: {key: "5c1f...", requests_per_minute: 120, tokens_per_minute: 60000}
     staff: {key: "77b0..."}
 
-Only its owner may read it. Messages about it never contain its text. ``reload`` reads it again: a key that is gone is
-refused from then on. If the new file is wrong, the old keys stay.
+Only its owner may read it. Messages about it never contain its text: by mistake a key may be anywhere in it, also in
+the place of a name. So they number the entries. ``reload`` reads it again: a key that is gone is refused from then on.
+If the new file is wrong, the old keys stay.
 """
 
 from __future__ import annotations
@@ -64,12 +65,22 @@ def _key(value: Any) -> str:
     return value
 
 
+def _limit(value: Any) -> int | None:
+    """Check a limit, with messages as ``_key``'s."""
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError("must be a whole number, at least 1")
+    return value
+
+
+Limit = Annotated[int | None, BeforeValidator(_limit)]
+
+
 class KeyEntry(Strict):
     """One entry of the key file; see ``Key``."""
 
     key: Annotated[str, BeforeValidator(_key), Field(repr=False)]
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    tokens_per_minute: int | None = Field(default=None, ge=1)
+    requests_per_minute: Limit = None
+    tokens_per_minute: Limit = None
 
 
 class Access:
@@ -83,8 +94,8 @@ class Access:
             clock: in seconds.
 
         Raises:
-            ConfigError: it cannot be read, others may read it, or an entry is invalid. The message names file and
-                entry, and never contains a key.
+            ConfigError: it cannot be read, others may read it, or an entry is invalid. The message has the file's path
+                and the entry's number, and nothing of the file's text.
         """
         self._path, self._clock = path, clock
         self._keys: dict[bytes, Key] = {} if path is None else _read_keys(path)  # by digest
@@ -185,18 +196,24 @@ def _read_keys(path: Path) -> dict[bytes, Key]:
         raise ConfigError(f'{path}: must have a line such as  website: {{key: "..."}}  for each key; {_MAKE_ONE}')
     found: dict[bytes, Key] = {}
     for number, (name, values) in enumerate(entries.items(), start=1):
+        where = f"{path}: entry {number}"
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"{path}: entry {number}: its name must be at most 64 letters, digits and . _ -; quote numbers"
-            )
-        if not isinstance(values, dict):
-            raise ConfigError(f'{path}: {name}: must be an object such as {{key: "..."}}')
-        entry = validated(KeyEntry, values, where=f"{path}: {name}")
+            raise ConfigError(f"{where}: its name must be at most 64 letters, digits and . _ -; quote numbers")
+        entry = _read_entry(values, where)
         digest = _digest(entry.key)
         if digest in found:
-            raise ConfigError(f"{path}: {name}: has the key of {found[digest].name}; give each name its own")
+            raise ConfigError(f"{where}: has the key of entry {list(found).index(digest) + 1}; give each name its own")
         found[digest] = Key(name, entry.requests_per_minute, entry.tokens_per_minute)
     return found
+
+
+def _read_entry(values: Any, where: str) -> KeyEntry:
+    if not isinstance(values, dict):
+        raise ConfigError(f'{where}: must be an object such as {{key: "..."}}')
+    unknown = len(values.keys() - KeyEntry.model_fields.keys())
+    if unknown:  # counted here, since ``validated`` would name them
+        raise ConfigError(f"{where}: number of unknown fields: {unknown}; possible: {', '.join(KeyEntry.model_fields)}")
+    return validated(KeyEntry, values, where=where)
 
 
 def _check_private(status: os.stat_result, path: Path) -> None:
