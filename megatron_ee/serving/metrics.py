@@ -324,14 +324,17 @@ class Metrics:
         if loss == 0 if agrees is None else agrees:
             self._agreements.labels(label).inc()
 
-    def drift(self, certificate: str, task: str, monitor: DriftMonitor, *, fallback: bool = False) -> None:
+    def drift(
+        self, certificate: str, task: str, monitor: DriftMonitor, *, fallback: bool = False, restarts: int | None = None
+    ) -> None:
         """Show the state of a certificate's tests, also before its first audit.
 
         Args:
             certificate: SHA-256 of its file.
             task: that it is for.
-            monitor: of its audited requests.
-            fallback: its requests run in full mode or with safer thresholds.
+            monitor: of its audited requests, with the setting in force.
+            fallback: its requests run in full mode or with safer thresholds, after an alarm of the test from the start.
+            restarts: alarms of the restarting test, with earlier settings too; None for the monitor's.
         """
         labels = certificate[:12], self.task(task)
         self._risk.labels(*labels).set(monitor.risk)
@@ -340,8 +343,9 @@ class Metrics:
         self._limit.labels(*labels).set(1 / monitor.alarm_level)
         self._evidence.labels(*labels, "start").set(math.exp(min(monitor.log_wealth, 700.0)))
         self._evidence.labels(*labels, "restarting").set(monitor.detector)
-        self._alarms.labels(*labels, "start").set(monitor.alarm is not None)
-        self._alarms.labels(*labels, "restarting").set(monitor.restarts)
+        # The safer setting of a fallback has new tests, which must not end the alert of the alarm before.
+        self._alarms.labels(*labels, "start").set(fallback or monitor.alarm is not None)
+        self._alarms.labels(*labels, "restarting").set(monitor.restarts if restarts is None else restarts)
         self._fallback.labels(*labels).set(fallback)
 
     def exposition(self, accept: str | None = None) -> tuple[bytes, str]:

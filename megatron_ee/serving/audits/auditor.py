@@ -63,13 +63,15 @@ class DriftTest:
         certificate: SHA-256 of its file.
         task: of the certificate.
         monitor: the tests of the setting that is in force, or of the one that ran before full mode.
-        fallback: whether its requests run safer than it allows.
+        fallback: whether its requests run safer than it allows, since the test from the start has alarmed.
+        restarts: alarms of the restarting test, of all settings so far.
     """
 
     certificate: str
     task: str
     monitor: DriftMonitor
     fallback: bool
+    restarts: int
 
 
 def _to_stderr(line: str) -> None:
@@ -182,7 +184,14 @@ class Auditor:
     def tests(self) -> list[DriftTest]:
         """The tests of each certificate, for metrics."""
         return [
-            DriftTest(digest, state.task, self._shown(state), bool(state.alarms)) for digest, state in self._current()
+            DriftTest(
+                digest,
+                state.task,
+                self._shown(state),
+                bool(state.alarms),
+                sum(monitor.restarts for monitor in state.monitors),
+            )
+            for digest, state in self._current()
         ]
 
     # -------------------------------------------------------------------------------------------------- one audit

@@ -37,6 +37,6 @@ async def metrics(request: Request) -> Response:
     service = service_of(request)
     service.metrics.loop(service.loop.state())
     for test in () if service.auditor is None else service.auditor.tests():
-        service.metrics.drift(test.certificate, test.task, test.monitor, fallback=test.fallback)
+        service.metrics.drift(test.certificate, test.task, test.monitor, fallback=test.fallback, restarts=test.restarts)
     content, media_type = service.metrics.exposition(request.headers.get("accept"))
     return Response(content, media_type=media_type)

@@ -311,6 +311,8 @@ def test_an_alarm_may_lead_to_a_safer_setting_with_tests_of_its_own(tmp_path: Pa
         del server.auditor._waiting[400]
         first = await until_alarm(server)
         assert "its requests now run in the safer level" in server.lines[-1]
+        [test] = server.auditor.tests()
+        assert test.fallback and test.restarts > test.monitor.restarts == 0, "the alarms before stay in sight"
         found = await server.answer(first + 1, differs=True)
         assert found.audit.model_dump() == {"loss": 1.0, "certificate": None}, (
             "it says nothing of the certified setting"

@@ -236,5 +236,8 @@ def test_the_loop_audits_drift_and_losses_are_shown() -> None:
     assert value(metrics, "megatron_ee:drift_evidence", test="start", **certificate) > limit == 100
     assert value(metrics, "megatron_ee:drift_mean_loss", **certificate) == 1
     assert value(metrics, "megatron_ee:drift_fallback", **certificate) == 1
+    metrics.drift("c" * 64, "inquiries", new_monitor(0.1), fallback=True, restarts=monitor.restarts)  # a safer setting
+    assert value(metrics, "megatron_ee:drift_alarms", test="start", **certificate) == 1
+    assert value(metrics, "megatron_ee:drift_alarms", test="restarting", **certificate) == monitor.restarts
     metrics.lost_record()
     assert value(metrics, "megatron_ee:exit_log_lost_records_total") == 1
