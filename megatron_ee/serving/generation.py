@@ -158,11 +158,18 @@ class GenerationRun:
             await _read_rest(part)
         used = sum(len(part.prompt.ids) + part.num_tokens for part in self.parts)
         self._service.access.settle(self._key, self._grant, used)
-        for index, part in enumerate(self.parts):
-            if part.number is not None:
-                await self._record(part, part.number, self.id if len(self.parts) == 1 else f"{self.id}-{index}")
+        seconds = time.perf_counter() - self._started
+        ids = [self.id if len(self.parts) == 1 else f"{self.id}-{index}" for index in range(len(self.parts))]
+        # Together: an audit may take minutes, and neither the other records nor the other audits depend on it.
+        await asyncio.gather(
+            *(
+                self._record(part, part.number, id_, seconds)
+                for part, id_ in zip(self.parts, ids, strict=True)
+                if part.number is not None
+            )
+        )
 
-    async def _record(self, part: PromptRun, number: int, id_: str) -> None:
+    async def _record(self, part: PromptRun, number: int, id_: str, seconds: float) -> None:
         """Count a prompt that has ended and write its record, after its audit if it was drawn for one."""
         service, decision, request = self._service, part.decision, part.decision.request
         values = exit_statistics(part.completions)
@@ -178,7 +185,7 @@ class GenerationRun:
             tier=decision.tier,
             status=part.status,
             num_layers=service.loop.num_layers,
-            seconds=time.perf_counter() - self._started,
+            seconds=seconds,
             calibration=request.coverage,
             prompt=part.prompt.text,
             text=tuple(each.text for each in part.completions),
