@@ -6,8 +6,8 @@ The key file is YAML. Each entry is a name, for logs and rules, and a key, with 
     staff: {key: "77b0..."}
 
 Only its owner may read it. Messages about it never contain its text: by mistake a key may be anywhere in it, also in
-the place of a name. So they number the entries. ``reload`` reads it again: a key that is gone is refused from then on.
-If the new file is wrong, the old keys stay.
+the place of a name. So they number the entries. A server reads it again with ``read`` and ``use``: a key that is gone
+is refused from then on. If the new file is wrong, the old keys stay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hmac
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +83,22 @@ class KeyEntry(Strict):
     tokens_per_minute: Limit = None
 
 
+@dataclass(frozen=True)
+class KeySet:
+    """The keys of a file.
+
+    Attributes:
+        by_digest: of the key.
+    """
+
+    by_digest: Mapping[bytes, Key]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The keys' names, in the file's order."""
+        return tuple(key.name for key in self.by_digest.values())
+
+
 class Access:
     """The keys, and what each of them has used in the last minute. For the asyncio thread."""
 
@@ -98,7 +114,7 @@ class Access:
                 and the entry's number, and nothing of the file's text.
         """
         self._path, self._clock = path, clock
-        self._keys: dict[bytes, Key] = {} if path is None else _read_keys(path)  # by digest
+        self._keys = self.read()
         self._windows: dict[str, MinuteWindow] = {}
 
     @property
@@ -109,16 +125,27 @@ class Access:
     @property
     def names(self) -> tuple[str, ...]:
         """The keys' names, in the file's order."""
-        return tuple(key.name for key in self._keys.values())
+        return self._keys.names
 
-    def reload(self) -> None:
-        """Read the file again. What a key has used counts on, also if its name goes and comes back.
+    def read(self) -> KeySet:
+        """Read the file again, for ``use``.
 
         Raises:
-            ConfigError: as for a new ``Access``. The old keys stay.
+            ConfigError: as for a new ``Access``.
         """
-        if self._path is not None:
-            self._keys = _read_keys(self._path)
+        return KeySet({} if self._path is None else _read_keys(self._path))
+
+    def use(self, keys: KeySet, *, new_names: bool = True) -> None:
+        """Put other keys into force. What a key has used counts on, also if its name goes and comes back.
+
+        Args:
+            keys: from ``read``.
+            new_names: whether those whose name is new are included.
+        """
+        if not new_names:
+            kept = {digest: key for digest, key in keys.by_digest.items() if key.name in self.names}
+            keys = KeySet(kept)
+        self._keys = keys
 
     def authenticate(self, authorization: str | None) -> Key | None:
         """Whose request it is; None if no key is needed.
@@ -136,7 +163,7 @@ class Access:
             raise Unauthorized("no API key was given; send the header Authorization: Bearer KEY")
         digest = _digest(given.strip())
         found = None
-        for known, key in self._keys.items():  # all of them, so that the time says nothing about the place
+        for known, key in self._keys.by_digest.items():  # all of them, so that the time says nothing about the place
             if hmac.compare_digest(digest, known):
                 found = key
         if found is None:

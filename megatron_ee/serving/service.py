@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_ee.data.tokenizer import Tokenizer
+from megatron_ee.errors import ConfigError
 from megatron_ee.serving.api.logprobs import TokenTexts
 from megatron_ee.serving.api.prompts import ModelFacts
 from megatron_ee.serving.api.translate import RequestLimits
@@ -69,10 +70,17 @@ class Service:
         """Read keys and rules again, for the requests that come.
 
         Raises:
-            ConfigError: a file is wrong. What it says is then not in force.
+            ConfigError: a file is wrong. What it says is then not in force. If it is the rules, keys are revoked and
+                replaced nevertheless, but none has a new name: the rules in force say nothing of it.
         """
-        self.access.reload()
-        self.rules.reload(self.access.names if self.access.required else None)
+        keys = self.access.read()
+        try:
+            plans = self.rules.read(keys.names if self.access.required else None)
+        except ConfigError:
+            self.access.use(keys, new_names=False)
+            raise
+        self.access.use(keys)
+        self.rules.use(plans)
         self.metrics.configure(self.rules.tasks)
 
     async def close(self) -> None:

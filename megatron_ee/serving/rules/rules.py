@@ -108,19 +108,23 @@ class Rules:
         """
         self._path, self.calibrations = path, tuple(calibrations)
         self._model = ModelExits(tuple(exits), num_layers)
-        self._plans: TaskPlans = read_plans(path, calibrations, self._model, key_names)
+        self._plans = self.read(key_names)
         self._alarms: dict[str, int] = {}
 
-    def reload(self, key_names: Sequence[str] | None = None) -> None:
-        """Read the file again, for the requests that come.
+    def read(self, key_names: Sequence[str] | None = None) -> TaskPlans:
+        """Read the file again, for ``use``.
 
         Args:
             key_names: as for a new ``Rules``.
 
         Raises:
-            ConfigError: as for a new ``Rules``. The old rules stay.
+            ConfigError: as for a new ``Rules``.
         """
-        self._plans = read_plans(self._path, self.calibrations, self._model, key_names)
+        return read_plans(self._path, self.calibrations, self._model, key_names)
+
+    def use(self, plans: TaskPlans) -> None:
+        """Put other rules, from ``read``, into force for the requests that come."""
+        self._plans = plans
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def test_without_a_file_no_key_is_needed() -> None:
     access = Access(None)
     assert not access.required and access.names == ()
     assert access.authenticate(None) is None and access.authenticate("Bearer anything") is None
-    access.reload()
+    access.use(access.read())
     assert access.take(None, 10**9) is None
 
 
@@ -131,7 +131,7 @@ def test_the_key_does_not_show_in_objects(keys: Path) -> None:
 def test_reload_revokes_and_adds(keys: Path) -> None:
     access = Access(keys)
     write(keys, f"new: {{key: '{'n' * 20}'}}\nstaff: {{key: '{OTHER}'}}\n")
-    access.reload()
+    access.use(access.read())
     assert access.names == ("new", "staff")
     with pytest.raises(Unauthorized, match="revoked"):
         access.authenticate(f"Bearer {ONE}")
@@ -143,7 +143,7 @@ def test_a_wrong_new_file_keeps_the_old_keys(keys: Path, text: str, mode: int) -
     access = Access(keys)
     write(keys, text, mode)
     with pytest.raises(ConfigError):
-        access.reload()
+        access.use(access.read())
     assert access.authenticate(f"Bearer {ONE}") == Key("website", 2, 100)
 
 
@@ -153,7 +153,7 @@ def test_a_reload_does_not_give_a_new_minute(keys: Path) -> None:
     key = access.authenticate(f"Bearer {ONE}")
     for _ in range(2):
         access.take(key, 10)
-    access.reload()
+    access.use(access.read())
     with pytest.raises(RateLimited):
         access.take(access.authenticate(f"Bearer {ONE}"), 10)
     now[0] = 60.0
@@ -179,7 +179,7 @@ def test_a_key_that_goes_and_comes_back_has_the_same_minute(keys: Path) -> None:
     grant = access.take(website, 100)
     for text in (f"staff: {{key: '{OTHER}'}}", FILE):
         write(keys, text)
-        access.reload()
+        access.use(access.read())
     access.settle(website, grant, 20)
     with pytest.raises(RateLimited):
         access.take(website, 81)

@@ -259,7 +259,7 @@ def test_reload_changes_the_rules_for_what_comes(calibrate: Calibrate, write: Wr
     rules.set_alarms("a" * 64, 1)
     assert decided(rules).task == "other"
     write("default: {task: inquiries}\non_alarm: safer\nkeys: {new: {priority: important}}")
-    rules.reload(["new"])
+    rules.use(rules.read(["new"]))
     assert decided(rules).task == "inquiries" and decided(rules, "new").tier == "important"
     assert decided(rules).alarms == 1, "the alarm stays, and now has another effect"
 
@@ -304,7 +304,7 @@ def test_wrong_rules_are_refused_by_key_and_the_old_ones_stay(
     rules = open_rules(write("default: {mode: full}"), calibrate(), keys=("website",))
     path = write(text)
     with pytest.raises(ConfigError, match=message) as refused:
-        rules.reload(["website"])
+        rules.use(rules.read(["website"]))
     assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError):
         open_rules(path, calibrate(), keys=("website",))

@@ -223,7 +223,7 @@ def test_every_route_but_health_needs_a_key(serve: Serve, key_file: Path) -> Non
         [record] = records(server)
         assert record.key == "website"
         key_file.write_text(f'staff: {{key: "{KEYS["staff"]}"}}\n')
-        server.service.access.reload()  # as SIGHUP does
+        server.service.access.use(server.service.access.read())  # as SIGHUP does
         assert server.post("/v1/completions", BODY).status_code == 401
 
 
