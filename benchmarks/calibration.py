@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from megatron_ee.commands import at_least
-from megatron_ee.evaluation.calibration.pvalues import P_VALUES, PValue, fixed_sequence
+from megatron_ee.evaluation.calibration.pvalues import P_VALUES, fixed_sequence
 from megatron_ee.evaluation.statistics import Floats
+from megatron_ee.inference.certificate import PValue
 from megatron_ee.tables import add_columns, make_console, new_table
 
 COUNTS = (50, 200, 1000)

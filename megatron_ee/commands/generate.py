@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from megatron_ee.commands.engine_options import (
     engine_options,
     errors_of_options,
 )
-from megatron_ee.errors import ConfigError
+from megatron_ee.errors import ConfigError, common_error
 
 if TYPE_CHECKING:
     from megatron_ee.commands.generate_requests import FileRequest
@@ -31,6 +32,10 @@ FULL, THRESHOLD, SPECULATIVE = "full", "threshold", "speculative"
 OF_MODES = (
     ("policy", THRESHOLD),
     ("threshold", THRESHOLD),
+    ("thresholds", THRESHOLD),
+    ("min_full", THRESHOLD),
+    ("max_deferred", THRESHOLD),
+    ("backoff", THRESHOLD),
     ("draft_exit", SPECULATIVE),
     ("draft_length", SPECULATIVE),
 )
@@ -176,6 +181,8 @@ def run(arguments: argparse.Namespace) -> int:
         _check_page(arguments)
     with errors_of_options():
         _check_settings(arguments)
+        if arguments.logprobs is not None and not arguments.json and arguments.prompts is None:
+            raise ConfigError("logprobs: are shown in JSON only; give --json or --prompts, or leave it out")
         check_input("model", arguments.model)
         check_input("adapter", arguments.adapter)
         check_input("prompts", arguments.prompts)
@@ -190,6 +197,8 @@ def run(arguments: argparse.Namespace) -> int:
         requests = [line.request for line in lines] or _requests(arguments, released, calibration)
         if arguments.compare:
             _check_compare(arguments, requests, released)
+        else:
+            _note_without_effect(arguments, requests)
         if arguments.explain and not released.exits:
             raise ConfigError("explain: needs exits; give their adapter with --adapter")
         options = engine_options(
@@ -294,7 +303,7 @@ def _file_requests(
         try:
             request = _certified(arguments, calibration, line.request, line.messages is not None)
         except ConfigError as error:
-            raise ConfigError(f"{arguments.prompts}:{line.line}: {error}") from None
+            raise common_error(f"{arguments.prompts}:{line.line}: {error}") from None
         certified.append(dataclasses.replace(line, request=request))
     return certified
 
@@ -302,7 +311,6 @@ def _file_requests(
 def _requests(arguments: argparse.Namespace, released: Released, calibration: Calibration | None) -> list[Request]:
     """The checked request of each ``--prompt``."""
     from megatron_ee.commands.generate_requests import check_request, make_request, user_prompt
-    from megatron_ee.parallel.groups import launched_rank
 
     settings = _settings(arguments)
     requests = []
@@ -311,16 +319,20 @@ def _requests(arguments: argparse.Namespace, released: Released, calibration: Ca
         request = make_request(prompt, settings, has_exits=bool(released.exits))
         requests.append(_certified(arguments, calibration, request, arguments.chat))
         check_request(requests[-1], released)
-    if not arguments.compare and launched_rank() == 0:
-        mode, given = requests[0].mode, dict(settings)
-        if given["policy"] == THRESHOLD:  # the default
-            del given["policy"]
-        for option, of in OF_MODES:
-            if mode != of and given.get(option) is not None:
-                print(
-                    f"megatron-ee generate: --{option.replace('_', '-')} has no effect in mode {mode}", file=sys.stderr
-                )
     return requests
+
+
+def _note_without_effect(arguments: argparse.Namespace, requests: Sequence[Request]) -> None:
+    """Name the options that have no effect in the modes of the requests."""
+    from megatron_ee.parallel.groups import launched_rank
+
+    if launched_rank() > 0:
+        return
+    modes, options = {request.mode for request in requests}, parser()
+    for option, mode in OF_MODES:
+        if mode not in modes and getattr(arguments, option) != options.get_default(option):
+            shown = f"--{option.replace('_', '-')} has no effect in mode {' or '.join(sorted(modes))}"
+            print(f"megatron-ee generate: {shown}", file=sys.stderr)
 
 
 def _used_exits(requests: list[Request], released: Released, *, every_mode: bool) -> set[int]:

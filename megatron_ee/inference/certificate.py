@@ -33,6 +33,8 @@ MADE_BY: Final = "megatron-ee calibrate"
 MAX_BYTES = 2**22
 DEFAULTS = EngineOptions()
 Loss = Literal["disagreement", "quality", "rouge"]
+Metric = Literal["contains", "exact_match", "f1", "rouge_l"]
+PValue = Literal["betting", "hoeffding-bentkus"]
 Overlap = Literal["none", "allowed", "unknown"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -178,10 +180,10 @@ class Certificate(Strict):
     version: Literal[1]
     task: str
     loss: Loss
-    metric: str | None = None
+    metric: Metric | None = None
     risk: Open
     delta: Open
-    p_value: str
+    p_value: PValue
     n: Count
     n_fit: Count
     per_group: Literal["no", "worst", "own"] = "no"
@@ -206,6 +208,8 @@ class Certificate(Strict):
     def _fits_together(self) -> Self:
         if (self.per_group == "own") and self.policy is not None:
             raise ValueError("policy: must be null where each group has its own")
+        if (self.loss == "quality") != (self.metric is not None):
+            raise ValueError("metric: goes with the loss quality, and with no other")
         return self
 
     @property
@@ -260,7 +264,7 @@ class Calibration:
         """
         for name, default in (("policy", ThresholdPolicy()), ("exits", None)):
             if getattr(request, name) != default:
-                raise ConfigError(f"{name}: {self.path} sets the thresholds; leave out settings of exits")
+                raise ConfigError(f"{name}: {self.path} sets the thresholds; leave out threshold and the like")
 
         def covered(status: Literal["certified", "full", "uncertified"], reason: str | None = None) -> Coverage:
             return Coverage(status=status, task=self.certificate.task, certificate=self.sha256, reason=reason)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,8 +19,8 @@ from scipy.stats import binom
 
 from megatron_ee.evaluation.calibration.betting import betting_p, checked, kl
 from megatron_ee.evaluation.statistics import Floats
+from megatron_ee.inference.certificate import PValue
 
-PValue = Literal["betting", "hoeffding-bentkus"]
 _BOUNDS = np.concatenate((np.arange(1, 100) / 1000, np.arange(10, 101) / 100))
 """Possible results of ``largest_risk``."""
 

@@ -24,11 +24,11 @@ from megatron_ee.evaluation.tasks.agreement import loss_of
 from megatron_ee.evaluation.tasks.answers import BATCH, Setting, TaskAnswer, TaskAnswers, answer_records
 from megatron_ee.evaluation.tasks.metrics import METRICS
 from megatron_ee.evaluation.tasks.records import TaskRecord
+from megatron_ee.evaluation.tasks.results import BASELINE
 from megatron_ee.inference.certificate import ExitScaling, GroupResult, Interval, Tested
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import POLICIES, ExitPolicy
 
-FULL = "full"
 NEVER = 2.0
 """Threshold of the exits that a policy does not use."""
 _RESAMPLES = 2000
@@ -110,10 +110,10 @@ def calibrate(
         by_task = sorted(records, key=lambda record: record.task)
         return answer_records(engine, by_task, [setting], journal, batch=batch, label=label)
 
-    full_mode = Setting(FULL, max_tokens=plan.max_tokens, stop=plan.stop)
-    heard = answers(sample.fit, full_mode).by_setting[FULL]
+    full_mode = Setting(BASELINE, max_tokens=plan.max_tokens, stop=plan.stop)
+    fit_answers = answers(sample.fit, full_mode).by_setting[BASELINE]
     full = answers(sample.test, full_mode)
-    replays = replay_answers(engine, sample.fit, heard, layers, policy, measure, journal, batch)
+    replays = replay_answers(engine, sample.fit, fit_answers, layers, policy, measure, journal, batch)
     # Every loss is at most that of disagreement. The others are mostly far less, so faster settings may pass, too.
     likely = max(2 * plan.risk, 2 / len(sample.fit))
     most = likely if plan.loss == "disagreement" else 1.0
@@ -128,7 +128,7 @@ def calibrate(
         found = answers(records, _setting(member, chosen, plan), label)
         [by_id] = found.by_setting.values()
         tests = {
-            name: _test(each, member, plan, plan.level(len(scopes)), by_id, full.by_setting[FULL])
+            name: _test(each, member, plan, plan.level(len(scopes)), by_id, full.by_setting[BASELINE])
             for name, each in active.items()
         }
         for name, test in tests.items():
@@ -185,7 +185,7 @@ def _outcome(
     scaling: tuple[ExitScaling, ...], scopes: dict[str, Scope], sample: Sample, plan: CalibrationPlan, full: TaskAnswers
 ) -> Calibrated:
     """What the chosen settings give on the test part, where each record runs in its scope's."""
-    truth, used = full.by_setting[FULL], dict(full.by_setting[FULL])
+    truth, used = full.by_setting[BASELINE], dict(full.by_setting[BASELINE])
     for name, records in scopes_of(sample.test, plan).items():
         if (kept := scopes[name].answers) is not None:
             [by_id] = kept.by_setting.values()

@@ -13,14 +13,13 @@ from pydantic import Field, model_validator
 
 from megatron_ee.checkpoint.adapter import Adapter
 from megatron_ee.checkpoint.digest import file_sha256
-from megatron_ee.config.validation import Strict, one_of
+from megatron_ee.config.validation import Strict
 from megatron_ee.data.indexed import open_corpus
 from megatron_ee.data.texts import Hashes, hashed, message_texts, read_hashes
 from megatron_ee.errors import ConfigError, DataError, common_error, shown
-from megatron_ee.evaluation.calibration.pvalues import PValue, smallest_count
-from megatron_ee.evaluation.tasks.metrics import METRICS
+from megatron_ee.evaluation.calibration.pvalues import smallest_count
 from megatron_ee.evaluation.tasks.records import TaskRecord, read_records
-from megatron_ee.inference.certificate import Loss, Overlap
+from megatron_ee.inference.certificate import Loss, Metric, Open, Overlap, PValue
 from megatron_ee.inference.policy import Measure
 from megatron_ee.inference.released import Released
 
@@ -29,7 +28,6 @@ ALL = "all"
 MOST_FIT = 200
 """Largest number of sequences that choose the settings. They fit two numbers per exit from many tokens."""
 _LISTED = 3
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class CalibrationPlan(Strict):
@@ -51,16 +49,16 @@ class CalibrationPlan(Strict):
         stop: strings that end an answer.
     """
 
-    risk: Share
-    delta: Share
+    risk: Open
+    delta: Open
     loss: Loss = "disagreement"
-    metric: Annotated[str, one_of(METRICS)] = "contains"
+    metric: Metric = "contains"
     p_value: PValue = "betting"
     per_group: Literal["no", "worst", "own"] = "no"
     policy: Literal["threshold", "gate"] = "threshold"
     measure: Measure = "probability"
     points: int = Field(default=12, ge=1, le=1000)
-    fit_share: Share = 0.2
+    fit_share: Open = 0.2
     seed: int = Field(default=0, ge=0)
     max_tokens: int = Field(default=64, ge=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
@@ -223,7 +221,7 @@ def check_overlap(
     Args:
         records: the sample.
         adapter: the exits, which record their corpora.
-        corpora: prefixes of the corpora where the adapter does not find them.
+        corpora: prefixes of corpora that are not where the adapter recorded them.
         allow: accept an overlap.
 
     Returns:
@@ -257,16 +255,17 @@ def _prompt(record: TaskRecord) -> str:
 
 def _hashes(adapter: Adapter | None, corpora: Sequence[Path]) -> tuple[dict[str, Hashes], list[str]]:
     """Hashes by prefix, and why some are not known."""
-    known, unknown = dict[str, Hashes](), list[str]()
+    known, unknown, moved = dict[str, Hashes](), list[str](), set[str]()
     for given in corpora:
         hashes = read_hashes(given)
         if hashes is None:
             raise DataError(f"{given}: has no hashes of its texts; prepare the corpus again with this version")
         known[str(given)] = hashes
-    if known:
-        return known, []
+        moved.add(open_corpus(given).fingerprint)
     recorded = () if adapter is None or adapter.corpora is None else adapter.corpora
     for prefix, fingerprint in recorded:
+        if fingerprint in moved:
+            continue
         try:
             hashes = read_hashes(prefix)
             same = hashes is not None and open_corpus(prefix).fingerprint == fingerprint
@@ -276,4 +275,4 @@ def _hashes(adapter: Adapter | None, corpora: Sequence[Path]) -> tuple[dict[str,
             unknown.append(f"{prefix} is not there with hashes of its texts, or has changed")
         else:
             known[prefix] = hashes
-    return known, unknown if recorded else ["the adapter does not record its corpora"]
+    return known, unknown if recorded or known else ["the adapter does not record its corpora"]

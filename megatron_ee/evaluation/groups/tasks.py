@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
-from megatron_ee.evaluation.calibration.pvalues import PValue, largest_risk
+from megatron_ee.evaluation.calibration.pvalues import largest_risk
 from megatron_ee.evaluation.groups.compare import LOSS, EarlyResults, GroupComparison, compare_groups
 from megatron_ee.evaluation.groups.prompts import length_bucket, script
 from megatron_ee.evaluation.tasks.agreement import loss_of
@@ -95,8 +95,7 @@ def _bounded(
     for name in bounded:
         own = results.losses[np.array(names) == name]
         own = rng.permutation(own[~np.isnan(own)])
-        p_value = cast(PValue, certificate.p_value)
-        bounds[name] = largest_risk(p_value, own, certificate.delta / len(bounded))
+        bounds[name] = largest_risk(certificate.p_value, own, certificate.delta / len(bounded))
     groups = tuple(replace(group, largest_loss=bounds.get(group.name)) for group in found.groups)
     return replace(found, groups=groups, certified=(certificate.risk, certificate.delta))
 

@@ -53,3 +53,6 @@ def test_a_corpus_without_hashes_and_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / f"bad{SUFFIX}").write_bytes(b"12345")
     with pytest.raises(DataError, match="damaged"):
         read_hashes(tmp_path / "bad")
+    np.array([2, 1], dtype="<u8").tofile(tmp_path / f"mixed{SUFFIX}")
+    with pytest.raises(DataError, match="damaged"):
+        read_hashes(tmp_path / "mixed")

@@ -148,7 +148,7 @@ def test_safe_exits_are_certified_and_gain(certified: Path, data: Path) -> None:
 
 
 def test_generate_takes_it_as_a_policy_and_says_so(
-    model: Path, adapter: Path, certified: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, adapter: Path, certified: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--calibration", certified, "--max-tokens", TOKENS)
     status, answer, told = generate(model, adapter, capsys, *options)
@@ -163,6 +163,11 @@ def test_generate_takes_it_as_a_policy_and_says_so(
     assert isinstance(policy, ThresholdPolicy)
     thresholds = {each["layer"]: each["threshold"] for each in explained["explanation"]["exits"] if not each["final"]}
     assert thresholds == {1: policy.thresholds.get(1), 2: policy.thresholds[2]}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a", "threshold": 0.5}) + "\n")
+    assert main([*map(str, ["generate", "--model", model, "--adapter", adapter, "--prompts", prompts, *options])]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"megatron-ee generate: error: {prompts}:1: policy: {certified} sets the thresholds; leave")
     _, drafted, told = generate(model, adapter, capsys, *options, "--mode", "speculative")
     assert drafted["calibration"]["status"] == "full"
     assert "generate: answered as full mode does: mode speculative was asked for\n" in told
@@ -242,6 +247,9 @@ def test_another_model_or_other_exits_are_refused(
         ({"surprise": 1}, "surprise: unknown key"),
         ({"policy": {"name": "threshold", "threshold": -1}}, "policy.threshold: must be above 0"),
         ({"adapter_sha256": "x"}, "adapter_sha256: must be text like"),
+        ({"p_value": "mystery"}, "p_value: "),
+        ({"metric": "mystery"}, "metric: "),
+        ({"loss": "quality"}, "metric: goes with the loss quality"),
     ],
 )
 def test_a_changed_certificate_is_refused_by_key(

@@ -267,6 +267,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--samples", 1000), "--samples: must be at most 128, not 1000"),
     (("--stop", ""), "--stop[0]: must be text of 1 or more characters, not ''"),
     (("--logprobs", 1000), "--logprobs: must be at most 100, not 1000"),
+    (("--logprobs", 2), "--logprobs: are shown in JSON only; give --json or --prompts, or leave it out"),
     (("--dtype", "float16"), "argument --dtype: invalid choice: 'float16'"),
     (("EXITS", "--compare", "--samples", 2), "--samples: --compare compares one output per prompt; leave it out"),
     (("EXITS", "--compare", "--kv-memory", 1e-6), "--max-tokens: 64 positions need"),
@@ -450,13 +451,27 @@ def test_a_file_without_prompts_is_refused(command: Command, tmp_path: Path) -> 
 
 def test_settings_without_effect_are_reported(command: Command, adapter: Path) -> None:
     options = ["--adapter", adapter, "--prompt", PROMPT, "--max-tokens", 1, "--mode", "full"]
-    status, _, err = command.run(*options, "--draft-exit", 2, "--threshold", 0.5, "--policy", "gate")
+    given = ("--draft-exit", 2, "--threshold", 0.5, "--policy", "gate", "--min-full", 2, "--thresholds", "1=0.5")
+    status, _, err = command.run(*options, *given)
     assert status == 0
     assert [line.partition("--")[2] for line in err.splitlines()] == [
         "policy has no effect in mode full",
         "threshold has no effect in mode full",
+        "thresholds has no effect in mode full",
+        "min-full has no effect in mode full",
         "draft-exit has no effect in mode full",
     ]
+
+
+def test_options_are_unused_only_if_no_line_of_a_file_uses_them(
+    command: Command, adapter: Path, tmp_path: Path
+) -> None:
+    path = write_prompts(tmp_path / "p.jsonl", {"prompt": "a", "mode": "full"}, {"prompt": "b"})
+    options = ("--adapter", adapter, "--prompts", path, "--max-tokens", 1, "--threshold", 0.5, "--draft-length", 2)
+    status, _, err = command.run(*options)
+    assert status == 0
+    notices = [line for line in err.splitlines() if "no effect" in line]
+    assert notices == ["megatron-ee generate: --draft-length has no effect in mode full or threshold"]
 
 
 @pytest.mark.parametrize("arguments, message", REFUSED, ids=[" ".join(map(str, a))[:40] for a, _ in REFUSED])

@@ -8,12 +8,12 @@ import pytest
 from megatron_ee.evaluation.calibration.betting import betting_p
 from megatron_ee.evaluation.calibration.pvalues import (
     P_VALUES,
-    PValue,
     fixed_sequence,
     hoeffding_bentkus_p,
     largest_risk,
     smallest_count,
 )
+from megatron_ee.inference.certificate import PValue
 
 TRIALS = 1000
 RISKS = np.array([0.0, 0.02, 0.05, 0.08, 0.1001, 0.13, 0.2, 0.4])

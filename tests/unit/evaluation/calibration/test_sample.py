@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -26,7 +26,9 @@ from megatron_ee.evaluation.calibration.sample import (
     split_sample,
 )
 from megatron_ee.evaluation.tasks.answers import TaskAnswer
+from megatron_ee.evaluation.tasks.metrics import METRICS
 from megatron_ee.evaluation.tasks.records import TaskRecord
+from megatron_ee.inference.certificate import Metric
 
 PLAN = CalibrationPlan(risk=0.1, delta=0.1)
 
@@ -95,7 +97,7 @@ def test_what_a_loss_or_the_groups_need_is_asked_of_every_line() -> None:
         ({"risk": 1.5}, "risk: must be below 1, not 1.5"),
         ({"delta": 1.0}, "delta: must be below 1, not 1.0"),
         ({"fit_share": 1.0}, "fit_share: must be below 1, not 1.0"),
-        ({"metric": "bleu"}, "metric: must be one of contains, exact_match, f1, rouge_l, not 'bleu'"),
+        ({"metric": "bleu"}, "metric: must be one of 'contains', 'exact_match', 'f1' or 'rouge_l', not 'bleu'"),
         ({"measure": "doubt"}, "measure: must be one of probability, margin, entropy, not 'doubt'"),
         ({"policy": "gate", "measure": "margin"}, "measure: has no effect with policy gate"),
     ],
@@ -104,6 +106,10 @@ def test_a_plan_out_of_range_is_refused(fields: dict[str, Any], message: str) ->
     with pytest.raises(ConfigError) as error:
         validated(CalibrationPlan, {"risk": 0.1, "delta": 0.1, **fields})
     assert str(error.value).startswith(message)
+
+
+def test_certificates_know_the_metrics() -> None:
+    assert set(get_args(Metric)) == set(METRICS)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +136,18 @@ def test_prompts_that_the_exits_were_tuned_on_are_refused(corpus: Path) -> None:
     assert check_overlap(records[:3], known, [], allow=False) == ("none", [])
     with pytest.raises(ConfigError, match="allow-overlap"):
         check_overlap(records, adapter_of(), [corpus], allow=False)
+
+
+def test_a_corpus_that_is_given_stands_for_itself_alone(corpus: Path, tmp_path: Path, hf_dir: Path) -> None:
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "nothing of the sample"}) + "\n")
+    prepare_corpus([tmp_path / "other.jsonl"], hf_dir, tmp_path / "other", workers=1)
+    own, other = ((str(path), open_corpus(path).fingerprint) for path in (corpus, tmp_path / "other"))
+    with pytest.raises(ConfigError, match=r"prompts are in .*train"):
+        check_overlap(make_records(5), adapter_of(own, ("moved", other[1])), [tmp_path / "other"], allow=False)
+    unasked = make_records(3)
+    moved = adapter_of(own, ("moved", other[1]))
+    assert check_overlap(unasked, moved, [tmp_path / "other"], allow=False) == ("none", [])
+    assert check_overlap(unasked, adapter_of(("gone", "0" * 64)), [corpus], allow=False)[0] == "unknown"
 
 
 def test_it_is_said_where_the_corpus_is_not_known(corpus: Path, tmp_path: Path) -> None:
