@@ -179,9 +179,9 @@ def changes(recorded: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     if not isinstance(before, dict):
         return [*found, "unknown settings"]
     return found + [
-        f"{key} {json.dumps(before.get(key))}, not {json.dumps(value)}"
-        for key, value in now.items()
-        if before.get(key) != value
+        f"{key} {json.dumps(before.get(key))}, not {json.dumps(now.get(key))}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
     ]
 
 

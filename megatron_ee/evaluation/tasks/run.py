@@ -59,7 +59,8 @@ def compared_settings(
             if not threshold > 0:
                 raise common_error(f"--thresholds: must be above 0, not {threshold:g}")
             policy = validated(POLICIES[name], {"threshold": threshold}, where="--thresholds")
-            settings.append(Setting(f"{name} {threshold:g}", "threshold", policy, exits, **limits))
+            label = repr(float(threshold)).removesuffix(".0")  # all digits: answers are kept by the setting's name
+            settings.append(Setting(f"{name} {label}", "threshold", policy, exits, **limits))
     return settings
 
 

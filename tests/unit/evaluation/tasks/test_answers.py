@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_ee.checkpoint.journal import Journal, open_journal
 from megatron_ee.errors import CheckpointError, ConfigError
 from megatron_ee.evaluation.tasks.answers import Setting, TaskAnswers, answer_records, entry_key
 from megatron_ee.evaluation.tasks.records import TaskRecord
+from megatron_ee.evaluation.tasks.run import compared_settings
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.policy import ThresholdPolicy
 
@@ -28,6 +30,21 @@ ABOUT = {"made_by": "test", "settings": {}}
 @pytest.fixture
 def records(read: Callable) -> list[TaskRecord]:
     return read(*({"prompt": f"say {n}", "id": f"{n}", "task": "a" if n < 6 else "b"} for n in range(9)))
+
+
+def test_thresholds_that_differ_have_different_names() -> None:
+    """Answers are kept by the setting's name."""
+    spec = SimpleNamespace(layer=2, gate=False)
+    released: Any = SimpleNamespace(model=SimpleNamespace(architecture=SimpleNamespace(num_layers=4)), exits=[spec])
+    names = [each.name for each in compared_settings(released, [0.8, 0.9999996, 0.9999999, 1])]
+    assert names == [
+        "full",
+        "speculative",
+        "threshold 0.8",
+        "threshold 0.9999996",
+        "threshold 0.9999999",
+        "threshold 1",
+    ]
 
 
 def outputs(found: TaskAnswers) -> dict[str, dict[str, Any]]:

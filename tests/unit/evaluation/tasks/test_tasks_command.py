@@ -129,6 +129,14 @@ def test_an_interrupted_evaluation_is_continued(
     assert "answers.jsonl is unfinished; give --resume to continue it, or --overwrite" in last_line(capsys)
     assert evaluate(byte_model, tasks, *exits, "--output", output, "--resume", "--stop", "x") == 2
     assert 'answers.jsonl was begun with stop [], not ["x"]' in last_line(capsys)
+    assert evaluate(byte_model, tasks, *exits, "--output", output, "--resume", "--quantise", "int8") == 2
+    assert 'was begun with quantise null, not "int8"' in last_line(capsys)
+    info = output / "answers.jsonl.info.json"
+    kept = json.loads(info.read_text())
+    info.write_text(json.dumps({**kept, "settings": {**kept["settings"], "quantise": "int8"}}))
+    assert evaluate(byte_model, tasks, *exits, "--output", output, "--resume") == 2
+    assert 'was begun with quantise "int8", not null' in last_line(capsys)
+    info.write_text(json.dumps(kept))
     tasks.write_text(tasks.read_text() + json.dumps({**LINES[0], "id": "new"}) + "\n")
     assert evaluate(byte_model, tasks, *exits, "--output", output, "--resume") == 2
     assert "was begun with other records" in last_line(capsys)
