@@ -56,7 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_input("--calibration", arguments.calibration)
     audits = read_audits(arguments.logs)
     if arguments.calibration is not None:
-        risk, digests = read_certificate(arguments.calibration).risk, [file_sha256(arguments.calibration)]
+        certificate = read_certificate(arguments.calibration)
+        if certificate.loss == "quality":
+            raise ConfigError(
+                f"--calibration: {arguments.calibration}: its loss is quality, by references that no request has, so "
+                "its requests are never audited; calibrate with --loss disagreement or rouge"
+            )
+        risk, digests = certificate.risk, [file_sha256(arguments.calibration)]
     else:
         risk, digests = arguments.risk, certificates(audits)
         if len(digests) > 1:

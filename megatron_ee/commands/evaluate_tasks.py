@@ -222,5 +222,7 @@ def _report(
         plot_tasks(results, arguments.output / PLOT)
         if any(each.judged for each in compared.values()):
             plot_groups(compared, arguments.output / GROUPS)
+        else:
+            (arguments.output / GROUPS).unlink(missing_ok=True)  # of an earlier comparison of the same answers
     if arguments.plot is not None:
         plot_tasks(results, arguments.plot)

@@ -50,7 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     sys.argv = ["lm_eval", *with_model(arguments.arguments)]
     asked = HarnessCLI().parse_args()
     if getattr(asked, "model", None) == MODEL:  # first: the harness makes its models after it has read its tasks
-        validated(HarnessArguments, asked.model_args or {}, where=WHERE).check_paths()
+        settings = validated(HarnessArguments, asked.model_args or {}, where=WHERE)
+        settings.check_paths()
+        if settings.calibration is not None and asked.cache_requests and asked.apply_chat_template:
+            raise ConfigError(
+                "--cache_requests: does not record which requests went through the chat template, which a certificate "
+                "depends on; leave it out, or leave out calibration"
+            )
     try:
         cli_evaluate()
     except UserError:
@@ -76,5 +82,5 @@ def with_model(arguments: Sequence[str]) -> list[str]:
     """The arguments of a run, with the model's name if they give neither a model nor a configuration file."""
     given = [argument.partition("=")[0] for argument in arguments]
     others = bool(given) and given[0] in ("ls", "validate")
-    named = {"-M", "--model", "-C", "--config", "-h", "--help"} & set(given)
+    named = any(each in ("--model", "--config", "--help") or each[:2] in ("-M", "-C", "-h") for each in given)
     return list(arguments) if others or named or not given else [*arguments, "--model", MODEL]

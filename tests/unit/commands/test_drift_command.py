@@ -56,6 +56,13 @@ def test_a_log_with_drift_gives_the_audit_and_the_request_of_each_alarm(
     assert "ALARM: the mean loss seems to be above the risk of 0.1: the test from the start" in capsys.readouterr().out
 
 
+def test_a_certificate_of_quality_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, certificate = write_log(tmp_path / "exits.jsonl", [0.0]), tmp_path / "c.json"
+    certificate.write_text(json.dumps({**CERTIFICATE, "loss": "quality", "metric": "f1"}))
+    assert main(["drift", str(log), "--calibration", str(certificate)]) == 2
+    assert "never audited; calibrate with --loss disagreement or rouge" in capsys.readouterr().err
+
+
 def test_only_requests_under_the_certificate_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = write_log(tmp_path / "exits.jsonl", [0.0, 1.0] * 20, ("c", None))
     assert main(["drift", str(log), "--risk", "0.1", "--json"]) == 0

@@ -143,6 +143,11 @@ def test_the_entry_point_names_the_class() -> None:
         ("pretrained=.,mod=full", [], "model_args: mod: unknown key; did you mean 'mode'?"),
         ("pretrained=nowhere", [], "model_args: pretrained: no such directory: nowhere; give one on this machine"),
         ("pretrained=.,adapter=nowhere", [], "model_args: adapter: no such directory: nowhere; give one on this machi"),
+        (
+            "pretrained=.,adapter=.,calibration=pyproject.toml",
+            ["--cache_requests", "true", "--apply_chat_template"],
+            "--cache_requests: does not record which requests went through the chat template",
+        ),
         ("pretrained=.", ["--fewshot_as_multiturn", "true"], "When `fewshot_as_multiturn` is True, `apply_chat_templ"),
     ],
 )

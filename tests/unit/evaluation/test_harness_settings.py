@@ -104,6 +104,8 @@ def test_an_exit_alone_is_a_shallower_model(byte_model: Path, adapter: Path) -> 
 
 def test_the_command_runs_this_model_unless_another_is_named() -> None:
     assert with_model(["--tasks", "a"]) == ["--tasks", "a", "--model", "megatron_ee"]
+    assert with_model(["-Mhf", "--tasks", "a"]) == ["-Mhf", "--tasks", "a"]
+    assert with_model(["--model_args", "pretrained=m"])[-1] == "megatron_ee"
     for others in (["--model=hf", "--tasks", "a"], ["-C", "run.yaml"], ["ls", "tasks"], ["run", "--help"], []):
         assert with_model(others) == others
 

@@ -59,6 +59,9 @@ def test_groups_are_compared_in_threshold_mode(
     # Shown again from the same answers, by something else.
     assert evaluate(*exits, "--by", "length", "--output", output, "--resume") == 0
     assert "Groups by tokens of the prompt, threshold 2" in capsys.readouterr().out
+    assert evaluate(*exits, "--output", output, "--resume") == 0
+    assert not (output / "groups.png").exists(), "it would be of another comparison"
+    capsys.readouterr()
     assert evaluate("--by", "group") == 2
     assert "--by: there are no exits" in capsys.readouterr().err
 
