@@ -122,7 +122,8 @@ def differences(mine: Sequence[int], other: Sequence[int]) -> tuple[frozenset[in
     """
     same = sum(takewhile(bool, (one == two for one, two in zip(mine, other, strict=False))))
     mine_left, other_left = set(range(same, len(mine))), set(range(same, len(other)))
-    for block in SequenceMatcher(None, mine[same:], other[same:]).get_matching_blocks():
+    # Without autojunk: it ignores tokens that are frequent in long answers, which would then all count as different.
+    for block in SequenceMatcher(None, mine[same:], other[same:], autojunk=False).get_matching_blocks():
         mine_left -= set(range(same + block.a, same + block.a + block.size))
         other_left -= set(range(same + block.b, same + block.b + block.size))
     # The alignment may match the token at the first place that differs with a later one.

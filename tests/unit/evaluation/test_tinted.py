@@ -28,6 +28,11 @@ def test_differences(mine: str, other: str, expected: tuple[str, str]) -> None:
     assert tuple("".join(map(str, sorted(each))) for each in found) == expected
 
 
+def test_frequent_tokens_of_long_answers_are_aligned() -> None:
+    answer = [token % 20 for token in range(300)]
+    assert differences(answer[:1] + [20] + answer[1:], answer) == ({1}, {1})
+
+
 @given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), max_size=12))
 def test_differences_begin_at_the_first_place_that_differs(mine: list[int], other: list[int]) -> None:
     found, theirs = differences(mine, other)
