@@ -24,7 +24,7 @@ COMPARED = 20_000
 """Characters of an answer in which the place is looked for."""
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 _GRAPHEME = regex.compile(r"\X")
-_WORD = regex.compile(r"\s*(?:[\w\p{M}]+|\X)")
+_WORD = regex.compile(r"\s*([\w\p{M}]+|\X)")
 
 
 @dataclass(frozen=True)
@@ -156,16 +156,14 @@ def _in_word(text: str, place: int) -> bool:
 
 
 def _marked(text: str, place: int) -> MarkedText:
-    at = ""
-    if place < len(text):
+    start, at = len(text), ""
+    if text[place:].strip():
         if is_spaceless(text[place]):
-            at = _GRAPHEME.match(text, place)[0]
+            start, at = place, _GRAPHEME.match(text, place)[0]
         else:
             found = _WORD.match(text, place)
-            at = (found[0] if found else text[place])[:LONGEST_WORD]
-    before, after = text[:place], text[place + len(at) :]
-    word = at.lstrip()
-    before, at = before + at[: len(at) - len(word)], word
+            start, at = found.start(1), found[1][:LONGEST_WORD]
+    before, after = text[:start], text[start + len(at) :]
     if len(before) > BEFORE:
         before = ELLIPSIS + before[-BEFORE:]
     if len(after) > AFTER:

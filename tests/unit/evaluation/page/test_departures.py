@@ -19,6 +19,8 @@ from megatron_ee.evaluation.page.examples_section import AFTER, BEFORE, mark_dep
         ("e\u0301a", "e\u0300a", "", ("e\u0301a", "e\u0300a")),
         ("👍🏽 yes", "👍🏿 yes", "", ("👍🏽", "👍🏿")),
         ("same", "same", "same", ("", "")),
+        ("a" + " " * 50 + "b", "a" + "\n" * 50 + "c", "a", ("b", "c")),
+        ("a b", "a  \n", "a", ("b", "")),
         ("x" * 100, "x" * 99 + "y", "x" * 99, ("x", "y")),
     ],
 )
