@@ -57,7 +57,7 @@ def _task_blocks(material: Material, tasks: TaskFile) -> list[Block]:
     t, content = material.t, tasks.content
     results = list(content.overall.values())
     first = tasks is material.tasks
-    chosen = material.chosen[0] if first and material.chosen is not None else None
+    chosen = material.chosen[0] if material.chosen is not None and material.chosen[0] in content.overall else None
     blocks: list[Block] = []
     if first and material.chosen is not None:
         blocks.append(Paragraph(t(material.chosen[1], setting=material.setting(material.chosen[0])), "verdict"))
@@ -67,7 +67,7 @@ def _task_blocks(material: Material, tasks: TaskFile) -> list[Block]:
     caption = t("answers.table", rows=t.number(rows), tasks=t.joined(printable(name) for name in content.tasks))
     blocks.append(_results_table(material, caption, results, chosen))
     blocks.append(Paragraph(_measured_how(material, tasks, chosen), "note"))
-    if len(content.tasks) > 1:
+    if len(content.tasks) > 1 and chosen is not None:
         blocks.append(_by_task(material, tasks, chosen))
     return blocks
 
@@ -175,7 +175,7 @@ def interval(material: Material, value: float, low: float, high: float) -> str:
     return t("interval", value=t.points(value), low=t.points(low), high=t.points(high))
 
 
-def _by_task(material: Material, tasks: TaskFile, chosen: str | None) -> PageTable:
+def _by_task(material: Material, tasks: TaskFile, chosen: str) -> PageTable:
     """Full mode and the chosen setting, by task."""
     t, found = material.t, tasks.content.tasks
     columns = [
@@ -188,19 +188,19 @@ def _by_task(material: Material, tasks: TaskFile, chosen: str | None) -> PageTab
     columns.append(t.heading("score.equal_answers"))
     rows = []
     for name, results in list(found.items())[:MOST_ROWS]:
-        full, early = results[BASELINE], results[chosen or BASELINE]
+        full, early = results[BASELINE], results[chosen]
         before, after = quality_of(full), quality_of(early)
         rows.append(
             [
                 Cell(printable(name), own=True),
                 Cell(t.number(full.rows)),
                 Cell("-" if before is None else t.percent(before[1].mean)),
-                Cell("-") if after is None else _score_cell(material, *after, chosen is None),
+                Cell("-") if after is None else _score_cell(material, *after, baseline=False),
                 _speed_cell(material, early),
                 Cell("-") if EQUAL_ANSWERS not in early.scores else Cell(t.percent(early.scores[EQUAL_ANSWERS].mean)),
             ]
         )
-    caption = t("answers.by_task", setting=material.setting(chosen or BASELINE))
+    caption = t("answers.by_task", setting=material.setting(chosen))
     if len(found) > MOST_ROWS:
         caption += t("sentence.space") + t("table.cut", shown=MOST_ROWS, count=t.number(len(found)))
     return PageTable(caption, columns, rows)

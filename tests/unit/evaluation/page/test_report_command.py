@@ -202,6 +202,22 @@ def test_a_guarantee_that_wrong_answers_would_keep_is_pointed_out(files: Any) ->
     assert statement(enough).endswith("f1 of full mode's own answers: 0.400.")
 
 
+def test_tasks_are_compared_in_the_chosen_setting_alone(files: Any) -> None:
+    """A later evaluation has the first one's setting or no such table, as an evaluation of speculative mode alone."""
+    content = json.loads(files.path("eval/tasks.json").read_text())
+    page = files.page("--evaluation", files.path("eval"), files.path("eval/tasks.json"))
+    assert page.count("By task: full mode beside certified thresholds.") == 2
+    kept = ("full", "speculative")
+    for found in (content["overall"], *content["tasks"].values()):
+        for name in found.keys() - kept:
+            del found[name]
+    content["settings"] = [each for each in content["settings"] if each["name"] in kept]
+    later = files.path("later.json")
+    later.write_text(json.dumps({**content, "groups": {}}))
+    assert files.page("--evaluation", files.path("eval"), later).count("By task: ") == 1
+    assert "By task: " not in files.page("--evaluation", later)
+
+
 @pytest.mark.slow
 def test_the_setting_is_chosen_by_rule(files: Any) -> None:
     assert "1.40×" in files.page("--evaluation", files.path("eval"), "--setting", "threshold 0.8")
