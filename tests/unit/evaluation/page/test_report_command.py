@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,20 @@ def test_full_mode_as_a_certificate_is_said_plainly(files: Any) -> None:
     files.path("certificate.json").write_text(json.dumps({**content, "policy": None}))
     page = files.page("--calibration", files.path("certificate.json"))
     assert "No guarantee could be given: no setting of the exits" in page and "uses full mode, without any gain" in page
+
+
+def test_the_certificates_own_setting_stands_out(files: Any) -> None:
+    """The safest levels are not all 100%, and a setting for all groups has to pass in each."""
+    content = json.loads(files.path("certificate.json").read_text())
+    content["tested"]["all"][0]["level"] = 0.9999987
+    first, second, last = content["tested"].pop("all")
+    content["tested"] = {"a": [first, second, last], "b": [first, {**second, "passed": False}]}
+    files.path("certificate.json").write_text(json.dumps({**content, "per_group": "worst"}))
+    page = files.page("--calibration", files.path("certificate.json"))
+    assert "99.99987%" in page and ">90.000%" in page
+    rows = re.findall(r'<tr class="chosen">.*?</tr>', page, re.DOTALL)
+    assert len(rows) == 2 and all("99.99987%" in row for row in rows)
+    assert page.count("it is taken only if it passes in every group.") == 2
 
 
 def test_a_guarantee_that_wrong_answers_would_keep_is_pointed_out(files: Any) -> None:
