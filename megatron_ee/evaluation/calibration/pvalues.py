@@ -70,11 +70,24 @@ def smallest_count(name: PValue, risk: float, delta: float) -> int:
     return count
 
 
+def passing(p_values: Mapping[str, float], level: float, *, together: bool = False) -> list[str]:
+    """The scopes for which a setting passes. Fixed-sequence testing goes on to the next setting for these alone.
+
+    Args:
+        p_values: of the setting, by scope.
+        level: of each test.
+        together: the setting passes for all scopes or for none, since what is promised holds for every one.
+    """
+    passed = [name for name, p in p_values.items() if p <= level]
+    return passed if not together or len(passed) == len(p_values) else []
+
+
 def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
-    """Number of settings that pass, in the order of ``p_values``. Nothing is read after the first that fails."""
+    """Number of settings that pass in a single scope, in the order of ``p_values``. Nothing is read after the first
+    that fails."""
     passed = 0
     for p in p_values:
-        if not p <= delta:
+        if not passing({"": p}, delta):
             break
         passed += 1
     return passed

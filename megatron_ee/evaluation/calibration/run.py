@@ -16,7 +16,7 @@ from megatron_ee.checkpoint.journal import Journal
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.calibration.family import LEAST_SAVED, Member, make_family
-from megatron_ee.evaluation.calibration.pvalues import P_VALUES, largest_risk
+from megatron_ee.evaluation.calibration.pvalues import P_VALUES, largest_risk, passing
 from megatron_ee.evaluation.calibration.replays import replay_answers
 from megatron_ee.evaluation.calibration.sample import CalibrationPlan, Sample, by_group, scopes_of
 from megatron_ee.evaluation.statistics import Floats
@@ -134,9 +134,8 @@ def calibrate(
         for name, test in tests.items():
             scopes[name].tests.append(test)
         together = plan.per_group != "own"
-        passed = [
-            name for name, test in tests.items() if all(t.passed for t in (tests.values() if together else [test]))
-        ]
+        p_values = {name: test.p_value for name, test in tests.items()}
+        passed = passing(p_values, plan.level(len(scopes)), together=together)
         faster = {name for name in passed if _saves(tests[name], engine.num_layers)}
         for name in passed if together and faster else faster:
             scopes[name].policy, scopes[name].p_value = chosen, tests[name].p_value

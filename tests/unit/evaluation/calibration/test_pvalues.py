@@ -11,6 +11,7 @@ from megatron_ee.evaluation.calibration.pvalues import (
     fixed_sequence,
     hoeffding_bentkus_p,
     largest_risk,
+    passing,
     smallest_count,
 )
 from megatron_ee.inference.certificate import PValue
@@ -19,6 +20,12 @@ TRIALS = 1000
 RISKS = np.array([0.0, 0.02, 0.05, 0.08, 0.1001, 0.13, 0.2, 0.4])
 """Expected loss of each setting, from safe to fast. The first that must not pass is hardly above the tested risk."""
 RISK, DELTA = 0.1, 0.1
+
+
+def test_a_setting_passes_by_scope_or_for_all_together() -> None:
+    p_values = {"a": 0.05, "b": 0.2, "c": float("nan")}
+    assert passing(p_values, 0.1) == ["a"] and passing(p_values, 0.1, together=True) == []
+    assert passing({"a": 0.05, "b": 0.1}, 0.1, together=True) == ["a", "b"]
 
 
 def draw_losses(kind: str, count: int, seed: int = 0) -> np.ndarray:
