@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.requests import Completion, Event
-from megatron_ee.serving.api.errors import failure_of
+from megatron_ee.serving.api.errors import ApiError, failure_of
 from megatron_ee.serving.api.logprobs import ScoredToken
 from megatron_ee.serving.api.prompts import Prompt
 from megatron_ee.serving.api.translate import Generation, renamed
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from megatron_ee.serving.limits import Grant
     from megatron_ee.serving.rules.rules import Decision
 
+_CUT_OFF: dict[int | None, Status] = {None: "cancelled", 503: "cancelled", 504: "timeout"}
+"""Status of a request whose scoring ended with an HTTP status; None if its client left."""
 END_SECONDS = 60.0
 """Seconds for a cancelled request to end, before it is recorded without its last tokens."""
 
@@ -38,13 +40,15 @@ class PromptRun:
     Attributes:
         prompt: the prompt.
         decision: of the server's rules, with the request as it runs.
-        number: of the request in the order of admission; None before the engine has admitted it.
+        number: of the request in the order of admission; None before the engine has admitted it, or has scored its
+            prompt if no token is wanted.
         audited: whether it was drawn for an audit.
         scores: the prompt's tokens with their log-probabilities, if they were asked for.
         submission: None before its admission, and if no token is wanted.
         ended: completions of its outputs, by sample; those that failed are missing.
         error: of its outputs that failed, one of them.
         emitted: number of tokens that have been read, by sample.
+        cut_off: how it ended if its prompt was not scored to the end.
     """
 
     prompt: Prompt
@@ -56,6 +60,7 @@ class PromptRun:
     ended: dict[int, Completion] = field(default_factory=dict)
     error: str | None = None
     emitted: Counter[int] = field(default_factory=Counter)
+    cut_off: Status | None = None
 
     @property
     def completions(self) -> list[Completion]:
@@ -76,11 +81,18 @@ class PromptRun:
     @property
     def status(self) -> Status:
         """How it ended, once it has."""
+        if self.cut_off is not None:
+            return self.cut_off
         if self.submission is not None and self.submission.timed_out:
             return "timeout"
         if self.error is not None:
             return "error"
         return "cancelled" if any(each.finish_reason == "cancelled" for each in self.completions) else "ok"
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it was more than refused: the engine has read its prompt, or needed not to."""
+        return self.number is not None or bool(self.scores) or bool(self.emitted)
 
     def take(self, event: Event) -> None:
         """Note an event."""
@@ -115,6 +127,11 @@ class GenerationRun:
         self._service, self._key, self._grant = service, key, grant
         self._started, self.created = time.perf_counter(), time.time()
         self._ended = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it came."""
+        return time.perf_counter() - self._started
 
     @property
     def completions(self) -> list[Completion]:
@@ -156,9 +173,11 @@ class GenerationRun:
             part.submission.cancel()
         for part in running:  # also where one output failed: the others have tokens
             await _read_rest(part)
-        used = sum(len(part.prompt.ids) + part.num_tokens for part in self.parts)
+        used = 0
+        if any(part.has_run for part in self.parts):  # not if the queue was full
+            used = sum(len(part.prompt.ids) + part.num_tokens for part in self.parts)
         self._service.access.settle(self._key, self._grant, used)
-        seconds = time.perf_counter() - self._started
+        seconds = self.seconds
         ids = [self.id if len(self.parts) == 1 else f"{self.id}-{index}" for index in range(len(self.parts))]
         # Together: an audit may take minutes, and neither the other records nor the other audits depend on it.
         await asyncio.gather(
@@ -174,6 +193,8 @@ class GenerationRun:
         service, decision, request = self._service, part.decision, part.decision.request
         values = exit_statistics(part.completions)
         values["prompt_tokens"] = len(part.prompt.ids)
+        if part.submission is None and part.status == "ok":  # no token was wanted, so that none is missing
+            values["finish_reason"] = "length"
         record = ExitRecord(
             number=number,
             id=id_,
@@ -236,10 +257,12 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
     deadline = service.limits.deadline
     try:
         if generation.scores_prompts:
-            requests = [part.decision.request for part in parts]
-            for part, scores in zip(parts, await score_prompts(service.loop, requests, deadline), strict=True):
-                part.scores = scores
-        if generation.max_tokens > 0:
+            await _score(service, parts, deadline)
+            if deadline is not None:  # scoring is part of the request
+                deadline = max(deadline - run.seconds, 0.0)
+        if generation.max_tokens == 0:
+            _number(service, parts)
+        else:
             submissions: list[Submission] = []
             for part in parts:
                 part.submission = service.loop.submit(
@@ -257,3 +280,23 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
         run.end()
         raise
     return run
+
+
+async def _score(service: Service, parts: Sequence[PromptRun], deadline: float | None) -> None:
+    """Compute the log-probabilities of the prompts. If that is cut off, the request is recorded all the same."""
+    requests = [part.decision.request for part in parts]
+    try:
+        for part, scores in zip(parts, await score_prompts(service.loop, requests, deadline), strict=True):
+            part.scores = scores
+    except (ApiError, asyncio.CancelledError) as error:  # what was refused raises others
+        status = error.status if isinstance(error, ApiError) else None
+        for part in parts:
+            part.cut_off = _CUT_OFF.get(status, "error")
+        _number(service, parts)
+        raise
+
+
+def _number(service: Service, parts: Sequence[PromptRun]) -> None:
+    """Number prompts of which no token is wanted or none will come. They are not drawn for audits."""
+    for part in parts:
+        part.number = next(service.numbers)

@@ -252,11 +252,16 @@ def test_what_is_not_used_is_given_back(serve: Serve, key_file: Path) -> None:
         assert server.post("/v1/chat/completions", chat).status_code == 429  # it asks for no more than fits
 
 
-def test_a_full_queue(serve: Serve) -> None:
-    with serve(queue=LoopLimits(max_queue=0)) as server:
-        response = server.post("/v1/completions", BODY)
-        assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
-        assert response.json()["error"]["code"] == "queue_full"
+def test_a_full_queue(serve: Serve, key_file: Path) -> None:
+    key_file.write_text(f'website: {{key: "{KEYS["website"]}", tokens_per_minute: 100}}\n')
+    with serve(keys=key_file, key=KEYS["website"], queue=LoopLimits(max_queue=0)) as server:
+        for fields in [{"prompt": "x" * 80}] * 2 + [{"prompt": "x" * 80, "echo": True, "logprobs": 0}]:
+            response = server.post("/v1/completions", {**BODY, **fields})
+            assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "queue_full", (
+                "what was refused has used none of the key's tokens"
+            )
+            wait_until(lambda: not server.service.tasks)
 
 
 def test_a_request_of_many_prompts_does_not_fill_the_queue_for_itself(serve: Serve) -> None:
@@ -318,7 +323,11 @@ def test_the_deadline(serve: Serve) -> None:
         streamed = server.post("/v1/chat/completions", chat)
         if streamed.status_code == 200:
             assert '"code":"timeout"' in streamed.text and "[DONE]" not in streamed.text
-        wait_until(lambda: len(records(server)) >= 1)
+        scored = server.post(
+            "/v1/completions", {**BODY, "prompt": "x" * 200, "max_tokens": 0, "echo": True, "logprobs": 0}
+        )
+        assert scored.status_code == 504
+        wait_until(lambda: len(records(server)) == 2 + (streamed.status_code == 200))
         assert {record.status for record in records(server)} == {"timeout"}
 
 
@@ -353,6 +362,20 @@ def test_the_exit_log_and_the_metrics(serve: Serve) -> None:
             assert f'vllm:{sample}{{engine="0",model_name="tiny"}} {expected}' in metrics
         assert server.post("/v1/completions", {**BODY, "n": 0}).status_code == 400
         assert 'megatron_ee:refused_requests_total{status="400"} 1.0' in server.plain.get("/metrics").text
+
+
+def test_prompts_without_an_answer_are_recorded_too(serve: Serve) -> None:
+    with serve() as server:
+        for fields in ({}, {"logprobs": 0}):
+            body = {**BODY, "prompt": ["abc", "de"], "max_tokens": 0, "echo": True, **fields}
+            assert server.post("/v1/completions", body).status_code == 200
+        wait_until(lambda: len(records(server)) == 4)
+        found = records(server)
+        assert [each.number for each in found] == [0, 1, 2, 3]
+        assert {(each.status, each.finish_reason, each.tokens) for each in found} == {("ok", "length", 0)}
+        assert [each.prompt_tokens for each in found] == [4, 3] * 2
+        metrics = server.plain.get("/metrics").text
+        assert 'request_success_total{engine="0",finished_reason="length",model_name="tiny"} 4.0' in metrics
 
 
 def test_text_is_logged_only_if_asked_for(serve: Serve) -> None:
