@@ -18,7 +18,7 @@ from megatron_ee.serving.api.request_bodies import ChatCompletionRequest, Comple
 from megatron_ee.serving.rules.rules import Controls
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""Default of ``max_tokens`` in ``/v1/completions``, as OpenAI's."""
+"""Default of ``max_tokens`` in ``/v1/completions``, as OpenAI's, where ``RequestLimits`` allow as many."""
 MAX_STOP = 16
 """Stop strings of a request, and stop tokens. OpenAI's limit is 4."""
 MAX_STOP_LENGTH = 256
@@ -165,7 +165,7 @@ def completion_generation(body: CompletionRequest, context: Context) -> Generati
     prompts = tuple(completion_prompt(each, context.facts) for each in given)
     _check_lengths(prompts, "prompt", limits)
     decoding = settings.decoding
-    wanted = DEFAULT_COMPLETION_TOKENS if decoding is None else min(decoding.max_tokens, limits.max_tokens)
+    wanted = min(DEFAULT_COMPLETION_TOKENS if decoding is None else decoding.max_tokens, limits.max_tokens)
     return _generation(
         body,
         prompts,
@@ -235,7 +235,7 @@ def _generation(
     fields, decoding = settings.fields, settings.decoding
     samples = 1 if body.n is None else body.n
     if max_tokens > limits.max_tokens:
-        name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+        name = "max_completion_tokens" if chat and body.max_tokens is None else "max_tokens"
         raise ConfigError(f"{name}: must be at most {limits.max_tokens}, not {max_tokens}")
     if samples * len(prompts) > limits.max_outputs:
         raise ConfigError(

@@ -305,6 +305,8 @@ def test_limits_of_a_request(serve: Serve) -> None:
         ):
             response = server.post("/v1/completions", {**BODY, **body})
             assert response.json()["error"]["param"] == param, response.text
+        unsaid = server.post("/v1/completions", {"prompt": "abc", "ignore_eos": True}).json()
+        assert unsaid["usage"]["completion_tokens"] == 5, "the default, 16, is more than the server allows"
         assert server.post("/v1/completions", {"prompt": "x" * 2000}).status_code == 413
         chat = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}], "temperature": 0})
         assert chat.status_code == 400  # the template alone has more than 10 tokens
