@@ -60,6 +60,7 @@ def controls_of(fields: EarlyExitFields, priority: str | None, header: str | Non
         important=IMPORTANT in (priority, by_header),
         uncertified=bool(fields.uncertified),
         group=fields.group,
+        draft=fields.draft,
     )
 
 

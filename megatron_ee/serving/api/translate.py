@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ee.config.validation import validated
 from megatron_ee.errors import ConfigError
 from megatron_ee.inference.certificate import Decoding
-from megatron_ee.inference.requests import Draft, Request
+from megatron_ee.inference.requests import Request
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
 from megatron_ee.serving.api.early_exit import controls_of, early_exit_fields
 from megatron_ee.serving.api.prompts import ModelFacts, Prompt, chat_prompt, completion_prompt
@@ -243,7 +243,6 @@ def _generation(
         )
     ignore_eos = decoding is not None and decoding.ignore_eos
     common = {
-        "draft": fields.draft or Draft(),
         "samples": samples,
         "max_tokens": max(max_tokens, 1),
         "stop": _stop(body, decoding),

@@ -42,6 +42,7 @@ class Controls:
         important: whether it is marked so.
         uncertified: whether it may leave early outside the certificate's settings, or with thresholds of its own.
         group: for certificates with thresholds by group.
+        draft: of speculative mode.
     """
 
     mode: Mode | None = None
@@ -51,6 +52,7 @@ class Controls:
     important: bool = False
     uncertified: bool = False
     group: str | None = None
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Rules:
         """How a request runs.
 
         Args:
-            request: with the default mode, policy, exits and coverage, which the decision replaces.
+            request: with the default mode, policy, exits, draft and coverage, which the decision replaces.
             controls: what it says about early exit.
             key: who sends it; None without keys.
             chat: whether its prompt went through the chat template.
@@ -176,6 +178,8 @@ class Rules:
         if not may_choose and (own is not None or controls.uncertified):
             raise ConfigError(f"{own or 'uncertified'}: this server's rules set it; leave it out")
         mode = controls.mode or ("threshold" if controls.policy is not None else plan.rule.mode or "threshold")
+        if controls.draft is not None and mode != "speculative":
+            raise ConfigError(f"draft: has no effect in mode {mode}; leave it out")
         if mode != "threshold":
             return _exact(plan, mode, request, controls)
         if plan.certified is not None and own is None:
@@ -261,7 +265,7 @@ def _own(plan: TaskPlan, controls: Controls) -> str | None:
 
 
 def _check_important(controls: Controls) -> None:
-    early = "mode" if controls.mode == "threshold" else None
+    early = "mode" if controls.mode == "threshold" else "draft" if controls.draft is not None else None
     early = "policy" if controls.policy is not None else "exits" if controls.exits is not None else early
     if early is not None:
         raise ConfigError(f"{early}: an important request gets full mode's answer; leave out what is about exits")
@@ -281,7 +285,7 @@ def _exact(plan: TaskPlan, mode: Mode, request: Request, controls: Controls) -> 
     if controls.exits is not None and mode == "full":
         raise ConfigError("exits: have no effect in mode full; leave them out")
     rule = plan.rule if plan.rule.mode == mode else ModeRule()
-    draft = request.draft if request.draft != Draft() else rule.draft or Draft()
+    draft = controls.draft or rule.draft or Draft()
     exits = controls.exits if controls.exits is not None else rule.exits
     reason = f"mode {mode} was asked for" if controls.mode is not None else f"the server's rules say mode {mode}"
     coverage = _covered_full(plan, reason)

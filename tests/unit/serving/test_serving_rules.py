@@ -133,6 +133,7 @@ def test_a_key_may_be_important_and_have_a_task(calibrate: Calibrate, write: Wri
         ({"mode": "threshold"}, "mode"),
         ({"policy": ThresholdPolicy(threshold=0.5)}, "policy"),
         ({"exits": (2,)}, "exits"),
+        ({"mode": "speculative", "draft": Draft(length=2)}, "draft"),
     ],
 )
 def test_important_contradicts_early_exit(controls: dict[str, Any], field: str) -> None:
@@ -142,12 +143,15 @@ def test_important_contradicts_early_exit(controls: dict[str, Any], field: str) 
 
 def test_requests_may_ask_for_full_mode_or_speculative_mode(calibrate: Calibrate) -> None:
     rules = open_rules(None, calibrate())
-    for mode in ("full", "speculative"):
-        found = decided(rules, mode=mode, request=REQUEST.model_copy(update={"draft": Draft(length=2)}))
-        assert (found.request.mode, found.request.draft.length, found.certificate) == (mode, 2, None)
+    for mode, draft in (("full", None), ("speculative", Draft(length=2))):
+        found = decided(rules, mode=mode, draft=draft)
+        assert (found.request.mode, found.request.draft, found.certificate) == (mode, draft or Draft(), None)
         assert found.request.coverage is not None and found.request.coverage.status == "full"
         assert found.reason == f"mode {mode} was asked for"
     assert decided(rules, mode="speculative", exits=(4,)).request.exits == (4,)
+    for mode in ("full", "threshold"):
+        with pytest.raises(ConfigError, match=f"^draft: has no effect in mode {mode}; leave it out"):
+            decided(rules, mode=mode, draft=Draft(length=2))
     with pytest.raises(ConfigError, match="exits: have no effect in mode full"):
         decided(rules, mode="full", exits=(4,))
     with pytest.raises(ConfigError, match="policy: .* no effect in mode speculative"):

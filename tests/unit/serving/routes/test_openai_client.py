@@ -272,6 +272,8 @@ def test_important_requests_run_in_full_mode(server: Any, alone: Alone) -> None:
         ({"early_exit": {"mode": "fast"}}, "early_exit.mode"),
         ({"early_exit": {"threshold": 0}}, "early_exit.threshold"),
         ({"early_exit": {"mode": "threshold", "exits": [3]}}, "early_exit.exits"),
+        ({"early_exit": {"mode": "threshold", "draft": {"exit": 2}}}, "early_exit.draft"),
+        ({"vllm_xargs": {"draft_length": 3}, "priority": "important"}, "early_exit.draft"),
         ({"early_exit": {"policy": "fast"}}, "early_exit.policy.name"),
         ({"early_exit": {"policy": "gate"}}, "early_exit.policy"),
         ({"early_exit": {"task": "other task"}}, "early_exit.task"),
