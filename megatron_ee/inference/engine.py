@@ -59,7 +59,7 @@ class Engine:
         self._events: deque[Event] = deque()
         self._num_requests = self._num_seqs = 0
         self._totals, self._seconds = Totals(), 0.0
-        self._closed = False
+        self._closed = self._failed = False
 
     def submit(self, request: Request) -> int:
         """Queue a request.
@@ -133,8 +133,12 @@ class Engine:
         started = time.perf_counter()
         events, self._events = list(self._events), deque()
         if not self._scheduler.idle:
-            for seq, tokens in self._scheduler.step():
-                events.append(self._process(seq, tokens))
+            try:
+                for seq, tokens in self._scheduler.step():
+                    events.append(self._process(seq, tokens))
+            except BaseException:
+                self._failed = True
+                raise
             self._seconds += time.perf_counter() - started
         return events
 
@@ -205,9 +209,12 @@ class Engine:
 
     def close(self) -> None:
         """Cancel all unfinished requests. Nothing can be submitted afterwards."""
+        self._closed = True
         for output in list(self._outputs.values()):
             self.cancel(output.seq.params.request)
-        self._closed = True
+        # Another stage's last send does not end before its head outputs are read. After a failure none may come.
+        while not self._failed and not self._scheduler.idle:
+            self._scheduler.step()
 
     def _sequence(
         self, request: Request, prompt: tuple[int, ...], max_tokens: int, max_length: int, sample: int

@@ -96,8 +96,8 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether no sequence is running or waiting."""
-        return not self.running and not self.waiting
+        """Whether no sequence is running or waiting, and no head outputs are pending, not even of cancelled ones."""
+        return not self.running and not self.waiting and not self._pending
 
     @property
     def num_running(self) -> int:

@@ -279,6 +279,41 @@ def test_any_schedule_equals_one_process(tensor: int, pipeline: int, kept: int, 
     assert len(found) > 20 and cut_short > 1 and num_preempted > 1, "too little happens"
 
 
+def leave(directory: str, read: bool) -> int:
+    """On the first rank, leaves an engine while a cancelled request's pass is pending on the second stage.
+
+    Returns:
+        How many passes are pending after the end.
+    """
+    with engine_of(directory, 1, 2) as engine:
+        if engine is None:
+            return 0
+        pending = engine._scheduler._pending
+        policies = {1: ThresholdPolicy(threshold=1e-6), 3: ThresholdPolicy(threshold=1, backoff=0)}
+        numbers = [
+            engine.submit(Request(prompt=PROMPTS[1], mode="threshold", policy=policy, exits=(exit_,), max_tokens=100))
+            for exit_, policy in policies.items()
+        ]
+        for _ in range(50):
+            engine.step()
+            if any(each.stage == 1 for each in pending):
+                break
+        else:
+            raise AssertionError("no pass of the second stage is pending between two steps")
+        if read:  # as between the requests of a server
+            for number in numbers:
+                engine.cancel(number)
+            assert not engine.idle, "nobody would step an idle engine"
+            while not engine.idle:
+                engine.step()
+    return len(pending)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_an_engine_ends_with_a_pass_pending_on_another_stage(read: bool, directory: str) -> None:
+    assert run_ranks(2, leave, directory, read, timeout=30) == [0, 0]
+
+
 def command(output: str, arguments: list[str]) -> int:
     """On one rank: ``megatron-ee generate``, its stdout in ``output-RANK``."""
     import contextlib

@@ -278,6 +278,23 @@ def test_close_ends_everything(stage: Stage, tokenizer: Tokenizer) -> None:
     engine.close()
 
 
+def test_close_after_a_failure_waits_for_no_pass(
+    stage: Stage, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(stage, tokenizer=tokenizer)
+    engine.submit(Request(prompt=PROMPT))
+    scheduler: Any = engine._scheduler
+
+    def fail() -> None:
+        raise RuntimeError("a rank is lost")
+
+    monkeypatch.setattr(scheduler, "_update", fail)
+    with pytest.raises(RuntimeError):
+        engine.step()
+    assert scheduler._pending
+    engine.close()
+
+
 def test_streams_take_turns(engine: Engine) -> None:
     """What a stream meets of another request is kept for that one's."""
     free = {prompt: answer(engine, prompt=prompt) for prompt in ("one", "two")}
