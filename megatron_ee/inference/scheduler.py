@@ -213,7 +213,8 @@ class Scheduler:
             self._prefilled = True
             self._run_prompts(prompts)
             return
-        self._prefilled = False
+        if stage == 0:  # prompts start there alone: a pass of another stage does not give them the next turn
+            self._prefilled = False
         if not by_depth:
             return
         depth = choose_depth({depth: [s.num_passes_waited for s in seqs] for depth, seqs in by_depth.items()})

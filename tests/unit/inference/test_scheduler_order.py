@@ -15,6 +15,7 @@ from megatron_ee.inference.sampling import Sampling
 from megatron_ee.inference.scheduler import Scheduler
 from megatron_ee.inference.sequence import Sequence, SequenceParams
 from megatron_ee.inference.speculation import Acceptance, Costs, Drafter
+from megatron_ee.parallel.tiles import PASS_TOKENS
 
 LAYERS, EXIT = 4, 1
 
@@ -61,21 +62,24 @@ class Timer:
         return 0.01
 
 
-def run_speculative(stages: int) -> list[str]:
-    """What a scheduler does for one request of speculative mode whose drafts are planned by time."""
-    log: list[str] = []
+def make_scheduler(stages: int, log: list[str]) -> Scheduler:
     final = LAYERS + 1
     ends = (final,) if stages == 1 else (LAYERS // 2, final)
-    costs = Costs({EXIT: 1.0, final: 1.0})
     workers = [Recorder(stage, log) for stage in range(stages)]
-    scheduler = Scheduler(
+    return Scheduler(
         workers,
         StageMap(ends),
         KVCacheManager(workers, KVBudget(10**9, [StageMemory(8, (None,))], 16, 512)),
         max_num_seqs=4,
-        drafter=Drafter(costs, {EXIT: Acceptance()}),
+        drafter=Drafter(Costs({EXIT: 1.0, final: 1.0}), {EXIT: Acceptance()}),
         start_timer=lambda: Timer(log),
     )
+
+
+def run_speculative(stages: int) -> list[str]:
+    """What a scheduler does for one request of speculative mode whose drafts are planned by time."""
+    log: list[str] = []
+    scheduler = make_scheduler(stages, log)
     params = SequenceParams(
         0,
         0,
@@ -109,3 +113,25 @@ def test_device_time_is_read_with_the_outputs_alone(stages: int) -> None:
     log = run_speculative(stages)
     before = [before for before, after in itertools.pairwise(log) if after == "wait"]
     assert len(before) > 3 and set(before) == {"outputs 0"}
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_long_prompt_takes_turns_with_a_running_sequence(stages: int) -> None:
+    scheduler = make_scheduler(stages, [])
+    policy, draft, sampling = ThresholdPolicy(), Draft(), Sampling()
+    running, long = (
+        Sequence(number, SequenceParams(number, 0, (7,) * length, "full", policy, draft, (), sampling, 60, 5000))
+        for number, length in enumerate((2, 8 * PASS_TOKENS))
+    )
+    scheduler.add([running])
+    while not running.tokens:
+        scheduler.step()
+    scheduler.add([long])
+    turns = []
+    while long.prefilling:
+        before = len(running.tokens), long.num_computed_tokens
+        scheduler.step()
+        turns.append((len(running.tokens) > before[0], long.num_computed_tokens > before[1]))
+    assert len(turns) > 8 and all(not (one[1] and other[1]) for one, other in itertools.pairwise(turns)), (
+        "the prompt runs twice in a row"
+    )
