@@ -142,6 +142,27 @@ def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
+def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file of JSON lines with file and line, one at a time; blank ones are left out.
+
+    So is what follows the last line end, which a kill has torn.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        DamagedError: a line has more than ``MAX_FILE`` bytes.
+    """
+    with open_regular(path) as fd, open(fd, "rb", closefd=False) as file:
+        number = 0
+        while line := file.readline(MAX_FILE):
+            number += 1
+            if not line.endswith(b"\n"):
+                if len(line) >= MAX_FILE:
+                    raise DamagedError(f"{path}:{number}: a line of more than {MAX_FILE} bytes")
+                return
+            if line.strip():
+                yield f"{path}:{number}", line
+
+
 def parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object of one line.
 

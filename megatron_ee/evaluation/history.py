@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from megatron_ee.errors import DataError
+from pydantic import ConfigDict, Field
+
+from megatron_ee.config.untrusted import parse_json, whole_lines
+from megatron_ee.config.validation import Strict, validated
+from megatron_ee.errors import CheckpointError, DataError, UserError
 
 Losses = dict[int, dict[int, float]]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,83 @@ class Validation:
     free_running: tuple[float, float] | None = None
 
 
+class _LinePart(Strict):
+    """The part of a log's line that is read. The line may hold more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _LoggedExit(_LinePart):
+    layer: Count
+    loss: float | None
+
+
+class _Acceptance(_LinePart):
+    length: float | None
+
+
+class _MeasuredExit(_LoggedExit):
+    agreement: float | None = None
+    acceptance: _Acceptance | None = None
+
+
+class _FreeRunning(_LinePart):
+    agreement: float
+    layers_per_token: float | None
+
+
+class _Measured(_LinePart):
+    final_loss: float | None = None
+    exits: tuple[_MeasuredExit, ...] = Field(min_length=1, strict=False)
+    free_running: _FreeRunning | None = None
+
+
+class Session(_LinePart):
+    """What a process of the run took that ended by itself; see ``RunLog.session``."""
+
+    seconds: float = Field(ge=0)
+    processes: Count
+    device: str
+
+
+class LogLine(_LinePart):
+    """A line of a run's JSONL log: a step, a validation, a measurement at the end, or a session; see ``RunLog``.
+
+    Attributes:
+        step: steps done.
+        tokens, tokens_per_second, exits: of a step.
+        tokens_seen, validation: of a validation.
+        free_running: of threshold mode at the end.
+        session: what a process took.
+    """
+
+    step: Count
+    tokens: Count | None = None
+    tokens_per_second: float | None = Field(default=None, ge=0)
+    exits: tuple[_LoggedExit, ...] = Field(default=(), strict=False)
+    tokens_seen: Count | None = None
+    validation: _Measured | None = None
+    free_running: _FreeRunning | None = None
+    session: Session | None = None
+
+
+def read_lines(log: str | Path) -> Iterator[LogLine]:
+    """The lines of a run's JSONL log, one at a time. A last line that a kill has torn is left out.
+
+    Raises:
+        DataError: the log cannot be read or has an invalid line.
+    """
+    try:
+        for where, line in whole_lines(Path(log)):
+            values = parse_json(line, where)
+            try:
+                yield validated(LogLine, values)
+            except UserError as error:
+                raise DataError(f"{where}: not a line of a tuning log: {error}") from None
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
+
+
 def read_log(log: str | Path) -> tuple[Losses, Losses]:
     """Losses of a run's JSONL log by step, then by layer: those of steps, and those of validations.
 
@@ -48,16 +129,13 @@ def read_log(log: str | Path) -> tuple[Losses, Losses]:
     """
     steps: Losses = {}
     validations: Losses = {}
-
-    def read(record: dict[str, Any]) -> None:
-        if record.get("exits"):
-            steps[record["step"]] = _by_layer(record["exits"], "loss")
-        if record.get("validation"):
-            found = _by_layer(record["validation"]["exits"], "loss")
-            final = record["validation"].get("final_loss")
-            validations[record["step"]] = found if final is None else {0: final, **found}
-
-    _each_record(log, read)
+    for line in read_lines(log):
+        if line.exits:
+            steps[line.step] = {each.layer: _number(each.loss) for each in line.exits}
+        if line.validation is not None:
+            final = line.validation.final_loss
+            found = {each.layer: _number(each.loss) for each in line.validation.exits}
+            validations[line.step] = found if final is None else {0: final, **found}
     if not steps and not validations:
         raise DataError(f"{log}: holds no step and no validation yet")
     return steps, validations
@@ -71,53 +149,29 @@ def read_validations(log: str | Path) -> list[Validation]:
     """
     found: dict[int, Validation] = {}
     at_end: dict[int, tuple[float, float]] = {}  # by the step of the exits that were measured
-
-    def read(record: dict[str, Any]) -> None:
-        if record.get("free_running"):
-            at_end[record["step"]] = _free_running(record["free_running"])
-        if record.get("validation") and "tokens_seen" in record:
-            measured = record["validation"].get("free_running")
-            exits, final = record["validation"]["exits"], record["validation"]["final_loss"]
-            found[record["step"]] = Validation(
-                record["step"],
-                record["tokens_seen"],
-                math.nan if final is None else final,
-                _by_layer(exits, "loss"),
-                _by_layer(exits, "agreement"),
-                _by_layer(
-                    [{"layer": each["layer"], **each["acceptance"]} for each in exits if each.get("acceptance")],
-                    "length",
-                ),
-                _free_running(measured) if measured else None,
+    for line in read_lines(log):
+        if line.free_running is not None:
+            at_end[line.step] = _free_running(line.free_running)
+        if line.validation is not None and line.tokens_seen is not None:
+            exits, measured = line.validation.exits, line.validation.free_running
+            found[line.step] = Validation(
+                line.step,
+                line.tokens_seen,
+                _number(line.validation.final_loss),
+                {each.layer: _number(each.loss) for each in exits},
+                {each.layer: _number(each.agreement) for each in exits},
+                {each.layer: _number(each.acceptance.length) for each in exits if each.acceptance is not None},
+                None if measured is None else _free_running(measured),
             )
-
-    _each_record(log, read)
     return [
         replace(found[step], free_running=at_end[step]) if step in at_end else found[step] for step in sorted(found)
     ]
 
 
-def _free_running(measured: dict[str, Any]) -> tuple[float, float]:
-    layers = measured["layers_per_token"]
-    return measured["agreement"], math.nan if layers is None else layers
+def _free_running(measured: _FreeRunning) -> tuple[float, float]:
+    return measured.agreement, _number(measured.layers_per_token)
 
 
-def _each_record(log: str | Path, read: Callable[[dict[str, Any]], None]) -> None:
-    """Call ``read`` with each line's object. An incomplete last line is ignored."""
-    try:
-        lines = Path(log).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{log}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            read(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{log}:{number}: not a line of a tuning log: {error!r}") from None
-
-
-def _by_layer(exits: list[dict[str, Any]], name: str) -> dict[int, float]:
-    return {entry["layer"]: math.nan if entry[name] is None else entry[name] for entry in exits}
+def _number(value: float | None) -> float:
+    """A figure of the log, which has null for one that is not finite."""
+    return math.nan if value is None else value

@@ -45,8 +45,11 @@ class Language:
         return self.texts["list.separator"].join(items)
 
     def number(self, value: float, digits: int = 0) -> str:
-        """With thousands separators. A value that is not finite is ``-``."""
-        return f"{value:,.{digits}f}".replace("-", MINUS) if math.isfinite(value) else "-"
+        """With thousands separators. A value that is not finite, or a whole number too large for a float, is ``-``."""
+        try:
+            return f"{value:,.{digits}f}".replace("-", MINUS) if math.isfinite(value) else "-"
+        except OverflowError:
+            return "-"
 
     def percent(self, share: float) -> str:
         """A share in percent, with a decimal."""
@@ -66,7 +69,9 @@ class Language:
         return self("unit.times", value=self.number(factor, 2))
 
     def duration(self, seconds: float) -> str:
-        """Time in the two units that suit."""
+        """Time in the two units that suit; ``-`` if it is not finite."""
+        if not math.isfinite(seconds):
+            return "-"
         if seconds < 2 * MINUTE:
             return self("unit.seconds", value=self.number(seconds, 0 if seconds >= 10 else 1))
         for unit, size, smaller, part in (
@@ -94,7 +99,7 @@ class Language:
     def date(self, iso: str) -> str:
         """The date of an ISO 8601 time, as it is written in this language; other text is returned as it is."""
         year, *rest = iso[:10].split("-")
-        if len(rest) != 2 or not (year.isdigit() and all(part.isdigit() for part in rest)):
+        if len(rest) != 2 or not all(part.isascii() and part.isdecimal() for part in (year, *rest)):
             return iso[:40]
         month, day = (int(part) for part in rest)
         name = self.texts.get(f"month.{month}", str(month))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ee.checkpoint.adapter import Adapter, open_adapter
 from megatron_ee.checkpoint.ownership import MARKER
-from megatron_ee.config.untrusted import MAX_FILE, json_lines, read_json
+from megatron_ee.config.untrusted import read_json
 from megatron_ee.errors import ConfigError, DataError, UserError, shown
-from megatron_ee.evaluation.history import Validation, read_validations
+from megatron_ee.evaluation.history import Validation, read_lines, read_validations
 from megatron_ee.inference.released import exits_digest
 from megatron_ee.tuning.finish import LAST
-from megatron_ee.tuning.log import LOG, SESSION
+from megatron_ee.tuning.log import LOG
 from megatron_ee.tuning.status import STATUS
 from megatron_ee.tuning.trainer import BEST
 
@@ -179,16 +179,12 @@ def _effort(log: Path, done: int, planned: int, state: str, validations: Sequenc
     processes: int | None = None
     device: str | None = None
     steps: dict[int, tuple[int, float]] = {}
-    for record in _records(log):
-        session, rate = record.get(SESSION), record.get("tokens_per_second")
-        try:
-            if session is not None:
-                seconds = (seconds or 0.0) + float(session["seconds"])
-                processes, device = int(session["processes"]), str(session["device"])
-            elif isinstance(rate, float | int) and rate > 0:
-                steps[int(record["step"])] = int(record["tokens"]), int(record["tokens"]) / rate
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{log}: not a tuning log: {error!r}") from None
+    for line in read_lines(log) if log.is_file() else ():
+        if line.session is not None:
+            seconds = (seconds or 0.0) + line.session.seconds
+            processes, device = line.session.processes, line.session.device
+        elif line.tokens is not None and line.tokens_per_second:
+            steps[line.step] = line.tokens, line.tokens / line.tokens_per_second
     tokens = max((each.tokens_seen for each in validations), default=0)
     logged = sum(count for count, _ in steps.values())
     return Effort(
@@ -202,21 +198,6 @@ def _effort(log: Path, done: int, planned: int, state: str, validations: Sequenc
         step_seconds=sum(time for _, time in steps.values()) if steps else None,
         logged_steps=len(steps),
     )
-
-
-def _records(log: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a log. A line that a kill has torn is left out."""
-    if not log.is_file():
-        return
-    if log.stat().st_size > 16 * MAX_FILE:
-        raise DataError(f"{log}: {log.stat().st_size} bytes are too many for a log")
-    for _, line in json_lines(log):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,14 @@ class CertificateFile:
     content: Certificate
 
 
+class _FromStart(Excerpt):
+    alarm: Mapping[str, Any] | None = None
+
+
+class _Restarting(Excerpt):
+    alarms: tuple[Mapping[str, Any], ...] = ()
+
+
 class DriftFigures(Excerpt):
     """The output of ``drift --json``.
 
@@ -86,14 +94,14 @@ class DriftFigures(Excerpt):
     uncounted: int
     mean_loss: float | None
     recent_mean_loss: float | None
-    from_start: Mapping[str, Any]
-    restarting: Mapping[str, Any]
+    from_start: _FromStart
+    restarting: _Restarting
     certificates: tuple[str, ...] = ()
 
     @property
     def alarms(self) -> int:
         """Alarms of both tests."""
-        return len(self.restarting.get("alarms") or ()) + (self.from_start.get("alarm") is not None)
+        return len(self.restarting.alarms) + (self.from_start.alarm is not None)
 
 
 @dataclass(frozen=True)
@@ -190,9 +198,10 @@ def _files(path: Path) -> list[Path]:
 
 def _read_corpus(path: Path, content: dict[str, Any]) -> CorpusFile:
     try:
-        quality = Quality.from_dict(content)
+        values = asdict(Quality.from_dict(content))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: is not a result of megatron-ee evaluate --data: {error!r}") from None
+    quality = validated(Quality, values, where=str(path), error=DataError)  # from_dict takes figures of any type
     modes = validated(tuple[TimedMode, ...], content.get("speed", []), where=f"{path}: speed", error=DataError)
     digests = [content.get(name) for name in ("model_sha256", "adapter_sha256")]
     model, adapter = (digest if isinstance(digest, str) else None for digest in digests)

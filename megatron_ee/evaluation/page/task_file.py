@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 
 from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.journal import info_file
-from megatron_ee.config.untrusted import MAX_FILE, open_regular, parse_json, read_json
+from megatron_ee.config.untrusted import parse_json, read_json, whole_lines
 from megatron_ee.config.validation import Strict, validated
 from megatron_ee.errors import DataError, shown
 from megatron_ee.evaluation.groups.compare import WORSE, GroupComparison, GroupFigure, GroupOutcome
@@ -135,10 +135,11 @@ class TaskFile:
         """The answers in some settings, by the setting's name and the record's id.
 
         Raises:
-            DataError: the file cannot be read, or has an invalid line.
+            DataError: a line is not an answer.
+            CheckpointError: the file cannot be read, or a line is not JSON.
         """
         wanted, found = set(names), {}
-        for where, line in () if self.answers is None else _lines(self.answers):
+        for where, line in () if self.answers is None else whole_lines(self.answers):
             entry = parse_json(line, where)
             if isinstance(entry, dict) and "answer" in entry and entry.get("setting") in wanted:
                 answer = validated(WrittenAnswer, entry["answer"], where=where, error=DataError)
@@ -162,6 +163,10 @@ def read_task_file(path: Path, values: dict[str, Any]) -> TaskFile:
         )
     if any(set(each.scores) != set(found[BASELINE].scores) for found in results for each in found.values()):
         raise DataError(f"{path}: the settings do not have the same scores; was it edited?")
+    named = {"overall": content.overall, **{f"tasks.{shown(name)}": found for name, found in content.tasks.items()}}
+    for where, found in named.items():
+        if found[BASELINE].speed is None and any(each.speed is not None for each in found.values()):
+            raise DataError(f"{path}: {where}.{BASELINE}.speed: missing, but others have it; was it edited?")
     groups = {
         name: _read_groups(found, f"{path}: groups.{shown(name)}")
         for name, found in content.groups.items()
@@ -209,17 +214,3 @@ def _read_groups(values: Mapping[str, Any], where: str) -> GroupComparison:
         raise DataError(f"{where}: risk: {shown(found.risk)} is not among its measures")
     certified = None if found.certified is None else (found.certified.risk, found.certified.delta)
     return GroupComparison(found.by, tuple(groups), found.overall, found.risk, certified)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The whole lines of a file of JSON lines with file and line, of bounded size; blank ones are left out."""
-    with open_regular(path) as fd, open(fd, "rb", closefd=False) as file:
-        number = 0
-        while line := file.readline(MAX_FILE):
-            number += 1
-            if not line.endswith(b"\n"):
-                if len(line) >= MAX_FILE:
-                    raise DataError(f"{path}:{number}: a line of more than {MAX_FILE} bytes")
-                return  # torn by a kill
-            if line.strip():
-                yield f"{path}:{number}", line

@@ -91,4 +91,6 @@ def test_numbers_and_dates() -> None:
     assert t.points(-0.0004) == "0.0" and t.points(0.0123) == "+1.2" and t.points(-0.05) == "−5.0"
     assert t.percent(0.0512) == "5.1%" and t.size(999) == "999 B" and t.size(15_929_920) == "15.9 MB"
     assert t.date("2026-11-30T20:33:21+00:00") == "30 November 2026" and t.date("<b>") == "<b>"
+    assert t.date("202²-01-01") == "202²-01-01" and t.date("2026-01") == "2026-01"
+    assert t.number(10**400) == "-" and t.duration(float("inf")) == "-"
     assert load_language("ja").date("2026-11-30") == "2026年11月30日"

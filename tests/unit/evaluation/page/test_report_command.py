@@ -145,6 +145,59 @@ def test_an_edited_evaluation_is_refused_by_its_key(
     assert message in refusal(files, capsys, "--evaluation", files.path("eval"), status=1)
 
 
+VALIDATION = {"final_loss": 1.5, "exits": [{"layer": 2, "loss": 3.0, "agreement": 0.4}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"tokens_seen": "x", "validation": VALIDATION}, "tokens_seen: must be a whole number, not 'x'"),
+        (
+            {"tokens_seen": 1, "validation": {**VALIDATION, "final_loss": "x"}},
+            "validation.final_loss: must be a number",
+        ),
+        (
+            {"tokens_seen": 1, "validation": {"exits": [{"layer": 2, "loss": 3.0, "agreement": "x"}]}},
+            "validation.exits[0].agreement: must be a number, not 'x'",
+        ),
+        ({"tokens_seen": 1, "validation": {"exits": []}}, "validation.exits: must be a list of at least 1, not []"),
+        ({"session": {"seconds": "x", "processes": 1, "device": "CPU"}}, "session.seconds: must be a number, not 'x'"),
+    ],
+)
+def test_an_edited_log_is_refused_by_its_line_and_key(
+    files: Any, capsys: pytest.CaptureFixture[str], line: dict[str, Any], message: str
+) -> None:
+    log = files.path("run/log.jsonl")
+    log.write_text(f"{json.dumps({'step': 30, **line})}\n")
+    assert f"{log}:1: not a line of a tuning log: {message}" in refusal(
+        files, capsys, "--run", files.path("run"), status=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("drift.json", {"restarting": {"alarms": 5}}, "restarting.alarms: must be a list, not 5"),
+        ("drift.json", {"from_start": {"alarm": 5}}, "from_start.alarm: must be "),
+        ("evaluation.json", {"final_accuracy": "x"}, "final_accuracy: must be "),
+    ],
+)
+def test_edited_figures_are_refused_by_their_key(
+    files: Any, capsys: pytest.CaptureFixture[str], name: str, changes: dict[str, Any], message: str
+) -> None:
+    files.change(name, **changes)
+    error = refusal(files, capsys, *files.all(), status=1)
+    assert f"{files.path(name)}: " in error and message in error
+
+
+def test_speeds_without_full_modes_are_refused(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(files.path("eval/tasks.json").read_text())
+    content["overall"]["full"]["speed"] = None
+    files.change("eval/tasks.json", **content)
+    error = refusal(files, capsys, "--evaluation", files.path("eval"), status=1)
+    assert "tasks.json: overall.full.speed: missing, but others have it" in error
+
+
 def test_damaged_answers_are_refused_with_their_line(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
     answers = files.path("eval/answers.jsonl")
     answers.write_text('{"setting": "full", "id": "q1", "answer": {"text": 1}}\n')
