@@ -227,6 +227,14 @@ def test_other_logs_are_refused(tmp_path: Path, text: str, message: str) -> None
     assert not (tmp_path / "training.png").exists()
 
 
+def test_a_line_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ee.config.untrusted.MAX_FILE", 100)
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n' + " " * 150)
+    with pytest.raises(DataError, match="log.jsonl:2: a line of more than 100 bytes"):
+        read_log(log)
+
+
 def test_missing_log(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         plot_training(tmp_path / "none.jsonl", tmp_path / "training.png")
