@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_ee.commands import Parser, add_files, at_least
 from megatron_ee.errors import ConfigError
+from megatron_ee.evaluation.page import LANGUAGES
 
-LANGUAGES = ("en", "ja")
 EXAMPLES = 6
 DESCRIPTION = """Make one HTML page of what tune, evaluate, calibrate and drift left on disk: what was tuned on what,
 cost, speed, quality, guarantee, groups, examples and what to watch, in plain words. It loads nothing from a network

@@ -3,3 +3,6 @@
 ``sources`` reads what other commands left on disk, and refuses files of different models. ``sections`` turns it into
 blocks of text, tables and figures in one language. ``render`` makes one self-contained HTML file of them.
 """
+
+LANGUAGES = ("en", "ja")
+"""Languages of the page."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-LANGUAGES = ("en", "ja")
 MINUS = "\N{MINUS SIGN}"
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
@@ -20,7 +19,7 @@ class Language:
     """A language.
 
     Attributes:
-        code: of ``LANGUAGES``, for the attribute ``lang``.
+        code: of ``page.LANGUAGES``, for the attribute ``lang``.
         texts: by key. ``{name}`` stands for a value.
     """
 
@@ -107,6 +106,6 @@ class Language:
 
 
 def load_language(code: str) -> Language:
-    """The texts of a language of ``LANGUAGES``."""
+    """The texts of a language of ``page.LANGUAGES``."""
     content = (files(__package__) / "texts" / f"{code}.yaml").read_text(encoding="utf-8")
     return Language(code, yaml.safe_load(content))

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_ee import platform
 from megatron_ee.evaluation.probe.forecast import Records
 from megatron_ee.evaluation.probe.text import HeldWindows
+from megatron_ee.evaluation.quality import FINAL
 from megatron_ee.exits.exit import Exit
 from megatron_ee.exits.gate import Gate
 from megatron_ee.model.metrics import TokenStats
@@ -23,8 +24,6 @@ from megatron_ee.tuning.interrupt import Interrupt
 from megatron_ee.tuning.schedule import Microbatch, Pipeline
 from megatron_ee.tuning.teacher import TopTokens
 
-FINAL = 0
-"""The final exit's place among the layers of exits."""
 GATE_RIDGE = 0.01
 Columns = dict[tuple[int, int], NDArray[np.float64]]
 """By window and layer of the exit: ``[values, unmasked tokens]``."""

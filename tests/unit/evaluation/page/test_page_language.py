@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ee.commands.report import LANGUAGES as OFFERED
-from megatron_ee.evaluation.page.language import LANGUAGES, load_language
+from megatron_ee.evaluation.page import LANGUAGES
+from megatron_ee.evaluation.page.language import load_language
 
 PACKAGE = Path(__file__).resolve().parents[4] / "megatron_ee" / "evaluation" / "page"
 KEY = re.compile(r"""\bt(?:\.heading)?\(\s*f?["']([\w.{}\[\]-]+)["']""")
@@ -17,7 +17,7 @@ FIELDS = re.compile(r"\{(\w+)\}")
 
 def test_the_languages_have_the_same_keys_and_values() -> None:
     first, *others = (load_language(code).texts for code in LANGUAGES)
-    assert len(first) > 200 and OFFERED == LANGUAGES
+    assert len(first) > 200
     for other in others:
         assert other.keys() == first.keys()
         for key, text in first.items():
