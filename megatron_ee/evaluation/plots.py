@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
 FORMATS = (".png", ".pdf", ".svg")
-STYLE = {
+STYLE: dict[str, Any] = {
+    "text.parse_math": False,  # names from files may hold dollar signs
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.grid": True,
@@ -34,6 +38,8 @@ STYLE = {
     "legend.fontsize": 9,
     "savefig.dpi": 150,
 }
+MISSING = "Glyph .* missing from"
+"""Beginning of matplotlib's warning of a letter that its font lacks."""
 SMOOTHED_FROM = 60  # steps; with fewer the curve is not smoothed
 
 
@@ -298,7 +304,7 @@ def saved_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure
     from matplotlib.figure import Figure
 
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE), _missing_letters_told(target):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)  # without pyplot, which keeps state and may look for a display
         yield figure
@@ -309,3 +315,16 @@ def saved_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure
             raise UserError(f"{target}: cannot be written: {error.strerror}") from None
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _missing_letters_told(path: Path) -> Iterator[None]:
+    """Say once that the font of a plot lacks letters; matplotlib warns of each of them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message=MISSING)
+        yield
+    others = [each for each in caught if not re.match(MISSING, str(each.message))]
+    for each in others:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    if len(others) < len(caught):
+        print(f"{path}: the plot's font lacks some letters, which it shows as boxes", file=sys.stderr)

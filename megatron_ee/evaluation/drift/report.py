@@ -16,6 +16,7 @@ from megatron_ee.tables import add_columns, make_console, new_table
 
 RECENT = 100
 """Audits whose mean loss is given beside that of all."""
+_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 _LARGEST = 700.0  # of a logarithm whose exponential is a float
 
 
@@ -124,7 +125,7 @@ def plot_drift(history: DriftHistory, path: Path) -> None:
             heights = [limit] * len(history.restarts)
             axes.plot(history.restarts, heights, "v", color=COLOURS[1], ms=7, label="alarm, restarting")
         axes.set_ylim(bottom=max(-6.0, min(0.0, float(min(wealth.min(), sums.min())))) - 0.3)
-        axes.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
+        axes.yaxis.set_major_formatter(lambda value, _: "10" + f"{value:g}".translate(_RAISED))
         axes.locator_params(axis="y", integer=True)
         axes.set_xlabel("audited requests, in the order of admission")
         axes.set_ylabel("evidence against the certified risk")

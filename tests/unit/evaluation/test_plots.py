@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,6 +24,7 @@ from megatron_ee.evaluation.plots import (
     plot_reliability,
     plot_sweep,
     plot_training,
+    saved_figure,
 )
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality
@@ -175,6 +177,19 @@ def test_validations_of_a_log(tmp_path: Path) -> None:
         DataError, match=r"bad.jsonl:1: not a line of a tuning log: validation.exits\[0\].layer: missing"
     ):
         read_validations(log)
+
+
+def test_names_may_hold_any_letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dollar signs are no formulas, and letters that the font lacks are told once, with other warnings as they are."""
+    plot = tmp_path / "plot.svg"
+    with pytest.warns(UserWarning, match="another") as warned, saved_figure(plot, (3, 3)) as figure:
+        axes = figure.subplots()
+        axes.set_title("$\\frac{1}$ costs $5")
+        axes.set_xlabel("\u65e5\u672c\u8a9e")
+        warnings.warn("another", stacklevel=1)
+    assert len(warned) == 1
+    assert capsys.readouterr().err == f"{plot}: the plot's font lacks some letters, which it shows as boxes\n"
+    assert "$\\frac{1}$ costs $5" in drawn_text(plot)
 
 
 def test_png_and_pdf(tmp_path: Path) -> None:
