@@ -136,7 +136,8 @@ class Scheduler:
             if copied is None:
                 return
             self.waiting.popleft()
-            seq.num_computed_tokens = seq.num_cached_tokens = copied
+            # A preempted sequence may copy emitted tokens too.
+            seq.num_computed_tokens, seq.num_cached_tokens = copied, min(copied, seq.num_prompt_tokens)
             seq.status, seq.admitted = Status.RUNNING, seq.admitted or time.perf_counter()
             self.running[seq.seq_id] = seq
 
@@ -308,7 +309,8 @@ class Scheduler:
             runs += tokens * self.stage_map.layers(at, layer)
             tokens, at = tokens + seq.deferred.pop(layer), layer
         seq.num_pass_tokens = tokens
-        if seq.num_computed_tokens > seq.num_prompt_tokens:
+        # A preempted sequence runs its emitted tokens again, all but the newest in passes like those of a prompt.
+        if seq.num_prompt_tokens < seq.num_computed_tokens == seq.num_tokens_with_spec:
             runs += tokens * self.stage_map.layers(at, stop)
             # For other tokens, the exit's own layer only computes keys and values.
             seq.num_layer_runs += runs + int(asked and stop in self.stage_map.layer_exits)

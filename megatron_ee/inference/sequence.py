@@ -73,7 +73,7 @@ class Sequence:
         finish_reason: reason of the end, once finished.
         error: error message of one line, once failed.
         num_computed_tokens: positions that the first layer has run, including proposals.
-        num_cached_tokens: positions whose KV was copied from another request.
+        num_cached_tokens: prompt tokens whose KV was copied from another request.
         depth: number of layers that the newest token has run; 0 before it starts.
         stage: pipeline stage that holds the newest token's hidden state.
         deferred: by depth, the number of tokens that left there early and wait for a later pass.
@@ -88,7 +88,7 @@ class Sequence:
         num_passes_waited: passes of other sequences since its last one.
         admitted: when it was first admitted, in seconds of ``time.perf_counter``; None before.
         num_layer_runs: decoder layers run for tokens after the prompt. The own layer of a ``layer`` exit counts if its
-            head was asked.
+            head was asked. Emitted tokens that run again after a preemption do not count.
         num_head_runs: heads run after the first token. A head that verifies several proposals at once counts once, and
             one that a gate kept from running does not count.
         replay: what the exits say of the replayed tokens, once finished.

@@ -164,6 +164,7 @@ def test_the_youngest_is_preempted_and_the_oldest_never(exit_stage: MakeStage, s
         for event in engine.step():
             if event.completion is not None:
                 ended.append(event.request)
+                assert event.completion.statistics["layers_per_token"] == 4, "tokens that run again are counted"
         left += [row for row in before if row not in rows]
     assert ended == numbers
     assert left[0] == 3 and left.count(1) == 1 and scheduler_of(engine).num_preempted > 0

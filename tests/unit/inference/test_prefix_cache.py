@@ -224,6 +224,20 @@ def test_kept_sequences_are_evicted_before_any_is_preempted(exit_stage: MakeStag
     assert 1 <= len(prefixes.seq_ids) <= 2 and scheduler.num_preempted == 0
 
 
+def test_a_preempted_sequence_reuses_no_more_than_its_prompt(exit_stage: MakeStage, small: None) -> None:
+    """It copies emitted tokens too, from another sequence with the same text."""
+    stage = exit_stage("llama3.1", [ExitSpec(2)])
+    budget = scheduler_of(make_engine(stage)).kv_caches.budget
+    end = len(LONG) + 12
+    room = 2 * budget.needed(end, end) + budget.needed(8, 8)
+    engine = make_engine(stage, EngineOptions(prefix_cache_seqs=1, kv_memory=room))
+    asked = [([1, 2, 3], 10), (LONG, 12), (LONG, 12)]  # the first ends and makes room for the last to run again
+    requests = [Request(prompt=prompt, ignore_eos=True, max_tokens=count) for prompt, count in asked]
+    _, [one], [other] = engine.generate(requests)
+    assert scheduler_of(engine).num_preempted > 0 and emitted(one) == emitted(other)
+    assert [each.statistics["reused_tokens"] for each in (one, other)] == [0, len(LONG)]
+
+
 def test_the_kv_of_a_cancelled_sequence_is_reused(exit_stage: MakeStage) -> None:
     stage = exit_stage("llama3.1", [ExitSpec(2)])
     engine = make_engine(stage, EngineOptions(prefix_cache_seqs=2))
