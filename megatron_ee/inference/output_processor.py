@@ -156,12 +156,13 @@ class OutputState:
         ``layers_per_token`` is the number of decoder layers run per token after the first one, including those for
         deferred tokens and rejected proposals; the own layer of a ``layer`` exit counts if its head was asked.
         ``heads_per_token`` is the number of heads run per token after the first one; a verification counts once.
-        ``drafted`` is the number of proposals, ``proposed`` that up to the first rejected one of each round, of which
-        ``acceptance_rate`` is the share accepted; ``accepted_per_position`` counts the accepted ones by their place in
-        a round. ``reused_tokens`` is the number of
-        prompt tokens whose KV was copied from another request. Times are in seconds. ``queue_time`` is the time until
-        the sequence was first admitted, ``decode_time`` that from the first to the last token. ``tokens_per_second``
-        excludes the prompt and the first token. ``calibration`` is the request's ``coverage``, if it has one.
+        ``rounds`` is the number of verifications, also without a proposal, and ``drafts`` the number of those with one.
+        ``drafted`` is the number of proposals, ``proposed`` the number of them up to and including the first rejected
+        one of each round, and ``acceptance_rate`` the share of these that was accepted. ``accepted_per_position``
+        counts the accepted ones by their place in a round. ``reused_tokens`` is the number of prompt tokens whose KV
+        was copied from another request. Times are in seconds. ``queue_time`` is the time until the sequence was first
+        admitted, ``decode_time`` that from the first to the last token. ``tokens_per_second`` excludes the prompt and
+        the first token. ``calibration`` is the request's ``coverage``, if it has one.
         """
         seq, count = self.seq, len(self.tokens)
         first, last = self.first_token, self.last_token
@@ -177,6 +178,7 @@ class OutputState:
             "heads_per_token": seq.num_head_runs / (count - 1) if count > 1 else None,
             "deferred_tokens": sum(seq.deferred.values()),
             "rounds": 0 if drafting is None else drafting.num_rounds,
+            "drafts": seq.num_drafts,
             "drafted": seq.num_draft_tokens,
             "proposed": seq.num_judged_tokens,
             "accepted": seq.num_accepted_tokens,

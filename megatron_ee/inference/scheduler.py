@@ -440,6 +440,7 @@ class Scheduler:
             # Stages run concurrently, so a round is measured from its start to its end.
             seq.drafting.set_seconds(self.broadcast_seconds(seq.drafting.elapsed(time.perf_counter())))
         made, judged, accepted = seq.drafting.end_round(emitted)
+        seq.num_drafts += made > 0
         seq.num_draft_tokens += made
         seq.num_judged_tokens += judged
         counts = seq.num_accepted_tokens_per_pos

@@ -81,8 +81,9 @@ class Sequence:
         exit_history: input of the exit policy.
         spec_token_ids: proposals that are not verified yet.
         drafting: state of speculative mode; None in other modes.
+        num_drafts: number of rounds with at least one proposal.
         num_draft_tokens: number of proposals verified.
-        num_judged_tokens: number of them up to the first rejected one of each round.
+        num_judged_tokens: number of them up to and including the first rejected one of each round.
         num_accepted_tokens_per_pos: number accepted, by their place among the proposals of a round.
         parent: number of the sequence from which it will copy the prompt's KV; None for none.
         num_passes_waited: passes of other sequences since its last one.
@@ -109,6 +110,7 @@ class Sequence:
     exit_history: ExitHistory = field(default_factory=ExitHistory)
     spec_token_ids: list[int] = field(default_factory=list)
     drafting: DraftState | None = None
+    num_drafts: int = 0
     num_draft_tokens: int = 0
     num_judged_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)

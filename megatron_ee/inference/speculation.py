@@ -304,7 +304,7 @@ class DraftState:
             emitted: the accepted proposals and one more token.
 
         Returns:
-            The number of proposals, the number up to the first rejected one, and the number accepted.
+            The number of proposals, the number up to and including the first rejected one, and the number accepted.
         """
         assert self.plan is not None
         accepted, made, backed_off = len(emitted) - 1, len(self._confidences), self._backs_off

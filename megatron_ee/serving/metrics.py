@@ -54,7 +54,8 @@ class RequestFigures:
         queue_time: seconds until its first output was admitted; None if none was.
         decode_time: seconds from the first to the last token, of the output with the longest.
         intervals: seconds between two steps in which an output emitted tokens.
-        draft_tokens: proposals of speculative mode.
+        drafts: rounds of speculative mode with a proposal.
+        draft_tokens: their proposals.
         accepted_per_position: accepted ones, by their place in a round.
     """
 
@@ -64,6 +65,7 @@ class RequestFigures:
     queue_time: float | None
     decode_time: float
     intervals: Sequence[float]
+    drafts: int
     draft_tokens: int
     accepted_per_position: Sequence[int]
 
@@ -79,6 +81,7 @@ def request_figures(request: Request, completions: Sequence[Completion], interva
         queue_time=min(waits, default=None),
         decode_time=max((each["decode_time"] for each in statistics), default=0.0),
         intervals=intervals,
+        drafts=sum(each["drafts"] for each in statistics),
         draft_tokens=sum(each["drafted"] for each in statistics),
         accepted_per_position=[
             sum(counts) for counts in zip_longest(*(each["accepted_per_position"] for each in statistics), fillvalue=0)
@@ -146,7 +149,7 @@ class Metrics:
         self._generation_tokens = counter("generation_tokens", "Emitted tokens.")
         self._cache_queries = counter("prefix_cache_queries", "Prompt tokens that were looked for in the KV cache.")
         self._cache_hits = counter("prefix_cache_hits", "Prompt tokens whose KV was copied from another request.")
-        self._drafts = counter("spec_decode_num_drafts", "Rounds of drafting.")
+        self._drafts = counter("spec_decode_num_drafts", "Rounds with drafted tokens.")
         self._draft_tokens = counter("spec_decode_num_draft_tokens", "Tokens that exits drafted.")
         self._accepted_tokens = counter("spec_decode_num_accepted_tokens", "Drafted tokens that the model accepted.")
         by_position = Counter(
@@ -256,7 +259,7 @@ class Metrics:
         self._cache_queries.inc(record.prompt_tokens)
         self._cache_hits.inc(record.reused_tokens)
         self._generation_tokens.inc(record.tokens)
-        self._drafts.inc(record.rounds)
+        self._drafts.inc(figures.drafts)
         self._draft_tokens.inc(figures.draft_tokens)
         self._accepted_tokens.inc(record.accepted)
         for accepted, count in zip(self._accepted_per_position, figures.accepted_per_position, strict=False):

@@ -42,6 +42,7 @@ FIGURES = RequestFigures(
     queue_time=0.01,
     decode_time=0.35,
     intervals=(0.05,) * 7,
+    drafts=2,
     draft_tokens=8,
     accepted_per_position=(3, 1),
 )

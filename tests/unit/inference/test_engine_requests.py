@@ -206,6 +206,14 @@ def test_statistics(engine: Engine) -> None:
     assert totals["mean_time_to_first_token"] > 0  # type: ignore[operator]
 
 
+def test_a_draft_is_a_round_with_a_proposal(engine: Engine) -> None:
+    plain, drafted = (
+        answer(engine, mode="speculative", draft=Draft(exit=2, length=length)).statistics for length in (0, 3)
+    )
+    assert (plain["rounds"], plain["drafts"], plain["drafted"]) == (19, 0, 0)
+    assert 0 < drafted["drafts"] <= drafted["drafted"] <= 3 * drafted["drafts"]
+
+
 # -- cancelling and closing
 
 
