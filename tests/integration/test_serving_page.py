@@ -251,8 +251,27 @@ def test_a_task_is_asked_with_the_settings_of_a_certificate_that_decides(
     page.fill("#message", "Hello")
     page.press("#message", "Enter")
     page.wait_for_selector("#log > li:last-child .answer .facts:not(:empty)")
+    page.select_option("#mode", "threshold")
+    send(page, "Again", 4)
+    assert bodies[1]["early_exit"] == {"mode": "threshold", "threshold": 0.8, "uncertified": True}
     assert (bodies[0]["max_tokens"] == 20) == (not rule)
     assert bodies[0].get("temperature") == (0 if rule else None)
+    page.close()
+
+
+@pytest.mark.parametrize(
+    "rules", [{"may_choose": False}, {"priority": "important"}, {"may_choose": False, "default": None}]
+)
+def test_thresholds_are_offered_to_keys_that_may_choose_them(browser: Any, url: str, rules: dict[str, Any]) -> None:
+    page = browser.new_page()
+    with urllib.request.urlopen(f"{url}/v1/exits") as response:
+        found = json.load(response)
+    found["rules"] |= rules
+    page.route("**/v1/exits", lambda route: route.fulfill(json=found))
+    page.goto(url)
+    page.wait_for_selector("#mode option", state="attached")
+    offered = page.eval_on_selector_all("#mode option", "options => options.map(each => each.value)")
+    assert offered == ["default", "full", "speculative"]
     page.close()
 
 

@@ -71,7 +71,9 @@ function controls() {
 function earlyExit() {
   const mode = $("mode").value;
   if (mode === "default") return undefined;
-  return mode === "threshold" ? { mode, threshold: Number($("threshold").value) } : { mode };
+  if (mode !== "threshold") return { mode };
+  // Under a certificate, thresholds of one's own need the word; without one it says nothing new.
+  return { mode, threshold: Number($("threshold").value), uncertified: true };
 }
 
 function drawLegend() {
@@ -323,7 +325,8 @@ async function start() {
     const [models, found] = await Promise.all([getJson("v1/models"), getJson("v1/exits")]);
     $("model").textContent = document.title = models.data[0].id;
     page.layers = found.num_layers;
-    const task = found.rules.tasks[found.rules.default.task];
+    const { rules } = found; // for this key
+    const task = rules.tasks[rules.default?.task];
     const certificate = task?.mode ? null : task?.certificate; // a mode of the rules comes before the certificate
     if (certificate) {
       // With other settings the answer would be full mode's. The server takes what is left out from the certificate.
@@ -331,7 +334,8 @@ async function start() {
       $("max-tokens").value = certificate.decoding.max_tokens;
     }
     page.exits = found.exits.map((each) => each.layer).sort((a, b) => a - b);
-    const modes = ["default", ...found.modes.filter((mode) => mode !== "threshold" || found.rules.may_choose)];
+    const thresholds = rules.may_choose && rules.priority !== "important";
+    const modes = ["default", ...found.modes.filter((mode) => mode !== "threshold" || thresholds)];
     $("mode").replaceChildren(
       ...modes.map((mode) => {
         const option = element("option", "");

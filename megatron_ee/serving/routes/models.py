@@ -41,7 +41,7 @@ async def model(request: Request, name: str) -> ModelEntry:
 
 @router.get("/v1/exits", summary="List exits, rules and certificates")
 async def exits(request: Request) -> ExitsResponse:
-    """The exits, the rules by task, and the certificates in force."""
+    """The exits, the rules by task as they hold for the key that asks, and the certificates in force."""
     service = service_of(request)
     return ExitsResponse(
         num_layers=service.loop.num_layers,
@@ -50,7 +50,7 @@ async def exits(request: Request) -> ExitsResponse:
             for spec in service.loop.exits
         ],
         modes=list(get_args(Mode)) if service.loop.exits else ["full"],
-        rules=service.rules.describe(),
+        rules=service.rules.describe(request.state.key),
         audits=None if service.auditor is None else service.auditor.state(),
     )
 

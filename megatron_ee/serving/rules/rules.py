@@ -174,8 +174,7 @@ class Rules:
         if controls.important or rule.priority == "important":
             return _important(plans.file.important, plan, request)
         own = _own(plan, controls)
-        may_choose = plans.file.may_choose if rule.may_choose is None else rule.may_choose
-        if not may_choose and (own is not None or controls.uncertified):
+        if not _may_choose(plans, rule) and (own is not None or controls.uncertified):
             raise ConfigError(f"{own or 'uncertified'}: this server's rules set it; leave it out")
         mode = controls.mode or ("threshold" if controls.policy is not None else plan.rule.mode or "threshold")
         if controls.draft is not None and mode != "speculative":
@@ -186,13 +185,21 @@ class Rules:
             return self._certified(plan, plan.certified, request, controls, chat=chat)
         return _uncertified(plan, request, controls, own)
 
-    def describe(self) -> dict[str, Any]:
-        """The rules in JSON types, without those for keys, and without paths."""
+    def describe(self, key: Key | None = None) -> dict[str, Any]:
+        """The rules in JSON types, as they hold for the requests of a key, and without paths.
+
+        Args:
+            key: who asks; None without keys.
+        """
         plans = self._plans
+        rule = _rule_of(plans, key)
+        plan = _default(plans, rule)
+        default = None if plan is None else self._described(plan) if plan.name == OTHER else {"task": plan.name}
         return {
-            "default": self._described(plans.default) if plans.default.name == OTHER else {"task": plans.default.name},
+            "default": default,
+            "priority": rule.priority or "default",
             "important": plans.file.important.model_dump(mode="json", exclude_none=True),
-            "may_choose": plans.file.may_choose,
+            "may_choose": _may_choose(plans, rule),
             "tasks": {name: self._described(plan) for name, plan in plans.tasks.items()},
         }
 
@@ -239,15 +246,27 @@ def _rule_of(plans: TaskPlans, key: Key | None) -> KeyRule:
     return KeyRule() if key is None else plans.file.keys.get(key.name, KeyRule())
 
 
+def _may_choose(plans: TaskPlans, rule: KeyRule) -> bool:
+    return plans.file.may_choose if rule.may_choose is None else rule.may_choose
+
+
+def _default(plans: TaskPlans, rule: KeyRule) -> TaskPlan | None:
+    """The plan of the requests of a key that name no task; None if they must name one."""
+    if rule.task is not None:
+        return plans.tasks[rule.task]
+    return plans.default if rule.tasks is None or plans.default.name in rule.tasks else None
+
+
 def _task(plans: TaskPlans, controls: Controls, rule: KeyRule) -> TaskPlan:
     """The plan of a request's task."""
-    name = controls.task if controls.task is not None else rule.task
     allowed = plans.tasks if rule.tasks is None else rule.tasks
-    if name is None and (rule.tasks is None or plans.default.name in rule.tasks):
-        return plans.default
     possible = ", ".join(allowed) or "none"
+    name = controls.task
     if name is None:
-        raise ConfigError(f"task: this API key needs one; possible: {possible}")
+        plan = _default(plans, rule)
+        if plan is None:
+            raise ConfigError(f"task: this API key needs one; possible: {possible}")
+        return plan
     if name not in allowed:
         raise ConfigError(f"task: there is no task {shown(name)} here; possible: {possible}")
     return plans.tasks[name]

@@ -342,3 +342,28 @@ def test_the_description_has_certificates_and_no_keys_or_paths(calibrate: Calibr
     assert "website" not in str(found) and "/inquiries" not in str(found)
     rules.set_alarms("a" * 64, 1)
     assert rules.describe()["tasks"]["inquiries"]["fallback"] == "full mode"
+
+
+def test_the_description_is_what_holds_for_the_key_that_asks(calibrate: Calibrate, write: Write) -> None:
+    path = write(
+        """
+        default: {task: inquiries}
+        may_choose: false
+        tasks: {drafts: {mode: full}, notes: {mode: full}}
+        keys:
+          lab: {task: drafts, may_choose: true}
+          office: {priority: important}
+          both: {tasks: [drafts, notes]}
+        """
+    )
+    rules = open_rules(path, calibrate())
+    found = {
+        name: [rules.describe(Key(name))[each] for each in ("default", "priority", "may_choose")]
+        for name in ("lab", "office", "both", "other")
+    }
+    assert found == {
+        "lab": [{"task": "drafts"}, "default", True],
+        "office": [{"task": "inquiries"}, "important", False],
+        "both": [None, "default", False],
+        "other": [{"task": "inquiries"}, "default", False],
+    }
