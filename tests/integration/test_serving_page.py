@@ -162,7 +162,13 @@ def test_escape_stops_an_answer_and_the_conversation_goes_on(page: Any) -> None:
     page.press("#message", "Enter")
     page.wait_for_selector("#log .facts:not(:empty)")
     assert "stopped" in page.inner_text("#log .facts")
-    assert page.locator("#log .text span").count() < 100
+    count = page.locator("#log .text span").count()
+    assert count < 100
+    # Full mode's answer has the same tokens and goes on.
+    page.click("text=Compare with full mode")
+    page.wait_for_selector(".verdict")
+    assert page.inner_text(".verdict") == f"The answer is the same as full mode's as far as both go ({count} tokens)."
+    assert page.locator("#log .text span").count() > 2 * count and not page.locator(".differs").count()
     send(page, "Again", 4)
     assert page.locator("#log > li").count() == 2
     page.click("#clear")

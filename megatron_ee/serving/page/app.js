@@ -254,6 +254,11 @@ async function send() {
   $("message").focus({ preventScroll: true });
 }
 
+/** Number of tokens up to which two answers can be compared: what a stopped one would have gone on with is not known. */
+function comparable(...answers) {
+  return Math.min(...answers.map((answer) => (answer.stopped ? answer.tokens.length : Infinity)));
+}
+
 /** Show full mode's answer beside an answer, and mark what differs. */
 async function compare(button, answers, answer, messages, settings) {
   await run(async (signal) => {
@@ -269,13 +274,16 @@ async function compare(button, answers, answer, messages, settings) {
       say(button, (texts) => texts.compare);
       throw error;
     }
-    const marks = differences(answer.tokens.map((t) => t.text), full.tokens.map((t) => t.text));
+    const limit = comparable(answer, full);
+    const [left, right] = [answer, full].map((each) => each.tokens.slice(0, limit).map((token) => token.text));
+    const marks = differences(left, right);
     for (const [side, each] of [[marks.left, answer], [marks.right, full]])
-      each.tokens.forEach((token, index) => token.span.classList.toggle("differs", side[index]));
+      side.forEach((differs, index) => each.tokens[index].span.classList.toggle("differs", differs));
     const verdict = element("p", "facts verdict");
-    say(verdict, (texts) =>
-      marks.first === null ? texts.same : texts.departs(marks.first + 1, Math.max(answer.tokens.length, full.tokens.length)),
-    );
+    say(verdict, (texts) => {
+      if (marks.first !== null) return texts.departs(marks.first + 1, Math.max(left.length, right.length));
+      return limit === Infinity ? texts.same : texts.sameSoFar(left.length);
+    });
     button.replaceWith(verdict);
   });
 }
