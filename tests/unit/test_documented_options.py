@@ -26,8 +26,9 @@ OF_OTHERS = {
     ),
     *("--apply_chat_template", "--batch_size", "--gen_kwargs", "--max_batch_size", "--model_args", "--tasks"),
     *("--signal", "--kill-on-bad-exit", "--gpus-per-task", "--ntasks-per-node", "--nodes", "--gres", "--export"),
+    "--stop-timeout",
 }
-"""Options of torchrun, lm-evaluation-harness and SLURM."""
+"""Options of torchrun, lm-evaluation-harness, SLURM and Docker."""
 PASSED_ON = ("harness",)
 """Commands whose options are those of another program."""
 

@@ -81,8 +81,11 @@ def test_the_commands_of_the_page_are_accepted() -> None:
     [calibrated] = [words for words in commands() if words[:2] == ["megatron-ee", "calibrate"]]
     assert calibrate_parser().parse_args(calibrated[2:]).output == served[1].calibration[0]
     [container] = [words for words in commands() if words[:2] == ["docker", "run"]]
-    arguments = parser().parse_args(container[container.index("megatron-ee-serve") + 1 :])
+    image = container.index("megatron-ee-serve")
+    arguments = parser().parse_args(container[image + 1 :])
     assert arguments.api_key_file == Path("keys.yaml")
+    assert arguments.calibration and arguments.adapter is not None, "a certificate names the exits that it holds for"
+    assert int(container[:image][container.index("--stop-timeout") + 1]) > arguments.drain_seconds + 10
 
 
 def test_the_unit_starts_the_server_and_gives_it_time_to_end() -> None:
