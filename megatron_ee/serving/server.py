@@ -11,7 +11,6 @@ import logging
 import resource
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import uvicorn
 
 from megatron_ee.errors import ConfigError, UserError
 from megatron_ee.serving.connection import ClientConnection
+from megatron_ee.serving.console import say
 from megatron_ee.serving.engine_loop import EngineLoop
 from megatron_ee.serving.guard import LocalHosts
 
@@ -109,9 +109,10 @@ def listen(host: str, port: int) -> socket.socket:
         _bind(listener, (address, port))
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"--port: cannot listen on {host}, port {port}: {error.strerror or error}; choose another"
-        ) from None
+        problem = f"cannot listen on {host}, port {port}: {error.strerror or error}"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ConfigError(f"--port: {problem}; choose another") from None
+        raise ConfigError(f"--host: {problem}; give an address of this machine") from None
     return listener
 
 
@@ -169,7 +170,7 @@ async def _serve(served: ServedApp, engine_loop: EngineLoop, listener: socket.so
         if number == signal.SIGHUP:
             return _reload(served)
         if stop.is_set():
-            _say("cancels the running requests")
+            say("cancels the running requests")
             drains.append(asyncio.create_task(engine_loop.drain(0)))
         stop.set()
 
@@ -183,10 +184,10 @@ async def _serve(served: ServedApp, engine_loop: EngineLoop, listener: socket.so
             serving = asyncio.create_task(server.serve([listener]))
             while not (server.started or serving.done()):
                 await asyncio.sleep(0.01)
-            _say(f"listens on {address}")
+            say(f"listens on {address}")
             await _first(stop.wait(), engine_loop.ended(), asyncio.shield(serving))
             if stop.is_set() and not engine_loop.failed:
-                _say(f"ends when the running requests have ended, after at most {options.drain_seconds:g} s")
+                say(f"ends when the running requests have ended, after at most {options.drain_seconds:g} s")
                 await engine_loop.drain(options.drain_seconds)
             server.should_exit = True
             await serving
@@ -269,9 +270,9 @@ def _reload(served: ServedApp) -> None:
     try:
         served.reload()
     except UserError as error:
-        _say(f"keeps the old where the new cannot be read: {error}")
+        say(f"keeps the old where the new cannot be read: {error}")
     else:
-        _say("has read its keys and rules again")
+        say("has read its keys and rules again")
 
 
 def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
@@ -280,7 +281,3 @@ def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--host: {host} has no address: {error}; give an address of this machine") from None
     return [(family, str(address[0]).partition("%")[0]) for family, _, _, _, address in found]
-
-
-def _say(what: str) -> None:
-    print(f"megatron-ee serve: {what}", file=sys.stderr, flush=True)

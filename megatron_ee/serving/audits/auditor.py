@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.requests import Completion
 from megatron_ee.serving.audits.audit_file import AuditFile, CertificateAudits, can_audit, write_audit_file
 from megatron_ee.serving.audits.comparison import ServerEnds, compare
+from megatron_ee.serving.console import say
 from megatron_ee.serving.rules.rules import Decision, Rules
 
 if TYPE_CHECKING:
@@ -74,10 +74,6 @@ class DriftTest:
     restarts: int
 
 
-def _to_stderr(line: str) -> None:
-    print(f"megatron-ee serve: {line}", file=sys.stderr, flush=True)
-
-
 class Auditor:
     """Draws, runs and counts audits. For the asyncio thread.
 
@@ -93,7 +89,7 @@ class Auditor:
         share: float,
         *,
         patience: float = PATIENCE,
-        report: Callable[[str], None] = _to_stderr,
+        report: Callable[[str], None] = say,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Go on with the audits of earlier servers, and put their fallbacks into force again.

@@ -141,6 +141,11 @@ def test_a_port_in_use_is_refused(ready: bool) -> None:
             listen("127.0.0.1", first.getsockname()[1])
 
 
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--host: cannot listen on 192\.0\.2\.1, .*; give an address of this"):
+        listen("192.0.2.1", 0)  # reserved for documentation
+
+
 def test_one_of_two_servers_gets_the_port_of_one_that_has_just_ended() -> None:
     with socket.create_server(("127.0.0.1", 0)) as old:
         port = old.getsockname()[1]
