@@ -37,10 +37,12 @@ def groups_section(material: Material) -> Section:
     blocks = [Paragraph(risk_sentence(material, compared), "verdict")]
     blocks += _groups_blocks(material, name, compared)
     small = [
-        t("groups.member", name=printable(g.name), count=t.number(g.members)) for g in compared.groups if g.too_small
+        t("groups.member", name=group_label(material, g.name), count=t.number(g.members))
+        for g in compared.groups
+        if g.too_small
     ]
     if small:
-        blocks.append(Paragraph(t("groups.small", names=t.joined(small[:MOST_ROWS])), "note"))
+        blocks.append(Paragraph(t("groups.small", names=t.joined(small, MOST_ROWS)), "note"))
     blocks.append(Paragraph(t("groups.explain", level=t.number(100 * SIGNIFICANCE)), "explain"))
     return Section("groups", t("groups.title"), blocks, [str(found.path)])
 
@@ -59,7 +61,7 @@ def risk_sentence(material: Material, compared: GroupComparison) -> str:
         return t("groups.nothing_tested")  # such as one group alone
     if not riskier:
         return t("groups.no_difference")
-    named = t.joined(group_label(material, group.name) for group in riskier[:MOST_ROWS])
+    named = t.joined((group_label(material, group.name) for group in riskier), MOST_ROWS)
     return t("groups.riskier", names=named, measure=t(MEASURES[compared.risk]))
 
 

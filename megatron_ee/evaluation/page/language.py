@@ -39,9 +39,11 @@ class Language:
         text = self(key, **values)
         return text[:1].upper() + text[1:]
 
-    def joined(self, items: Iterable[str]) -> str:
-        """Items of a list in a sentence."""
-        return self.texts["list.separator"].join(items)
+    def joined(self, items: Iterable[str], most: int | None = None) -> str:
+        """Items of a list in a sentence. Of more than ``most`` it gives the first ones and the number of the others."""
+        found = list(items)
+        names = self.texts["list.separator"].join(found[:most])
+        return names if most is None or len(found) <= most else self("list.more", names=names, count=len(found) - most)
 
     def number(self, value: float, digits: int = 0) -> str:
         """With thousands separators. A value that is not finite, or a whole number too large for a float, is ``-``."""

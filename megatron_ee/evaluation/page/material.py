@@ -50,6 +50,12 @@ class Material:
         found = self.measured.certificates
         return next((each for each in found if each.sha256 == named), found[0] if found else None)
 
+    @property
+    def absent_certificate(self) -> str | None:
+        """Digest of the certificate whose thresholds the tasks were answered with, if it was not given."""
+        named = None if self.tasks is None else self.tasks.calibration_sha256
+        return None if named in {each.sha256 for each in self.measured.certificates} else named
+
     @cached_property
     def chosen(self) -> tuple[str, str] | None:
         """The setting to look at more closely, and the key of the reason; None if there is none.

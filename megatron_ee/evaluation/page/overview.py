@@ -95,6 +95,8 @@ def _quality_card(material: Material, early: SettingResult) -> Card:
 def _promise_card(material: Material) -> Card:
     t, file = material.t, material.certificate
     if file is None:
+        if material.absent_certificate is not None:
+            return Card(t("card.promise"), "-", t("certificate.absent", digest=material.absent_certificate[:16]))
         return Card(t("card.promise"), t("card.promise_none"), t("card.promise_missing"))
     certificate = file.content
     if is_full_mode(certificate):
@@ -185,7 +187,10 @@ def _speculative(material: Material) -> Iterator[tuple[str, str]]:
 
 def _promise_warnings(material: Material) -> Iterator[tuple[str, str]]:
     t, file = material.t, material.certificate
-    if file is None:
+    absent = material.absent_certificate
+    if file is None and absent is not None:
+        yield "bad", t("certificate.absent", digest=absent[:16])
+    elif file is None:
         yield "", t("watch.no_certificate")
     else:
         certificate = file.content
@@ -197,12 +202,12 @@ def _promise_warnings(material: Material) -> Iterator[tuple[str, str]]:
             yield "bad", t(f"watch.overlap.{certificate.overlap}")
         few = [name for name, group in certificate.groups.items() if group.n < group.needed]
         if few:
-            yield "", t("watch.few_in_groups", names=t.joined(printable(name)[:40] for name in few[:10]))
+            yield "", t("watch.few_in_groups", names=t.joined((printable(name)[:40] for name in few), 10))
         named = None if material.tasks is None else material.tasks.calibration_sha256
         if material.tasks is not None and named is None and not is_full_mode(certificate):
             yield "", t("watch.unused_certificate")
-        if named is not None and named not in {each.sha256 for each in material.measured.certificates}:
-            yield "bad", t("watch.other_certificate", digest=named[:16])
+        if absent is not None:
+            yield "bad", t("watch.other_certificate", digest=absent[:16])
     for drift in material.measured.drifts:
         if drift.content.alarms:
             yield "bad", t("watch.drift", alarms=drift.content.alarms, risk=t.limit(drift.content.risk))

@@ -31,19 +31,18 @@ def certificates_section(material: Material) -> Section:
     t, found = material.t, material.measured.certificates
     if not found:
         words = ("--data", "questions.jsonl", "--risk", "0.05", "--delta", "0.1", "--output", "certificate.json")
+        absent = material.absent_certificate
         blocks: list[Block] = [
             Paragraph(t("certificate.missing"), "note"),
             CommandLine(t("certificate.how"), material.command("calibrate", *words)),
         ]
+        if absent is not None:
+            blocks = [Paragraph(t("certificate.absent", digest=absent[:16]), "note")]
         return Section("certificate", t("certificate.title"), blocks)
     blocks = [block for number, each in enumerate(found, 1) for block in _certificate_blocks(material, each, number)]
-    delta = found[0].content.delta
     if any(each.content.tested for each in found):
         blocks.append(Paragraph(t("explain.level"), "explain"))
-    blocks += [
-        Paragraph(t("explain.certificate", most=t.limit(delta).removesuffix("%")), "explain"),
-        Notices([("", t(f"certificate.not.{key}")) for key in ("single", "right", "others", "change")]),
-    ]
+    blocks.append(Notices([("", t(f"certificate.not.{key}")) for key in ("single", "right", "others", "change")]))
     return Section("certificate", t("certificate.title"), blocks, [str(each.path) for each in found])
 
 
@@ -101,8 +100,13 @@ def _certificate_blocks(material: Material, file: CertificateFile, number: int) 
     for place, (scope, tests) in enumerate(list(certificate.tested.items())[:MOST_ROWS]):
         if tests:
             blocks += _tests(material, certificate, scope, tests, f"tests-{number}-{place}")
+    if len(certificate.tested) > MOST_ROWS:
+        blocks.append(Paragraph(t("table.cut", shown=MOST_ROWS, count=t.number(len(certificate.tested))), "note"))
     if certificate.groups:
         blocks.append(_groups(material, certificate))
+    if not is_full_mode(certificate):
+        most = t.limit(certificate.delta).removesuffix("%")
+        blocks.append(Paragraph(t("explain.certificate", most=most), "explain"))
     return blocks
 
 
@@ -179,7 +183,10 @@ def _groups(material: Material, certificate: Certificate) -> PageTable:
             ]
         )
     columns = [t("column.group"), t("column.rows"), t("measure.loss"), t("groups.bound"), t("certificate.column.note")]
-    return PageTable(t("certificate.groups"), columns, rows, words=(0, 4))
+    caption = t("certificate.groups")
+    if len(certificate.groups) > MOST_ROWS:
+        caption += t("sentence.space") + t("table.cut", shown=MOST_ROWS, count=t.number(len(certificate.groups)))
+    return PageTable(caption, columns, rows, words=(0, 4))
 
 
 def drift_section(material: Material) -> Section | None:
@@ -193,8 +200,6 @@ def drift_section(material: Material) -> Section | None:
         blocks: list[Block] = [Paragraph(t("drift.missing"), "note"), CommandLine(t("drift.how"), command)]
         return Section("drift", t("drift.title"), blocks)
     blocks = [block for each in found for block in _drift_blocks(material, each)]
-    level = t.limit(found[0].content.alarm_level)
-    blocks.append(Paragraph(t("explain.drift", level=level), "explain"))
     return Section("drift", t("drift.title"), blocks, [str(each.path) for each in found])
 
 
@@ -208,4 +213,5 @@ def _drift_blocks(material: Material, file: DriftFile) -> list[Block]:
         of_recent = "" if recent is None else t("drift.recent", value=t.percent(recent))
         items.append((t("drift.loss"), t.percent(drift.mean_loss), of_recent))
     items.append((t("drift.allowed"), t.limit(drift.risk), ""))
-    return [Paragraph(t(f"drift.{key}", **values), "verdict"), FactList(items)]
+    explained = Paragraph(t("explain.drift", level=t.limit(drift.alarm_level)), "explain")
+    return [Paragraph(t(f"drift.{key}", **values), "verdict"), FactList(items), explained]

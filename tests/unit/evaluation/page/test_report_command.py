@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.checkpoint.ownership import MARKER
 from megatron_ee.evaluation.calibration.report import statement
 from megatron_ee.inference.certificate import read_certificate
@@ -72,6 +73,37 @@ def test_answers_under_another_certificate_are_pointed_out(files: Any) -> None:
     info = files.path("eval/answers.jsonl.info.json")
     info.write_text(json.dumps({"settings": {"calibration_sha256": "9" * 64}}))
     assert "thresholds of another certificate (9999999999999999…)" in files.page(*files.all())
+
+
+def test_a_certificate_that_is_not_given_is_not_called_missing(files: Any) -> None:
+    digest = file_sha256(files.path("certificate.json"))[:16]
+    page = unescape(files.page("--evaluation", files.path("eval")))
+    told = f"The certificate of these answers ({digest}…) was not given; give it with --calibration."
+    assert page.count(told) == 3 and "No certificate was given" not in page
+    assert unescape(files.page("--run", files.path("run"))).count("No certificate was given") == 3
+
+
+def test_each_certificate_and_each_audit_has_its_own_level(files: Any) -> None:
+    """Full mode promises nothing that a sample could mislead about."""
+    content, drift = (json.loads(files.path(name).read_text()) for name in ("certificate.json", "drift.json"))
+    others = {"other": {**content, "delta": 0.2}, "full": {**content, "policy": None, "delta": 0.3}}
+    for name, values in {**others, "audits": {**drift, "certificates": [], "alarm_level": 0.03}}.items():
+        files.path(f"{name}.json").write_text(json.dumps(values))
+    certificates = [files.path(f"{name}.json") for name in ("certificate", *others)]
+    drifts = [files.path(f"{name}.json") for name in ("drift", "audits")]
+    page = files.page("--calibration", *certificates, "--drift", *drifts)
+    assert re.findall(r"Of 100 calibrations like this one, at most (\d+) on average", page) == ["10", "20"]
+    assert re.findall(r"a false alarm with a probability of at most ([\d.]+%)", page) == ["1%", "3%"]
+
+
+def test_many_small_groups_are_counted(files: Any) -> None:
+    content = json.loads(files.path("eval/tasks.json").read_text())
+    small = {"members": 3, "too_small": True, "largest_loss": None}
+    names = ["(none)", *(f"group-{number}" for number in range(34))]
+    content["groups"]["calibrated"]["groups"][2:] = [{"name": name, **small} for name in names]
+    files.change("eval/tasks.json", **content)
+    page = files.page("--evaluation", files.path("eval"))
+    assert "Too small to be judged: no group given (3), group-0 (3), " in page and "group-28 (3) and 5 more." in page
 
 
 @pytest.mark.parametrize(
