@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from megatron_ee.checkpoint.adapter import DESCRIPTION
 from megatron_ee.checkpoint.digest import file_sha256
+from megatron_ee.checkpoint.journal import info_file
 from megatron_ee.errors import printable
 from megatron_ee.evaluation.page.answers_section import interval
 from megatron_ee.evaluation.page.blocks import (
@@ -21,7 +24,7 @@ from megatron_ee.evaluation.page.blocks import (
 from megatron_ee.evaluation.page.groups_section import risk_sentence
 from megatron_ee.evaluation.page.material import EQUAL_ANSWERS, Material, quality_of
 from megatron_ee.evaluation.page.risk_section import is_full_mode, promise
-from megatron_ee.evaluation.page.runs import CONFIG
+from megatron_ee.evaluation.page.runs import CONFIG, TunedRun
 from megatron_ee.evaluation.page.tuned import t_layers
 from megatron_ee.evaluation.tasks.results import BASELINE, SettingResult
 from megatron_ee.tuning.log import LOG
@@ -222,12 +225,11 @@ def words_section(material: Material) -> Section:
 def files_section(material: Material) -> Section:
     """Every file that the page was made of."""
     t, measured = material.t, material.measured
-    found: list[tuple[str, str, str]] = []
-    if material.run is not None:
-        for name in (CONFIG, STATUS, LOG):
-            path = material.run.path / name
-            if path.is_file():
-                found.append((str(path), t("files.tune"), file_sha256(path)))
+    beside = [] if material.run is None else _files_of_run(material.run)
+    for tasks in measured.tasks:
+        if tasks.answers is not None:
+            beside += [(path, "files.answers") for path in (tasks.answers, info_file(tasks.answers))]
+    found = [(str(path), t(key), file_sha256(path)) for path, key in dict(beside).items() if path.is_file()]
     for key, several in (
         ("tasks", measured.tasks),
         ("corpus", measured.corpora),
@@ -240,3 +242,14 @@ def files_section(material: Material) -> Section:
     columns = [t("files.column.file"), t("files.column.what"), t("files.column.sha256")]
     blocks: list[Block] = [PageTable(t("files.table"), columns, rows, words=(0, 1, 2))]
     return Section("files", t("files.title"), blocks)
+
+
+def _files_of_run(run: TunedRun) -> list[tuple[Path, str]]:
+    """The files of a run that the page reads, if they are there, and the keys of what they are."""
+    weights = {Path(file) for tensor in run.adapter.weights.values() for file in tensor.files}
+    corpora = [Path(f"{corpus.path}.json") for corpus in (*run.train, *run.held_out)]
+    return [
+        *((run.path / name, "files.tune") for name in (CONFIG, STATUS, LOG)),
+        *((path, "files.exits") for path in (run.adapter.path / DESCRIPTION, *sorted(weights))),
+        *((path, "files.prepared") for path in corpora),
+    ]

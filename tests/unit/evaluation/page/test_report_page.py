@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ee.checkpoint.digest import file_sha256
 from megatron_ee.evaluation.page.figures import SYMBOLS
 
 VOID = {"meta", "br", "link", "img", "input", "hr", "use", "path", "rect"}
@@ -119,6 +120,15 @@ def test_every_part_is_on_the_page_with_its_figures_and_files(files: Any) -> Non
             ("worse than the others", 2, "D"),
         ]
     ]
+
+
+def test_every_file_is_listed_with_its_digest(files: Any) -> None:
+    page = files.page(*files.all())
+    listed = page[page.index('id="files"') :]
+    read = ["run/config.json", "run/status.json", "run/log.jsonl", "train.json", "eval/answers.jsonl"]
+    read += ["run/adapter-best/exits.json", "run/adapter-best/exits.safetensors", "eval/answers.jsonl.info.json"]
+    for name in (*read, "eval/tasks.json", "evaluation.json", "certificate.json", "drift.json", "plan.json"):
+        assert f"{files.path(name)}</" in listed and file_sha256(files.path(name))[:16] in listed, name
 
 
 def test_the_page_is_in_japanese_too(files: Any) -> None:
