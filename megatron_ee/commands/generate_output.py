@@ -14,8 +14,8 @@ from rich.console import Console
 
 from megatron_ee.checkpoint.atomic import write_file
 from megatron_ee.commands.engine_options import errors_of_options
+from megatron_ee.commands.generate_layers import ShownAnswer, html_layers, print_explanation, print_layers, print_modes
 from megatron_ee.commands.generate_requests import FileRequest, check_memory
-from megatron_ee.commands.show import ShownAnswer, html_layers, print_explanation, print_layers, print_modes
 from megatron_ee.data.tokenizer import Tokenizer
 from megatron_ee.errors import UserError
 from megatron_ee.evaluation.explain import Explanation, explain

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megatron_ee.checkpoint.atomic import write_file
-from megatron_ee.commands import show
-from megatron_ee.commands.show import ShownAnswer, print_layers
+from megatron_ee.commands import generate_layers
+from megatron_ee.commands.generate_layers import ShownAnswer, print_layers
 from megatron_ee.evaluation.tinted import HUES
 
 PIECES, LAYERS = ["def", " f", "[1]", "(x)", ":"], [3, 3, 12, 6, 3]
@@ -59,7 +59,7 @@ def test_a_terminal_is_not_steered_by_what_a_model_writes() -> None:
 
 def html_layers(*answer: Any, title: str = "megatron-ee generate") -> str:
     """The page of one answer."""
-    return show.html_layers([ShownAnswer(*answer)], title=title)
+    return generate_layers.html_layers([ShownAnswer(*answer)], title=title)
 
 
 class Page(HTMLParser):
@@ -121,7 +121,9 @@ def test_page_shows_tokens_by_layer_with_details() -> None:
 
 
 def test_a_page_of_several_answers_has_one_colour_per_layer() -> None:
-    source = show.html_layers([ShownAnswer("one", ["a", "b"], [3, 12]), ShownAnswer("two", ["c", "d"], [6, 12])])
+    source = generate_layers.html_layers(
+        [ShownAnswer("one", ["a", "b"], [3, 12]), ShownAnswer("two", ["c", "d"], [6, 12])]
+    )
     assert re.findall("<h2>(.*?)</h2>", source) == ["Answer 1 of 2", "Answer 2 of 2"]
     classes = [attributes["class"] for attributes, _ in Page(source).of_text()]
     assert classes == ["prompt", "green", "deepest", "prompt", "cyan", "deepest"]
