@@ -274,9 +274,7 @@ def _calibration(arguments: argparse.Namespace, released: Released) -> Calibrati
 
     if arguments.calibration is None:
         return None
-    options = engine_options(
-        arguments, released, candidates=_candidates(arguments, released.model.architecture.vocab_size)
-    )
+    options = engine_options(arguments, released)
     calibration = open_calibration(arguments.calibration, released, options, quantise=arguments.quantise)
     calibration.check_group(arguments.calibration_group)
     return calibration

@@ -236,7 +236,6 @@ class Calibration:
         dtype: of the engine.
         weights: as in ``EngineOptions``.
         quantise: as for ``open_released``.
-        draft_vocabulary: number of token ids that exits may propose, which all are to; None for all.
     """
 
     certificate: Certificate
@@ -245,7 +244,6 @@ class Calibration:
     dtype: str
     weights: str
     quantise: str
-    draft_vocabulary: int | None = None
 
     def apply(self, request: Request, *, chat: bool, group: str | None = None, uncertified: bool = False) -> Request:
         """The request under the certificate: with its policy, or in full mode if the certificate does not cover it.
@@ -300,7 +298,6 @@ class Calibration:
             "dtype": self.dtype,
             "weights": self.weights,
             "quantise": self.quantise,
-            "draft_vocabulary": self.draft_vocabulary,
         }
 
     def _wanted(self) -> dict[str, Any]:
@@ -312,7 +309,6 @@ class Calibration:
             "stop": tuple(settings.stop),
             "stop_ids": (),
             "forced_ids": (),
-            "draft_vocabulary": None,
         }
 
     def _outside(self, request: Request, *, chat: bool, group: str | None) -> str | None:
@@ -385,7 +381,6 @@ def open_calibration(
         recorded = getattr(certificate, name)
         if recorded != found:
             raise DataError(f"{path}: {name}: was made for another {DIGESTS[name]}: {_difference(recorded, found)}")
-    restricted = None if options.candidates is None else len(options.candidates)
     return Calibration(
         certificate,
         path,
@@ -393,7 +388,6 @@ def open_calibration(
         used_dtype(options, released),
         options.weights,
         quantise,
-        restricted,
     )
 
 

@@ -222,7 +222,9 @@ def test_a_shorter_answer_is_covered_where_the_loss_is_disagreement(
 
 def test_another_engine_is_known_before_a_request_comes(model: Path, adapter: Path, certified: Path) -> None:
     released = open_released(model, adapter)
-    assert open_calibration(certified, released, EngineOptions(dtype="float32")).engine_outside is None
+    for candidates in (None, (1, 2, 3)):  # which limit drafts alone: no answer changes
+        options = EngineOptions(dtype="float32", candidates=candidates)
+        assert open_calibration(certified, released, options).engine_outside is None
     other = open_calibration(certified, released, EngineOptions(dtype="bfloat16")).engine_outside
     assert other == "dtype: 'bfloat16', but it was calibrated with 'float32'"
 

@@ -104,7 +104,9 @@ def restricted(saved_model: Callable[..., tuple[Path, Any]], load_stage: Callabl
 
 
 @pytest.mark.parametrize("sampling", [pytest.param(Sampling(), marks=pytest.mark.slow), DRAWN], ids=["greedy", "drawn"])
-def test_drafts_from_some_of_the_vocabulary(sampling: Sampling, restricted: Stage) -> None:
+def test_drafts_from_some_of_the_vocabulary(
+    sampling: Sampling, restricted: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Proposals are candidates, the full model's own tokens any; neighbours that are no drafts change nothing."""
     full = [Request(prompt=prompt, sampling=sampling, max_tokens=60) for prompt in PROMPTS]
     drafted = [request.model_copy(update={"mode": "speculative", "draft": Draft(exit=2, length=3)}) for request in full]
@@ -120,6 +122,10 @@ def test_drafts_from_some_of_the_vocabulary(sampling: Sampling, restricted: Stag
         others |= {token.id for token in ours.tokens if token.layer != 2}
     assert proposed and all(token % 2 == 0 for token in proposed) and any(token % 2 for token in others)
     assert any(token.id % 2 for [one] in beside[len(drafted) :] for token in one.tokens if token.layer == 2)
+    for exit_ in restricted.exits:
+        monkeypatch.setattr(exit_.head, "candidates", None)
+    for [theirs], [ours] in zip(generate(restricted, leaving), beside[len(drafted) :], strict=True):
+        assert summary(ours) == summary(theirs), "candidates limit tokens that leave"
     if sampling.greedy:
         for [theirs], [ours] in zip(generate(restricted, full), beside, strict=False):
             assert tokens_of(ours) == tokens_of(theirs)
