@@ -78,7 +78,7 @@ class Engine:
         seqs = [self._sequence(request, prompt, max_tokens, max_length, sample) for sample in range(request.samples)]
         for seq in seqs:
             text = TextStream(self._tokenizer, prompt, request.stop) if self._tokenizer is not None else None
-            self._outputs[seq.seq_id] = OutputState(seq, text, self._prefix(request, prompt), request.coverage)
+            self._outputs[seq.seq_id] = OutputState(seq, text, self._prefix(request), request.coverage)
         self._scheduler.add(seqs)
         return self._num_requests
 
@@ -242,13 +242,13 @@ class Engine:
         )
         return Sequence(self._num_seqs, params)
 
-    def _prefix(self, request: Request, prompt: Collection[int]) -> str:
+    def _prefix(self, request: Request) -> str:
         """The start of the output's text: the prompt with ``echo``, else empty."""
         if not request.echo:
             return ""
         if isinstance(request.prompt, str):
             return request.prompt
-        return "" if self._tokenizer is None else self._tokenizer.decode(list(prompt))
+        return "" if self._tokenizer is None else self._tokenizer.decode(list(request.prompt))
 
     def _process(self, seq: Sequence, tokens: list[Token]) -> Event:
         """The event of a sequence that emitted tokens or failed."""

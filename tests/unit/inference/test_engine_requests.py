@@ -167,6 +167,8 @@ def test_echo_begins_with_the_prompt(as_ids: bool, engine: Engine, tokenizer: To
     plain, echoed = (answer(engine, prompt=prompt, echo=echo) for echo in (False, True))
     assert echoed.text == (tokenizer.decode(prompt) if as_ids else PROMPT) + plain.text
     assert (echoed.tokens, echoed.pieces) == (plain.tokens, plain.pieces)
+    replayed = answer(engine, prompt=prompt, echo=True, replay_ids=[9, 8, 7])
+    assert replayed.text == (tokenizer.decode(prompt) if as_ids else PROMPT) + "".join(replayed.pieces)
 
 
 def test_without_a_tokenizer_there_are_only_ids(stage: Stage) -> None:
