@@ -22,7 +22,7 @@ from megatron_ee.inference.speculation import Drafter, DraftState
 from megatron_ee.parallel.tiles import PASS_TOKENS
 
 MAX_PASSES_WAITED = 4
-"""Maximum passes of other sequences that a sequence waits before it runs next."""
+"""A depth with a sequence that has waited for so many passes of others runs next, the deepest such depth first."""
 
 
 class Timer(Protocol):
