@@ -101,13 +101,14 @@ def decoded(pipeline: Pipeline, eos: frozenset[int]) -> dict[int, Counts]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world_size, stages, tensor, sequence",
     [
         (1, ONE, 1, False),
-        pytest.param(2, HALVES, 1, False, marks=pytest.mark.slow),
-        pytest.param(2, ONE, 1, False, marks=pytest.mark.slow),
-        pytest.param(4, HALVES, 2, True, marks=pytest.mark.slow),
+        (2, HALVES, 1, False),
+        (2, ONE, 1, False),
+        (4, HALVES, 2, True),
     ],
     ids=["one", "pipeline", "data", "tensor"],
 )

@@ -156,7 +156,8 @@ def duplicate(shards: list[Path]) -> None:
     shutil.copy(shards[0], shards[1])
 
 
-@pytest.mark.parametrize("damage", [pytest.param(remove, marks=SLOW), swap, pytest.param(duplicate, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("damage", [remove, swap, duplicate])
 def test_missing_and_swapped_shards(damage: Callable[[list[Path]], None], straight: Run, tmp_path: Path) -> None:
     run = Run.__new__(Run)
     run.__dict__ |= {**straight.__dict__, "output": tmp_path / "run", "stderr": tmp_path / "stderr"}
@@ -199,6 +200,7 @@ def overlapping_collectives(folder: Path, slow: int) -> list[int]:
         return counts
 
 
+@SLOW
 def test_saves_do_not_meet_the_main_threads_messages(tmp_path: Path) -> None:
     (first, second) = run_ranks(2, overlapping_collectives, tmp_path, 1, timeout=60)
     assert min(first) > 5 and first == second

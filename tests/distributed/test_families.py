@@ -14,11 +14,11 @@ from megatron_ee.testing.project import saved_tensors
 from megatron_ee.testing.ranks import run_ranks
 from megatron_ee.testing.tuning import Case, tune_cases
 
-FAMILIES = ("gemma3",)
-MORE = ("phi3", "granite", "olmo2", "smollm3", "gemma2")
+FAMILIES = ("gemma3", "phi3", "granite", "olmo2", "smollm3", "gemma2")
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_compute_what_one_does(
     family: str, saved_model: Callable[..., tuple[Path, Any]], tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def test_evaluate_and_generate_take_it_as_it_is(project: Project, tuned: Path, p
             assert first.get(key) == second.get(key), key
 
 
+@pytest.mark.slow
 def test_tuning_a_parallel_checkpoint_equals_tuning_the_released_one(
     project: Project, tuned: Path, parallel: Path, tmp_path: Path
 ) -> None:

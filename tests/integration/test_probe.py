@@ -103,6 +103,7 @@ def test_what_cannot_be_probed(
     assert "does not divide the 1 running" in refused(2, "--data", project.train, "--tensor", 2)
 
 
+@pytest.mark.slow
 def test_evaluate_compares_with_a_probe(
     project: Project, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

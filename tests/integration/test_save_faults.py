@@ -283,7 +283,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert len(list(halfway.checkpoints.glob("step-6.damaged-*"))) == 1
 
 
-@pytest.mark.parametrize("damage, file", DAMAGES)
+@pytest.mark.parametrize("damage, file", [DAMAGES[0], *(pytest.param(*each, marks=SLOW) for each in DAMAGES[1:])])
 def test_damage_anywhere_is_noticed(
     damage: Callable[[Path, random.Random], None], file: str, halfway: Run, straight: Run
 ) -> None:

@@ -194,6 +194,7 @@ def test_a_signal_while_a_corpus_is_read_is_an_interruption(
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_killed_run_falls_back_to_its_checkpoint(project: Any, tmp_path: Path, tuned: Path) -> None:
     """After kill -9 and damage to the newest checkpoint, the one before it is taken, and the end is the same."""
     config, output = project.config(tmp_path / "run.yaml"), tmp_path / "run"

@@ -164,7 +164,8 @@ def saved_gates(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 3])
 def test_a_signal_ends_the_fit_of_gates_which_the_resumed_run_does_again(
     step: int, tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -290,6 +290,7 @@ def test_checkpoint(directories: dict[str, Path], data: st.DataObject, name: str
     unchanged_or_refused(directories["checkpoint"], name, data, read_checkpoint, lambda found: found.metadata)
 
 
+@pytest.mark.slow
 @fuzz(100)
 @given(st.data(), st.sampled_from([MANIFEST, SHARD, "config.json"]))
 def test_parallel_checkpoint(directories: dict[str, Path], data: st.DataObject, name: str) -> None:
@@ -325,6 +326,7 @@ def unchanged_or_refused(
         assert known(found[0]) == known(before)
 
 
+@pytest.mark.slow
 @fuzz(300)
 @given(st.data(), st.sampled_from(["checkpoint", "parallel"]))
 def test_manifest_with_a_checksum_that_fits(directories: dict[str, Path], data: st.DataObject, kind: str) -> None:

@@ -361,6 +361,7 @@ def write_large_model(directory: Path) -> None:
             file.write(block[: end - start])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the memory of the host")
 def test_loading_takes_a_few_tensors_beside_the_model(tmp_path: Path) -> None:

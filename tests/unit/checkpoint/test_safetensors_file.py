@@ -163,6 +163,7 @@ _fields = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from("abc") | st.text(max_size=3), _fields | _anything, max_size=3), st.integers(0, 24)

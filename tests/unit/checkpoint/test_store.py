@@ -480,6 +480,7 @@ with writer_lock(output):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_saving_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
     leftovers = 0
     for attempt in range(3):

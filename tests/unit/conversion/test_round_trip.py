@@ -38,7 +38,7 @@ SHAPE = {
     "num_hidden_layers": 5,
     "head_dim": 8,
 }
-FAST = ("llama3.2-tied", "gemma3")
+FAST = ("gemma3",)
 FAMILIES = (
     "llama2",
     "llama3.2-tied",

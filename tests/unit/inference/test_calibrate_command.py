@@ -286,7 +286,7 @@ def test_full_mode_is_the_answer_where_nothing_is_safe(
     assert answer["calibration"]["reason"] == "no threshold was safe enough"
 
 
-@pytest.mark.parametrize("loss", ["quality", "rouge"])
+@pytest.mark.parametrize("loss", [pytest.param("quality", marks=pytest.mark.slow), "rouge"])
 def test_other_losses(run: Callable[..., tuple[int, str, str]], adapter: Path, tmp_path: Path, loss: str) -> None:
     status, out, _ = run(adapter, tmp_path / "certificate.json", "--loss", loss, "--p-value", "hoeffding-bentkus")
     certificate = read_certificate(tmp_path / "certificate.json")
@@ -383,6 +383,7 @@ def test_a_group_with_a_handful_of_members_is_stated_and_stays_in_full_mode(
     assert status == 2 and "lines of group 'few' leave 2" in errors
 
 
+@pytest.mark.slow
 def test_gates_are_calibrated_too(
     run: Callable[..., tuple[int, str, str]], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -143,7 +143,7 @@ def memory_for(stage: Stage, *lengths: int) -> int:
     return sum(budget.needed(length, length) for length in lengths)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("rows", [*(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 3)), 2])
 def test_waiting_and_preemption_do_not_change_the_output(rows: int, exit_stage: MakeStage, small_chunks: None) -> None:
     stage = exit_stage("qwen2-window", EXITS)
     alone = [make_engine(stage).generate([request])[0] for request in requests()]

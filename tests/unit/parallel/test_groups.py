@@ -140,6 +140,7 @@ for tensor in (1, 1, 3):  # three do not fit one process
     assert "Warning" not in err, err
 
 
+@pytest.mark.slow
 def test_two_processes_find_each_other() -> None:
     code = """
 import torch, torch.distributed as dist

@@ -200,6 +200,7 @@ def test_a_cpu_has_one_memory_for_everything(tmp_path: Path) -> None:
     assert layers(found) == ["disk"]
 
 
+@pytest.mark.slow
 def test_an_absurd_number_of_gpus_ends_at_once(tmp_path: Any) -> None:
     run = config(tmp_path, tuning={"global_batch_size": 10**12})
     found = searched(run, 10**12, "h100")

@@ -47,7 +47,9 @@ def wider_in_a_small_group(rng: np.random.Generator) -> Values:
     return 0.5 + width * (2 * rng.random(COUNT) - 1)
 
 
-@pytest.mark.parametrize("make", [rare, skewed, wider_in_a_small_group])
+@pytest.mark.parametrize(
+    "make", [*(pytest.param(each, marks=pytest.mark.slow) for each in (rare, skewed)), wider_in_a_small_group]
+)
 def test_without_a_difference_warnings_are_rare(make: Callable[[np.random.Generator], Values]) -> None:
     rng, trials, found = np.random.default_rng(0), 200, 0
     inside = [np.array(NAMES) == name for name in SIZES]

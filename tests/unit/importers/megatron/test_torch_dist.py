@@ -257,6 +257,7 @@ def export_until(path: str, output: str, failpoint: str) -> None:
     write_output(to_torch_dist(open_contents(Path(path)), shard=60_000), Path(output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failpoint", ["convert.file-done:2", "convert.rename"])
 def test_killed_it_goes_on(failpoint: str, exported: Exported, tmp_path: Path) -> None:
     path, target = exported("llama2")[0], tmp_path / "out"
