@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from megatron_ee.inference.engine import Engine
+from megatron_ee.inference.requests import Request
 from megatron_ee.serving.api.translate import RequestLimits
 from megatron_ee.serving.engine_loop import LoopLimits
 from megatron_ee.serving.exit_log import read_logs
@@ -317,7 +319,15 @@ def test_limits_of_a_request(serve: Serve) -> None:
         assert len(texts) == 1  # greedy
 
 
-def test_the_deadline(serve: Serve) -> None:
+def test_the_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = Engine.submit
+
+    def slow(engine: Engine, request: Request) -> int:
+        number = submit(engine, request)
+        time.sleep(0.1)  # so that it is cancelled before its first step, which scores a whole prompt
+        return number
+
+    monkeypatch.setattr(Engine, "submit", slow)
     with serve(limits=RequestLimits(deadline=0.0)) as server:
         response = server.post("/v1/completions", {**BODY, "max_tokens": 200, "ignore_eos": True})
         assert response.status_code == 504 and response.headers["x-should-retry"] == "false"
