@@ -91,12 +91,13 @@ def test_two_ranks_write_half_a_checkpoint_each(project: Project, straight: Run,
     assert {piece["file"] for pieces in weights for piece in pieces} == manifest["files"].keys()
 
 
+@SLOW
 @pytest.mark.parametrize(
     "rank, point",
     [
-        pytest.param(1, "save.shard", marks=SLOW),
+        (1, "save.shard"),
         (0, "save.manifest-done:2"),
-        pytest.param(1, "save.thread:2", marks=SLOW),
+        (1, "save.thread:2"),
     ],
 )
 def test_a_rank_killed_in_a_save_ends_the_run(

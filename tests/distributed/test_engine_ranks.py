@@ -331,6 +331,7 @@ def said(answer: Any) -> list[list[tuple[int, bool, int, int]]]:
     return [[tuple(each[name] for name in names) for each in token["exits"]] for token in tokens]
 
 
+@pytest.mark.slow
 def test_command_over_processes(project: Project, tuned: Path, tmp_path: Path) -> None:
     given = ["--model", str(project.model), "--adapter", str(tuned / "adapter"), "--dtype", "float32", "--json"]
     given += ["--prompt", "a quick", "--prompt", "some words", "--max-tokens", "12", "--mode", "speculative"]
@@ -347,6 +348,7 @@ def test_command_over_processes(project: Project, tuned: Path, tmp_path: Path) -
     assert Path(f"{spread}-1").read_text() == ""
 
 
+@pytest.mark.slow
 def test_regenerate_over_processes(project: Project, tmp_path: Path) -> None:
     """The first rank writes the file, which is that of one process."""
     prompts = tmp_path / "prompts.jsonl"

@@ -135,7 +135,8 @@ def message_order(path: Path, case: Case, warm_up: bool) -> tuple[list[tuple[str
 THIRDS = (((1, 1), (1,)), ((2, 3), (2, 3)), ((4, 4), (4,)))
 
 
-@pytest.mark.parametrize("stages", [THIRDS, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["thirds", "late"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [THIRDS, MIXED], ids=["thirds", "late"])
 def test_a_verdict_is_awaited_only_after_what_it_depends_on_was_sent(
     stages: Any, saved_model: Callable[..., tuple[Path, Any]]
 ) -> None:

@@ -19,11 +19,12 @@ TAUGHT = ("--loss.distillation.kl", "1.0", "--tuning.global_batch_size", "8")
 HOST = ("--optimizer.implementation", "deepspeed_cpu")
 CASES = [
     (Tuning("llama2_7b", processes=1, overrides=(*FEW, *ALONE), microbatches=4), 1),
-    pytest.param(Tuning("llama2_7b", 1, 2, (*FEW, *ALONE, *HOST), microbatches=2), 1, marks=pytest.mark.slow),
-    pytest.param(Tuning("llama2_13b", -1, 4, (*FEW, *TENSOR, *TAUGHT), microbatches=4), 2, marks=pytest.mark.slow),
+    (Tuning("llama2_7b", 1, 2, (*FEW, *ALONE, *HOST), microbatches=2), 1),
+    (Tuning("llama2_13b", -1, 4, (*FEW, *TENSOR, *TAUGHT), microbatches=4), 2),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "tensor"), CASES)
 def test_at_most_three_layers_are_on_the_device(case: Tuning, tensor: int, worker: Worker) -> None:
     result = worker.run(case)

@@ -44,6 +44,7 @@ def losses(output: Path, step: int) -> list[float]:
     return [exit_["loss"] for exit_ in found["exits"]]
 
 
+@pytest.mark.slow
 def test_no_steps_give_exits_by_fitting_alone(tune: Run, tmp_path: Path) -> None:
     fitted, copied = tmp_path / "fitted", tmp_path / "copied"
     none = {**SHORT, "steps": 0}
