@@ -56,7 +56,8 @@ def test_the_help_desk(project: Project, tmp_path: Path) -> None:
     model, adapter = chat_model(project, tmp_path)
     questions = [f"When is room {number} open?" for number in range(60)]
     (tmp_path / "inquiries.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in questions))
-    names = {"MODEL": model, "runs/first/adapter-best": adapter, "0.0.0.0": "127.0.0.1"}
+    # All inquiries are audited, not two of a hundred: then chance does not decide what the log holds.
+    names = {"MODEL": model, "runs/first/adapter-best": adapter, "0.0.0.0": "127.0.0.1", "0.02": 1}
     files = ("inquiries.jsonl", "inquiries.json", "rules.yaml", "keys.yaml", "logs/exits.jsonl")
     names |= {name: tmp_path / name for name in files}
 
@@ -112,14 +113,12 @@ def test_the_help_desk(project: Project, tmp_path: Path) -> None:
         assert post(early_exit={"threshold": 0.1, "uncertified": True}).status_code == 400
         server.send(signal.SIGTERM)
         assert server.wait(SECONDS).returncode == 0
-    records = read_logs([tmp_path / "logs/exits.jsonl"])
-    assert [record.calibration and record.calibration.status for record in records] == [
-        "certified",
-        "full",
-        "full",
-        "full",
-        "full",
-    ]
+    # By admission: the record of an audited request is written after its audit.
+    records = sorted(read_logs([tmp_path / "logs/exits.jsonl"]), key=lambda record: record.number)
+    statuses = [record.calibration and record.calibration.status for record in records]
+    assert statuses == ["certified", "full", "full", "full", "full"]
+    losses = [record.audit and record.audit.loss for record in records]
+    assert losses == [0.0, None, None, None, None], "the exit is always right"
 
 
 def answers(url: str) -> bool:
