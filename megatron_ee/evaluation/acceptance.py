@@ -35,7 +35,7 @@ def count_rounds(matches: Sequence[bool], draft_length: int, room: int) -> Draft
         proposals = min(draft_length, room - done - 1)  # the last token needs no proposal
         drafted = list(matches[done : done + proposals])
         right = drafted.index(False) if False in drafted else len(drafted)
-        rounds, accepted, proposed = rounds + 1, accepted + right, proposed + min(right + 1, len(drafted))
+        rounds, accepted, proposed = rounds + 1, accepted + right, proposed + len(drafted)
         done += right + 1
     return DraftAcceptance(draft_length, rounds, len(matches), proposed, accepted)
 

@@ -157,10 +157,10 @@ class OutputState:
         deferred tokens and rejected proposals; the own layer of a ``layer`` exit counts if its head was asked.
         ``heads_per_token`` is the number of heads run per token after the first one; a verification counts once.
         ``rounds`` is the number of verifications, also without a proposal, and ``drafts`` the number of those with one.
-        ``drafted`` is the number of proposals, ``proposed`` the number of them up to and including the first rejected
-        one of each round, and ``acceptance_rate`` the share of these that was accepted. ``accepted_per_position``
-        counts the accepted ones by their place in a round. ``reused_tokens`` is the number of prompt tokens whose KV
-        was copied from another request. Times are in seconds. ``queue_time`` is the time until the sequence was first
+        ``proposed`` is the number of proposals, and ``acceptance_rate`` the share of them that was accepted. ``judged``
+        is the number of them up to and including the first rejected one of each round. ``accepted_per_position`` counts
+        the accepted ones by their place in a round. ``reused_tokens`` is the number of prompt tokens whose KV was
+        copied from another request. Times are in seconds. ``queue_time`` is the time until the sequence was first
         admitted, ``decode_time`` that from the first to the last token. ``tokens_per_second`` excludes the prompt and
         the first token. ``calibration`` is the request's ``coverage``, if it has one.
         """
@@ -179,11 +179,11 @@ class OutputState:
             "deferred_tokens": sum(seq.deferred.values()),
             "rounds": 0 if drafting is None else drafting.num_rounds,
             "drafts": seq.num_drafts,
-            "drafted": seq.num_draft_tokens,
-            "proposed": seq.num_judged_tokens,
+            "proposed": seq.num_draft_tokens,
+            "judged": seq.num_judged_tokens,
             "accepted": seq.num_accepted_tokens,
             "accepted_per_position": list(seq.num_accepted_tokens_per_pos),
-            "acceptance_rate": seq.num_accepted_tokens / seq.num_judged_tokens if seq.num_judged_tokens else None,
+            "acceptance_rate": seq.num_accepted_tokens / seq.num_draft_tokens if seq.num_draft_tokens else None,
             "queue_time": None if seq.admitted is None else seq.admitted - self.submitted,
             "time_to_first_token": None if first is None else first - self.submitted,
             "decode_time": spent,
@@ -207,7 +207,7 @@ class Totals:
     cached_tokens: int = 0
     layer_runs: int = 0
     head_runs: int = 0
-    judged_tokens: int = 0
+    draft_tokens: int = 0
     accepted_tokens: int = 0
     by_layer: Counter[int] = field(default_factory=Counter)
     by_coverage: Counter[str] = field(default_factory=Counter)
@@ -224,7 +224,7 @@ class Totals:
         self.cached_tokens += seq.num_cached_tokens
         self.layer_runs += seq.num_layer_runs
         self.head_runs += seq.num_head_runs
-        self.judged_tokens += seq.num_judged_tokens
+        self.draft_tokens += seq.num_draft_tokens
         self.accepted_tokens += seq.num_accepted_tokens
         self.by_layer.update(token.layer for token in output.tokens)
         if output.coverage is not None:
@@ -244,9 +244,9 @@ class Totals:
             "mean_exit_layer": self.by_layer.total() and sum(k * n for k, n in self.by_layer.items()) / self.tokens,
             "layers_per_token": self.layer_runs / self.later_tokens if self.later_tokens else None,
             "heads_per_token": self.head_runs / self.later_tokens if self.later_tokens else None,
-            "proposed": self.judged_tokens,
+            "proposed": self.draft_tokens,
             "accepted": self.accepted_tokens,
-            "acceptance_rate": self.accepted_tokens / self.judged_tokens if self.judged_tokens else None,
+            "acceptance_rate": self.accepted_tokens / self.draft_tokens if self.draft_tokens else None,
             "seconds": seconds,
             "tokens_per_second": self.tokens / seconds if seconds > 0 else None,
             "mean_time_to_first_token": self.first_token_seconds / self.first_tokens if self.first_tokens else None,

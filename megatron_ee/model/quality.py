@@ -27,8 +27,8 @@ class DraftAcceptance:
         draft_length: proposals per round.
         rounds: number of rounds.
         tokens: tokens that they emitted: accepted proposals, and one token of the full model per round.
-        proposed: proposals up to the first wrong one of each round.
-        accepted: proposals that were right.
+        proposed: proposals, without those after the end of the text.
+        accepted: proposals that were right, up to the first wrong one of each round.
     """
 
     draft_length: int

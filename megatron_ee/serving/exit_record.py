@@ -49,7 +49,7 @@ class ExitRecord(AuditRecord):
         confidences: number of tokens by their confidence, in ``BINS`` equal bins.
         layers_per_token: decoder layers run per token after the first of each output; None without such tokens.
         rounds: of drafting.
-        proposed: tokens that exits drafted.
+        proposed: tokens that exits proposed as drafts, over all rounds.
         accepted: of them, those that the model accepted.
         seconds: from admission to the end.
         time_to_first_token: in seconds; None without tokens.

@@ -33,7 +33,8 @@ class ExitFigures:
         bins: tokens by confidence.
         layer_runs: decoder layers run for tokens after the first of each output.
         later: tokens after the first of each output.
-        proposed, accepted: drafted tokens.
+        proposed: tokens that exits proposed as drafts.
+        accepted: of them, those that the model accepted.
         modes, statuses, tiers, coverage: requests by them.
         first_token, seconds: of each request.
         audits: audited requests.

@@ -55,7 +55,6 @@ class RequestFigures:
         decode_time: seconds from the first to the last token, of the output with the longest.
         intervals: seconds between two steps in which an output emitted tokens.
         drafts: rounds of speculative mode with a proposal.
-        draft_tokens: their proposals.
         accepted_per_position: accepted ones, by their place in a round.
     """
 
@@ -66,7 +65,6 @@ class RequestFigures:
     decode_time: float
     intervals: Sequence[float]
     drafts: int
-    draft_tokens: int
     accepted_per_position: Sequence[int]
 
 
@@ -82,7 +80,6 @@ def request_figures(request: Request, completions: Sequence[Completion], interva
         decode_time=max((each["decode_time"] for each in statistics), default=0.0),
         intervals=intervals,
         drafts=sum(each["drafts"] for each in statistics),
-        draft_tokens=sum(each["drafted"] for each in statistics),
         accepted_per_position=[
             sum(counts) for counts in zip_longest(*(each["accepted_per_position"] for each in statistics), fillvalue=0)
         ],
@@ -260,7 +257,7 @@ class Metrics:
         self._cache_hits.inc(record.reused_tokens)
         self._generation_tokens.inc(record.tokens)
         self._drafts.inc(figures.drafts)
-        self._draft_tokens.inc(figures.draft_tokens)
+        self._draft_tokens.inc(record.proposed)
         self._accepted_tokens.inc(record.accepted)
         for accepted, count in zip(self._accepted_per_position, figures.accepted_per_position, strict=False):
             accepted.inc(count)

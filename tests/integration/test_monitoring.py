@@ -43,7 +43,6 @@ FIGURES = RequestFigures(
     decode_time=0.35,
     intervals=(0.05,) * 7,
     drafts=2,
-    draft_tokens=8,
     accepted_per_position=(3, 1),
 )
 NAME = re.compile(r"\b(?:(?:vllm|megatron_ee|task):|process_)\w+(?::\w+)?")

@@ -75,8 +75,8 @@ class ExitSummary(BaseModel):
         tokens_by_layer: number of tokens by the layer of the exit that emitted them.
         mean_exit_layer: mean layer of the tokens; None without tokens.
         layers_per_token: decoder layers run per token after an answer's first; None without such tokens.
-        proposed: drafted tokens that were judged.
-        accepted: drafted tokens that were accepted.
+        proposed: tokens that exits proposed as drafts, over all rounds.
+        accepted: of them, those that the model accepted.
     """
 
     mode: Mode

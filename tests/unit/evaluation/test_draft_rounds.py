@@ -16,14 +16,14 @@ from megatron_ee.evaluation.continuations import Continuation
         ("1", 4, 1, (1, 1, 0, 0)),
         ("11111", 4, 5, (1, 5, 4, 4)),
         ("11110", 4, 5, (1, 5, 4, 4)),  # the fifth is the full model's own
-        ("0000", 2, 4, (4, 4, 3, 0)),
+        ("0000", 2, 4, (4, 4, 5, 0)),
         ("110110", 2, 6, (2, 6, 4, 4)),  # each wrong one is the full model's own, and not proposed
         ("1011", 2, 4, (2, 4, 3, 2)),
         ("111111", 1, 6, (3, 6, 3, 3)),
         ("1111", 8, 4, (1, 4, 3, 3)),  # the draft is shortened at the end
         ("1111", 8, 9, (1, 4, 4, 4)),  # before an end of text it is not, which may be a proposal
         ("1110", 8, 9, (1, 4, 4, 3)),
-        ("0", 3, 9, (1, 1, 1, 0)),
+        ("0", 3, 9, (1, 1, 1, 0)),  # proposals after the end of the text do not count
     ],
 )
 def test_rounds(matches: str, draft_length: int, room: int, expected: tuple[int, ...]) -> None:

@@ -105,7 +105,7 @@ def test_speculative_mode_says_what_was_drafted(opened: tuple[Engine, Tokenizer]
     figures = one.answer.statistics
     drafted = [token for token in one.tokens if token.drafted]
     rejected = [token for token in one.tokens if token.token.rejected is not None]
-    assert len(drafted) <= figures["accepted"] and len(rejected) == figures["proposed"] - figures["accepted"] > 0
+    assert len(drafted) <= figures["accepted"] and len(rejected) == figures["judged"] - figures["accepted"] > 0
     for token in one.tokens:
         _, drafter, final = token.exits
         assert final.agrees and (final.emitted or drafter.emitted)

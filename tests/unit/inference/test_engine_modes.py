@@ -70,7 +70,7 @@ def test_speculative_mode_says_what_full_mode_says(exit_: int | None, length: in
         figures = ours.statistics
         assert (figures["proposed"] > 0) == (length != 0)
         per_position = figures["accepted_per_position"]
-        assert sum(per_position) == figures["accepted"] <= figures["proposed"] <= figures["drafted"]
+        assert sum(per_position) == figures["accepted"] <= figures["judged"] <= figures["proposed"]
         assert per_position == sorted(per_position, reverse=True)
         if length is not None and exit_ is not None:
             by_exit = Counter(token.layer for token in ours.tokens)

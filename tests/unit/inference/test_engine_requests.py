@@ -212,8 +212,9 @@ def test_a_draft_is_a_round_with_a_proposal(engine: Engine) -> None:
     plain, drafted = (
         answer(engine, mode="speculative", draft=Draft(exit=2, length=length)).statistics for length in (0, 3)
     )
-    assert (plain["rounds"], plain["drafts"], plain["drafted"]) == (19, 0, 0)
-    assert 0 < drafted["drafts"] <= drafted["drafted"] <= 3 * drafted["drafts"]
+    assert (plain["rounds"], plain["drafts"], plain["proposed"]) == (19, 0, 0)
+    assert 0 < drafted["drafts"] <= drafted["proposed"] <= 3 * drafted["drafts"]
+    assert drafted["acceptance_rate"] == drafted["accepted"] / drafted["proposed"]
 
 
 # -- cancelling and closing

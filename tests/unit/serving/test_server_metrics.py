@@ -52,7 +52,6 @@ FIGURES = RequestFigures(
     decode_time=0.3,
     intervals=(0.01, 0.29),
     drafts=3,
-    draft_tokens=8,
     accepted_per_position=(2, 1, 1),
 )
 
@@ -123,7 +122,7 @@ def test_a_request_moves_the_counters() -> None:
         "vllm:generation_tokens_total": 10,
         "vllm:prefix_cache_hits_total": 10,
         "vllm:spec_decode_num_drafts_total": 6,
-        "vllm:spec_decode_num_draft_tokens_total": 16,
+        "vllm:spec_decode_num_draft_tokens_total": 12,
         "vllm:spec_decode_num_accepted_tokens_total": 8,
         "vllm:time_to_first_token_seconds_count": 2,
         "vllm:request_time_per_output_token_seconds_sum": 2 * 0.4 / 4,
