@@ -1,8 +1,7 @@
-"""How fast and how good the answers are, and at which layers they were emitted."""
+"""How fast and how good the answers are."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from megatron_ee.errors import printable
@@ -247,31 +246,3 @@ def _mode_row(material: Material, mode: TimedMode) -> list[Cell]:
     name = mode.mode if mode.threshold is None else f"{mode.mode} {mode.threshold:g}"
     speed = Cell(t.times(mode.speedup), t("unit.per_second", value=t.number(mode.tokens_per_second, 1)))
     return [Cell(material.setting(name)), speed, Cell(t.percent(mode.agreement))]
-
-
-def places_section(material: Material) -> Section | None:
-    """At which layers the tokens of the chosen setting were emitted; None without answers."""
-    t, tasks = material.t, material.tasks
-    if tasks is None or material.chosen is None:
-        return None
-    chosen = material.chosen[0]
-    counts = Counter(
-        layer for (name, _), answer in material.answers.items() if name == chosen for layer in answer.layers
-    )
-    total = sum(counts.values())
-    if not total:
-        return None
-    last = material.num_layers
-    rows = [
-        [
-            Cell(t("places.final", layer=layer) if layer == last else t("tuned.after_layer", layer=layer)),
-            Cell(t.number(count)),
-            Cell(t.percent(count / total), share=count / total),
-        ]
-        for layer, count in sorted(counts.items())
-    ]
-    columns = [t("places.column.layer"), t("places.column.tokens"), t("places.column.share")]
-    blocks = [PageTable(t("places.table", setting=material.setting(chosen)), columns, rows)]
-    return Section(
-        "places", t("places.title"), [*blocks, Paragraph(t("places.explain"), "explain")], [str(tasks.answers)]
-    )

@@ -11,14 +11,18 @@ from megatron_ee import __version__
 from megatron_ee.checkpoint.atomic import write_file
 from megatron_ee.checkpoint.ownership import MADE_BY
 from megatron_ee.errors import printable
-from megatron_ee.evaluation.page.answers_section import answers_section, places_section
+from megatron_ee.evaluation.page.answers_section import answers_section
+from megatron_ee.evaluation.page.appendix_section import files_section, words_section
 from megatron_ee.evaluation.page.blocks import Page
+from megatron_ee.evaluation.page.cost_section import cost_section
 from megatron_ee.evaluation.page.examples_section import examples_section
 from megatron_ee.evaluation.page.groups_section import groups_section
+from megatron_ee.evaluation.page.layers_section import layers_section
 from megatron_ee.evaluation.page.material import Material
-from megatron_ee.evaluation.page.overview import files_section, overview_section, watch_section, words_section
+from megatron_ee.evaluation.page.overview_section import overview_section
 from megatron_ee.evaluation.page.risk_section import certificates_section, drift_section
-from megatron_ee.evaluation.page.tuned import cost_section, name_of, tuned_section
+from megatron_ee.evaluation.page.tuned_section import name_of, tuned_section
+from megatron_ee.evaluation.page.watch_section import watch_section
 from megatron_ee.evaluation.tinted import visible
 
 TEMPLATE = "report.html.jinja"
@@ -33,7 +37,7 @@ def make_page(material: Material, title: str | None = None) -> Page:
         tuned_section(material),
         cost_section(material),
         answers_section(material),
-        places_section(material),
+        layers_section(material),
         certificates_section(material),
         drift_section(material),
         groups_section(material),

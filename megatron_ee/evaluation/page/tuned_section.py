@@ -1,11 +1,11 @@
-"""What was tuned on what, and what it cost."""
+"""What was tuned on what, and how the exits improved."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from megatron_ee.checkpoint.adapter import DESCRIPTION, WEIGHTS
+from megatron_ee.checkpoint.adapter import DESCRIPTION
 from megatron_ee.errors import printable
 from megatron_ee.evaluation.history import Validation
 from megatron_ee.evaluation.page.blocks import (
@@ -22,7 +22,6 @@ from megatron_ee.evaluation.page.figures import draw_agreement, exit_look
 from megatron_ee.evaluation.page.material import Material
 from megatron_ee.evaluation.page.runs import CONFIG, INITIAL, KnownCorpus, TunedRun
 from megatron_ee.tuning.log import LOG
-from megatron_ee.tuning.status import STATUS
 
 KNOWN = ("adapter", "adapter-best", INITIAL)
 """Names of the directories of a run's exits."""
@@ -136,45 +135,3 @@ def _progress(material: Material, run: TunedRun) -> list[Block]:
 def _kept(run: TunedRun) -> Validation:
     """The validation of the step whose exits the page is about, or the last one."""
     return next((each for each in run.validations if each.step == run.adapter.steps), run.validations[-1])
-
-
-def cost_section(material: Material) -> Section:
-    """Time, tokens and energy, as far as they are known."""
-    t, run, plan = material.t, material.run, material.measured.plan
-    items, sources = [], []
-    if run is not None:
-        effort = run.effort
-        items.append(
-            (
-                t("cost.steps"),
-                t("cost.steps_of", done=t.number(effort.steps), planned=t.number(effort.planned)),
-                t(f"cost.state.{effort.state}") if f"cost.state.{effort.state}" in t.texts else "",
-            )
-        )
-        if effort.tokens is not None:
-            items.append((t("cost.tokens"), t.number(effort.tokens), t("cost.tokens_meaning")))
-        if effort.seconds is not None:
-            device = printable(effort.device) if effort.device else t("cost.no_device")
-            where = t("cost.where", processes=effort.processes, device=device)
-            items.append((t("cost.time"), t.duration(effort.seconds), where))
-        elif effort.step_seconds is not None:
-            of = t("cost.steps_alone", count=t.number(effort.logged_steps))
-            items.append((t("cost.time"), t.duration(effort.step_seconds), of))
-        items.append((t("cost.disk"), t.size(run.weights_bytes), t("cost.disk_meaning")))
-        files = (run.path / LOG, run.path / STATUS, run.adapter.path / WEIGHTS)
-        sources += [str(file) for file in files if file.is_file()]
-    if plan is not None:
-        found = plan.content
-        device = t("cost.planned_on", gpus=found.gpus, gpu=printable(found.gpu or t("cost.device")))
-        if found.seconds is not None:
-            items.append((t("cost.planned_time"), t.duration(found.seconds), device))
-        if found.kilowatt_hours is not None:
-            items.append((t("cost.energy"), f"{t.number(found.kilowatt_hours, 1)} kWh", t("cost.energy_meaning")))
-        if found.price is not None:
-            items.append((t("cost.price"), t.number(found.price, 2), t("cost.price_meaning")))
-        sources.append(str(plan.path))
-    blocks: list[Block] = [FactList(items)] if items else [Paragraph(t("cost.missing"), "note")]
-    if plan is None or plan.content.kilowatt_hours is None:
-        command = "megatron-ee plan --config RUN.yaml --gpu NAME --json > plan.json"
-        blocks.append(CommandLine(t("cost.no_energy"), command))
-    return Section("cost", t("cost.title"), blocks, sources)
