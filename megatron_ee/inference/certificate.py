@@ -31,6 +31,8 @@ from megatron_ee.parallel.groups import launched_rank
 VERSION: Final = 1
 MADE_BY: Final = "megatron-ee calibrate"
 MAX_BYTES = 2**22
+LEAST_SAVED = 0.01
+"""Smallest share of the layers that a setting has to skip. Heads that are asked cost time, too."""
 DEFAULTS = EngineOptions()
 Loss = Literal["disagreement", "quality", "rouge"]
 Metric = Literal["contains", "exact_match", "f1", "rouge_l"]
@@ -115,6 +117,10 @@ class Tested(Strict):
     passed: bool
     loss: Share
     mean_exit_layer: float | None
+
+    def saves(self, full_layers: int) -> bool:
+        """Whether it skips so many of the layers that it can save time."""
+        return self.mean_exit_layer is not None and self.mean_exit_layer <= (1 - LEAST_SAVED) * full_layers
 
 
 class GroupResult(Strict):
@@ -223,6 +229,26 @@ class Certificate(Strict):
             return self.policy
         found = self.groups.get(group) if group is not None else None
         return None if found is None else found.policy
+
+    def chosen_test(self, group: str | None = None) -> int | None:
+        """Index in ``tested`` of the setting that requests run with; None for full mode.
+
+        It is the last one that saves layers of those before the first that failed. Where groups share it, it has to
+        pass in every one of them, and to save layers in one.
+
+        Args:
+            group: where each group has thresholds of its own. Otherwise it has no effect.
+        """
+        if self.policy_for(group) is None:
+            return None
+        scopes = [self.tested[group]] if self.per_group == "own" and group is not None else self.tested.values()
+        chosen = None
+        for index, tests in enumerate(zip(*scopes, strict=False)):  # one setting, in every scope
+            if not all(test.passed for test in tests):
+                break
+            if any(test.saves(self.full_layers) for test in tests):
+                chosen = index
+        return chosen
 
 
 @dataclass(frozen=True)

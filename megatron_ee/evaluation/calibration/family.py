@@ -24,12 +24,10 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from megatron_ee.evaluation.statistics import Floats
-from megatron_ee.inference.certificate import ExitScaling
+from megatron_ee.inference.certificate import LEAST_SAVED, ExitScaling
 
 LEVELS = np.arange(16.0, -4.0, -0.05)
 """Logits of the levels that are considered, from safe to fast."""
-LEAST_SAVED = 0.01
-"""Smallest share of the layers that a setting has to skip. Heads that are asked cost time, too."""
 _CLOSEST = 2.0**-25
 """Confidences are float32 values. They are read as at most 1 minus this, and at least this."""
 _PRIOR = 1.0
@@ -113,6 +111,11 @@ def thresholds_at(scalings: Sequence[ExitScaling], level: float) -> dict[int, fl
     """
     thresholds = {each.layer: threshold(each, level) for each in scalings}
     return {layer: value for layer, value in thresholds.items() if value < 1 - _CLOSEST}
+
+
+def level_decimals(level: float) -> int:
+    """Decimals that tell a level from 1: the safest levels are very close to it."""
+    return 5 if level == 1 else max(5, 1 - math.floor(math.log10(1 - level)))
 
 
 def make_family(

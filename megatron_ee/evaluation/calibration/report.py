@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from megatron_ee.evaluation.calibration.family import level_decimals
 from megatron_ee.evaluation.calibration.run import Calibrated
 from megatron_ee.evaluation.calibration.sample import ALL, CalibrationPlan, Sample
 from megatron_ee.inference.certificate import MADE_BY, VERSION, Certificate, Decoding, used_dtype
@@ -134,15 +134,9 @@ def _tests(certificate: Certificate, console: Any) -> Any:
     for scope, tests in certificate.tested.items():
         for each in tests:
             layer = "" if each.mean_exit_layer is None else f"{each.mean_exit_layer:.2f}"
-            figures = (_level(each.level), f"{each.loss:.4f}", f"{each.p_value:.4g}", layer)
+            figures = (f"{each.level:.{level_decimals(each.level)}f}", f"{each.loss:.4f}", f"{each.p_value:.4g}", layer)
             table.add_row(*([scope] if scoped else []), *figures, "passed" if each.passed else "failed")
     return table
-
-
-def _level(level: float) -> str:
-    """With as many decimals as tell it from 1: the safest levels are very close to it."""
-    decimals = 5 if level == 1 else max(5, 1 - math.floor(math.log10(1 - level)))
-    return f"{level:.{decimals}f}"
 
 
 def _groups(certificate: Certificate, console: Any) -> Any:

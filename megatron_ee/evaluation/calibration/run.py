@@ -15,7 +15,7 @@ import numpy as np
 from megatron_ee.checkpoint.journal import Journal
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
-from megatron_ee.evaluation.calibration.family import LEAST_SAVED, Member, make_family
+from megatron_ee.evaluation.calibration.family import Member, make_family
 from megatron_ee.evaluation.calibration.pvalues import P_VALUES, largest_risk, passing
 from megatron_ee.evaluation.calibration.replays import replay_answers
 from megatron_ee.evaluation.calibration.sample import CalibrationPlan, Sample, by_group, scopes_of
@@ -136,7 +136,7 @@ def calibrate(
         together = plan.per_group != "own"
         p_values = {name: test.p_value for name, test in tests.items()}
         passed = passing(p_values, plan.level(len(scopes)), together=together)
-        faster = {name for name in passed if _saves(tests[name], engine.num_layers)}
+        faster = {name for name in passed if tests[name].saves(engine.num_layers)}
         for name in passed if together and faster else faster:
             scopes[name].policy, scopes[name].p_value = chosen, tests[name].p_value
             scopes[name].answers = found
@@ -170,10 +170,6 @@ def _test(
         loss=float(losses.mean()),
         mean_exit_layer=_mean(*_exit_layers([early[record.id] for record in records])),
     )
-
-
-def _saves(test: Tested, num_layers: int) -> bool:
-    return test.mean_exit_layer is not None and test.mean_exit_layer <= (1 - LEAST_SAVED) * num_layers
 
 
 def _losses(records: Records, plan: CalibrationPlan, early: Answers, full: Answers) -> Floats:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from megatron_ee.errors import printable
-from megatron_ee.evaluation.calibration.family import LEAST_SAVED
+from megatron_ee.evaluation.calibration.family import level_decimals
 from megatron_ee.evaluation.calibration.sample import ALL
 from megatron_ee.evaluation.page.answers_section import MOST_ROWS
 from megatron_ee.evaluation.page.blocks import (
@@ -110,46 +109,20 @@ def _certificate_blocks(material: Material, file: CertificateFile, number: int) 
     return blocks
 
 
-def chosen_test(certificate: Certificate, scope: str) -> int | None:
-    """Number of the tested setting that a scope of ``tested`` runs with; None for full mode.
-
-    It is the last one that passed and saves layers. Where groups share it, it has to pass in every one of them, and to
-    save layers in one.
-    """
-    judged = list(certificate.tested.values())
-    full = certificate.policy is None
-    if certificate.per_group == "own":
-        judged, group = [certificate.tested[scope]], certificate.groups.get(scope)
-        full = group is None or group.policy is None
-    if full:
-        return None
-    most = (1 - LEAST_SAVED) * certificate.full_layers
-    places = list(zip(*judged, strict=False))  # the same setting in every group
-    saves = [
-        any(each.mean_exit_layer is not None and each.mean_exit_layer <= most for each in place) for place in places
-    ]
-    return max((n for n, place in enumerate(places) if saves[n] and all(each.passed for each in place)), default=None)
-
-
-def _level(material: Material, level: float) -> str:
-    """In percent, with as many decimals as tell it from 100%: the safest levels are very close to it."""
-    decimals = 3 if level == 1 else max(3, -1 - math.floor(math.log10(1 - level)))
-    return f"{material.t.number(100 * level, decimals)}%"
-
-
 def _tests(material: Material, certificate: Certificate, scope: str, tests: Sequence[Tested], name: str) -> list[Block]:
     t, rows = material.t, []
     for each in tests:
         layer = "-" if each.mean_exit_layer is None else t.number(each.mean_exit_layer, 1)
         result = Cell(t("certificate.passed")) if each.passed else Cell(t("certificate.failed"), mark="bad")
-        rows.append([Cell(_level(material, each.level)), Cell(layer), Cell(t.percent(each.loss)), result])
+        level = f"{t.number(100 * each.level, level_decimals(each.level) - 2)}%"
+        rows.append([Cell(level), Cell(layer), Cell(t.percent(each.loss)), result])
     columns = [t(f"certificate.column.{key}") for key in ("level", "layer", "loss", "result")]
     caption = t("certificate.tests")
     if certificate.per_group == "worst":
         caption += t("sentence.space") + t("certificate.in_every_group")
     if scope != ALL:
         caption += t("sentence.space") + t("certificate.of_group", name=printable(scope)[:80])
-    chosen = chosen_test(certificate, scope)
+    chosen = certificate.chosen_test(scope)
     table = PageTable(caption, columns, rows, words=(0, 3), chosen=chosen)
     drawn = [(each.mean_exit_layer, 100 * each.loss, each.passed) for each in tests if each.mean_exit_layer is not None]
     if len(drawn) < 2 or len(drawn) < len(tests):

@@ -12,12 +12,14 @@ holds for them. A safer setting is a smaller risk of unknown size, which is audi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ee.evaluation.calibration.family import LEAST_SAVED, thresholds_at
-from megatron_ee.inference.certificate import Certificate
-from megatron_ee.inference.policy import ExitPolicy, GatePolicy, ThresholdPolicy
+from megatron_ee.evaluation.calibration.family import thresholds_at
+from megatron_ee.inference.certificate import Certificate, ExitScaling, Tested
+from megatron_ee.inference.policy import GatePolicy, ThresholdPolicy
 
+Thresholds = ThresholdPolicy | GatePolicy
 _SAME = 1e-6
 """Largest difference of thresholds that rounding makes."""
 
@@ -34,7 +36,7 @@ class SaferSetting:
 
     level: float
     loss: float
-    policy: ExitPolicy
+    policy: Thresholds
 
 
 def safer_settings(certificate: Certificate) -> tuple[SaferSetting, ...]:
@@ -42,25 +44,27 @@ def safer_settings(certificate: Certificate) -> tuple[SaferSetting, ...]:
 
     Returns:
         Empty if the certificate is full mode or has thresholds by group, if it lists no such setting, or if its policy
-        is not one of those that it says were tested.
+        is not the one that its tests chose.
     """
     chosen = certificate.policy
-    if not isinstance(chosen, ThresholdPolicy | GatePolicy) or certificate.per_group == "own":
+    if not isinstance(chosen, Thresholds) or certificate.per_group == "own":
         return ()
-    passed: list[SaferSetting] = []
-    for tests in zip(*certificate.tested.values(), strict=False):  # one setting, by group
-        level, layer = tests[0].level, min((t.mean_exit_layer or math.inf for t in tests), default=math.inf)
-        if not all(test.passed for test in tests) or not 0 < level < 1:
-            break
-        thresholds = thresholds_at(certificate.scaling, math.log(level) - math.log1p(-level))
-        setting = SaferSetting(
-            level, max(test.loss for test in tests), chosen.model_copy(update={"thresholds": thresholds})
-        )
-        if _same(thresholds, dict(chosen.thresholds)):
-            return _towards_full(passed, setting.loss)
-        if layer <= (1 - LEAST_SAVED) * certificate.full_layers:
-            passed.append(setting)
-    return ()
+    index = certificate.chosen_test()
+    if index is None:
+        return ()
+    by_setting = list(zip(*certificate.tested.values(), strict=False))[: index + 1]
+    saving = [tests for tests in by_setting if any(test.saves(certificate.full_layers) for test in tests)]
+    if not all(0 < tests[0].level < 1 for tests in saving):
+        return ()
+    *safer, certified = (_setting(tests, certificate.scaling, chosen) for tests in saving)
+    return _towards_full(safer, certified.loss) if _same(certified.policy, chosen) else ()
+
+
+def _setting(tests: Sequence[Tested], scaling: Sequence[ExitScaling], chosen: Thresholds) -> SaferSetting:
+    """One tested setting, from its tests by group."""
+    level = tests[0].level
+    thresholds = thresholds_at(scaling, math.log(level) - math.log1p(-level))
+    return SaferSetting(level, max(test.loss for test in tests), chosen.model_copy(update={"thresholds": thresholds}))
 
 
 def _towards_full(passed: list[SaferSetting], loss: float) -> tuple[SaferSetting, ...]:
@@ -72,5 +76,7 @@ def _towards_full(passed: list[SaferSetting], loss: float) -> tuple[SaferSetting
     return tuple(found)
 
 
-def _same(one: dict[int, float], other: dict[int, float]) -> bool:
-    return one.keys() == other.keys() and all(abs(one[layer] - other[layer]) <= _SAME for layer in one)
+def _same(one: Thresholds, other: Thresholds) -> bool:
+    return one.thresholds.keys() == other.thresholds.keys() and all(
+        abs(value - other.thresholds[layer]) <= _SAME for layer, value in one.thresholds.items()
+    )

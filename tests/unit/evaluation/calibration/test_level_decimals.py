@@ -1,8 +1,8 @@
-"""The table of the settings that a calibration tested."""
+"""How levels are shown."""
 
 import pytest
 
-from megatron_ee.evaluation.calibration.report import _level
+from megatron_ee.evaluation.calibration.family import level_decimals
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from megatron_ee.evaluation.calibration.report import _level
     ],
 )
 def test_a_level_close_to_one_is_told_from_it(level: float, shown: str) -> None:
-    assert _level(level) == shown
+    assert f"{level:.{level_decimals(level)}f}" == shown
