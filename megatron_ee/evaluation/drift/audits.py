@@ -30,7 +30,7 @@ class Audit(Strict):
 
     Attributes:
         loss: of the early answer against full mode's, in [0, 1], as the certificate defines it.
-        certificate: SHA-256 of the file of the certificate that the request ran under; None if it ran under none.
+        certificate: SHA-256 of the certificate's file; None if the request ran in a safer setting after an alarm.
     """
 
     loss: float = Field(ge=0, le=1)

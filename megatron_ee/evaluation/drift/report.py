@@ -26,7 +26,7 @@ def drift_dict(history: DriftHistory, audits: Sequence[AuditRecord], uncounted: 
     Args:
         history: the tests.
         audits: the requests whose losses they were given.
-        uncounted: audited requests that ran under no certificate or another one.
+        uncounted: audited requests that ran in a safer setting, or under another certificate.
     """
     monitor = history.monitor
     recent = history.losses[-RECENT:]
