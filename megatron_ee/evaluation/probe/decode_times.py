@@ -44,7 +44,7 @@ class _StageTimes:
     Attributes:
         layers: all of its layers.
         body: the exit's body; empty on another stage than its own.
-        head: the final exit's head; empty but on the last stage.
+        head: final norm and LM head; empty but on the last stage.
         spread: first quartile and median of all layers on one token.
     """
 
@@ -170,7 +170,7 @@ def _any(value: bool, group: dist.ProcessGroup) -> bool:
 def typical(measured: Mapping[int, Sequence[float]]) -> Seconds:
     """By number of tokens: the first quartile, since other load only adds time.
 
-    Of several tokens in less time than fewer, the fewer take as long as these: they could be padded.
+    If a pass over more tokens is faster, its time counts for fewer tokens too, which could be padded.
     """
     quartiles = {size: statistics.quantiles(seconds)[0] for size, seconds in measured.items()}
     return {size: min(quartiles[more] for more in quartiles if more >= size) for size in quartiles}

@@ -57,7 +57,7 @@ class DecodeTimes:
     Attributes:
         num_layers: depth of the model.
         layer: one decoder layer.
-        head: the norm before it is included; the product with the vocabulary.
+        head: final norm and LM head.
         body: an exit's body.
         skipped: whether a body replaces part of its layer (tap ``residual``), so that a token that leaves has not run
             this part, which takes as long as the body.
