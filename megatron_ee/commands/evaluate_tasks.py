@@ -220,7 +220,7 @@ def _report(
     if arguments.output is not None:
         write_json(arguments.output / RESULTS, {**found, "rows": results.rows_dict()})
         plot_tasks(results, arguments.output / PLOT)
-        if any(each.judged for each in compared.values()):
+        if any(each.large_enough for each in compared.values()):
             plot_groups(compared, arguments.output / GROUPS)
         else:
             (arguments.output / GROUPS).unlink(missing_ok=True)  # of an earlier comparison of the same answers

@@ -27,7 +27,7 @@ NUM_SEQS = 32
 SEQUENCES = 120
 STEPS = 20
 PROBE_MINUTES = 2
-AGREEMENT = 0.995
+WANTED_AGREEMENT = 0.995
 PROMPTS = 2
 REPLACED = ("model", "tuning", "copied", "data")
 """Directories in --out that a run replaces."""
@@ -255,9 +255,9 @@ def _beginnings(corpus: Path, base: Path) -> list[str]:
 
 
 def _threshold(evaluation: Path) -> float:
-    """The lowest threshold of the sweep with at least ``AGREEMENT`` with the full model."""
+    """The lowest threshold of the sweep with at least ``WANTED_AGREEMENT`` with the full model."""
     sweep = json.loads(evaluation.read_text(encoding="utf-8"))["sweep"]
-    good = [point["threshold"] for point in sweep if point["agreement"] >= AGREEMENT]
+    good = [point["threshold"] for point in sweep if point["agreement"] >= WANTED_AGREEMENT]
     return min(good, default=max(point["threshold"] for point in sweep))
 
 

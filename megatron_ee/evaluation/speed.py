@@ -19,7 +19,7 @@ PROMPTS, PROMPT_TOKENS, TOKENS = 4, 64, 32
 """Prompts, tokens of each for plain text, and tokens that are generated after each."""
 ROUNDS = 2
 """Timed rounds of all modes, after a round that is not."""
-AGREEMENT, HIGHEST = 0.95, 0.99
+WANTED_AGREEMENT, HIGHEST = 0.95, 0.99
 """Agreement with the final exit that the threshold should give, and the threshold if none was measured that does."""
 
 
@@ -96,5 +96,5 @@ def measure_speed(
 
 
 def good_threshold(sweep: Sequence[SweepPoint]) -> float:
-    """The lowest threshold of a sweep with an agreement of at least ``AGREEMENT``; ``HIGHEST`` if none has it."""
-    return min((point.threshold for point in sweep if point.agreement >= AGREEMENT), default=HIGHEST)
+    """The lowest threshold of a sweep with at least ``WANTED_AGREEMENT``; ``HIGHEST`` if none has it."""
+    return min((point.threshold for point in sweep if point.agreement >= WANTED_AGREEMENT), default=HIGHEST)

@@ -122,7 +122,7 @@ class GroupComparison:
     certified: tuple[float, float] | None = None
 
     @property
-    def judged(self) -> tuple[GroupOutcome, ...]:
+    def large_enough(self) -> tuple[GroupOutcome, ...]:
         """The groups that are not too small."""
         return tuple(each for each in self.groups if not each.too_small)
 
@@ -174,14 +174,14 @@ def _figures(
     measure: str, values: Floats, labels: NDArray[np.str_], seed: int, permutations: int
 ) -> dict[str, GroupFigure]:
     """The figures of one measure, by group."""
-    judged = sorted(name for name, count in Counter(labels.tolist()).items() if count >= LEAST_MEMBERS)
-    inside = {name: labels == name for name in judged}
-    tested = [name for name in judged if np.count_nonzero(~inside[name]) >= LEAST_MEMBERS]
+    large_enough = sorted(name for name, count in Counter(labels.tolist()).items() if count >= LEAST_MEMBERS)
+    inside = {name: labels == name for name in large_enough}
+    tested = [name for name in large_enough if np.count_nonzero(~inside[name]) >= LEAST_MEMBERS]
     rng = np.random.default_rng(seed)
     p_values = [permutation_p(values[inside[name]], values[~inside[name]], rng, permutations) for name in tested]
     corrected = dict(zip(tested, holm(p_values), strict=True))
     found = {}
-    for name in judged:
+    for name in large_enough:
         own, others, p = values[inside[name]], values[~inside[name]], corrected.get(name)
         mean, rest = float(own.mean()), float(others.mean()) if len(others) else None
         worse = p is not None and p <= SIGNIFICANCE and rest is not None and WORSE[measure] * (mean - rest) > 0

@@ -70,11 +70,11 @@ def print_groups(compared: Mapping[str, GroupComparison]) -> None:
     console = make_console()
     first = next(iter(compared.values()))
     for name, found in compared.items():
-        if found.judged:
+        if found.large_enough:
             console.print(_table(f"Groups by {found.by}, {name}", found, console))
             console.print()
     small = [f"{group.name} ({group.members})" for group in first.groups if group.too_small]
-    if not first.judged:
+    if not first.large_enough:
         console.print(
             f"Groups by {first.by}: none has {LEAST_MEMBERS} records or more, so none is compared: {', '.join(small)}",
             soft_wrap=True,
@@ -106,7 +106,7 @@ def _table(title: str, found: GroupComparison, console: Console) -> Table:
     add_columns(table, "group", words=True)
     certified = () if found.certified is None else ("loss at most",)
     add_columns(table, "records", *measures, f"p, {found.risk}", *certified)
-    for group in found.judged:
+    for group in found.large_enough:
         cells = [_cell(group.figures.get(measure), measure) for measure in measures]
         risk = group.figures.get(found.risk)
         p = "-" if risk is None or risk.p is None else f"{risk.p:.4f}"
@@ -127,7 +127,7 @@ def plot_groups(compared: Mapping[str, GroupComparison], path: Path) -> None:
         ValueError: all groups are too small.
     """
     first = next(iter(compared.values()))
-    measures, count = list(first.overall), len(first.judged)
+    measures, count = list(first.overall), len(first.large_enough)
     if not count:
         raise ValueError("all groups are too small to be plotted")
     size = (2.6 * len(measures) + 1.6, (0.3 * count + 1.1) * len(compared) + 0.8)
@@ -139,7 +139,7 @@ def plot_groups(compared: Mapping[str, GroupComparison], path: Path) -> None:
             row[0].set_title(name, loc="left")
         for axes, measure in zip(grid[-1], measures, strict=True):
             axes.set_xlabel(measure if measure == LAYERS else f"{measure} (%)")
-        grid[0, 0].set_yticks(range(count), [f"{group.name} ({group.members})" for group in first.judged])
+        grid[0, 0].set_yticks(range(count), [f"{group.name} ({group.members})" for group in first.large_enough])
         grid[0, 0].set_ylim(count - 0.5, -0.5)
         legend = "dotted: mean of all records; diamond: worse than the others"
         if first.certified is not None:
@@ -154,7 +154,7 @@ def _plot_measure(axes: Axes, found: GroupComparison, measure: str) -> None:
     axes.axvline(_scaled(found.overall[measure], measure), color=GREY, lw=1, ls=":")
     if measure == LOSS and found.certified is not None:
         axes.axvline(_scaled(found.certified[0], measure), color=COLOURS[3], lw=1.2, ls="--")
-    for place, group in enumerate(found.judged):
+    for place, group in enumerate(found.large_enough):
         figure = group.figures.get(measure)
         if figure is not None:
             low, mean, high = (_scaled(value, measure) for value in (figure.low, figure.mean, figure.high))

@@ -15,7 +15,7 @@ from megatron_ee.evaluation.groups.compare import LOSS, EarlyResults, GroupCompa
 from megatron_ee.evaluation.groups.prompts import length_bucket, script
 from megatron_ee.evaluation.tasks.agreement import loss_of
 from megatron_ee.evaluation.tasks.records import TaskRecord
-from megatron_ee.evaluation.tasks.results import BASELINE, JUDGED, TaskResults, TaskRow
+from megatron_ee.evaluation.tasks.results import BASELINE, PREFERRED_QUALITY, TaskResults, TaskRow
 from megatron_ee.evaluation.tasks.run import CALIBRATED
 from megatron_ee.inference.certificate import Certificate
 
@@ -24,7 +24,6 @@ WORDS: Mapping[By, str] = {"group": "group", "script": "script", "length": "toke
 assert set(WORDS) == set(get_args(By))
 NO_GROUP = "(none)"
 """Group of the records that name none."""
-AGREEMENT = "equal_tokens"
 
 
 def group_name(record: TaskRecord, by: By) -> str:
@@ -78,7 +77,7 @@ def early_results(
         losses = np.array([_loss(*pair, certificate) for pair in zip(early, full, strict=True)])
     return EarlyResults(
         layers=np.array([_layers(row) for row in early]),
-        agreement=np.array([row.scores.get(AGREEMENT, math.nan) for row in early]),
+        agreement=np.array([row.scores.get("equal_tokens", math.nan) for row in early]),
         early_quality=np.array([_quality(row) for row in early]),
         full_quality=np.array([_quality(row) for row in full]),
         losses=losses,
@@ -113,4 +112,4 @@ def _layers(row: TaskRow) -> float:
 
 
 def _quality(row: TaskRow) -> float:
-    return next((row.scores[name] for name in JUDGED if name in row.scores), math.nan)
+    return next((row.scores[name] for name in PREFERRED_QUALITY if name in row.scores), math.nan)

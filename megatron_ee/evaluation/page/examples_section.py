@@ -13,7 +13,7 @@ from megatron_ee.evaluation.page.blocks import Block, Examples, MarkedText, Para
 from megatron_ee.evaluation.page.material import Material, quality_of
 from megatron_ee.evaluation.page.task_file import ScoredRow, WrittenAnswer
 from megatron_ee.evaluation.tasks.metrics import is_spaceless
-from megatron_ee.evaluation.tasks.results import BASELINE, JUDGED
+from megatron_ee.evaluation.tasks.results import BASELINE, PREFERRED_QUALITY
 
 MOST_TEXT = 600
 """Characters of a question."""
@@ -35,7 +35,7 @@ class Departed:
         row: the record with its scores.
         full, early: the answers.
         change: quality of the early answer minus full mode's; 0 where there is none.
-        judged: whether there is one.
+        has_quality: whether there is one.
         place: number of the first token that differs, from 1.
     """
 
@@ -43,7 +43,7 @@ class Departed:
     full: WrittenAnswer
     early: WrittenAnswer
     change: float
-    judged: bool
+    has_quality: bool
     place: int
 
 
@@ -72,7 +72,7 @@ def _example(material: Material, departed: Departed) -> ShownExample:
     t, row = material.t, departed.row
     full, early = mark_departure(departed.full.text, departed.early.text)
     change = "lost" if departed.change < 0 else "gained" if departed.change > 0 else "same"
-    verdict = t(f"examples.{change}" if departed.judged else "examples.unjudged")
+    verdict = t(f"examples.{change}" if departed.has_quality else "examples.unjudged")
     if departed.full.text == departed.early.text:
         verdict = t("examples.same_text")
     where = t("examples.place", place=t.number(departed.place))
@@ -117,7 +117,7 @@ def _order(departed: Departed) -> tuple[bool, bool, float, bool]:
 def quality_change(row: ScoredRow, setting: str) -> float | None:
     """Quality of a row in a setting minus that in full mode; None if it has none."""
     early, full = row.settings.get(setting, {}), row.settings.get(BASELINE, {})
-    for name in JUDGED:
+    for name in PREFERRED_QUALITY:
         if isinstance(early.get(name), int | float) and isinstance(full.get(name), int | float):
             return float(early[name]) - float(full[name])
     return None

@@ -55,9 +55,9 @@ def group_label(material: Material, name: str) -> str:
 def risk_sentence(material: Material, compared: GroupComparison) -> str:
     """Whether some groups carry more risk than the others."""
     t, riskier = material.t, compared.riskier
-    if not compared.judged:
+    if not compared.large_enough:
         return t("groups.none_judged")
-    if all((figure := group.figures.get(compared.risk)) is None or figure.p is None for group in compared.judged):
+    if all((figure := group.figures.get(compared.risk)) is None or figure.p is None for group in compared.large_enough):
         return t("groups.nothing_tested")  # such as one group alone
     if not riskier:
         return t("groups.no_difference")
@@ -72,7 +72,7 @@ def _groups_blocks(material: Material, name: str, compared: GroupComparison) -> 
     columns = [t("column.group"), t("column.rows"), *(t(MEASURES[each]) for each in measures)]
     columns += [t("groups.bound")] if certified else []
     rows = []
-    for group in compared.judged[:MOST_ROWS]:
+    for group in compared.large_enough[:MOST_ROWS]:
         cells = [Cell(group_label(material, group.name), own=True), Cell(t.number(group.members))]
         cells += [_figure_cell(material, group.figures.get(each), each) for each in measures]
         if certified:
@@ -81,14 +81,14 @@ def _groups_blocks(material: Material, name: str, compared: GroupComparison) -> 
     if not rows:
         return []
     caption = t("groups.table", setting=material.setting(name), by=t(BY.get(compared.by, "by.length")))
-    if len(compared.judged) > MOST_ROWS:
-        caption += t("sentence.space") + t("table.cut", shown=MOST_ROWS, count=t.number(len(compared.judged)))
+    if len(compared.large_enough) > MOST_ROWS:
+        caption += t("sentence.space") + t("table.cut", shown=MOST_ROWS, count=t.number(len(compared.large_enough)))
     blocks: list[Block] = [PageTable(caption, columns, rows)]
     drawn = [
         Interval95(
             group_label(material, group.name), 100 * figure.low, 100 * figure.mean, 100 * figure.high, figure.worse
         )
-        for group in compared.judged[:MOST_ROWS]
+        for group in compared.large_enough[:MOST_ROWS]
         if (figure := group.figures.get(compared.risk)) is not None
     ]
     if len(drawn) > 1:

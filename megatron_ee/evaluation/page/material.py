@@ -12,7 +12,7 @@ from megatron_ee.evaluation.page.language import Language
 from megatron_ee.evaluation.page.runs import TunedRun
 from megatron_ee.evaluation.page.sources import CertificateFile, Measurements, check_one_model
 from megatron_ee.evaluation.page.task_file import TaskFile, WrittenAnswer
-from megatron_ee.evaluation.tasks.results import AGREEMENT, BASELINE, JUDGED, MeanScore, SettingResult
+from megatron_ee.evaluation.tasks.results import AGREEMENT_SCORES, BASELINE, PREFERRED_QUALITY, MeanScore, SettingResult
 from megatron_ee.evaluation.tasks.run import CALIBRATED
 
 EQUAL_ANSWERS = "equal_answers"
@@ -145,12 +145,12 @@ def choose_setting(tasks: TaskFile, wanted: str | None = None) -> tuple[str, str
 
 def quality_of(result: SettingResult) -> tuple[str, MeanScore] | None:
     """Name and mean of the score that is taken as quality; None if none was measured."""
-    return next(((name, result.scores[name]) for name in JUDGED if name in result.scores), None)
+    return next(((name, result.scores[name]) for name in PREFERRED_QUALITY if name in result.scores), None)
 
 
 def _loses(result: SettingResult) -> bool:
     """Whether any score of quality, not only the one that is shown first, is measurably below full mode's."""
-    return any(score.high < 0 for name, score in result.scores.items() if name not in AGREEMENT)
+    return any(score.high < 0 for name, score in result.scores.items() if name not in AGREEMENT_SCORES)
 
 
 def _speed(result: SettingResult) -> tuple[float, float]:

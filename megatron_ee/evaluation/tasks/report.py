@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
 from megatron_ee.evaluation.tasks.answers import BATCHES_PER_BLOCK
-from megatron_ee.evaluation.tasks.results import AGREEMENT, BASELINE, QUALITY, SettingResult, TaskResults
+from megatron_ee.evaluation.tasks.results import AGREEMENT_SCORES, BASELINE, QUALITY, SettingResult, TaskResults
 from megatron_ee.tables import add_columns, counted, make_console, new_table
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def plot_tasks(results: TaskResults, path: str | Path) -> None:
         left.set_xlabel("speed (full mode = 1)" if timed else "settings (speed was not measured)")
         left.set_ylabel("mean over the rows (%)")
         left.set_title("Quality", loc="left", pad=TITLE_PAD)
-        _plot_scores(right, found, AGREEMENT, {each.setting: each.exit_layer for each in found})
+        _plot_scores(right, found, AGREEMENT_SCORES, {each.setting: each.exit_layer for each in found})
         right.set_xlabel("layer of the exit that emits a token (mean)")
         right.set_title("Agreement with full mode", loc="left", pad=TITLE_PAD)
         for axes in (left, right):

@@ -24,9 +24,9 @@ from megatron_ee.evaluation.tasks.records import TaskRecord
 BASELINE = "full"
 """Name of the setting that the others are compared with."""
 QUALITY = (*METRICS, "accuracy", "accuracy_per_character")
-JUDGED = ("contains", "accuracy")
+PREFERRED_QUALITY = ("contains", "accuracy")
 """Scores that are taken as quality where one is wanted, the first that there is."""
-AGREEMENT = ("equal_answers", "tokens_before_departure", "equal_tokens")
+AGREEMENT_SCORES = ("equal_answers", "tokens_before_departure", "equal_tokens")
 """Scores that compare an answer with the baseline's, which has 1."""
 CUT = ("length", "context")
 """Reasons to end an answer that are not the model's own."""
@@ -38,7 +38,7 @@ class TaskRow:
 
     Attributes:
         record: the record.
-        scores: those of ``QUALITY`` and ``AGREEMENT`` that it has, each in [0, 1].
+        scores: those of ``QUALITY`` and ``AGREEMENT_SCORES`` that it has, each in [0, 1].
         answer: None for a record that was not answered, since it has choices alone.
         agreement: with the baseline's answer; None without an answer.
     """
@@ -170,7 +170,7 @@ def summarise(
         seed: of the intervals.
     """
     means: dict[str, dict[str, MeanScore]] = {name: {} for name in rows}
-    for score in (*QUALITY, *AGREEMENT):
+    for score in (*QUALITY, *AGREEMENT_SCORES):
         having = [place for place, row in enumerate(rows[BASELINE]) if score in row.scores]
         if not having:
             continue
