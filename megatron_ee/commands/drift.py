@@ -12,9 +12,9 @@ from megatron_ee.errors import ConfigError
 
 ALARM_LEVEL = 0.01
 DESCRIPTION = """Read exit logs, and test whether the mean loss of the audited requests is still at most the risk. The
-test from the start gives a false alarm ever with probability at most --alarm-level. The restarting test finds a change
-after a long good time sooner, and begins again after each alarm; its false alarms are 1/level or more audits apart on
-average."""
+probability that the test from the start ever gives a false alarm is at most --alarm-level. The restarting test finds a
+change after a long good time sooner, and begins again after each alarm; its false alarms are 1/level or more audits
+apart on average."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -35,7 +35,7 @@ class ExitRecord(AuditRecord):
         key: name of the API key, never the key; None without keys.
         task: its task, or ``OTHER``.
         mode: it ran in.
-        policy: name of the policy or rule that applied; None in full mode.
+        policy: what set the exits, in a few words; None in full mode.
         tier: ``important`` if it was marked so.
         status: ``ok``; ``error``: the engine failed, or the client read too slowly; ``cancelled``: the client left or
             the server ended; ``timeout``: its deadline came.

@@ -82,8 +82,8 @@ def test_the_help_desk(project: Project, tmp_path: Path) -> None:
             assert server.running and time.monotonic() < until, server.wait().stderr
 
         def asked(key: str) -> list[dict[str, Any]]:
-            script = ask.replace("http://help-desk:8000", url).replace("curl ", "curl -sS ")
-            done = subprocess.run(["bash", "-euc", script], env={"KEY": secrets[key]}, capture_output=True, text=True)
+            script = ask.replace("http://help-desk:8000", url).replace("curl ", "curl -sS ").replace("website", key)
+            done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, env={}, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             decoder, found, text = json.JSONDecoder(), [], done.stdout
             while text:

@@ -67,10 +67,11 @@ class ExitSummary(BaseModel):
 
     Attributes:
         mode: in which the request ran.
-        policy: name of the policy that the server's rules chose.
+        policy: what set the exits, in a few words, such as ``threshold 0.8``; a label, not a policy in its JSON form.
         tier: ``important`` if it was marked so, or if its key is.
         task: of the rules and the certificate.
-        reason: why it runs in another mode than asked for or configured; None if it does not.
+        reason: why the answers are not certified although the task has a certificate, or that the request is
+            important; None otherwise.
         calibration: what the certificate says of the answers; None without one.
         tokens_by_layer: number of tokens by the layer of the exit that emitted them.
         mean_exit_layer: mean layer of the tokens; None without tokens.

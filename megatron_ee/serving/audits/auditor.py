@@ -6,9 +6,9 @@
 - If the client left before the answer was complete, the answer is generated again. What has no answer counts as a loss
   of 1.
 - The losses reach the tests (``evaluation.drift.monitor``) in the order of admission.
-- The test *from the start* decides: it gives a false alarm ever with probability at most the alarm level. On its alarm
-  the certificate's requests fall back (``Rules.set_alarms``), also after a restart, until somebody ends it on purpose.
-  The restarting test is reported only: its false alarms come every few hundred audits.
+- The test *from the start* decides: the probability that it ever gives a false alarm is at most the alarm level. On its
+  alarm the certificate's requests fall back (``Rules.set_alarms``), also after a restart, until somebody ends it on
+  purpose. The restarting test is reported only: its false alarms come every few hundred audits.
 """
 
 from __future__ import annotations

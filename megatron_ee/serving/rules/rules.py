@@ -62,7 +62,7 @@ class Decision:
     Attributes:
         request: with its mode, policy, exits and coverage.
         task: one of ``Rules.tasks``, or ``other``.
-        policy: what decided, in a few words.
+        policy: what set the exits, in a few words.
         tier: of the request.
         reason: why its answer is not certified although its task has a certificate, or that it is important; None
             otherwise.

@@ -107,8 +107,8 @@ class KeyRule(Strict):
     """Requests with one API key.
 
     Attributes:
-        priority: ``important``: all of them are.
-        task: of those that name none.
+        priority: ``important``: all of them count as important.
+        task: task of those that name none.
         tasks: the tasks that they may name; all if it is left out.
         may_choose: see ``RulesFile``.
     """
@@ -128,8 +128,8 @@ class RulesFile(Strict):
         important: requests that are marked as important.
         tasks: by name.
         keys: by name of the API key.
-        may_choose: whether requests may choose thresholds, policies, exits and threshold mode themselves. They may
-            always ask for full or speculative mode.
+        may_choose: whether requests may choose thresholds, policies, exits, threshold mode and ``uncertified``
+            themselves. They may always ask for full or speculative mode.
         on_alarm: if audits say that a certificate is no longer kept. ``full``: its requests run in full mode;
             ``safer``: they run with the next safer of the settings that passed the calibration, then full mode.
     """
