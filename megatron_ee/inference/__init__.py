@@ -8,7 +8,7 @@ and the scheduler tracks for each sequence how deep its newest token is.
 For a reader of vLLM:
 
 - ``engine`` and ``output_processor``: requests, text and events, as in ``LLMEngine``.
-- ``scheduler`` and ``sequence``: admission, preemption and the next pass. ``Sequence`` is vLLM's ``Request``.
+- ``scheduler`` and ``sequence``: which sequences run, preemption and the next pass. ``Sequence`` is vLLM's ``Request``.
 - ``passes``: what the scheduler tells a pipeline stage, as ``SchedulerOutput`` does.
 - ``stage_runner``, ``kv_cache`` and ``compiled``: the tensors of one stage, as in the model runner. The cache of a
   sequence is contiguous in each layer; there are no blocks.

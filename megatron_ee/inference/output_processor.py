@@ -161,7 +161,7 @@ class OutputState:
         is the number of them up to and including the first rejected one of each round. ``accepted_per_position`` counts
         the accepted ones by their place in a round. ``reused_tokens`` is the number of prompt tokens whose KV was
         copied from another request. Times are in seconds. ``queue_time`` is the time until the sequence was first
-        admitted, ``decode_time`` that from the first to the last token. ``tokens_per_second`` excludes the prompt and
+        scheduled, ``decode_time`` that from the first to the last token. ``tokens_per_second`` excludes the prompt and
         the first token. ``calibration`` is the request's ``coverage``, if it has one.
         """
         seq, count = self.seq, len(self.tokens)
@@ -184,7 +184,7 @@ class OutputState:
             "accepted": seq.num_accepted_tokens,
             "accepted_per_position": list(seq.num_accepted_tokens_per_pos),
             "acceptance_rate": seq.num_accepted_tokens / seq.num_draft_tokens if seq.num_draft_tokens else None,
-            "queue_time": None if seq.admitted is None else seq.admitted - self.submitted,
+            "queue_time": None if seq.scheduled is None else seq.scheduled - self.submitted,
             "time_to_first_token": None if first is None else first - self.submitted,
             "decode_time": spent,
             "tokens_per_second": (count - 1) / spent if count > 1 and spent > 0 else None,

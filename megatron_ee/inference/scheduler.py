@@ -57,7 +57,7 @@ class Scheduler:
         drafter: plans the drafts of speculative mode.
         broadcast_seconds: gives all tensor-parallel ranks the first one's seconds.
         start_timer: starts to measure the device work of a pass.
-        running: running sequences by number, in order of admission.
+        running: running sequences by number, in the order in which they began to run.
         waiting: waiting sequences, the next one first.
         num_preempted: number of preemptions.
     """
@@ -110,19 +110,20 @@ class Scheduler:
             stage.heartbeat()
 
     def step(self) -> list[tuple[Sequence, list[Token]]]:
-        """Admit sequences, start a pass on each free stage, and process the outputs of the oldest pending pass.
+        """Let waiting sequences run, start a pass on each free stage, and process the oldest pending pass's outputs.
 
         Returns:
             The sequences that emitted tokens or failed, with their new tokens.
         """
-        self._admit()
+        self._run_waiting()
         for stage in range(len(self.stages)):
             self._schedule(stage)
         return self._update() if self._pending else []
 
-    # ------------------------------------------------------------------------------------------- admission and memory
+    # ----------------------------------------------------------------------------------- waiting sequences and memory
 
-    def _admit(self) -> None:
+    def _run_waiting(self) -> None:
+        """Let waiting sequences run, in their order, as far as their number and KV memory allow."""
         while self.waiting and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             parent = None if seq.parent is None else self.running[seq.parent]
@@ -138,7 +139,7 @@ class Scheduler:
             self.waiting.popleft()
             # A preempted sequence may copy emitted tokens too.
             seq.num_computed_tokens, seq.num_cached_tokens = copied, min(copied, seq.num_prompt_tokens)
-            seq.status, seq.admitted = Status.RUNNING, seq.admitted or time.perf_counter()
+            seq.status, seq.scheduled = Status.RUNNING, seq.scheduled or time.perf_counter()
             self.running[seq.seq_id] = seq
 
     def _remove(self, seq: Sequence) -> None:
@@ -196,7 +197,7 @@ class Scheduler:
         for child in children:
             self.kv_caches.copy(parent.seq_id, child.seq_id, parent.num_computed_tokens)
             child.num_computed_tokens, child.parent = parent.num_computed_tokens, None
-        self._orphan(parent.seq_id)  # children that are not admitted yet compute the prompt themselves
+        self._orphan(parent.seq_id)  # children that do not run yet compute the prompt themselves
 
     # --------------------------------------------------------------------------------------------------------- passes
 

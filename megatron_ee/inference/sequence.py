@@ -17,7 +17,7 @@ class Status(Enum):
     """Status of a sequence."""
 
     WAITING = "waiting"
-    """Not admitted yet, or preempted."""
+    """Not scheduled yet, or preempted."""
     RUNNING = "running"
     IN_FLIGHT = "in flight"
     """Running, in a pass whose head outputs are pending."""
@@ -87,7 +87,7 @@ class Sequence:
         num_accepted_tokens_per_pos: number accepted, by their place among the proposals of a round.
         parent: number of the sequence from which it will copy the prompt's KV; None for none.
         num_passes_waited: passes of other sequences since its last one.
-        admitted: when it was first admitted, in seconds of ``time.perf_counter``; None before.
+        scheduled: when it was first scheduled, in seconds of ``time.perf_counter``; None before.
         num_layer_runs: decoder layers run for tokens after the prompt. The own layer of a ``layer`` exit counts if its
             head was asked. Emitted tokens that run again after a preemption do not count.
         num_head_runs: heads run after the first token. A head that verifies several proposals at once counts once, and
@@ -116,7 +116,7 @@ class Sequence:
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     parent: int | None = None
     num_passes_waited: int = 0
-    admitted: float | None = None
+    scheduled: float | None = None
     num_layer_runs: int = 0
     num_head_runs: int = 0
     replay: tuple[ExitReplay, ...] = ()

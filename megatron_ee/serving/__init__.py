@@ -7,7 +7,7 @@ A request goes down this list, and its response comes back up:
 - ``routes/``: one file per group of paths; ``page/``: the web page.
 - ``api/``: the bodies, and how they become requests of the engine.
 - ``access``, ``limits``, ``rules/``: API keys, what each may use, and which requests leave early.
-- ``generation``: one HTTP request from its admission to its record; ``prompt_scores``: log-probabilities of prompts.
+- ``generation``: one HTTP request from its arrival to its record; ``prompt_scores``: log-probabilities of prompts.
 - ``writers``, ``streams``: the response, whole or in server-sent events.
 - ``engine_loop``, ``submission``: the engine's thread, and requests in flight in it.
 

@@ -31,7 +31,7 @@ class ExitRecord(AuditRecord):
         number: of the request in the order of admission, from 0. It goes on after a restart of the server.
         id: of the request, as in its answer.
         audit: the result of its audit; None if it was not audited.
-        time: of its admission, ISO 8601 in UTC.
+        time: of its arrival, ISO 8601 in UTC.
         key: name of the API key, never the key; None without keys.
         task: its task, or ``OTHER``.
         mode: it ran in.
@@ -51,7 +51,7 @@ class ExitRecord(AuditRecord):
         rounds: of drafting.
         proposed: tokens that exits proposed as drafts, over all rounds.
         accepted: of them, those that the model accepted.
-        seconds: from admission to the end.
+        seconds: from arrival to the end.
         time_to_first_token: in seconds; None without tokens.
         calibration: what a certificate says of the answer; None without one.
         prompt: text of the prompt, only with ``--log-text``.
@@ -87,7 +87,7 @@ class ExitRecord(AuditRecord):
 
     @property
     def day(self) -> str:
-        """The UTC day of its admission, such as ``2026-11-30``."""
+        """The UTC day of its arrival, such as ``2026-11-30``."""
         return self.time[:10]
 
 

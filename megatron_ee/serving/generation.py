@@ -1,4 +1,4 @@
-"""One HTTP request from its admission to the record of its end: what it asks of the engine, and what comes back."""
+"""One HTTP request from its arrival to the record of its end: what it asks of the engine, and what comes back."""
 
 from __future__ import annotations
 

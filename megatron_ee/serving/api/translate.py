@@ -34,7 +34,7 @@ class RequestLimits:
         max_prompt_tokens: of one prompt; None for what the model's positions allow.
         max_tokens: of one answer. It is also the default of chats, as far as positions are left.
         max_outputs: answers of one HTTP request: prompts x ``n``.
-        deadline: seconds from admission until an unfinished request ends with an error; None for no end.
+        deadline: seconds from arrival until an unfinished request ends with an error; None for no end.
         default_temperature: of requests that do not give one; OpenAI's is 1.
     """
 
