@@ -159,7 +159,7 @@ class OutputState:
         ``rounds`` is the number of verifications, also without a proposal, and ``drafts`` the number of those with one.
         ``proposed`` is the number of proposals, and ``acceptance_rate`` the share of them that was accepted. ``judged``
         is the number of them up to and including the first rejected one of each round. ``accepted_per_position`` counts
-        the accepted ones by their place in a round. ``reused_tokens`` is the number of prompt tokens whose KV was
+        the accepted ones by their position in a round. ``reused_tokens`` is the number of prompt tokens whose KV was
         copied from another request. Times are in seconds. ``queue_time`` is the time until the sequence was first
         scheduled, ``decode_time`` that from the first to the last token. ``tokens_per_second`` excludes the prompt and
         the first token. ``calibration`` is the request's ``coverage``, if it has one.

@@ -84,7 +84,7 @@ class Sequence:
         num_drafts: number of rounds with at least one proposal.
         num_draft_tokens: number of proposals verified.
         num_judged_tokens: number of them up to and including the first rejected one of each round.
-        num_accepted_tokens_per_pos: number accepted, by their place among the proposals of a round.
+        num_accepted_tokens_per_pos: number accepted, by their position among the proposals of a round.
         parent: number of the sequence from which it will copy the prompt's KV; None for none.
         num_passes_waited: passes of other sequences since its last one.
         scheduled: when it was first scheduled, in seconds of ``time.perf_counter``; None before.

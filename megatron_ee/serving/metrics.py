@@ -39,7 +39,7 @@ SAMPLE_BUCKETS = (1, 2, 5, 10, 20)
 FINISHED = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "abort"}
 """vLLM's names of our reasons."""
 REFUSALS = (400, 401, 404, 413, 415, 429, 503)
-"""HTTP statuses of requests that were not admitted."""
+"""HTTP statuses of refused requests."""
 LABELS = ("model_name", "engine")
 
 
@@ -48,14 +48,14 @@ class RequestFigures:
     """What metrics show of a request beyond its record in the exit log.
 
     Attributes:
-        samples: outputs that it asked for.
-        max_tokens: that an output may have.
-        most_tokens: of one output.
-        queue_time: seconds until its first output was admitted; None if none was.
+        samples: number of outputs asked for.
+        max_tokens: largest number of tokens of an output.
+        most_tokens: tokens of its longest output.
+        queue_time: seconds until its first output was scheduled; None if none was.
         decode_time: seconds from the first to the last token, of the output with the longest.
         intervals: seconds between two steps in which an output emitted tokens.
         drafts: rounds of speculative mode with a proposal.
-        accepted_per_position: accepted ones, by their place in a round.
+        accepted_per_position: accepted proposals, by their position in a round.
     """
 
     samples: int
@@ -139,8 +139,8 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"vllm:{name}", text, LABELS, registry=self.registry, buckets=buckets).labels(*values)
 
-        self._running = gauge("num_requests_running", "Requests that run.")
-        self._waiting = gauge("num_requests_waiting", "Requests that wait.")
+        self._running = gauge("num_requests_running", "Running sequences.")
+        self._waiting = gauge("num_requests_waiting", "Waiting sequences.")
         self._kv_usage = gauge("kv_cache_usage_perc", "Share of the KV cache's budget that is used, from 0 to 1.")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self._generation_tokens = counter("generation_tokens", "Emitted tokens.")
@@ -151,11 +151,11 @@ class Metrics:
         self._accepted_tokens = counter("spec_decode_num_accepted_tokens", "Drafted tokens that the model accepted.")
         by_position = Counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Drafted tokens that the model accepted, by their place in the draft, from 0.",
+            "Drafted tokens that the model accepted, by their position in the draft, from 0.",
             (*LABELS, "position"),
             registry=self.registry,
         )
-        self._accepted_per_position = [by_position.labels(*values, str(place)) for place in range(MAX_DRAFT)]
+        self._accepted_per_position = [by_position.labels(*values, str(position)) for position in range(MAX_DRAFT)]
         self._preemptions, self._num_preempted = counter("num_preemptions", "Preemptions of sequences."), 0
         finished = Counter(
             "vllm:request_success", "Requests that ended.", (*LABELS, "finished_reason"), registry=self.registry
@@ -183,13 +183,19 @@ class Metrics:
             "Time between two steps in which an output emitted tokens.",
             OUTPUT_TOKEN_BUCKETS,
         )
-        self._latency = histogram("e2e_request_latency_seconds", "Time from admission to the end.", REQUEST_BUCKETS)
-        self._queue_time = histogram("request_queue_time_seconds", "Time before a request runs.", REQUEST_BUCKETS)
-        prefill = "Time from then to its first token."
+        self._latency = histogram(
+            "e2e_request_latency_seconds", "Time from arrival to the end of a request.", REQUEST_BUCKETS
+        )
+        self._queue_time = histogram(
+            "request_queue_time_seconds", "Time that a request waits until it is first scheduled.", REQUEST_BUCKETS
+        )
+        prefill = "Time from the first scheduling of a request to its first token."
         self._prefill_time = histogram("request_prefill_time_seconds", prefill, REQUEST_BUCKETS)
-        decode = "Time from its first to its last token."
+        decode = "Time from the first to the last token of a request."
         self._decode_time = histogram("request_decode_time_seconds", decode, REQUEST_BUCKETS)
-        self._inference_time = histogram("request_inference_time_seconds", "Both together.", REQUEST_BUCKETS)
+        self._inference_time = histogram(
+            "request_inference_time_seconds", "Prefill time plus decode time of a request.", REQUEST_BUCKETS
+        )
 
     def _register_ours(self) -> None:
         """The metrics that only this server has."""
@@ -213,21 +219,22 @@ class Metrics:
         )
         requests = "Requests that ended; coverage says what a certificate says of the answer."
         self._requests = counter("requests", requests, "task", "mode", "tier", "coverage", "status")
-        self._refused = counter("refused_requests", "Requests that were not admitted, by HTTP status.", "status")
+        self._refused = counter("refused_requests", "Refused requests by HTTP status.", "status")
         self._audits = counter("audits", "Audited requests.", "task")
         self._agreements = counter("audit_agreements", "Audited requests whose answer is full mode's.", "task")
         self._losses = counter("audit_loss", "Sum of the losses of audited requests.", "task")
         self._lost = counter("exit_log_lost_records", "Requests that the exit log could not take.")
         certificate = ("certificate", "task")
-        self._risk = gauge("drift_risk", "Mean loss that the certificate allows.", *certificate)
-        self._mean_loss = gauge("drift_mean_loss", "Mean loss of its audited requests.", *certificate)
-        self._drift_audits = gauge("drift_audits", "Its audited requests.", *certificate)
+        self._risk = gauge("drift_risk", "Mean loss that a certificate allows.", *certificate)
+        self._mean_loss = gauge("drift_mean_loss", "Mean loss of a certificate's audited requests.", *certificate)
+        self._drift_audits = gauge("drift_audits", "Audited requests of a certificate.", *certificate)
         evidence = "Evidence against the certified risk; a test alarms where it reaches the limit."
         self._evidence = gauge("drift_evidence", evidence, *certificate, "test")
         self._limit = gauge("drift_evidence_limit", "Evidence at which the tests alarm.", *certificate)
         alarms = "Alarms so far: of the test from the start, 0 or 1; of the restarting test."
         self._alarms = gauge("drift_alarms", alarms, *certificate, "test")
-        self._fallback = gauge("drift_fallback", "1 while its requests run safer than it allows.", *certificate)
+        fallback = "1 while a certificate's requests run in full mode or a safer setting, after an alarm."
+        self._fallback = gauge("drift_fallback", fallback, *certificate)
 
     def configure(self, tasks: Collection[str]) -> None:
         """Set the configured tasks anew, as after the rules were read again. Series of earlier tasks remain."""
@@ -294,7 +301,7 @@ class Metrics:
             self._inference_time.observe(prefill + figures.decode_time)
 
     def refused(self, status: int) -> None:
-        """Count a request that was not admitted, by the HTTP status of its answer."""
+        """Count a refused request, by the HTTP status of its answer."""
         self._refused.labels(str(status) if status in REFUSALS else OTHER).inc()
 
     def lost_record(self) -> None:
