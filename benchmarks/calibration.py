@@ -1,7 +1,7 @@
 """Repeated calibrations of synthetic exits whose risk is known: how often the promise fails, and what is gained.
 
-Each trial draws a sample of sequences and calibrates. A setting of the exits skips a share of the layers, and its
-expected loss grows with the square of that share. A sequence has one difficulty for all settings. A trial violates the
+Each trial draws a sample of records and calibrates. A setting of the exits skips a share of the layers, and its
+expected loss grows with the square of that share. A record has one difficulty for all settings. A trial violates the
 promise if the chosen setting's expected loss is above the risk: this may happen in at most delta of the trials. The
 speed is one over the share of the layers that run, 1 for full mode.
 """
@@ -36,11 +36,11 @@ _AT_ONCE = 50
 
 @dataclass(frozen=True)
 class Row:
-    """Trials of one kind of losses, number of sequences and p-value.
+    """Trials of one kind of losses, number of records and p-value.
 
     Attributes:
         losses: key of ``LOSSES``.
-        n: sequences of a sample.
+        n: records of a sample.
         p_value: its name.
         violations: share of the trials that violate the promise.
         allowed: delta, and three standard deviations of such a share.

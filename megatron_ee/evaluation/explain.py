@@ -1,4 +1,4 @@
-"""Explains answers token by token: which exit emitted it, and what every other exit would have said in its place.
+"""Explains answers token by token: which exit emitted it, and what every other exit would have said at its position.
 
 Each answer is replayed: prompt and answer run in one pass through all layers, and every exit is asked at every token.
 So each prediction follows the same text, the answer's own. Beside it stands full mode's free-running answer, which may
@@ -28,7 +28,7 @@ CONTEXT = 8
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one exit says in the place of one token, from the text before it.
+    """What one exit says at the position of one token, from the text before it.
 
     Attributes:
         layer: of the exit.
@@ -70,7 +70,7 @@ class ExplainedToken:
         token: as the engine emitted it. Its confidence may differ by rounding from that of the replayed pass.
         piece: the text that it added; empty for an end of text, and inside a character.
         text: as ``piece``, but with the name of an end of text, and the replacement character inside a character.
-        rejected: in speculative mode, the text of the rejected proposal in whose place it stands; None for none.
+        rejected: in speculative mode, the text of the rejected proposal at whose position it stands; None for none.
         exits: the exits by depth; the last one is the final exit.
     """
 
@@ -118,7 +118,7 @@ class Explanation:
         answer: what was answered.
         tokens: the answer's tokens.
         full: full mode's free-running answer to the same request; ``answer`` itself in full mode.
-        agreement: of both answers, place by place.
+        agreement: of both answers, position by position.
         different: indices of the answer's tokens that full mode's answer does not have, see ``tinted.differences``.
         full_different: likewise of full mode's answer.
     """
@@ -170,7 +170,7 @@ class Explanation:
         )
 
     def full_text(self, index: int) -> str:
-        """What full mode says at a place, for people."""
+        """What full mode says at a position, for people."""
         if index >= len(self.full.tokens):
             return "nothing more"
         ended = self.full.finish_reason == "eos" and index == len(self.full.tokens) - 1

@@ -70,7 +70,7 @@ def explanation_page(answers: Sequence[tuple[str, Explanation]], *, title: str =
     sections = [_section(number, prompt, one, of=len(answers)) for number, (prompt, one) in enumerate(answers)]
     lead = (
         "An exit after an early layer can emit a token before the model has run all its layers. This page shows which "
-        "exit emitted each token, and what every other exit would have said in its place."
+        "exit emitted each token, and what every other exit would have said at its position."
     )
     return html_page(title, _STYLE, f'<h1>{escaped(title)}</h1>\n<p class="lead">{lead}</p>\n{"".join(sections)}')
 

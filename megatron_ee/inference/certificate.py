@@ -127,7 +127,7 @@ class GroupResult(Strict):
     """A group of the sample.
 
     Attributes:
-        n: its sequences in the test part.
+        n: its records in the test part.
         needed: the smallest number with which it could pass at all.
         p_value: of the chosen setting; None if nothing was tested.
         loss: mean loss with the chosen setting and an upper bound, as ``Certificate.loss_interval``; None if all is
@@ -149,15 +149,15 @@ class Certificate(Strict):
         made_by: marks the file as this package's.
         version: of the format.
         task: name of what was calibrated on.
-        loss: loss of a sequence, in [0, 1]. ``disagreement``: 1 if the answer differs from full mode's; ``quality``:
+        loss: loss of an answer, in [0, 1]. ``disagreement``: 1 if the answer differs from full mode's; ``quality``:
             max(0, full mode's ``metric`` - the answer's), against references; ``rouge``: 1 - ROUGE-L of the answer
             against full mode's.
         metric: of the quality; None for other losses.
         risk: bound of the expected loss.
         delta: probability, over the sample, that the bound does not hold.
         p_value: name of the p-value.
-        n: sequences of the test part.
-        n_fit: sequences of the other part, which chose the settings that were tested.
+        n: records of the test part.
+        n_fit: records of the other part, which chose the settings that were tested.
         per_group: ``no``; ``worst``: the bound holds for every group; ``own``: each group has thresholds of its own,
             tested at delta / number of groups.
         groups: by name.

@@ -129,7 +129,7 @@ def make_family(
     """Fit the scaling of each exit, and choose settings from safe to fast.
 
     Args:
-        replays: of the sequences of one part of the sample.
+        replays: of the records of one part of the sample.
         layers: of the exits, in the order of the replays' first axis.
         num_layers: number of backbone layers.
         points: largest number of settings.

@@ -105,7 +105,7 @@ def statement(certificate: Certificate) -> str:
         )
     parts = [
         f"Certified: with confidence {100 * (1 - c.delta):g}%, {promised}{whom}, for requests like these ({c.task}).",
-        f"Measured on {c.n} test sequences: mean loss {c.loss_interval.mean:.4f}"
+        f"Measured on {c.n} test records: mean loss {c.loss_interval.mean:.4f}"
         f" (upper bound {c.loss_interval.high:.3f})",
     ]
     if c.mean_exit_layer is not None:
@@ -142,7 +142,7 @@ def _tests(certificate: Certificate, console: Any) -> Any:
 def _groups(certificate: Certificate, console: Any) -> Any:
     table = new_table("Groups in the test part", console)
     add_columns(table, "group", words=True)
-    add_columns(table, "sequences", "needed", "mean loss", "upper bound")
+    add_columns(table, "records", "needed", "mean loss", "upper bound")
     add_columns(table, "note", words=True)
     for name, group in certificate.groups.items():
         loss = ("", "") if group.loss is None else (f"{group.loss.mean:.4f}", f"{group.loss.high:.3f}")

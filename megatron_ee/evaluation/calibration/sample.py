@@ -26,7 +26,7 @@ from megatron_ee.inference.released import Released
 ALL = "all"
 """Name of the sample as a whole among the groups."""
 MOST_FIT = 200
-"""Largest number of sequences that choose the settings. They fit two numbers per exit from many tokens."""
+"""Largest number of records that choose the settings. They fit two numbers per exit from many tokens."""
 _LISTED = 3
 
 
@@ -36,14 +36,14 @@ class CalibrationPlan(Strict):
     Attributes:
         risk: bound of the expected loss.
         delta: probability, over the sample, that the bound does not hold.
-        loss: of a sequence, see ``Certificate``.
+        loss: of an answer, see ``Certificate``.
         metric: of ``loss: quality``, a key of ``METRICS``.
         p_value: its name.
         per_group: see ``Certificate``.
         policy: what decides whether a token leaves, a key of ``POLICIES``.
         measure: confidence measure, see ``ExitPolicy``.
         points: largest number of settings to test.
-        fit_share: share of the sequences that choose the settings, at most ``MOST_FIT``.
+        fit_share: share of the records that choose the settings, at most ``MOST_FIT``.
         seed: of the split and of the order.
         max_tokens: largest number of tokens of an answer.
         stop: strings that end an answer.
@@ -74,7 +74,7 @@ class CalibrationPlan(Strict):
         return self.delta / groups if self.per_group == "own" else self.delta
 
     def fit_count(self, count: int) -> int:
-        """Number of sequences of ``count`` that choose the settings."""
+        """Number of records of ``count`` that choose the settings."""
         return min(math.ceil(self.fit_share * count), MOST_FIT)
 
 
@@ -123,7 +123,7 @@ def draw_sample(
     needed = check_possible(scopes, plan)
     overlap, notices = check_overlap(records, released.adapter, corpora, allow=allow_overlap)
     notices += [
-        f"group {shown(name)}: {len(members)} sequences to test on, {needed[name]} needed: it stays in full mode"
+        f"group {shown(name)}: {len(members)} records to test on, {needed[name]} needed: it stays in full mode"
         for name, members in scopes.items()
         if len(members) < needed[name]
     ]
@@ -186,10 +186,10 @@ def check_possible(scopes: Mapping[str, Sequence[TaskRecord]], plan: Calibration
         plan: of the calibration.
 
     Returns:
-        The smallest number of test sequences with which a scope could pass.
+        The smallest number of test records with which a scope could pass.
 
     Raises:
-        ConfigError: the message says how many sequences would do.
+        ConfigError: the message says how many records would do.
     """
     needed = smallest_count(plan.p_value, plan.risk, plan.level(len(scopes)))
     short = {name: len(members) for name, members in scopes.items() if len(members) < needed}
@@ -198,7 +198,7 @@ def check_possible(scopes: Mapping[str, Sequence[TaskRecord]], plan: Calibration
         which = "" if ALL in short else f" of group {', '.join(shown(name) for name, _ in sizes[:_LISTED])}"
         which += f" and {len(sizes) - _LISTED} more" if len(sizes) > _LISTED else ""
         raise ConfigError(
-            f"risk: {plan.risk:g} with delta {plan.delta:g} needs {needed} sequences to test on even if none has a "
+            f"risk: {plan.risk:g} with delta {plan.delta:g} needs {needed} records to test on even if none has a "
             f"loss, but the lines{which} leave {sizes[0][1]}; give {_total(needed, plan)} lines"
             f"{'' if ALL in short else ' of each group'}, or a larger risk or delta"
         )
@@ -206,7 +206,7 @@ def check_possible(scopes: Mapping[str, Sequence[TaskRecord]], plan: Calibration
 
 
 def _total(needed: int, plan: CalibrationPlan) -> int:
-    """Smallest number of sequences that leaves ``needed`` to test on."""
+    """Smallest number of records that leaves ``needed`` to test on."""
     total = needed
     while total - plan.fit_count(total) < needed:
         total += 1

@@ -13,13 +13,13 @@ from megatron_ee.inference.certificate import Loss
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """Two answers, place by place. Shares are of the places of the longer one.
+    """Two answers, position by position. Shares are of the positions of the longer one.
 
     Attributes:
         departure: index of the first token that differs, or of the end of the shorter answer; None if they are equal.
-        before: share of the tokens before that place; 1 if they are equal.
-        equal_tokens: share of the places at which both have the same token. After the first different token the
-            answers may say the same at other places, so this can be low for answers that are much alike.
+        before: share of the tokens before that position; 1 if they are equal.
+        equal_tokens: share of the positions at which both have the same token. After the first different token the
+            answers may say the same at other positions, so this can be low for answers that are much alike.
     """
 
     departure: int | None
@@ -34,10 +34,10 @@ class TokenAgreement:
 
 def compare_tokens(mine: Sequence[int], full: Sequence[int]) -> TokenAgreement:
     """Compare the tokens of an answer with those of full mode's. At least one of them has tokens."""
-    places = max(len(mine), len(full))
+    positions = max(len(mine), len(full))
     same = [one == other for one, other in zip(mine, full, strict=False)]
     before = sum(takewhile(bool, same))
-    return TokenAgreement(None if before == places else before, before / places, sum(same) / places)
+    return TokenAgreement(None if before == positions else before, before / positions, sum(same) / positions)
 
 
 def loss_of(loss: Loss, metric: str, early: TaskAnswer, full: TaskAnswer, references: Sequence[str]) -> float:

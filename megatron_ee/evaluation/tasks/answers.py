@@ -1,6 +1,6 @@
 """Answers to the records of tasks in several settings, in free generation, with a journal to continue from.
 
-The records of a task run in blocks. Each block runs in every setting, one after the other in turning order, so that
+The records of a task run in blocks. Each block runs in every setting, one after the other in rotating order, so that
 changes of the machine's speed affect all settings alike. Sequences of one block run in batches, as in serving.
 """
 

@@ -44,7 +44,7 @@ LINES = {"threshold": "-", "gate": "--"}
 
 
 def print_tasks(results: TaskResults, batch: int, console: Console | None = None) -> None:
-    """Print a table of all rows and, of several tasks, one table per task; then how the speed was measured.
+    """Print a table of all records and, of several tasks, one table per task; then how the speed was measured.
 
     Args:
         results: to print.
@@ -52,13 +52,13 @@ def print_tasks(results: TaskResults, batch: int, console: Console | None = None
         console: print to this console, not to stdout.
     """
     console = console or make_console()
-    rows, tasks = results.overall[0].rows, len(results.tasks)
-    of = f"{counted(rows, 'row')} of {tasks} tasks" if tasks > 1 else counted(rows, "row")
+    records, tasks = results.overall[0].rows, len(results.tasks)
+    of = f"{counted(records, 'record')} of {tasks} tasks" if tasks > 1 else counted(records, "record")
     console.print(_table(f"Quality beside speed ({of})", results.overall, console))
     if tasks > 1:
         for task, found in results.tasks.items():
             console.print()
-            console.print(_table(f"{task} ({counted(found[0].rows, 'row')})", found, console))
+            console.print(_table(f"{task} ({counted(found[0].rows, 'record')})", found, console))
     console.print()
     for line in _notes(results, batch):
         console.print(line, soft_wrap=True)
@@ -113,16 +113,17 @@ def _notes(results: TaskResults, batch: int) -> list[str]:
     if len(results.settings) > 1:
         notes.append("Second lines: 95% interval of the difference to full mode, in percentage points.")
     if any(each.mean_departure is not None for each in results.overall):
-        notes.append("First departure: mean place of the first token that is not full mode's, where there is one.")
+        notes.append("First departure: mean position of the first token that is not full mode's, where there is one.")
     timed = [each.speed for each in results.overall if each.speed is not None]
     answered = sum(row.answer is not None for row in results.rows[BASELINE])
     if timed:
         notes.append(
-            f"Speed: {timed[0].rows} of {answered} answered rows, prompts included, at most {batch} sequences at a "
-            f"time; blocks of at most {batch * BATCHES_PER_BLOCK} rows, each in every setting in turn, after a warm-up."
+            f"Speed: {timed[0].rows} of {answered} answered records, prompts included, at most {batch} sequences at a "
+            f"time; blocks of at most {batch * BATCHES_PER_BLOCK} records, each in every setting in rotating order, "
+            "after a warm-up."
         )
     elif answered:
-        notes.append("Speed: not measured, since no block of rows ran in one piece.")
+        notes.append("Speed: not measured, since no block of records ran without interruption.")
     cut = results.overall[0].cut
     if cut:
         notes.append(f"{cut:.1%} of full mode's answers were cut at {results.settings[0].max_tokens} tokens.")
@@ -144,7 +145,7 @@ def plot_tasks(results: TaskResults, path: str | Path) -> None:
         timed = any(speed is not None for speed in speeds.values())
         _plot_scores(left, found, QUALITY, speeds if timed else {name: float(n) for n, name in enumerate(speeds)})
         left.set_xlabel("speed (full mode = 1)" if timed else "settings (speed was not measured)")
-        left.set_ylabel("mean over the rows (%)")
+        left.set_ylabel("mean over the records (%)")
         left.set_title("Quality", loc="left", pad=TITLE_PAD)
         _plot_scores(right, found, AGREEMENT_SCORES, {each.setting: each.exit_layer for each in found})
         right.set_xlabel("layer of the exit that emits a token (mean)")

@@ -251,7 +251,7 @@ class TaskResults:
             "max_num_seqs": batch,
             "rows": sum(block.rows for block in self.blocks),
             "blocks": [dataclasses.asdict(block) for block in self.blocks],
-            "order": "each block in every setting, in turning order",
+            "order": "each block in every setting, in rotating order",
             "warm_up_tokens": WARM_UP_TOKENS,
         }
 

@@ -372,7 +372,7 @@ def test_a_group_with_a_handful_of_members_is_stated_and_stays_in_full_mode(
     sample, output = tmp_path / "sample.jsonl", tmp_path / "certificate.json"
     sample.write_text("".join(json.dumps(line) + "\n" for line in few))
     status, out, errors = run(adapter, output, "--data", sample, "--per-group", "own", risk=0.2)
-    assert status == 0 and "group 'few': 2 sequences to test on, 14 needed: it stays in full mode" in errors
+    assert status == 0 and "group 'few': 2 records to test on, 14 needed: it stays in full mode" in errors
     assert "full mode: too few to say anything" in out
     certificate = read_certificate(output)
     assert certificate.groups["few"].policy is None and certificate.groups["many"].policy is not None
@@ -399,7 +399,7 @@ def test_impossible_wishes_end_before_the_model_runs_in_one_line(
 ) -> None:
     output = tmp_path / "certificate.json"
     for options, risk, message in [
-        ((), 0.02, "--risk: 0.02 with delta 0.1 needs 114 sequences to test on even if none has a loss"),
+        ((), 0.02, "--risk: 0.02 with delta 0.1 needs 114 records to test on even if none has a loss"),
         ((), 0.0, "--risk: must be above 0, not 0.0"),
         (("--policy", "gate"), 0.1, "--adapter: has no exit with a gate before the last layer"),
         (("--loss", "quality", "--metric", "bleu"), 0.1, "--metric: must be one of"),

@@ -109,10 +109,10 @@ def test_the_tables_hold_every_setting_and_say_how_speed_was_measured(results: T
     console = Console(file=io.StringIO(), width=160, markup=False, highlight=False)
     print_tasks(results, 16, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "Quality beside speed (4 rows of 3 tasks)" in text and "z (1 row)" in text
+    assert "Quality beside speed (4 records of 3 tasks)" in text and "z (1 record)" in text
     line = next(line for line in text.splitlines() if line.lstrip().startswith("threshold 0.5"))
     assert "6.0" in line and "2.00x" in line and "66.7%" in line
-    assert "3 of 3 answered rows" in text and "at most 16 sequences at a time" in text
+    assert "3 of 3 answered records" in text and "at most 16 sequences at a time" in text
     assert "33.3% of full mode's answers were cut at 64 tokens" in text
     assert max(len(line) for line in text.splitlines() if "Speed:" not in line and "Second" not in line) <= 160
 

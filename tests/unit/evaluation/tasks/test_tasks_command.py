@@ -71,7 +71,7 @@ def test_every_mode_and_threshold_is_compared(
     assert evaluate(byte_model, tasks, *exits, "--json", "--output", output, "--resume") == 0
     assert json.loads(capsys.readouterr().out) == found and (output / "answers.jsonl").read_bytes() == before
     assert evaluate(byte_model, tasks, *exits[:2], "--thresholds", 0.5, "--output", output, "--overwrite") == 0
-    assert "Quality beside speed (3 rows of 2 tasks)" in capsys.readouterr().out
+    assert "Quality beside speed (3 records of 2 tasks)" in capsys.readouterr().out
     assert "threshold 0.01" not in (output / "answers.jsonl").read_text()
 
 
