@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.evaluation.drift.audits import certificates, read_audits
     from megatron_ee.evaluation.drift.monitor import new_monitor, replay
     from megatron_ee.evaluation.drift.report import drift_dict, plot_drift, print_drift
-    from megatron_ee.evaluation.plots import check_plot
+    from megatron_ee.evaluation.figure import check_plot
     from megatron_ee.inference.certificate import read_certificate
 
     if arguments.plot is not None:

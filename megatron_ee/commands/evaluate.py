@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_options(arguments)
     from megatron_ee.checkpoint.ownership import check_output
     from megatron_ee.commands.inputs import check_input
-    from megatron_ee.evaluation.plots import check_plot
+    from megatron_ee.evaluation.figure import check_plot
 
     if arguments.plot is not None:
         check_plot(arguments.plot, "--plot")

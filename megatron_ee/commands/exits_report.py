@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Print tables or JSON to stdout, and write the requested plot."""
     from megatron_ee.commands.inputs import check_input
-    from megatron_ee.evaluation.plots import check_plot
+    from megatron_ee.evaluation.figure import check_plot
     from megatron_ee.serving.exit_log import read_logs
     from megatron_ee.serving.exits_report import exit_figures, plot_exits, print_exits, report_json
 

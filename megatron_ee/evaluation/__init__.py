@@ -8,5 +8,5 @@
 - A tested bound of what early exit costs: ``calibration``; whether it is still kept: ``drift``.
 - One answer for a reader: ``explain``, drawn with ``tinted``; all results on one page: ``page``.
 
-``statistics`` holds the intervals and tests that several of these share.
+Several of these share ``statistics``, their intervals and tests, and ``figure``, the style of their plots.
 """

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ee.errors import DataError
-from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
+from megatron_ee.evaluation.figure import COLOURS, GREY, saved_figure
 from megatron_ee.tuning.schedule import Span
 from megatron_ee.tuning.trainer import Trainer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
+from megatron_ee.evaluation.figure import COLOURS, GREY, saved_figure
 from megatron_ee.serving.exit_record import BINS, ExitRecord
 from megatron_ee.tables import add_columns, make_console, new_table
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_ee.evaluation.drift.audits import AuditRecord, certificates
 from megatron_ee.evaluation.drift.monitor import DriftHistory
-from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
+from megatron_ee.evaluation.figure import COLOURS, GREY, saved_figure
 from megatron_ee.tables import add_columns, make_console, new_table
 
 RECENT = 100

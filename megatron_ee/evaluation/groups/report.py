@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ee.evaluation.figure import COLOURS, GREY, saved_figure
 from megatron_ee.evaluation.groups.compare import (
     LAYERS,
     LEAST_MEMBERS,
@@ -16,7 +17,6 @@ from megatron_ee.evaluation.groups.compare import (
     GroupFigure,
     GroupOutcome,
 )
-from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
 from megatron_ee.evaluation.statistics import LEVEL
 from megatron_ee.tables import add_columns, make_console, new_table
 

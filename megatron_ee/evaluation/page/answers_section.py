@@ -15,9 +15,9 @@ from megatron_ee.evaluation.page.blocks import (
     Picture,
     Section,
 )
-from megatron_ee.evaluation.page.figures import CHOSEN, CURVE, OTHERS, Interval95, draw_trade
 from megatron_ee.evaluation.page.material import EQUAL_ANSWERS, Material, quality_of
 from megatron_ee.evaluation.page.sources import CorpusFile, TimedMode
+from megatron_ee.evaluation.page.svg import CHOSEN, CURVE, OTHERS, Interval95, draw_trade
 from megatron_ee.evaluation.page.task_file import TaskFile
 from megatron_ee.evaluation.tasks.results import BASELINE, MeanScore, SettingResult
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from megatron_ee.evaluation.page.figures import Look
+from megatron_ee.evaluation.page.svg import Look
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from megatron_ee.evaluation.groups.compare import (
 from megatron_ee.evaluation.groups.tasks import NO_GROUP
 from megatron_ee.evaluation.page.answers_section import MOST_ROWS, how_to_evaluate
 from megatron_ee.evaluation.page.blocks import Block, Cell, CommandLine, PageTable, Paragraph, Picture, Section
-from megatron_ee.evaluation.page.figures import MEAN, WORSE, Interval95, draw_intervals
 from megatron_ee.evaluation.page.material import Material
+from megatron_ee.evaluation.page.svg import MEAN, WORSE, Interval95, draw_intervals
 
 BY = {"group": "by.group", "script": "by.script"}
 MEASURES = {LAYERS: "measure.layer", AGREEMENT: "measure.agreement", QUALITY: "measure.quality", LOSS: "measure.loss"}

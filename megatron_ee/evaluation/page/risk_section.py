@@ -19,9 +19,9 @@ from megatron_ee.evaluation.page.blocks import (
     Picture,
     Section,
 )
-from megatron_ee.evaluation.page.figures import FAILED, LIMIT, PASSED, draw_tests
 from megatron_ee.evaluation.page.material import Material
 from megatron_ee.evaluation.page.sources import CertificateFile, DriftFile
+from megatron_ee.evaluation.page.svg import FAILED, LIMIT, PASSED, draw_tests
 from megatron_ee.inference.certificate import Certificate, Tested
 
 

@@ -18,9 +18,9 @@ from megatron_ee.evaluation.page.blocks import (
     Picture,
     Section,
 )
-from megatron_ee.evaluation.page.figures import draw_agreement, exit_look
 from megatron_ee.evaluation.page.material import Material
 from megatron_ee.evaluation.page.runs import CONFIG, INITIAL, KnownCorpus, TunedRun
+from megatron_ee.evaluation.page.svg import draw_agreement, exit_look
 from megatron_ee.tuning.log import LOG
 
 KNOWN = ("adapter", "adapter-best", INITIAL)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ee.evaluation.plots import COLOURS, GREY, saved_figure
+from megatron_ee.evaluation.figure import COLOURS, GREY, saved_figure
 from megatron_ee.evaluation.tasks.answers import BATCHES_PER_BLOCK
 from megatron_ee.evaluation.tasks.results import AGREEMENT_SCORES, BASELINE, QUALITY, SettingResult, TaskResults
 from megatron_ee.tables import add_columns, counted, make_console, new_table

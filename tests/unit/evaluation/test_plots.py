@@ -15,16 +15,15 @@ import torch
 
 from megatron_ee.checkpoint.ownership import check_file
 from megatron_ee.errors import DataError, UserError
+from megatron_ee.evaluation.figure import FORMATS, saved_figure
 from megatron_ee.evaluation.history import Validation, read_log, read_validations
 from megatron_ee.evaluation.plots import (
-    FORMATS,
     plot_acceptance,
     plot_agreement,
     plot_free_running,
     plot_reliability,
     plot_sweep,
     plot_training,
-    saved_figure,
 )
 from megatron_ee.model.metrics import FinalStats, QualityAccumulator, TokenStats
 from megatron_ee.model.quality import Quality

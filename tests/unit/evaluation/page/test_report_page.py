@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ee.checkpoint.digest import file_sha256
-from megatron_ee.evaluation.page.figures import SYMBOLS
+from megatron_ee.evaluation.page.svg import SYMBOLS
 
 VOID = {"meta", "br", "link", "img", "input", "hr", "use", "path", "rect"}
 LOADS = ("src", "href", "data", "poster", "srcset", "action", "background")
