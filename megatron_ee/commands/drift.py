@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_ee.checkpoint.digest import file_sha256
     from megatron_ee.commands.inputs import check_input
     from megatron_ee.evaluation.drift.audits import certificates, read_audits
-    from megatron_ee.evaluation.drift.monitor import new_monitor, replay
+    from megatron_ee.evaluation.drift.monitor import new_monitor, run_monitor
     from megatron_ee.evaluation.drift.report import drift_dict, plot_drift, print_drift
     from megatron_ee.evaluation.figure import check_plot
     from megatron_ee.inference.certificate import read_certificate
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
     counted = [each for each in audits if each.audit is not None and each.audit.certificate in digests]
     losses = [each.audit.loss for each in counted if each.audit is not None]
-    history = replay(new_monitor(risk, arguments.alarm_level), losses)
+    history = run_monitor(new_monitor(risk, arguments.alarm_level), losses)
     uncounted = len(audits) - len(counted)
     if arguments.json:
         print(json.dumps(drift_dict(history, counted, uncounted)))

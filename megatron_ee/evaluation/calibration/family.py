@@ -7,10 +7,10 @@ offset of Platt's scaling. It makes exits of different depth comparable, which o
 all exits (as in CALM, arXiv 2207.07061, and Fast yet Safe, arXiv 2405.20915) does not. The estimate grows with c, so
 that a level is one threshold of c for each exit: the policy needs no temperature when it runs.
 
-Temperature and offset are fitted to teacher-forced replays of full mode's answers, one per exit. Up to the first token
-that differs, a replay is what threshold mode itself does. So the replays also predict which answers would differ at a
-level, and how many layers would run. Nothing of this needs to be right for the guarantee, which rests on the other part
-of the sample; a good choice makes it fast.
+Temperature and offset are fitted to full mode's answers, forced at each exit. Up to the first token that differs, such
+a run is what threshold mode itself does. So it also predicts which answers would differ at a level, and how many layers
+would run. Nothing of this needs to be right for the guarantee, which rests on the other part of the sample; a good
+choice makes it fast.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _FLATTEST = 0.05
 
 
 @dataclass(frozen=True)
-class Replay:
-    """What the exits said at the tokens of one of full mode's answers, after its first token.
+class ForcedAnswer:
+    """What the exits said at the tokens of one of full mode's answers, after its first token, which were forced.
 
     Attributes:
         confidences: ``[exits, tokens]``; 0 where an exit was not asked.
@@ -56,7 +56,7 @@ class Member:
     Attributes:
         level: the estimated probability of agreement at which a token leaves.
         thresholds: confidences by layer. Exits that reach the level at no confidence are left out.
-        differing: share of the replayed answers that would differ from full mode's.
+        differing: share of the forced answers that would differ from full mode's.
         skipped: layers that would be skipped per token.
     """
 
@@ -119,7 +119,7 @@ def level_decimals(level: float) -> int:
 
 
 def make_family(
-    replays: Sequence[Replay],
+    answers: Sequence[ForcedAnswer],
     layers: Sequence[int],
     num_layers: int,
     points: int,
@@ -129,8 +129,8 @@ def make_family(
     """Fit the scaling of each exit, and choose settings from safe to fast.
 
     Args:
-        replays: of the records of one part of the sample.
-        layers: of the exits, in the order of the replays' first axis.
+        answers: of the records of one part of the sample.
+        layers: of the exits, in the order of the answers' first axis.
         num_layers: number of backbone layers.
         points: largest number of settings.
         likely_differing: share of answers that differ at the fastest setting that is likely to pass. Up to there, the
@@ -141,9 +141,9 @@ def make_family(
     Returns:
         The scaling of each exit that can be used, and the settings, none if no exit would save anything.
     """
-    confidences = np.concatenate([each.confidences for each in replays], axis=1)
-    agrees = np.concatenate([each.agrees for each in replays], axis=1)
-    ends = np.cumsum([each.agrees.shape[1] for each in replays])
+    confidences = np.concatenate([each.confidences for each in answers], axis=1)
+    agrees = np.concatenate([each.agrees for each in answers], axis=1)
+    ends = np.cumsum([each.agrees.shape[1] for each in answers])
     fitted = (
         fit_scaling(layer, own[own > 0], right[own > 0])
         for layer, own, right in zip(layers, confidences, agrees, strict=True)

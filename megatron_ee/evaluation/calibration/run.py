@@ -16,8 +16,8 @@ from megatron_ee.checkpoint.journal import Journal
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
 from megatron_ee.evaluation.calibration.family import Member, make_family
+from megatron_ee.evaluation.calibration.forced_answers import force_answers
 from megatron_ee.evaluation.calibration.pvalues import P_VALUES, largest_risk, passing
-from megatron_ee.evaluation.calibration.replays import replay_answers
 from megatron_ee.evaluation.calibration.sample import CalibrationPlan, Sample, by_group, scopes_of
 from megatron_ee.evaluation.statistics import Floats
 from megatron_ee.evaluation.tasks.agreement import loss_of
@@ -113,11 +113,11 @@ def calibrate(
     full_mode = Setting(BASELINE, max_tokens=plan.max_tokens, stop=plan.stop)
     fit_answers = answers(sample.fit, full_mode).by_setting[BASELINE]
     full = answers(sample.test, full_mode)
-    replays = replay_answers(engine, sample.fit, fit_answers, layers, policy, measure, journal, batch)
+    forced = force_answers(engine, sample.fit, fit_answers, layers, policy, measure, journal, batch)
     # Every loss is at most that of disagreement. The others are mostly far less, so faster settings may pass, too.
     likely = max(2 * plan.risk, 2 / len(sample.fit))
     most = likely if plan.loss == "disagreement" else 1.0
-    scaling, members = make_family(replays, layers, engine.num_layers, plan.points, likely, most)
+    scaling, members = make_family(forced, layers, engine.num_layers, plan.points, likely, most)
 
     scopes = {name: Scope() for name in sample.needed}
     active = {name: each for name, each in scopes_of(sample.test, plan).items() if len(each) >= sample.needed[name]}

@@ -188,7 +188,7 @@ class DriftHistory:
     restarts: tuple[int, ...]
 
 
-def replay(monitor: DriftMonitor, losses: Sequence[float]) -> DriftHistory:
+def run_monitor(monitor: DriftMonitor, losses: Sequence[float]) -> DriftHistory:
     """Run a monitor over losses in the order of admission."""
     wealths, detectors, restarts = [], [], []
     for loss in losses:

@@ -109,7 +109,7 @@ def run(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Callable
         fixed += ["--dtype", "float32", "--max-tokens", TOKENS, "--risk", risk, "--delta", 0.1]
         status = main(list(map(str, [*fixed, *options])))
         found = capsys.readouterr()
-        progress = ("loading: ", "hashing the backbone: ", "answering in ", "replay at exit ")
+        progress = ("loading: ", "hashing the backbone: ", "answering in ", "asking exit ")
         errors = [line for line in found.err.splitlines(True) if not line.startswith(progress)]
         return status, found.out, "".join(errors)
 

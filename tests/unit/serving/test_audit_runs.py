@@ -16,7 +16,7 @@ import pytest
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError, DataError, UserError
 from megatron_ee.evaluation.drift.audits import audited
-from megatron_ee.evaluation.drift.monitor import new_monitor, replay
+from megatron_ee.evaluation.drift.monitor import new_monitor, run_monitor
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.requests import Completion, Event, Request, Token
 from megatron_ee.serving.audits.audit_file import begin_audits, read_audit_file, state_path
@@ -257,7 +257,7 @@ def test_losses_are_counted_in_the_order_of_admission(tmp_path: Path, calibrate:
         content = read_audit_file(tmp_path / "a.json")
         assert content is not None
         monitor = content.certificates["a" * 64].monitors[0]
-        assert monitor == replay(new_monitor(0.05), losses).monitor
+        assert monitor == run_monitor(new_monitor(0.05), losses).monitor
 
     asyncio.run(main())
 
@@ -278,7 +278,7 @@ def test_an_alarm_puts_the_task_into_full_mode_for_good(tmp_path: Path, calibrat
     async def main() -> None:
         server = Server(path, [calibrate()])
         last = await until_alarm(server)
-        expected = replay(new_monitor(0.05), [1.0] * 20).monitor
+        expected = run_monitor(new_monitor(0.05), [1.0] * 20).monitor
         assert last + 1 == expected.alarm
         assert last + 1 > 2, "the restarting test is not what decides"
         assert re.search(
@@ -375,7 +375,7 @@ def test_false_alarms_are_rarer_than_the_level(tmp_path: Path, calibrate: Calibr
 
     generator, alarms, restarts = np.random.default_rng(3), 0, 0
     for _ in range(20):
-        monitor = replay(new_monitor(0.05), (generator.random(400) < 0.05).astype(float).tolist()).monitor
+        monitor = run_monitor(new_monitor(0.05), (generator.random(400) < 0.05).astype(float).tolist()).monitor
         alarms += monitor.alarm is not None
         restarts += monitor.restarts
     assert restarts > 10 and alarms <= 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ee.evaluation.drift.monitor import new_monitor, replay
+from megatron_ee.evaluation.drift.monitor import new_monitor, run_monitor
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.loading import open_engine
 from megatron_ee.inference.options import EngineOptions
@@ -58,7 +58,7 @@ def test_losses_on_a_real_engine(byte_model: Path, adapter: Path, calibration: C
             assert auditor.state()["inquiries"]["unfinished"] == 0
             [test] = auditor.tests()
             counted = [result.audit.loss for _, result in (*first, *rest) if result is not None]
-            assert test.monitor == replay(new_monitor(0.2), counted).monitor
+            assert test.monitor == run_monitor(new_monitor(0.2), counted).monitor
             return [*first, *rest]
         finally:
             await loop.stop()

@@ -18,7 +18,7 @@ from megatron_ee.evaluation.drift.monitor import (
     mixed_log_wealth,
     mixed_sum,
     new_monitor,
-    replay,
+    run_monitor,
 )
 
 RISK, STREAMS, AUDITS = 0.05, 1000, 1000
@@ -105,7 +105,7 @@ def test_bets_leave_some_wealth_whatever_comes(risk: float) -> None:
 
 def test_wealth_by_hand() -> None:
     bets = fixed_bets(0.1)
-    history = replay(new_monitor(0.1), [1.0, 0.0])
+    history = run_monitor(new_monitor(0.1), [1.0, 0.0])
     one = 1 + bets * 0.9
     two = one * (1 - bets * 0.1)
     assert np.exp(history.log_wealths) == pytest.approx([one.mean(), two.mean()])
@@ -124,7 +124,7 @@ def test_a_monitor_does_what_the_simulations_do_and_goes_on_after_its_json_form(
     monitor = DriftMonitor.model_validate_json(monitor.model_dump_json())
     for loss in losses[250:]:
         monitor = monitor.updated(float(loss))
-    history = replay(new_monitor(RISK), losses.tolist())
+    history = run_monitor(new_monitor(RISK), losses.tolist())
     assert monitor == history.monitor
     assert monitor.alarm == start[0] > 200 and history.restarts[0] == restart[0] > 200
     assert monitor.restarts == len(history.restarts) == count[0] > 1 and monitor.last_restart == history.restarts[-1]

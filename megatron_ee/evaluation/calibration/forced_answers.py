@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ee.checkpoint.journal import Journal
 from megatron_ee.errors import UserError
-from megatron_ee.evaluation.calibration.family import Replay
+from megatron_ee.evaluation.calibration.family import ForcedAnswer
 from megatron_ee.evaluation.tasks.answers import Setting, TaskAnswer, entry_key
 from megatron_ee.evaluation.tasks.records import TaskRecord
 from megatron_ee.inference.engine import Engine
@@ -22,7 +22,7 @@ ALWAYS = 1e-30
 """Threshold that every confidence reaches."""
 
 
-def replay_answers(
+def force_answers(
     engine: Engine,
     records: Sequence[TaskRecord],
     full: Mapping[str, TaskAnswer],
@@ -31,8 +31,8 @@ def replay_answers(
     measure: Mapping[str, Any],
     journal: Journal | None,
     batch: int,
-) -> list[Replay]:
-    """Replay full mode's answers at each exit, with its tokens forced. The exit is asked at every token but the first.
+) -> list[ForcedAnswer]:
+    """Force full mode's answers at each exit, in a run per exit, which is asked at every token but the first.
 
     Args:
         engine: without other requests.
@@ -48,9 +48,11 @@ def replay_answers(
         UserError: the logits are not finite.
     """
     asks_always = policy(threshold=ALWAYS, max_deferred=MOST_DEFERRED, backoff=0, **measure)  # type: ignore[call-arg]
-    settings = [Setting(f"replay at exit {layer}", "threshold", asks_always, (layer,)) for layer in layers]
-    found = [_replay(engine, records, full, setting, journal, batch) for setting in settings]
-    replays = []
+    settings = [
+        Setting(f"asking exit {layer} at full mode's tokens", "threshold", asks_always, (layer,)) for layer in layers
+    ]
+    found = [_force(engine, records, full, setting, journal, batch) for setting in settings]
+    forced = []
     for record in records:
         truth = np.array(full[record.id].token_ids)
         confidences, agrees = np.zeros((len(layers), len(truth))), np.zeros((len(layers), len(truth)), dtype=bool)
@@ -59,11 +61,11 @@ def replay_answers(
             # Where the deferred tokens reach their limit, the final exit emits a token.
             confidences[row] = np.where(np.array(answer["layers"]) == layer, answer["confidences"], 0.0)
             agrees[row] = np.array(answer["token_ids"]) == truth
-        replays.append(Replay(confidences[:, 1:], agrees[:, 1:]))
-    return replays
+        forced.append(ForcedAnswer(confidences[:, 1:], agrees[:, 1:]))
+    return forced
 
 
-def _replay(
+def _force(
     engine: Engine,
     records: Sequence[TaskRecord],
     full: Mapping[str, TaskAnswer],
