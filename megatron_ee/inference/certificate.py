@@ -105,7 +105,7 @@ class Tested(Strict):
     """One setting on the test part of the sample, or of a group.
 
     Attributes:
-        level: the family's parameter, the estimated probability of agreement at which a token leaves.
+        level: the estimated probability of agreement at which a token leaves.
         p_value: of the null hypothesis that the expected loss is above the risk.
         passed: whether it is at most delta.
         loss: mean loss.

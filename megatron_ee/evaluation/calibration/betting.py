@@ -39,7 +39,7 @@ def betting_p(losses: ArrayLike, mean: float, delta: float) -> Floats:
     Args:
         losses: ``[..., n]`` in [0, 1], in an order that does not depend on their values.
         mean: the bound, in (0, 1).
-        delta: the level at which the test is to be strong. The p-value is valid for every level.
+        delta: the significance at which the test is to be strong. The p-value is valid for every one.
 
     Returns:
         ``[...]``.
@@ -62,7 +62,7 @@ def horizon_bets(losses: ArrayLike, mean: float, delta: float) -> Floats:
     Args:
         losses: ``[..., n]`` in [0, 1].
         mean: the bound, in (0, 1).
-        delta: the level, in (0, 1).
+        delta: the significance, in (0, 1).
 
     Raises:
         ValueError: a loss is outside [0, 1].

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ee.checkpoint.journal import Journal
 from megatron_ee.errors import UserError
-from megatron_ee.evaluation.calibration.family import ForcedAnswer
+from megatron_ee.evaluation.calibration.candidates import ForcedAnswer
 from megatron_ee.evaluation.tasks.answers import Setting, TaskAnswer, entry_key
 from megatron_ee.evaluation.tasks.records import TaskRecord
 from megatron_ee.inference.engine import Engine

@@ -1,10 +1,10 @@
 """p-values of the null hypothesis *the expected loss is above the risk*, and tests of them in a fixed sequence.
 
 Learn then test (Angelopoulos et al., arXiv 2110.01052): every setting of the exits has such a null hypothesis. The
-settings are tested in an order that is fixed beforehand, from safe to fast, each at level delta, until the first is not
-rejected (fixed-sequence testing, section 3.2 there). Then the probability that any accepted setting has an expected
-loss above the risk is at most delta, over the draw of the sample. No correction for the number of settings is needed,
-and no assumption about the model.
+settings are tested in an order that is fixed beforehand, from safe to fast, each at significance delta, until the first
+is not rejected (fixed-sequence testing, section 3.2 there). Then the probability that any accepted setting has an
+expected loss above the risk is at most delta, over the draw of the sample. No correction for the number of settings is
+needed, and no assumption about the model.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ def smallest_count(name: PValue, risk: float, delta: float) -> int:
     return count
 
 
-def passing(p_values: Mapping[str, float], level: float, *, together: bool = False) -> list[str]:
+def passing(p_values: Mapping[str, float], delta: float, *, together: bool = False) -> list[str]:
     """The scopes for which a setting passes. Fixed-sequence testing goes on to the next setting for these alone.
 
     Args:
         p_values: of the setting, by scope.
-        level: of each test.
+        delta: of each test.
         together: the setting passes for all scopes or for none, since what is promised holds for every one.
     """
-    passed = [name for name, p in p_values.items() if p <= level]
+    passed = [name for name, p in p_values.items() if p <= delta]
     return passed if not together or len(passed) == len(p_values) else []
 
 
 def largest_risk(name: PValue, losses: ArrayLike, delta: float) -> float:
-    """Upper confidence bound of the expected loss, at level 1 - ``delta``, rounded up to 0.001, above 0.1 to 0.01.
+    """Upper confidence bound of the expected loss at confidence 1 - ``delta``, rounded up to 0.001, above 0.1 to 0.01.
 
     It is the smallest of these values that is rejected as the mean together with all larger ones. The p-value of
     betting may rise with the mean, so one rejected value alone would not be a bound.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from megatron_ee.evaluation.calibration.family import level_decimals
+from megatron_ee.evaluation.calibration.candidates import level_decimals
 from megatron_ee.evaluation.calibration.run import Calibrated
 from megatron_ee.evaluation.calibration.sample import ALL, CalibrationPlan, Sample
 from megatron_ee.inference.certificate import MADE_BY, VERSION, Certificate, Decoding, used_dtype

@@ -1,7 +1,8 @@
-"""Calibrates the exits of a loaded engine: full mode's answers, a family of thresholds, and tests from safe to fast.
+"""Calibrates the exits of a loaded engine: full mode's answers, candidate settings, and tests from safe to fast.
 
-The sample has two parts (``sample``). The first chooses the settings (``family``), the second tests them (``pvalues``)
-on the engine's own answers, until a test fails. So the time goes to settings that pass, and to one that does not.
+The sample has two parts (``sample``). The first chooses the settings (``candidates``), the second tests them
+(``pvalues``) on the engine's own answers, until a test fails. So the time goes to settings that pass, and to one that
+does not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from megatron_ee.checkpoint.journal import Journal
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError
-from megatron_ee.evaluation.calibration.family import Member, make_family
+from megatron_ee.evaluation.calibration.candidates import CandidateSetting, candidate_settings
 from megatron_ee.evaluation.calibration.forced_answers import force_answers
 from megatron_ee.evaluation.calibration.pvalues import P_VALUES, largest_risk, passing
 from megatron_ee.evaluation.calibration.sample import CalibrationPlan, Sample, by_group, scopes_of
@@ -117,25 +118,25 @@ def calibrate(
     # Every loss is at most that of disagreement. The others are mostly far less, so faster settings may pass, too.
     likely = max(2 * plan.risk, 2 / len(sample.fit))
     most = likely if plan.loss == "disagreement" else 1.0
-    scaling, members = make_family(forced, layers, engine.num_layers, plan.points, likely, most)
+    scaling, candidates = candidate_settings(forced, layers, engine.num_layers, plan.points, likely, most)
 
     scopes = {name: Scope() for name in sample.needed}
     active = {name: each for name, each in scopes_of(sample.test, plan).items() if len(each) >= sample.needed[name]}
-    for number, member in enumerate(members, start=1):
+    for number, candidate in enumerate(candidates, start=1):
         records = [record for each in active.values() for record in each]
-        chosen = _policy(member, policy, measure)
-        label = f"answering in setting {number} of at most {len(members)}"
-        found = answers(records, _setting(member, chosen, plan), label)
+        chosen = _policy(candidate, policy, measure)
+        label = f"answering in setting {number} of at most {len(candidates)}"
+        found = answers(records, _setting(candidate, chosen, plan), label)
         [by_id] = found.by_setting.values()
         tests = {
-            name: _test(each, member, plan, plan.level(len(scopes)), by_id, full.by_setting[BASELINE])
+            name: _test(each, candidate, plan, plan.test_delta(len(scopes)), by_id, full.by_setting[BASELINE])
             for name, each in active.items()
         }
         for name, test in tests.items():
             scopes[name].tests.append(test)
         together = plan.per_group != "own"
         p_values = {name: test.p_value for name, test in tests.items()}
-        passed = passing(p_values, plan.level(len(scopes)), together=together)
+        passed = passing(p_values, plan.test_delta(len(scopes)), together=together)
         faster = {name for name in passed if tests[name].saves(engine.num_layers)}
         for name in passed if together and faster else faster:
             scopes[name].policy, scopes[name].p_value = chosen, tests[name].p_value
@@ -146,25 +147,25 @@ def calibrate(
     return _outcome(tuple(scaling), scopes, sample, plan, full)
 
 
-def _policy(member: Member, policy: type[ExitPolicy], measure: Mapping[str, str]) -> ExitPolicy:
-    return policy(threshold=NEVER, thresholds=dict(member.thresholds), **measure)  # type: ignore[call-arg, arg-type]
+def _policy(candidate: CandidateSetting, policy: type[ExitPolicy], measure: Mapping[str, str]) -> ExitPolicy:
+    return policy(threshold=NEVER, thresholds=dict(candidate.thresholds), **measure)  # type: ignore[call-arg, arg-type]
 
 
-def _setting(member: Member, policy: ExitPolicy, plan: CalibrationPlan) -> Setting:
+def _setting(candidate: CandidateSetting, policy: ExitPolicy, plan: CalibrationPlan) -> Setting:
     """Its name depends on the thresholds: a journal may hold answers of settings that another version chose."""
     digest = hashlib.sha256(policy.model_dump_json().encode()).hexdigest()
-    name = f"level {member.level:.6g} {digest[:16]}"
-    return Setting(name, "threshold", policy, tuple(member.thresholds), plan.max_tokens, plan.stop)
+    name = f"level {candidate.level:.6g} {digest[:16]}"
+    return Setting(name, "threshold", policy, tuple(candidate.thresholds), plan.max_tokens, plan.stop)
 
 
 def _test(
-    records: Records, member: Member, plan: CalibrationPlan, delta: float, early: Answers, full: Answers
+    records: Records, candidate: CandidateSetting, plan: CalibrationPlan, delta: float, early: Answers, full: Answers
 ) -> Tested:
     """The test of one setting on the records of one scope, in their order."""
     losses = _losses(records, plan, early, full)
     p = float(P_VALUES[plan.p_value](losses, plan.risk, delta))
     return Tested(
-        level=member.level,
+        level=candidate.level,
         p_value=p,
         passed=p <= delta,
         loss=float(losses.mean()),
@@ -193,13 +194,13 @@ def _outcome(
         losses = _losses(records, plan, used, truth)
         return Interval(mean=float(losses.mean()), low=None, high=largest_risk(plan.p_value, losses, delta))
 
-    level, least = plan.level(len(scopes)), max(sample.needed.values())
+    delta, least = plan.test_delta(len(scopes)), max(sample.needed.values())
     groups = {
         name: GroupResult(
             n=len(records),
             needed=sample.needed.get(name, least),
             p_value=scopes[name].p_value if name in scopes else None,
-            loss=interval(records, level) if name not in scopes or scopes[name].answers is not None else None,
+            loss=interval(records, delta) if name not in scopes or scopes[name].answers is not None else None,
             policy=scopes[name].policy if plan.per_group == "own" else None,
         )
         for name, records in by_group(sample.test).items()

@@ -69,8 +69,8 @@ class CalibrationPlan(Strict):
             raise ValueError("measure: has no effect with policy gate, where the gate decides; leave it out")
         return self
 
-    def level(self, groups: int) -> float:
-        """The level of each test, if there are so many groups."""
+    def test_delta(self, groups: int) -> float:
+        """The delta of each test, if there are so many groups."""
         return self.delta / groups if self.per_group == "own" else self.delta
 
     def fit_count(self, count: int) -> int:
@@ -191,7 +191,7 @@ def check_possible(scopes: Mapping[str, Sequence[TaskRecord]], plan: Calibration
     Raises:
         ConfigError: the message says how many records would do.
     """
-    needed = smallest_count(plan.p_value, plan.risk, plan.level(len(scopes)))
+    needed = smallest_count(plan.p_value, plan.risk, plan.test_delta(len(scopes)))
     short = {name: len(members) for name, members in scopes.items() if len(members) < needed}
     if short and (plan.per_group != "own" or len(short) == len(scopes)):
         sizes = sorted(short.items(), key=lambda each: each[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_ee.errors import printable
-from megatron_ee.evaluation.calibration.family import level_decimals
+from megatron_ee.evaluation.calibration.candidates import level_decimals
 from megatron_ee.evaluation.calibration.sample import ALL
 from megatron_ee.evaluation.page.answers_section import MOST_ROWS
 from megatron_ee.evaluation.page.blocks import (

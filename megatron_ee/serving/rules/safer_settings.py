@@ -2,7 +2,7 @@
 
 ``calibrate`` tests settings from safe to fast, and certifies the fastest that passes. The ones before it have passed,
 too: tests in a fixed order reject no true hypothesis with probability 1 - delta, whichever of them is used afterwards.
-A certificate lists them by their level, from which the thresholds follow (``evaluation.calibration.family``).
+A certificate lists them by their level, from which the thresholds follow (``evaluation.calibration.candidates``).
 
 *Safer* means here: tested, passed, and with a lower mean loss on the calibration's test part than the one before. It
 does not mean certified. An alarm says that the requests are no longer like the sample, and then no result on the sample
@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ee.evaluation.calibration.family import thresholds_at
+from megatron_ee.evaluation.calibration.candidates import thresholds_at
 from megatron_ee.inference.certificate import Certificate, ExitScaling, Tested
 from megatron_ee.inference.policy import GatePolicy, ThresholdPolicy
 

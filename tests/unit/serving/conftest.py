@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ee.evaluation.calibration.family import thresholds_at
+from megatron_ee.evaluation.calibration.candidates import thresholds_at
 from megatron_ee.inference.certificate import Calibration, Certificate, ExitScaling
 
 LEVELS = (2.0, 1.5, 1.0, 0.5)  # logits, from safe to fast; the last did not pass

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ee.evaluation.calibration.family import level_decimals
+from megatron_ee.evaluation.calibration.candidates import level_decimals
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""The family of thresholds: what full mode's answers, forced at each exit, say about them."""
+"""Candidate settings: what full mode's answers, forced at each exit, say about them."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from megatron_ee.evaluation.calibration.family import ForcedAnswer, fit_scaling, make_family, threshold
+from megatron_ee.evaluation.calibration.candidates import ForcedAnswer, candidate_settings, fit_scaling, threshold
 
 LAYERS, NUM_LAYERS = (4, 8), 12
 
@@ -26,7 +26,7 @@ def draw_forced(count: int, tokens: int = 30, seed: int = 0) -> list[ForcedAnswe
 
 
 def test_temperature_and_offset_are_found() -> None:
-    scalings, _ = make_family(draw_forced(400), LAYERS, NUM_LAYERS, 12, 1.0, 1.0)
+    scalings, _ = candidate_settings(draw_forced(400), LAYERS, NUM_LAYERS, 12, 1.0, 1.0)
     assert [each.layer for each in scalings] == list(LAYERS)
     assert scalings[0].temperature == pytest.approx(3, rel=0.1) and scalings[0].offset == pytest.approx(-1, abs=0.15)
     assert scalings[1].temperature == pytest.approx(1, rel=0.1) and scalings[1].offset == pytest.approx(0, abs=0.15)
@@ -40,42 +40,42 @@ def test_temperature_and_offset_are_found() -> None:
 
 def test_the_members_go_from_safe_to_fast_and_predict_what_they_skip() -> None:
     answers = draw_forced(60)
-    _, members = make_family(answers, LAYERS, NUM_LAYERS, 8, 1.0, 1.0)
-    assert 4 <= len(members) <= 8
+    _, candidates = candidate_settings(answers, LAYERS, NUM_LAYERS, 8, 1.0, 1.0)
+    assert 4 <= len(candidates) <= 8
     for name in ("differing", "skipped"):
-        values = [getattr(each, name) for each in members]
+        values = [getattr(each, name) for each in candidates]
         assert values == sorted(values)
-    assert [each.level for each in members] == sorted((each.level for each in members), reverse=True)
-    member = members[len(members) // 2]
+    assert [each.level for each in candidates] == sorted((each.level for each in candidates), reverse=True)
+    candidate = candidates[len(candidates) // 2]
     differing = skipped = tokens = 0
     for each in answers:
         wrong = False
         for confidences, agrees in zip(each.confidences.T, each.agrees.T, strict=True):
             tokens += 1
             for layer, confidence, agreed in zip(LAYERS, confidences, agrees, strict=True):
-                if confidence >= member.thresholds.get(layer, 2.0):
+                if confidence >= candidate.thresholds.get(layer, 2.0):
                     skipped += NUM_LAYERS - layer
                     wrong |= not agreed
                     break
         differing += wrong
-    assert member.differing == pytest.approx(differing / len(answers))
-    assert member.skipped == pytest.approx(skipped / tokens)
+    assert candidate.differing == pytest.approx(differing / len(answers))
+    assert candidate.skipped == pytest.approx(skipped / tokens)
 
 
 def test_settings_that_are_predicted_to_differ_too_often_are_not_tested() -> None:
     answers = draw_forced(60)
-    _, all_members = make_family(answers, LAYERS, NUM_LAYERS, 8, 1.0, 1.0)
-    _, members = make_family(answers, LAYERS, NUM_LAYERS, 8, 0.2, 0.2)
-    assert max(each.differing for each in members) <= 0.2 < max(each.differing for each in all_members)
+    _, all_candidates = candidate_settings(answers, LAYERS, NUM_LAYERS, 8, 1.0, 1.0)
+    _, candidates = candidate_settings(answers, LAYERS, NUM_LAYERS, 8, 0.2, 0.2)
+    assert max(each.differing for each in candidates) <= 0.2 < max(each.differing for each in all_candidates)
 
 
 def test_settings_that_are_likely_to_pass_get_half_of_the_points_where_faster_ones_are_tested_too() -> None:
     answers = draw_forced(60)
-    _, likely = make_family(answers, LAYERS, NUM_LAYERS, 4, 0.2, 0.2)
-    _, members = make_family(answers, LAYERS, NUM_LAYERS, 8, 0.2, 1.0)
-    assert members[: len(likely)] == likely and len(likely) < len(members) <= 8
-    assert all(each.differing > 0.2 for each in members[len(likely) :])
-    skipped = [each.skipped for each in members]
+    _, likely = candidate_settings(answers, LAYERS, NUM_LAYERS, 4, 0.2, 0.2)
+    _, candidates = candidate_settings(answers, LAYERS, NUM_LAYERS, 8, 0.2, 1.0)
+    assert candidates[: len(likely)] == likely and len(likely) < len(candidates) <= 8
+    assert all(each.differing > 0.2 for each in candidates[len(likely) :])
+    skipped = [each.skipped for each in candidates]
     assert skipped == sorted(skipped)
 
 
@@ -91,6 +91,6 @@ def test_an_exit_whose_confidence_says_nothing_leaves_at_what_it_agrees_on_avera
 
 def test_nothing_is_chosen_where_nothing_would_be_skipped() -> None:
     empty = ForcedAnswer(np.zeros((2, 0)), np.zeros((2, 0), dtype=bool))
-    assert make_family([empty], LAYERS, NUM_LAYERS, 8, 1.0, 1.0) == ([], [])
+    assert candidate_settings([empty], LAYERS, NUM_LAYERS, 8, 1.0, 1.0) == ([], [])
     never = ForcedAnswer(np.zeros((2, 9)), np.zeros((2, 9), dtype=bool))
-    assert make_family([never, empty], LAYERS, NUM_LAYERS, 8, 1.0, 1.0) == ([], [])
+    assert candidate_settings([never, empty], LAYERS, NUM_LAYERS, 8, 1.0, 1.0) == ([], [])

@@ -1,4 +1,4 @@
-"""A family of exit thresholds with one parameter, from safe to fast, chosen on a part of the sample of its own.
+"""Settings to test: exit thresholds with one parameter, from safe to fast, chosen on a part of the sample of its own.
 
 The parameter is a level t: a token leaves at the first exit where the estimated probability that it is full mode's
 token is at least t. Each exit has an estimate of its own, from its confidence c: ``sigmoid(logit(c) / temperature +
@@ -26,7 +26,7 @@ from scipy.optimize import minimize
 from megatron_ee.evaluation.statistics import Floats
 from megatron_ee.inference.certificate import LEAST_SAVED, ExitScaling
 
-LEVELS = np.arange(16.0, -4.0, -0.05)
+LOGITS = np.arange(16.0, -4.0, -0.05)
 """Logits of the levels that are considered, from safe to fast."""
 _CLOSEST = 2.0**-25
 """Confidences are float32 values. They are read as at most 1 minus this, and at least this."""
@@ -50,8 +50,8 @@ class ForcedAnswer:
 
 
 @dataclass(frozen=True)
-class Member:
-    """One setting of the family.
+class CandidateSetting:
+    """Exit thresholds of one level.
 
     Attributes:
         level: the estimated probability of agreement at which a token leaves.
@@ -99,17 +99,17 @@ def fit_scaling(layer: int, confidences: Floats, agrees: NDArray[np.bool_]) -> E
     )
 
 
-def threshold(scaling: ExitScaling, level: float) -> float:
-    """The confidence at which an exit's estimated probability of agreement is ``level``, given as a logit."""
-    return max(float(_sigmoid((level - scaling.offset) * scaling.temperature)), _CLOSEST)
+def threshold(scaling: ExitScaling, logit: float) -> float:
+    """The confidence at which the logit of an exit's estimated probability of agreement is ``logit``."""
+    return max(float(_sigmoid((logit - scaling.offset) * scaling.temperature)), _CLOSEST)
 
 
-def thresholds_at(scalings: Sequence[ExitScaling], level: float) -> dict[int, float]:
-    """By layer, the confidences at which a token leaves at a level, given as a logit.
+def thresholds_at(scalings: Sequence[ExitScaling], logit: float) -> dict[int, float]:
+    """By layer, the confidences at which a token leaves at the level with this logit.
 
     Exits that reach the level at no confidence are left out.
     """
-    thresholds = {each.layer: threshold(each, level) for each in scalings}
+    thresholds = {each.layer: threshold(each, logit) for each in scalings}
     return {layer: value for layer, value in thresholds.items() if value < 1 - _CLOSEST}
 
 
@@ -118,14 +118,14 @@ def level_decimals(level: float) -> int:
     return 5 if level == 1 else max(5, 1 - math.floor(math.log10(1 - level)))
 
 
-def make_family(
+def candidate_settings(
     answers: Sequence[ForcedAnswer],
     layers: Sequence[int],
     num_layers: int,
     points: int,
     likely_differing: float,
     most_differing: float,
-) -> tuple[list[ExitScaling], list[Member]]:
+) -> tuple[list[ExitScaling], list[CandidateSetting]]:
     """Fit the scaling of each exit, and choose settings from safe to fast.
 
     Args:
@@ -149,18 +149,18 @@ def make_family(
         for layer, own, right in zip(layers, confidences, agrees, strict=True)
     )
     scalings = [each for each in fitted if each is not None]
-    members: list[Member] = []
-    for level in LEVELS:
-        thresholds = thresholds_at(scalings, level)
+    candidates: list[CandidateSetting] = []
+    for logit in LOGITS:
+        thresholds = thresholds_at(scalings, logit)
         lowest = np.array([thresholds.get(layer, np.inf) for layer in layers])
         differing, skipped = _predict(confidences, agrees, ends, lowest, num_layers - np.array(layers))
-        if skipped >= LEAST_SAVED * num_layers and (not members or differing <= most_differing):
-            members.append(Member(float(_sigmoid(level)), thresholds, differing, skipped))
-    likely = next((i for i, each in enumerate(members) if i and each.differing > likely_differing), len(members))
-    points_of_likely = points if likely == len(members) else math.ceil(points / 2)
-    chosen = _evenly(members[:likely], points_of_likely, 0.0)
+        if skipped >= LEAST_SAVED * num_layers and (not candidates or differing <= most_differing):
+            candidates.append(CandidateSetting(float(_sigmoid(logit)), thresholds, differing, skipped))
+    likely = next((i for i, each in enumerate(candidates) if i and each.differing > likely_differing), len(candidates))
+    points_of_likely = points if likely == len(candidates) else math.ceil(points / 2)
+    chosen = _evenly(candidates[:likely], points_of_likely, 0.0)
     return scalings, chosen + _evenly(
-        members[likely:], points - points_of_likely, members[likely - 1].skipped if members else 0.0
+        candidates[likely:], points - points_of_likely, candidates[likely - 1].skipped if candidates else 0.0
     )
 
 
@@ -177,16 +177,16 @@ def _predict(
     return float((per_answer > 0).mean()), float(np.where(leaving, saves[first], 0).sum() / max(len(columns), 1))
 
 
-def _evenly(members: Sequence[Member], points: int, start: float) -> list[Member]:
-    """At most ``points`` of the members, which get faster, at evenly spaced skipped layers from ``start``."""
-    if not members:
+def _evenly(candidates: Sequence[CandidateSetting], points: int, start: float) -> list[CandidateSetting]:
+    """At most ``points`` of the candidates, which get faster, at evenly spaced skipped layers from ``start``."""
+    if not candidates:
         return []
-    fastest = max(each.skipped for each in members)
-    chosen: list[Member] = []
+    fastest = max(each.skipped for each in candidates)
+    chosen: list[CandidateSetting] = []
     for target in np.linspace(start, fastest, points + 1)[1:]:
-        member = next(each for each in members if each.skipped >= target * (1 - 1e-9))
-        if not chosen or member is not chosen[-1]:
-            chosen.append(member)
+        candidate = next(each for each in candidates if each.skipped >= target * (1 - 1e-9))
+        if not chosen or candidate is not chosen[-1]:
+            chosen.append(candidate)
     return chosen
 
 
