@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-import sys
 import threading
 import time
 import traceback
@@ -24,6 +23,7 @@ from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import UserError, first_line
 from megatron_ee.inference.engine import Engine
 from megatron_ee.inference.requests import Event, Request
+from megatron_ee.serving.console import say
 from megatron_ee.serving.submission import Submission
 
 COMMAND_SECONDS = 0.02
@@ -34,7 +34,7 @@ LAST_STEP_SECONDS = 30.0
 """Seconds that cancelled requests may take to end, which is one step of the engine."""
 TELL_SECONDS = 2.0
 """Seconds that the watchdog waits for the open requests to hear of a lost rank, before it ends the process."""
-LOST = "the engine has failed; the server's log says why"
+DEAD = "the engine has failed; the server's log says why"
 STOPPED = "the server is stopping"
 
 
@@ -46,7 +46,7 @@ class Draining(UserError):
     """The server is stopping and takes no new requests."""
 
 
-class EngineLost(UserError):
+class EngineDead(UserError):
     """The engine has failed. Its requests have ended with an error, and there will be no others."""
 
 
@@ -82,7 +82,6 @@ class LoopState:
         num_waiting: outputs of ordinary requests that wait.
         kv_cache_usage: see ``Engine``.
         ready: whether requests are accepted.
-        num_background: background requests that have not started.
         num_preempted: preemptions so far.
     """
 
@@ -90,7 +89,6 @@ class LoopState:
     num_waiting: int
     kv_cache_usage: float
     ready: bool
-    num_background: int = 0
     num_preempted: int = 0
 
 
@@ -106,7 +104,9 @@ Command = tuple[Literal["submit", "cancel", "drop background", "stop"], Submissi
 
 
 class EngineLoop:
-    """Runs an engine in its own thread, the only one that touches it. All other methods are for the asyncio thread.
+    """Runs an engine in its own thread, the only one that touches it.
+
+    The public methods are for the asyncio thread, except ``on_rank_lost``.
 
     Attributes:
         exits: the exits that requests may use.
@@ -114,7 +114,7 @@ class EngineLoop:
         vocab_size: size of the vocabulary.
         max_positions: maximum number of positions of a sequence.
         failure: what ended it, if the engine failed or a rank is lost. There will be no further steps.
-        lost: whether a rank is lost. The watchdog then ends the process, as the engine's thread may wait for ever.
+        rank_lost: whether a rank is lost. The watchdog then ends the process, as the engine's thread may wait for ever.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class EngineLoop:
         self._load = (0, 0.0, 0)  # running sequences, KV usage, preemptions
         # Written by the engine's thread, or by the watchdog's.
         self.failure: EngineFailed | None = None
-        self.lost = False
+        self.rank_lost = False
 
     def start(self) -> None:
         """Start the thread. Called once, in the asyncio thread."""
@@ -182,10 +182,10 @@ class EngineLoop:
         Raises:
             QueueFull: too many outputs wait.
             Draining: the server is stopping.
-            EngineLost: the engine has failed.
+            EngineDead: the engine has failed.
         """
         if self.failed:
-            raise EngineLost(LOST)
+            raise EngineDead(DEAD)
         if self._draining or self._thread is None:
             raise Draining(STOPPED)
         if not background and not more and self._num_waiting() >= self._limits.max_queue:
@@ -208,7 +208,7 @@ class EngineLoop:
         """What the engine does now. Cheap."""
         ready = self._thread is not None and not self._draining and not self.failed
         running, usage, preempted = self._load
-        return LoopState(running, self._num_waiting(), usage, ready, len(self._background), preempted)
+        return LoopState(running, self._num_waiting(), usage, ready, preempted)
 
     @property
     def failed(self) -> bool:
@@ -245,14 +245,14 @@ class EngineLoop:
         self._commands.put(("stop", None))
         await asyncio.to_thread(self._thread.join)
 
-    def lose(self, line: str) -> None:
+    def on_rank_lost(self, line: str) -> None:
         """End all open requests with an error, because a rank is lost. Called by the watchdog, in its thread.
 
         It returns when they have been told, so that the process may end soon after.
         """
         if self._loop is None:
             return
-        self.lost = True  # first: the engine's thread may raise now
+        self.rank_lost = True  # first: the engine's thread may raise now
         self.failure = EngineFailed(line)
         self._post(self._fail)
         self._told.wait(TELL_SECONDS)
@@ -298,7 +298,7 @@ class EngineLoop:
             self._end(submission, left)
 
     def _fail(self) -> None:
-        self._end_all(EngineLost(LOST))
+        self._end_all(EngineDead(DEAD))
         self._told.set()
         self._ended.set()
 
@@ -309,7 +309,7 @@ class EngineLoop:
             while self._take_commands():
                 self._publish(self._engine.step())
         except BaseException as error:  # the asyncio thread raises it
-            if not self.lost:  # which would be the cause of this
+            if not self.rank_lost:  # which would be the cause of this
                 self.failure = EngineFailed(f"the engine failed: {_described(error)}")
                 self.failure.__cause__ = error
         self._post(self._fail)
@@ -317,7 +317,7 @@ class EngineLoop:
     def _take_commands(self) -> bool:
         """Apply the queued commands, waiting for one while the engine is idle. Returns False when it should stop."""
         started: float | None = None
-        heard = self._clock()  # by the other ranks
+        last_heartbeat = self._clock()
         while True:
             self._start_background()
             try:
@@ -329,16 +329,17 @@ class EngineLoop:
                 if not self._engine.idle:
                     return True
                 self._engine.heartbeat()
-                heard = self._clock()
+                last_heartbeat = self._clock()
                 continue
             if kind == "stop":
                 return False
             self._apply(kind, submission)
             now = self._clock()
             started = now if started is None else started
-            if now - heard >= self._limits.idle_heartbeat and self._engine.idle:  # such as where requests are refused
+            # Many refused requests keep the queue from being empty while the engine is idle.
+            if now - last_heartbeat >= self._limits.idle_heartbeat and self._engine.idle:
                 self._engine.heartbeat()
-                heard = now
+                last_heartbeat = now
             if now - started > COMMAND_SECONDS and not self._engine.idle:
                 return True
 
@@ -360,7 +361,7 @@ class EngineLoop:
         except UserError as refused:
             error = refused
         except BaseException as bug:  # tokenizers raise BaseException; the text of the error may be the prompt's
-            print(f"a request was refused because of a bug: {_described(bug, text=False)}", file=sys.stderr, flush=True)
+            say(f"a request was refused because of a bug: {_described(bug, text=False)}")
             error = UserError(f"the request cannot be processed: {first_line(bug)}")
         else:
             self._entries[number] = _Entry(submission, submission.request.samples)

@@ -11,7 +11,7 @@ from megatron_ee.inference.loading import open_engine
 from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.released import Released
 from megatron_ee.parallel.groups import launched_rank
-from megatron_ee.serving.engine_loop import EngineFailed, EngineLoop, EngineLost, LoopLimits
+from megatron_ee.serving.engine_loop import EngineDead, EngineFailed, EngineLoop, LoopLimits
 from megatron_ee.serving.server import STOP_SIGNALS, ServedApp, ServerOptions, listen, run_server
 
 MakeApp = Callable[[EngineLoop], ServedApp]
@@ -46,7 +46,7 @@ def serve_model(
     Raises:
         ConfigError: the address cannot be taken, an option does not fit the model, or as ``open_app``.
         CheckpointError: the model cannot be read.
-        EngineLost: the engine failed.
+        EngineDead: the engine failed.
     """
     if launched_rank() > 0:
         with _without_signals(), open_engine(released, options):
@@ -60,7 +60,7 @@ def serve_model(
 
     def on_failure(line: str) -> None:
         for each in loops:
-            each.lose(line)
+            each.on_rank_lost(line)
 
     with contextlib.ExitStack() as closing:
         try:
@@ -70,7 +70,7 @@ def serve_model(
                 loops.append(EngineLoop(engine, limits))
                 run_server(make_app(loops[0]), loops[0], listener, server)
         except EngineFailed as error:
-            raise EngineLost(str(error)) from error
+            raise EngineDead(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -195,7 +195,7 @@ async def _serve(served: ServedApp, engine_loop: EngineLoop, listener: socket.so
     finally:
         if not engine_loop.failed:
             await engine_loop.stop()
-    if engine_loop.lost:
+    if engine_loop.rank_lost:
         await asyncio.sleep(WATCHDOG_SECONDS)  # which has said what happened
     if engine_loop.failure is not None:
         raise engine_loop.failure
@@ -270,7 +270,7 @@ def _reload(served: ServedApp) -> None:
     try:
         served.reload()
     except UserError as error:
-        say(f"keeps the old where the new cannot be read: {error}")
+        say(f"reload failed: {error}; what could not be read stays as it was")
     else:
         say("has read its keys and rules again")
 

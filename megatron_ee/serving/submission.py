@@ -19,7 +19,6 @@ class Submission:
         request: what was submitted.
         background: whether it runs only while there is no ordinary request.
         timed_out: whether its deadline ended it.
-        overflowed: whether it ended because its events were read too slowly.
         intervals: seconds between two steps in which an output emitted tokens, of all outputs.
     """
 
@@ -40,7 +39,7 @@ class Submission:
             on_cancel: called once when it is cancelled, in any thread.
         """
         self.request, self.background = request, background
-        self.timed_out = self.overflowed = False
+        self.timed_out = False
         self.intervals: list[float] = []
         self._emitted: dict[int, float] = {}  # by output, the time of its last token
         self._loop = asyncio.get_running_loop()
@@ -57,7 +56,9 @@ class Submission:
 
         Raises:
             ConfigError: the engine refuses the request, see ``Engine.submit``.
-            EngineLost: the engine is gone.
+            EngineDead: the engine has failed.
+            Draining: the server is stopping, and a background request has not started.
+            UserError: it was cancelled before it started, or its text cannot be processed.
         """
         await asyncio.shield(self._admission)
 
@@ -112,7 +113,6 @@ class Submission:
                 self.intervals.append(at - self._emitted[event.sample])
             self._emitted[event.sample] = at
         if self._limit is not None and len(self._buffer) >= self._limit:
-            self.overflowed = True
             self.fail(f"the answer was read too slowly: {self._limit} events wait; read them as they come")
             self.cancel()
             return

@@ -106,7 +106,7 @@ class Clients:
             streamed = [token.id for event in own for token in event.tokens]
             last = own[-1]
             if last.error is not None:
-                reason, whole = "error", submission.overflowed and streamed == ids(truth)[: len(streamed)]
+                reason, whole = "error", "read too slowly" in last.error and streamed == ids(truth)[: len(streamed)]
             else:
                 assert last.completion is not None
                 reason = last.completion.finish_reason

@@ -13,7 +13,7 @@ from megatron_ee.errors import ConfigError, UserError, printable
 from megatron_ee.inference.requests import Event
 from megatron_ee.serving.access import Unauthorized
 from megatron_ee.serving.api.response_bodies import ErrorInfo, ErrorResponse
-from megatron_ee.serving.engine_loop import Draining, EngineLost, QueueFull
+from megatron_ee.serving.engine_loop import Draining, EngineDead, QueueFull
 from megatron_ee.serving.limits import RateLimited
 from megatron_ee.serving.submission import Submission
 
@@ -78,7 +78,7 @@ def of_error(error: UserError) -> ApiError:
         return refused(429, message, "rate_limit_exceeded", {"Retry-After": str(math.ceil(error.retry_after))})
     if isinstance(error, QueueFull):
         return refused(429, message, "queue_full", {"Retry-After": str(QUEUE_SECONDS)})
-    if isinstance(error, Draining | EngineLost):
+    if isinstance(error, Draining | EngineDead):
         return refused(503, message, "not_ready", {"Retry-After": str(QUEUE_SECONDS)})
     if isinstance(error, ConfigError):
         return invalid(message)

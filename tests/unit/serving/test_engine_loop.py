@@ -15,9 +15,9 @@ from megatron_ee.inference.requests import Event, Request
 from megatron_ee.serving.engine_loop import (
     BUFFER_STEPS,
     Draining,
+    EngineDead,
     EngineFailed,
     EngineLoop,
-    EngineLost,
     LoopLimits,
     QueueFull,
 )
@@ -157,7 +157,7 @@ def test_cancelling_ends_a_request_once() -> None:
                 break
         for each in (long, *waiting):
             events = await events_of(each)
-            assert reasons(events) == ["cancelled"] and not each.timed_out and not each.overflowed
+            assert reasons(events) == ["cancelled"] and not each.timed_out
         long.cancel()  # it has ended
 
     with_loop(engine, body, LoopLimits(buffer_events=10**7))
@@ -205,7 +205,6 @@ def test_a_slow_reader_ends_with_an_error_and_holds_up_nobody() -> None:
         assert reasons(await events_of(other)) == ["length"]
         await until(lambda: not engine.open)  # it was cancelled
         events = await events_of(slow)
-        assert slow.overflowed
         kept = 2 * BUFFER_STEPS
         assert [event.error is None for event in events] == [True] * kept + [False] * 2
         assert events[-1].error is not None and f"read too slowly: {kept} events wait" in events[-1].error
@@ -232,11 +231,11 @@ def test_background_requests_start_one_by_one_while_there_is_nothing_else() -> N
         audits = [loop.submit(request(f"audit {number}"), background=True) for number in range(3)]
         await audits[0].admitted()
         ordinary = [loop.submit(request(f"client {number}")) for number in range(4)]
-        assert loop.state().num_background == 2 and loop.state().num_waiting == 4
+        assert len(loop._background) == 2 and loop.state().num_waiting == 4
         engine.may_step.set()
         for each in (*ordinary, *audits):
             assert reasons(await events_of(each)) == ["length"]
-        assert loop.state().num_waiting == 0 and loop.state().num_background == 0
+        assert loop.state().num_waiting == 0 and not loop._background
 
     with_loop(engine, body, LoopLimits(max_queue=4))
     assert engine.order == ["audit 0", *(f"client {number}" for number in range(4)), "audit 1", "audit 2"]
@@ -303,9 +302,9 @@ def test_a_failed_step_ends_every_request_with_an_error() -> None:
             assert [(event.sample, event.error) for event in events] == [
                 (sample, "the engine has failed; the server's log says why") for sample in (0, 1)
             ]
-        with pytest.raises(EngineLost):
+        with pytest.raises(EngineDead):
             await audit.admitted()
-        with pytest.raises(EngineLost):
+        with pytest.raises(EngineDead):
             loop.submit(request())
         assert not loop.state().ready
 
@@ -323,13 +322,13 @@ def test_a_lost_rank_ends_every_request_while_a_step_hangs() -> None:
         engine.may_step.clear()
         running = loop.submit(request())
         await running.admitted()
-        watchdog = threading.Thread(target=loop.lose, args=("rank 1 (stage 1) is gone",))
+        watchdog = threading.Thread(target=loop.on_rank_lost, args=("rank 1 (stage 1) is gone",))
         watchdog.start()
         events = await events_of(running)
         assert [event.error is None for event in events] == [False]
         await loop.ended()
         watchdog.join()
-        with pytest.raises(EngineLost):
+        with pytest.raises(EngineDead):
             loop.submit(request())
         assert not loop.state().ready
 

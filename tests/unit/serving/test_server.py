@@ -198,7 +198,9 @@ def test_rules_that_cannot_be_read_again_change_nothing(start: Callable[..., Ser
     events = server.stream(30)
     next(events)
     server.send(signal.SIGHUP)
-    server.until(lambda: "keeps the old where the new cannot be read: rules.yaml: is not YAML" in server.said())
+    server.until(
+        lambda: "reload failed: rules.yaml: is not YAML; what could not be read stays as it was" in server.said()
+    )
     assert list(events)[-1]["end"] == "length" and server.ready() == 200
 
 
