@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from megatron_ee.serving.api.translate import RequestLimits
 from megatron_ee.serving.app import build_app
 from megatron_ee.serving.audits.audit_file import AuditFile, begin_audits, state_path
 from megatron_ee.serving.audits.auditor import Auditor
+from megatron_ee.serving.console import say
 from megatron_ee.serving.engine_loop import EngineLoop
 from megatron_ee.serving.exit_log import ExitLog
 from megatron_ee.serving.metrics import Metrics
@@ -63,7 +63,7 @@ class ServingParts:
             if (reason := calibration.engine_outside) is not None:
                 task = calibration.certificate.task
                 line = f"{task}: the certificate covers no request of this server, which all run in full mode: {reason}"
-                print(f"megatron-ee serve: task {line}", file=sys.stderr, flush=True)
+                say(f"task {line}")
         exit_log = audits = None
         if arguments.exit_log is not None:
             exit_log = ExitLog(
@@ -108,7 +108,7 @@ class ServingParts:
             default_temperature=given.default_temperature,
         )
         service = Service(
-            loop=engine_loop,
+            engine_loop=engine_loop,
             tokenizer=self.released.tokenizer,
             model_name=name,
             created=int(time.time()),

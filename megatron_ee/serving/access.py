@@ -88,7 +88,7 @@ class KeySet:
     """The keys of a file.
 
     Attributes:
-        by_digest: of the key.
+        by_digest: by SHA-256 of the key (32 bytes).
     """
 
     by_digest: Mapping[bytes, Key]

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from megatron_ee.serving.api.errors import invalid
 
 READ_SECONDS = 30.0
-"""Seconds in which a connection must bring a whole request, counted from its first byte."""
+"""Seconds for a whole request: from the connection for the first one, from its first byte for later ones."""
 WRITE_SECONDS = 30.0
 """Seconds in which a client must take what waits to be sent, or ``WRITE_BYTES`` of it."""
 WRITE_BYTES = 2**16

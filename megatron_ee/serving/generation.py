@@ -162,8 +162,8 @@ class GenerationRun:
             return
         self._ended = True
         task = asyncio.get_running_loop().create_task(self._finish())
-        self._service.tasks.add(task)
-        task.add_done_callback(self._service.tasks.discard)
+        self._service.background_tasks.add(task)
+        task.add_done_callback(self._service.background_tasks.discard)
 
     async def _finish(self) -> None:
         """Cancel what still runs, wait for its end, and record the request."""
@@ -205,7 +205,7 @@ class GenerationRun:
             policy=None if request.mode == "full" else decision.policy,
             tier=decision.tier,
             status=part.status,
-            num_layers=service.loop.num_layers,
+            num_layers=service.engine_loop.num_layers,
             seconds=seconds,
             calibration=request.coverage,
             prompt=part.prompt.text,
@@ -265,7 +265,7 @@ async def admit(service: Service, generation: Generation, key: Key | None, id_: 
         else:
             submissions: list[Submission] = []
             for part in parts:
-                part.submission = service.loop.submit(
+                part.submission = service.engine_loop.submit(
                     part.decision.request, deadline=deadline, streamed=generation.stream, more=bool(submissions)
                 )
                 submissions.append(part.submission)
@@ -286,7 +286,7 @@ async def _score(service: Service, parts: Sequence[PromptRun], deadline: float |
     """Compute the log-probabilities of the prompts. If that is cut off, the request is recorded all the same."""
     requests = [part.decision.request for part in parts]
     try:
-        for part, scores in zip(parts, await score_prompts(service.loop, requests, deadline), strict=True):
+        for part, scores in zip(parts, await score_prompts(service.engine_loop, requests, deadline), strict=True):
             part.scores = scores
     except (ApiError, asyncio.CancelledError) as error:  # what was refused raises others
         status = error.status if isinstance(error, ApiError) else None

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 FINAL = "final"
 """Label of the final exit."""
-FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-FIRST_TOKEN_BUCKETS = (*FIRST_TOKEN, 640, 2560)
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160),
+    *(640, 2560),
+)
 OUTPUT_TOKEN_BUCKETS = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
 )
@@ -277,7 +279,7 @@ class Metrics:
             if later > 0:
                 self._per_token.observe(max(record.seconds - first, 0.0) / later)
         self._times(first, figures)
-        self._computed.observe(max(record.prompt_tokens - record.reused_tokens, 0))
+        self._computed.observe(record.prompt_tokens - record.reused_tokens)
         self._most_tokens.observe(figures.most_tokens)
         self._max_tokens.observe(figures.max_tokens)
         self._samples.observe(figures.samples)
@@ -317,23 +319,21 @@ class Metrics:
         self._num_preempted = state.num_preempted
         self._ready.set(state.ready)
 
-    def audit(self, task: str, loss: float, *, agrees: bool | None = None) -> None:
+    def audit(self, task: str, loss: float, *, agrees: bool) -> None:
         """Count an audit.
 
         Args:
             task: of the request.
             loss: in [0, 1].
-            agrees: whether the answer is full mode's; by default, whether the loss is 0.
+            agrees: whether the answer is full mode's.
         """
         label = self.task(task)
         self._audits.labels(label).inc()
         self._losses.labels(label).inc(loss)
-        if loss == 0 if agrees is None else agrees:
+        if agrees:
             self._agreements.labels(label).inc()
 
-    def drift(
-        self, certificate: str, task: str, monitor: DriftMonitor, *, fallback: bool = False, restarts: int | None = None
-    ) -> None:
+    def drift(self, certificate: str, task: str, monitor: DriftMonitor, *, fallback: bool, restarts: int) -> None:
         """Show the state of a certificate's tests, also before its first audit.
 
         Args:
@@ -341,7 +341,7 @@ class Metrics:
             task: that it is for.
             monitor: of its audited requests, with the setting in force.
             fallback: its requests run in full mode or with safer thresholds, after an alarm of the test from the start.
-            restarts: alarms of the restarting test, with earlier settings too; None for the monitor's.
+            restarts: alarms of the restarting test, with earlier settings too.
         """
         labels = certificate[:12], self.task(task)
         self._risk.labels(*labels).set(monitor.risk)
@@ -352,7 +352,7 @@ class Metrics:
         self._evidence.labels(*labels, "restarting").set(monitor.detector)
         # The safer setting of a fallback has new tests, which must not end the alert of the alarm before.
         self._alarms.labels(*labels, "start").set(fallback or monitor.alarm is not None)
-        self._alarms.labels(*labels, "restarting").set(monitor.restarts if restarts is None else restarts)
+        self._alarms.labels(*labels, "restarting").set(restarts)
         self._fallback.labels(*labels).set(fallback)
 
     def exposition(self, accept: str | None = None) -> tuple[bytes, str]:

@@ -14,12 +14,12 @@ from megatron_ee.serving.submission import Submission, merged
 
 
 async def score_prompts(
-    loop: EngineLoop, requests: Sequence[Request], deadline: float | None
+    engine_loop: EngineLoop, requests: Sequence[Request], deadline: float | None
 ) -> list[list[ScoredToken]]:
     """Compute the log-probabilities of the tokens of requests' prompts.
 
     Args:
-        loop: runs them.
+        engine_loop: runs them.
         requests: whose prompts are token ids.
         deadline: seconds; None for no limit.
 
@@ -33,7 +33,7 @@ async def score_prompts(
     try:
         for index in indices:
             request = scoring_request(requests[index])
-            submissions.append(loop.submit(request, deadline=deadline, more=bool(submissions)))
+            submissions.append(engine_loop.submit(request, deadline=deadline, more=bool(submissions)))
         for submission in submissions:
             await submission.admitted()
         async with aclosing(merged(submissions)) as events:

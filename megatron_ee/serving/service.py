@@ -28,7 +28,7 @@ class Service:
     """One model behind the API.
 
     Attributes:
-        loop: runs the requests.
+        engine_loop: runs the requests.
         tokenizer: of the model.
         model_name: as clients name the model.
         created: when the server started, in Unix seconds.
@@ -42,10 +42,10 @@ class Service:
         facts: of the model, for translation.
         texts: of single tokens.
         numbers: of the requests in the order of admission.
-        tasks: what goes on after its HTTP request has ended; the set keeps the tasks alive.
+        background_tasks: what goes on after its HTTP request has ended; the set keeps the tasks alive.
     """
 
-    loop: EngineLoop
+    engine_loop: EngineLoop
     tokenizer: Tokenizer
     model_name: str
     created: int
@@ -59,10 +59,10 @@ class Service:
     facts: ModelFacts = field(init=False)
     texts: TokenTexts = field(init=False)
     numbers: Iterator[int] = field(init=False)
-    tasks: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+    background_tasks: set[asyncio.Task[None]] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
-        self.facts = ModelFacts(self.tokenizer, self.loop.vocab_size, self.loop.max_positions)
+        self.facts = ModelFacts(self.tokenizer, self.engine_loop.vocab_size, self.engine_loop.max_positions)
         self.texts = TokenTexts(self.tokenizer)
         self.numbers = itertools.count(0 if self.exit_log is None else self.exit_log.next_number)
 
@@ -87,7 +87,7 @@ class Service:
         """Write the records of the last requests. Audits that have not ended are left out."""
         if self.auditor is not None:
             await self.auditor.close()
-        if self.tasks:
-            await asyncio.wait(self.tasks)
+        if self.background_tasks:
+            await asyncio.wait(self.background_tasks)
         if self.exit_log is not None:
             self.exit_log.close()

@@ -43,7 +43,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client leaves."""
         sent = asyncio.Event()
-        tasks = [asyncio.create_task(each) for each in (self._send(send, sent), _left(receive), _ping(send, sent))]
+        tasks = [
+            asyncio.create_task(each)
+            for each in (self._send(send, sent), _listen_for_disconnect(receive), _ping(send, sent))
+        ]
         try:
             await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
             if tasks[0].done():
@@ -64,7 +67,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def with_cancellation(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Do ``work``, which is cancelled if the client leaves.
 
     Args:
@@ -74,7 +77,7 @@ async def unless_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientDisconnect: the client has left.
     """
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_listen_for_disconnect(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -87,7 +90,7 @@ async def unless_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             await asyncio.gather(working, return_exceptions=True)
 
 
-async def _left(receive: Receive) -> None:
+async def _listen_for_disconnect(receive: Receive) -> None:
     """Wait until the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -82,10 +82,10 @@ def work(metrics: Metrics, number: int) -> None:
     }
     metrics.request(ExitRecord(**common, **early), FIGURES)
     metrics.request(ExitRecord(**common, **drafted), FIGURES)
-    metrics.audit("inquiries", 0.0)
+    metrics.audit("inquiries", 0.0, agrees=True)
     metrics.refused(429)
     metrics.loop(LoopState(2, 1, 0.3, ready=True, num_preempted=number))
-    metrics.drift("c" * 64, "inquiries", new_monitor(0.1))
+    metrics.drift("c" * 64, "inquiries", new_monitor(0.1), fallback=False, restarts=0)
 
 
 def rules() -> list[dict[str, Any]]:
@@ -243,7 +243,7 @@ def test_the_dashboards_queries_have_answers(tmp_path: Path) -> None:
         monitor = new_monitor(0.1)
         for _ in range(40):
             monitor = monitor.updated(1.0)
-        metrics.drift("c" * 64, "inquiries", monitor, fallback=True)
+        metrics.drift("c" * 64, "inquiries", monitor, fallback=True, restarts=monitor.restarts)
         firing: set[str] = set()
         while not firing and time.monotonic() < until:
             time.sleep(0.3)

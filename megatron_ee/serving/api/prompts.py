@@ -46,7 +46,7 @@ def completion_prompt(given: str | Sequence[int], facts: ModelFacts) -> Prompt:
     return Prompt(ids, given if isinstance(given, str) else facts.tokenizer.decode(ids))
 
 
-def chat_prompt(messages: Sequence[PromptMessage], facts: ModelFacts) -> Prompt:
+def conversation_prompt(messages: Sequence[PromptMessage], facts: ModelFacts) -> Prompt:
     """The prompt of a conversation, in the model's chat template.
 
     Raises:

@@ -13,7 +13,7 @@ from megatron_ee.inference.certificate import Decoding
 from megatron_ee.inference.requests import Request
 from megatron_ee.inference.sampling import MAX_SEED, Sampling
 from megatron_ee.serving.api.early_exit import controls_of, early_exit_fields
-from megatron_ee.serving.api.prompts import ModelFacts, Prompt, chat_prompt, completion_prompt
+from megatron_ee.serving.api.prompts import ModelFacts, Prompt, completion_prompt, conversation_prompt
 from megatron_ee.serving.api.request_bodies import ChatCompletionRequest, CompletionRequest, EarlyExitFields
 from megatron_ee.serving.rules.rules import Controls
 
@@ -185,7 +185,7 @@ def chat_generation(body: ChatCompletionRequest, context: Context) -> Generation
     """
     facts, limits, budget = context.facts, context.limits, context.budget
     settings = _settings(body, context)
-    prompt = chat_prompt(body.messages, facts)
+    prompt = conversation_prompt(body.messages, facts)
     _check_lengths((prompt,), "messages", limits)
     given = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     room = max(1, facts.max_positions - len(prompt.ids))

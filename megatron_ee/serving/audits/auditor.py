@@ -83,7 +83,7 @@ class Auditor:
     def __init__(
         self,
         rules: Rules,
-        loop: EngineLoop,
+        engine_loop: EngineLoop,
         path: Path,
         content: AuditFile,
         share: float,
@@ -96,7 +96,7 @@ class Auditor:
 
         Args:
             rules: whose certificates are audited.
-            loop: runs the audits.
+            engine_loop: runs the audits.
             path: of the state.
             content: from ``begin_audits``. It is written to ``path``.
             share: of the requests to audit, in [0, 1].
@@ -107,7 +107,8 @@ class Auditor:
         Raises:
             CheckpointError: the state cannot be written.
         """
-        self._rules, self._loop, self._path, self._content, self._share = rules, loop, path, content, share
+        self._rules, self._engine_loop, self._share = rules, engine_loop, share
+        self._path, self._content = path, content
         self._patience, self._report, self._clock = patience, report, clock
         self._certificates = {each.sha256: each.certificate for each in rules.calibrations if can_audit(each)}
         self._waiting: dict[int, Decision] = {}  # drawn, not yet counted
@@ -195,7 +196,7 @@ class Auditor:
     async def _audit(self, number: int, decision: Decision, early: Sequence[Completion]) -> AuditResult | None:
         certificate = self._certificates[_certificate_of(decision)]
         try:
-            found = await compare(self._loop, certificate, decision.request, early, self._patience)
+            found = await compare(self._engine_loop, certificate, decision.request, early, self._patience)
         except (ServerEnds, asyncio.CancelledError):  # what was admitted later then has no turn, see ``_count``
             return None
         if found.failed:

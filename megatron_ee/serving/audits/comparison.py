@@ -41,12 +41,12 @@ class Comparison:
 
 
 async def compare(
-    loop: EngineLoop, certificate: Certificate, request: Request, early: Sequence[Completion], patience: float
+    engine_loop: EngineLoop, certificate: Certificate, request: Request, early: Sequence[Completion], patience: float
 ) -> Comparison:
     """Run a request in full mode, and compare.
 
     Args:
-        loop: runs it in the background.
+        engine_loop: runs it in the background.
         certificate: that it ran under.
         request: as it ran.
         early: its outputs, in their order. If one is missing, failed or was cancelled, all are generated again.
@@ -57,8 +57,8 @@ async def compare(
     """
     plain = request.model_copy(update={"echo": False, "logprobs": None, "coverage": None})
     exact = plain.model_copy(update={"mode": "full", "policy": ThresholdPolicy(), "exits": None})
-    mine = _answers(early, plain.samples) or _answers(await _run(loop, plain, patience), plain.samples)
-    full = _answers(await _run(loop, exact, patience), plain.samples) if mine else ()
+    mine = _answers(early, plain.samples) or _answers(await _run(engine_loop, plain, patience), plain.samples)
+    full = _answers(await _run(engine_loop, exact, patience), plain.samples) if mine else ()
     if not mine or not full:
         return Comparison(1.0, agrees=False, failed=True)
     pairs = list(zip(mine, full, strict=True))
@@ -66,22 +66,22 @@ async def compare(
     return Comparison(sum(losses) / len(losses), all(one.token_ids == other.token_ids for one, other in pairs))
 
 
-async def _run(loop: EngineLoop, request: Request, patience: float) -> list[Completion]:
+async def _run(engine_loop: EngineLoop, request: Request, patience: float) -> list[Completion]:
     """The outputs of a request, in their order; fewer if one failed."""
-    found = await _run_once(loop, request, patience)
+    found = await _run_once(engine_loop, request, patience)
     while found is None:
-        found = await _run_once(loop, request, None)
+        found = await _run_once(engine_loop, request, None)
         if found is None:
             await asyncio.sleep(RETRY_SECONDS)
     return found
 
 
-async def _run_once(loop: EngineLoop, request: Request, patience: float | None) -> list[Completion] | None:
+async def _run_once(engine_loop: EngineLoop, request: Request, patience: float | None) -> list[Completion] | None:
     """As ``_run``, in the background if there is ``patience``; None if it has not started, as the engine is busy."""
     try:
-        submission = loop.submit(request, background=patience is not None)
+        submission = engine_loop.submit(request, background=patience is not None)
     except UserError:
-        _check_going_on(loop)
+        _check_going_on(engine_loop)
         return None
     found: dict[int, Completion] = {}
     try:
@@ -94,23 +94,23 @@ async def _run_once(loop: EngineLoop, request: Request, patience: float | None) 
         submission.cancel()
         return None
     except UserError:  # the engine refuses it, now and later
-        _check_going_on(loop)
+        _check_going_on(engine_loop)
         return []
     except asyncio.CancelledError:
         submission.cancel()
         raise
     if len(found) < request.samples or any(each.finish_reason == "cancelled" for each in found.values()):
-        _check_going_on(loop)  # the end of the server cancels requests
+        _check_going_on(engine_loop)  # the end of the server cancels requests
     return [found[sample] for sample in sorted(found)]
 
 
-def _check_going_on(loop: EngineLoop) -> None:
+def _check_going_on(engine_loop: EngineLoop) -> None:
     """Find out why the engine did not take or finish a request.
 
     Raises:
         ServerEnds: the server ends.
     """
-    if not loop.state().ready:
+    if not engine_loop.state().ready:
         raise ServerEnds
 
 

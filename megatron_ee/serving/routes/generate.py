@@ -17,7 +17,7 @@ from megatron_ee.serving.api.response_bodies import ChatCompletionResponse, Comp
 from megatron_ee.serving.api.translate import Context, Generation, chat_generation, completion_generation
 from megatron_ee.serving.generation import GenerationRun, admit
 from megatron_ee.serving.routes.common import ERRORS, check_model, documented, service_of
-from megatron_ee.serving.streams import EventStream, server_sent, unless_left
+from megatron_ee.serving.streams import EventStream, server_sent, with_cancellation
 from megatron_ee.serving.writers import ChatWriter, CompletionWriter, ResponseWriter, new_id
 
 B = TypeVar("B", CompletionRequest, ChatCompletionRequest)
@@ -70,12 +70,12 @@ async def _generate(
 
     generation = await read_body(request, kind, use, service.limits.max_body)
     admission = admit(service, generation, key, new_id(chat=generation.chat))
-    run = await unless_left(request.receive, admission)
+    run = await with_cancellation(request.receive, admission)
     writer = writes(service, run)
     if generation.stream:
         return EventStream(_chunks(run, writer), run.end)
     try:
-        return await unless_left(request.receive, _whole(run, writer))
+        return await with_cancellation(request.receive, _whole(run, writer))
     finally:
         run.end()
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from megatron_ee.inference.requests import Mode, prompt_ids
 from megatron_ee.inference.requests import Request as EngineRequest
-from megatron_ee.serving.api.prompts import chat_prompt
+from megatron_ee.serving.api.prompts import conversation_prompt
 from megatron_ee.serving.api.read_body import read_body
 from megatron_ee.serving.api.request_bodies import TokenizeRequest
 from megatron_ee.serving.api.response_bodies import ExitsResponse, ModelEntry, ModelList, TokenizeResponse
@@ -22,7 +22,7 @@ router = APIRouter(responses={status: ERRORS[status] for status in (400, 401, 40
 
 
 def _entry(service: Service) -> ModelEntry:
-    return ModelEntry(id=service.model_name, created=service.created, max_model_len=service.loop.max_positions)
+    return ModelEntry(id=service.model_name, created=service.created, max_model_len=service.engine_loop.max_positions)
 
 
 @router.get("/v1/models", summary="List the model")
@@ -44,12 +44,12 @@ async def exits(request: Request) -> ExitsResponse:
     """The exits, the rules by task as they hold for the key that asks, and the certificates in force."""
     service = service_of(request)
     return ExitsResponse(
-        num_layers=service.loop.num_layers,
+        num_layers=service.engine_loop.num_layers,
         exits=[
             {"layer": spec.layer, "body": spec.body, "head": spec.head, "gate": bool(spec.gate)}
-            for spec in service.loop.exits
+            for spec in service.engine_loop.exits
         ],
-        modes=list(get_args(Mode)) if service.loop.exits else ["full"],
+        modes=list(get_args(Mode)) if service.engine_loop.exits else ["full"],
         rules=service.rules.describe(request.state.key),
         audits=None if service.auditor is None else service.auditor.state(),
     )
@@ -72,7 +72,7 @@ async def tokenize(request: Request) -> Response:
         ids = _ids(body, service)
         names = [service.tokenizer.name_of(token) for token in ids] if body.return_token_strs else None
         answer = TokenizeResponse(
-            count=len(ids), max_model_len=service.loop.max_positions, tokens=list(ids), token_strs=names
+            count=len(ids), max_model_len=service.engine_loop.max_positions, tokens=list(ids), token_strs=names
         )
         return answer.model_dump_json(exclude_none=True)  # here, since it may be megabytes
 
@@ -84,7 +84,7 @@ def _ids(body: TokenizeRequest, service: Service) -> tuple[int, ...]:
     """The ids, also of a prompt that is longer than the model's context; but no longer than a body's limit allows."""
     facts = replace(service.facts, max_positions=service.limits.max_body)
     if body.messages is not None:
-        return chat_prompt(body.messages, facts).ids
+        return conversation_prompt(body.messages, facts).ids
     prompt = body.prompt or ""
     if not prompt:
         return ()

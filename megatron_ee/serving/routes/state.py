@@ -22,7 +22,7 @@ async def health() -> ServerStatus:
 @router.get("/ready", summary="Whether the server takes requests", responses={503: {"model": ServerStatus}})
 async def ready(request: Request) -> Response:
     """Status 200 while requests are taken, and 503 while the server ends. Nothing answers until the model is loaded."""
-    takes = service_of(request).loop.state().ready
+    takes = service_of(request).engine_loop.state().ready
     return JSONResponse({"status": "ready" if takes else "not ready"}, 200 if takes else 503)
 
 
@@ -35,7 +35,7 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
     service = service_of(request)
-    service.metrics.loop(service.loop.state())
+    service.metrics.loop(service.engine_loop.state())
     for test in () if service.auditor is None else service.auditor.tests():
         service.metrics.drift(test.certificate, test.task, test.monitor, fallback=test.fallback, restarts=test.restarts)
     content, media_type = service.metrics.exposition(request.headers.get("accept"))

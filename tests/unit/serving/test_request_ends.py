@@ -34,8 +34,8 @@ def test_one_prompts_audit_holds_up_no_other_prompt() -> None:
 
     service: Any = SimpleNamespace(
         access=SimpleNamespace(settle=lambda key, grant, tokens: None),
-        tasks=set(),
-        loop=SimpleNamespace(num_layers=4),
+        background_tasks=set(),
+        engine_loop=SimpleNamespace(num_layers=4),
         metrics=SimpleNamespace(request=lambda record, figures: None),
         auditor=SimpleNamespace(audit=audit),
         exit_log=SimpleNamespace(write=lambda record: written.append(record) or True),
@@ -52,7 +52,7 @@ def test_one_prompts_audit_holds_up_no_other_prompt() -> None:
         await asyncio.sleep(0.05)
         assert begun == [0, 1] and [each.number for each in written] == [2]
         may_end.set()
-        await asyncio.gather(*service.tasks)
+        await asyncio.gather(*service.background_tasks)
 
     asyncio.run(main())
     assert [each.id for each in written] == ["cmpl-0-2", "cmpl-0-0", "cmpl-0-1"]
@@ -79,7 +79,7 @@ def test_a_prompts_scores_and_its_answer_share_one_deadline(monkeypatch: pytest.
         rules=SimpleNamespace(decide=decide),
         access=SimpleNamespace(take=lambda key, tokens: None),
         limits=SimpleNamespace(deadline=10.0),
-        loop=SimpleNamespace(submit=submit),
+        engine_loop=SimpleNamespace(submit=submit),
         numbers=iter(range(9)),
         auditor=None,
     )

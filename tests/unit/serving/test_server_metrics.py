@@ -178,7 +178,7 @@ def test_clients_cannot_make_series() -> None:
     before = len(samples(metrics))
     for number in range(50):
         metrics.request(record(task=f"mine-{number}"), FIGURES)
-        metrics.audit(f"mine-{number}", 0.0)
+        metrics.audit(f"mine-{number}", 0.0, agrees=True)
         metrics.refused(1000 + number)
     added = len(samples(metrics)) - before
     assert added == 1  # of requests, whose labels are made when they are needed
@@ -217,7 +217,7 @@ def test_the_loop_audits_drift_and_losses_are_shown() -> None:
     assert value(metrics, "vllm:num_requests_running") == 3 and value(metrics, "vllm:num_requests_waiting") == 2
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25 and value(metrics, "megatron_ee:ready") == 1
     for loss in (0.0, 0.0, 0.5):
-        metrics.audit("inquiries", loss)
+        metrics.audit("inquiries", loss, agrees=not loss)
     assert value(metrics, "megatron_ee:audits_total", task="inquiries") == 3
     assert value(metrics, "megatron_ee:audit_agreements_total", task="inquiries") == 2
     assert value(metrics, "megatron_ee:audit_loss_total", task="inquiries") == 0.5
@@ -225,11 +225,11 @@ def test_the_loop_audits_drift_and_losses_are_shown() -> None:
     assert value(metrics, "megatron_ee:audit_agreements_total", task="inquiries") == 2
     monitor = new_monitor(0.1)
     certificate = {"certificate": "c" * 12, "task": "inquiries"}
-    metrics.drift("c" * 64, "inquiries", monitor)
+    metrics.drift("c" * 64, "inquiries", monitor, fallback=False, restarts=0)
     assert value(metrics, "megatron_ee:drift_alarms", test="start", **certificate) == 0
     for _ in range(30):
         monitor = monitor.updated(1.0)
-    metrics.drift("c" * 64, "inquiries", monitor, fallback=True)
+    metrics.drift("c" * 64, "inquiries", monitor, fallback=True, restarts=monitor.restarts)
     assert value(metrics, "megatron_ee:drift_alarms", test="start", **certificate) == 1
     assert value(metrics, "megatron_ee:drift_alarms", test="restarting", **certificate) == monitor.restarts > 0
     limit = value(metrics, "megatron_ee:drift_evidence_limit", **certificate)

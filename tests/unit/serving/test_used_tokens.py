@@ -13,7 +13,9 @@ from megatron_ee.serving.generation import GenerationRun, PromptRun
 
 
 def service_that_notes(used: list[int]) -> Any:
-    return SimpleNamespace(access=SimpleNamespace(settle=lambda key, grant, tokens: used.append(tokens)), tasks=set())
+    return SimpleNamespace(
+        access=SimpleNamespace(settle=lambda key, grant, tokens: used.append(tokens)), background_tasks=set()
+    )
 
 
 def no_decision() -> Any:
@@ -36,7 +38,7 @@ def test_tokens_of_outputs_that_failed_are_used_too() -> None:
             part.take(event)
         generation: Any = None
         GenerationRun(service, generation, None, None, [part], "cmpl-0").end()
-        await asyncio.gather(*service.tasks)
+        await asyncio.gather(*service.background_tasks)
 
     asyncio.run(main())
     assert used == [3 + 2 + 5]
@@ -65,7 +67,7 @@ def test_after_one_output_failed_the_tokens_of_the_others_are_used_too() -> None
         part.take(Event(0, 1, error="its logits are not finite"))
         generation: Any = None
         GenerationRun(service, generation, None, None, [part], "cmpl-0").end()
-        await asyncio.gather(*service.tasks)
+        await asyncio.gather(*service.background_tasks)
         assert len(part.completions) == 1 and part.status == "error"
 
     asyncio.run(main())

@@ -165,7 +165,7 @@ def serve(
             content = begin_audits(state_path(log), calibrations, audits)
             auditor = Auditor(opened, engine_loop, state_path(log), content, audits)
         service = Service(
-            loop=engine_loop,
+            engine_loop=engine_loop,
             tokenizer=tokenizer,
             model_name=MODEL,
             created=1,

@@ -41,7 +41,7 @@ def test_ten_thousand_requests_to_a_full_queue(
         try:
             url = f"{server.url}/v1/completions"
             queued = [pool.submit(httpx.post, url, json=BODY, timeout=SECONDS) for _ in range(QUEUE)]
-            while server.service.loop.state().num_waiting < QUEUE:
+            while server.service.engine_loop.state().num_waiting < QUEUE:
                 assert not any(each.done() for each in queued)
             shares = [range(first, REQUESTS, CLIENTS) for first in range(CLIENTS)]
             counts = sum(pool.map(lambda share: refusals(server.address, len(share)), shares), Counter())

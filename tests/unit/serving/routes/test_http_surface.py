@@ -263,7 +263,7 @@ def test_a_full_queue(serve: Serve, key_file: Path) -> None:
             assert response.json()["error"]["code"] == "queue_full", (
                 "what was refused has used none of the key's tokens"
             )
-            wait_until(lambda: not server.service.tasks)
+            wait_until(lambda: not server.service.background_tasks)
 
 
 def test_a_request_of_many_prompts_does_not_fill_the_queue_for_itself(serve: Serve) -> None:
@@ -345,13 +345,13 @@ def test_the_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_request(stream: bool, server: Any) -> None:
-    wait_until(lambda: not server.service.tasks)
+    wait_until(lambda: not server.service.background_tasks)
     before = len(records(server))
     body = {**BODY, "max_tokens": 240, "ignore_eos": True, "n": 8, "stream": stream}
     with socket.create_connection(server.address, timeout=30) as connection:
         connection.sendall(posted(json.dumps(body).encode()))
-        wait_until(lambda: server.service.loop.state().num_running > 0)
-    wait_until(lambda: server.service.loop.state().num_running == 0)
+        wait_until(lambda: server.service.engine_loop.state().num_running > 0)
+    wait_until(lambda: server.service.engine_loop.state().num_running == 0)
     wait_until(lambda: len(records(server)) == before + 1)
     assert records(server)[-1].status == "cancelled"
 
