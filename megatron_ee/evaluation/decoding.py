@@ -81,5 +81,4 @@ def decode(
 
 
 def _output(completion: Completion) -> Output:
-    tokens, layers = tuple(token.id for token in completion.tokens), completion.statistics["layers_per_token"]
-    return Output(tokens, 0 if layers is None else round(layers * (len(tokens) - 1)))
+    return Output(tuple(token.id for token in completion.tokens), completion.statistics["layer_runs"])

@@ -155,6 +155,7 @@ class OutputState:
 
         ``layers_per_token`` is the number of decoder layers run per token after the first one, including those for
         deferred tokens and rejected proposals; the own layer of a ``layer`` exit counts if its head was asked.
+        ``layer_runs`` is their sum, and ``later_tokens`` the number of these tokens.
         ``heads_per_token`` is the number of heads run per token after the first one; a verification counts once.
         ``rounds`` is the number of verifications, also without a proposal, and ``drafts`` the number of those with one.
         ``proposed`` is the number of proposals, and ``acceptance_rate`` the share of them that was accepted. ``judged``
@@ -174,6 +175,8 @@ class OutputState:
             "tokens": count,
             "tokens_by_layer": _by_layer(Counter(token.layer for token in self.tokens)),
             "mean_exit_layer": sum(token.layer for token in self.tokens) / count if count else None,
+            "later_tokens": max(count - 1, 0),
+            "layer_runs": seq.num_layer_runs,
             "layers_per_token": seq.num_layer_runs / (count - 1) if count > 1 else None,
             "heads_per_token": seq.num_head_runs / (count - 1) if count > 1 else None,
             "deferred_tokens": sum(seq.deferred.values()),

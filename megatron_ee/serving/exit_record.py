@@ -47,7 +47,8 @@ class ExitRecord(AuditRecord):
         tokens_by_layer: emitted tokens by the layer that emitted them; the last layer stands for the final exit.
         num_layers: of the model.
         confidences: number of tokens by their confidence, in ``BINS`` equal bins.
-        layers_per_token: decoder layers run per token after the first of each output; None without such tokens.
+        later_tokens: tokens after the first of each output; None in logs of earlier versions.
+        layers_per_token: decoder layers run per later token; None without such tokens.
         rounds: of drafting.
         proposed: tokens that exits proposed as drafts, over all rounds.
         accepted: of them, those that the model accepted.
@@ -75,6 +76,7 @@ class ExitRecord(AuditRecord):
     tokens_by_layer: Mapping[str, Count] = Field(default_factory=dict)
     num_layers: int | None = Field(default=None, ge=1)
     confidences: Bins = (0,) * BINS
+    later_tokens: Count | None = None
     layers_per_token: float | None = Field(default=None, ge=0)
     rounds: Count = 0
     proposed: Count = 0
@@ -116,8 +118,7 @@ def exit_statistics(completions: Sequence[Completion]) -> dict[str, Any]:
     by_layer: Counter[str] = Counter()
     for each in statistics:
         by_layer.update(each["tokens_by_layer"])
-    later = sum(max(each["tokens"] - 1, 0) for each in statistics)
-    runs = sum((each["layers_per_token"] or 0.0) * max(each["tokens"] - 1, 0) for each in statistics)
+    later, runs = (sum(each[key] for each in statistics) for key in ("later_tokens", "layer_runs"))
     waits = [each["time_to_first_token"] for each in statistics if each["time_to_first_token"] is not None]
     return {
         "finish_reason": completions[0].finish_reason if completions else None,
@@ -127,6 +128,7 @@ def exit_statistics(completions: Sequence[Completion]) -> dict[str, Any]:
         "outputs": max(len(completions), 1),
         "tokens_by_layer": dict(sorted(by_layer.items(), key=lambda item: int(item[0]))),
         "confidences": confidence_bins([value for each in statistics for value in each["confidences"]]),
+        "later_tokens": later,
         "layers_per_token": runs / later if later else None,
         "time_to_first_token": min(waits) if waits else None,
     }

@@ -71,7 +71,7 @@ class ExitFigures:
             self.early += sum(count for layer, count in layers.items() if layer < record.num_layers)
         self.bins = [old + new for old, new in zip(self.bins, record.confidences, strict=True)]
         if record.layers_per_token is not None:
-            later = max(record.tokens - record.outputs, 1)
+            later = max(record.tokens - record.outputs, 1) if record.later_tokens is None else record.later_tokens
             self.later += later
             self.layer_runs += record.layers_per_token * later
         self.proposed += record.proposed

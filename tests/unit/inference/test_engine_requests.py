@@ -192,6 +192,7 @@ def test_statistics(engine: Engine) -> None:
     assert figures["mean_exit_layer"] == pytest.approx((3 * 4 + 6 * 1) / 9)
     # 8 passes; 6 of their tokens have run all 4 layers, the last 2 one layer so far. Nothing asked the exit after 2.
     assert figures["deferred_tokens"] == 2
+    assert (figures["layer_runs"], figures["later_tokens"]) == (6 * 4 + 2 * 1, 8)
     assert figures["layers_per_token"] == pytest.approx((6 * 4 + 2 * 1) / 8)
     assert figures["tokens_per_second"] > 0 and 0 < figures["queue_time"] < figures["time_to_first_token"]
     assert figures["decode_time"] == pytest.approx(8 / figures["tokens_per_second"])

@@ -246,22 +246,29 @@ def test_drift_reads_the_exit_log(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_statistics_of_several_outputs_are_summed() -> None:
-    def completion(tokens: int, layers: float | None, by_layer: dict[str, int], wait: float | None) -> Any:
+    def completion(tokens: int, runs: int, by_layer: dict[str, int], wait: float | None) -> Any:
         statistics = {
             **{"prompt_tokens": 9, "reused_tokens": 4, "tokens": tokens, "tokens_by_layer": by_layer},
-            **{"layers_per_token": layers, "rounds": 1, "proposed": 3, "accepted": 2, "time_to_first_token": wait},
+            **{
+                "later_tokens": max(tokens - 1, 0),
+                "layer_runs": runs,
+                "rounds": 1,
+                "proposed": 3,
+                "accepted": 2,
+                "time_to_first_token": wait,
+            },
             "confidences": [0.95] * tokens,
         }
         return SimpleNamespace(finish_reason="length", statistics=statistics)
 
-    outputs = [completion(5, 6.0, {"4": 4, "12": 1}, 0.3), completion(3, 12.0, {"12": 3}, 0.2)]
+    outputs = [completion(5, 24, {"4": 4, "12": 1}, 0.3), completion(3, 24, {"12": 3}, 0.2)]
     found = exit_statistics(outputs)
     assert record(0, **found).tokens == 8
     assert found["tokens_by_layer"] == {"4": 4, "12": 4}
-    assert found["layers_per_token"] == 8.0  # 4 tokens at 6 layers, 2 at 12
+    assert found["later_tokens"] == 6 and found["layers_per_token"] == 8.0  # 4 tokens at 6 layers, 2 at 12
     assert (found["proposed"], found["accepted"], found["prompt_tokens"], found["outputs"]) == (6, 4, 9, 2)
     assert found["time_to_first_token"] == 0.2 and found["confidences"][9] == 8
-    none = exit_statistics([completion(0, None, {}, None)])
+    none = exit_statistics([completion(0, 0, {}, None)])
     assert none["layers_per_token"] is None and none["time_to_first_token"] is None
     assert record(0, **exit_statistics([])).tokens == 0
 

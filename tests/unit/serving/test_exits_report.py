@@ -67,6 +67,8 @@ def test_figures_by_task_and_day() -> None:
     assert total.requests == 5 and total.tokens == 25
     assert total.by_layer == {4: 8, 12: 17} and total.early_share == 8 / 25
     assert total.layers_per_token == pytest.approx((2 * 4 * 6 + 3 * 4 * 12) / 20)
+    cancelled = record(5, tokens=5, outputs=2, later_tokens=4)  # the second output has no token
+    assert exit_figures([full(2), cancelled])[None, None].layers_per_token == 9.0  # of both 4 later tokens
     assert figures["contracts", None].to_dict()["early_share"] == 0
     assert exit_figures([record(0, num_layers=None)])[None, None].early_share is None
 

@@ -18,7 +18,13 @@ from megatron_ee.serving.rules.rules import Controls, Decision
 
 STATISTICS = {
     **{"prompt_tokens": 3, "reused_tokens": 0, "tokens": 1, "rounds": 0, "proposed": 0, "accepted": 0},
-    **{"tokens_by_layer": {"4": 1}, "confidences": [0.5], "layers_per_token": None, "time_to_first_token": 0.1},
+    **{
+        "tokens_by_layer": {"4": 1},
+        "confidences": [0.5],
+        "later_tokens": 0,
+        "layer_runs": 0,
+        "time_to_first_token": 0.1,
+    },
     **{"queue_time": 0.0, "decode_time": 0.0, "drafts": 0, "accepted_per_position": []},
 }
 WHOLE = Completion("x", (Token(7, 4, 0.5),), ("x",), "length", STATISTICS)
