@@ -103,12 +103,13 @@ class ResponseWriter(ABC):
         completions = self.run.completions
         prompt = sum(len(each.ids) for each in self.generation.prompts)
         generated = sum(len(each.tokens) for each in completions)
-        cached = sum(each.statistics["reused_tokens"] for each in completions)
+        # Of each prompt once: its other outputs share the KV of the first.
+        cached = sum(part.completions[0].statistics["reused_tokens"] for part in self.run.parts if part.completions)
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=generated,
             total_tokens=prompt + generated,
-            prompt_tokens_details=PromptDetails(cached_tokens=min(cached, prompt)),
+            prompt_tokens_details=PromptDetails(cached_tokens=cached),
         )
 
     def _summary(self) -> ExitSummary:

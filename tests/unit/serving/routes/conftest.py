@@ -24,7 +24,8 @@ from megatron_ee.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ee.exits.stage import Stage
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.engine import Engine
-from megatron_ee.inference.loading import make_engine
+from megatron_ee.inference.loading import DEFAULTS, make_engine
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.requests import Completion, Request
 from megatron_ee.serving.access import Access
 from megatron_ee.serving.api.translate import RequestLimits
@@ -65,10 +66,10 @@ def tokenizer(chat_model: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def make_engines(chat_model: Path, tokenizer: Tokenizer, load_stage: Callable[..., Stage]) -> Callable[[], Engine]:
+def make_engines(chat_model: Path, tokenizer: Tokenizer, load_stage: Callable[..., Stage]) -> Callable[..., Engine]:
     """Makes equal engines, each with weights of its own, so that they may run at the same time."""
 
-    def make() -> Engine:
+    def make(options: EngineOptions = DEFAULTS) -> Engine:
         stage = load_stage(chat_model, EXITS)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -77,7 +78,7 @@ def make_engines(chat_model: Path, tokenizer: Tokenizer, load_stage: Callable[..
                     if parameter.requires_grad:
                         parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 exit_.head.matrix.weight *= 3
-        return make_engine(stage, tokenizer=tokenizer, eos=frozenset({1}))
+        return make_engine(stage, options, tokenizer=tokenizer, eos=frozenset({1}))
 
     return make
 
@@ -138,7 +139,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def serve(
-    make_engines: Callable[[], Engine], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+    make_engines: Callable[..., Engine], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., contextlib.AbstractContextManager[Server]]:
     """Starts servers."""
 
@@ -150,12 +151,13 @@ def serve(
         rules: Path | None = None,
         limits: RequestLimits | None = None,
         queue: LoopLimits | None = None,
+        engine: EngineOptions = DEFAULTS,
         text: bool = False,
         calibrations: Sequence[Calibration] = (),
         audits: float | None = None,
         max_requests: int = 512,
     ) -> Iterator[Server]:
-        engine_loop = EngineLoop(make_engines(), queue or LoopLimits())
+        engine_loop = EngineLoop(make_engines(engine), queue or LoopLimits())
         log = tmp_path_factory.mktemp("log") / "exits.jsonl"
         access = Access(keys)
         opened = Rules(rules, calibrations, exits=engine_loop.exits, num_layers=engine_loop.num_layers)

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from megatron_ee.data.tokenizer import Tokenizer
+from megatron_ee.inference.options import EngineOptions
 from megatron_ee.inference.policy import ThresholdPolicy
 from megatron_ee.inference.requests import Completion
 from megatron_ee.inference.sampling import Sampling
@@ -98,6 +99,17 @@ def test_a_streamed_completion_equals_the_whole_one(server: Any) -> None:
     assert tokens == [choice.logprobs.tokens for choice in whole.choices]
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert whole.usage.prompt_tokens == 4 + 8 and whole.usage.completion_tokens == 36
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_cached_tokens_are_those_of_each_prompt(serve: Callable[..., Any], samples: int) -> None:
+    prompts = [[*range(10, 26), each, each] for each in (40, 50)]
+    with serve(engine=EngineOptions(prefix_cache_seqs=4)) as server:
+        client = server.client()
+        for prompt in prompts:
+            client.completions.create(prompt=prompt, max_tokens=2, **GREEDY)
+        usage = client.completions.create(prompt=prompts, max_tokens=2, n=samples, **GREEDY).usage
+    assert usage.prompt_tokens == 2 * 18 and usage.prompt_tokens_details.cached_tokens == 2 * 17
 
 
 def test_seeds(server: Any, alone: Alone) -> None:
