@@ -21,6 +21,9 @@ _PARAM = re.compile(r"([A-Za-z][\w.\-]*(?:\[\w+\][\w.]*)*): ")
 _TOO_LONG = re.compile(r"(prompt|messages): has .* tokens")
 BODY = "body"
 """Messages about a body as a whole start with this, and a colon."""
+CHALLENGES = ("Bearer", 'Basic realm="API key"')
+"""What a client without a valid key may use. Browsers understand ``Basic`` only in a header of its own, and then ask
+for the key, as password."""
 QUEUE_SECONDS = 1
 """Seconds after which a client may try again when the queue is full."""
 
@@ -41,7 +44,10 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The HTTP response."""
-        return Response(self.json(), self.status, dict(self.headers), "application/json")
+        response = Response(self.json(), self.status, dict(self.headers), "application/json")
+        for challenge in CHALLENGES if self.status == 401 else ():
+            response.headers.append("WWW-Authenticate", challenge)
+        return response
 
     def json(self) -> str:
         """The body."""
@@ -72,8 +78,7 @@ def of_error(error: UserError) -> ApiError:
     """The response to an error of admission, of translation, or of the engine's checks."""
     message = str(error)
     if isinstance(error, Unauthorized):
-        # Browsers then ask for the key, as password.
-        return refused(401, message, "invalid_api_key", {"WWW-Authenticate": 'Bearer, Basic realm="API key"'})
+        return refused(401, message, "invalid_api_key")
     if isinstance(error, RateLimited):
         return refused(429, message, "rate_limit_exceeded", {"Retry-After": str(math.ceil(error.retry_after))})
     if isinstance(error, QueueFull):
