@@ -260,14 +260,16 @@ class ExitsResponse(BaseModel):
         num_layers: layers of the model.
         exits: the exits: layer, kind of body, and whether there is a gate.
         modes: that requests may ask for.
-        rules: the rules by task, with the certificates in force. What is said of requests that name no task, of their
-            priority and of their own choice holds for the API key that asks.
+        max_tokens: the most that a request may ask for.
+        rules: the rules by task, with the certificates in force. What is said of requests that name no task, of the
+            tasks that they may name, of their priority and of their own choice holds for the API key that asks.
         audits: state of the tests for drift, by task; None without an exit log and certificates.
     """
 
     num_layers: int
     exits: list[dict[str, Any]]
     modes: list[Mode]
+    max_tokens: int
     rules: dict[str, Any]
     audits: dict[str, Any] | None = None
 

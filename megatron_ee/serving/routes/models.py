@@ -50,6 +50,7 @@ async def exits(request: Request) -> ExitsResponse:
             for spec in service.engine_loop.exits
         ],
         modes=list(get_args(Mode)) if service.engine_loop.exits else ["full"],
+        max_tokens=service.limits.max_tokens,
         rules=service.rules.describe(request.state.key),
         audits=None if service.auditor is None else service.auditor.state(),
     )

@@ -200,6 +200,7 @@ class Rules:
             "priority": rule.priority or "default",
             "important": plans.file.important.model_dump(mode="json", exclude_none=True),
             "may_choose": _may_choose(plans, rule),
+            "may_name": list(_may_name(plans, rule)),
             "tasks": {name: self._described(plan) for name, plan in plans.tasks.items()},
         }
 
@@ -250,6 +251,11 @@ def _may_choose(plans: TaskPlans, rule: KeyRule) -> bool:
     return plans.file.may_choose if rule.may_choose is None else rule.may_choose
 
 
+def _may_name(plans: TaskPlans, rule: KeyRule) -> Sequence[str]:
+    """The tasks that the requests of a key may name."""
+    return tuple(plans.tasks) if rule.tasks is None else rule.tasks
+
+
 def _default(plans: TaskPlans, rule: KeyRule) -> TaskPlan | None:
     """The plan of the requests of a key that name no task; None if they must name one."""
     if rule.task is not None:
@@ -259,7 +265,7 @@ def _default(plans: TaskPlans, rule: KeyRule) -> TaskPlan | None:
 
 def _task(plans: TaskPlans, controls: Controls, rule: KeyRule) -> TaskPlan:
     """The plan of a request's task."""
-    allowed = plans.tasks if rule.tasks is None else rule.tasks
+    allowed = _may_name(plans, rule)
     possible = ", ".join(allowed) or "none"
     name = controls.task
     if name is None:

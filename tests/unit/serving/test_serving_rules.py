@@ -358,12 +358,13 @@ def test_the_description_is_what_holds_for_the_key_that_asks(calibrate: Calibrat
     )
     rules = open_rules(path, calibrate())
     found = {
-        name: [rules.describe(Key(name))[each] for each in ("default", "priority", "may_choose")]
+        name: [rules.describe(Key(name))[each] for each in ("default", "priority", "may_choose", "may_name")]
         for name in ("lab", "office", "both", "other")
     }
+    every = ["inquiries", "drafts", "notes"]
     assert found == {
-        "lab": [{"task": "drafts"}, "default", True],
-        "office": [{"task": "inquiries"}, "important", False],
-        "both": [None, "default", False],
-        "other": [{"task": "inquiries"}, "default", False],
+        "lab": [{"task": "drafts"}, "default", True, every],
+        "office": [{"task": "inquiries"}, "important", False, every],
+        "both": [None, "default", False, ["drafts", "notes"]],
+        "other": [{"task": "inquiries"}, "default", False, every],
     }

@@ -80,7 +80,7 @@ def test_routes_that_do_not_generate(server: Any) -> None:
     assert http.get("/ready").json() == {"status": "ready"}
     exits = http.get("/v1/exits").json()
     assert [each["layer"] for each in exits["exits"]] == [1, 2] and exits["num_layers"] == 4
-    assert exits["modes"] == ["full", "threshold", "speculative"]
+    assert exits["modes"] == ["full", "threshold", "speculative"] and exits["max_tokens"] == 4096
     metrics = http.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
     assert "vllm:num_requests_running" in metrics.text
