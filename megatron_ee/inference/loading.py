@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -65,6 +66,7 @@ def open_engine(
     *,
     prepare: Callable[[], None] = lambda: None,
     on_failure: Callable[[str], None] = lambda line: None,
+    **fields: Any,
 ) -> Iterator[Engine | None]:
     """Load a model on all ranks and yield its engine.
 
@@ -76,11 +78,15 @@ def open_engine(
         options: how the model is loaded, and how its engine runs.
         prepare: called on the first rank before the model is loaded. What it raises is raised on all ranks.
         on_failure: see ``watch_ranks``.
+        fields: single options by name, in place of those in ``options``.
 
     Raises:
         CheckpointError: a file cannot be read.
         ConfigError: an option does not fit the model or the machine.
+        ValidationError: ``fields`` has an unknown or invalid option.
     """
+    if fields:
+        options = EngineOptions(**(dict(options) | fields))
     options.check(released)
     dtype = choose_dtype(options.dtype, released.model, "--dtype")
     say_limits(released.model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -115,6 +115,12 @@ class Request(Strict):
     forced_ids: Ids = ()
     replay_ids: Ids = ()
     coverage: Coverage | None = None
+
+    if not TYPE_CHECKING:  # type checkers keep the fields' own types
+
+        def __init__(self, prompt: str | Sequence[int] | None = None, /, **fields: Any) -> None:
+            """Make a request of its fields, all by name, or the prompt by position."""
+            super().__init__(**fields) if prompt is None else super().__init__(prompt=prompt, **fields)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from megatron_ee.checkpoint.saved_model import choose_dtype, open_model
@@ -48,6 +49,25 @@ def test_unknown_exits_are_refused(byte_model: Path, adapter: Path) -> None:
         open_engine(open_released(byte_model, adapter), EngineOptions(exits=[3])),
     ):
         pass
+
+
+def test_options_by_name_are_those_of_the_options_with_their_checks(byte_model: Path) -> None:
+    released = open_released(byte_model)
+    with open_engine(released, EngineOptions(max_num_seqs=3, dtype="bfloat16"), dtype="float32") as engine:
+        assert engine is not None
+        scheduler = engine._scheduler
+        assert scheduler.max_num_seqs == 3
+        assert scheduler.stages[0].stage.setup.dtype == torch.float32
+    for wrong in ({"dtyp": "float32"}, {"max_num_seqs": 0}):
+        with pytest.raises(ValidationError, match=next(iter(wrong))), open_engine(released, **wrong):
+            pass
+
+
+def test_a_prompt_may_be_given_by_position() -> None:
+    assert Request("Once", max_tokens=3) == Request(prompt="Once", max_tokens=3)
+    assert Request.model_validate({"prompt": [1, 2]}).prompt == (1, 2)
+    with pytest.raises(ValidationError, match="prompt"):
+        Request(max_tokens=3)
 
 
 def test_a_model_needs_no_adapter(byte_model: Path) -> None:
