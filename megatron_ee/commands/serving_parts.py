@@ -17,7 +17,7 @@ from megatron_ee.inference.released import Released
 from megatron_ee.serving.access import Access
 from megatron_ee.serving.api.translate import RequestLimits
 from megatron_ee.serving.app import build_app
-from megatron_ee.serving.audits.audit_file import AuditFile, begin_audits, state_path
+from megatron_ee.serving.audits.audit_file import AuditFile, adopt_old_state, begin_audits, state_path
 from megatron_ee.serving.audits.auditor import Auditor
 from megatron_ee.serving.console import say
 from megatron_ee.serving.engine_loop import EngineLoop
@@ -73,6 +73,7 @@ class ServingParts:
                 backups=arguments.log_backups,
                 text=arguments.log_text,
             )
+            adopt_old_state(exit_log.path)
             if calibrations:
                 audits = begin_audits(
                     state_path(exit_log.path),

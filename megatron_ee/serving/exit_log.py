@@ -3,7 +3,7 @@
 A log is rotated by size and by time. The handlers of the standard library do either, and where the disk is full they
 print a traceback per record and may leave half a line. Here the rotation is by UTC hours or days, and a line is in the
 log as a whole or not at all. ``exits.jsonl`` is renamed ``exits.2026-11-30.jsonl``, a second one of the day
-``exits.2026-11-30.2.jsonl``.
+``exits.2026-11-30.2.jsonl``. The next request's number is kept beside it, in ``exits-jsonl.number``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _PERIODS: dict[str, tuple[str, str]] = {
 _START = b'{"number":'
 """How each line begins."""
 _NUMBER = re.compile(rb'\{"number":(\d{1,18}),')
+_KEPT = re.compile(rb"\d{18}\n")
+"""Content of the file with the next number."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -45,8 +47,8 @@ class ExitLog:
 
     Attributes:
         path: of the log.
-        next_number: one more than the largest number in the log and in the one that was rotated last; 0 if there are
-            none. Requests of this server are numbered from it.
+        next_number: one more than the largest number so far, also in logs that somebody else has moved away; 0 if
+            there was none. Requests of a new server are numbered from it.
         lost: records that could not be written.
     """
 
@@ -71,8 +73,9 @@ class ExitLog:
             clock: seconds since 1970.
 
         Raises:
-            ConfigError: the path is no regular file, is no exit log, or another process writes it.
-            CheckpointError: it cannot be opened.
+            ConfigError: the path is no regular file, is no exit log, or another process writes it; or the file with the
+                next number is damaged.
+            CheckpointError: one of the files cannot be opened.
         """
         if max_bytes < 1 or backups < 0:
             raise ConfigError("--exit-log: the size must be at least 1 byte, and the number of old logs not negative")
@@ -82,7 +85,14 @@ class ExitLog:
         self._rotated = re.compile(rf"{re.escape(path.stem)}\.({names})(?:\.(\d+))?{re.escape(path.suffix)}(?:\.gz)?")
         self._fd = -1
         self._open(takes_over=True)
-        self.next_number = self._next_number()
+        self._number_file = beside(path, "number")
+        try:
+            with storage_errors(self._number_file, "open"):
+                self.next_number = max(self._number_in_logs(), self._kept_number())
+                self._keep_number()
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, record: ExitRecord) -> bool:
         """Append a record, after rotating if it is time. The record of an audited request is written after its audit.
@@ -92,6 +102,12 @@ class ExitLog:
         Returns:
             Whether it was written. The first failure is logged.
         """
+        if record.number >= self.next_number:
+            self.next_number = record.number + 1
+            try:
+                self._keep_number()
+            except OSError as error:
+                self._say_once(f"{self._number_file.name} cannot be written: {error.strerror}")
         try:
             line = self._line(record)
             if self._fd >= 0 and self._moved():
@@ -209,7 +225,7 @@ class ExitLog:
                 self._say_once(f"{path.name} cannot be removed: {error.strerror}; old logs are left")
 
     def _say_once(self, problem: str) -> None:
-        """Log a problem of the rotation, the first one only: it comes back with each record."""
+        """Log a problem, the first one only: it comes back with each record."""
         if not self._said:
             _LOGGER.error("%s: %s", self.path, problem)
         self._said = True
@@ -222,10 +238,37 @@ class ExitLog:
                 found.append((match[1], int(match[2] or 1), each))
         return sorted(found)
 
-    def _next_number(self) -> int:
+    def _keep_number(self) -> None:
+        """Write the next number. One small write in place, so that a kill leaves the old number or the new one."""
+        fd = os.open(self._number_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, b"%018d\n" % self.next_number, 0)
+        finally:
+            os.close(fd)
+
+    def _kept_number(self) -> int:
+        """The next number as an earlier server kept it. In the logs it is missing if somebody else moved them."""
+        try:
+            content = self._number_file.read_bytes()
+        except FileNotFoundError:
+            return 0
+        if content and not _KEPT.fullmatch(content):
+            raise ConfigError(
+                f"--exit-log: {self._number_file} does not hold the number of the next request; remove it, then "
+                "numbers go on from the logs"
+            )
+        return int(content or 0)
+
+    def _number_in_logs(self) -> int:
+        """One more than the largest number in the log and in the one that was rotated last; 0 if there are none."""
         logs = [self.path, *(path for _, _, path in self._old_logs()[-1:])]
         found = (_NUMBER.match(line) for path in logs for _, line in log_lines(path))
         return max((int(match[1]) for match in found if match), default=-1) + 1
+
+
+def beside(exit_log: Path, name: str) -> Path:
+    """A file beside an exit log, such as ``exits-jsonl.NAME``: ``exits*.jsonl*`` is to match logs alone."""
+    return exit_log.with_name(f"{exit_log.name.replace('.', '-')}.{name}")
 
 
 def read_logs(paths: Sequence[Path]) -> Iterator[ExitRecord]:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from megatron_ee.inference.released import open_released, released_digests
+from megatron_ee.serving.audits.audit_file import state_path
 from megatron_ee.testing.command import Command
 from megatron_ee.testing.project import Project
 from megatron_ee.testing.ranks import free_port
@@ -152,7 +153,7 @@ def test_an_alarm_lasts_over_a_restart_until_it_is_ended_on_purpose(
         assert asked < 200, reason
     errors = desk.end()
     assert errors.count("ALARM") == 1 and "its requests now run in full mode" in errors
-    state = json.loads(Path(f"{desk.log}.audits.json").read_text())
+    state = json.loads(state_path(desk.log).read_text())
     [audits] = state["certificates"].values()
     tests = json.loads(project.run("drift", desk.log, "--calibration", certificate, "--json").stdout)
     assert tests["from_start"]["alarm"]["audit"] == audits["monitors"][0]["alarm"]

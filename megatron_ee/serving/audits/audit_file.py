@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from pydantic import Field
 from megatron_ee.checkpoint.atomic import write_json
 from megatron_ee.config.untrusted import read_json
 from megatron_ee.config.validation import Strict, validated
-from megatron_ee.errors import CheckpointError, ConfigError, DataError
+from megatron_ee.errors import CheckpointError, ConfigError, DataError, storage_errors
 from megatron_ee.evaluation.drift.monitor import ALARM_LEVEL, DriftMonitor, new_monitor
 from megatron_ee.inference.certificate import Calibration, Sha256
+from megatron_ee.serving.exit_log import beside
 
 VERSION: Final = 1
 MAX_BYTES = 2**22
@@ -109,7 +111,19 @@ def write_audit_file(path: Path, content: AuditFile) -> None:
 
 def state_path(exit_log: Path) -> Path:
     """Where the state is kept, beside the exit log."""
-    return exit_log.with_name(f"{exit_log.name}.audits.json")
+    return beside(exit_log, "audits.json")
+
+
+def adopt_old_state(exit_log: Path) -> None:
+    """Rename the state of an earlier version. Its name began with the log's, so patterns that name logs matched it.
+
+    Raises:
+        CheckpointError: it cannot be renamed.
+    """
+    old, path = exit_log.with_name(f"{exit_log.name}.audits.json"), state_path(exit_log)
+    if old.exists() and not path.exists():
+        with storage_errors(old, "rename"):
+            os.rename(old, path)
 
 
 def can_audit(calibration: Calibration) -> bool:

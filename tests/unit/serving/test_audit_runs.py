@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 
+from megatron_ee.commands.main import main as run_command
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError, DataError, UserError
-from megatron_ee.evaluation.drift.audits import audited
+from megatron_ee.evaluation.drift.audits import Audit, audited
 from megatron_ee.evaluation.drift.monitor import new_monitor, run_monitor
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.requests import Completion, Event, Request, Token
-from megatron_ee.serving.audits.audit_file import begin_audits, read_audit_file, state_path
+from megatron_ee.serving.audits.audit_file import adopt_old_state, begin_audits, read_audit_file, state_path
 from megatron_ee.serving.audits.auditor import Auditor
+from megatron_ee.serving.exit_log import ExitLog
+from megatron_ee.serving.exit_record import ExitRecord
 from megatron_ee.serving.rules.rules import Controls, Decision, Rules
 
 Calibrate = Callable[..., Calibration]
@@ -30,6 +33,12 @@ def completion(ids: tuple[int, ...], reason: Any = "length") -> Completion:
     words = tuple(f" w{each}" for each in ids)
     tokens = tuple(Token(each, 4, 0.9) for each in ids)
     return Completion("".join(words), tokens, words, reason, {})
+
+
+def record(number: int, audit: Audit | None) -> ExitRecord:
+    facts: dict[str, Any] = {"mode": "threshold", "prompt_tokens": 1, "seconds": 1.0, "tokens": 2}
+    facts |= {"time": "2026-11-30T09:00:00Z", "task": "inquiries"}
+    return ExitRecord(number=number, id=f"request-{number}", audit=audit, **facts)
 
 
 class FakeSubmission:
@@ -423,4 +432,39 @@ def test_a_level_holds_for_the_whole_test(tmp_path: Path, calibrate: Calibrate) 
 
 
 def test_the_state_is_beside_the_log() -> None:
-    assert state_path(Path("/var/log/exits.jsonl")) == Path("/var/log/exits.jsonl.audits.json")
+    assert state_path(Path("/var/log/exits.jsonl")) == Path("/var/log/exits-jsonl.audits.json")
+    assert state_path(Path("/var/log/exits.8000")) != state_path(Path("/var/log/exits.8001"))
+
+
+@pytest.mark.parametrize("command", [["drift", "--risk", "0.1"], ["exits-report"]])
+def test_the_logs_pattern_of_the_docs_matches_nothing_but_logs(
+    tmp_path: Path, calibrate: Calibrate, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    log = ExitLog(tmp_path / "exits.jsonl")
+
+    async def serve() -> None:
+        server = Server(state_path(log.path), [calibrate()])
+        found = await server.answer(0)
+        log.write(record(0, found.audit))
+
+    asyncio.run(serve())
+    log.close()
+    assert state_path(log.path).exists()
+    name, *options = command
+    logs = [str(path) for path in tmp_path.glob("exits*.jsonl*")]
+    assert run_command([name, *logs, *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["audits"] if name == "drift" else found["total"]["requests"]) == 1
+
+
+def test_the_state_of_an_earlier_version_is_taken_over(tmp_path: Path, calibrate: Calibrate) -> None:
+    log = tmp_path / "exits.jsonl"
+    old = Path(f"{log}.audits.json")
+    Server(old, [calibrate()])
+    content = read_audit_file(old)
+    for _ in range(2):
+        adopt_old_state(log)
+        assert read_audit_file(state_path(log)) == content and not old.exists()
+    old.write_text("{}")  # a newer state is not replaced
+    adopt_old_state(log)
+    assert read_audit_file(state_path(log)) == content

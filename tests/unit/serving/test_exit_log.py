@@ -48,7 +48,8 @@ class Clock:
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+    """Of the logs, as the docs match them."""
+    return sorted(path.name for path in directory.glob("exits*.jsonl*"))
 
 
 def test_records_are_read_back_as_they_were_written(tmp_path: Path) -> None:
@@ -135,6 +136,7 @@ def test_a_server_goes_on_with_the_log_of_an_earlier_one(tmp_path: Path) -> None
     log.close()
     assert [each.number for each in read_logs([path])] == [8]
     path.unlink()
+    (tmp_path / "exits-jsonl.number").unlink()  # earlier versions had none
     log = ExitLog(path, clock=clock)
     assert log.next_number == 8  # from the rotated one
     log.close()
@@ -154,7 +156,7 @@ def test_a_log_that_cannot_be_rotated_goes_on(
     written += [log.write(record(number)) for number in range(2, 5)]
     log.close()
     assert written == [True] * 5 and log.lost == 0
-    assert sorted(each.number for each in read_logs(list(tmp_path.iterdir()))) == [0, 1, 2, 3, 4]
+    assert sorted(each.number for each in read_logs(list(tmp_path.glob("exits*.jsonl*")))) == [0, 1, 2, 3, 4]
     assert [each.message for each in caplog.records if "Permission denied" in each.message] == [caplog.messages[0]]
 
 
@@ -167,6 +169,43 @@ def test_a_log_that_somebody_else_has_moved_is_begun_again(tmp_path: Path, renam
     assert log.write(record(1))
     log.close()
     assert [each.number for each in read_logs([path])] == [1]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_numbers_go_on_if_somebody_else_has_moved_the_log(tmp_path: Path, killed: bool) -> None:
+    path, moved = tmp_path / "exits.jsonl", tmp_path / "archive" / "exits.jsonl.1"
+    log = ExitLog(path, clock=Clock())
+    for number in (0, 7, 3):
+        assert log.write(record(number))
+    if killed:  # nothing is written at the end
+        os.close(log._fd)
+    else:
+        log.close()
+    moved.parent.mkdir()
+    path.rename(moved)
+    log = ExitLog(path, clock=Clock())
+    assert log.next_number == 8
+    assert log.write(record(8))
+    log.close()
+    assert [each.number for each in read_audits([moved, path])] == []
+    (tmp_path / "exits-jsonl.number").write_text("many\n")
+    with pytest.raises(ConfigError, match="exits-jsonl.number does not hold the number .*; remove it"):
+        ExitLog(path)
+    (tmp_path / "exits-jsonl.number").unlink()
+    log = ExitLog(path, clock=Clock())  # it is not locked by the attempt before
+    assert log.next_number == 9
+    log.close()
+
+
+def test_a_number_that_cannot_be_kept_costs_no_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, kept = tmp_path / "exits.jsonl", tmp_path / "exits-jsonl.number"
+    log = ExitLog(path, clock=Clock())
+    kept.unlink()
+    kept.mkdir()
+    assert log.write(record(0)) and log.write(record(1))
+    log.close()
+    assert [each.number for each in read_logs([path])] == [0, 1]
+    assert caplog.messages == [f"{path}: exits-jsonl.number cannot be written: Is a directory"]
 
 
 def test_a_file_that_is_no_exit_log_is_left_alone(tmp_path: Path) -> None:
