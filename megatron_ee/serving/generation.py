@@ -189,7 +189,7 @@ class GenerationRun:
         )
 
     async def _record(self, part: PromptRun, number: int, id_: str, seconds: float) -> None:
-        """Count a prompt that has ended and write its record, after its audit if it was drawn for one."""
+        """Count a prompt that has ended and write its record, if it was drawn for an audit when that is counted."""
         service, decision, request = self._service, part.decision, part.decision.request
         values = exit_statistics(part.completions)
         values["prompt_tokens"] = len(part.prompt.ids)

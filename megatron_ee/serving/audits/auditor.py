@@ -5,7 +5,8 @@
   other request: it is never dropped, and what waits is bounded.
 - If the client left before the answer was complete, the answer is generated again. What has no answer counts as a loss
   of 1.
-- The losses reach the tests (``evaluation.drift.monitor``) in the order of admission.
+- The losses reach the tests (``evaluation.drift.monitor``) in the order of admission, and the exit log has those that
+  were counted. So at the end of a server it has no later audit than the first one that is missing.
 - The test *from the start* decides: the probability that it ever gives a false alarm is at most the alarm level. On its
   alarm the certificate's requests fall back (``Rules.set_alarms``), also after a restart, until somebody ends it on
   purpose. The restarting test is reported only: its false alarms come every few hundred audits.
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,13 +28,14 @@ from megatron_ee.evaluation.drift.monitor import DriftMonitor
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.requests import Completion
 from megatron_ee.serving.audits.audit_file import AuditFile, CertificateAudits, can_audit, write_audit_file
-from megatron_ee.serving.audits.comparison import ServerEnds, compare
+from megatron_ee.serving.audits.comparison import Comparison, ServerEnds, compare
 from megatron_ee.serving.console import say
 from megatron_ee.serving.rules.rules import Decision, Rules
 
 if TYPE_CHECKING:
     from megatron_ee.serving.engine_loop import EngineLoop
 
+_LOGGER = logging.getLogger(__name__)
 PATIENCE = 600.0
 """Seconds that an audit waits for an idle engine before it runs like any other request."""
 
@@ -113,7 +116,8 @@ class Auditor:
         self._certificates = {each.sha256: each.certificate for each in rules.calibrations if can_audit(each)}
         self._waiting: dict[int, Decision] = {}  # drawn, not yet counted
         self._results: dict[int, AuditResult] = {}
-        self._tasks: set[asyncio.Task[AuditResult | None]] = set()
+        self._turns: dict[int, asyncio.Future[AuditResult | None]] = {}  # what ``audit`` waits for
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         write_audit_file(path, content)
         for digest, state in content.certificates.items():
@@ -137,7 +141,7 @@ class Auditor:
         return True
 
     async def audit(self, number: int, early: Sequence[Completion] = ()) -> AuditResult | None:
-        """Run the audit of a request that was drawn, and count it.
+        """Run the audit of a request that was drawn, and wait until it is counted, which is when its turn has come.
 
         It goes on if the caller is cancelled.
 
@@ -146,14 +150,15 @@ class Auditor:
             early: its outputs, in their order. If one is missing, failed or was cancelled, all are generated again.
 
         Returns:
-            None if the server ended before.
+            None if the server ended before. Then it was not counted.
         """
         if number not in self._waiting:  # closed in the meantime
             return None
+        turn = self._turns[number] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._audit(number, self._waiting[number], early))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return await asyncio.shield(turn)
 
     async def close(self, seconds: float = 0.0) -> None:
         """End the audits. Those that are not finished in time are left out, and so are all that were admitted later.
@@ -173,6 +178,9 @@ class Auditor:
                 self._set(decision, state.model_copy(update={"unfinished": state.unfinished + 1}))
             self._waiting.clear()
             self._write()
+        for turn in self._turns.values():
+            turn.set_result(None)
+        self._turns.clear()
 
     def state(self) -> dict[str, Any]:
         """The tests by task, in JSON types."""
@@ -193,19 +201,20 @@ class Auditor:
 
     # -------------------------------------------------------------------------------------------------- one audit
 
-    async def _audit(self, number: int, decision: Decision, early: Sequence[Completion]) -> AuditResult | None:
+    async def _audit(self, number: int, decision: Decision, early: Sequence[Completion]) -> None:
         certificate = self._certificates[_certificate_of(decision)]
         try:
             found = await compare(self._engine_loop, certificate, decision.request, early, self._patience)
         except (ServerEnds, asyncio.CancelledError):  # what was admitted later then has no turn, see ``_count``
-            return None
+            return
+        except Exception:  # without a result no later audit would be counted
+            _LOGGER.exception("audits: task %s: the answers cannot be compared", certificate.task)
+            found = Comparison(1.0, agrees=False, failed=True)
         if found.failed:
             self._report(f"audits: task {certificate.task}: a request has no answer to compare; counted as a loss of 1")
         audit = Audit(loss=found.loss, certificate=None if decision.alarms else decision.certificate)
-        result = AuditResult(audit, certificate.task, found.agrees, found.failed)
-        self._results[number] = result
+        self._results[number] = AuditResult(audit, certificate.task, found.agrees, found.failed)
         self._count()
-        return result
 
     # --------------------------------------------------------------------------------------------------- counting
 
@@ -218,6 +227,7 @@ class Auditor:
             alarmed = state.updated(result.audit.loss, decision.alarms, number, self._now())
             self._set(decision, alarmed.model_copy(update={"failed": state.failed + result.failed}))
             counted = True
+            self._turns.pop(number).set_result(result)
             if len(alarmed.alarms) > len(state.alarms):
                 self._fall_back(decision, alarmed)
         if counted:

@@ -16,7 +16,7 @@ import pytest
 from megatron_ee.commands.main import main as run_command
 from megatron_ee.config.exits import ExitSpec
 from megatron_ee.errors import ConfigError, DataError, UserError
-from megatron_ee.evaluation.drift.audits import Audit, audited
+from megatron_ee.evaluation.drift.audits import Audit, audited, read_audits
 from megatron_ee.evaluation.drift.monitor import new_monitor, run_monitor
 from megatron_ee.inference.certificate import Calibration
 from megatron_ee.inference.requests import Completion, Event, Request, Token
@@ -260,9 +260,11 @@ def test_losses_are_counted_in_the_order_of_admission(tmp_path: Path, calibrate:
         counts = []
         for number in (3, 1, 0, 4, 2):
             runs[number].start.set_result(None)
-            await calls[number]
+            await asyncio.sleep(0.01)
             counts.append(server.auditor.state()["inquiries"]["audits"])
+            assert [call.done() for call in calls] == [each < counts[-1] for each in range(5)]
         assert counts == [0, 0, 2, 2, 5]
+        assert [(await call).audit.loss for call in calls] == losses
         content = read_audit_file(tmp_path / "a.json")
         assert content is not None
         monitor = content.certificates["a" * 64].monitors[0]
@@ -357,10 +359,54 @@ def test_the_end_of_the_server_cuts_off_all_later_audits(tmp_path: Path, calibra
         server.loop.submitted[1].start.set_exception(UserError("the server is stopping"))
         await server.auditor.close(0.01)
         results = await asyncio.gather(*calls)
-        assert [each is None for each in results] == [False, True, False]
+        assert [each is None for each in results] == [False, True, True]
         again = Server(tmp_path / "a.json", [calibrate()])
         state = again.auditor.state()["inquiries"]
         assert (state["audits"], state["unfinished"]) == (1, 2)
+
+    asyncio.run(main())
+
+
+def test_the_exit_log_has_the_audits_that_were_counted(tmp_path: Path, calibrate: Calibrate) -> None:
+    async def main() -> None:
+        server = Server(tmp_path / "a.json", [calibrate()])
+        server.loop.at_once = False
+        log = ExitLog(tmp_path / "exits.jsonl")
+
+        async def run(number: int) -> None:
+            result = await server.auditor.audit(number, [completion((1, 2))])
+            log.write(record(number, None if result is None else result.audit))
+
+        for number in range(4):
+            assert server.auditor.draw(server.decide(number), number)
+        calls = [asyncio.create_task(run(number)) for number in (0, 2, 3, 1)]  # the second answer takes longest
+        await asyncio.sleep(0.01)
+        for submission in server.loop.submitted[:3]:
+            submission.start.set_result(None)
+        await asyncio.sleep(0.01)
+        server.loop.ready = False
+        server.loop.submitted[3].start.set_exception(UserError("the server is stopping"))
+        await server.auditor.close(0.01)
+        await asyncio.wait_for(asyncio.gather(*calls), 1)
+        log.close()
+        assert len(log.path.read_bytes().splitlines()) == 4, "no record is lost"
+        assert [each.number for each in read_audits([log.path])] == [0]
+        state = server.auditor.state()["inquiries"]
+        assert (state["audits"], state["unfinished"]) == (1, 3)
+
+    asyncio.run(main())
+
+
+def test_an_error_in_a_comparison_holds_up_no_later_audit(
+    tmp_path: Path, calibrate: Calibrate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        server = Server(tmp_path / "a.json", [calibrate()])
+        with monkeypatch.context() as patch:
+            patch.setattr("megatron_ee.serving.audits.comparison.loss_of", None)
+            found = await asyncio.wait_for(server.answer(0), 1)
+        assert found.failed and found.audit.loss == 1.0
+        assert (await asyncio.wait_for(server.answer(1), 1)).audit.loss == 0.0
 
     asyncio.run(main())
 
