@@ -18,7 +18,8 @@ from megatron_ee.tables import add_columns, make_console, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+
+    from megatron_ee.tables import Table
 
 HISTORY_ROWS = 12
 
@@ -146,8 +147,7 @@ def print_comparison(
     table = new_table(f"{title} ({tuned.tokens:,} held-out tokens)", console)
     add_columns(table, "after layer", "exit", words=True)
     names = ("loss", "agreement", "accuracy") if copied is None else ("loss", "agreement")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    add_columns(table, *names)
     for spec, *each in zip(exits, *(quality.exits for quality in stages), strict=True):
         cells = (
             [_number(exit_.loss) for exit_ in each],

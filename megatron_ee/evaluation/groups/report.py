@@ -23,7 +23,8 @@ from megatron_ee.tables import add_columns, make_console, new_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console
-    from rich.table import Table
+
+    from megatron_ee.tables import Table
 
 
 def groups_dict(found: GroupComparison) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from megatron_ee.tables import add_columns, counted, make_console, new_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console
-    from rich.table import Table
+
+    from megatron_ee.tables import Table
 
 NAMES = {
     "contains": "contains",
@@ -85,7 +86,7 @@ def _table(title: str, found: Sequence[SettingResult], console: Console) -> Tabl
     cells = {name: [cell(each) for each in found] for name, cell in columns.items()}
     filled = {name: column for name, column in cells.items() if set(column) != {NONE}}
     table = new_table(title, console)
-    table.add_column("setting", no_wrap=True)
+    add_columns(table, "setting", words=True)
     add_columns(table, *filled)
     for each, *row in zip(found, *filled.values(), strict=True):
         table.add_row(each.setting, *row)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_ee.evaluation.tasks import report
 from megatron_ee.evaluation.tasks.answers import Setting, TaskAnswer, TimedBlock
 from megatron_ee.evaluation.tasks.choices import ChoiceScores
 from megatron_ee.evaluation.tasks.report import plot_tasks, print_tasks
-from megatron_ee.evaluation.tasks.results import TaskResults, make_results, score_rows
+from megatron_ee.evaluation.tasks.results import QUALITY, TaskResults, make_results, score_rows
 from megatron_ee.inference.policy import ThresholdPolicy
 
 SETTINGS = [
@@ -115,6 +117,23 @@ def test_the_tables_hold_every_setting_and_say_how_speed_was_measured(results: T
     assert "3 of 3 answered records" in text and "at most 16 sequences at a time" in text
     assert "33.3% of full mode's answers were cut at 64 tokens" in text
     assert max(len(line) for line in text.splitlines() if "Speed:" not in line and "Second" not in line) <= 160
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_tables_fit_a_terminal(width: int, results: TaskResults) -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_tasks(results, 16, console)
+    text = console.file.getvalue().partition("Second lines")[0]  # type: ignore[attr-defined]
+    assert "\u2026" not in text and max(map(len, text.splitlines())) <= width
+    overall = text.partition("x (2 records)")[0]
+    names = ("tokens/s", "speed", "exit layer", "layers per token", *report.NAMES.values(), "first departure")
+    assert set(" ".join(names).split()) - set(overall.split()) <= {"before"}  # tokens before departure is not shown
+    for each in results.overall[1:]:
+        for score in (*QUALITY, *report.SHOWN_AGREEMENT):
+            if score in each.scores:
+                assert set(report._score(each, score=score).split("\n")) <= set(re.split(r"\s\s+|\n", overall))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
