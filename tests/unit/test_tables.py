@@ -100,12 +100,13 @@ def test_the_comparison_of_groups_fits_a_terminal(width: int, monkeypatch: pytes
     rng, count = np.random.default_rng(0), 60
     quality = rng.random(count).round()
     results = EarlyResults(20 + 5 * rng.random(count), rng.beta(9, 1, count), quality, quality, rng.random(count))
-    compared = compare_groups(results, ["Latin"] * 30 + ["Japanese"] * 30, "script", permutations=19)
-    groups_report.print_groups({"threshold 0.8": compared})
+    names = ["Latin"] * 30 + ["Japanese"] * 30
+    compared = compare_groups({"threshold 0.8": results}, names, "script", permutations=19)
+    groups_report.print_groups(compared)
     table = printed(console).partition("Means with")[0]
     cells = [
         groups_report._cell(figure, measure).strip()
-        for group in compared.groups
+        for group in compared["threshold 0.8"].groups
         for measure, figure in group.figures.items()
     ]
     assert len(cells) == 8

@@ -1,8 +1,8 @@
 """Fairness: whether early exit treats some groups of records worse than the others.
 
 Each group is compared with all records outside it, in exit depth, agreement with full mode, difference of quality and
-loss. Each comparison is a permutation test, and Holm's method corrects for the number of groups. Records are the unit,
-and must not depend on each other.
+loss. Each comparison is a permutation test, and Holm's method corrects for the number of groups and settings. Records
+are the unit, and must not depend on each other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from megatron_ee.evaluation.statistics import PERMUTATIONS, Floats, holm, paired
 LEAST_MEMBERS = 10
 """Smaller groups are named, but not judged."""
 SIGNIFICANCE = 0.05
-"""Level of the tests of one measure, all groups together."""
+"""Level of the tests of one measure, all groups and settings together."""
 LAYERS, AGREEMENT, QUALITY, LOSS = "exit layer", "agreement", "quality difference", "loss"
 """The measures. Quality difference is early minus full: below 0, early answers are worse."""
 WORSE = {LAYERS: 1, AGREEMENT: -1, QUALITY: -1, LOSS: 1}
@@ -133,12 +133,17 @@ class GroupComparison:
 
 
 def compare_groups(
-    results: EarlyResults, names: Sequence[str], by: str, *, seed: int = 0, permutations: int = PERMUTATIONS
-) -> GroupComparison:
-    """Compare each group with the records outside it.
+    results: Mapping[str, EarlyResults],
+    names: Sequence[str],
+    by: str,
+    *,
+    seed: int = 0,
+    permutations: int = PERMUTATIONS,
+) -> dict[str, GroupComparison]:
+    """Compare each group with the records outside it, in each setting.
 
     Args:
-        results: one entry per record.
+        results: by setting, one entry per record.
         names: the group of each record.
         by: what the groups are made by, in words.
         seed: of permutations and bootstrap samples.
@@ -147,21 +152,32 @@ def compare_groups(
     Raises:
         ValueError: there are no records, nothing was measured, or ``names`` has another length.
     """
-    measures = results.measures()
-    if not measures or len(names) != len(results.layers):
-        raise ValueError(f"{len(results.layers)} records have {len(measures)} measures and {len(names)} groups")
-    labels, members = np.array(names), Counter(names)
-    figures: dict[str, dict[str, GroupFigure]] = {name: {} for name in members}
-    for measure, values in measures.items():
-        known = ~np.isnan(values)
-        for name, figure in _figures(measure, values[known], labels[known], seed, permutations).items():
-            figures[name][measure] = figure
-    return GroupComparison(
-        by,
-        tuple(GroupOutcome(name, members[name], figures[name]) for name in sorted(members, key=_order)),
-        {measure: float(np.nanmean(values)) for measure, values in measures.items()},
-        next((measure for measure in RISK if measure in measures), AGREEMENT),
-    )
+    labels, members = np.array(names, object), Counter(names)  # numpy's own strings lose NULs at the end
+    measured = {setting: each.measures() for setting, each in results.items()}
+    figures: dict[tuple[str, str, str], GroupFigure] = {}
+    for setting, measures in measured.items():
+        count = len(results[setting].layers)
+        if not measures or len(names) != count:
+            raise ValueError(f"{count} records have {len(measures)} measures and {len(names)} groups")
+        for measure, values in measures.items():
+            known = ~np.isnan(values)
+            for name, figure in _figures(measure, values[known], labels[known], seed, permutations).items():
+                figures[setting, name, measure] = figure
+    figures = _corrected(figures)
+
+    def outcome(setting: str, name: str) -> GroupOutcome:
+        own = {measure: figures.get((setting, name, measure)) for measure in measured[setting]}
+        return GroupOutcome(name, members[name], {measure: each for measure, each in own.items() if each is not None})
+
+    return {
+        setting: GroupComparison(
+            by,
+            tuple(outcome(setting, name) for name in sorted(members, key=_order)),
+            {measure: float(np.nanmean(values)) for measure, values in measures.items()},
+            next((measure for measure in RISK if measure in measures), AGREEMENT),
+        )
+        for setting, measures in measured.items()
+    }
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -171,21 +187,33 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _figures(
-    measure: str, values: Floats, labels: NDArray[np.str_], seed: int, permutations: int
+    measure: str, values: Floats, labels: NDArray[np.object_], seed: int, permutations: int
 ) -> dict[str, GroupFigure]:
-    """The figures of one measure, by group."""
+    """The figures of one measure in one setting, by group, before the correction."""
     large_enough = sorted(name for name, count in Counter(labels.tolist()).items() if count >= LEAST_MEMBERS)
     inside = {name: labels == name for name in large_enough}
     tested = [name for name in large_enough if np.count_nonzero(~inside[name]) >= LEAST_MEMBERS]
     rng = np.random.default_rng(seed)
-    p_values = [permutation_p(values[inside[name]], values[~inside[name]], rng, permutations) for name in tested]
-    corrected = dict(zip(tested, holm(p_values), strict=True))
+    p_values = {name: permutation_p(values[inside[name]], values[~inside[name]], rng, permutations) for name in tested}
     found = {}
     for name in large_enough:
-        own, others, p = values[inside[name]], values[~inside[name]], corrected.get(name)
+        own, others = values[inside[name]], values[~inside[name]]
         mean, rest = float(own.mean()), float(others.mean()) if len(others) else None
-        worse = p is not None and p <= SIGNIFICANCE and rest is not None and WORSE[measure] * (mean - rest) > 0
-        found[name] = GroupFigure(len(own), mean, rest, *_interval(measure, own, seed), p, worse)
+        interval = _interval(measure, own, seed)
+        found[name] = GroupFigure(len(own), mean, rest, *interval, p_values.get(name), worse=False)
+    return found
+
+
+def _corrected(figures: Mapping[tuple[str, str, str], GroupFigure]) -> dict[tuple[str, str, str], GroupFigure]:
+    """Figures by setting, group and measure, after Holm's correction over the settings and groups of each measure."""
+    found = dict(figures)
+    for measure in {key[-1] for key in figures}:
+        p_values = {key: each.p for key, each in figures.items() if key[-1] == measure and each.p is not None}
+        for key, p in zip(p_values, holm(list(p_values.values())), strict=True):
+            figure = figures[key]
+            assert figure.rest is not None  # it was tested against the rest
+            worse = p <= SIGNIFICANCE and WORSE[measure] * (figure.mean - figure.rest) > 0
+            found[key] = replace(figure, p=p, worse=worse)
     return found
 
 

@@ -56,15 +56,13 @@ def compare_task_groups(
     """
     full = results.rows[BASELINE]
     names = [group_name(row.record, by) for row in full]
-    compared = {}
-    for setting in results.settings:
-        if setting.mode != "threshold":
-            continue
-        measured = early_results(results.rows[setting.name], full, certificate)
-        found = compare_groups(measured, names, WORDS[by], seed=seed)
-        if certificate is not None and not (calibrated_here and setting.name == CALIBRATED):
-            found = _bounded(found, measured, names, certificate, seed)
-        compared[setting.name] = found
+    settings = [setting.name for setting in results.settings if setting.mode == "threshold"]
+    measured = {name: early_results(results.rows[name], full, certificate) for name in settings}
+    compared = compare_groups(measured, names, WORDS[by], seed=seed)
+    if certificate is not None:
+        for setting in settings:
+            if not (calibrated_here and setting == CALIBRATED):
+                compared[setting] = _bounded(compared[setting], measured[setting], names, certificate, seed)
     return compared
 
 
@@ -92,7 +90,7 @@ def _bounded(
     bounded = [group.name for group in found.groups if LOSS in group.figures]
     rng, bounds = np.random.default_rng(seed), {}
     for name in bounded:
-        own = results.losses[np.array(names) == name]
+        own = results.losses[np.array(names, object) == name]
         own = rng.permutation(own[~np.isnan(own)])
         bounds[name] = largest_risk(certificate.p_value, own, certificate.delta / len(bounded))
     groups = tuple(replace(group, largest_loss=bounds.get(group.name)) for group in found.groups)
