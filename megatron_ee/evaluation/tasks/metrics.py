@@ -19,12 +19,15 @@ _SPACELESS = "".join(
     for script in ("Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Tai_Tham")
 )
 _CHARACTER = rf"[[\p{{L}}]&&[{_SPACELESS}]]\p{{M}}*"
-_IN_WORD = rf"[[\p{{L}}\p{{N}}\p{{M}}]--[[\p{{L}}]&&[{_SPACELESS}]]]"
+_FIRST = rf"[[\p{{L}}\p{{N}}]--[[\p{{L}}]&&[{_SPACELESS}]]]"
+_IN_WORD = rf"[{_FIRST}\p{{M}}]"
+_LETTERS = f"{_FIRST}{_IN_WORD}*"
 _MINUS = rf"(?<!{_IN_WORD})[-\u2212](?=\p{{Nd}})"
 # An apostrophe stays in its word, and a point or comma in its number.
-_WORD = rf"(?:{_MINUS})?{_IN_WORD}+(?:(?:['\u2019]|(?<=\p{{Nd}})[.,](?=\p{{Nd}})){_IN_WORD}+)*"
+_WORD = rf"(?:{_MINUS})?{_LETTERS}(?:(?:['\u2019]|(?<=\p{{Nd}})[.,](?=\p{{Nd}})){_LETTERS})*"
 _TOKEN = regex.compile(f"{_CHARACTER}|{_WORD}", regex.V1)
 _SAME = str.maketrans({"\u2212": "-", "\u2019": "'"})
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 _SPACELESS_LETTER = regex.compile(_CHARACTER, regex.V1)
 
 
@@ -33,10 +36,11 @@ def tokens(text: str) -> tuple[str, ...]:
     """Words and numbers of a text; in scripts without spaces, such as Japanese or Thai, single characters.
 
     The text is normalised first (NFKC, case folded), so that full-width letters equal plain ones. Combining marks stay
-    with their character. Punctuation and symbols are left out, except inside numbers (-3.5) and words (don't).
+    with their letter. What only shapes its neighbours, such as joiners and variation selectors, is left out. So are
+    punctuation and symbols, except inside numbers (-3.5) and words (don't).
     """
-    plain = normalize("NFKC", normalize("NFKC", text).casefold()).translate(_SAME)
-    return tuple(_TOKEN.findall(plain))
+    plain = normalize("NFKC", text.replace("\u00b4", "'")).casefold()  # NFKC makes a space and a mark of that accent
+    return tuple(_TOKEN.findall(normalize("NFKC", _INVISIBLE.sub("", plain)).translate(_SAME)))
 
 
 def is_spaceless(character: str) -> bool:

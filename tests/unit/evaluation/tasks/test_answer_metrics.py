@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import regex
 
 from megatron_ee.evaluation.tasks.metrics import METRICS, contains, exact_match, f1, is_spaceless, rouge_l, tokens
 
@@ -26,12 +27,32 @@ JAPANESE = "東京タワーは、333メートルの高さです。"
         ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),  # spacing marks do not end a word
         ("e\u0301te\u0301", ["été"]),
         ("한국어 문장", ["한국어", "문장"]),
+        ("ශ්\u200dරී ලංකා", ["ශ්රී", "ලංකා"]),  # a joiner is inside the word
+        ("می\u200cخواهم", ["میخواهم"]),
+        ("co\u00adoperate", ["cooperate"]),
+        ("don\u00b4t", ["don't"]),
+        ("\u0301 a \u200d\u0301", ["a"]),
+        ("\u3164", []),  # a filler, which is a letter
         ("...!? 😀", []),
         ("", []),
     ],
 )
 def test_tokens(text: str, expected: list[str]) -> None:
     assert list(tokens(text)) == expected
+
+
+@pytest.mark.parametrize("text", ["Yes", JAPANESE, "ภาษาไทย", "हिन्दी", "3"])
+def test_signs_of_emoji_are_no_tokens(text: str) -> None:
+    for sign in ("☺️", "✔️", "❤️", "👩\u200d👩\u200d👧", "🏴\U000e0067\U000e0062\U000e007f"):
+        assert tokens(f"{text} {sign}") == tokens(text) and tokens(sign) == ()
+
+
+@pytest.mark.slow
+def test_every_token_has_a_letter_or_a_number() -> None:
+    every = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    for text in every:
+        for token in (*tokens(text), *tokens(f" {text}")):
+            assert regex.search(r"[\p{L}\p{N}]", token), (text, token)
 
 
 @pytest.mark.parametrize("text", [JAPANESE, "ภาษาไทย", "Été à Łódź", "中文，标点。", "हिन्दी"])
