@@ -91,7 +91,7 @@ class Table:
         from rich.table import Table as RichTable
 
         found = RichTable(
-            title=title or None,
+            title=printable(title) or None,
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD if self.ruled else None,

@@ -152,7 +152,7 @@ def compare_groups(
     Raises:
         ValueError: there are no records, nothing was measured, or ``names`` has another length.
     """
-    labels, members = np.array(names, object), Counter(names)  # numpy's own strings lose NULs at the end
+    labels, members = np.array(names), Counter(names)
     measured = {setting: each.measures() for setting, each in results.items()}
     figures: dict[tuple[str, str, str], GroupFigure] = {}
     for setting, measures in measured.items():
@@ -187,7 +187,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _figures(
-    measure: str, values: Floats, labels: NDArray[np.object_], seed: int, permutations: int
+    measure: str, values: Floats, labels: NDArray[np.str_], seed: int, permutations: int
 ) -> dict[str, GroupFigure]:
     """The figures of one measure in one setting, by group, before the correction."""
     large_enough = sorted(name for name, count in Counter(labels.tolist()).items() if count >= LEAST_MEMBERS)

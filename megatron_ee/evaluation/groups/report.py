@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ee.errors import printable
 from megatron_ee.evaluation.figure import COLOURS, GREY, saved_figure
 from megatron_ee.evaluation.groups.compare import (
     LAYERS,
@@ -59,7 +60,7 @@ def warning(found: GroupComparison) -> str | None:
 def _against_rest(group: GroupOutcome, figure: GroupFigure, measure: str) -> str:
     assert figure.rest is not None and figure.p is not None  # without them no group is called worse
     mean, rest = _number(figure.mean, measure), _number(figure.rest, measure)
-    return f"{group.name} ({measure} {mean}, others {rest}, p = {figure.p:.2g})"
+    return f"{printable(group.name)} ({measure} {mean}, others {rest}, p = {figure.p:.2g})"
 
 
 def print_groups(compared: Mapping[str, GroupComparison]) -> None:
@@ -74,7 +75,7 @@ def print_groups(compared: Mapping[str, GroupComparison]) -> None:
         if found.large_enough:
             console.print(_table(f"Groups by {found.by}, {name}", found, console))
             console.print()
-    small = [f"{group.name} ({group.members})" for group in first.groups if group.too_small]
+    small = [f"{printable(group.name)} ({group.members})" for group in first.groups if group.too_small]
     if not first.large_enough:
         console.print(
             f"Groups by {first.by}: none has {LEAST_MEMBERS} records or more, so none is compared: {', '.join(small)}",

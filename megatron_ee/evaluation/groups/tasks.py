@@ -90,7 +90,7 @@ def _bounded(
     bounded = [group.name for group in found.groups if LOSS in group.figures]
     rng, bounds = np.random.default_rng(seed), {}
     for name in bounded:
-        own = results.losses[np.array(names, object) == name]
+        own = results.losses[np.array(names) == name]
         own = rng.permutation(own[~np.isnan(own)])
         bounds[name] = largest_risk(certificate.p_value, own, certificate.delta / len(bounded))
     groups = tuple(replace(group, largest_loss=bounds.get(group.name)) for group in found.groups)

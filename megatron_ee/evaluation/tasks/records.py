@@ -8,8 +8,10 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
+from unicodedata import normalize
 
-from pydantic import Field, PrivateAttr, model_validator
+import regex
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from megatron_ee.config.untrusted import json_lines, parse_object
 from megatron_ee.config.validation import Strict, validated
@@ -21,6 +23,8 @@ from megatron_ee.inference.released import Released
 from megatron_ee.inference.requests import Request, chat_prompt, check_length, prompt_ids
 
 Ids = tuple[int, ...]
+_UNSEEN = regex.compile(r"[\p{Cc}\p{Bidi_Control}]")
+"""What a name may not hold, since it changes what a terminal or a page shows beside it."""
 
 
 class TaskRecord(Strict):
@@ -34,7 +38,8 @@ class TaskRecord(Strict):
         references: right answers. Each of them counts.
         choices: answers to choose from by their likelihood.
         answer: index of the right choice.
-        group: whom or what the record stands for, for comparisons between groups.
+        group: whom or what the record stands for, for comparisons between groups. Names in other forms of Unicode
+            (NFC) are the same.
     """
 
     id: str = Field(min_length=1)
@@ -48,6 +53,15 @@ class TaskRecord(Strict):
     _where: str = PrivateAttr(default="")
     _prompt_ids: Ids = PrivateAttr(default=())
     _choice_ids: tuple[tuple[Ids, Ids], ...] = PrivateAttr(default=())
+
+    @field_validator("task", "group")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if (found := _UNSEEN.search(value)) is not None:
+            raise ValueError(f"holds the control character U+{ord(found[0]):04X}; remove it")
+        return normalize("NFC", value)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

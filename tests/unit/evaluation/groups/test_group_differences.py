@@ -178,5 +178,8 @@ def test_what_is_said_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert f"\nwarning: threshold 0.8: {line}\n" in out and "]!" in out and "Too small" not in out
     assert json.loads(json.dumps(groups_dict(compared)))["groups"][1]["quality difference"]["worse"] is True
+    strange = compare(measured(), [f"{name}\u202e" for name in NAMES], "group", permutations=99)
+    line = warning(strange)
+    assert line is not None and r"b\u202e" in line and "\u202e" not in line
     plot_groups({"one": compared, "other": compared}, tmp_path / "groups.svg")
     assert "d (10)" in (tmp_path / "groups.svg").read_text()

@@ -97,6 +97,10 @@ def test_a_token_that_the_prompt_shares_with_a_choice_is_the_choices(
         ({**GOOD, "choices": ["x", "y" * 99], "answer": 0}, "choices: 'yyy"),
         ({**GOOD, "id": 3}, "id: must be text, not 3"),
         ({**GOOD, "group": ""}, "group: must be text of 1 or more characters"),
+        ({**GOOD, "group": "b\0"}, "group: holds the control character U+0000; remove it"),
+        ({**GOOD, "group": "b\u202e"}, "group: holds the control character U+202E; remove it"),
+        ({**GOOD, "task": "b\x1b[31m"}, "task: holds the control character U+001B; remove it"),
+        ({**GOOD, "references": ["b", "❤️"]}, "references: '❤️' has no letter or digit"),
         ({**GOOD, "id": "first"}, "id: 'first' is that of "),
         ({"prompt": "a" * 99, "references": ["b"]}, "prompt: has 100 tokens; the model's 64 positions"),
         ({"prompt": "\ud800", "references": ["b"]}, "prompt: is not valid Unicode: it holds half"),
@@ -111,6 +115,11 @@ def test_a_bad_line_is_refused_by_file_and_line(line: object, message: str, read
         read({**GOOD, "id": "first"}, line)
     error = str(caught.value)
     assert error.startswith(f"{tmp_path / 'task.jsonl'}:2: {message}") and "\n" not in error and caught.value.common
+
+
+def test_names_that_look_alike_are_one(read: Callable) -> None:
+    records = read(*({**GOOD, "group": name, "task": name} for name in ("é", "e\u0301")))
+    assert {(each.group, each.task) for each in records} == {("é", "é")}
 
 
 def test_quality_needs_references_or_choices(read: Callable) -> None:
