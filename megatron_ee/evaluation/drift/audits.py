@@ -9,10 +9,12 @@ from __future__ import annotations
 import gzip
 import itertools
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from pydantic import ConfigDict, Field
 
 from megatron_ee.config.untrusted import parse_json
@@ -48,7 +50,7 @@ class AuditRecord(Strict):
 
     model_config = ConfigDict(extra="ignore")
 
-    number: int = Field(ge=0)
+    number: int = Field(ge=0, lt=2**63)
     id: str
     audit: Audit | None = None
 
@@ -74,14 +76,19 @@ def read_audits(logs: Sequence[Path]) -> list[AuditRecord]:
         DataError: a log cannot be read, a line is no record, or two records have one number.
         DamagedError: a line is not JSON. Both name file and line.
     """
-    found: dict[int, tuple[AuditRecord, str]] = {}
+    # Nearly all requests are not audited. Their numbers alone are kept.
+    found, numbers = [], array("q")
     for path in logs:
-        for where, record in _read(path):
-            if record.number in found:
-                other = found[record.number][1]
-                raise DataError(f"{where}: number {record.number} is in {other} too; give each log of one server once")
-            found[record.number] = record, where
-    return [record for _, (record, _) in sorted(found.items()) if record.audit is not None]
+        for _, record in _read(path):
+            numbers.append(record.number)
+            if record.audit is not None:
+                found.append(record)
+    ascending = np.sort(np.array(numbers, np.int64))
+    twice = ascending[1:][ascending[1:] == ascending[:-1]]
+    if len(twice):
+        other, where, *_ = (where for path in logs for where, record in _read(path) if record.number == twice[0])
+        raise DataError(f"{where}: number {twice[0]} is in {other} too; give each log of one server once")
+    return sorted(found, key=lambda record: record.number)
 
 
 def certificates(audits: Iterable[AuditRecord]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ def test_audits_come_in_the_order_of_admission(tmp_path: Path) -> None:
     assert certificates(found) == ["a" * 8, "b" * 8]
 
 
+def test_requests_that_were_not_audited_take_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "exits.jsonl"
+    path.write_text(record(50_000, 0.5) + "".join(record(number) for number in range(50_000)))
+    tracemalloc.start()
+    try:
+        [found] = read_audits([path])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.number == 50_000 and peak < 4 * 2**20
+    path.write_text("")
+    assert read_audits([path]) == []
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -48,6 +63,7 @@ def test_audits_come_in_the_order_of_admission(tmp_path: Path) -> None:
         ("[1]\n", "must be an object, not [1]"),
         ("{\n", "not valid JSON"),
         (record(0), "number 0 is in"),
+        (record(2**63, 0.5), "number: must be below 9223372036854775808"),
     ],
 )
 def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
