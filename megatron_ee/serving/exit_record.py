@@ -20,6 +20,7 @@ OTHER = "other"
 Status = Literal["ok", "error", "cancelled", "timeout"]
 Tier = Literal["default", "important"]
 Count = Annotated[int, Field(ge=0)]
+Layer = Annotated[str, Field(pattern=r"^[0-9]{1,6}$")]
 Seconds = Annotated[float, Field(ge=0)]
 Bins = Annotated[tuple[Count, ...], Field(strict=False, min_length=BINS, max_length=BINS)]
 
@@ -73,7 +74,7 @@ class ExitRecord(AuditRecord):
     reused_tokens: Count = 0
     tokens: Count = 0
     outputs: int = Field(default=1, ge=1)
-    tokens_by_layer: Mapping[str, Count] = Field(default_factory=dict)
+    tokens_by_layer: Mapping[Layer, Count] = Field(default_factory=dict)
     num_layers: int | None = Field(default=None, ge=1)
     confidences: Bins = (0,) * BINS
     later_tokens: Count | None = None

@@ -209,7 +209,7 @@ def plot_exits(cells: Mapping[Cell, ExitFigures], path: Path) -> None:
         bottom.set_title("Time to the first token, 95th percentile, by task", loc="left")
         step = max(1, len(days) // 12)
         bottom.set_xticks(at[::step], days[::step], rotation=30, ha="right")
-        for axes in (top, middle):
+        for axes in (top, middle) if cells[None, None].by_layer else (top,):  # without tokens there are no bars
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def test_the_tables_and_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert any(line.split() == ["inquiries", "80.0%", "20.0%"] for line in lines)
 
 
+def test_a_log_whose_only_request_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, plot = tmp_path / "exits.jsonl", tmp_path / "exits.png"
+    failed = {"tokens": 0, "tokens_by_layer": {}, "layers_per_token": None, "time_to_first_token": None}
+    path.write_text(record(0, status="error", **failed).model_dump_json() + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["exits-report", str(path), "--plot", str(plot)]) == 0
+    assert capsys.readouterr().err == "" and plot.exists()
+
+
 def test_an_empty_log_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log, plot = tmp_path / "exits.jsonl", tmp_path / "exits.png"
     log.touch()
@@ -117,11 +128,14 @@ def test_an_empty_log_and_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["rows"] == []
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"number": 1, "id": "a"}\n')
+    named = tmp_path / "named.jsonl"
+    named.write_text(json.dumps(record(0).model_dump() | {"tokens_by_layer": {"final": 3}}) + "\n")
     for arguments, status, message in (
         ([str(tmp_path / "none")], 2, "LOG: no such file or directory"),
         ([str(log), "--plot", "a.gif"], 2, "--plot: a.gif must end in one of .png, .pdf, .svg"),
         ([str(bad), "--plot", str(bad)], 2, "--plot: "),
         ([str(bad)], 1, f"{bad}:1: "),
+        ([str(named)], 1, f"{named}:1: tokens_by_layer.final: "),
     ):
         assert main(["exits-report", *arguments]) == status
         out, err = capsys.readouterr()
