@@ -113,6 +113,8 @@ class HarnessArguments(Strict):
         return self
 
     def _check_effects(self, used: Mode) -> None:
+        if used == "full" and self.exits is not None:
+            raise ValueError("exits: has no effect in mode full, which asks none; leave it out, or use another mode")
         for mode, names in OF_MODE.items():
             for name in names:
                 if used != mode and getattr(self, name) is not None:
