@@ -85,7 +85,7 @@ class TaskAnswer:
         confidences: of each token, see ``Token``.
         layers_per_token: decoder layers run per token after the first; None if there is only one token.
         finish_reason: see ``Completion``.
-        seconds: from its admission to the last token, in a batch with other answers.
+        seconds: from the submission of its request, with the wait behind others, to the last token.
     """
 
     text: str
