@@ -1,19 +1,25 @@
 // A chat with the server, whose tokens are tinted by the layer that wrote them.
 
-import { Refused, chat, getJson } from "./api.js";
+import { Broken, Refused, chat, getJson } from "./api.js";
 import { differences } from "./differences.js";
 import { TEXTS, firstLanguage, saveLanguage } from "./texts.js";
 
 const STRONGEST = 0.85;
 const FAINTEST = 0.25;
+const TOKENS = 256; // at most, of an answer
+const NARROW = matchMedia("(max-width: 52rem)"); // as in style.css
 
 const $ = (id) => document.getElementById(id);
 
 const page = {
   language: firstLanguage(),
   layers: 0, // of the model
+  limit: TOKENS, // of an answer's tokens, as the server has it
+  rules: null, // for this key; null until the server has told them
   sampling: { temperature: 0 }, // of the requests
   exits: [], // layers of the exits, ascending
+  answers: 0, // number of answers so far
+  pointed: undefined, // span of the token whose layer is shown
   messages: [], // of the conversation
   counts: new Map(), // number of tokens by layer
   running: null, // AbortController of the answer that is being written
@@ -23,10 +29,14 @@ const page = {
 
 const said = new Map(); // by element, the function that makes its text
 
-/** Show a text in the current language now, and again after the language changes. */
+/** Show a text in the current language now, and again after the language changes, as long as it is in the page. */
 function say(element, text) {
   said.set(element, text);
   element.textContent = text(TEXTS[page.language]);
+}
+
+function forgetRemoved() {
+  for (const element of said.keys()) if (!element.isConnected) said.delete(element);
 }
 
 function show(language) {
@@ -37,10 +47,8 @@ function show(language) {
   for (const element of document.querySelectorAll("[data-text]")) element.textContent = texts[element.dataset.text];
   for (const element of document.querySelectorAll("[data-placeholder]"))
     element.placeholder = texts[element.dataset.placeholder];
-  for (const [element, text] of said) {
-    if (element.isConnected) element.textContent = text(texts);
-    else said.delete(element);
-  }
+  forgetRemoved();
+  for (const [element, text] of said) element.textContent = text(texts);
 }
 
 function element(name, className, ...children) {
@@ -61,6 +69,29 @@ function tint(layer) {
 
 // ---- Settings, legend and histogram ----
 
+/** Fill a select with options: pairs of a value and the function that makes its text. */
+function offer(select, options) {
+  select.replaceChildren(
+    ...options.map(([value, text]) => {
+      const option = element("option", "");
+      option.value = value;
+      say(option, text);
+      return option;
+    }),
+  );
+}
+
+const modeOption = (mode) => [mode, (texts) => texts.modes[mode]];
+
+/** Set what the certificate of the task asks for. */
+function chooseTask() {
+  const task = page.rules.tasks[$("task").value || page.rules.default?.task];
+  const certificate = task?.mode ? null : task?.certificate; // a mode of the rules comes before the certificate
+  // With other settings the answer would be full mode's. The server takes what is left out from the certificate.
+  page.sampling = certificate ? { seed: 0 } : { temperature: 0 };
+  $("max-tokens").value = Math.min(certificate?.decoding.max_tokens ?? TOKENS, page.limit);
+}
+
 function controls() {
   const mode = $("mode").value;
   $("threshold-row").hidden = mode !== "threshold";
@@ -68,12 +99,15 @@ function controls() {
   say($("mode-help"), (texts) => texts.modeHelp[mode]);
 }
 
+/** The task as requests name it. */
+const namedTask = () => ($("task").value ? { task: $("task").value } : {});
+
 function earlyExit() {
   const mode = $("mode").value;
-  if (mode === "default") return undefined;
-  if (mode !== "threshold") return { mode };
+  if (mode === "default") return namedTask();
+  if (mode !== "threshold") return { ...namedTask(), mode };
   // Under a certificate, thresholds of one's own need the word; without one it says nothing new.
-  return { mode, threshold: Number($("threshold").value), uncertified: true };
+  return { ...namedTask(), mode, threshold: Number($("threshold").value), uncertified: true };
 }
 
 function drawLegend() {
@@ -89,6 +123,7 @@ function drawLegend() {
 }
 
 function drawHistogram() {
+  if (!page.rules) return;
   const total = [...page.counts.values()].reduce((sum, count) => sum + count, 0);
   const rows = [...page.exits, page.layers].map((layer) => {
     const count = page.counts.get(layer) ?? 0;
@@ -110,42 +145,60 @@ function drawHistogram() {
 
 // ---- Answers ----
 
-/** Show the end of an entry of the conversation, above the form, which covers the lower end of the window. */
-function showEnd(entry) {
-  entry.style.scrollMarginBottom = `${$("form").offsetHeight + $("detail").offsetHeight}px`;
-  entry.scrollIntoView({ block: "end" });
+/** Scroll to an element, between the form and, on a phone, the settings: they cover the ends of the window. */
+function bringIntoView(element, block) {
+  element.style.scrollMarginBottom = `${$("form").offsetHeight}px`;
+  element.style.scrollMarginTop = `${NARROW.matches ? document.querySelector("aside").offsetHeight : 0}px`;
+  element.scrollIntoView({ block });
 }
+
+const showEnd = (entry) => bringIntoView(entry, "end");
 
 /** Go on showing the end of an entry that grows, unless the reader has scrolled away from it. */
 function followEnd(entry) {
   if (entry.getBoundingClientRect().bottom < window.innerHeight) showEnd(entry);
 }
 
+/** A paragraph that screen readers read once it has a text. It must be in the page before. */
+function status(className) {
+  const made = element("p", className);
+  made.setAttribute("role", "status");
+  return made;
+}
+
 /** An answer on the page. `tokens` holds text, layer, confidence and span of each token. */
 function newAnswer(title) {
   const heading = element("h3", "");
+  heading.id = `answer-${++page.answers}`;
   const text = element("div", "text");
   text.tabIndex = 0;
   text.setAttribute("role", "group");
-  const facts = element("p", "facts");
+  text.setAttribute("aria-labelledby", heading.id);
+  const facts = status("facts");
   const box = element("div", "answer", heading, text, facts);
   const answer = { box, text, facts, tokens: [], current: -1, cut: false, stopped: false, summary: null };
   say(heading, title);
-  text.addEventListener("pointerover", (event) => point(answer, answer.tokens.findIndex((t) => t.span === event.target)));
+  // Not pointerover, which also comes when the text is scrolled under a pointer that rests.
+  for (const name of ["pointermove", "pointerdown"])
+    text.addEventListener(name, (event) => {
+      if (event.target !== page.pointed) point(answer, answer.tokens.findIndex((token) => token.span === event.target));
+    });
   text.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (step === undefined || !answer.tokens.length) return;
     event.preventDefault();
     point(answer, Math.min(Math.max(answer.current + step, 0), answer.tokens.length - 1));
+    bringIntoView(answer.tokens[answer.current].span, "nearest");
   });
   text.addEventListener("blur", () => point(answer, -1));
   return answer;
 }
 
 function point(answer, index) {
-  answer.tokens[answer.current]?.span.classList.remove("current");
+  page.pointed?.classList.remove("current");
   answer.current = index;
   const token = answer.tokens[index];
+  page.pointed = token?.span;
   if (!token) return;
   token.span.classList.add("current");
   const confidence = token.confidence.toFixed(3);
@@ -167,7 +220,7 @@ const textOf = (answer) => answer.tokens.map((token) => token.text).join("");
 async function ask(answer, messages, settings, signal, each = () => {}) {
   const started = performance.now();
   try {
-    for await (const chunk of chat({ messages, ...page.sampling, ...settings }, signal)) {
+    for await (const chunk of chat({ messages, ...settings }, signal)) {
       const choice = chunk.choices[0];
       if (choice?.early_exit) {
         addTokens(answer, choice.early_exit);
@@ -177,10 +230,14 @@ async function ask(answer, messages, settings, signal, each = () => {}) {
       if (chunk.early_exit) answer.summary = chunk.early_exit;
     }
   } catch (error) {
-    if (error.name !== "AbortError") throw error;
     answer.stopped = true;
+    if (error.name !== "AbortError") throw error;
+  } finally {
+    if (answer.box.isConnected) sayFacts(answer, (performance.now() - started) / 1000);
   }
-  const seconds = (performance.now() - started) / 1000;
+}
+
+function sayFacts(answer, seconds) {
   const count = answer.tokens.length;
   say(answer.facts, (texts) => {
     const parts = [texts.facts(count, seconds.toFixed(1), (count / seconds).toFixed(1))];
@@ -198,39 +255,57 @@ async function ask(answer, messages, settings, signal, each = () => {}) {
 /** Run one call to the server at a time, with the stop button shown, and say what went wrong. */
 async function run(work) {
   if (page.running) return;
-  page.running = new AbortController();
   $("error").hidden = true;
-  $("send").hidden = true;
-  $("stop").hidden = false;
+  setRunning(new AbortController());
   try {
     await work(page.running.signal);
   } catch (error) {
-    const refused = error instanceof Refused;
-    if (!refused && !(error instanceof TypeError)) throw error; // fetch fails with a TypeError
-    say($("error"), (texts) => (refused ? texts.failed(error.message) : texts.lost));
+    if (error.name === "AbortError") return;
+    say($("error"), explanation(error));
     $("error").hidden = false;
   } finally {
-    page.running = null;
-    $("send").hidden = false;
-    $("stop").hidden = true;
+    setRunning(null);
   }
+}
+
+function setRunning(controller) {
+  page.running = controller;
+  $("send").hidden = Boolean(controller);
+  $("stop").hidden = !controller;
+  for (const button of document.querySelectorAll("#log button")) button.disabled = Boolean(controller);
+}
+
+/** The function that makes the text about an error. */
+function explanation(error) {
+  if (error instanceof Refused) return (texts) => texts.failed(error.message);
+  if (error instanceof Broken) return (texts) => texts.broken;
+  if (error instanceof TypeError) return (texts) => texts.lost; // so fetch fails
+  return (texts) => texts.unexpected(error.message);
+}
+
+/** Focus an element if what had the focus is gone. */
+function focusIfLost(element) {
+  const gone = [document.body, $("send"), $("stop")]; // the buttons were hidden
+  if (gone.includes(document.activeElement)) element.focus({ preventScroll: true });
 }
 
 async function send() {
   const content = $("message").value.trim();
   if (!content || page.running) return;
-  const messages = [...page.messages, { role: "user", content }];
-  const answer = newAnswer((texts) => texts.answer);
-  const answers = element("div", "answers", answer.box);
-  const entry = element("li", "", element("p", "question", content), answers);
-  $("introduction").hidden = true;
-  $("log").append(entry);
-  showEnd(entry);
-  const settings = { max_tokens: Number($("max-tokens").value) || 256 };
   await run(async (signal) => {
+    if (!page.rules) await load(signal);
+    const messages = [...page.messages, { role: "user", content }];
+    const settings = { ...page.sampling, max_tokens: Number($("max-tokens").value) || TOKENS, early_exit: earlyExit() };
+    const full = { ...settings, early_exit: { ...namedTask(), mode: "full" } };
+    const answer = newAnswer((texts) => texts.answer);
+    const answers = element("div", "answers", answer.box);
+    const entry = element("li", "", element("p", "question", content), answers);
+    $("introduction").hidden = true;
+    $("log").append(entry);
+    showEnd(entry);
     $("message").value = "";
     try {
-      await ask(answer, messages, { ...settings, early_exit: earlyExit() }, signal, (layers) => {
+      await ask(answer, messages, settings, signal, (layers) => {
         for (const layer of layers) page.counts.set(layer, (page.counts.get(layer) ?? 0) + 1);
         drawHistogram();
         followEnd(entry);
@@ -238,54 +313,76 @@ async function send() {
     } catch (error) {
       if (!answer.tokens.length) {
         entry.remove();
-        $("message").value = content;
+        $("introduction").hidden = $("log").childElementCount > 0;
+        $("message").value ||= content; // unless something was typed meanwhile
       }
       throw error;
+    } finally {
+      if (entry.isConnected) {
+        page.messages = [...messages, { role: "assistant", content: textOf(answer) }];
+        if (answer.tokens.length) offerComparison(answers, answer, messages, full);
+        followEnd(entry);
+      }
     }
-    if (!entry.isConnected) return; // a new conversation has begun
-    page.messages = [...messages, { role: "assistant", content: textOf(answer) }];
-    const button = element("button", "quiet");
-    button.type = "button";
-    say(button, (texts) => texts.compare);
-    button.addEventListener("click", () => compare(button, answers, answer, messages, settings));
-    answer.box.append(button);
-    followEnd(entry);
   });
-  $("message").focus({ preventScroll: true });
+  focusIfLost($("message"));
 }
 
-/** Number of tokens up to which two answers can be compared: what a stopped one would have gone on with is not known. */
-function comparable(...answers) {
-  return Math.min(...answers.map((answer) => (answer.stopped ? answer.tokens.length : Infinity)));
+// ---- Comparison ----
+
+function offerComparison(answers, answer, messages, settings) {
+  const button = element("button", "quiet");
+  button.type = "button";
+  say(button, (texts) => texts.compare);
+  button.addEventListener("click", () => compare(button, answers, answer, messages, settings));
+  answer.box.append(button);
 }
 
 /** Show full mode's answer beside an answer, and mark what differs. */
 async function compare(button, answers, answer, messages, settings) {
+  if (page.running) return;
+  const focused = document.activeElement === button; // a button that is disabled loses the focus
+  const full = newAnswer((texts) => texts.fullAnswer);
+  const verdict = status("facts verdict");
+  verdict.tabIndex = -1;
   await run(async (signal) => {
-    button.disabled = true;
     say(button, (texts) => texts.comparing);
-    const full = newAnswer((texts) => texts.fullAnswer);
     answers.append(full.box);
+    answer.box.append(verdict);
+    let comparable = false;
     try {
-      await ask(full, messages, { ...settings, early_exit: { mode: "full" } }, signal);
-    } catch (error) {
-      full.box.remove();
-      button.disabled = false;
-      say(button, (texts) => texts.compare);
-      throw error;
+      await ask(full, messages, settings, signal);
+      comparable = full.tokens.length > 0; // none if it was stopped before the first
+    } finally {
+      if (comparable) {
+        say(verdict, marked(answer, full));
+        button.remove();
+      } else {
+        full.box.remove();
+        verdict.remove();
+        say(button, (texts) => texts.compare);
+      }
     }
-    const limit = comparable(answer, full);
-    const [left, right] = [answer, full].map((each) => each.tokens.slice(0, limit).map((token) => token.text));
-    const marks = differences(left, right);
-    for (const [side, each] of [[marks.left, answer], [marks.right, full]])
-      side.forEach((differs, index) => each.tokens[index].span.classList.toggle("differs", differs));
-    const verdict = element("p", "facts verdict");
-    say(verdict, (texts) => {
-      if (marks.first !== null) return texts.departs(marks.first + 1, Math.max(left.length, right.length));
-      return limit === Infinity ? texts.same : texts.sameSoFar(left.length);
-    });
-    button.replaceWith(verdict);
   });
+  if (focused) focusIfLost(verdict.isConnected ? verdict : button);
+}
+
+/** Number of tokens up to which two answers can be compared: what a stopped one would have gone on with is not known. */
+function comparedTokens(...answers) {
+  return Math.min(...answers.map((answer) => (answer.stopped ? answer.tokens.length : Infinity)));
+}
+
+/** Mark what differs from full mode's answer. Returns the function that makes the verdict's text. */
+function marked(answer, full) {
+  const limit = comparedTokens(answer, full);
+  const [left, right] = [answer, full].map((each) => each.tokens.slice(0, limit).map((token) => token.text));
+  const marks = differences(left, right);
+  for (const [side, each] of [[marks.left, answer], [marks.right, full]])
+    side.forEach((differs, index) => each.tokens[index].span.classList.toggle("differs", differs));
+  return (texts) => {
+    if (marks.first !== null) return texts.departs(marks.first + 1, Math.max(left.length, right.length));
+    return limit === Infinity ? texts.same : texts.sameSoFar(left.length);
+  };
 }
 
 function clear() {
@@ -293,7 +390,9 @@ function clear() {
   page.messages = [];
   page.counts.clear();
   $("log").replaceChildren();
+  forgetRemoved();
   $("introduction").hidden = false;
+  $("error").hidden = true;
   said.delete($("detail"));
   $("detail").textContent = "";
   drawHistogram();
@@ -302,63 +401,74 @@ function clear() {
 
 // ---- Start ----
 
+/** Whether a key belongs to the input of a Japanese word. 229 is Safari's Enter that ends it. */
+const composes = (event) => event.isComposing || event.keyCode === 229;
+
+/** On a phone the settings are closed at first. */
+function fold() {
+  $("panel").open = !NARROW.matches;
+}
+
 function listen() {
+  fold();
+  NARROW.addEventListener("change", fold);
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
     send();
   });
   $("message").addEventListener("keydown", (event) => {
-    // An Enter that ends the input of a Japanese word is part of the composition.
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey || composes(event)) return;
     event.preventDefault();
     send();
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") page.running?.abort();
+    if (event.key === "Escape" && !composes(event)) page.running?.abort();
   });
   $("stop").addEventListener("click", () => page.running?.abort());
   $("clear").addEventListener("click", clear);
+  $("task").addEventListener("change", chooseTask);
   $("mode").addEventListener("change", controls);
   $("threshold").addEventListener("input", controls);
   $("language").addEventListener("change", () => {
     saveLanguage($("language").value);
     show($("language").value);
+    drawHistogram();
   });
+}
+
+/** Learn from the server what the page can offer. */
+async function load(signal) {
+  const [models, found] = await Promise.all([getJson("v1/models", signal), getJson("v1/exits", signal)]);
+  if (page.rules) return; // another call was quicker
+  $("model").textContent = document.title = models.data[0].id;
+  page.layers = found.num_layers;
+  page.exits = found.exits.map((each) => each.layer).sort((a, b) => a - b);
+  page.rules = found.rules;
+  page.limit = $("max-tokens").max = found.max_tokens;
+  const { default: unnamed, may_choose, may_name, priority } = found.rules;
+  const tasks = may_name.map((name) => [name, () => name]);
+  offer($("task"), unnamed ? [["", (texts) => texts.noTask], ...tasks] : tasks);
+  $("task-row").hidden = !tasks.length;
+  const thresholds = may_choose && priority !== "important";
+  const modes = found.modes.filter((mode) => mode !== "threshold" || thresholds);
+  offer($("mode"), ["default", ...modes].map(modeOption));
+  say($("state"), (texts) => (page.exits.length ? texts.ready(page.exits.length) : texts.noExits));
+  chooseTask();
+  controls();
+  drawLegend();
+  drawHistogram();
 }
 
 async function start() {
   show(page.language);
   listen();
-  try {
-    const [models, found] = await Promise.all([getJson("v1/models"), getJson("v1/exits")]);
-    $("model").textContent = document.title = models.data[0].id;
-    page.layers = found.num_layers;
-    const { rules } = found; // for this key
-    const task = rules.tasks[rules.default?.task];
-    const certificate = task?.mode ? null : task?.certificate; // a mode of the rules comes before the certificate
-    if (certificate) {
-      // With other settings the answer would be full mode's. The server takes what is left out from the certificate.
-      page.sampling = { seed: 0 };
-      $("max-tokens").value = certificate.decoding.max_tokens;
-    }
-    page.exits = found.exits.map((each) => each.layer).sort((a, b) => a - b);
-    const thresholds = rules.may_choose && rules.priority !== "important";
-    const modes = ["default", ...found.modes.filter((mode) => mode !== "threshold" || thresholds)];
-    $("mode").replaceChildren(
-      ...modes.map((mode) => {
-        const option = element("option", "");
-        option.value = mode;
-        say(option, (texts) => texts.modes[mode]);
-        return option;
-      }),
-    );
-    say($("state"), (texts) => (page.exits.length ? texts.ready(page.exits.length) : texts.noExits));
-  } catch (error) {
-    say($("state"), (texts) => (error instanceof Refused ? texts.failed(error.message) : texts.lost));
-  }
+  offer($("mode"), [modeOption("default")]);
   controls();
-  drawLegend();
-  drawHistogram();
+  try {
+    await load();
+  } catch (error) {
+    say($("state"), explanation(error)); // the first message tries again
+  }
 }
 
 start();

@@ -13,7 +13,10 @@ export const TEXTS = {
     send: "Send",
     stop: "Stop",
     clear: "New conversation",
+    panel: "Settings and tokens by exit",
     settings: "Settings",
+    task: "Task",
+    noTask: "not named: the server's default",
     mode: "Mode",
     modes: { default: "the server's rules", full: "full", threshold: "threshold", speculative: "speculative" },
     modeHelp: {
@@ -49,6 +52,8 @@ export const TEXTS = {
     ready: (exits) => `ready, ${exits} exits`,
     noExits: "The model has no exits: every answer is full mode's.",
     lost: "The server cannot be reached.",
+    broken: "The answer broke off before its end.",
+    unexpected: (message) => `Something unexpected happened: ${message}`,
     failed: (message) => `The server refused the request: ${message}`,
   },
   ja: {
@@ -63,7 +68,10 @@ export const TEXTS = {
     send: "送信",
     stop: "停止",
     clear: "新しい会話",
+    panel: "設定と出口ごとのトークン数",
     settings: "設定",
+    task: "タスク",
+    noTask: "指定しない（サーバーの既定）",
     mode: "モード",
     modes: { default: "サーバーの設定に従う", full: "フル", threshold: "しきい値", speculative: "投機" },
     modeHelp: {
@@ -100,6 +108,8 @@ export const TEXTS = {
     ready: (exits) => `準備完了（出口 ${exits} 個）`,
     noExits: "このモデルには出口がないため、回答はすべてフルモードのものです。",
     lost: "サーバーに接続できません。",
+    broken: "回答が途中で切れました。",
+    unexpected: (message) => `予期しないエラーが発生しました：${message}`,
     failed: (message) => `サーバーがリクエストを拒否しました：${message}`,
   },
 };
@@ -108,10 +118,19 @@ const SAVED = "megatron_ee.language";
 
 /** The language to start with: the one chosen before, else the browser's. */
 export function firstLanguage() {
-  const wanted = [localStorage.getItem(SAVED), ...navigator.languages.map((each) => each.slice(0, 2))];
+  const wanted = navigator.languages.map((each) => each.slice(0, 2));
+  try {
+    wanted.unshift(localStorage.getItem(SAVED));
+  } catch {
+    // The browser blocks storage.
+  }
   return wanted.find((each) => each in TEXTS) ?? "en";
 }
 
 export function saveLanguage(language) {
-  localStorage.setItem(SAVED, language);
+  try {
+    localStorage.setItem(SAVED, language);
+  } catch {
+    // It is not kept then.
+  }
 }
