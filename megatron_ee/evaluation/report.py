@@ -175,7 +175,7 @@ def print_history(validations: Sequence[Validation], best_step: int | None, cons
     add_columns(table, "after step", "tokens seen")
     layers = sorted(validations[-1].losses)
     for layer in layers:
-        add_columns(table, f"exit {layer}: loss", "agreement")
+        add_columns(table, f"exit {layer}: loss", f"exit {layer}: agreement")
     free_running = any(each.free_running is not None for each in validations)
     if free_running:
         add_columns(table, "threshold mode: equal", "layers per token")
@@ -272,7 +272,7 @@ def _above_table(quality: Quality, console: Console) -> Table:
     table = new_table("Each exit alone: tokens at or above the threshold, and agreement among them", console)
     add_columns(table, "threshold")
     for exit_ in quality.exits:
-        add_columns(table, f"exit {exit_.layer}: tokens", "agreement")
+        add_columns(table, f"exit {exit_.layer}: tokens", f"exit {exit_.layer}: agreement")
     for point in quality.sweep:
         cells = (text for above in point.above for text in (_percent(above.share), _percent(above.agreement)))
         table.add_row(f"{point.threshold:g}", *cells)

@@ -218,7 +218,10 @@ def history(count: int, best: int | None) -> list[list[str]]:
 def test_history_of_two_validations() -> None:
     title, heading, *lines = history(2, 10)
     assert " ".join(title) == "Exits while tuning, on validation data (final exit: loss 2.000)"
-    assert " ".join(heading) == "after step tokens seen exit 2: loss agreement exit 4: loss agreement kept as"
+    assert (
+        " ".join(heading)
+        == "after step tokens seen exit 2: loss exit 2: agreement exit 4: loss exit 4: agreement kept as"
+    )
     assert lines == [
         ["0", "0", "4.000", "50.0%", "-", "75.0%"],
         ["10", "4,000", "3.000", "50.0%", "-", "75.0%", "adapter-best"],
