@@ -16,7 +16,7 @@ export const TEXTS = {
     panel: "Settings and tokens by exit",
     settings: "Settings",
     task: "Task",
-    noTask: "not named: the server's default",
+    noTask: "the server's default",
     mode: "Mode",
     modes: { default: "the server's rules", full: "full", threshold: "threshold", speculative: "speculative" },
     modeHelp: {
