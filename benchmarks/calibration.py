@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from megatron_ee.commands import at_least
-from megatron_ee.evaluation.calibration.pvalues import P_VALUES
+from megatron_ee.evaluation.calibration.pvalues import P_VALUES, fixed_sequence
 from megatron_ee.evaluation.statistics import Floats
 from megatron_ee.inference.certificate import PValue
 from megatron_ee.tables import add_columns, make_console, new_table
@@ -86,8 +86,7 @@ def measure(kind: str, count: int, trials: int, risk: float, delta: float, seed:
     for start in range(0, trials, _AT_ONCE):
         losses = draw(kind, min(_AT_ONCE, trials - start), count, source)
         for name, p_value in P_VALUES.items():
-            passes = p_value(losses, risk, delta) <= delta
-            passed[name] += np.cumprod(passes, axis=-1).sum(axis=-1).tolist()  # before the first that fails
+            passed[name] += [fixed_sequence(row, delta) for row in p_value(losses, risk, delta)]
     speeds = np.concatenate(([1.0], 1 / (1 - skipped())))
     safe = int((expected_losses() <= risk).sum())
     allowed = delta + 3 * math.sqrt(delta * (1 - delta) / trials)

@@ -10,7 +10,7 @@ needed, and no assumption about the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import get_args
 
 import numpy as np
@@ -80,6 +80,17 @@ def passing(p_values: Mapping[str, float], delta: float, *, together: bool = Fal
     """
     passed = [name for name, p in p_values.items() if p <= delta]
     return passed if not together or len(passed) == len(p_values) else []
+
+
+def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
+    """Number of settings that pass in a single scope, in the order of ``p_values``. Nothing is read after the first
+    that fails."""
+    passed = 0
+    for p in p_values:
+        if not passing({"": p}, delta):
+            break
+        passed += 1
+    return passed
 
 
 def largest_risk(name: PValue, losses: ArrayLike, delta: float) -> float:

@@ -8,6 +8,7 @@ import pytest
 from megatron_ee.evaluation.calibration.betting import betting_p
 from megatron_ee.evaluation.calibration.pvalues import (
     P_VALUES,
+    fixed_sequence,
     hoeffding_bentkus_p,
     largest_risk,
     passing,
@@ -41,9 +42,9 @@ def draw_losses(kind: str, count: int, seed: int = 0) -> np.ndarray:
 
 
 def accepted(losses: np.ndarray, name: PValue) -> np.ndarray:
-    """Number of settings that pass in each trial: those before the first that fails."""
+    """Number of settings that pass in each trial."""
     p = P_VALUES[name](losses, RISK, DELTA)
-    return np.cumprod(p <= DELTA, axis=-1).sum(axis=-1)
+    return np.array([fixed_sequence(row, DELTA) for row in p])
 
 
 @pytest.mark.parametrize("name", P_VALUES)
@@ -97,6 +98,19 @@ def test_hoeffding_bentkus_has_the_published_values() -> None:
 def test_losses_outside_the_unit_interval_are_refused(name: PValue, loss: float) -> None:
     with pytest.raises(ValueError, match="must be in"):
         P_VALUES[name]([0.1, loss], 0.1, 0.1)
+
+
+def test_nothing_is_computed_after_the_first_setting_that_fails() -> None:
+    seen = []
+
+    def p_values():
+        for p in (0.01, 0.05, 0.2, 0.0):
+            seen.append(p)
+            yield p
+
+    assert fixed_sequence(p_values(), 0.05) == 2
+    assert seen == [0.01, 0.05, 0.2]
+    assert fixed_sequence([float("nan")], 0.5) == 0
 
 
 @pytest.mark.parametrize("name", P_VALUES)
